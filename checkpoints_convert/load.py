@@ -1,0 +1,88 @@
+"""Weights into this rank's slice of a model, from an HF directory or a Megatron checkpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from transformers import PretrainedConfig
+
+from checkpoints_convert.families import family_of
+from checkpoints_convert.hf_reader import HfCheckpoint
+from checkpoints_convert.mapping import Heads, expected_shapes, mapped_parameters, read_shard
+from megatron_tgdpo import checkpoint_format
+from megatron_tgdpo.errors import UserError
+
+if TYPE_CHECKING:  # models.py reads the families of this package
+    from megatron_tgdpo.models import LanguageModel
+
+_LM_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def load_weights(model: "LanguageModel", path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection) -> None:
+    """Loads the model's weights, converting to the dtype of its parameters.
+
+    Collective over all ranks if ``path`` is a Megatron checkpoint (all of them call it, with the same arguments); no
+    collectives if it is an HF directory.
+
+    Args:
+        model: This rank's slice; every parameter is overwritten.
+        path: An HF directory, or a Megatron checkpoint (of training too: only the model part is read).
+        hf_config: The config that the model was built from.
+        pg: Process groups.
+
+    Raises:
+        UserError: The checkpoint is missing, incomplete, corrupt or of another model.
+    """
+    if checkpoint_format.is_megatron_checkpoint(path):
+        load_megatron_weights(model, path)
+    else:
+        load_hf_weights(model, path, hf_config, pg)
+
+
+def load_megatron_weights(model: "LanguageModel", path: Path) -> None:
+    """Loads the model part of a Megatron checkpoint saved at any layout; collective over all ranks."""
+    loaded = checkpoint_format.load(path, {"model": model.sharded_state_dict()})
+    model.load_state_dict(loaded["model"])
+
+
+@torch.no_grad()
+def load_hf_weights(
+    model: "LanguageModel", path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection
+) -> None:
+    """Loads slices of an HF checkpoint straight into this rank's parameters; no collectives.
+
+    Args:
+        model: This rank's slice; every parameter is overwritten, padded vocabulary rows with zeros.
+        path: An HF directory with safetensors.
+        hf_config: The config that the model was built from.
+        pg: Process groups; only ``pg.tp`` is read.
+
+    Raises:
+        UserError: A file or tensor is missing, truncated, unexpected or of another shape than the config says.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory")
+    checkpoint = HfCheckpoint(path)
+    stored_head = bool(hf_config.tie_word_embeddings) and _LM_HEAD in checkpoint.tensors
+    ignored = family_of(hf_config.architectures).ignored
+    checkpoint.check(expected_shapes(hf_config), (*ignored, _LM_HEAD) if stored_head else ignored)
+    if stored_head:
+        _check_stored_head(checkpoint)
+    heads, rank = Heads.of(hf_config), pg.tp.rank()
+    for mapped in mapped_parameters(model, hf_config):
+        shard = read_shard(checkpoint, mapped, heads, rank)
+        if shard.shape != mapped.parameter.shape:
+            raise ValueError(f"{mapped.name}: {list(shard.shape)} read for {list(mapped.parameter.shape)}")
+        mapped.parameter.copy_(shard.to(mapped.parameter.dtype))
+
+
+def _check_stored_head(checkpoint: HfCheckpoint) -> None:
+    """A tied model may carry a copy of its embedding as lm_head; anything else contradicts its config."""
+    same_shape = checkpoint.tensors[_LM_HEAD].shape == checkpoint.tensors[_EMBEDDING].shape
+    if not same_shape or not torch.equal(checkpoint.whole(_LM_HEAD), checkpoint.whole(_EMBEDDING)):
+        raise UserError(
+            f"{checkpoint.path}: config.json says tie_word_embeddings, but {_LM_HEAD} differs from {_EMBEDDING}: "
+            "set tie_word_embeddings to false"
+        )

@@ -1,0 +1,193 @@
+"""Policy, reference and guide in one pipeline module: every rank holds its slice of each, only the policy trains.
+
+megatron-core's schedule sees the policy alone: its hidden states go forwards, their gradient comes back. The frozen
+models' hidden states travel beside them, in one tensor that no autograd graph knows, put into and taken from a
+:class:`FrozenMailbox` by the communicator. So backward traffic is that of policy-only training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_tgdpo.batch import PreferenceBatch
+from megatron_tgdpo.logps import response_hidden, token_logps
+from megatron_tgdpo.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """Token log-probs of one pack on the last stage: [R] float32 each; only the policy's carry a gradient."""
+
+    policy: Tensor
+    reference: Tensor
+    guide: Tensor | None
+
+
+@dataclass
+class FrozenMailbox:
+    """Hands the frozen hidden states of one micro batch between the model and the communicator.
+
+    Attributes:
+        width: Sum of the frozen models' hidden sizes.
+        dtype: Of their hidden states.
+        incoming: [S_local, 1, width] received from the previous stage for the coming forward.
+        outgoing: [S_local, 1, width] computed by the last forward, to be sent to the next stage.
+    """
+
+    width: int
+    dtype: torch.dtype
+    incoming: Tensor | None = None
+    outgoing: Tensor | None = None
+
+    def take_incoming(self) -> Tensor:
+        tensor, self.incoming = self.incoming, None
+        assert tensor is not None, "forward before the frozen hidden states were received"
+        return tensor
+
+    def take_outgoing(self) -> Tensor:
+        tensor, self.outgoing = self.outgoing, None
+        assert tensor is not None, "send before the frozen models ran"
+        return tensor
+
+
+class ColocatedModel(MegatronModule):
+    """The policy with its frozen companions, on one pipeline stage.
+
+    Args:
+        policy: The model that trains.
+        reference: Frozen; its parameters must not require gradients.
+        guide: Frozen, or None for DPO. Width and depth may differ from the policy's, the vocabulary may not.
+    """
+
+    def __init__(self, policy: LanguageModel, reference: LanguageModel, guide: LanguageModel | None) -> None:
+        super().__init__(policy.config)
+        self.policy = policy
+        self.frozen = torch.nn.ModuleList([reference] if guide is None else [reference, guide])
+        self.frozen.requires_grad_(False)
+        self.frozen.eval()
+        self.mailbox = FrozenMailbox(
+            sum(self.frozen_widths), dtype=reference.config.pipeline_dtype or reference.config.params_dtype
+        )
+        # What megatron-core's schedule and gradient finalisation read from a pipeline module.
+        self.model_type = policy.model_type
+        self.pre_process = policy.pre_process
+        self.post_process = policy.post_process
+        self.share_embeddings_and_output_weights = policy.share_embeddings_and_output_weights
+
+    @property
+    def frozen_widths(self) -> list[int]:
+        return [model.config.hidden_size for model in self.frozen]
+
+    def train(self, mode: bool = True) -> "ColocatedModel":
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The policy's shared weight on the stages that hold it; megatron-core sums its gradient over both."""
+        return self.policy.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor | None] | None) -> None:
+        """Takes the policy's hidden states [S_local, 1, H] from the previous stage (None on the first)."""
+        self.policy.set_input_tensor(input_tensor)
+
+    def forward(self, batch: PreferenceBatch) -> Tensor | TokenLogps:
+        """Runs this stage's layers of all models on one pack.
+
+        Returns:
+            The policy's hidden states [S_local, 1, H], or on the last stage the token log-probs of all models.
+        """
+        with torch.no_grad():
+            frozen = self._run_frozen(batch)
+        hidden = self.policy(batch.tokens, batch.position_ids, batch.packing)
+        if not self.post_process:
+            self.mailbox.outgoing = torch.cat(frozen, dim=-1)
+            return hidden
+        with torch.no_grad():
+            frozen_logps = [
+                self._token_logps(model, states, batch) for model, states in zip(self.frozen, frozen, strict=True)
+            ]
+        return TokenLogps(
+            policy=self._token_logps(self.policy, hidden, batch),
+            reference=frozen_logps[0],
+            guide=frozen_logps[1] if len(frozen_logps) > 1 else None,
+        )
+
+    def _run_frozen(self, batch: PreferenceBatch) -> list[Tensor]:
+        if not self.pre_process:
+            parts = self.mailbox.take_incoming().split(self.frozen_widths, dim=-1)
+            for model, part in zip(self.frozen, parts, strict=True):
+                model.set_input_tensor(part.contiguous())
+        return [model(batch.tokens, batch.position_ids, batch.packing) for model in self.frozen]
+
+    def _token_logps(self, model: LanguageModel, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
+        tp_group = model.pg_collection.tp
+        states = response_hidden(
+            hidden, batch.logit_positions, sequence_parallel=model.config.sequence_parallel, tp_group=tp_group
+        )
+        return token_logps(
+            states, model.output_weight(), batch.targets, vocab_size=model.true_vocab_size, tp_group=tp_group
+        )
+
+
+class ColocatedCommunicator(P2PCommunicator):
+    """Moves the frozen hidden states along with the policy's, forwards only, in the same batch of transfers.
+
+    Attributes:
+        forward_bytes: Bytes this rank has sent to the next stage.
+        backward_bytes: Bytes this rank has sent to the previous stage.
+    """
+
+    def __init__(self, pp_group: dist.ProcessGroup, config: ModelParallelConfig, mailbox: FrozenMailbox) -> None:
+        super().__init__(pp_group, config)
+        self.mailbox = mailbox
+        self.device = torch.device("cuda" if "nccl" in dist.get_backend(pp_group) else "cpu")
+        self.forward_bytes = 0
+        self.backward_bytes = 0
+
+    def _communicate(
+        self,
+        *,
+        tensor_send_next: Tensor | None,
+        tensor_send_prev: Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Sequence[int] | None,
+        wait_on_reqs: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        """One exchange with both neighbours: the policy's tensor first, the frozen one after it, where they travel."""
+        del wait_on_reqs  # every schedule that this project runs waits
+        ops: list[dist.P2POp] = []
+        received_prev = received_next = None
+        if tensor_send_prev is not None:
+            self.backward_bytes += tensor_send_prev.nbytes
+            ops.append(self._op(dist.isend, tensor_send_prev.contiguous(), self.prev_rank))
+        if recv_prev:
+            assert tensor_shape is not None
+            received_prev = self._empty(tensor_shape, self.config.pipeline_dtype).requires_grad_()
+            self.mailbox.incoming = self._empty([*tensor_shape[:-1], self.mailbox.width], self.mailbox.dtype)
+            ops.append(self._op(dist.irecv, received_prev, self.prev_rank))
+            ops.append(self._op(dist.irecv, self.mailbox.incoming, self.prev_rank))
+        if tensor_send_next is not None:
+            for tensor in (tensor_send_next, self.mailbox.take_outgoing()):
+                self.forward_bytes += tensor.nbytes
+                ops.append(self._op(dist.isend, tensor.contiguous(), self.next_rank))
+        if recv_next:
+            assert tensor_shape is not None
+            received_next = self._empty(tensor_shape, self.config.pipeline_dtype)
+            ops.append(self._op(dist.irecv, received_next, self.next_rank))
+        for request in dist.batch_isend_irecv(ops) if ops else []:
+            request.wait()
+        return received_prev, received_next, None
+
+    def _op(self, direction: object, tensor: Tensor, peer: int | None) -> dist.P2POp:
+        return dist.P2POp(direction, tensor, peer, self.pp_group)  # type: ignore[arg-type]
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype | None) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)

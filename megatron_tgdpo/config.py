@@ -1,0 +1,246 @@
+"""The run's configuration: typed sections, one YAML file, ``section.key=value`` overrides, nothing unknown accepted.
+
+A default lives here and nowhere else. Fields without a default are required. Every ``batch`` figure counts pairs
+(1 chosen + 1 rejected) unless it says tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_tgdpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    policy: str = MISSING  # HF or Megatron checkpoint directory the policy starts from
+    reference: str | None = None  # HF or Megatron checkpoint directory of the reference; null: same as policy
+    guide: str | None = None  # HF or Megatron checkpoint directory of the guide; required by method tgdpo
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = MISSING  # JSON, JSONL or Parquet file of pairs, or the prefix of a preprocessed dataset
+    validation: str | None = None  # same, for evaluation; null: no evaluation
+    shuffle: bool = True  # new order every epoch from train.seed; false: file order
+    max_length: int = 2048  # tokens of prompt plus response, per sequence
+    max_prompt_length: int | None = None  # tokens of the prompt; null: no limit of its own
+    overlong_prompt: str = "truncate"  # a prompt past max_prompt_length: truncate | drop | error
+    tokenizer: str | None = None  # HF directory or SentencePiece .model; null: the policy's directory
+    chat_template: str | None = None  # Jinja file; null: the tokenizer's own
+    workers: int = 4  # processes that tokenise when train or validation is a raw file
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    method: str = "tgdpo"  # tgdpo | dpo
+    beta: float = 0.1  # strength of the KL constraint, per nat
+    alpha: float = 0.5  # strength of the token-level guidance; 0 is DPO
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    mode: str = "colocated"  # colocated: reference and guide ride in the policy's pipeline
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor: int = 1  # ranks that share each layer
+    pipeline: int = 1  # stages of consecutive layers
+    context: int = 1  # ranks that share each sequence (only 1 for now)
+    virtual_pipeline: int | None = None  # model chunks per stage (only null for now)
+    sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor ranks
+    device: str = "auto"  # auto | cuda | cpu; auto takes the CPU only on a machine without an NVIDIA device
+    timeout_minutes: float = 30.0  # a collective that takes longer ends the run
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    global_pairs: int = MISSING  # pairs per optimizer step, over all ranks
+    tokens_per_micro_batch: int | None = None  # tokens of one packed row; null: 2 x data.max_length
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    lr: float = MISSING  # peak learning rate
+    beta1: float = 0.9  # Adam first moment decay
+    beta2: float = 0.999  # Adam second moment decay
+    eps: float = 1e-8  # Adam denominator term
+    weight_decay: float = 0.0  # decoupled; never on norms and biases
+    clip_grad: float = 1.0  # maximum global gradient norm; 0: no clipping
+    schedule: str = "cosine"  # constant | linear | cosine, to zero at the last step
+    warmup_ratio: float = 0.1  # fraction of all steps that warm up linearly from 0
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    dtype: str = "bf16"  # bf16 | fp32, of weights and activations; gradients and optimizer state are fp32
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int | None = None  # optimizer steps; exactly one of steps and epochs is set
+    epochs: float | None = None  # passes over data.train
+    seed: int = 0  # of the data order and all random numbers
+    exit_step: int | None = None  # stop after this step with a checkpoint; the schedule still spans the whole run
+    check_start: bool = True  # stop unless the loss of a fresh run is ln 2 for every pair of the first step
+    # (turn off for a policy that deliberately differs from the reference)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every_steps: int | None = None  # evaluate on data.validation every so many steps and at the end; null: at the end
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int | None = None  # save every so many steps; the final step is always saved
+    keep: int = 2  # newest checkpoints to keep; 0: all
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every_steps: int = 1  # progress line every so many steps; metrics.jsonl and TensorBoard get every step
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    output_dir: str = MISSING  # the only place the run writes to
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of one packed row, that is of one micro batch."""
+        return self.batch.tokens_per_micro_batch or 2 * self.data.max_length
+
+    @property
+    def reference_path(self) -> str:
+        return self.model.reference or self.model.policy
+
+
+_CHOICES = {
+    "data.overlong_prompt": ("truncate", "drop", "error"),
+    "loss.method": ("tgdpo", "dpo"),
+    "guidance.mode": ("colocated",),
+    "parallel.device": ("auto", "cuda", "cpu"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+    "precision.dtype": ("bf16", "fp32"),
+}
+_POSITIVE = (
+    "data.max_length", "data.max_prompt_length", "data.workers", "loss.beta", "parallel.tensor", "parallel.pipeline",
+    "parallel.timeout_minutes", "batch.global_pairs", "batch.tokens_per_micro_batch", "optimizer.eps", "train.steps",
+    "train.epochs", "train.exit_step", "eval.every_steps", "checkpoint.every_steps", "log.every_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = ("optimizer.lr", "optimizer.weight_decay", "optimizer.clip_grad", "checkpoint.keep", "train.seed")
+_FRACTIONS = ("optimizer.warmup_ratio", "optimizer.beta1", "optimizer.beta2")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies ``section.key=value`` overrides and checks every value.
+
+    Raises:
+        UserError: The file cannot be read, a key is unknown, required or of the wrong type, or values do not go together.
+    """
+    try:
+        file_values = OmegaConf.create(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override '{override}' is not of the form section.key=value")
+    return _build(OmegaConf.merge(file_values, OmegaConf.from_dotlist(list(overrides))), str(path))
+
+
+def config_from_dict(values: dict[str, Any], source: str = "config") -> Config:
+    """Builds a checked :class:`Config` from nested plain values, as :func:`load_config` does from a file."""
+    return _build(OmegaConf.create(values), source)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as nested plain values."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)  # type: ignore[return-value]
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that :func:`load_config` reads back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _build(values: Any, source: str) -> Config:
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{source}: required key {missing[0]} is not set")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or getattr(error, "key", None)
+        what = str(error).splitlines()[0]
+        raise UserError(f"{source}: {key}: {what}" if key else f"{source}: {what}") from error
+    assert isinstance(config, Config)
+    _check(config, source)
+    return config
+
+
+def _check(config: Config, source: str) -> None:
+    def value(dotted: str) -> Any:
+        section, key = dotted.split(".")
+        return getattr(getattr(config, section), key)
+
+    def fail(message: str) -> None:
+        raise UserError(f"{source}: {message}")
+
+    for name, choices in _CHOICES.items():
+        if value(name) not in choices:
+            fail(f"{name} is '{value(name)}': choose one of {', '.join(choices)}")
+    for name in _POSITIVE:
+        if value(name) is not None and not value(name) > 0:
+            fail(f"{name} is {value(name)}: it must be positive")
+    for name in _NOT_NEGATIVE:
+        if not value(name) >= 0:
+            fail(f"{name} is {value(name)}: it must not be negative")
+    for name in _FRACTIONS:
+        if not 0 <= value(name) < 1:
+            fail(f"{name} is {value(name)}: it must be in [0, 1)")
+    if (config.train.steps is None) == (config.train.epochs is None):
+        fail("set exactly one of train.steps and train.epochs")
+    if config.loss.method == "tgdpo" and config.model.guide is None:
+        fail("loss.method tgdpo needs model.guide (a checkpoint directory); without a guide use loss.method=dpo")
+    if config.loss.method == "dpo" and config.model.guide is not None:
+        fail("loss.method dpo uses no guide: remove model.guide or set loss.method=tgdpo")
+    if config.parallel.context != 1:
+        fail(f"parallel.context is {config.parallel.context}: context parallelism is not supported yet, set it to 1")
+    if config.parallel.virtual_pipeline is not None:
+        fail("parallel.virtual_pipeline is set: the interleaved schedule is not supported yet, set it to null")
+    _check_lengths(config, fail)
+
+
+def _check_lengths(config: Config, fail: Any) -> None:
+    row, tensor = config.row_tokens, config.parallel.tensor
+    if row < 2 * config.data.max_length:
+        fail(
+            f"batch.tokens_per_micro_batch is {row} but a pair may take 2 x data.max_length = "
+            f"{2 * config.data.max_length} tokens: raise it to that, or lower data.max_length"
+        )
+    if config.parallel.sequence_parallel and row % tensor:
+        fail(f"batch.tokens_per_micro_batch {row} is not divisible by parallel.tensor {tensor} (sequence parallelism)")
+    if config.data.max_prompt_length is not None and config.data.max_prompt_length >= config.data.max_length:
+        fail("data.max_prompt_length must be smaller than data.max_length: the response needs room")

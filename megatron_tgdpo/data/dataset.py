@@ -1,0 +1,208 @@
+"""Random access to preprocessed preference pairs, and the way from a path in a configuration to them."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_tgdpo.data.manifest import (
+    DATA_SUFFIXES,
+    FORMAT_VERSION,
+    MANIFEST_SUFFIX,
+    content_fingerprint,
+    digest_file,
+    read_manifest,
+)
+from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.records import where
+from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_tgdpo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One tokenised pair.
+
+    Attributes:
+        prompt: int64 [tokens], shared by both responses.
+        chosen: int64 [tokens], the preferred response, with its end-of-turn token unless truncated.
+        rejected: int64 [tokens], the other one.
+        index: the pair's place in the dataset.
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    index: int
+
+
+class PreferenceDataset:
+    """A preprocessed dataset, memory mapped. Opening it reads the index, not the tokens; any process may.
+
+    Attributes:
+        prefix: its path without suffix.
+        manifest: the content of its manifest.
+        fingerprint: sha256 (hex) naming its tokens and their division into pairs.
+        lengths: int64 [N, 3], tokens of prompt, chosen and rejected.
+
+    Raises:
+        UserError: the manifest is missing (an incomplete dataset), a file is truncated or missing, or files and
+            manifest contradict each other.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.manifest: dict[str, Any] = read_manifest(prefix)
+        self.fingerprint = content_fingerprint(self.manifest)
+        self._vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+        if self.manifest["max_token_id"] >= self._vocab_size:
+            raise UserError(
+                f"{prefix}: holds token id {self.manifest['max_token_id']}, above its tokenizer's {self._vocab_size} "
+                "entries; preprocess again"
+            )
+        try:
+            self._sequences = IndexedDataset(prefix)
+            self._origin = np.load(prefix + ".source.npy", mmap_mode="r", allow_pickle=False)
+        except (AssertionError, OSError, ValueError, KeyError) as error:
+            raise UserError(f"{prefix}: the index is damaged ({error}); preprocess again") from error
+        pairs = self.manifest["pairs"]
+        if len(self._sequences) != 3 * pairs or self._origin.shape != (pairs, 2):
+            raise UserError(f"{prefix}: the index does not hold the manifest's {pairs} pairs; preprocess again")
+        self.lengths = self._sequences.sequence_lengths.astype(np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        """Reads one pair.
+
+        Raises:
+            IndexError: ``index`` is not in [0, N).
+            UserError: a token id is outside the vocabulary: the .bin file is damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        prompt, chosen, rejected = (self._sequences[3 * index + column].astype(np.int64) for column in range(3))
+        for ids in (prompt, chosen, rejected):
+            if ids.min() < 0 or ids.max() >= self._vocab_size:
+                raise UserError(
+                    f"{self.prefix}.bin: pair {index} ({self.source(index)}) holds a token id outside the vocabulary "
+                    f"of {self._vocab_size}: the file is damaged; preprocess again"
+                )
+        return PreferencePair(prompt, chosen, rejected, int(index))
+
+    def source(self, index: int) -> str:
+        """Where a pair came from, as in error messages: ``pairs.jsonl:17`` or ``pairs.json record 17``."""
+        file_index, number = self._origin[index]
+        source = self.manifest["sources"][file_index]
+        return where(source["path"], source["kind"], int(number))
+
+    def verify(self) -> None:
+        """Hashes the data files (reads them whole) and compares with the manifest.
+
+        Raises:
+            UserError: a file is not what was written.
+        """
+        for suffix in DATA_SUFFIXES:
+            if digest_file(self.prefix + suffix).sha256 != self.manifest["files"][suffix]["sha256"]:
+                raise UserError(
+                    f"{self.prefix + suffix} is damaged: its sha256 is not the manifest's; preprocess again"
+                )
+
+
+def open_or_preprocess(
+    path: str | Sequence[str], options: PreprocessOptions, cache_dir: str, *, progress: bool = True
+) -> PreferenceDataset:
+    """Opens a dataset, preprocessing raw files once where need be.
+
+    Call it on one rank before process groups exist (preprocessing may take longer than their time-out); the other
+    ranks open what it returns with ``PreferenceDataset(dataset.prefix)``. Runs no collectives.
+
+    Args:
+        path: a dataset's prefix or manifest, or JSON, JSONL or Parquet file(s).
+        options: what training asks of the data.
+        cache_dir: where datasets made from raw files are kept, named by content of files, tokenizer and options.
+        progress: show a progress bar, if stderr is a terminal.
+
+    Raises:
+        UserError: bad input, or the dataset was made with another tokenizer, template or length limit.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    prepared = [prefix for prefix in map(_as_prefix, paths) if prefix]
+    if not prepared:
+        return _cached(paths, options, cache_dir, progress)
+    if len(paths) > 1:
+        raise UserError(f"{prepared[0]} is a preprocessed dataset: give it alone, or give raw files only")
+    dataset = PreferenceDataset(prepared[0])
+    _check_match(dataset, options, load_tokenizer(options.tokenizer, options.chat_template))
+    return dataset
+
+
+def _as_prefix(path: str) -> str | None:
+    """The dataset prefix that ``path`` means, None if it is a raw file."""
+    if path.endswith(MANIFEST_SUFFIX):
+        return path.removesuffix(MANIFEST_SUFFIX)
+    if Path(path).is_file() and not path.endswith((".bin", ".idx")):
+        return None
+    prefix = path.removesuffix(".bin").removesuffix(".idx")
+    if any(Path(prefix + suffix).exists() for suffix in (MANIFEST_SUFFIX, ".bin", ".idx")):
+        return prefix
+    return None
+
+
+def _check_match(dataset: PreferenceDataset, options: PreprocessOptions, tokenizer: Tokenizer) -> None:
+    made_with = dataset.manifest["tokenizer"]
+    for key, name, asked in (
+        ("fingerprint", "tokenizer", tokenizer.fingerprint),
+        ("template_fingerprint", "chat template", tokenizer.template_fingerprint),
+    ):
+        if made_with[key] != asked:
+            raise UserError(
+                f"{dataset.prefix} was made with another {name} ({made_with['path']}, {made_with[key][:12]}) than "
+                f"{options.tokenizer} ({asked[:12]}): preprocess again with this one"
+            )
+    for key, wanted in options.length_rules().items():
+        found = dataset.manifest["options"][key]
+        if found != wanted:
+            raise UserError(
+                f"{dataset.prefix} was made with {key}={found} and training asks for {wanted}: preprocess again, or "
+                f"set data.{key} to {found}"
+            )
+    dropped = dataset.manifest["dropped"]
+    if options.strict and dropped:
+        raise UserError(f"{dataset.prefix} was made by dropping pairs ({dropped}) and strict is on: mend the source")
+
+
+def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progress: bool) -> PreferenceDataset:
+    from megatron_tgdpo.data.preprocess import inspect_sources, write_dataset
+
+    sources = inspect_sources(paths)
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
+    key = {
+        "format_version": FORMAT_VERSION,
+        # Names are part of it, because errors quote them from the manifest.
+        "sources": [(source.path, source.size, source.sha256) for source in sources],
+        "tokenizer": [tokenizer.fingerprint, tokenizer.template_fingerprint],
+        "options": options.length_rules(),
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    prefix = str(Path(cache_dir) / f"{Path(paths[0]).stem}-{digest[:16]}")
+    if Path(prefix + MANIFEST_SUFFIX).exists():
+        try:
+            dataset = PreferenceDataset(prefix)
+        except UserError as error:
+            logger.warning("making the cached dataset again: %s", error)
+        else:
+            _check_match(dataset, options, tokenizer)
+            logger.info("reusing the preprocessed dataset %s (%d pairs)", prefix, len(dataset))
+            return dataset
+    write_dataset(sources, prefix, options, tokenizer, progress)
+    return PreferenceDataset(prefix)

@@ -1,0 +1,238 @@
+"""From a record to token ids: what one worker process does.
+
+Imports neither torch nor megatron, so that workers start fast.
+"""
+
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from megatron_tgdpo.data.chat import render_sides
+from megatron_tgdpo.data.layouts import Example, parse_record
+from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.records import parse_line, where
+from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_tgdpo.data.truncation import shared_cutoff
+from megatron_tgdpo.errors import UserError
+
+DROP_REASONS = (
+    "empty_prompt",
+    "empty_response",
+    "identical",
+    "overlong_prompt",
+    "identical_after_truncation",
+)
+
+
+@dataclass(frozen=True)
+class RecordBatch:
+    """Records of one file on their way to a worker.
+
+    Attributes:
+        path: the file.
+        kind: json, jsonl or parquet.
+        layout: name of the file's layout.
+        numbers: line or record number of each payload.
+        payloads: undecoded lines (jsonl) or decoded objects.
+    """
+
+    path: str
+    kind: str
+    layout: str
+    numbers: tuple[int, ...]
+    payloads: tuple[Any, ...]
+
+
+@dataclass
+class EncodedBatch:
+    """What became of a `RecordBatch`.
+
+    Attributes:
+        tokens: int32 ids of all kept pairs: prompt, chosen, rejected, and so on.
+        lengths: int32 [kept pairs, 3]: tokens of prompt, chosen, rejected.
+        numbers: record number of each kept pair.
+        dropped: pairs dropped by reason.
+        truncated: pairs by what was cut: ``prompt_by_max_prompt_length``, ``prompt``, ``chosen``, ``rejected``.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    numbers: list[int]
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One pair's ids after truncation, with what was cut (as in `EncodedBatch.truncated`)."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    truncated: tuple[str, ...]
+
+
+def encode_batch_in_worker(batch: RecordBatch, options: PreprocessOptions) -> EncodedBatch:
+    """`encode_batch` for a worker process, which opens the tokenizer once."""
+    return encode_batch(batch, _worker_tokenizer(options.tokenizer, options.chat_template), options)
+
+
+def ignore_interrupt() -> None:
+    """Worker initialiser: Ctrl-C reaches the whole process group, and only the parent shall answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@lru_cache(maxsize=1)
+def _worker_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
+    return load_tokenizer(path, chat_template)
+
+
+def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: PreprocessOptions) -> EncodedBatch:
+    """Encodes records in order.
+
+    Raises:
+        UserError: a record is malformed, or is dropped although ``options.strict``; names file and record.
+    """
+    result = EncodedBatch(np.empty(0, np.int32), np.empty((0, 3), np.int32), [])
+    tokens: list[int] = []
+    lengths: list[tuple[int, int, int]] = []
+    for number, payload in zip(batch.numbers, batch.payloads, strict=True):
+        place = where(batch.path, batch.kind, number)
+        record = parse_line(payload, place) if batch.kind == "jsonl" else payload
+        pair = encode_example(parse_record(record, batch.layout, place), tokenizer, options, place)
+        if isinstance(pair, str):
+            if options.strict:
+                raise UserError(f"{place}: this pair would be dropped ({pair}) and strict is on; mend or remove it")
+            result.dropped[pair] += 1
+            continue
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            tokens.extend(ids)
+        lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
+        result.numbers.append(number)
+        result.truncated.update(pair.truncated)
+    result.tokens = np.array(tokens, dtype=np.int32)
+    result.lengths = np.array(lengths, dtype=np.int32).reshape(-1, 3)
+    return result
+
+
+def encode_example(example: Example, tokenizer: Tokenizer, options: PreprocessOptions, place: str) -> EncodedPair | str:
+    """Encodes and truncates one pair.
+
+    Args:
+        example: the pair's text.
+        tokenizer: the tokenizer.
+        options: the length rules.
+        place: how errors name the record.
+
+    Returns:
+        The pair, or the reason it is dropped (one of `DROP_REASONS`).
+
+    Raises:
+        UserError: the template refuses it, or its prompt is too long and ``overlong_prompt`` is ``error``.
+    """
+    if not _prompt_has_text(example):
+        return "empty_prompt"
+    if not example.chosen.strip() or not example.rejected.strip():
+        return "empty_response"
+    prompt, chosen, rejected = encode_sides(example, tokenizer, place)
+    if not prompt:
+        return "empty_prompt"
+    if not chosen or not rejected:
+        return "empty_response"
+    if chosen == rejected:
+        return "identical"
+
+    limit = options.max_prompt_length
+    overlong = limit is not None and len(prompt) > limit
+    if overlong and options.overlong_prompt == "error":
+        raise UserError(
+            f"{place}: the prompt has {len(prompt)} tokens, above max_prompt_length {limit}; "
+            "raise the limit, or set overlong_prompt to truncate or drop"
+        )
+    if overlong and options.overlong_prompt == "drop":
+        return "overlong_prompt"
+    return _truncate(prompt, chosen, rejected, options)
+
+
+def _truncate(
+    prompt: list[int], chosen: list[int], rejected: list[int], options: PreprocessOptions
+) -> EncodedPair | str:
+    truncated = []
+    limit = options.max_prompt_length
+    if limit is not None and len(prompt) > limit:
+        # The end of a prompt holds the question and the header of the answer: it is the start that can go.
+        prompt = prompt[-limit:]
+        truncated.append("prompt_by_max_prompt_length")
+    source_len, target_len = shared_cutoff(len(prompt), max(len(chosen), len(rejected)), options.max_length)
+    if source_len == 0:
+        return "empty_prompt"
+    if target_len == 0:
+        return "empty_response"
+    sides = (("prompt", prompt, source_len), ("chosen", chosen, target_len), ("rejected", rejected, target_len))
+    truncated.extend(name for name, ids, keep in sides if len(ids) > keep)
+    if chosen[:target_len] == rejected[:target_len]:
+        return "identical_after_truncation"
+    return EncodedPair(prompt[:source_len], chosen[:target_len], rejected[:target_len], tuple(truncated))
+
+
+def encode_sides(example: Example, tokenizer: Tokenizer, place: str) -> tuple[list[int], list[int], list[int]]:
+    """Ids of the prompt, shared by both responses, and of each response with its end-of-turn token; untruncated.
+
+    Args:
+        example: the pair's text. A plain prompt is taken as it is, with a BOS in front where the tokenizer adds
+            one by default, and its responses end with EOS; messages go through the chat template.
+        tokenizer: the tokenizer.
+        place: how errors name the record.
+
+    Raises:
+        UserError: messages without a chat template, plain text without an EOS token, or an unfit template.
+    """
+    if isinstance(example.prompt, str):
+        return _encode_plain(example.prompt, (example.chosen, example.rejected), tokenizer, place)
+    if tokenizer.template is None:
+        raise UserError(f"{place}: messages need a chat template and this tokenizer has none; give --chat-template")
+    responses = (example.chosen, example.rejected)
+    text, sides = render_sides(tokenizer.template, example.prompt, responses, tokenizer.special_tokens, place)
+    prompt = tokenizer.encode(text)
+    chosen, rejected = (_continue(tokenizer, text, prompt, side) for side in sides)
+    return prompt, chosen, rejected
+
+
+def _encode_plain(
+    text: str, responses: Sequence[str], tokenizer: Tokenizer, place: str
+) -> tuple[list[int], list[int], list[int]]:
+    eos = tokenizer.eos_id
+    if eos is None:
+        raise UserError(f"{place}: plain prompts need an EOS token to end responses and this tokenizer has none")
+    prompt = tokenizer.encode(text)
+    sides = []
+    for response in responses:
+        ids = _continue(tokenizer, text, prompt, response)
+        sides.append(ids if ids[-1:] == [eos] else [*ids, eos])
+    if tokenizer.adds_bos and tokenizer.bos_id is not None and prompt[:1] != [tokenizer.bos_id]:
+        prompt = [tokenizer.bos_id, *prompt]
+    return prompt, sides[0], sides[1]
+
+
+def _continue(tokenizer: Tokenizer, prompt_text: str, prompt: list[int], response_text: str) -> list[int]:
+    """Ids of a response as it follows its prompt.
+
+    SentencePiece-like tokenizers put a space before a text that stands alone, which an answer inside a conversation
+    does not have; so the response is encoded behind its prompt. Where the prompt's own ids would change by that
+    (a token would span the border), the response is encoded alone, because both sides must share the prompt's ids.
+    """
+    together = tokenizer.encode(prompt_text + response_text)
+    if together[: len(prompt)] == prompt:
+        return together[len(prompt) :]
+    return tokenizer.encode(response_text)
+
+
+def _prompt_has_text(example: Example) -> bool:
+    if isinstance(example.prompt, str):
+        return bool(example.prompt.strip())
+    return any(message.content.strip() for message in example.prompt if message.role != "system")

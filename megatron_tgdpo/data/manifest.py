@@ -1,0 +1,151 @@
+"""The manifest beside a preprocessed dataset: what is in it, and the proof that it was written to its end.
+
+A dataset is ``PREFIX.bin`` and ``PREFIX.idx`` (Megatron-Core IndexedDataset), ``PREFIX.source.npy`` and
+``PREFIX.manifest.json``. The manifest is put in place last: without it there is no dataset.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_tgdpo.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_SUFFIX = ".manifest.json"
+DATA_SUFFIXES = (".bin", ".idx", ".source.npy")
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """A file's size in bytes and sha256 (hex)."""
+
+    size: int
+    sha256: str
+
+
+def digest_file(path: str) -> FileDigest:
+    """Hashes a file in blocks.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    try:
+        with open(path, "rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+                size += len(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return FileDigest(size, digest.hexdigest())
+
+
+def fsync_path(path: str | Path) -> None:
+    """Waits until a file's content, or a directory's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(staging_prefix: str, prefix: str, manifest: Mapping[str, Any]) -> None:
+    """Renames finished data files into place, then writes the manifest; an older manifest goes first.
+
+    At every instant the files under ``prefix`` are either a complete dataset or lack a manifest.
+
+    Args:
+        staging_prefix: where the data files were written, on the same file system.
+        prefix: the dataset's prefix.
+        manifest: the manifest's content.
+    """
+    for suffix in DATA_SUFFIXES:
+        fsync_path(staging_prefix + suffix)
+    staged_manifest = Path(staging_prefix + MANIFEST_SUFFIX)
+    with open(staged_manifest, "w", encoding="utf-8") as stream:
+        json.dump(manifest, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    Path(prefix + MANIFEST_SUFFIX).unlink(missing_ok=True)
+    directory = Path(prefix).parent
+    for suffix in DATA_SUFFIXES:
+        os.replace(staging_prefix + suffix, prefix + suffix)
+    fsync_path(directory)
+    os.replace(staged_manifest, prefix + MANIFEST_SUFFIX)
+    fsync_path(directory)
+
+
+def read_manifest(prefix: str) -> dict[str, Any]:
+    """Reads and checks ``PREFIX.manifest.json``, and the data files' sizes against it.
+
+    Raises:
+        UserError: it is missing (the dataset is incomplete), malformed, of another version, or a data file is
+            missing or has another size than recorded.
+    """
+    path = prefix + MANIFEST_SUFFIX
+    try:
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} is missing: the dataset {prefix} does not exist or is incomplete; preprocess again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read the manifest ({error}); preprocess again") from error
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: not a version {FORMAT_VERSION} manifest; preprocess again")
+    for suffix in DATA_SUFFIXES:
+        recorded = manifest["files"][suffix]["size"]
+        try:
+            size = os.stat(prefix + suffix).st_size
+        except OSError as error:
+            raise UserError(f"{prefix + suffix} is missing; preprocess again") from error
+        if size != recorded:
+            raise UserError(
+                f"{prefix + suffix} has {size} bytes and the manifest says {recorded}: truncated or replaced; "
+                "preprocess again"
+            )
+    return manifest
+
+
+def content_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """sha256 (hex) that names a dataset's tokens and their division into pairs."""
+    files = manifest["files"]
+    return hashlib.sha256(f"{files['.bin']['sha256']}{files['.idx']['sha256']}".encode()).hexdigest()
+
+
+def length_summary(lengths: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Distribution of token counts.
+
+    Args:
+        lengths: int64 [N, 3], tokens of prompt, chosen and rejected; N > 0.
+
+    Returns:
+        For prompt, chosen, rejected and pair (what a pair takes in a row: the prompt twice and both responses)
+        min, mean, median, p95, max and total in tokens, and ``histogram``: pairs by the smallest power of two that is
+        not below their length.
+    """
+    prompt, chosen, rejected = lengths.T
+    columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair": 2 * prompt + chosen + rejected}
+    return {name: _column_summary(values) for name, values in columns.items()}
+
+
+def _column_summary(values: np.ndarray) -> dict[str, Any]:
+    exponents = np.ceil(np.log2(np.maximum(values, 1))).astype(np.int64)
+    bounds, counts = np.unique(2**exponents, return_counts=True)
+    return {
+        "min": int(values.min()),
+        "mean": round(float(values.mean()), 2),
+        "median": float(np.median(values)),
+        "p95": float(np.percentile(values, 95)),
+        "max": int(values.max()),
+        "total": int(values.sum()),
+        "histogram": {str(bound): int(count) for bound, count in zip(bounds, counts, strict=True)},
+    }

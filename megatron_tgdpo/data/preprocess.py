@@ -1,0 +1,231 @@
+"""Turns files of preference pairs into a tokenised, memory-mapped dataset."""
+
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tqdm import tqdm
+
+from megatron_tgdpo.data.encode import (
+    EncodedBatch,
+    RecordBatch,
+    encode_batch,
+    encode_batch_in_worker,
+    ignore_interrupt,
+)
+from megatron_tgdpo.data.layouts import detect_layout
+from megatron_tgdpo.data.manifest import (
+    DATA_SUFFIXES,
+    FORMAT_VERSION,
+    MANIFEST_SUFFIX,
+    commit,
+    digest_file,
+    length_summary,
+)
+from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.records import detect_format, parse_line, read_records, where
+from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_tgdpo.errors import UserError
+
+BATCH_RECORDS = 64
+# Batches on their way per worker: enough to keep it busy, few enough that memory does not grow with the file.
+BATCHES_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """An input file: path, format (json, jsonl, parquet), size in bytes and sha256 (hex)."""
+
+    path: str
+    kind: str
+    size: int
+    sha256: str
+
+
+def inspect_sources(paths: Sequence[str]) -> list[SourceFile]:
+    """Hashes the input files and tells their formats.
+
+    Raises:
+        UserError: there is none, or one is missing, empty or of no known format.
+    """
+    if not paths:
+        raise UserError("no input file given")
+    sources = []
+    for path in paths:
+        kind = detect_format(path)
+        sources.append(SourceFile(path, kind, **asdict(digest_file(path))))
+    return sources
+
+
+def preprocess(
+    paths: Sequence[str],
+    prefix: str,
+    options: PreprocessOptions,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Tokenises preference pairs into ``PREFIX.{bin,idx,source.npy,manifest.json}``.
+
+    The result does not depend on ``options.workers``. Only token counts and record numbers stay in memory (about
+    200 bytes a pair). With more than one worker, processes are spawned: call it under ``if __name__ == "__main__"``.
+    One caller at a time; no collectives, no CUDA.
+
+    Args:
+        paths: JSON, JSONL or Parquet files, read in this order.
+        prefix: where the dataset goes; its directory is created.
+        options: tokenizer and length rules.
+        overwrite: replace a complete dataset at ``prefix``.
+        progress: show a progress bar, if stderr is a terminal.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: bad input (names file and record), nothing left, or the output cannot be written. No manifest is
+            left by a failed or interrupted run, and a dataset that was complete before stays as it was.
+    """
+    if not overwrite and os.path.exists(prefix + MANIFEST_SUFFIX):
+        raise UserError(
+            f"{prefix + MANIFEST_SUFFIX} exists: a dataset is there already; give --overwrite to replace it"
+        )
+    sources = inspect_sources(paths)
+    return write_dataset(sources, prefix, options, load_tokenizer(options.tokenizer, options.chat_template), progress)
+
+
+def write_dataset(
+    sources: Sequence[SourceFile], prefix: str, options: PreprocessOptions, tokenizer: Tokenizer, progress: bool
+) -> dict[str, Any]:
+    """`preprocess` with the inputs already inspected and the tokenizer open; replaces what is at ``prefix``."""
+    staging = f"{prefix}.partial-{os.getpid()}"
+    try:
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        manifest = _fill(staging, sources, options, tokenizer, progress)
+        commit(staging, prefix, manifest)
+    except OSError as error:
+        raise UserError(f"cannot write the dataset {prefix}: {error.strerror or error}") from error
+    finally:
+        for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX):
+            with suppress(OSError):
+                os.unlink(staging + suffix)
+    return manifest
+
+
+def _fill(
+    staging: str, sources: Sequence[SourceFile], options: PreprocessOptions, tokenizer: Tokenizer, progress: bool
+) -> dict[str, Any]:
+    """Writes the data files under ``staging`` and returns the manifest."""
+    builder = IndexedDatasetBuilder(staging + ".bin", dtype=np.int32)
+    numbers: list[np.ndarray] = []
+    dropped: Counter[str] = Counter()
+    truncated: Counter[str] = Counter()
+    max_token_id = 0
+    total_bytes = sum(source.size for source in sources)
+    with (
+        builder.data_file,
+        closing(_encoded(sources, options, tokenizer)) as results,
+        tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenise", disable=None if progress else True) as bar,
+    ):
+        for file_index, result, bytes_read in results:
+            bounds = np.cumsum(result.lengths.sum(axis=1))
+            for tokens, lengths in zip(np.split(result.tokens, bounds[:-1]), result.lengths, strict=True):
+                builder.add_document(tokens, lengths.tolist())
+            max_token_id = max(max_token_id, int(result.tokens.max(initial=0)))
+            numbers.append(np.array([(file_index, number) for number in result.numbers], np.int64).reshape(-1, 2))
+            dropped.update(result.dropped)
+            truncated.update(result.truncated)
+            bar.update(bytes_read - bar.n)
+            bar.set_postfix(pairs=len(builder.document_indices) - 1, dropped=dropped.total(), refresh=False)
+    origin = np.concatenate(numbers) if numbers else np.empty((0, 2), np.int64)
+    if not len(origin):
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "there was none"
+        raise UserError(f"{', '.join(source.path for source in sources)}: no pair is left ({reasons})")
+    builder.finalize(staging + ".idx")
+    np.save(staging + ".source.npy", origin, allow_pickle=False)
+    lengths = np.array(builder.sequence_lengths, dtype=np.int64).reshape(-1, 3)
+    return {
+        "format_version": FORMAT_VERSION,
+        "pairs": len(origin),
+        "dropped": dict(sorted(dropped.items())),
+        "truncated": dict(sorted(truncated.items())),
+        "lengths": length_summary(lengths),
+        "tokenizer": {
+            "path": options.tokenizer,
+            "fingerprint": tokenizer.fingerprint,
+            "template_fingerprint": tokenizer.template_fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+        },
+        "max_token_id": max_token_id,
+        "options": {**options.length_rules(), "chat_template": options.chat_template, "strict": options.strict},
+        "sources": [asdict(source) for source in sources],
+        "files": {suffix: asdict(digest_file(staging + suffix)) for suffix in DATA_SUFFIXES},
+    }
+
+
+def _encoded(
+    sources: Sequence[SourceFile], options: PreprocessOptions, tokenizer: Tokenizer
+) -> Iterator[tuple[int, EncodedBatch, int]]:
+    """Yields (index of the file, encoded batch, bytes read of all files) in the order of the input."""
+    batches = _batches(sources)
+    if options.workers == 1:
+        for file_index, batch, bytes_read in batches:
+            yield file_index, encode_batch(batch, tokenizer, options), bytes_read
+        return
+    pool = ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=ignore_interrupt)
+    waiting: deque[tuple[int, Future[EncodedBatch], int]] = deque()
+    try:
+        for file_index, batch, bytes_read in batches:
+            waiting.append((file_index, pool.submit(encode_batch_in_worker, batch, options), bytes_read))
+            if len(waiting) >= options.workers * BATCHES_IN_FLIGHT:
+                yield _oldest(waiting)
+        while waiting:
+            yield _oldest(waiting)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a preprocessing worker died (killed, or out of memory?); try fewer workers, and start it from a script "
+            'guarded by if __name__ == "__main__"'
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _oldest(waiting: deque[tuple[int, Future[EncodedBatch], int]]) -> tuple[int, EncodedBatch, int]:
+    file_index, future, bytes_read = waiting.popleft()
+    return file_index, future.result(), bytes_read
+
+
+def _batches(sources: Sequence[SourceFile]) -> Iterator[tuple[int, RecordBatch, int]]:
+    """Yields (index of the file, batch, bytes read of all files)."""
+    bytes_before = 0
+    for file_index, source in enumerate(sources):
+        layout = ""
+        bytes_read = 0
+        numbers: list[int] = []
+        payloads: list[Any] = []
+        for record in read_records(source.path, source.kind):
+            if not layout:
+                place = where(source.path, source.kind, record.number)
+                first = parse_line(record.payload, place) if source.kind == "jsonl" else record.payload
+                layout = detect_layout(first, place)
+            numbers.append(record.number)
+            payloads.append(record.payload)
+            bytes_read = record.bytes_read
+            if len(numbers) == BATCH_RECORDS:
+                batch = RecordBatch(source.path, source.kind, layout, tuple(numbers), tuple(payloads))
+                yield file_index, batch, bytes_before + bytes_read
+                numbers, payloads = [], []
+        if numbers:
+            batch = RecordBatch(source.path, source.kind, layout, tuple(numbers), tuple(payloads))
+            yield file_index, batch, bytes_before + bytes_read
+        bytes_before += source.size

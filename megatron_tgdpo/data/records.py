@@ -1,0 +1,219 @@
+"""Streams raw records out of JSON, JSONL and Parquet files, one at a time: memory does not grow with the file."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_tgdpo.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+PARQUET_ROWS = 256
+# An error this close to the end of the buffer may only mean that the rest of the token has not been read yet;
+# the longest token that the JSON scanner takes as one is an escaped surrogate pair, 12 characters.
+TOKEN_MARGIN = 16
+WHITESPACE = " \t\r\n"
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """One record as read.
+
+    Attributes:
+        number: line in a JSONL file, else the record's place in the file; both count from 1.
+        payload: the undecoded line of a JSONL file (parsed by the worker), else the decoded object.
+        bytes_read: bytes of the file read when this record was complete; for progress only.
+    """
+
+    number: int
+    payload: Any
+    bytes_read: int
+
+
+def detect_format(path: str) -> str:
+    """Tells ``json`` (top-level array), ``jsonl`` and ``parquet`` apart by content, not by name.
+
+    Raises:
+        UserError: no such file, an empty file, or something else altogether.
+    """
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(4)
+            if head == b"PAR1":
+                return "parquet"
+            stream.seek(0)
+            for chunk in iter(lambda: stream.read(CHUNK_BYTES), b""):
+                text = chunk.removeprefix(codecs.BOM_UTF8).lstrip()
+                if text:
+                    return _json_kind(path, text[:1])
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    raise UserError(f"{path}: the file is empty; give at least one preference pair")
+
+
+def _json_kind(path: str, first: bytes) -> str:
+    if first == b"[":
+        return "json"
+    if first == b"{":
+        return "jsonl"
+    raise UserError(
+        f"{path}: not JSON, JSONL or Parquet (starts with {first!r}); "
+        "give a top-level JSON array, one JSON object a line, or a Parquet file"
+    )
+
+
+def where(path: str, kind: str, number: int) -> str:
+    """Names a record for people: ``pairs.jsonl:17``, or ``pairs.json record 17``."""
+    return f"{path}:{number}" if kind == "jsonl" else f"{path} record {number}"
+
+
+def read_records(path: str, kind: str) -> Iterator[RawRecord]:
+    """Yields the records of one file in order.
+
+    Args:
+        path: the file.
+        kind: what ``detect_format`` said.
+
+    Raises:
+        UserError: the file is malformed; names the line or record.
+    """
+    if kind == "parquet":
+        yield from _read_parquet(path)
+        return
+    with open(path, "rb") as stream:
+        yield from _read_jsonl(stream) if kind == "jsonl" else _read_json_array(path, stream)
+
+
+def parse_line(line: bytes, place: str) -> Any:
+    """Decodes one JSONL line.
+
+    Raises:
+        UserError: not UTF-8 or not JSON; starts with ``place``.
+    """
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 (byte {error.start + 1} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{place}: malformed JSON, {error.msg} at column {error.colno}; each line must hold one whole JSON object"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{place}: JSON nested too deeply") from error
+
+
+def _read_jsonl(stream: BinaryIO) -> Iterator[RawRecord]:
+    bytes_read = 0
+    # Iterating over bytes splits at \n only, as JSONL defines lines; text mode would also split at \r.
+    for number, line in enumerate(stream, start=1):
+        bytes_read += len(line)
+        if line.strip():
+            yield RawRecord(number, line, bytes_read)
+
+
+class _ArrayBuffer:
+    """The undecoded part of a JSON array file, and how far it has been read."""
+
+    def __init__(self, path: str, stream: BinaryIO) -> None:
+        self.path = path
+        self.stream = stream
+        self.utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text = ""
+        self.at_end = False
+        self.bytes_read = 0
+        self.line = 1
+        self.record = 1
+
+    def error(self, message: str, position: int = 0) -> UserError:
+        line = self.line + self.text.count("\n", 0, position)
+        return UserError(f"{where(self.path, 'json', self.record)} (line {line}): {message}")
+
+    def fill(self) -> None:
+        # Reading as much as is waiting keeps a record larger than the chunk from being scanned a quadratic number
+        # of times.
+        data = self.stream.read(max(CHUNK_BYTES, len(self.text)))
+        self.at_end = not data
+        self.bytes_read += len(data)
+        try:
+            self.text += self.utf8.decode(data, final=self.at_end)
+        except UnicodeDecodeError as error:
+            raise self.error("not UTF-8") from error
+
+    def drop(self, count: int) -> None:
+        self.line += self.text.count("\n", 0, count)
+        self.text = self.text[count:]
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end of the file."""
+        while True:
+            self.drop(len(self.text) - len(self.text.lstrip(WHITESPACE)))
+            if self.text or self.at_end:
+                return self.text[:1]
+            self.fill()
+
+
+def _read_json_array(path: str, stream: BinaryIO) -> Iterator[RawRecord]:
+    buffer = _ArrayBuffer(path, stream)
+    buffer.peek()
+    buffer.drop(1)
+    if buffer.peek() == "]":
+        buffer.drop(1)
+    else:
+        closed = False
+        while not closed:
+            payload = _decode_object(buffer)
+            yield RawRecord(buffer.record, payload, buffer.bytes_read)
+            separator = buffer.peek()
+            if separator not in (",", "]"):
+                found = repr(separator) if separator else "the end of the file"
+                raise buffer.error(f"expected ',' or ']' after this record, found {found}; is the file truncated?")
+            buffer.drop(1)
+            buffer.record += 1
+            closed = separator == "]"
+    if buffer.peek():
+        raise buffer.error("text after the end of the top-level array; for several arrays, give several files")
+
+
+def _decode_object(buffer: _ArrayBuffer) -> Any:
+    decoder = json.JSONDecoder()
+    first = buffer.peek()
+    if first != "{":
+        raise buffer.error(f"expected a JSON object, found {first!r}" if first else "the file ends inside the array")
+    while True:
+        try:
+            payload, end = decoder.raw_decode(buffer.text)
+        except json.JSONDecodeError as error:
+            unfinished = error.msg.startswith("Unterminated string") or error.pos > len(buffer.text) - TOKEN_MARGIN
+            if buffer.at_end or not unfinished:
+                raise buffer.error(f"malformed JSON, {error.msg}", error.pos) from error
+            buffer.fill()
+        except RecursionError as error:
+            raise buffer.error("JSON nested too deeply") from error
+        else:
+            buffer.drop(end)
+            return payload
+
+
+def _read_parquet(path: str) -> Iterator[RawRecord]:
+    import pyarrow
+    import pyarrow.parquet
+
+    from megatron_tgdpo.data.layouts import KEYS
+
+    size = Path(path).stat().st_size
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            total = table.metadata.num_rows
+            columns = [name for name in table.schema_arrow.names if name in KEYS]
+            if total and not columns:
+                raise UserError(f"{path}: no column of a known layout (columns: {', '.join(table.schema_arrow.names)})")
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawRecord(number, row, size * number // total)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{where(path, 'parquet', number + 1)}: cannot read the Parquet file: {reason}") from error

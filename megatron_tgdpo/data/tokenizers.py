@@ -1,0 +1,177 @@
+"""The two kinds of tokenizer, Hugging Face directories and raw SentencePiece models, behind one interface."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_tgdpo.data.chat import DEFAULT_TEMPLATE, ChatTemplate, read_template
+from megatron_tgdpo.errors import UserError
+
+NO_TEMPLATE = "none"
+
+
+class Tokenizer(Protocol):
+    """What preprocessing needs of a tokenizer.
+
+    Attributes:
+        vocab_size: one above the largest id.
+        bos_id: id of the beginning-of-sequence token, None if there is none.
+        eos_id: id of the end-of-sequence token, None if there is none.
+        adds_bos: whether plain text gets a BOS in front by default.
+        special_tokens: texts that become one id each, never text; where an end-of-turn token is looked for.
+        template: the chat template, None if there is none.
+        fingerprint: sha256 (hex) of what determines the ids.
+        template_fingerprint: sha256 (hex) of the template's source, ``none`` without one.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    adds_bos: bool
+    special_tokens: tuple[str, ...]
+    template: ChatTemplate | None
+    fingerprint: str
+    template_fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special tokens written in it become their ids, none is added."""
+        ...
+
+
+def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
+    """Opens a tokenizer from local files; nothing is downloaded and no code in it is run.
+
+    Args:
+        path: Hugging Face directory, or SentencePiece ``.model`` file.
+        chat_template: Jinja file to use instead of the tokenizer's own template.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    template = None if chat_template is None else read_template(chat_template)
+    name = path if chat_template is None else chat_template
+    if Path(path).is_dir():
+        return HuggingFaceTokenizer(path, template, name)
+    if Path(path).is_file():
+        return SentencePieceTokenizer(path, template, name)
+    raise UserError(f"no tokenizer at {path}: give a Hugging Face directory or a SentencePiece .model file")
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face tokenizer directory. Attributes as in `Tokenizer`."""
+
+    def __init__(self, path: str, template: str | None, template_name: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            hf: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # a broken file raises anything from KeyError to the Rust library's own type
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"cannot open the tokenizer in {path}: {reason}") from error
+        self._hf = hf
+        vocabulary = hf.get_vocab()
+        if not vocabulary:
+            raise UserError(f"the tokenizer in {path} has an empty vocabulary; is tokenizer.json missing?")
+        self.vocab_size: int = max(len(hf), max(vocabulary.values()) + 1)
+        self.bos_id: int | None = hf.bos_token_id
+        self.eos_id: int | None = hf.eos_token_id
+        self.adds_bos = self.bos_id is not None and hf("a")["input_ids"][:1] == [self.bos_id]
+        added = [token.content for token in hf.added_tokens_decoder.values()]
+        self.special_tokens = tuple(sorted({token for token in [*added, *hf.all_special_tokens] if _is_visible(token)}))
+        self.fingerprint = _sha256(_ids_definition(hf))
+        source = template if template is not None else _own_template(hf)
+        tokens = {key: value for key, value in hf.special_tokens_map.items() if isinstance(value, str)}
+        self.template = None if source is None else ChatTemplate(source, tokens, template_name)
+        self.template_fingerprint = NO_TEMPLATE if source is None else _sha256(source)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without added BOS or EOS."""
+        return self._hf.encode(text, add_special_tokens=False)
+
+
+class SentencePieceTokenizer:
+    """A raw SentencePiece model. Attributes as in `Tokenizer`.
+
+    Control pieces such as ``<s>`` and ``</s>`` in a text become their ids, and the text between two of them is
+    encoded as SentencePiece encodes a text of its own. User-defined pieces are SentencePiece's own business.
+    """
+
+    def __init__(self, path: str, template: str | None, template_name: str) -> None:
+        import sentencepiece
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+
+        try:
+            model = Path(path).read_bytes()
+            definition = sentencepiece_model_pb2.ModelProto.FromString(model)
+            pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (OSError, RuntimeError, DecodeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"cannot open {path} as a SentencePiece model: {reason}") from error
+        self._pieces = pieces
+        self.vocab_size: int = pieces.get_piece_size()
+        self.bos_id = pieces.bos_id() if pieces.bos_id() >= 0 else None
+        self.eos_id = pieces.eos_id() if pieces.eos_id() >= 0 else None
+        self.adds_bos = self.bos_id is not None
+        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+        self._control_ids: dict[str, int] = {
+            entry.piece: index for index, entry in enumerate(definition.pieces) if entry.type == kinds.CONTROL
+        }
+        longest_first = sorted(self._control_ids, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        user_defined = [entry.piece for entry in definition.pieces if entry.type == kinds.USER_DEFINED]
+        self.special_tokens = tuple(sorted({*self._control_ids, *filter(_is_visible, user_defined)}))
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        source = DEFAULT_TEMPLATE if template is None else template
+        tokens = {
+            "bos_token": "" if self.bos_id is None else pieces.id_to_piece(self.bos_id),
+            "eos_token": "" if self.eos_id is None else pieces.id_to_piece(self.eos_id),
+        }
+        self.template: ChatTemplate | None = ChatTemplate(source, tokens, template_name)
+        self.template_fingerprint = _sha256(source)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without added BOS or EOS."""
+        ids: list[int] = []
+        for part in self._split.split(text) if self._split else [text]:
+            if part in self._control_ids:
+                ids.append(self._control_ids[part])
+            elif part:
+                ids.extend(self._pieces.encode(part))
+        return ids
+
+
+def _is_visible(token: str) -> bool:
+    # Gemma declares runs of white space as tokens of their own; they end no turn.
+    return bool(token.strip("\u2581 \t\r\n"))
+
+
+def _own_template(hf: Any) -> str | None:
+    if not hf.chat_template:
+        return None
+    try:
+        return hf.get_chat_template()
+    except ValueError as error:  # several named templates and none called default
+        raise UserError(
+            f"the tokenizer has several chat templates and no default: give one with --chat-template ({error})"
+        ) from error
+
+
+def _ids_definition(hf: Any) -> str:
+    """Vocabulary, merges, normalisation and special tokens as one string; padding and truncation do not matter."""
+    backend = getattr(hf, "backend_tokenizer", None)
+    if backend is None:
+        added = {index: token.content for index, token in hf.added_tokens_decoder.items()}
+        definition: dict[str, Any] = {"vocabulary": hf.get_vocab(), "added": added, "class": type(hf).__name__}
+    else:
+        definition = json.loads(backend.to_str())
+        definition.pop("padding", None)
+        definition.pop("truncation", None)
+    definition["special"] = [hf.bos_token_id, hf.eos_token_id]
+    return json.dumps(definition, sort_keys=True)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

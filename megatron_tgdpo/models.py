@@ -1,0 +1,253 @@
+"""A Megatron-Core language model from an HF config, on the local layer spec.
+
+Legend: S tokens of the row, S_local = S / tp under sequence parallelism (else S), H hidden, V padded vocabulary.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from checkpoints_convert.families import family_of
+from megatron_tgdpo.attention import PackedCausalAttention
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.norm import RMSNorm
+from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.rotary import RotaryFrequencies
+
+_VOCABULARY_MULTIPLE = 128
+
+
+def read_hf_config(path: Path) -> PretrainedConfig:
+    """Reads the HF config of a checkpoint directory and checks that this project computes the same model.
+
+    Args:
+        path: An HF directory, or a Megatron checkpoint directory (its ``hf/`` subfolder is read). Local files only.
+
+    Raises:
+        UserError: No or malformed ``config.json``, an unknown architecture, or a setting that would change the maths.
+    """
+    directory = path / "hf" if (path / "hf" / "config.json").is_file() else path
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{path}: no config.json there, give an HF or a Megatron checkpoint directory")
+    try:
+        architectures = json.loads(file.read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not a readable HF config: {error}") from error
+    try:
+        family = family_of(architectures)
+        hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        family.check(hf_config)
+        RotaryFrequencies(hf_config, torch.device("cpu"))
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+    except Exception as error:  # transformers raises many types for one cause: the file's content
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+    return hf_config
+
+
+def padded_vocab_size(hf_config: PretrainedConfig, tensor: int) -> int:
+    """Rows of the embedding: a multiple of lcm(128, tp), so that checkpoints do not depend on tp."""
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor)
+    return math.ceil(hf_config.vocab_size / multiple) * multiple
+
+
+def transformer_config_kwargs(
+    hf_config: PretrainedConfig,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All arguments of megatron-core's TransformerConfig; pure.
+
+    Args:
+        hf_config: From :func:`read_hf_config`.
+        layout: The rank grid.
+        dtype: Of parameters and activations, ``torch.float32`` or ``torch.bfloat16``.
+        device: Where the parameters will be.
+        overrides: Wins over everything else.
+
+    Raises:
+        UserError: The model does not divide by the layout.
+    """
+    family = family_of(hf_config.architectures)
+    family.check(hf_config)
+    kwargs = family.config_kwargs(hf_config)
+    _check_divides(kwargs, layout)
+    return {
+        **kwargs,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "sequence_parallel": layout.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": device.type == "cpu",
+        # Weights always come from a checkpoint.
+        "perform_initialization": False,
+        # The token slot of the loss carries the pair count (see forward.py).
+        "calculate_per_token_loss": True,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        **(overrides or {}),
+    }
+
+
+def _check_divides(kwargs: Mapping[str, Any], layout: ParallelLayout) -> None:
+    tp, pp = layout.tensor, layout.pipeline
+    groups = kwargs["num_query_groups"]
+    if layout.context > 1:
+        raise UserError(f"parallel.context is {layout.context}, the local layer spec supports only 1")
+    if kwargs["num_layers"] % pp:
+        raise UserError(f"{kwargs['num_layers']} layers are not divisible by parallel.pipeline = {pp}")
+    if kwargs["num_attention_heads"] % tp:
+        raise UserError(f"{kwargs['num_attention_heads']} attention heads are not divisible by parallel.tensor = {tp}")
+    if groups % tp and tp % groups:
+        raise UserError(f"{groups} key/value heads neither divide nor are divisible by parallel.tensor = {tp}")
+    if kwargs["ffn_hidden_size"] % tp:
+        raise UserError(f"MLP size {kwargs['ffn_hidden_size']} is not divisible by parallel.tensor = {tp}")
+
+
+class LanguageModel(GPTModel):
+    """This rank's slice of a language model: embedding, decoder layers, final norm and output weight, without logits.
+
+    Attributes:
+        true_vocab_size: The vocabulary of the HF model; columns beyond it are padding and must not enter a log-prob.
+        padded_vocab_size: V, over all tensor-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        block: TransformerBlockSubmodules,
+        hf_config: PretrainedConfig,
+        pg: ProcessGroupCollection,
+        device: torch.device,
+    ) -> None:
+        vocabulary = padded_vocab_size(hf_config, config.tensor_model_parallel_size)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block,
+            vocab_size=vocabulary,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=pg.pp.rank() == 0,
+            post_process=pg.pp.rank() == pg.pp.size() - 1,
+            share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+            # megatron-core would build rotary embeddings of its own; ours are gathered by position id.
+            position_embedding_type="none",
+            pg_collection=pg,
+        )
+        self.true_vocab_size: int = hf_config.vocab_size
+        self.padded_vocab_size: int = vocabulary
+        self.rotary = RotaryFrequencies(hf_config, device)
+        _mark_tensor_parallel(self)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, packing: PackedSeqParams) -> Tensor:  # type: ignore[override]
+        """Runs this stage; on every stage but the first the input is what ``set_input_tensor`` was given.
+
+        Args:
+            tokens: [1, S] int64; read on the first stage only.
+            position_ids: [1, S] int64, counted from 0 in each sequence; needed on every stage.
+            packing: ``qkv_format='sbhd'`` (rotary angles are already per token, so megatron-core need not know of
+                sequences) and ``cu_seqlens_q``, an int32 CPU tensor [B + 1]; the tail of the row is padding.
+
+        Returns:
+            [S_local, 1, H] hidden states, after the final norm on the last stage.
+        """
+        embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        return self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary(position_ids),
+            packed_seq_params=packing,
+        )
+
+    def output_weight(self) -> Tensor:
+        """The output projection [V / tp, H] of this rank; the embedding's own weight if tied on a single stage.
+
+        Raises:
+            ValueError: Called on a stage that is not the last.
+        """
+        if not self.post_process:
+            raise ValueError("only the last pipeline stage has an output weight")
+        weight = self.output_layer.weight
+        return self.embedding.word_embeddings.weight if weight is None else weight
+
+
+def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Marks sharded weights, as megatron-core's initialisation would.
+
+    Without the mark the gradient norm would count the shards of tensor rank 0 only (``clip_grads.py``).
+    """
+    dimensions = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        for kind, dimension in dimensions.items():
+            weight = getattr(module, "weight", None) if isinstance(module, kind) else None
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, dimension, getattr(module, "stride", 1))
+
+
+def local_block_spec(config: TransformerConfig, pg: ProcessGroupCollection) -> TransformerBlockSubmodules:
+    """The local layer spec of this stage, with this project's attention and norm."""
+    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedCausalAttention
+    layers_here = config.num_layers // pg.pp.size()
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
+
+
+def build_language_model(
+    hf_config: PretrainedConfig,
+    layout: ParallelLayout,
+    pg: ProcessGroupCollection,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    transformer_overrides: Mapping[str, Any] | None = None,
+) -> LanguageModel:
+    """Builds this rank's slice with uninitialised weights: load a checkpoint into it before use.
+
+    Collective over all ranks of the layout (tied embeddings over more than one stage use the embedding group).
+
+    Args:
+        hf_config: From :func:`read_hf_config`.
+        layout: The rank grid, already initialised (``init_model_parallel``).
+        pg: Its process groups.
+        dtype: Of parameters and activations.
+        device: CPU needs the CPU backend (``enable_cpu_backend``).
+        transformer_overrides: Extra or different arguments of TransformerConfig, e.g. recomputation.
+
+    Raises:
+        UserError: The model does not divide by the layout, or its config is not supported.
+    """
+    kwargs = transformer_config_kwargs(hf_config, layout, dtype=dtype, device=device, overrides=transformer_overrides)
+    config = TransformerConfig(**kwargs)
+    return LanguageModel(config, local_block_spec(config, pg), hf_config, pg, device)

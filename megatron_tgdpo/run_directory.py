@@ -1,0 +1,107 @@
+"""What a run leaves in ``output_dir`` besides checkpoints: its config, ``metrics.jsonl`` and TensorBoard events."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_tgdpo.config import Config, load_config, to_dict, to_yaml
+from megatron_tgdpo.errors import UserError
+
+# What may change between a run and its continuation, because it does not change what is computed.
+_FREE = {
+    "parallel", "checkpoint", "log", "eval", "output_dir", "batch.tokens_per_micro_batch", "data.workers",
+    "data.validation", "train.exit_step", "train.check_start",
+}  # fmt: skip
+
+
+def claim_output_dir(config: Config) -> None:
+    """Creates the output directory and writes the config there, or checks that it is this run's own (first rank only).
+
+    Raises:
+        UserError: The directory holds a run with another config, or cannot be written.
+    """
+    directory = Path(config.output_dir)
+    saved = directory / "config.yaml"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if saved.exists():
+            _check_same_run(load_config(saved), config)
+            return
+        write_atomically(saved, to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write the output directory: {error.strerror}") from error
+
+
+def _check_same_run(theirs: Config, ours: Config) -> None:
+    theirs_dict, ours_dict = to_dict(theirs), to_dict(ours)
+    for section, values in ours_dict.items():
+        pairs = values.items() if isinstance(values, dict) else [(None, values)]
+        for key, value in pairs:
+            name = section if key is None else f"{section}.{key}"
+            if section in _FREE or name in _FREE:
+                continue
+            other = theirs_dict[section] if key is None else theirs_dict[section][key]
+            if other != value:
+                raise UserError(
+                    f"{ours.output_dir} holds a run with {name}={other}, this one has {name}={value}: choose another "
+                    "output_dir, or use the same config to continue that run"
+                )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file aside and renames it, so that it is there whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+class MetricsLog:
+    """Appends one JSON object a step to ``metrics.jsonl`` and the same figures to TensorBoard.
+
+    Args:
+        output_dir: The run's directory.
+        step: Last completed step; what an interrupted run logged after it is cut off, so no step appears twice.
+    """
+
+    def __init__(self, output_dir: Path, step: int) -> None:
+        path = output_dir / "metrics.jsonl"
+        if path.exists():
+            write_atomically(path, "".join(_lines_up_to(path, step)))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - kept open for the run
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def text(self, name: str, value: str) -> None:
+        self._board.add_text(name, value, 0)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        record = _parse(line)
+        if record is not None and record["step"] <= step:
+            kept.append(line)
+    return kept
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None  # the last line of a run that was killed while writing it

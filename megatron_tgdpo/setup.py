@@ -1,0 +1,206 @@
+"""Builds what a run needs, in the order in which failures are cheapest: config, data, groups, models, optimizer."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+from transformers import PretrainedConfig
+
+from checkpoints_convert.load import load_weights
+from megatron_tgdpo.batch import DataOrder, check_row_fits, make_data_order
+from megatron_tgdpo.checkpoint_format import is_megatron_checkpoint
+from megatron_tgdpo.colocated import ColocatedCommunicator, ColocatedModel
+from megatron_tgdpo.config import Config
+from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
+from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.tokenizers import load_tokenizer
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models import LanguageModel, build_language_model, read_hf_config
+from megatron_tgdpo.optimizer import build_optimizer, build_scheduler
+from megatron_tgdpo.parallel import ParallelLayout, agree
+from megatron_tgdpo.run_directory import claim_output_dir
+from megatron_tgdpo.train_step import Engine
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The run's datasets and the order in which training takes its pairs."""
+
+    train: PreferenceDataset
+    validation: PreferenceDataset | None
+    order: DataOrder
+
+
+def hf_directory(path: str) -> Path:
+    """Where a model directory keeps its config and tokenizer: itself, or ``hf/`` in a Megatron checkpoint."""
+    return Path(path) / "hf" if is_megatron_checkpoint(Path(path)) else Path(path)
+
+
+def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
+    """HF configs of policy, reference and (with a guide) guide, checked to share one vocabulary.
+
+    Raises:
+        UserError: A directory holds no supported model, or vocabulary sizes differ.
+    """
+    paths = {"policy": config.model.policy, "reference": config.reference_path}
+    if config.model.guide is not None:
+        paths["guide"] = config.model.guide
+    configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
+    for role in configs:
+        if configs[role].vocab_size != configs["policy"].vocab_size:
+            raise UserError(
+                f"model.{role} {paths[role]} has a vocabulary of {configs[role].vocab_size}, the policy "
+                f"{configs['policy'].vocab_size}: all models must share one tokenizer"
+            )
+    return configs
+
+
+def check_tokenizers(config: Config) -> None:
+    """Checks that reference and guide, where they carry a tokenizer, map text to ids as the policy does.
+
+    Raises:
+        UserError: One does not.
+    """
+    ours = _tokenizer_fingerprint(config.model.policy)
+    for role, path in (("reference", config.model.reference), ("guide", config.model.guide)):
+        theirs = _tokenizer_fingerprint(path) if path is not None else None
+        if ours is not None and theirs is not None and ours != theirs:
+            raise UserError(f"model.{role} {path} has another tokenizer than the policy {config.model.policy}")
+
+
+def _tokenizer_fingerprint(path: str) -> str | None:
+    directory = hf_directory(path)
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((directory / name).exists() for name in names):
+        return None
+    return load_tokenizer(str(directory)).fingerprint
+
+
+def prepare_first_rank(config: Config) -> str:
+    """Claims the output directory and preprocesses raw data, once, on one rank, before any process group exists.
+
+    Returns:
+        JSON of the dataset prefixes, for :func:`open_data` on every rank.
+    """
+    read_model_configs(config)
+    check_tokenizers(config)
+    claim_output_dir(config)
+    options = PreprocessOptions(
+        tokenizer=config.data.tokenizer or str(hf_directory(config.model.policy)),
+        chat_template=config.data.chat_template,
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+        overlong_prompt=config.data.overlong_prompt,
+        workers=config.data.workers,
+    )
+    cache = Path(config.output_dir) / "data"
+    paths = {"train": config.data.train, "validation": config.data.validation}
+    return json.dumps(
+        {
+            name: str(open_or_preprocess(path, options, str(cache)).prefix)
+            for name, path in paths.items()
+            if path is not None
+        }
+    )
+
+
+def open_data(config: Config, prefixes: str) -> RunData:
+    """Opens the datasets that :func:`prepare_first_rank` named and checks that every pair fits a row."""
+    datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
+    for dataset in datasets.values():
+        check_row_fits(dataset, config.row_tokens)
+    order = make_data_order(
+        len(datasets["train"]),
+        config.batch.global_pairs,
+        config.train.steps,
+        config.train.epochs,
+        config.data.shuffle,
+        config.train.seed,
+    )
+    return RunData(datasets["train"], datasets.get("validation"), order)
+
+
+def load_model(
+    path: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, config: Config,
+    device: torch.device,
+) -> LanguageModel:  # fmt: skip
+    """Builds this rank's slice of one model and fills it from an HF or Megatron directory. Collective."""
+    model = build_language_model(
+        hf_config,
+        layout,
+        pg,
+        dtype=DTYPES[config.precision.dtype],
+        device=device,
+        transformer_overrides={
+            "finalize_model_grads_func": finalize_model_grads,
+            "deallocate_pipeline_outputs": layout.pipeline > 1,
+            "batch_p2p_comm": True,
+        },
+    )
+    if is_megatron_checkpoint(Path(path)):
+        load_weights(model, Path(path), hf_config, pg)
+    else:
+        agree(lambda: load_weights(model, Path(path), hf_config, pg))
+    return model
+
+
+def build_engine(
+    config: Config, layout: ParallelLayout, pg: ProcessGroupCollection, total_steps: int, device: torch.device
+) -> Engine:
+    """Builds and loads the models and wires the training engine. Collective over all ranks.
+
+    Raises:
+        UserError: The same on every rank: a checkpoint cannot be loaded, or does not divide by the layout.
+    """
+    configs = read_model_configs(config)
+    policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device)
+    reference = load_model(config.reference_path, configs["reference"], layout, pg, config, device)
+    guide = None
+    if config.model.guide is not None:
+        guide = load_model(config.model.guide, configs["guide"], layout, pg, config, device)
+    colocated = ColocatedModel(policy, reference, guide)
+    dtype = DTYPES[config.precision.dtype]
+    wrapped = DistributedDataParallel(
+        policy.config,
+        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        colocated,
+    )
+    optimizer = build_optimizer(wrapped, config.optimizer, dtype, pg)
+    communicator = ColocatedCommunicator(pg.pp, policy.config, colocated.mailbox) if layout.pipeline > 1 else None
+    return Engine(
+        model=wrapped,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optimizer, total_steps),
+        communicator=communicator,
+        pg=pg,
+        loss=config.loss,
+        row_tokens=config.row_tokens,
+        device=device,
+    )
+
+
+def colocated_model(engine: Engine) -> ColocatedModel:
+    """The model inside the data-parallel wrapper."""
+    module = engine.model.module
+    assert isinstance(module, ColocatedModel)
+    return module
+
+
+def log_setup(engine: Engine, layout: ParallelLayout, adam: str, data: RunData) -> None:
+    """Logs, on the first rank, the layout, the fused parts in use and the size of the job."""
+    if dist.get_rank() != 0:
+        return
+    model = colocated_model(engine)
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model.policy, model.frozen)]
+    logger.info("layout %s on %s; Adam from %s; layer spec: local", layout, engine.device.type, adam)
+    logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
+    logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)

@@ -1,0 +1,120 @@
+"""One optimizer step, and one evaluation batch: forward, backward, guard, clip, update."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_tgdpo.batch import PreferenceBatch
+from megatron_tgdpo.colocated import ColocatedCommunicator
+from megatron_tgdpo.config import LossConfig
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.forward import forward_step
+from megatron_tgdpo.metrics import StepMetrics, reduce_metrics
+
+
+@dataclass(frozen=True)
+class Engine:
+    """All that a step works with on this rank.
+
+    Attributes:
+        model: The wrapped co-located model.
+        optimizer: Over the policy's parameters.
+        scheduler: Of the learning rate; advanced once a step.
+        communicator: Between pipeline stages; None with one stage.
+        pg: Process groups.
+        loss: Method, beta and alpha.
+        row_tokens: Tokens of a row.
+        device: Where the model is.
+    """
+
+    model: DistributedDataParallel
+    optimizer: DistributedOptimizer
+    scheduler: OptimizerParamScheduler
+    communicator: ColocatedCommunicator | None
+    pg: ProcessGroupCollection
+    loss: LossConfig
+    row_tokens: int
+    device: torch.device
+
+
+def run_packs(engine: Engine, packs: Sequence[PreferenceBatch], *, forward_only: bool) -> StepMetrics:
+    """Runs this data rank's packs through the pipeline; with backward, leaves finished gradients in the buffers.
+
+    Collective over all ranks; every data rank brings the same number of packs.
+    """
+    run = get_forward_backward_func(pp_size=engine.pg.pp.size(), vp_size=None)
+    pipeline = {} if engine.communicator is None else {"p2p_communicator": engine.communicator}
+    with torch.set_grad_enabled(not forward_only):
+        metrics = run(
+            forward_step_func=partial(forward_step, loss_config=engine.loss),
+            data_iterator=(batch.to(engine.device) for batch in packs),
+            model=[engine.model],
+            num_microbatches=len(packs),
+            seq_length=engine.row_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            pg_collection=engine.pg,
+            **pipeline,
+        )
+    return reduce_metrics(metrics, engine.pg, engine.device)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        metrics: Of the global batch.
+        grad_norm: Global norm of the gradient before clipping.
+        lr: The learning rate of this step.
+        updated: False where a loss or the norm is not finite; then no parameter has changed.
+    """
+
+    metrics: StepMetrics
+    grad_norm: float
+    lr: float
+    updated: bool
+
+
+def train_step(engine: Engine, packs: Sequence[PreferenceBatch]) -> StepResult:
+    """One optimizer step over a global batch; collective over all ranks, all of which see the same result."""
+    lr = engine.optimizer.param_groups[0]["lr"]
+    engine.model.zero_grad_buffer()
+    engine.optimizer.zero_grad()
+    metrics = run_packs(engine, packs, forward_only=False)
+    if metrics.bad_pair is not None:
+        return StepResult(metrics, math.nan, lr, updated=False)
+    engine.optimizer.prepare_grads()
+    grad_norm = float(engine.optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return StepResult(metrics, grad_norm, lr, updated=False)
+    clip = engine.optimizer.config.clip_grad
+    if clip > 0:
+        clip_grad_by_total_norm_fp32(engine.optimizer.get_parameters(), max_norm=clip, total_norm=grad_norm)
+    engine.optimizer.step_with_ready_grads()
+    engine.scheduler.step(1)
+    return StepResult(metrics, grad_norm, lr, updated=True)
+
+
+def check_start(metrics: StepMetrics, dtype: torch.dtype) -> None:
+    """Checks the identity policy == reference => loss = ln 2 for every pair, whatever guide, alpha and beta.
+
+    Raises:
+        UserError: It does not hold, so a checkpoint, mask, pack or layout is wrong, or the policy differs on purpose.
+    """
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    if not metrics.start_deviation <= tolerance:
+        raise UserError(
+            f"step 1: a pair's loss is {metrics.start_deviation:.3g} away from ln 2, so policy and reference disagree "
+            "before training: check model.policy and model.reference, or set train.check_start=false if they differ "
+            "on purpose"
+        )

@@ -1,0 +1,180 @@
+"""The training loop: plan, step, guard, log, evaluate, save. It knows neither losses nor models."""
+
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_tgdpo.batch import PreferenceBatch, collate, pair_tokens, plan_packs
+from megatron_tgdpo.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from megatron_tgdpo.config import Config
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.memory import GIB
+from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.run_directory import MetricsLog
+from megatron_tgdpo.setup import DTYPES, RunData, hf_directory
+from megatron_tgdpo.train_step import Engine, StepResult, check_start, run_packs, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Runs the steps of a configured run from its newest checkpoint, or from the start, to its end.
+
+    Args:
+        config: The run.
+        layout: The rank grid.
+        engine: Models and optimizer of this rank.
+        data: Datasets and data order.
+    """
+
+    def __init__(self, config: Config, layout: ParallelLayout, engine: Engine, data: RunData) -> None:
+        self.config = config
+        self.layout = layout
+        self.engine = engine
+        self.data = data
+        self.output_dir = Path(config.output_dir)
+        self.run_metadata = {"data_fingerprint": data.train.fingerprint}
+        self.last_step = min(config.train.exit_step or data.order.steps, data.order.steps)
+
+    def train(self) -> None:
+        """Trains to the last step. Collective over all ranks.
+
+        Raises:
+            UserError: A loss or gradient is not finite, the start check fails, or a checkpoint cannot be saved.
+        """
+        first = self._resume() + 1
+        log = MetricsLog(self.output_dir, first - 1) if dist.get_rank() == 0 else None
+        started = time.monotonic()
+        for step in range(first, self.last_step + 1):
+            begin = time.monotonic()
+            packs, real_tokens = self._step_packs(step)
+            result = train_step(self.engine, packs)
+            self._guard(step, result, packs)
+            if step == 1 and self.config.train.check_start:
+                check_start(result.metrics, DTYPES[self.config.precision.dtype])
+            values = {"train/loss": result.metrics.values["loss"], "train/grad_norm": result.grad_norm}
+            values |= {"train/lr": result.lr}
+            values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
+            values |= self._performance(time.monotonic() - begin, real_tokens, len(packs))
+            if self._due(step, self.config.eval.every_steps):
+                values |= self.evaluate()
+            if log is not None:
+                log.write(step, values)
+                if step % self.config.log.every_steps == 0 or step == self.last_step:
+                    logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
+            if self._due(step, self.config.checkpoint.every_steps):
+                self._save(step)
+        if log is not None:
+            log.close()
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the whole validation set, named ``eval/...``; empty without one. Collective over all ranks."""
+        dataset = self.data.validation
+        if dataset is None:
+            return {}
+        packs = self._rank_packs(dataset, list(range(len(dataset))))
+        metrics = run_packs(self.engine, _Lazy(dataset, packs, self.config.row_tokens), forward_only=True)
+        return {f"eval/{name}": value for name, value in metrics.values.items()}
+
+    def _resume(self) -> int:
+        saved = complete_checkpoints(self.output_dir)
+        if not saved:
+            return 0
+        step = load_checkpoint(self.engine, saved[-1], self.run_metadata)
+        if dist.get_rank() == 0:
+            logger.info("continuing after step %d from %s", step, saved[-1])
+        return step
+
+    def _rank_packs(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[int]]:
+        tokens = pair_tokens(dataset.lengths[indices]).tolist()
+        plan = plan_packs(indices, tokens, self.config.row_tokens, self.layout.data)
+        return plan[self.engine.pg.dp.rank()]
+
+    def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], int]:
+        """This data rank's packs of a step, and the tokens of all ranks' pairs."""
+        indices = self.data.order.step_indices(step)
+        packs = self._rank_packs(self.data.train, indices)
+        real_tokens = int(pair_tokens(self.data.train.lengths[indices]).sum())
+        return list(_Lazy(self.data.train, packs, self.config.row_tokens)), real_tokens
+
+    def _guard(self, step: int, result: StepResult, packs: list[PreferenceBatch]) -> None:
+        if result.updated:
+            return
+        train = self.data.train
+        pair = result.metrics.bad_pair
+        if pair is not None:
+            raise UserError(
+                f"step {step}: the loss of pair {pair} ({train.source(pair)}) is not finite; no parameter was changed "
+                "by this step: look at that pair, or lower optimizer.lr"
+            )
+        mine = ", ".join(str(int(i)) for pack in packs for i in pack.pair_indices)
+        raise UserError(
+            f"step {step}: the gradient norm is {result.grad_norm} with finite losses; no parameter was changed by this "
+            f"step (pairs of data rank {self.engine.pg.dp.rank()}: {mine}): lower optimizer.lr or check the weights"
+        )
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step == self.last_step or (every is not None and step % every == 0)
+
+    def _save(self, step: int) -> None:
+        save_checkpoint(
+            self.engine,
+            self.output_dir,
+            hf_directory(self.config.model.policy),
+            step,
+            {**self.run_metadata, "consumed_pairs": self.data.order.consumed_pairs(step)},
+            self.config.checkpoint.keep,
+        )
+
+    def _performance(self, seconds: float, real_tokens: int, depth: int) -> dict[str, float]:
+        rows = depth * self.layout.data
+        peak = torch.tensor(_peak_memory_bytes(self.engine.device) / GIB, device=self.engine.device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return {
+            "perf/tokens_per_second": real_tokens / seconds,
+            "perf/tokens_per_second_per_gpu": real_tokens / seconds / self.layout.world_size,
+            "perf/step_seconds": seconds,
+            "perf/packing_efficiency": real_tokens / (rows * self.config.row_tokens),
+            "perf/peak_memory_gib": float(peak),
+        }
+
+    def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
+        eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))
+        line = (
+            f"step {step}/{self.data.order.steps} loss {values['train/loss']:.4f} "
+            f"accuracy {values['rewards/accuracies']:.3f} margin {values['rewards/margins']:.4f} "
+            f"grad_norm {values['train/grad_norm']:.3f} lr {values['train/lr']:.3g} | "
+            f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.2f} s/step ETA {eta}"
+        )
+        if "eval/loss" in values:
+            line += f" | eval loss {values['eval/loss']:.4f} accuracy {values['eval/rewards/accuracies']:.3f}"
+        return line
+
+
+class _Lazy:
+    """Packs that are collated one by one, when the schedule takes them."""
+
+    def __init__(self, dataset: PreferenceDataset, packs: list[list[int]], row_tokens: int) -> None:
+        self._dataset, self._packs, self._row_tokens = dataset, packs, row_tokens
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        for pack in self._packs:
+            yield collate([self._dataset[i] for i in pack], self._row_tokens)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

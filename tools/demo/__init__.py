@@ -1,0 +1,1 @@
+"""The quickstart's demonstration: an artificial language, a base model for it, and the table that compares models."""
