@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tgdpo.errors import UserError
@@ -85,7 +85,10 @@ class HfCheckpoint:
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.clear()  # drops the memory maps, and with them the resident pages
-            self._open[file] = safe_open(self.path / file, framework="pt")
+            try:
+                self._open[file] = safe_open(self.path / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.path / file}: cannot be read: {error}") from error
         return self._open[file].get_slice(name)
 
 
@@ -131,13 +134,16 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     """Reads a safetensors header (8 bytes of length, then JSON) and checks it against the file's size."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise UserError(f"{file}: truncated or not a safetensors file: download it again")
-        raw = stream.read(length)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            raw = stream.read(length) if length <= _MAX_HEADER_BYTES else b""
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise UserError(f"{file}: truncated or not a safetensors file: download it again")
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)

@@ -1,7 +1,6 @@
 """Weights into this rank's slice of a model, from an HF directory or a Megatron checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,15 +11,13 @@ from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.mapping import Heads, expected_shapes, mapped_parameters, read_shard
 from megatron_tgdpo import checkpoint_format
 from megatron_tgdpo.errors import UserError
-
-if TYPE_CHECKING:  # models.py reads the families of this package
-    from megatron_tgdpo.models import LanguageModel
+from megatron_tgdpo.models import LanguageModel, read_hf_config
 
 _LM_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 
 
-def load_weights(model: "LanguageModel", path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection) -> None:
+def load_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection) -> None:
     """Loads the model's weights, converting to the dtype of its parameters.
 
     Collective over all ranks if ``path`` is a Megatron checkpoint (all of them call it, with the same arguments); no
@@ -36,21 +33,35 @@ def load_weights(model: "LanguageModel", path: Path, hf_config: PretrainedConfig
         UserError: The checkpoint is missing, incomplete, corrupt or of another model.
     """
     if checkpoint_format.is_megatron_checkpoint(path):
-        load_megatron_weights(model, path)
+        load_megatron_weights(model, path, hf_config)
     else:
         load_hf_weights(model, path, hf_config, pg)
 
 
-def load_megatron_weights(model: "LanguageModel", path: Path) -> None:
-    """Loads the model part of a Megatron checkpoint saved at any layout; collective over all ranks."""
+def load_megatron_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig) -> None:
+    """Loads the model part of a Megatron checkpoint saved at any layout; collective over all ranks.
+
+    Args:
+        model: This rank's slice; every parameter is overwritten.
+        path: The checkpoint.
+        hf_config: The config that the model was built from.
+
+    Raises:
+        UserError: The checkpoint is incomplete or corrupt, or its config describes weights of other shapes.
+    """
+    # megatron-core fills or cuts the vocabulary silently, and takes no notice of tensors that it is not asked for.
+    theirs, ours = expected_shapes(read_hf_config(path)), expected_shapes(hf_config)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{path}: {name} has shape {theirs.get(name)}, the given config.json asks for {ours.get(name)}"
+            )
     loaded = checkpoint_format.load(path, {"model": model.sharded_state_dict()})
     model.load_state_dict(loaded["model"])
 
 
 @torch.no_grad()
-def load_hf_weights(
-    model: "LanguageModel", path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection
-) -> None:
+def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection) -> None:
     """Loads slices of an HF checkpoint straight into this rank's parameters; no collectives.
 
     Args:

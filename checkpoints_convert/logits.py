@@ -3,16 +3,13 @@
 Legend: S tokens of the row, H hidden, V vocabulary of the HF model.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_tgdpo.models import LanguageModel
+from megatron_tgdpo.models import LanguageModel
 
 
 def packing_of(lengths: list[int]) -> PackedSeqParams:
@@ -26,7 +23,7 @@ def packing_of(lengths: list[int]) -> PackedSeqParams:
 
 @torch.no_grad()
 def packed_logits(
-    model: "LanguageModel", tokens: Tensor, lengths: list[int], pg: ProcessGroupCollection
+    model: LanguageModel, tokens: Tensor, lengths: list[int], pg: ProcessGroupCollection
 ) -> Tensor | None:
     """Runs a packed row through all pipeline stages, one after another.
 

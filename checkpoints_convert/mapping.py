@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -57,11 +58,11 @@ class MappedParameter:
     is_tied_copy: bool
 
 
-def mapped_parameters(model: torch.nn.Module, hf_config: PretrainedConfig) -> Iterator[MappedParameter]:
+def mapped_parameters(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[MappedParameter]:
     """Goes through the parameters of this rank's slice of the model, in the model's order.
 
     Args:
-        model: A LanguageModel.
+        model: This rank's slice of a language model.
         hf_config: The config it was built from.
 
     Raises:
@@ -74,7 +75,7 @@ def mapped_parameters(model: torch.nn.Module, hf_config: PretrainedConfig) -> It
         key = name
         if match:
             # The index in the module list is local to the pipeline stage; layer_number is global and 1-based.
-            layer = model.get_submodule(f"decoder.layers.{match[1]}").layer_number - 1
+            layer = int(model.decoder.layers[int(match[1])].layer_number) - 1
             key = match[2]
         is_tied_copy = key == _OUTPUT and bool(hf_config.tie_word_embeddings)
         weight = weights[_EMBEDDING if is_tied_copy else key]

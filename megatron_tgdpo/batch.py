@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -170,7 +171,7 @@ def collate(pairs: Sequence[PreferencePair], row_tokens: int) -> PreferenceBatch
             response_lengths.append(len(response))
             bounds.append(end)
     bounds_tensor = torch.tensor(bounds, dtype=torch.int32)
-    longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
+    longest = max((b - a for a, b in pairwise(bounds)), default=0)
     return PreferenceBatch(
         tokens=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(positions)[None],

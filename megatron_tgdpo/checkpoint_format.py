@@ -57,7 +57,7 @@ def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata:
     Collective over the default group; ``path`` must be on storage that all ranks share.
 
     Args:
-        path: The checkpoint's directory; it must not exist. ``path`` + ``.tmp`` is written first.
+        path: The checkpoint's directory; it must not exist, or be empty. ``path`` + ``.tmp`` is written first.
         sharded_state_dict: megatron-core's: ShardedTensors, ShardedObjects and factories, and plain values (numbers,
             strings, containers, tensors), which are taken from rank 0. Consumed: do not use it afterwards.
         hf_dir: An HF directory or another Megatron checkpoint, whose config, tokenizer and templates are copied.
@@ -65,8 +65,8 @@ def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata:
             training; set if missing) and ``parameters`` (count); anything that JSON holds may be added.
 
     Raises:
-        UserError: On every rank, if any rank failed: ``path`` exists, the disk is full, or anything else. Nothing is
-            left behind.
+        UserError: On every rank, if any rank failed: ``path`` is not empty, the disk is full, or anything else.
+            Nothing is left behind.
     """
     aside = path.with_name(path.name + ASIDE_SUFFIX)
     is_first = dist.get_rank() == 0
@@ -197,8 +197,8 @@ def sync(path: Path) -> None:
 
 
 def _begin(path: Path, aside: Path) -> None:
-    if path.exists():
-        raise UserError(f"{path}: exists already, delete it or choose another directory")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not empty, delete it or choose another directory")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
 
@@ -249,7 +249,7 @@ def _all_ranks(path: Path, action: Callable[[], Any], needed: int = 0) -> Any:
     dist.all_gather_object(messages, message)
     for rank, text in enumerate(messages):
         if text is not None:
-            raise UserError(text if dist.get_world_size() == 1 else f"{text} (rank {rank})") from failure
+            raise UserError(text if rank == 0 else f"{text} (rank {rank})") from failure
     return result
 
 
@@ -268,4 +268,6 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
         return f"rank {rank}: {_describe(cause)}"
+    if isinstance(error, UserError):
+        return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from megatron_tgdpo.errors import UserError
 
@@ -87,6 +87,13 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 class _SafeLoadPlanner(MCoreLoadPlanner):
+    def create_local_plan(self) -> LoadPlan:
+        # Raised in here, DCP brings it to all ranks.
+        missing = sorted(set(self.state_dict) - set(self.metadata.state_dict_metadata))
+        if missing:
+            raise UserError(f"it lacks {len(missing)} of the tensors asked for, first {missing[0]}")
+        return super().create_local_plan()
+
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         # The parent unpickles freely; what weights_only accepts runs no code there either.
         torch.load(value, weights_only=True)

@@ -155,7 +155,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies ``section.key=value`` overrides and checks every value.
 
     Raises:
-        UserError: The file cannot be read, a key is unknown, required or of the wrong type, or values do not go together.
+        UserError: The file cannot be read, a key is unknown, missing or of the wrong type, or values contradict.
     """
     try:
         file_values = OmegaConf.create(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})

@@ -60,7 +60,9 @@ def enable_cpu_backend() -> None:
         UserError: A CUDA device is usable; hide it (``CUDA_VISIBLE_DEVICES=``) to train on the CPU on purpose.
     """
     if torch.cuda.is_available():
-        raise UserError("the CPU backend is refused while a CUDA device is usable: set CUDA_VISIBLE_DEVICES= to hide it")
+        raise UserError(
+            "the CPU backend is refused while a CUDA device is usable: set CUDA_VISIBLE_DEVICES= to hide it"
+        )
     if cpu_backend_enabled():
         return
     _replace_cuda_functions()
@@ -80,7 +82,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaToCpu(TorchFunctionMode):
-    """Rewrites the device arguments of every torch call; tensors of the CPU report the type names that mcore expects."""
+    """Rewrites the device arguments of every torch call; CPU tensors report the type names that mcore expects."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

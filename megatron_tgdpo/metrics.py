@@ -5,7 +5,7 @@ Names follow TRL where TRL has one. Legend: P pairs, B = 2P sequences, R respons
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -76,13 +76,16 @@ def pack_metrics(
     return PackMetrics(torch.stack([value.double() for value in sums]), maxima)
 
 
-def reduce_metrics(packs: Sequence[PackMetrics], pg: ProcessGroupCollection, device: torch.device) -> StepMetrics:
+def reduce_metrics(
+    packs: Sequence[PackMetrics], pg: ProcessGroupCollection, device: torch.device, *, guided: bool
+) -> StepMetrics:
     """Combines all packs of the global batch.
 
     Args:
         packs: This rank's packs on the last stage; empty elsewhere.
         pg: All-reduces (sum, max) over ``dp_cp`` on the last stage, then a broadcast over ``pp``. Every rank calls.
         device: Of the collectives.
+        guided: Whether there is a guide, whose figures are otherwise left out.
     """
     sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
     maxima = torch.full((len(_MAXIMA),), float("-inf"), dtype=torch.float64, device=device)
@@ -95,7 +98,11 @@ def reduce_metrics(packs: Sequence[PackMetrics], pg: ProcessGroupCollection, dev
         both = torch.cat([sums, maxima])
         dist.broadcast(both, src=dist.get_global_rank(pg.pp, pg.pp.size() - 1), group=pg.pp)
         sums, maxima = both.split([len(_SUMS), len(_MAXIMA)])
-    return _named(dict(zip(_SUMS, sums.tolist(), strict=True)), dict(zip(_MAXIMA, maxima.tolist(), strict=True)))
+    metrics = _named(dict(zip(_SUMS, sums.tolist(), strict=True)), dict(zip(_MAXIMA, maxima.tolist(), strict=True)))
+    if guided:
+        return metrics
+    values = {name: value for name, value in metrics.values.items() if not name.startswith("guidance/")}
+    return replace(metrics, values=values)
 
 
 def _named(sums: dict[str, float], maxima: dict[str, float]) -> StepMetrics:

@@ -20,7 +20,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models import LanguageModel, build_language_model, read_hf_config
+from megatron_tgdpo.models import LanguageModel, build_language_model, read_hf_config, transformer_config_kwargs
 from megatron_tgdpo.optimizer import build_optimizer, build_scheduler
 from megatron_tgdpo.parallel import ParallelLayout, agree
 from megatron_tgdpo.run_directory import claim_output_dir
@@ -64,6 +64,19 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
     return configs
 
 
+def check_layout(configs: dict[str, PretrainedConfig], layout: ParallelLayout) -> None:
+    """Checks that every model divides by the layout.
+
+    Raises:
+        UserError: One does not; the message names its role.
+    """
+    for role, hf_config in configs.items():
+        try:
+            transformer_config_kwargs(hf_config, layout, dtype=torch.float32, device=torch.device("cpu"))
+        except UserError as error:
+            raise UserError(f"model.{role}: {error}") from error
+
+
 def check_tokenizers(config: Config) -> None:
     """Checks that reference and guide, where they carry a tokenizer, map text to ids as the policy does.
 
@@ -91,7 +104,6 @@ def prepare_first_rank(config: Config) -> str:
     Returns:
         JSON of the dataset prefixes, for :func:`open_data` on every rank.
     """
-    read_model_configs(config)
     check_tokenizers(config)
     claim_output_dir(config)
     options = PreprocessOptions(

@@ -65,7 +65,7 @@ def run_packs(engine: Engine, packs: Sequence[PreferenceBatch], *, forward_only:
             pg_collection=engine.pg,
             **pipeline,
         )
-    return reduce_metrics(metrics, engine.pg, engine.device)
+    return reduce_metrics(metrics, engine.pg, engine.device, guided=engine.loss.method == "tgdpo")
 
 
 @dataclass(frozen=True)

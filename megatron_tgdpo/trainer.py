@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.batch import PreferenceBatch, collate, pair_tokens, plan_packs
 from megatron_tgdpo.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from megatron_tgdpo.config import Config
+from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.memory import GIB
@@ -118,8 +117,8 @@ class Trainer:
             )
         mine = ", ".join(str(int(i)) for pack in packs for i in pack.pair_indices)
         raise UserError(
-            f"step {step}: the gradient norm is {result.grad_norm} with finite losses; no parameter was changed by this "
-            f"step (pairs of data rank {self.engine.pg.dp.rank()}: {mine}): lower optimizer.lr or check the weights"
+            f"step {step}: the gradient norm is {result.grad_norm} with finite losses; no parameter was changed by "
+            f"this step (pairs of data rank {self.engine.pg.dp.rank()}: {mine}): lower optimizer.lr, check the weights"
         )
 
     def _due(self, step: int, every: int | None) -> bool:
@@ -131,7 +130,12 @@ class Trainer:
             self.output_dir,
             hf_directory(self.config.model.policy),
             step,
-            {**self.run_metadata, "consumed_pairs": self.data.order.consumed_pairs(step)},
+            {
+                **self.run_metadata,
+                "consumed_pairs": self.data.order.consumed_pairs(step),
+                "dtype": self.config.precision.dtype,
+                "config": to_dict(self.config),
+            },
             self.config.checkpoint.keep,
         )
 

@@ -66,7 +66,8 @@ def make_llama(
                 else:
                     # Large enough for logits and attention patterns that are far from uniform.
                     parameter.mul_(3.0)
-    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    model = model.to(dtype)  # type: ignore[arg-type]
+    model.save_pretrained(path, max_shard_size=max_shard_size)
     make_tokenizer(vocab_size).save_pretrained(path)
     return path
 

@@ -75,23 +75,8 @@ def summary(prefix: str, manifest: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status."""
     given = parse_arguments(arguments)
-    with warnings.catch_warnings():
-        # megatron-core warns of missing GPU libraries, which tokenising does not use.
-        warnings.simplefilter("ignore")
-        # Here, not above: spawned workers import this module again, and need neither torch nor megatron.
-        from megatron_tgdpo.data.preprocess import preprocess
-
     try:
-        options = PreprocessOptions(
-            tokenizer=given.tokenizer,
-            chat_template=given.chat_template,
-            max_length=given.max_length,
-            max_prompt_length=given.max_prompt_length,
-            overlong_prompt=given.overlong_prompt,
-            workers=given.workers,
-            strict=given.strict,
-        )
-        manifest = preprocess(given.input, given.output, options, overwrite=given.overwrite)
+        manifest = _run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -100,6 +85,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(summary(given.output, manifest))
     return 0
+
+
+def _run(given: argparse.Namespace) -> dict[str, Any]:
+    options = PreprocessOptions(
+        tokenizer=given.tokenizer,
+        chat_template=given.chat_template,
+        max_length=given.max_length,
+        max_prompt_length=given.max_prompt_length,
+        overlong_prompt=given.overlong_prompt,
+        workers=given.workers,
+        strict=given.strict,
+    )
+    with warnings.catch_warnings():
+        # megatron-core warns of missing GPU libraries, which tokenising does not use.
+        warnings.simplefilter("ignore")
+        # Here, not above: spawned workers import this module again, and need neither torch nor megatron.
+        from megatron_tgdpo.data.preprocess import preprocess
+    return preprocess(given.input, given.output, options, overwrite=given.overwrite)
 
 
 def _usable_cores() -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -33,7 +33,7 @@ ANSWER_SLOT = "f1c04b9e7a52ANSWERd83e6"
 class _GenerationTag(Extension):
     """Accepts Hugging Face's ``{% generation %}`` blocks, which mark the assistant's text, as plain blocks."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # Jinja only asks what is in it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

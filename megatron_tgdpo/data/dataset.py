@@ -178,7 +178,8 @@ def _check_match(dataset: PreferenceDataset, options: PreprocessOptions, tokeniz
             )
     dropped = dataset.manifest["dropped"]
     if options.strict and dropped:
-        raise UserError(f"{dataset.prefix} was made by dropping pairs ({dropped}) and strict is on: mend the source")
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise UserError(f"{dataset.prefix} was made by dropping pairs ({reasons}) and strict is on: mend the source")
 
 
 def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progress: bool) -> PreferenceDataset:

@@ -19,6 +19,7 @@ from megatron_tgdpo.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST_SUFFIX = ".manifest.json"
 DATA_SUFFIXES = (".bin", ".idx", ".source.npy")
+REQUIRED_KEYS = ("files", "pairs", "dropped", "tokenizer", "max_token_id", "options", "sources")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ def read_manifest(prefix: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the manifest ({error}); preprocess again") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not a version {FORMAT_VERSION} manifest; preprocess again")
+    lacking = [key for key in REQUIRED_KEYS if key not in manifest]
+    if lacking:
+        raise UserError(f"{path}: the manifest lacks '{lacking[0]}'; preprocess again")
     for suffix in DATA_SUFFIXES:
         recorded = manifest["files"][suffix]["size"]
         try:

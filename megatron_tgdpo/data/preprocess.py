@@ -2,11 +2,12 @@
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from megatron_tgdpo.data.manifest import (
     length_summary,
 )
 from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.records import detect_format, parse_line, read_records, where
+from megatron_tgdpo.data.records import RawRecord, detect_format, parse_line, read_records, where
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 
@@ -120,43 +121,70 @@ def write_dataset(
     return manifest
 
 
+@dataclass
+class _Tally:
+    """What writing the pairs has counted so far: source (file, record) of each kept pair, and the manifest's sums."""
+
+    origins: list[np.ndarray] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
+    max_token_id: int = 0
+
+    def add(self, file_index: int, result: EncodedBatch) -> None:
+        origin = np.array([(file_index, number) for number in result.numbers], np.int64)
+        self.origins.append(origin.reshape(-1, 2))
+        self.dropped.update(result.dropped)
+        self.truncated.update(result.truncated)
+        self.max_token_id = max(self.max_token_id, int(result.tokens.max(initial=0)))
+
+
 def _fill(
     staging: str, sources: Sequence[SourceFile], options: PreprocessOptions, tokenizer: Tokenizer, progress: bool
 ) -> dict[str, Any]:
     """Writes the data files under ``staging`` and returns the manifest."""
     builder = IndexedDatasetBuilder(staging + ".bin", dtype=np.int32)
-    numbers: list[np.ndarray] = []
-    dropped: Counter[str] = Counter()
-    truncated: Counter[str] = Counter()
-    max_token_id = 0
-    total_bytes = sum(source.size for source in sources)
+    tally = _Tally()
     with (
         builder.data_file,
         closing(_encoded(sources, options, tokenizer)) as results,
-        tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenise", disable=None if progress else True) as bar,
+        tqdm(
+            total=sum(source.size for source in sources),
+            unit="B",
+            unit_scale=True,
+            desc="tokenise",
+            disable=None if progress else True,
+        ) as bar,
     ):
         for file_index, result, bytes_read in results:
-            bounds = np.cumsum(result.lengths.sum(axis=1))
-            for tokens, lengths in zip(np.split(result.tokens, bounds[:-1]), result.lengths, strict=True):
-                builder.add_document(tokens, lengths.tolist())
-            max_token_id = max(max_token_id, int(result.tokens.max(initial=0)))
-            numbers.append(np.array([(file_index, number) for number in result.numbers], np.int64).reshape(-1, 2))
-            dropped.update(result.dropped)
-            truncated.update(result.truncated)
+            start = 0
+            for lengths in result.lengths.tolist():
+                builder.add_document(result.tokens[start : start + sum(lengths)], lengths)
+                start += sum(lengths)
+            tally.add(file_index, result)
             bar.update(bytes_read - bar.n)
-            bar.set_postfix(pairs=len(builder.document_indices) - 1, dropped=dropped.total(), refresh=False)
-    origin = np.concatenate(numbers) if numbers else np.empty((0, 2), np.int64)
-    if not len(origin):
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "there was none"
+            bar.set_postfix(pairs=len(builder.document_indices) - 1, dropped=sum(tally.dropped.values()), refresh=False)
+    if not builder.sequence_lengths:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in tally.dropped.items()) or "there was none"
         raise UserError(f"{', '.join(source.path for source in sources)}: no pair is left ({reasons})")
     builder.finalize(staging + ".idx")
-    np.save(staging + ".source.npy", origin, allow_pickle=False)
+    np.save(staging + ".source.npy", np.concatenate(tally.origins), allow_pickle=False)
     lengths = np.array(builder.sequence_lengths, dtype=np.int64).reshape(-1, 3)
+    return _manifest(staging, lengths, tally, sources, options, tokenizer)
+
+
+def _manifest(
+    staging: str,
+    lengths: np.ndarray,
+    tally: _Tally,
+    sources: Sequence[SourceFile],
+    options: PreprocessOptions,
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
-        "pairs": len(origin),
-        "dropped": dict(sorted(dropped.items())),
-        "truncated": dict(sorted(truncated.items())),
+        "pairs": len(lengths),
+        "dropped": dict(sorted(tally.dropped.items())),
+        "truncated": dict(sorted(tally.truncated.items())),
         "lengths": length_summary(lengths),
         "tokenizer": {
             "path": options.tokenizer,
@@ -166,7 +194,7 @@ def _fill(
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
         },
-        "max_token_id": max_token_id,
+        "max_token_id": tally.max_token_id,
         "options": {**options.length_rules(), "chat_template": options.chat_template, "strict": options.strict},
         "sources": [asdict(source) for source in sources],
         "files": {suffix: asdict(digest_file(staging + suffix)) for suffix in DATA_SUFFIXES},
@@ -175,7 +203,7 @@ def _fill(
 
 def _encoded(
     sources: Sequence[SourceFile], options: PreprocessOptions, tokenizer: Tokenizer
-) -> Iterator[tuple[int, EncodedBatch, int]]:
+) -> Generator[tuple[int, EncodedBatch, int], None, None]:
     """Yields (index of the file, encoded batch, bytes read of all files) in the order of the input."""
     batches = _batches(sources)
     if options.workers == 1:
@@ -209,23 +237,16 @@ def _batches(sources: Sequence[SourceFile]) -> Iterator[tuple[int, RecordBatch, 
     """Yields (index of the file, batch, bytes read of all files)."""
     bytes_before = 0
     for file_index, source in enumerate(sources):
+        records = read_records(source.path, source.kind)
         layout = ""
-        bytes_read = 0
-        numbers: list[int] = []
-        payloads: list[Any] = []
-        for record in read_records(source.path, source.kind):
-            if not layout:
-                place = where(source.path, source.kind, record.number)
-                first = parse_line(record.payload, place) if source.kind == "jsonl" else record.payload
-                layout = detect_layout(first, place)
-            numbers.append(record.number)
-            payloads.append(record.payload)
-            bytes_read = record.bytes_read
-            if len(numbers) == BATCH_RECORDS:
-                batch = RecordBatch(source.path, source.kind, layout, tuple(numbers), tuple(payloads))
-                yield file_index, batch, bytes_before + bytes_read
-                numbers, payloads = [], []
-        if numbers:
-            batch = RecordBatch(source.path, source.kind, layout, tuple(numbers), tuple(payloads))
-            yield file_index, batch, bytes_before + bytes_read
+        while batch := list(islice(records, BATCH_RECORDS)):
+            layout = layout or _layout_of(source, batch[0])
+            numbers, payloads = tuple(record.number for record in batch), tuple(record.payload for record in batch)
+            bytes_read = bytes_before + batch[-1].bytes_read
+            yield file_index, RecordBatch(source.path, source.kind, layout, numbers, payloads), bytes_read
         bytes_before += source.size
+
+
+def _layout_of(source: SourceFile, record: RawRecord) -> str:
+    place = where(source.path, source.kind, record.number)
+    return detect_layout(parse_line(record.payload, place) if source.kind == "jsonl" else record.payload, place)

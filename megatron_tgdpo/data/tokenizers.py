@@ -103,9 +103,11 @@ class SentencePieceTokenizer:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
 
+        protobuf: Any = sentencepiece_model_pb2
+
         try:
             model = Path(path).read_bytes()
-            definition = sentencepiece_model_pb2.ModelProto.FromString(model)
+            definition = protobuf.ModelProto.FromString(model)
             pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError, DecodeError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -115,7 +117,7 @@ class SentencePieceTokenizer:
         self.bos_id = pieces.bos_id() if pieces.bos_id() >= 0 else None
         self.eos_id = pieces.eos_id() if pieces.eos_id() >= 0 else None
         self.adds_bos = self.bos_id is not None
-        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+        kinds = protobuf.ModelProto.SentencePiece
         self._control_ids: dict[str, int] = {
             entry.piece: index for index, entry in enumerate(definition.pieces) if entry.type == kinds.CONTROL
         }

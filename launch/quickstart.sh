@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# The whole mission at small scale, nothing mocked: an artificial language, a base model for it, a DPO guide trained
+# under tensor parallelism, a TGDPO policy trained with that guide under pipeline parallelism, both exported to HF, and
+# a table that compares them.
+#
+#   bash launch/quickstart.sh [OUT_DIR]             (default ./quickstart; must not exist or be empty)
+#
+# Under 8 minutes on 2 CPU cores after installation. Uses the GPUs if there are any.
+set -euo pipefail
+
+fail() { echo "quickstart.sh: $*" >&2; exit 1; }
+
+[ $# -le 1 ] || fail "usage: bash launch/quickstart.sh [OUT_DIR]"
+mkdir -p "${1:-quickstart}"
+out=$(cd "${1:-quickstart}" && pwd)
+[ -z "$(ls -A "$out")" ] || fail "$out is not empty: remove it or name another directory"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+venv=.venv
+python=$root/$venv/bin/python
+
+# Everything the run needs is here or made here: nothing is fetched.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+stages=10
+stage_number=0
+stage_title=
+stage() { # TITLE COMMAND...: runs one stage under a heading, and says how long it took
+  stage_title=$1
+  shift
+  stage_number=$((stage_number + 1))
+  printf '\n=== %d/%d %s\n' "$stage_number" "$stages" "$stage_title"
+  local start=$SECONDS
+  "$@"
+  printf -- '--- %d s\n' "$((SECONDS - start))"
+}
+trap 'status=$?; if [ $status -ne 0 ] && [ -n "$stage_title" ]; then
+  echo "quickstart.sh: failed in stage $stage_number/$stages: $stage_title" >&2; fi' EXIT
+
+single() { OMP_NUM_THREADS=$threads "$python" "$@"; }
+ranks() { # COUNT MODULE ARGS...
+  local count=$1
+  shift
+  OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node "$count" -m "$@"
+}
+
+preprocess() {
+  for name in train validation; do
+    single -m tools.preprocess_preferences --input "$out/data/$name.jsonl" --tokenizer "$out/base" \
+      --output "$out/pairs/$name" --max-length 128 --max-prompt-length 32 --workers 2
+  done
+}
+
+train() { # NAME RANKS OVERRIDES...
+  local name=$1 count=$2
+  shift 2
+  ranks "$count" megatron_tgdpo.train "tools/demo/$name.yaml" model.policy="$out/base_megatron" \
+    data.train="$out/pairs/train" data.validation="$out/pairs/validation" output_dir="$out/$name" \
+    precision.dtype="$dtype" "$@"
+}
+
+stage "environment $venv (installs on the first run)" bash launch/setup_env.sh "$venv"
+installed=$SECONDS
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+threads=$((cores < 4 ? cores : 4))
+case $gpus in
+  0) workers=2 dtype=fp32 ;;
+  1) workers=1 dtype=bf16 ;;
+  *) workers=2 dtype=bf16 ;;
+esac
+echo "$gpus GPUs, $cores cores: $workers ranks a training, $dtype"
+
+stage "language: text and preference pairs" single -m tools.demo.make_data --out "$out/data"
+stage "base model: SentencePiece tokenizer and a small Llama" single -m tools.demo.make_base \
+  --data "$out/data" --out "$out/base"
+stage "preference pairs to a Megatron-Core dataset" preprocess
+stage "base model from HF to Megatron" single -m checkpoints_convert.hf_to_megatron \
+  --hf "$out/base" --out "$out/base_megatron"
+stage "guide: DPO, tensor parallel over $workers" train dpo "$workers" parallel.tensor="$workers"
+stage "guide to HF" single -m checkpoints_convert.megatron_to_hf --megatron "$out/dpo" --out "$out/dpo_hf"
+stage "policy: TGDPO with the guide, pipeline parallel over $workers" train tgdpo "$workers" \
+  model.guide="$out/dpo_hf" parallel.pipeline="$workers"
+stage "policy to HF" single -m checkpoints_convert.megatron_to_hf --megatron "$out/tgdpo" --out "$out/tgdpo_hf"
+stage "comparison" single -m tools.demo.evaluate --base "$out/base" --model dpo="$out/dpo_hf" \
+  --model tgdpo="$out/tgdpo_hf" --guide "$out/dpo_hf" --pairs "$out/data/heldout.jsonl" --out "$out/results.json"
+
+cat >"$out/generate.py" <<PYTHON
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("$out/tgdpo_hf")
+tokenizer = AutoTokenizer.from_pretrained("$out/tgdpo_hf")
+prompt = [{"role": "user", "content": "write two sentences about the harbor"}]
+inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+PYTHON
+
+printf '\n=== done in %d s after installation\n' "$((SECONDS - installed))"
+cat <<TEXT
+figures:            $out/results.json
+aligned model (HF): $out/tgdpo_hf
+training curves:    $python -m tensorboard.main --logdir $out
+to use the model, $out/generate.py:
+
+$(sed 's/^/    /' "$out/generate.py")
+
+$python $out/generate.py prints:
+
+TEXT
+single "$out/generate.py"

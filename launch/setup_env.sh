@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with this project installed in it, or finds it made already.
+#
+#   bash launch/setup_env.sh VENV_DIR [EXTRAS]      e.g. bash launch/setup_env.sh .venv test
+#
+# VENV_DIR is relative to the repository's root; EXTRAS is a comma-separated list from pyproject.toml. An environment is
+# reused if it was finished for this pyproject.toml, these extras, this torch and this path, and made anew otherwise.
+# TORCH_SPEC says which torch to install (default: torch==2.13.0 where no NVIDIA GPU is seen, torch>=2.6 where one is).
+set -euo pipefail
+
+fail() { echo "setup_env.sh: $*" >&2; exit 1; }
+
+[ $# -ge 1 ] && [ $# -le 2 ] || fail "usage: bash launch/setup_env.sh VENV_DIR [EXTRAS]"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=$1
+extras=${2:-}
+
+if [ -z "${TORCH_SPEC:-}" ]; then
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    TORCH_SPEC="torch>=2.6"
+  else
+    TORCH_SPEC="torch==2.13.0"
+  fi
+fi
+
+# Two set-ups of one environment at a time would spoil it; the lock goes with this process. Not every system has flock.
+exec 9<pyproject.toml
+if command -v flock >/dev/null; then flock 9; fi
+
+# A name on the PATH is not enough: version managers leave launchers for versions they do not run.
+python=
+for candidate in python3.12 python3.11 python3.10 python3.13 python3; do
+  if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' \
+    >/dev/null 2>&1; then
+    python=$candidate
+    break
+  fi
+done
+[ -n "$python" ] || fail "no Python 3.10 to 3.13 with the venv module found: install one (Debian: python3.11-venv)"
+
+# The path is in the key because the environment's scripts name it: one that was moved does not work.
+key=$("$python" - "$PWD" "$venv" "$extras" "$TORCH_SPEC" <<'PYTHON'
+import hashlib, pathlib, sys
+parts = [pathlib.Path("pyproject.toml").read_text(encoding="utf-8"), sys.version, *sys.argv[1:]]
+print(hashlib.sha256("\0".join(parts).encode()).hexdigest())
+PYTHON
+)
+stamp=$venv/.complete
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
+  echo "environment $venv: complete, reused"
+  exit 0
+fi
+
+if [ -e "$venv" ]; then
+  [ -f "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv")" ] ||
+    fail "$venv exists and is not a virtual environment: move it away or name another directory"
+  echo "environment $venv: unfinished or for another set-up, made anew"
+  rm -rf "$venv"
+fi
+echo "environment $venv: $("$python" --version), $TORCH_SPEC, this project${extras:+ with [$extras]}; takes minutes"
+"$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+# torch in a call of its own, so that the choice of build above is not reopened by what depends on it.
+"${pip[@]}" "$TORCH_SPEC"
+"${pip[@]}" --editable ".${extras:+[$extras]}"
+printf '%s\n' "$key" >"$stamp.part"
+mv "$stamp.part" "$stamp"
+echo "environment $venv: complete"

@@ -1,0 +1,84 @@
+"""One run from config to final checkpoint, and its dry run."""
+
+import torch.distributed as dist
+
+from megatron_tgdpo.config import Config, to_yaml
+from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
+from megatron_tgdpo.memory import GIB, rank_memory
+from megatron_tgdpo.optimizer import adam_source
+from megatron_tgdpo.parallel import (
+    ParallelLayout,
+    RankEnvironment,
+    destroy_model_parallel,
+    init_distributed,
+    init_model_parallel,
+    make_layout,
+    on_first_rank,
+)
+from megatron_tgdpo.setup import (
+    build_engine,
+    check_layout,
+    log_setup,
+    open_data,
+    prepare_first_rank,
+    read_model_configs,
+)
+from megatron_tgdpo.trainer import Trainer
+
+
+def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
+    """One training run, from start or newest checkpoint to its last step. Every rank calls.
+
+    Args:
+        config: The run.
+        ranks: This process's place.
+        store: Joins all ranks; unused by an earlier run.
+
+    Raises:
+        UserError: On every rank with the same message, for bad input.
+    """
+    device = resolve_device(config.parallel.device)
+    if device.type == "cpu":
+        enable_cpu_backend()
+    parallel = config.parallel
+    layout = _layout(config, ranks.world_size)
+    check_layout(read_model_configs(config), layout)
+    prefixes = on_first_rank(lambda: prepare_first_rank(config), store, ranks.rank)
+    init_distributed(ranks, device, parallel.timeout_minutes, store)
+    pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
+    try:
+        data = open_data(config, prefixes)
+        engine = build_engine(config, layout, pg, data.order.steps, device)
+        log_setup(engine, layout, adam_source(), data)
+        Trainer(config, layout, engine, data).train()
+    finally:
+        destroy_model_parallel()
+
+
+def dry_run(config: Config, world_size: int) -> str:
+    """The resolved config, the rank grid, and parameters and memory per rank, without loading anything."""
+    layout = _layout(config, world_size)
+    configs = read_model_configs(config)
+    check_layout(configs, layout)
+    frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
+    dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
+    memory = rank_memory(configs["policy"], frozen, layout, config.row_tokens, dtype_bytes)
+    parts = {
+        "policy weights": memory.weights,
+        "gradients (fp32)": memory.gradients,
+        "optimizer (fp32)": memory.optimizer,
+        f"frozen {' + '.join(role for role in configs if role != 'policy')}": memory.frozen,
+        "hidden states in flight": memory.carried,
+        "total without activations inside layers": memory.total,
+    }
+    lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}"]
+    lines.append(
+        f"parameters on the fullest rank: policy {memory.policy_parameters:,}, frozen {memory.frozen_parameters:,}"
+    )
+    lines += [f"  {name}: {size / GIB:.3f} GiB" for name, size in parts.items()]
+    return "\n".join(lines)
+
+
+def _layout(config: Config, world_size: int) -> ParallelLayout:
+    parallel = config.parallel
+    return make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, world_size)

@@ -1,0 +1,14 @@
+"""Fixtures for tests that need one-rank process groups in the test process itself."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+
+@pytest.fixture(scope="session")
+def single_rank_group() -> Iterator[dist.ProcessGroup]:
+    """The default group of one gloo rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()

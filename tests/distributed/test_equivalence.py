@@ -1,0 +1,208 @@
+"""Every layout trains as plain PyTorch does: losses, gradient norms and final weights over ten optimizer steps."""
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from tests import reference
+from tests.launch import SHARED_DATA, run_module
+from tests.tiny_models import make_llama
+
+SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=1e-3, weight_decay=0.1, clip_grad=1.0)
+VOCABULARY = 131  # a prime: divisible by no tensor-parallel size
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run: name, what it trains on, and on which layout."""
+
+    name: str
+    processes: int
+    data: str  # random | real
+    tied: bool = False
+    dpo: bool = False
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    row_tokens: int = 512
+
+
+CASES = (
+    Case("tp1", 1, "random"),
+    Case("tp1-small-rows", 1, "random", row_tokens=128),
+    Case("tp1-tied", 1, "random", tied=True),
+    Case("tp1-dpo", 1, "random", dpo=True),
+    Case("tp1-real", 1, "real"),
+    Case("tp2", 2, "random", tensor=2),
+    Case("tp2-tied", 2, "random", tied=True, tensor=2),
+    Case("tp2-sp", 2, "random", tensor=2, sequence_parallel=True),
+    Case("tp2-sp-real", 2, "real", tensor=2, sequence_parallel=True),
+    Case("pp2-small-rows", 2, "random", pipeline=2, row_tokens=128),
+    Case("pp2-tied", 2, "random", tied=True, pipeline=2, row_tokens=256),
+    Case("pp2-dpo", 2, "random", dpo=True, pipeline=2),
+    Case("pp2-real", 2, "real", pipeline=2),
+    Case("dp2", 2, "random"),
+    Case("dp2-real", 2, "real"),
+    Case("tp2-pp2", 4, "random", tensor=2, pipeline=2),
+    Case("tp2-pp2-tied", 4, "random", tied=True, tensor=2, pipeline=2),
+    Case("tp2-pp2-sp-real", 4, "real", tensor=2, pipeline=2, sequence_parallel=True),
+    Case("dp2-tp2", 4, "random", tensor=2),
+    Case("dp2-tp2-real", 4, "real", tensor=2),
+    Case("dp2-pp2-tied", 4, "random", tied=True, pipeline=2, row_tokens=128),
+    Case("pp4", 4, "random", pipeline=4, row_tokens=128),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all cases share: directories, and one independent result per (data, tied, dpo)."""
+
+    root: Path
+
+    def policy(self, data: str, tied: bool) -> Path:
+        return self.root / f"policy-{data}-{'tied' if tied else 'untied'}"
+
+    def guide(self, data: str, tied: bool) -> Path:
+        return self.root / f"guide-{data}-{'tied' if tied else 'untied'}"
+
+    def config(self, case: Case) -> dict[str, Any]:
+        real = case.data == "real"
+        return {
+            "model": {
+                "policy": str(self.policy(case.data, case.tied)),
+                "guide": None if case.dpo else str(self.guide(case.data, case.tied)),
+            },
+            "data": {
+                "train": str(self.root / ("real.json" if real else "random.jsonl")),
+                "max_length": 96 if real else 64,
+                "shuffle": False,
+                "workers": 1,
+                "tokenizer": str(SHARED_DATA / "llama2_sentencepiece.model") if real else None,
+            },
+            "loss": {"method": "dpo" if case.dpo else "tgdpo"},
+            "parallel": {
+                "tensor": case.tensor,
+                "pipeline": case.pipeline,
+                "sequence_parallel": case.sequence_parallel,
+                "timeout_minutes": 5,
+            },
+            "batch": {"global_pairs": SETTINGS.global_pairs, "tokens_per_micro_batch": case.row_tokens},
+            "optimizer": {
+                "lr": SETTINGS.lr,
+                "weight_decay": SETTINGS.weight_decay,
+                "clip_grad": SETTINGS.clip_grad,
+                "schedule": "constant",
+                "warmup_ratio": 0.0,
+            },
+            "precision": {"dtype": "fp32"},
+            "train": {"steps": SETTINGS.steps},
+            "output_dir": str(self.root / "runs" / case.name),
+        }
+
+
+def write_random_pairs(path: Path, count: int) -> None:
+    rng = random.Random(5)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(f"w{rng.randrange(3, VOCABULARY)}" for _ in range(rng.randint(low, high)))
+
+    records = [{"prompt": words(1, 20), "chosen": words(1, 40), "rejected": words(1, 40)} for _ in range(count)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    made = Inputs(tmp_path_factory.mktemp("equivalence"))
+    for tied in (False, True):
+        make_llama(made.policy("random", tied), vocab_size=VOCABULARY, tied=tied, seed=1)
+        make_llama(made.guide("random", tied), vocab_size=VOCABULARY, tied=tied, seed=2, hidden_size=32, heads=2)
+    write_random_pairs(made.root / "random.jsonl", 32)
+    if SHARED_DATA.is_dir():
+        make_llama(made.policy("real", False), vocab_size=32000, hidden_size=16, heads=2, layers=2, seed=3)
+        make_llama(made.guide("real", False), vocab_size=32000, hidden_size=16, heads=2, layers=2, seed=4)
+        pairs = json.loads((SHARED_DATA / "preference_pairs_en_300.json").read_text())[:32]
+        (made.root / "real.json").write_text(json.dumps(pairs))
+    return made
+
+
+class Runs:
+    """Trains all cases of a process count in one launch, the first time one of them is asked for."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self._launched: set[int] = set()
+        self._expected: dict[tuple[str, bool, bool], reference.Result] = {}
+
+    def output(self, case: Case) -> Path:
+        if case.processes not in self._launched:
+            self._launched.add(case.processes)
+            cases = [
+                {"config": self.inputs.config(c), "export": str(self.inputs.root / "runs" / c.name / "hf")}
+                for c in CASES
+                if c.processes == case.processes and (c.data == "random" or SHARED_DATA.is_dir())
+            ]
+            file = self.inputs.root / f"cases{case.processes}.json"
+            file.write_text(json.dumps(cases))
+            run_module("tests.distributed.worker_train", [str(file)], processes=case.processes, timeout=900)
+        return self.inputs.root / "runs" / case.name
+
+    def expected(self, case: Case) -> reference.Result:
+        key = (case.data, case.tied, case.dpo)
+        if key not in self._expected:
+            policy = self.inputs.policy(case.data, case.tied)
+            guide = None if case.dpo else self.inputs.guide(case.data, case.tied)
+            self._expected[key] = reference.train(policy, policy, guide, self._pairs(case), SETTINGS)
+        return self._expected[key]
+
+    def _pairs(self, case: Case) -> list[reference.Tokens]:
+        if case.data == "random":
+            tokenizer = AutoTokenizer.from_pretrained(self.inputs.policy("random", False))
+            records = [json.loads(line) for line in (self.inputs.root / "random.jsonl").read_text().splitlines()]
+            return [
+                reference.Tokens(*(tokenizer(record[side])["input_ids"] + end for side, end in _SIDES))
+                for record in records
+            ]
+        # Chat templates and truncation have tests of their own; here the ids are given.
+        (prefix,) = {path.name.split(".")[0] for path in (self.output(case) / "data").glob("real-*")}
+        dataset = PreferenceDataset(str(self.output(case) / "data" / prefix))
+        pairs = [dataset[i] for i in range(len(dataset))]
+        return [reference.Tokens(p.prompt.tolist(), p.chosen.tolist(), p.rejected.tolist()) for p in pairs]
+
+
+_SIDES = (("prompt", []), ("chosen", [2]), ("rejected", [2]))  # 2 is </s>
+
+
+@pytest.fixture(scope="module")
+def runs(inputs: Inputs) -> Iterator[Runs]:
+    torch.set_num_threads(2)
+    yield Runs(inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
+    if case.data == "real" and not SHARED_DATA.is_dir():
+        pytest.skip("the shared real data is not there")
+    output = runs.output(case)
+    expected = runs.expected(case)
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(1, SETTINGS.steps + 1))
+    assert steps[0]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert max(abs(step["train/loss"] - math.log(2)) for step in steps) > 0.01, "nothing was learned"
+    for step, loss, norm in zip(steps, expected.losses, expected.grad_norms, strict=True):
+        assert step["train/loss"] == pytest.approx(loss, rel=1e-5), f"loss of step {step['step']}"
+        assert step["train/grad_norm"] == pytest.approx(norm, rel=1e-4), f"gradient norm of step {step['step']}"
+    exported = {name: tensor for file in (output / "hf").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert exported.keys() == expected.weights.keys()
+    for name, tensor in expected.weights.items():
+        difference = (exported[name] - tensor).norm() / tensor.norm()
+        assert difference < 1e-4, f"{name}: relative difference {difference:.2e}"

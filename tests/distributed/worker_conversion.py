@@ -1,0 +1,209 @@
+"""Converts, computes and saves on the layouts that it is told, and leaves the results for the test to judge.
+
+Usage: ``worker_conversion ROOT LAYOUT...`` where ROOT/hf holds HF models and LAYOUT is like ``tp2-pp1-sp``; or
+``worker_conversion ROOT faults``.
+"""
+
+import errno
+import json
+import re
+import resource
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from checkpoints_convert.export import export_hf, gather_shards
+from checkpoints_convert.load import load_weights
+from checkpoints_convert.logits import packed_logits, packing_of
+from checkpoints_convert.mapping import Heads, join_shards, mapped_parameters, parameter_count
+from megatron_tgdpo import checkpoint_format
+from megatron_tgdpo.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models import LanguageModel, build_language_model, read_hf_config
+from megatron_tgdpo.parallel import (
+    ParallelLayout,
+    connect_store,
+    destroy_model_parallel,
+    init_distributed,
+    init_model_parallel,
+    make_layout,
+    read_rank_environment,
+)
+
+CPU = torch.device("cpu")
+ROW, LENGTHS = 200, [90, 70, 30]
+
+
+def row_tokens() -> Tensor:
+    """The packed row of every test: three sequences, then padding."""
+    return torch.randint(0, 128, (ROW,), generator=torch.Generator().manual_seed(7))
+
+
+def upstream_gradient(hidden_size: int) -> Tensor:
+    """[S, H]: what the hidden states are multiplied with before they are summed; nothing for the padding."""
+    gradient = torch.randn(ROW, hidden_size, generator=torch.Generator().manual_seed(8))
+    gradient[sum(LENGTHS) :] = 0
+    return gradient
+
+
+def parse_layout(name: str, world_size: int) -> ParallelLayout:
+    match = re.fullmatch(r"tp(\d+)-pp(\d+)(-sp)?", name)
+    assert match, name
+    return make_layout(int(match[1]), int(match[2]), 1, match[3] is not None, world_size)
+
+
+def run_layout(root: Path, name: str) -> None:
+    layout = parse_layout(name, dist.get_world_size())
+    pg = init_model_parallel(layout, seed=1, timeout_minutes=2)
+    for hf in sorted((root / "hf").iterdir()):
+        hf_config = read_hf_config(hf)
+        out = root / "out" / name / hf.name
+        if dist.get_rank() == 0:
+            out.mkdir(parents=True)
+        dist.barrier()
+        compute(hf, hf_config, layout, pg, out)
+        convert(root, hf, hf_config, layout, pg, out)
+    destroy_model_parallel()
+
+
+def compute(
+    hf: Path, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, out: Path
+) -> None:
+    """Logits, and for a single stage the gradients of all weights, in fp32."""
+    model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
+    load_weights(model, hf, hf_config, pg)
+    logits = packed_logits(model, row_tokens(), LENGTHS, pg)
+    if logits is not None and pg.tp.rank() == 0 and pg.dp_cp.rank() == 0:
+        save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
+    marks = {
+        mapped.name: mapped.kind != "copy"
+        for mapped in mapped_parameters(model, hf_config)
+        if getattr(mapped.parameter, "tensor_model_parallel", False) != (mapped.kind != "copy")
+    }
+    assert not marks, marks
+    if layout.pipeline == 1:
+        save_gradients(model, hf_config, pg, out)
+
+
+def save_gradients(model: LanguageModel, hf_config: PretrainedConfig, pg: ProcessGroupCollection, out: Path) -> None:
+    positions = torch.cat([torch.arange(n) for n in [*LENGTHS, ROW - sum(LENGTHS)]])
+    hidden = model(row_tokens()[None], positions[None], packing_of(LENGTHS))
+    upstream = upstream_gradient(hf_config.hidden_size)[:, None]
+    if model.config.sequence_parallel:
+        upstream = upstream.chunk(pg.tp.size())[pg.tp.rank()]
+    (hidden * upstream).sum().backward()
+    gradients = {}
+    for mapped in mapped_parameters(model, hf_config):
+        if mapped.name == "output_layer.weight":
+            assert mapped.parameter.grad is None
+            continue
+        gradient = mapped.parameter.grad
+        assert gradient is not None, mapped.name
+        if getattr(mapped.parameter, "sequence_parallel", False):
+            dist.all_reduce(gradient, group=pg.tp)
+        shards = [gradient] if mapped.kind == "copy" else gather_shards(gradient, pg.tp)
+        if pg.tp.rank() == 0:
+            joined = join_shards(mapped.kind, shards, Heads.of(hf_config), hf_config.vocab_size)
+            gradients.update(zip(mapped.hf_names, [tensor.clone() for tensor in joined], strict=True))
+    if pg.tp.rank() == 0 and pg.dp_cp.rank() == 0:
+        save_file(gradients, out / "gradients.safetensors")
+
+
+def convert(
+    root: Path,
+    hf: Path,
+    hf_config: PretrainedConfig,
+    layout: ParallelLayout,
+    pg: ProcessGroupCollection,
+    out: Path,
+) -> None:
+    """HF -> this layout -> HF and Megatron; Megatron saved by one rank -> this layout -> HF."""
+    dtype = hf_config.dtype
+    model = build_language_model(hf_config, layout, pg, dtype=dtype, device=CPU)
+    load_weights(model, hf, hf_config, pg)
+    export_hf(model, out / "exported", hf, hf_config, pg, max_shard_size=40_000)
+    model_state = model.sharded_state_dict()
+    state = {"model": model_state, "optimizer": optimizer_state(model), "step": 5}
+    metadata = {"dtype": "bf16" if dtype == torch.bfloat16 else "fp32", "parameters": parameter_count(hf_config)}
+    checkpoint_format.save(out / "checkpoints" / "step_00000005", state, hf, {**metadata, "step": 5})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    load_weights(model, root / "megatron" / hf.name, hf_config, pg)
+    export_hf(model, out / "resharded", hf, hf_config, pg)
+
+
+def optimizer_state(model: LanguageModel) -> dict:
+    """What a training checkpoint holds beside the model: sharded tensors and objects of other names, plain values."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {
+        "moments": ShardedTensor.from_rank_offsets("optimizer.moments", torch.ones(1, 4) * rank, (0, rank, world)),
+        "generator": ShardedObject("optimizer.generator", {"rank": rank}, (world,), (rank,)),
+        "groups": [{"lr": 0.1, "betas": (0.9, 0.95)}],
+        "tied": model.share_embeddings_and_output_weights,
+    }
+
+
+def run_faults(root: Path) -> None:
+    """A disk that is full on one rank; every rank must raise, and nothing may be left."""
+    pg = init_model_parallel(make_layout(1, dist.get_world_size(), 1, False, dist.get_world_size()), 1, 2)
+    hf = root / "hf" / "untied"
+    hf_config = read_hf_config(hf)
+    layout = make_layout(1, dist.get_world_size(), 1, False, dist.get_world_size())
+    model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
+    load_weights(model, hf, hf_config, pg)
+    report = {}
+    no_space = OSError(errno.ENOSPC, "No space left on device")
+
+    def save(path: Path) -> None:
+        checkpoint_format.save(path, {"model": model.sharded_state_dict()}, hf, {"dtype": "fp32"})
+
+    for fault in ("limit-rank0", "limit-rank1", "common", "space", "finish", "export-rank1"):
+        target = root / "faults" / fault
+        patches = {
+            "common": mock.patch.object(checkpoint_format, "write_common", side_effect=no_space),
+            "space": mock.patch.object(checkpoint_format.shutil, "disk_usage", return_value=mock.Mock(free=1000)),
+            "finish": mock.patch.object(checkpoint_format, "copy_hf_files", side_effect=no_space),
+        }
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if fault.endswith(f"rank{dist.get_rank()}"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with patches.get(fault, mock.MagicMock()):
+                if fault.startswith("export"):
+                    export_hf(model, target, hf, hf_config, pg)
+                else:
+                    save(target)
+            report[fault] = "no error"
+        except UserError as error:
+            report[fault] = str(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        dist.barrier()
+    save(root / "faults" / "works-afterwards")
+    (root / f"faults-{dist.get_rank()}.json").write_text(json.dumps(report))
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    enable_cpu_backend()
+    ranks = read_rank_environment()
+    init_distributed(ranks, CPU, 2, connect_store(ranks))
+    for name in sys.argv[2:]:
+        if name == "faults":
+            run_faults(root)
+        else:
+            run_layout(root, name)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Starts multi-process tests, and says why when one fails."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, and this checkout importable from anywhere."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+
+def run_module(
+    module: str, arguments: Sequence[str], *, processes: int = 1, timeout: float = 600, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m module`` alone or under torchrun; fails the test with the output's end if it must succeed."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*launcher, "-m", module, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{module} on {processes} processes failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+    return done

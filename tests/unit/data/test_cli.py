@@ -1,0 +1,60 @@
+"""The command, as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from tests.unit.data.conftest import plain_record
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tools.preprocess_preferences", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def test_command_writes_a_dataset_and_a_summary(tmp_path, hf_directory, write_jsonl):
+    records = [plain_record(index) for index in range(150)]
+    records[7] = {"prompt": "Q", "chosen": "same", "rejected": "same"}
+    prefix = str(tmp_path / "out" / "pairs")
+    source = write_jsonl(records)
+    arguments = ["--input", source, "--tokenizer", hf_directory, "--output", prefix]
+    result = run(*arguments, "--max-length", "20", "--max-prompt-length", "8", "--workers", "2")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"{prefix}: 149 pairs" in result.stdout
+    assert "dropped: 1 (identical 1)" in result.stdout
+    dataset = PreferenceDataset(prefix)
+    assert dataset.lengths[:, 0].max() == 8
+    assert (dataset.manifest["options"]["max_length"], dataset.source(7)) == (20, f"{source}:9")
+
+    again = run(*arguments)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr.startswith("error: ")
+    assert "--overwrite" in again.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_bad_input_is_one_line_and_status_one(tmp_path, sp_model, write_jsonl, workers):
+    source = write_jsonl([*(plain_record(index) for index in range(70)), {"prompt": "Q", "chosen": "A"}])
+    result = run(*("--input", source, "--tokenizer", sp_model, "--output", str(tmp_path / "out")), "--workers", workers)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {source}:71: key 'rejected' is missing (keys: prompt, chosen)\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_options_out_of_range_too(tmp_path, sp_model):
+    result = run("--input", "x", "--tokenizer", sp_model, "--output", str(tmp_path / "o"), "--max-length", "0")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: max_length is 0")

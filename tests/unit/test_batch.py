@@ -1,0 +1,74 @@
+"""Data order, packing plan and collation."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_tgdpo.batch import collate, make_data_order, pair_tokens, plan_packs
+from megatron_tgdpo.data.dataset import PreferencePair
+
+
+def pair(index: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> PreferencePair:
+    return PreferencePair(np.array(prompt), np.array(chosen), np.array(rejected), index)
+
+
+def test_every_pair_is_seen_once_per_epoch_in_a_new_order() -> None:
+    order = make_data_order(10, 4, steps=5, epochs=None, shuffle=True, seed=1)
+    stream = [i for step in range(1, 6) for i in order.step_indices(step)]
+    assert len(stream) == 20
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+    assert stream[:10] != list(range(10))
+    again = make_data_order(10, 4, steps=5, epochs=None, shuffle=True, seed=1)
+    assert [again.step_indices(step) for step in (3, 1)] == [stream[8:12], stream[:4]]
+    other = make_data_order(10, 4, steps=5, epochs=None, shuffle=True, seed=2)
+    assert other.step_indices(1) != stream[:4]
+
+
+def test_epochs_end_with_a_smaller_step_and_file_order_is_kept() -> None:
+    order = make_data_order(10, 4, steps=None, epochs=1, shuffle=False, seed=1)
+    assert order.steps == 3
+    assert [order.step_indices(step) for step in (1, 2, 3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [order.consumed_pairs(step) for step in (0, 1, 3)] == [0, 4, 10]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_plan_holds_every_pair_once_within_the_rows_and_evenly_deep(ranks: int) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 60, size=23).tolist()
+    indices = list(range(100, 123))
+    plan = plan_packs(indices, tokens, 64, ranks)
+    assert len(plan) == ranks
+    assert len({len(packs) for packs in plan}) == 1
+    packed = [i for packs in plan for pack in packs for i in pack]
+    assert sorted(packed) == indices
+    cost = dict(zip(indices, tokens, strict=True))
+    assert max(sum(cost[i] for i in pack) for packs in plan for pack in packs) <= 64
+    loads = [sum(cost[i] for pack in packs for i in pack) for packs in plan]
+    assert max(loads) - min(loads) <= 64
+    assert plan == plan_packs(indices, tokens, 64, ranks)
+
+
+def test_a_plan_of_fewer_packs_than_ranks_gives_empty_packs() -> None:
+    assert plan_packs([7], [10], 64, 3) == [[[7]], [[]], [[]]]
+
+
+def test_collate() -> None:
+    batch = collate([pair(4, [10, 11], [12, 13, 2], [14]), pair(9, [20], [21], [22, 23])], 16)
+    assert batch.tokens.tolist() == [[10, 11, 12, 13, 2, 10, 11, 14, 20, 21, 20, 22, 23, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 1, 2, 0, 0, 0]]
+    assert batch.packing.cu_seqlens_q.tolist() == [0, 5, 8, 10, 13]
+    assert batch.packing.max_seqlen_q == 5
+    assert batch.response_lengths.tolist() == [3, 1, 1, 2]
+    assert batch.targets.tolist() == [12, 13, 2, 14, 21, 22, 23]
+    # Each target is the token right after its logit position.
+    assert torch.equal(batch.tokens[0, batch.logit_positions + 1], batch.targets)
+    assert batch.pair_indices.tolist() == [4, 9]
+    assert int(pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).sum()) == 13
+
+
+def test_collate_without_pairs() -> None:
+    batch = collate([], 8)
+    assert batch.tokens.shape == (1, 8)
+    assert batch.packing.cu_seqlens_q.tolist() == [0]
+    assert batch.targets.numel() == batch.logit_positions.numel() == batch.response_lengths.numel() == 0

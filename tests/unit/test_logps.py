@@ -1,0 +1,67 @@
+"""Token log-probs against a full log-softmax: values, gradients, chunking, padded vocabulary, precision, memory."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tgdpo.logps import token_logps
+
+VOCABULARY, PADDED, HIDDEN, TOKENS = 131, 256, 24, 37
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(PADDED, HIDDEN, generator=generator).to(dtype)
+    weight[VOCABULARY:] = 50.0  # a padded row that took part would win every softmax
+    targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    grads = torch.randn(TOKENS, generator=generator)
+    return hidden, weight.requires_grad_(), targets, grads
+
+
+def expected(hidden: Tensor, weight: Tensor, targets: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    logps = (hidden @ weight[:VOCABULARY].t()).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    grad_hidden, grad_weight = torch.autograd.grad(logps, (hidden, weight), grads.double())
+    return logps.detach(), grad_hidden, grad_weight
+
+
+@pytest.mark.parametrize("chunk_elements", [1, VOCABULARY * 5, 2**25])
+def test_values_and_gradients(single_rank_group: dist.ProcessGroup, chunk_elements: int) -> None:
+    hidden, weight, targets, grads = inputs()
+    logps = token_logps(
+        hidden, weight, targets, vocab_size=VOCABULARY, tp_group=single_rank_group, chunk_elements=chunk_elements
+    )
+    grad_hidden, grad_weight = torch.autograd.grad(logps, (hidden, weight), grads)
+    want, want_hidden, want_weight = expected(hidden, weight, targets, grads)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_hidden.double(), want_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_weight.double(), want_weight, rtol=1e-4, atol=1e-5)
+    assert not grad_weight[VOCABULARY:].any()
+
+
+def test_bf16_inputs_are_not_rounded_on_the_way_to_float32(single_rank_group: dist.ProcessGroup) -> None:
+    hidden, weight, targets, grads = inputs(torch.bfloat16)
+    logps = token_logps(hidden, weight, targets, vocab_size=VOCABULARY, tp_group=single_rank_group)
+    want, want_hidden, _ = expected(hidden, weight, targets, grads)
+    torch.testing.assert_close(logps.double(), want, rtol=1e-5, atol=1e-4)
+    (grad_hidden,) = torch.autograd.grad(logps, (hidden,), grads)
+    assert grad_hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(grad_hidden.double(), want_hidden, rtol=2e-2, atol=2e-2)
+
+
+def test_no_tokens(single_rank_group: dist.ProcessGroup) -> None:
+    hidden, weight, targets, _ = inputs()
+    logps = token_logps(hidden[:0], weight, targets[:0], vocab_size=VOCABULARY, tp_group=single_rank_group)
+    logps.sum().backward()
+    assert logps.shape == (0,)
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_large_logits_do_not_overflow(single_rank_group: dist.ProcessGroup) -> None:
+    hidden, weight, targets, _ = inputs()
+    logps = token_logps(hidden * 1e4, weight, targets, vocab_size=VOCABULARY, tp_group=single_rank_group)
+    assert torch.isfinite(logps).all()
