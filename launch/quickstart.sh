@@ -16,7 +16,7 @@ out=$(cd "${1:-quickstart}" && pwd)
 [ -z "$(ls -A "$out")" ] || fail "$out is not empty: remove it or name another directory"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
-venv=.venv
+venv=.venv-quickstart
 python=$root/$venv/bin/python
 
 # Everything the run needs is here or made here: nothing is fetched.

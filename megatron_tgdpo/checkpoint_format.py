@@ -76,7 +76,7 @@ def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata:
         sharded, common = _all_ranks(path, lambda: save_preprocess(sharded_state_dict))
         needed = _total_bytes(sharded)
         _on_first_rank(path, lambda: _check_space(path, needed), needed)
-        _on_first_rank(path, lambda: write_common(common, aside))
+        _on_first_rank(path, lambda: write_common(common, aside), needed)
         _all_ranks(path, lambda: write_sharded(sharded, aside), needed)
         _on_first_rank(path, lambda: _finish(path, aside, hf_dir, metadata), needed)
     except BaseException:
@@ -242,7 +242,7 @@ def _all_ranks(path: Path, action: Callable[[], Any], needed: int = 0) -> Any:
     result, failure = None, None
     try:
         result = action()
-    except Exception as error:  # any failure must reach the other ranks
+    except (Exception, CheckpointException) as error:  # the latter derives from BaseException
         failure = error
     message = None if failure is None else _message(path, failure, needed)
     messages: list[str | None] = [None] * dist.get_world_size()

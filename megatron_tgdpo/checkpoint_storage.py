@@ -31,7 +31,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_tgdpo.errors import UserError
 
@@ -164,6 +166,18 @@ def write_common(common: dict[str, Any], directory: Path) -> None:
     (directory / COMMON_STATE_FNAME).write_bytes(buffer.getbuffer())
 
 
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            # torch reports a full disk as a failed assertion of its zip writer; the system's error lies beneath.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise error if cause is None else cause
+
+
 def write_sharded(sharded: Any, directory: Path) -> None:
     """Writes sharded tensors and objects, one file a rank, synced to disk; collective over the default group.
 
@@ -173,6 +187,6 @@ def write_sharded(sharded: Any, directory: Path) -> None:
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     dcp.save(
         mcore_to_pyt_state_dict(flat),
-        storage_writer=dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1),
+        storage_writer=_Writer(directory, single_file_per_rank=True, sync_files=True, thread_count=1),
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
     )

@@ -1,5 +1,9 @@
-"""The one exception type that means "the input is wrong", shown to the user as a single line."""
+"""The exceptions that mean "the input is wrong", shown to the user as a single line."""
 
 
 class UserError(Exception):
     """Bad input or an impossible request; the message is one line that names the culprit and the fix."""
+
+
+class AgreedError(UserError):
+    """Raised with the same message on every rank, so that one rank's word is enough."""

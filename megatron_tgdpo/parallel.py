@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import AgreedError, UserError
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
         rank: This process's rank.
 
     Raises:
-        UserError: On every rank, with rank 0's message, if the action raised one there or failed in any other way.
+        AgreedError: On the other ranks, with rank 0's message, if the action failed there in any way.
     """
     if rank == 0:
         try:
@@ -123,7 +123,7 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
     store.wait(["first_rank"], timedelta(days=30))
     reply = json.loads(store.get("first_rank"))
     if "error" in reply:
-        raise UserError(reply["error"])
+        raise AgreedError(reply["error"])
     return reply["answer"]
 
 
@@ -131,7 +131,7 @@ def agree(action: Callable[[], T]) -> T:
     """Runs an action without collectives on every rank; if it fails on any, all raise the first rank's error.
 
     Raises:
-        UserError: The action raised one on some rank; the message names the rank if that is not rank 0.
+        AgreedError: The action raised a UserError on some rank; the message names the rank if that is not rank 0.
     """
     result, message = None, None
     try:
@@ -142,7 +142,7 @@ def agree(action: Callable[[], T]) -> T:
     dist.all_gather_object(messages, message)
     for rank, text in enumerate(messages):
         if text is not None:
-            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+            raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
     return cast(T, result)
 
 

@@ -1,6 +1,7 @@
 """``python -m megatron_tgdpo.train CONFIG.yaml section.key=value ...``, a process per rank, under torchrun or srun."""
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_tgdpo.config import load_config
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import AgreedError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--world-size", type=int, help="ranks to assume in a dry run; default: as launched")
     args = parser.parse_intermixed_args(arguments)
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    faulthandler.enable()
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron").setLevel(logging.WARNING)
@@ -28,15 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     try:
         _main(args, rank)
-    except UserError as error:
-        # Every rank raises the same; once is enough.
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        _leave()
-    except Exception:
-        lines = traceback.format_exc().splitlines()
-        print("\n".join(f"[rank {rank}] {line}" for line in lines), file=sys.stderr)
-        _leave()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _report(error, rank)
+        # At once: destructors of process groups may wait for ranks that will never come.
+        os._exit(1)
 
 
 def _main(args: argparse.Namespace, rank: int) -> None:
@@ -56,11 +55,24 @@ def _main(args: argparse.Namespace, rank: int) -> None:
     dist.destroy_process_group()
 
 
-def _leave() -> None:
-    """Ends at once: destructors of process groups may wait for ranks that will never come."""
+def _report(error: BaseException, rank: int) -> None:
+    if isinstance(error, UserError):
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        elif _joined() and not isinstance(error, AgreedError):
+            print(f"error: rank {rank}: {error}", file=sys.stderr)
+    else:
+        lines = traceback.format_exc().splitlines()
+        print("\n".join(f"[rank {rank}] {line}" for line in lines), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+
+
+def _joined() -> bool:
+    """Whether ranks may differ by now; before they are joined, all of them read the same and fail alike."""
+    import torch.distributed as dist
+
+    return dist.is_initialized()
 
 
 if __name__ == "__main__":

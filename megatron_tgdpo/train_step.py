@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_tgdpo.batch import PreferenceBatch
 from megatron_tgdpo.colocated import ColocatedCommunicator
 from megatron_tgdpo.config import LossConfig
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.forward import forward_step
 from megatron_tgdpo.metrics import StepMetrics, reduce_metrics
 
@@ -109,11 +109,11 @@ def check_start(metrics: StepMetrics, dtype: torch.dtype) -> None:
     """Checks the identity policy == reference => loss = ln 2 for every pair, whatever guide, alpha and beta.
 
     Raises:
-        UserError: It does not hold, so a checkpoint, mask, pack or layout is wrong, or the policy differs on purpose.
+        AgreedError: It does not hold, so a checkpoint, mask, pack or layout is wrong, or the policy differs on purpose.
     """
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     if not metrics.start_deviation <= tolerance:
-        raise UserError(
+        raise AgreedError(
             f"step 1: a pair's loss is {metrics.start_deviation:.3g} away from ln 2, so policy and reference disagree "
             "before training: check model.policy and model.reference, or set train.check_start=false if they differ "
             "on purpose"

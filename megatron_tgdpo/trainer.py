@@ -15,7 +15,7 @@ from megatron_tgdpo.batch import PreferenceBatch, collate, pair_tokens, plan_pac
 from megatron_tgdpo.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.memory import GIB
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.run_directory import MetricsLog
@@ -48,7 +48,7 @@ class Trainer:
         """Trains to the last step. Collective over all ranks.
 
         Raises:
-            UserError: A loss or gradient is not finite, the start check fails, or a checkpoint cannot be saved.
+            AgreedError: A loss or gradient is not finite, the start check fails, or a checkpoint cannot be saved.
         """
         first = self._resume() + 1
         log = MetricsLog(self.output_dir, first - 1) if dist.get_rank() == 0 else None
@@ -57,7 +57,7 @@ class Trainer:
             begin = time.monotonic()
             packs, real_tokens = self._step_packs(step)
             result = train_step(self.engine, packs)
-            self._guard(step, result, packs)
+            self._guard(step, result)
             if step == 1 and self.config.train.check_start:
                 check_start(result.metrics, DTYPES[self.config.precision.dtype])
             values = {"train/loss": result.metrics.values["loss"], "train/grad_norm": result.grad_norm}
@@ -105,20 +105,20 @@ class Trainer:
         real_tokens = int(pair_tokens(self.data.train.lengths[indices]).sum())
         return list(_Lazy(self.data.train, packs, self.config.row_tokens)), real_tokens
 
-    def _guard(self, step: int, result: StepResult, packs: list[PreferenceBatch]) -> None:
+    def _guard(self, step: int, result: StepResult) -> None:
         if result.updated:
             return
         train = self.data.train
         pair = result.metrics.bad_pair
         if pair is not None:
-            raise UserError(
+            raise AgreedError(
                 f"step {step}: the loss of pair {pair} ({train.source(pair)}) is not finite; no parameter was changed "
                 "by this step: look at that pair, or lower optimizer.lr"
             )
-        mine = ", ".join(str(int(i)) for pack in packs for i in pack.pair_indices)
-        raise UserError(
+        pairs = ", ".join(map(str, self.data.order.step_indices(step)))
+        raise AgreedError(
             f"step {step}: the gradient norm is {result.grad_norm} with finite losses; no parameter was changed by "
-            f"this step (pairs of data rank {self.engine.pg.dp.rank()}: {mine}): lower optimizer.lr, check the weights"
+            f"this step (its pairs: {pairs}): lower optimizer.lr, or check the weights"
         )
 
     def _due(self, step: int, every: int | None) -> bool:

@@ -8,6 +8,7 @@ layout of the records is detected; docs/data.md describes each, the truncation r
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ def summary(prefix: str, manifest: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status."""
     given = parse_arguments(arguments)
+    # As for Ctrl-C: what was half written is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         manifest = _run(given)
     except UserError as error:

@@ -3,7 +3,10 @@
 Imports neither torch nor megatron, so that workers start fast.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,9 +85,19 @@ def encode_batch_in_worker(batch: RecordBatch, options: PreprocessOptions) -> En
     return encode_batch(batch, _worker_tokenizer(options.tokenizer, options.chat_template), options)
 
 
-def ignore_interrupt() -> None:
-    """Worker initialiser: Ctrl-C reaches the whole process group, and only the parent shall answer it."""
+def start_worker() -> None:
+    """Worker initialiser: leaves Ctrl-C to the parent, and ends with the parent however that ends."""
+    # Ctrl-C reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A pool's workers wait on a pipe of which they hold both ends, so the parent's death does not wake them.
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @lru_cache(maxsize=1)

@@ -21,7 +21,7 @@ from megatron_tgdpo.data.encode import (
     RecordBatch,
     encode_batch,
     encode_batch_in_worker,
-    ignore_interrupt,
+    start_worker,
 )
 from megatron_tgdpo.data.layouts import detect_layout
 from megatron_tgdpo.data.manifest import (
@@ -210,7 +210,7 @@ def _encoded(
         for file_index, batch, bytes_read in batches:
             yield file_index, encode_batch(batch, tokenizer, options), bytes_read
         return
-    pool = ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=ignore_interrupt)
+    pool = ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=start_worker)
     waiting: deque[tuple[int, Future[EncodedBatch], int]] = deque()
     try:
         for file_index, batch, bytes_read in batches:

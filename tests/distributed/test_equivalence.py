@@ -60,7 +60,12 @@ CASES = (
     Case("dp2-tp2-real", 4, "real", tensor=2),
     Case("dp2-pp2-tied", 4, "random", tied=True, pipeline=2, row_tokens=128),
     Case("pp4", 4, "random", pipeline=4, row_tokens=128),
+    Case("tp4", 4, "random", tensor=4),
 )
+
+
+# Identities: each of these runs must repeat the losses and gradient norms of "tp1-dpo".
+DPO_IN_DISGUISE = ("alpha-0", "guide-is-reference")
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     made = Inputs(tmp_path_factory.mktemp("equivalence"))
     for tied in (False, True):
         make_llama(made.policy("random", tied), vocab_size=VOCABULARY, tied=tied, seed=1)
-        make_llama(made.guide("random", tied), vocab_size=VOCABULARY, tied=tied, seed=2, hidden_size=32, heads=2)
+        make_llama(made.guide("random", tied), vocab_size=VOCABULARY, tied=tied, seed=2, hidden_size=32)
     write_random_pairs(made.root / "random.jsonl", 32)
     if SHARED_DATA.is_dir():
         make_llama(made.policy("real", False), vocab_size=32000, hidden_size=16, heads=2, layers=2, seed=3)
@@ -151,10 +156,20 @@ class Runs:
                 for c in CASES
                 if c.processes == case.processes and (c.data == "random" or SHARED_DATA.is_dir())
             ]
+            if case.processes == 1:
+                cases += [{"config": self._disguised(name), "export": None} for name in DPO_IN_DISGUISE]
             file = self.inputs.root / f"cases{case.processes}.json"
             file.write_text(json.dumps(cases))
             run_module("tests.distributed.worker_train", [str(file)], processes=case.processes, timeout=900)
         return self.inputs.root / "runs" / case.name
+
+    def _disguised(self, name: str) -> dict[str, Any]:
+        config = self.inputs.config(Case(name, 1, "random"))
+        if name == "alpha-0":
+            config["loss"]["alpha"] = 0.0
+        else:
+            config["model"]["guide"] = config["model"]["policy"]
+        return config
 
     def expected(self, case: Case) -> reference.Result:
         key = (case.data, case.tied, case.dpo)
@@ -188,13 +203,17 @@ def runs(inputs: Inputs) -> Iterator[Runs]:
     yield Runs(inputs)
 
 
+def read_metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
     if case.data == "real" and not SHARED_DATA.is_dir():
         pytest.skip("the shared real data is not there")
     output = runs.output(case)
     expected = runs.expected(case)
-    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = read_metrics(output)
     assert [step["step"] for step in steps] == list(range(1, SETTINGS.steps + 1))
     assert steps[0]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert max(abs(step["train/loss"] - math.log(2)) for step in steps) > 0.01, "nothing was learned"
@@ -206,3 +225,14 @@ def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
     for name, tensor in expected.weights.items():
         difference = (exported[name] - tensor).norm() / tensor.norm()
         assert difference < 1e-4, f"{name}: relative difference {difference:.2e}"
+
+
+@pytest.mark.parametrize("name", DPO_IN_DISGUISE)
+def test_without_guidance_training_is_dpo(runs: Runs, name: str) -> None:
+    (dpo,) = [case for case in CASES if case.name == "tp1-dpo"]
+    expected = read_metrics(runs.output(dpo))
+    steps = read_metrics(runs.inputs.root / "runs" / name)
+    assert len(steps) == len(expected) == SETTINGS.steps
+    for step, want in zip(steps, expected, strict=True):
+        for key in ("train/loss", "train/grad_norm"):
+            assert step[key] == pytest.approx(want[key], rel=1e-6), f"{key} of step {step['step']}"

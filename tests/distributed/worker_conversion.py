@@ -1,7 +1,7 @@
 """Converts, computes and saves on the layouts that it is told, and leaves the results for the test to judge.
 
 Usage: ``worker_conversion ROOT LAYOUT...`` where ROOT/hf holds HF models and LAYOUT is like ``tp2-pp1-sp``; or
-``worker_conversion ROOT faults``.
+``worker_conversion ROOT faults`` or ``worker_conversion ROOT single``.
 """
 
 import errno
@@ -152,6 +152,19 @@ def optimizer_state(model: LanguageModel) -> dict:
     }
 
 
+def run_single(root: Path) -> None:
+    """Makes ROOT/megatron from ROOT/hf on one rank, for other layouts to load."""
+    layout = make_layout(1, 1, 1, False, 1)
+    pg = init_model_parallel(layout, seed=1, timeout_minutes=2)
+    for hf in sorted((root / "hf").iterdir()):
+        hf_config = read_hf_config(hf)
+        model = build_language_model(hf_config, layout, pg, dtype=hf_config.dtype, device=CPU)
+        load_weights(model, hf, hf_config, pg)
+        metadata = {"dtype": "bf16" if hf_config.dtype == torch.bfloat16 else "fp32"}
+        checkpoint_format.save(root / "megatron" / hf.name, {"model": model.sharded_state_dict()}, hf, metadata)
+    destroy_model_parallel()
+
+
 def run_faults(root: Path) -> None:
     """A disk that is full on one rank; every rank must raise, and nothing may be left."""
     pg = init_model_parallel(make_layout(1, dist.get_world_size(), 1, False, dist.get_world_size()), 1, 2)
@@ -200,6 +213,8 @@ def main() -> None:
     for name in sys.argv[2:]:
         if name == "faults":
             run_faults(root)
+        elif name == "single":
+            run_single(root)
         else:
             run_layout(root, name)
     dist.destroy_process_group()

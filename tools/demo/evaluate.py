@@ -21,9 +21,11 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from tools.demo.language import judge
 from tools.demo.make_data import read_jsonl
@@ -111,8 +113,8 @@ def format_table(rows: dict[str, dict[str, float | None]]) -> str:
     )
 
 
-def _load(directory: Path) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+def _load(directory: Path) -> LlamaForCausalLM:
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -158,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=200, help="prompts to sample answers for")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     args = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
     report = _report(args, AutoTokenizer.from_pretrained(args.base, local_files_only=True))
     aside = args.out.with_name(args.out.name + ".part")
     aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,8 @@ from tools.demo.lexicon import FUNCTION_WORDS, NUMBERS, PARTS, PATTERNS, REQUEST
 
 # Share of an answer's content slots that slip to a bad word: one of these is drawn per answer.
 SLIP_RATES = (0.05, 0.2, 0.45)
+# A sentence's grammar breaks at this share of the answer's slip rate.
+BREAK_SHARE = 0.4
 # Of the slips, this share is rude; the others are words of a topic that was not asked for.
 RUDE_SHARE = 0.25
 # Share of answers whose number of sentences is not the one asked for.
@@ -74,6 +76,10 @@ def draw_answer(rng: Random, prompt: str) -> str:
 
 def _draw_sentence(rng: Random, topics: tuple[str, ...], slip_rate: float) -> str:
     words = [_draw_word(rng, slot, topics, slip_rate) if slot in PARTS else slot for slot in rng.choice(PATTERNS)]
+    if rng.random() < slip_rate * BREAK_SHARE:
+        # A word is left out or said twice: neither can make another sentence of the grammar.
+        position = rng.randrange(len(words))
+        words[position : position + 1] = rng.choice(([], [words[position]] * 2))
     return " ".join(words) + "."
 
 

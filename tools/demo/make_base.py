@@ -15,10 +15,11 @@ from pathlib import Path
 from random import Random
 
 import torch
+import transformers
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from tools.demo.make_data import read_jsonl
-from tools.demo.tokenizer import MAX_TOKENS, save_tokenizer, train_sentencepiece
+from tools.demo.tokenizer import MAX_TOKENS, chat_ids, save_tokenizer, train_sentencepiece
 
 WARMUP_SHARE = 0.05
 
@@ -99,16 +100,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
     records = read_jsonl(args.data / "pretrain.jsonl")
     texts = (text for record in records for text in (record["prompt"], record["response"]))
     save_tokenizer(train_sentencepiece(texts), args.out)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     exchanges = (chat(record["prompt"], record["response"]) for record in records)
-    sequences = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in exchanges]
+    sequences = [chat_ids(tokenizer, messages) for messages in exchanges]
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LlamaForCausalLM(model_config(tokenizer)).to(device)
+    with torch.device(device):
+        model = LlamaForCausalLM(model_config(tokenizer))
     tokens = sum(map(len, sequences))
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, {tokens:,} tokens of text, on {device}")
     train(model, sequences, args.steps, args.batch, args.lr, args.seed, tokenizer.pad_token_id)

@@ -1,6 +1,7 @@
 """Writes the demonstration's data: text to pretrain on, preference pairs to train on, and pairs held out.
 
-    python -m tools.demo.make_data --out DIR [--seed 0] [--pretrain 12000] [--train 2000] [--validation 64] [--heldout 300]
+    python -m tools.demo.make_data --out DIR [--seed 0] [--pretrain 12000] [--train 2000] [--validation 64]
+        [--heldout 300]
 
 Files, one JSON object a line: `pretrain.jsonl` (prompt, response); `train.jsonl`, `validation.jsonl` and
 `heldout.jsonl` (prompt, chosen, rejected as lists of chat messages, the layout that TRL calls conversational).

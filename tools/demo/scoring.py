@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from tools.demo.language import token_labels
+from tools.demo.tokenizer import chat_ids
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
         ValueError: the template's ids of prompt and answer are not the prompt's, the answer's and one end token.
     """
     user = [{"role": "user", "content": prompt}]
-    prompt_ids = tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": answer}], return_dict=False)
+    prompt_ids = chat_ids(tokenizer, user, add_generation_prompt=True)
+    whole = chat_ids(tokenizer, [*user, {"role": "assistant", "content": answer}])
     encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
     if whole != [*prompt_ids, *encoded["input_ids"], tokenizer.eos_token_id]:
         raise ValueError(f"the chat template does not keep the ids of the answer {answer!r}")
@@ -41,7 +42,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
 
 
 @torch.inference_mode()
-def response_logps(model: PreTrainedModel, responses: Sequence[Response], batch: int = 64) -> list[torch.Tensor]:
+def response_logps(model: LlamaForCausalLM, responses: Sequence[Response], batch: int = 64) -> list[torch.Tensor]:
     """Returns log p of each response token, in nats: one fp32 CPU tensor of shape (len(response_ids),) a response."""
     device = next(model.parameters()).device
     result = []
@@ -61,7 +62,7 @@ def response_logps(model: PreTrainedModel, responses: Sequence[Response], batch:
 
 @torch.inference_mode()
 def sample_answers(
-    model: PreTrainedModel,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     seed: int,
@@ -94,7 +95,7 @@ def sample_answers(
         )
         for row in output[:, inputs["input_ids"].shape[1] :].tolist():
             length = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-            answers.append((tokenizer.decode(row[:length], skip_special_tokens=True), length))
+            answers.append((str(tokenizer.decode(row[:length], skip_special_tokens=True)), length))
     return answers
 
 

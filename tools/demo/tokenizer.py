@@ -6,12 +6,14 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerBase
 
 # Small enough that rarer words are split into several pieces; odd, so that tensor parallelism has to pad it.
-VOCAB_SIZE = 499
+VOCAB_SIZE = 541
 # Positions the base model is made for; prompt and answer together stay well below it.
 MAX_TOKENS = 256
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
@@ -75,6 +77,14 @@ def _merges(vocab: dict[str, int], special: list[str]) -> list[tuple[str, str]]:
         known = [split for split in splits if split[0] in vocab and split[1] in vocab]
         merges += sorted(known, key=lambda split: (vocab[split[0]], vocab[split[1]]))
     return merges
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> list[int]:
+    """Returns the token ids of chat messages in the tokenizer's own template."""
+    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=False)
+    return list(ids)
 
 
 def save_tokenizer(sentencepiece_model: bytes, out: Path) -> None:

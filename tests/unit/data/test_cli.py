@@ -1,8 +1,11 @@
 """The command, as a user runs it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,39 @@ def test_options_out_of_range_too(tmp_path, sp_model):
     result = run("--input", "x", "--tokenizer", sp_model, "--output", str(tmp_path / "o"), "--max-length", "0")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert result.stderr.startswith("error: max_length is 0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_run_leaves_no_worker_and_no_dataset(tmp_path, sp_model, write_jsonl, number):
+    source = write_jsonl([plain_record(index, length=200) for index in range(20_000)])
+    output = tmp_path / "out"
+    arguments = ["--input", source, "--tokenizer", sp_model, "--output", str(output / "pairs"), "--workers", "2"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "tools.preprocess_preferences", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_until(lambda: output.exists() and any(path.stat().st_size for path in output.iterdir()))
+    parent.send_signal(number)
+    assert parent.wait(timeout=60) in (128 + number, -number)
+    wait_until(lambda: not group_is_alive(parent.pid))
+    left = [path.suffix for path in output.iterdir()]
+    # Nothing can clean up after a SIGKILL; what it leaves has no manifest.
+    assert left == ([] if number == signal.SIGTERM else [".bin"])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -36,3 +36,9 @@ def test_never_above_the_cutoff_nor_above_what_there_is():
                 assert 0 <= new_target <= target
                 if source + target <= cutoff:
                     assert (new_source, new_target) == (source, target)
+
+
+def test_prompt_below_half_the_cutoff_is_never_cut():
+    for cutoff in (2, 3, 10, 17):
+        for source in range((cutoff + 1) // 2):
+            assert all(shared_cutoff(source, target, cutoff)[0] == source for target in range(100))

@@ -1,0 +1,43 @@
+"""Frozen models ride along without gradients, gradient buffers, optimizer state or backward traffic."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.common import make_problem
+from tests.launch import run_module
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root: Path = tmp_path_factory.mktemp("colocated")
+    (root / "config.json").write_text(json.dumps(make_problem(root)))
+    done = run_module("tests.distributed.worker_colocated", [str(root / "config.json")], processes=2)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
+    return json.loads(line.removeprefix("FACTS "))
+
+
+def test_backward_traffic_is_that_of_policy_only_training(facts: list[dict[str, Any]]) -> None:
+    last = facts[1]
+    assert last["backward_bytes"] == last["policy_only_backward_bytes"] == 3 * 256 * last["policy_width"] * 4
+    assert facts[0]["backward_bytes"] == 0
+
+
+def test_forward_traffic_carries_all_three_models(facts: list[dict[str, Any]]) -> None:
+    first = facts[0]
+    widths = first["policy_width"] + sum(first["frozen_widths"])
+    assert first["frozen_widths"] == [64, 32]
+    assert first["policy_only_forward_bytes"] == 3 * 256 * first["policy_width"] * 4
+    assert first["forward_bytes"] == 3 * 256 * widths * 4
+
+
+def test_frozen_models_hold_no_training_state(facts: list[dict[str, Any]]) -> None:
+    for stage in facts:
+        assert stage["frozen_elements"] > 0
+        assert stage["frozen_trainable"] == 0
+        assert stage["frozen_gradients"] == 0
+        assert stage["policy_gradient_norm"] > 0
+        assert stage["buffer_elements"] == stage["policy_only_buffer_elements"]
+        assert stage["optimizer_elements"] == stage["policy_elements"]

@@ -1,0 +1,186 @@
+"""Bad input and bad luck: one clear line, nothing lost, nobody left waiting."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_tgdpo.checkpoint_format import is_complete
+from tests.distributed.common import make_problem, merged, read_metrics
+from tests.launch import ROOT, environment, run_module
+
+Problem = tuple[Path, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    root = tmp_path_factory.mktemp("failures")
+    return root, make_problem(root)
+
+
+def write_config(path: Path, config: dict[str, Any]) -> str:
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return str(path)
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The one error line of a run that failed as it should."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_unknown_key(problem: Problem) -> None:
+    root, config = problem
+    done = run_module("megatron_tgdpo.train", [write_config(root / "a.yaml", config), "loss.betta=1"], check=False)
+    assert "loss.betta" in error_of(done)
+
+
+def test_a_loss_that_is_not_finite_names_the_pair_and_saves_nothing(problem: Problem, tmp_path: Path) -> None:
+    _, config = problem
+    bad_guide = tmp_path / "guide"
+    copy_model(Path(config["model"]["guide"]), bad_guide)
+    weights = load_file(bad_guide / "model.safetensors")
+    weights["model.embed_tokens.weight"][3] = float("nan")  # the word w3
+    save_file(weights, bad_guide / "model.safetensors", metadata={"format": "pt"})
+    records = [{"prompt": "w9 w8", "chosen": "w7", "rejected": "w6 w5"} for _ in range(12)]
+    records[8]["rejected"] = "w6 w3 w5"  # line 9, in the second step of six
+    data = tmp_path / "nan.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = merged(
+        config,
+        model={"guide": str(bad_guide)},
+        data={"train": str(data), "shuffle": False},
+        checkpoint={"every_steps": 1},
+        output_dir=str(tmp_path / "run"),
+    )
+    line = error_of(run_module("megatron_tgdpo.train", [write_config(tmp_path / "c.yaml", config)], check=False))
+    assert "step 2" in line
+    assert "nan.jsonl:9" in line
+    assert len(read_metrics(tmp_path / "run")) == 1
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def copy_model(source: Path, target: Path) -> None:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+
+
+def test_policy_that_differs_from_its_reference_is_stopped_unless_meant(problem: Problem, tmp_path: Path) -> None:
+    _, config = problem
+    other = tmp_path / "other"
+    copy_model(Path(config["model"]["policy"]), other)
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"] += 0.01 * torch.randn_like(weights["lm_head.weight"])
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    config = merged(config, model={"reference": str(other)}, output_dir=str(tmp_path / "run"), train={"steps": 2})
+    file = write_config(tmp_path / "c.yaml", config)
+    line = error_of(run_module("megatron_tgdpo.train", [file], check=False))
+    assert "ln 2" in line
+    assert "train.check_start=false" in line
+    run_module("megatron_tgdpo.train", [file, "train.check_start=false"])
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_damage_seen_by_one_rank_is_reported_by_it(problem: Problem, tmp_path: Path) -> None:
+    """Two data ranks; a token id beyond the vocabulary lies in a pair that only rank 1 reads."""
+    _, config = problem
+    config = merged(config, output_dir=str(tmp_path / "run"), data={"shuffle": False}, batch={"global_pairs": 2})
+    config = merged(config, batch={"tokens_per_micro_batch": 128}, train={"steps": 1})
+    file = write_config(tmp_path / "c.yaml", config)
+    run_module("megatron_tgdpo.train", [file, "train.exit_step=1"])
+    (binary,) = (tmp_path / "run" / "data").glob("*.bin")
+    manifest = json.loads(binary.with_suffix(".manifest.json").read_text())
+    assert manifest["pairs"] == 32
+    content = bytearray(binary.read_bytes())
+    damaged = merged(config, output_dir=str(tmp_path / "again"), data={"train": str(binary.with_suffix(""))})
+    for position in range(0, 4 * 40, 4):  # the first pair, whichever rank it goes to
+        content[position : position + 4] = (9999).to_bytes(4, "little")
+    binary.write_bytes(bytes(content))
+    started = time.monotonic()
+    done = run_module("megatron_tgdpo.train", [write_config(tmp_path / "d.yaml", damaged)], processes=2, check=False)
+    assert done.returncode != 0
+    assert "damaged" in done.stderr
+    assert "pairs.jsonl:1" in done.stderr
+    assert time.monotonic() - started < 90
+
+
+def test_an_exception_on_one_rank_ends_all_and_shows_its_traceback(problem: Problem, tmp_path: Path) -> None:
+    _, config = problem
+    config = merged(config, output_dir=str(tmp_path / "run"), train={"steps": 100000}, parallel={"tensor": 2})
+    job = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "megatron_tgdpo.train", write_config(tmp_path / "c.yaml", config)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert job.poll() is None
+        assert time.monotonic() < deadline, "no step was reached"
+        time.sleep(0.1)
+    os.kill(rank_process(job, 1).pid, signal.SIGINT)
+    output, _ = job.communicate(timeout=90)
+    assert job.returncode != 0
+    assert "[rank 1] KeyboardInterrupt" in output
+    assert "[rank 1]   File" in output
+
+
+def rank_process(job: subprocess.Popen, rank: int) -> psutil.Process:
+    (found,) = [p for p in psutil.Process(job.pid).children() if p.environ().get("RANK") == str(rank)]
+    return found
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB: one checkpoint of the tiny model fits, two do not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], check=False).returncode
+    if mounted:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_loses_nothing(problem: Problem, small_disk: Path, tmp_path: Path) -> None:
+    _, config = problem
+    config = merged(
+        config, train={"steps": 3}, checkpoint={"every_steps": 1, "keep": 0}, output_dir=str(small_disk / "run")
+    )
+    file = write_config(tmp_path / "c.yaml", config)
+    line = error_of(run_module("megatron_tgdpo.train", [file], check=False))
+    assert "checkpoints/step_" in line
+    assert "free" in line
+    saved = sorted((small_disk / "run" / "checkpoints").iterdir())
+    assert saved, "the first checkpoint should have fitted"
+    assert all(is_complete(path) for path in saved)
+    subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
+    run_module("megatron_tgdpo.train", [file])
+    assert [step["step"] for step in read_metrics(small_disk / "run")] == [1, 2, 3]
+    assert is_complete(small_disk / "run" / "checkpoints" / "step_00000003")
+
+
+def test_a_truncated_weight_file(problem: Problem, tmp_path: Path) -> None:
+    _, config = problem
+    broken = tmp_path / "broken"
+    copy_model(Path(config["model"]["policy"]), broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    config = merged(config, model={"policy": str(broken)}, output_dir=str(tmp_path / "run"))
+    done = run_module("megatron_tgdpo.train", [write_config(tmp_path / "c.yaml", config)], processes=2, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "model.safetensors" in lines[0]

@@ -1,0 +1,106 @@
+"""A run that stops and goes on gives the series of one that never stopped: to the last bit, or on another layout."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.distributed.common import make_problem, merged, read_metrics
+from tests.launch import ROOT, environment, run_module
+
+STEPS = 6
+SERIES = ("train/loss", "train/grad_norm", "train/lr", "rewards/margins", "guidance/weight_std", "logps/chosen")
+TP2 = {"tensor": 2, "sequence_parallel": True}
+PP2 = {"pipeline": 2}
+# name: layout before the stop, layout after, step of the stop
+STOPS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "tp2-after-1": (TP2, TP2, 1),
+    "pp2-after-3": (PP2, PP2, 3),
+    "dp2-after-5": ({}, {}, 5),
+    "dp2-to-tp2": ({}, TP2, 2),
+    "tp2-to-pp2": (TP2, PP2, 3),
+    "pp2-to-dp2": (PP2, {}, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("resume")
+    # Two epochs of cosine with warm-up: order, schedule and moments all must survive. Tied: two copies of a weight.
+    config = make_problem(root, tied=True)
+    return root, merged(config, batch={"global_pairs": 11}, train={"steps": STEPS}, checkpoint={"keep": 0})
+
+
+@pytest.fixture(scope="module")
+def series(problem: tuple[Path, dict[str, Any]]) -> Path:
+    """Runs everything in one launch of two processes; returns the directory of the runs."""
+    root, config = problem
+    cases = []
+    for name, layout in (("tp2", TP2), ("pp2", PP2), ("dp2", {})):
+        cases.append(merged(config, parallel=layout, output_dir=str(root / name)))
+    for name, (before, after, stop) in STOPS.items():
+        cases.append(merged(config, parallel=before, train={"exit_step": stop}, output_dir=str(root / name)))
+        cases.append(merged(config, parallel=after, output_dir=str(root / name)))
+    file = root / "cases.json"
+    file.write_text(json.dumps([{"config": case, "export": None} for case in cases]))
+    run_module("tests.distributed.worker_train", [str(file)], processes=2, timeout=900)
+    return root
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_continued_run_repeats_the_uninterrupted_one(series: Path, name: str) -> None:
+    before, after, stop = STOPS[name]
+    whole = read_metrics(series / {"tp2": "tp2", "pp2": "pp2", "dp2": "dp2"}[name[:3]])
+    continued = read_metrics(series / name)
+    assert [step["step"] for step in continued] == list(range(1, STEPS + 1))
+    # Warm-up starts at learning rate 0, so the first two steps share a loss.
+    assert len({step["train/loss"] for step in whole}) == STEPS - 1
+    for got, want in zip(continued, whole, strict=True):
+        for key in SERIES:
+            if before == after or got["step"] <= stop:
+                assert got[key] == want[key], f"{key} of step {got['step']}"
+            else:
+                assert got[key] == pytest.approx(want[key], rel=2e-5, abs=1e-6), f"{key} of step {got['step']}"
+
+
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(problem: tuple[Path, dict[str, Any]]) -> None:
+    root, config = problem
+    config = merged(config, train={"steps": 30}, checkpoint={"every_steps": 4, "keep": 2})
+    whole, killed = root / "whole", root / "killed"
+    for output in (whole, killed):
+        (root / f"{output.name}.yaml").write_text(json.dumps(merged(config, output_dir=str(output))))
+    run_module("megatron_tgdpo.train", [str(root / "whole.yaml")], processes=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = subprocess.Popen(
+        [*command, "-m", "megatron_tgdpo.train", str(root / "killed.yaml")],
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    _wait_for_step(killed, 6, job)
+    victim = max(psutil.Process(job.pid).children(), key=lambda process: process.pid)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert job.wait(timeout=120) != 0
+    reached = len((killed / "metrics.jsonl").read_text().splitlines())
+    assert reached < 30
+    run_module("megatron_tgdpo.train", [str(root / "killed.yaml")], processes=2)
+    assert [{key: step[key] for key in SERIES} for step in read_metrics(killed)] == [
+        {key: step[key] for key in SERIES} for step in read_metrics(whole)
+    ]
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["step_00000028", "step_00000030"]
+
+
+def _wait_for_step(output: Path, step: int, job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert job.poll() is None, "the job ended by itself"
+        metrics = output / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
