@@ -175,7 +175,9 @@ class _Writer(dcp.FileSystemWriter):
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__cause__ or cause.__context__
-            raise error if cause is None else cause
+            if cause is None:
+                raise
+            raise cause from None
 
 
 def write_sharded(sharded: Any, directory: Path) -> None:

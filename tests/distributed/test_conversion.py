@@ -170,7 +170,7 @@ def test_dtype_on_the_way(root: Path, tmp_path: Path) -> None:
 
 
 def test_verify_accepts_the_same_model(root: Path) -> None:
-    for processes, arguments in ((1, []), (4, ["--tensor", "2"])):
+    for processes, arguments in ((1, []), (2, ["--tensor", "2"])):
         pair = ["--hf", str(root / "hf" / "bf16-tied"), "--megatron", str(root / "megatron" / "bf16-tied")]
         done = run_module("checkpoints_convert.verify", [*pair, *arguments], processes=processes)
         assert "equal to the bit in torch.bfloat16" in done.stdout
@@ -205,30 +205,13 @@ def test_verify_refuses_other_rotary_positions(root: Path, tmp_path: Path) -> No
     assert "logits differ" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("module", "arguments", "message"),
-    [
-        ("hf_to_megatron", ["--hf", "{root}/nowhere", "--out", "{tmp}/out"], "no config.json there"),
-        ("hf_to_megatron", ["--hf", "{root}/hf/tied", "--out", "{root}/hf/tied"], "is not empty"),
-        ("megatron_to_hf", ["--megatron", "{root}/hf/tied", "--out", "{tmp}/out"], "neither a Megatron checkpoint"),
-        ("megatron_to_hf", ["--megatron", "{root}/megatron/tied", "--out", "{root}/hf/tied"], "is not empty"),
-        (
-            "megatron_to_hf",
-            ["--megatron", "{root}/megatron/tied", "--out", "{tmp}/out", "--hf-template", "{root}/hf/untied"],
-            "the given config.json asks for",
-        ),
-        ("hf_to_megatron", ["--hf", "{root}/hf/tied", "--out", "{tmp}/out", "--tensor", "3"], "not divisible"),
-    ],
-)
-def test_commands_end_with_one_line(
-    root: Path, tmp_path: Path, module: str, arguments: list[str], message: str
-) -> None:
-    arguments = [argument.format(root=root, tmp=tmp_path) for argument in arguments]
-    done = run_module(f"checkpoints_convert.{module}", arguments, check=False)
+def test_commands_end_with_one_line(root: Path, tmp_path: Path) -> None:
+    arguments = ["--hf", str(root / "hf" / "tied"), "--out", str(tmp_path / "out"), "--tensor", "3"]
+    done = run_module("checkpoints_convert.hf_to_megatron", arguments, check=False)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert message in lines[0]
+    assert "world size 1 is not divisible by parallel.tensor" in lines[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -242,5 +225,6 @@ def test_full_disk_fails_on_all_ranks_and_leaves_nothing(root: Path) -> None:
         assert "nothing was changed" in message
         assert "are free" in message, message
         assert "\n" not in message
-    assert "(rank 1)" in reports[0]["limit-rank1"] or "rank 1" in reports[0]["limit-rank1"]
+    assert "rank 1" in reports[0]["limit-rank1"]
+    assert "File too large" in reports[0]["limit-rank1"]
     assert [path.name for path in (root / "faults").iterdir()] == ["works-afterwards"]

@@ -1,0 +1,89 @@
+"""Packed causal attention against a written-out softmax, one sequence at a time."""
+
+import math
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tgdpo.attention import PackedCausalAttention
+
+ROW, HEADS, GROUPS, SIZE = 17, 4, 2, 8
+
+
+def attention(**overrides) -> PackedCausalAttention:
+    arguments = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": HEADS, "attention_dropout": 0.0}
+    config = TransformerConfig(**{**arguments, **overrides})
+    return PackedCausalAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def packing(ends: list[int]) -> PackedSeqParams:
+    return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=torch.tensor(ends, dtype=torch.int32))
+
+
+def inputs() -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(ROW, 1, n, SIZE) for n in (HEADS, GROUPS, GROUPS)]
+    return [torch.randn(s, generator=random, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """Each output token from its definition: softmax over the earlier tokens of its own sequence."""
+    out = torch.zeros(ROW, 1, HEADS * SIZE, dtype=q.dtype)
+    for start, end in zip(ends, ends[1:], strict=False):
+        for t in range(start, end):
+            for head in range(HEADS):
+                group = head // (HEADS // GROUPS)
+                scores = k[start : t + 1, 0, group] @ q[t, 0, head] / math.sqrt(SIZE)
+                mixed = scores.softmax(0) @ v[start : t + 1, 0, group]
+                out[t, 0, head * SIZE : (head + 1) * SIZE] = mixed
+    return out
+
+
+@pytest.mark.parametrize("ends", [[0, ROW], [0, 5, 6, 14], [0, 3, 3, ROW], [0]])
+def test_equals_the_definition(ends: list[int]) -> None:
+    ours, theirs = inputs(), inputs()
+    upstream = torch.randn(ROW, 1, HEADS * SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    upstream[ends[-1] :] = 0
+    out = attention()(*ours, packed_seq_params=packing(ends))
+    wanted = written_out(*theirs, ends)
+    assert torch.allclose(out, wanted, atol=1e-12)
+    assert not out[ends[-1] :].any()
+    (out * upstream).sum().backward()
+    if len(ends) > 1:
+        (wanted * upstream).sum().backward()
+    # A row that is all padding still has gradients (zero), so that no data-parallel hook waits for ever.
+    assert ours[0].grad is not None
+    for mine, reference in zip(ours, theirs, strict=True):
+        expected = torch.zeros_like(mine) if reference.grad is None else reference.grad
+        actual = torch.zeros_like(mine) if mine.grad is None else mine.grad
+        assert torch.allclose(actual, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("ends", "message"), [([0, 18], "does not fit"), ([1, 5], "does not fit"), ([0, 9, 4], "fit")])
+def test_impossible_lengths_are_refused(ends: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention()(*inputs(), packed_seq_params=packing(ends))
+
+
+def test_missing_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="every pipeline stage needs it"):
+        attention()(*inputs())
+
+
+def test_a_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="neither"):
+        attention()(*inputs(), attention_mask=torch.ones(1), packed_seq_params=packing([0, ROW]))
+
+
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match="dropout"):
+        attention(attention_dropout=0.1)
+
+
+def test_has_nothing_to_save() -> None:
+    module = attention()
+    assert module.sharded_state_dict() == {}
+    assert not list(module.parameters())

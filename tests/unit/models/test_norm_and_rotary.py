@@ -1,0 +1,77 @@
+"""RMSNorm and rotary angles against transformers' own modules."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.norm import RMSNorm
+from megatron_tgdpo.rotary import RotaryFrequencies, head_dim
+from tests.tiny_models import make_llama
+
+CPU = torch.device("cpu")
+
+
+def config(**overrides) -> TransformerConfig:
+    arguments = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "use_cpu_initialization": True}
+    return TransformerConfig(**{**arguments, **overrides})
+
+
+def test_norm_equals_hf() -> None:
+    ours, theirs = RMSNorm(config(), hidden_size=32, eps=1e-3), LlamaRMSNorm(32, eps=1e-3)
+    weight = torch.randn(32)
+    for norm in (ours, theirs):
+        norm.weight.data.copy_(weight)
+    hidden = torch.randn(5, 1, 32) * 0.05  # small, so that eps counts
+    assert torch.allclose(ours(hidden), theirs(hidden), atol=1e-6)
+    assert not torch.allclose(ours(hidden), LlamaRMSNorm(32, eps=1e-6)(hidden) * weight, atol=1e-2)
+
+
+def test_norm_has_the_models_dtype() -> None:
+    norm = RMSNorm(config(params_dtype=torch.bfloat16, bf16=True), 32)
+    assert norm.weight.dtype == torch.bfloat16
+    assert norm(torch.randn(2, 1, 32).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_norm_is_marked_for_sequence_parallelism(sequence_parallel: bool) -> None:
+    made = RMSNorm(config(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel), 32)
+    assert made.weight.sequence_parallel is sequence_parallel
+
+
+@pytest.mark.parametrize("llama3", [True, False])
+def test_rotary_equals_hf(tmp_path: Path, llama3: bool) -> None:
+    hf_config = AutoConfig.from_pretrained(make_llama(tmp_path, llama3_rope=llama3, head_dim=32, layers=1))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 63, 64, 65, 500, 2000]])
+    angles = RotaryFrequencies(hf_config, CPU)(positions)
+    cos, sin = LlamaRotaryEmbedding(hf_config)(torch.zeros(1, dtype=torch.float32), positions)
+    assert angles.shape == (10, 1, 1, 32)
+    assert angles.dtype == torch.float32
+    assert torch.allclose(angles.cos()[:, 0, 0], cos[0], atol=1e-6)
+    assert torch.allclose(angles.sin()[:, 0, 0], sin[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, "rope type 'linear'"),
+        ({"rope_type": "yarn", "factor": 2.0}, "rope type 'yarn'"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ],
+)
+def test_other_rotary_types_are_refused(scaling: dict, message: str) -> None:
+    hf_config = LlamaConfig()
+    name = "rope_parameters" if hasattr(hf_config, "rope_parameters") else "rope_scaling"
+    setattr(hf_config, name, {"rope_theta": 10000.0, **scaling})
+    with pytest.raises(UserError, match=message):
+        RotaryFrequencies(hf_config, CPU)
+
+
+def test_head_dim_may_be_missing() -> None:
+    hf_config = LlamaConfig(hidden_size=64, num_attention_heads=4)
+    hf_config.head_dim = None
+    assert head_dim(hf_config) == 16

@@ -1,0 +1,63 @@
+"""The output directory belongs to one run; its metrics continue without repeated or missing steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_tgdpo.config import config_from_dict
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.run_directory import MetricsLog, claim_output_dir
+from tests.unit.test_config import VALID
+
+
+def values(tmp_path: Path, **sections: Any) -> dict[str, Any]:
+    changed = {name: dict(v) if isinstance(v, dict) else v for name, v in VALID.items()}
+    for name, section in sections.items():
+        changed[name] = {**changed.get(name, {}), **section}
+    return {**changed, "output_dir": str(tmp_path / "run")}
+
+
+def test_the_same_run_may_come_back_on_another_layout(tmp_path: Path) -> None:
+    claim_output_dir(config_from_dict(values(tmp_path)))
+    again = values(tmp_path, parallel={"tensor": 2}, checkpoint={"keep": 5}, train={"exit_step": 3})
+    claim_output_dir(config_from_dict(again))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "named"),
+    [
+        ("loss", {"alpha": 0.9}, "loss.alpha"),
+        ("model", {"guide": "other"}, "model.guide"),
+        ("train", {"seed": 5}, "train.seed"),
+        ("batch", {"global_pairs": 16}, "batch.global_pairs"),
+        ("optimizer", {"lr": 1e-3}, "optimizer.lr"),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, section: str, changes: dict[str, Any], named: str) -> None:
+    claim_output_dir(config_from_dict(values(tmp_path)))
+    with pytest.raises(UserError, match=named):
+        claim_output_dir(config_from_dict(values(tmp_path, **{section: changes})))
+
+
+def test_metrics_are_cut_back_to_the_checkpoint_they_continue_from(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        log.write(step, {"train/loss": float(step)})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "train/lo')  # killed while writing
+    log = MetricsLog(tmp_path, 2)
+    log.write(3, {"train/loss": 30.0})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "train/loss": 1.0},
+        {"step": 2, "train/loss": 2.0},
+        {"step": 3, "train/loss": 30.0},
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]

@@ -1,0 +1,63 @@
+"""Checks made before anything is loaded: vocabularies, tokenizers, layouts, and the parameter count of a dry run."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from megatron_tgdpo.config import Config, config_from_dict
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.memory import stage_parameters
+from megatron_tgdpo.models import read_hf_config
+from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.setup import check_layout, check_tokenizers, read_model_configs
+from tests.tiny_models import make_llama, make_tokenizer
+from tests.unit.test_config import VALID
+
+
+def config_of(policy: Path, guide: Path) -> Config:
+    return config_from_dict({**VALID, "model": {"policy": str(policy), "guide": str(guide)}})
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("setup") / "policy", vocab_size=131)
+
+
+def test_a_guide_with_another_vocabulary_size(policy: Path, tmp_path: Path) -> None:
+    guide = make_llama(tmp_path / "guide", vocab_size=128)
+    with pytest.raises(UserError, match=r"guide.*vocabulary of 128"):
+        read_model_configs(config_of(policy, guide))
+
+
+def test_a_guide_with_another_tokenizer_of_the_same_size(policy: Path, tmp_path: Path) -> None:
+    guide = make_llama(tmp_path / "guide", vocab_size=131)
+    check_tokenizers(config_of(policy, guide))
+    tokenizer = make_tokenizer(131)
+    text = tokenizer.backend_tokenizer.to_str().replace('"w10"', '"tmp"').replace('"w11"', '"w10"')
+    (guide / "tokenizer.json").write_text(text.replace('"tmp"', '"w11"'))
+    with pytest.raises(UserError, match="another tokenizer"):
+        check_tokenizers(config_of(policy, guide))
+
+
+def test_a_guide_that_is_not_there(policy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent"):
+        read_model_configs(config_of(policy, tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "expected"),
+    [(1, 3, r"4 layers are not divisible by parallel\.pipeline = 3"), (8, 1, r"4 attention heads are not divisible")],
+)
+def test_layouts_that_do_not_divide_the_model(policy: Path, tensor: int, pipeline: int, expected: str) -> None:
+    layout = make_layout(tensor, pipeline, 1, False, tensor * pipeline)
+    with pytest.raises(UserError, match=expected):
+        check_layout({"policy": read_hf_config(policy)}, layout)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameter_count_is_that_of_the_weights_plus_padding(tmp_path: Path, tied: bool) -> None:
+    path = make_llama(tmp_path / "model", vocab_size=131, tied=tied)
+    stored = sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
+    padding = (256 - 131) * 64 * (1 if tied else 2)
+    assert stage_parameters(read_hf_config(path), make_layout(1, 1, 1, False, 1), 0) == stored + padding
