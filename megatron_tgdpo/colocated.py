@@ -68,21 +68,17 @@ class ColocatedModel(MegatronModule):
     def __init__(self, policy: LanguageModel, reference: LanguageModel, guide: LanguageModel | None) -> None:
         super().__init__(policy.config)
         self.policy = policy
-        self.frozen = torch.nn.ModuleList([reference] if guide is None else [reference, guide])
+        self.frozen_models = (reference,) if guide is None else (reference, guide)
+        self.frozen = torch.nn.ModuleList(self.frozen_models)
         self.frozen.requires_grad_(False)
         self.frozen.eval()
-        self.mailbox = FrozenMailbox(
-            sum(self.frozen_widths), dtype=reference.config.pipeline_dtype or reference.config.params_dtype
-        )
+        self.frozen_widths = [model.config.hidden_size for model in self.frozen_models]
+        self.mailbox = FrozenMailbox(sum(self.frozen_widths), dtype=reference.config.params_dtype)
         # What megatron-core's schedule and gradient finalisation read from a pipeline module.
         self.model_type = policy.model_type
         self.pre_process = policy.pre_process
         self.post_process = policy.post_process
         self.share_embeddings_and_output_weights = policy.share_embeddings_and_output_weights
-
-    @property
-    def frozen_widths(self) -> list[int]:
-        return [model.config.hidden_size for model in self.frozen]
 
     def train(self, mode: bool = True) -> "ColocatedModel":
         super().train(mode)
@@ -111,7 +107,8 @@ class ColocatedModel(MegatronModule):
             return hidden
         with torch.no_grad():
             frozen_logps = [
-                self._token_logps(model, states, batch) for model, states in zip(self.frozen, frozen, strict=True)
+                self._token_logps(model, states, batch)
+                for model, states in zip(self.frozen_models, frozen, strict=True)
             ]
         return TokenLogps(
             policy=self._token_logps(self.policy, hidden, batch),
@@ -122,9 +119,9 @@ class ColocatedModel(MegatronModule):
     def _run_frozen(self, batch: PreferenceBatch) -> list[Tensor]:
         if not self.pre_process:
             parts = self.mailbox.take_incoming().split(self.frozen_widths, dim=-1)
-            for model, part in zip(self.frozen, parts, strict=True):
+            for model, part in zip(self.frozen_models, parts, strict=True):
                 model.set_input_tensor(part.contiguous())
-        return [model(batch.tokens, batch.position_ids, batch.packing) for model in self.frozen]
+        return [model(batch.tokens, batch.position_ids, batch.packing) for model in self.frozen_models]
 
     def _token_logps(self, model: LanguageModel, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         tp_group = model.pg_collection.tp
@@ -144,10 +141,12 @@ class ColocatedCommunicator(P2PCommunicator):
         backward_bytes: Bytes this rank has sent to the previous stage.
     """
 
-    def __init__(self, pp_group: dist.ProcessGroup, config: ModelParallelConfig, mailbox: FrozenMailbox) -> None:
+    def __init__(
+        self, pp_group: dist.ProcessGroup, config: ModelParallelConfig, mailbox: FrozenMailbox, device: torch.device
+    ) -> None:
         super().__init__(pp_group, config)
         self.mailbox = mailbox
-        self.device = torch.device("cuda" if "nccl" in dist.get_backend(pp_group) else "cpu")
+        self.device = device
         self.forward_bytes = 0
         self.backward_bytes = 0
 

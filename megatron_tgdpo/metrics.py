@@ -64,13 +64,14 @@ def pack_metrics(
     lowest = weights.new_full((), float("-inf"))
     maxima = torch.stack([lowest] * len(_MAXIMA))
     if weights.numel():
-        bad = pair_indices[~torch.isfinite(loss.losses)].double()
+        # Without a boolean index, whose size a GPU would have to tell the host.
+        bad = torch.where(torch.isfinite(loss.losses), float("inf"), pair_indices.double())
         maxima = torch.stack(
             [
                 weights.max(),
                 -weights.min(),
                 (loss.losses.double() - math.log(2)).abs().max(),
-                -bad.min() if bad.numel() else lowest,
+                -bad.min(),
             ]
         )
     return PackMetrics(torch.stack([value.double() for value in sums]), maxima)

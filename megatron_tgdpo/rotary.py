@@ -55,7 +55,7 @@ class RotaryFrequencies:
             raise UserError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
         if rope_type == "default":
             dim = head_dim(hf_config)
-            inv_freq, attention_factor = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+            inv_freq, attention_factor = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
         else:
             inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
         if attention_factor != 1.0:

@@ -27,7 +27,8 @@ def claim_output_dir(config: Config) -> None:
     saved = directory / "config.yaml"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if saved.exists():
+        # A run that never made a step may be started over with another config.
+        if saved.exists() and (directory / "metrics.jsonl").exists():
             _check_same_run(load_config(saved), config)
             return
         write_atomically(saved, to_yaml(config))

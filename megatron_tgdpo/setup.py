@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from checkpoints_convert.load import load_weights
 from megatron_tgdpo.batch import DataOrder, check_row_fits, make_data_order
-from megatron_tgdpo.checkpoint_format import is_megatron_checkpoint
+from megatron_tgdpo.checkpoint_format import is_megatron_checkpoint, remove_incomplete
 from megatron_tgdpo.colocated import ColocatedCommunicator, ColocatedModel
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
@@ -106,6 +106,8 @@ def prepare_first_rank(config: Config) -> str:
     """
     check_tokenizers(config)
     claim_output_dir(config)
+    for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
+        logger.warning("removed %s, left by a save that was interrupted", left)
     options = PreprocessOptions(
         tokenizer=config.data.tokenizer or str(hf_directory(config.model.policy)),
         chat_template=config.data.chat_template,
@@ -187,7 +189,9 @@ def build_engine(
         colocated,
     )
     optimizer = build_optimizer(wrapped, config.optimizer, dtype, pg)
-    communicator = ColocatedCommunicator(pg.pp, policy.config, colocated.mailbox) if layout.pipeline > 1 else None
+    communicator = None
+    if layout.pipeline > 1:
+        communicator = ColocatedCommunicator(pg.pp, policy.config, colocated.mailbox, device)
     return Engine(
         model=wrapped,
         optimizer=optimizer,

@@ -1,7 +1,7 @@
 """One optimizer step, and one evaluation batch: forward, backward, guard, clip, update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,10 +46,10 @@ class Engine:
     device: torch.device
 
 
-def run_packs(engine: Engine, packs: Sequence[PreferenceBatch], *, forward_only: bool) -> StepMetrics:
+def run_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int, *, forward_only: bool) -> StepMetrics:
     """Runs this data rank's packs through the pipeline; with backward, leaves finished gradients in the buffers.
 
-    Collective over all ranks; every data rank brings the same number of packs.
+    Collective over all ranks; every data rank brings the same number ``count`` of packs.
     """
     run = get_forward_backward_func(pp_size=engine.pg.pp.size(), vp_size=None)
     pipeline = {} if engine.communicator is None else {"p2p_communicator": engine.communicator}
@@ -58,7 +58,7 @@ def run_packs(engine: Engine, packs: Sequence[PreferenceBatch], *, forward_only:
             forward_step_func=partial(forward_step, loss_config=engine.loss),
             data_iterator=(batch.to(engine.device) for batch in packs),
             model=[engine.model],
-            num_microbatches=len(packs),
+            num_microbatches=count,
             seq_length=engine.row_tokens,
             micro_batch_size=1,
             forward_only=forward_only,
@@ -90,7 +90,7 @@ def train_step(engine: Engine, packs: Sequence[PreferenceBatch]) -> StepResult:
     lr = engine.optimizer.param_groups[0]["lr"]
     engine.model.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    metrics = run_packs(engine, packs, forward_only=False)
+    metrics = run_packs(engine, packs, len(packs), forward_only=False)
     if metrics.bad_pair is not None:
         return StepResult(metrics, math.nan, lr, updated=False)
     engine.optimizer.prepare_grads()

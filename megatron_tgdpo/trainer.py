@@ -51,6 +51,9 @@ class Trainer:
             AgreedError: A loss or gradient is not finite, the start check fails, or a checkpoint cannot be saved.
         """
         first = self._resume() + 1
+        if first > self.last_step:
+            logger.info("nothing to do: step %d of %d is done", first - 1, self.last_step)
+            return
         log = MetricsLog(self.output_dir, first - 1) if dist.get_rank() == 0 else None
         started = time.monotonic()
         for step in range(first, self.last_step + 1):
@@ -81,7 +84,7 @@ class Trainer:
         if dataset is None:
             return {}
         packs = self._rank_packs(dataset, list(range(len(dataset))))
-        metrics = run_packs(self.engine, _Lazy(dataset, packs, self.config.row_tokens), forward_only=True)
+        metrics = run_packs(self.engine, self._collated(dataset, packs), len(packs), forward_only=True)
         return {f"eval/{name}": value for name, value in metrics.values.items()}
 
     def _resume(self) -> int:
@@ -98,12 +101,16 @@ class Trainer:
         plan = plan_packs(indices, tokens, self.config.row_tokens, self.layout.data)
         return plan[self.engine.pg.dp.rank()]
 
+    def _collated(self, dataset: PreferenceDataset, packs: list[list[int]]) -> Iterator[PreferenceBatch]:
+        """Collates packs one by one, when the schedule takes them."""
+        return (collate([dataset[i] for i in pack], self.config.row_tokens) for pack in packs)
+
     def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], int]:
         """This data rank's packs of a step, and the tokens of all ranks' pairs."""
         indices = self.data.order.step_indices(step)
         packs = self._rank_packs(self.data.train, indices)
         real_tokens = int(pair_tokens(self.data.train.lengths[indices]).sum())
-        return list(_Lazy(self.data.train, packs, self.config.row_tokens)), real_tokens
+        return list(self._collated(self.data.train, packs)), real_tokens
 
     def _guard(self, step: int, result: StepResult) -> None:
         if result.updated:
@@ -162,20 +169,6 @@ class Trainer:
         if "eval/loss" in values:
             line += f" | eval loss {values['eval/loss']:.4f} accuracy {values['eval/rewards/accuracies']:.3f}"
         return line
-
-
-class _Lazy:
-    """Packs that are collated one by one, when the schedule takes them."""
-
-    def __init__(self, dataset: PreferenceDataset, packs: list[list[int]], row_tokens: int) -> None:
-        self._dataset, self._packs, self._row_tokens = dataset, packs, row_tokens
-
-    def __len__(self) -> int:
-        return len(self._packs)
-
-    def __iter__(self) -> Iterator[PreferenceBatch]:
-        for pack in self._packs:
-            yield collate([self._dataset[i] for i in pack], self._row_tokens)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

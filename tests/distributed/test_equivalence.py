@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,9 +197,9 @@ _SIDES = (("prompt", []), ("chosen", [2]), ("rejected", [2]))  # 2 is </s>
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Inputs) -> Iterator[Runs]:
+def runs(inputs: Inputs) -> Runs:
     torch.set_num_threads(2)
-    yield Runs(inputs)
+    return Runs(inputs)
 
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
@@ -220,7 +219,9 @@ def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
     for step, loss, norm in zip(steps, expected.losses, expected.grad_norms, strict=True):
         assert step["train/loss"] == pytest.approx(loss, rel=1e-5), f"loss of step {step['step']}"
         assert step["train/grad_norm"] == pytest.approx(norm, rel=1e-4), f"gradient norm of step {step['step']}"
-    exported = {name: tensor for file in (output / "hf").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    exported = {
+        name: tensor for file in (output / "hf").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
     assert exported.keys() == expected.weights.keys()
     for name, tensor in expected.weights.items():
         difference = (exported[name] - tensor).norm() / tensor.norm()

@@ -1,6 +1,6 @@
 """Two pipeline stages: what frozen models must not cost. Prints one JSON line per rank for the test to judge.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.worker_colocated CONFIG.json
+torchrun --nproc-per-node 2 -m tests.distributed.worker_colocated CONFIG.json
 """
 
 import json
@@ -28,8 +28,14 @@ from megatron_tgdpo.parallel import (
     on_first_rank,
     read_rank_environment,
 )
-from megatron_tgdpo.setup import build_engine, colocated_model, load_model, open_data, prepare_first_rank
-from megatron_tgdpo.setup import read_model_configs
+from megatron_tgdpo.setup import (
+    build_engine,
+    colocated_model,
+    load_model,
+    open_data,
+    prepare_first_rank,
+    read_model_configs,
+)
 from megatron_tgdpo.train_step import run_packs
 
 
@@ -67,12 +73,14 @@ def main() -> None:
     dataset: PreferenceDataset = open_data(config, prefixes).train
     packs = [collate([dataset[i], dataset[i + 1]], config.row_tokens) for i in range(0, 6, 2)]
     engine.model.zero_grad_buffer()
-    run_packs(engine, packs, forward_only=False)
+    run_packs(engine, packs, len(packs), forward_only=False)
     model, communicator = colocated_model(engine), engine.communicator
     assert communicator is not None
 
     policy = load_model(config.model.policy, read_model_configs(config)["policy"], layout, pg, config, device)
-    alone = DistributedDataParallel(policy.config, DistributedDataParallelConfig(use_distributed_optimizer=True), policy)
+    alone = DistributedDataParallel(
+        policy.config, DistributedDataParallelConfig(use_distributed_optimizer=True), policy
+    )
     plain = CountingCommunicator(pg.pp, policy.config)
     get_forward_backward_func(pp_size=2, vp_size=None)(
         forward_step_func=partial(policy_only_step, last=pg.pp.rank() == 1),

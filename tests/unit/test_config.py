@@ -37,8 +37,6 @@ def test_file_defaults_and_overrides(tmp_path: Path) -> None:
     assert config.row_tokens == 2 * config.data.max_length
 
 
-
-
 def test_the_saved_config_reads_back_equal(tmp_path: Path) -> None:
     config = config_from_dict(VALID)
     (tmp_path / "saved.yaml").write_text(to_yaml(config))

@@ -13,9 +13,7 @@ from megatron_tgdpo.metrics import StepMetrics, pack_metrics, reduce_metrics
 BETA, ALPHA = 0.2, 1.5
 
 
-def reduced(
-    group: dist.ProcessGroup, packs: list[tuple[torch.Tensor, ...]], *, guided: bool = True
-) -> StepMetrics:
+def reduced(group: dist.ProcessGroup, packs: list[tuple[torch.Tensor, ...]], *, guided: bool = True) -> StepMetrics:
     metrics = []
     for policy, reference, guide, lengths, indices in packs:
         loss = preference_loss(policy, reference, guide, lengths, beta=BETA, alpha=ALPHA)

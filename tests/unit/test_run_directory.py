@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_tgdpo.config import config_from_dict
+from megatron_tgdpo.config import config_from_dict, load_config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.run_directory import MetricsLog, claim_output_dir
 from tests.unit.test_config import VALID
@@ -20,8 +20,19 @@ def values(tmp_path: Path, **sections: Any) -> dict[str, Any]:
     return {**changed, "output_dir": str(tmp_path / "run")}
 
 
-def test_the_same_run_may_come_back_on_another_layout(tmp_path: Path) -> None:
+def claim_and_step(tmp_path: Path) -> None:
     claim_output_dir(config_from_dict(values(tmp_path)))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def test_a_run_that_made_no_step_may_be_configured_anew(tmp_path: Path) -> None:
+    claim_output_dir(config_from_dict(values(tmp_path)))
+    claim_output_dir(config_from_dict(values(tmp_path, loss={"alpha": 0.9})))
+    assert load_config(tmp_path / "run" / "config.yaml").loss.alpha == 0.9
+
+
+def test_the_same_run_may_come_back_on_another_layout(tmp_path: Path) -> None:
+    claim_and_step(tmp_path)
     again = values(tmp_path, parallel={"tensor": 2}, checkpoint={"keep": 5}, train={"exit_step": 3})
     claim_output_dir(config_from_dict(again))
 
@@ -37,7 +48,7 @@ def test_the_same_run_may_come_back_on_another_layout(tmp_path: Path) -> None:
     ],
 )
 def test_another_run_is_refused(tmp_path: Path, section: str, changes: dict[str, Any], named: str) -> None:
-    claim_output_dir(config_from_dict(values(tmp_path)))
+    claim_and_step(tmp_path)
     with pytest.raises(UserError, match=named):
         claim_output_dir(config_from_dict(values(tmp_path, **{section: changes})))
 

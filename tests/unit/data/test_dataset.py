@@ -70,10 +70,11 @@ def test_pairs_of_index_and_manifest_must_agree(prefix):
         PreferenceDataset(prefix)
 
 
-def test_token_above_the_vocabulary(prefix):
+@pytest.mark.parametrize("damage", [10**6, -1])
+def test_token_outside_the_vocabulary(prefix, damage):
     with open(prefix + ".bin", "r+b") as stream:
         stream.seek(8)
-        stream.write(np.int32(10**6).tobytes())
+        stream.write(np.int32(damage).tobytes())
     dataset = PreferenceDataset(prefix)
     with pytest.raises(UserError, match=r"pair 0 \(.*pairs\.jsonl:1\) holds a token id outside the vocabulary"):
         dataset[0]
@@ -153,7 +154,7 @@ def test_leftover_of_an_interrupted_run_is_no_dataset(prefix, tmp_path, hf_direc
         open_or_preprocess(prefix, PreprocessOptions(hf_directory), str(tmp_path))
 
 
-def test_raw_file_is_preprocessed_once(tmp_path, hf_directory, write_jsonl, monkeypatch):
+def test_raw_file_is_preprocessed_once(tmp_path, hf_directory, sp_model, write_jsonl, monkeypatch):
     cache, options = str(tmp_path / "cache"), PreprocessOptions(hf_directory)
     runs = []
     encode = preprocess_module.encode_batch
@@ -180,6 +181,10 @@ def test_raw_file_is_preprocessed_once(tmp_path, hf_directory, write_jsonl, monk
     Path(source).write_text(Path(source).read_text().replace("two", "one"))
     assert open_or_preprocess(source, options, cache, progress=False).fingerprint == first.fingerprint
     assert len(runs) == 4
+
+    # The same file under another tokenizer is another dataset.
+    assert len(open_or_preprocess(source, PreprocessOptions(sp_model), cache, progress=False)) == 10
+    assert len(runs) == 5
 
 
 def test_strict_also_holds_for_a_dataset_made_before(tmp_path, hf_directory, write_jsonl):

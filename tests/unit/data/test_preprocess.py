@@ -172,11 +172,14 @@ def test_existing_dataset_is_kept_unless_told(tmp_path, hf_directory, write_json
     assert len(files(tmp_path / "out")) == 4
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("failing_call", range(1, 5))
-def test_full_disk_while_files_are_put_in_place(tmp_path, hf_directory, write_jsonl, monkeypatch, failing_call):
+def test_full_disk_while_files_are_put_in_place(tmp_path, hf_directory, write_jsonl, monkeypatch, failing_call, overwrite):
     """Whichever rename fails, there is no manifest, so what is there is not taken for a dataset."""
     prefix, options = str(tmp_path / "out" / "pairs"), PreprocessOptions(hf_directory)
     source = write_jsonl([plain_record(0)])
+    if overwrite:
+        preprocess([write_jsonl([plain_record(1)], "old.jsonl")], prefix, options, progress=False)
     calls = 0
     replace = os.replace
 
@@ -189,7 +192,7 @@ def test_full_disk_while_files_are_put_in_place(tmp_path, hf_directory, write_js
 
     monkeypatch.setattr(os, "replace", failing_replace)
     with pytest.raises(UserError, match=r"cannot write the dataset .*pairs: No space left on device"):
-        preprocess([source], prefix, options, progress=False)
+        preprocess([source], prefix, options, overwrite=overwrite, progress=False)
     monkeypatch.undo()
     assert not Path(prefix + MANIFEST_SUFFIX).exists()
     assert not list((tmp_path / "out").glob("*partial*"))

@@ -55,6 +55,17 @@ def test_fingerprint_follows_ids_only(hf_directory, tmp_path):
     assert templated.fingerprint == original.fingerprint
     assert templated.template_fingerprint != original.template_fingerprint
 
+    hf.eos_token = "<|im_end|>"
+    hf.save_pretrained(tmp_path / "other_eos")
+    assert load_tokenizer(str(tmp_path / "other_eos")).fingerprint != original.fingerprint
+    hf.eos_token = "</s>"
+
+    # Calling a tokenizer with padding or truncation leaves that in its files, and changes no id.
+    hf(["a", "b c d"], padding=True, truncation=True, max_length=3)
+    hf.save_pretrained(tmp_path / "padded")
+    assert json.loads((tmp_path / "padded" / "tokenizer.json").read_text())["truncation"] is not None
+    assert load_tokenizer(str(tmp_path / "padded")).fingerprint == original.fingerprint
+
     hf.add_tokens(["newtoken"])
     hf.save_pretrained(tmp_path / "grown")
     grown = load_tokenizer(str(tmp_path / "grown"))

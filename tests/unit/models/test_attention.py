@@ -1,5 +1,6 @@
 """Packed causal attention against a written-out softmax, one sequence at a time."""
 
+import itertools
 import math
 
 import pytest
@@ -32,7 +33,7 @@ def inputs() -> list[torch.Tensor]:
 def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: list[int]) -> torch.Tensor:
     """Each output token from its definition: softmax over the earlier tokens of its own sequence."""
     out = torch.zeros(ROW, 1, HEADS * SIZE, dtype=q.dtype)
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         for t in range(start, end):
             for head in range(HEADS):
                 group = head // (HEADS // GROUPS)

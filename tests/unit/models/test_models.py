@@ -35,7 +35,9 @@ def kwargs(hf: Path, tensor: int, pipeline: int, sequence_parallel: bool = False
 def test_reads_the_config_of_a_megatron_checkpoint(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text((hf / "config.json").read_text())
-    assert read_hf_config(tmp_path).to_dict() == read_hf_config(hf).to_dict()
+    ours, theirs = read_hf_config(tmp_path).to_dict(), read_hf_config(hf).to_dict()
+    assert ours.pop("_name_or_path", None) != theirs.pop("_name_or_path", "")
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_what_would_change_the_maths_is_refused(hf: Path, tmp_path: Path, change
 
 
 def test_missing_and_malformed_configs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no config.json there"):
+    with pytest.raises(UserError, match="no config\\.json there"):
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not a readable HF config"):
