@@ -19,11 +19,12 @@ STEPS = 6
 SERIES = ("train/loss", "train/grad_norm", "train/lr", "rewards/margins", "guidance/weight_std", "logps/chosen")
 TP2 = {"tensor": 2, "sequence_parallel": True}
 PP2 = {"pipeline": 2}
-# name: layout before the stop, layout after, step of the stop
+# name: layout before the stop, layout after, step of the stop; names that end in "bf16" train in it
 STOPS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "tp2-after-1": (TP2, TP2, 1),
     "pp2-after-3": (PP2, PP2, 3),
     "dp2-after-5": ({}, {}, 5),
+    "tp2-after-3-bf16": (TP2, TP2, 3),
     "dp2-to-tp2": ({}, TP2, 2),
     "tp2-to-pp2": (TP2, PP2, 3),
     "pp2-to-dp2": (PP2, {}, 4),
@@ -38,16 +39,21 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return root, merged(config, batch={"global_pairs": 11}, train={"steps": STEPS}, checkpoint={"keep": 0})
 
 
+def precision(name: str) -> dict[str, str]:
+    return {"dtype": "bf16" if name.endswith("bf16") else "fp32"}
+
+
 @pytest.fixture(scope="module")
 def series(problem: tuple[Path, dict[str, Any]]) -> Path:
     """Runs everything in one launch of two processes; returns the directory of the runs."""
     root, config = problem
     cases = []
-    for name, layout in (("tp2", TP2), ("pp2", PP2), ("dp2", {})):
-        cases.append(merged(config, parallel=layout, output_dir=str(root / name)))
+    for name, layout in (("tp2", TP2), ("pp2", PP2), ("dp2", {}), ("tp2-bf16", TP2)):
+        cases.append(merged(config, parallel=layout, precision=precision(name), output_dir=str(root / name)))
     for name, (before, after, stop) in STOPS.items():
-        cases.append(merged(config, parallel=before, train={"exit_step": stop}, output_dir=str(root / name)))
-        cases.append(merged(config, parallel=after, output_dir=str(root / name)))
+        ours = merged(config, precision=precision(name), output_dir=str(root / name))
+        cases.append(merged(ours, parallel=before, train={"exit_step": stop}))
+        cases.append(merged(ours, parallel=after))
     file = root / "cases.json"
     file.write_text(json.dumps([{"config": case, "export": None} for case in cases]))
     run_module("tests.distributed.worker_train", [str(file)], processes=2, timeout=900)
@@ -57,7 +63,7 @@ def series(problem: tuple[Path, dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("name", STOPS)
 def test_a_continued_run_repeats_the_uninterrupted_one(series: Path, name: str) -> None:
     before, after, stop = STOPS[name]
-    whole = read_metrics(series / {"tp2": "tp2", "pp2": "pp2", "dp2": "dp2"}[name[:3]])
+    whole = read_metrics(series / (name[:3] + ("-bf16" if name.endswith("bf16") else "")))
     continued = read_metrics(series / name)
     assert [step["step"] for step in continued] == list(range(1, STEPS + 1))
     # Warm-up starts at learning rate 0, so the first two steps share a loss.

@@ -174,7 +174,9 @@ def test_existing_dataset_is_kept_unless_told(tmp_path, hf_directory, write_json
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("failing_call", range(1, 5))
-def test_full_disk_while_files_are_put_in_place(tmp_path, hf_directory, write_jsonl, monkeypatch, failing_call, overwrite):
+def test_full_disk_while_files_are_put_in_place(
+    tmp_path, hf_directory, write_jsonl, monkeypatch, failing_call, overwrite
+):
     """Whichever rename fails, there is no manifest, so what is there is not taken for a dataset."""
     prefix, options = str(tmp_path / "out" / "pairs"), PreprocessOptions(hf_directory)
     source = write_jsonl([plain_record(0)])

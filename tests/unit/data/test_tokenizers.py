@@ -61,9 +61,11 @@ def test_fingerprint_follows_ids_only(hf_directory, tmp_path):
     hf.eos_token = "</s>"
 
     # Calling a tokenizer with padding or truncation leaves that in its files, and changes no id.
-    hf(["a", "b c d"], padding=True, truncation=True, max_length=3)
+    hf.backend_tokenizer.enable_padding()
+    hf.backend_tokenizer.enable_truncation(7)
     hf.save_pretrained(tmp_path / "padded")
-    assert json.loads((tmp_path / "padded" / "tokenizer.json").read_text())["truncation"] is not None
+    saved = json.loads((tmp_path / "padded" / "tokenizer.json").read_text())
+    assert (saved["padding"]["strategy"], saved["truncation"]["max_length"]) == ("BatchLongest", 7)
     assert load_tokenizer(str(tmp_path / "padded")).fingerprint == original.fingerprint
 
     hf.add_tokens(["newtoken"])
