@@ -34,8 +34,9 @@ stage() { # TITLE COMMAND...: runs one stage under a heading, and says how long 
   "$@"
   printf -- '--- %d s\n' "$((SECONDS - start))"
 }
-trap 'status=$?; if [ $status -ne 0 ] && [ -n "$stage_title" ]; then
-  echo "quickstart.sh: failed in stage $stage_number/$stages: $stage_title" >&2; fi' EXIT
+stage_failed() { fail "failed in stage $stage_number/$stages: $stage_title"; }
+trap stage_failed ERR
+set -E
 
 single() { OMP_NUM_THREADS=$threads "$python" "$@"; }
 ranks() { # COUNT MODULE ARGS...

@@ -154,7 +154,7 @@ def test_leftover_of_an_interrupted_run_is_no_dataset(prefix, tmp_path, hf_direc
         open_or_preprocess(prefix, PreprocessOptions(hf_directory), str(tmp_path))
 
 
-def test_raw_file_is_preprocessed_once(tmp_path, hf_directory, sp_model, write_jsonl, monkeypatch):
+def test_raw_file_is_preprocessed_once(tmp_path, hf_directory, llama_like_directory, write_jsonl, monkeypatch):
     cache, options = str(tmp_path / "cache"), PreprocessOptions(hf_directory)
     runs = []
     encode = preprocess_module.encode_batch
@@ -183,7 +183,7 @@ def test_raw_file_is_preprocessed_once(tmp_path, hf_directory, sp_model, write_j
     assert len(runs) == 4
 
     # The same file under another tokenizer is another dataset.
-    assert len(open_or_preprocess(source, PreprocessOptions(sp_model), cache, progress=False)) == 10
+    assert len(open_or_preprocess(source, PreprocessOptions(llama_like_directory), cache, progress=False)) == 10
     assert len(runs) == 5
 
 

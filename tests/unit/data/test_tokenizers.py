@@ -58,10 +58,10 @@ def test_fingerprint_follows_ids_only(hf_directory, tmp_path):
     hf.eos_token = "<|im_end|>"
     hf.save_pretrained(tmp_path / "other_eos")
     assert load_tokenizer(str(tmp_path / "other_eos")).fingerprint != original.fingerprint
-    hf.eos_token = "</s>"
 
+    hf = PreTrainedTokenizerFast.from_pretrained(hf_directory)
     # Calling a tokenizer with padding or truncation leaves that in its files, and changes no id.
-    hf.backend_tokenizer.enable_padding()
+    hf.backend_tokenizer.enable_padding(pad_id=1, pad_token="</s>")
     hf.backend_tokenizer.enable_truncation(7)
     hf.save_pretrained(tmp_path / "padded")
     saved = json.loads((tmp_path / "padded" / "tokenizer.json").read_text())
