@@ -253,7 +253,7 @@ def _all_ranks(path: Path, action: Callable[[], Any], needed: int = 0) -> Any:
     return result
 
 
-def _message(path: Path, error: Exception, needed: int) -> str:
+def _message(path: Path, error: BaseException, needed: int) -> str:
     if isinstance(error, UserError):
         return str(error)
     text = f"{path}: saving failed, nothing was changed: {_describe(error)}"

@@ -1,0 +1,142 @@
+"""Turns a YAML of the TGDPO reference code (LLaMA-Factory's keys) into this project's configuration.
+
+    python -m tools.import_config REFERENCE.yaml --ranks 8 --train pairs.jsonl --out config.yaml [--validation F]
+
+``--ranks`` is the number of GPUs that the reference run used: its batch size is per device, ours is global. Datasets have
+names there and paths here. Keys that have no counterpart are listed, and those that would change the maths are refused.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tgdpo.config import config_from_dict, to_yaml
+from megatron_tgdpo.errors import UserError
+
+# Reference key -> our key, value as it is.
+_RENAMED = {
+    "model_name_or_path": "model.policy",
+    "ref_model": "model.reference",
+    "tgdpo_reward_model": "model.guide",
+    "stage": "loss.method",
+    "pref_beta": "loss.beta",
+    "tgdpo_alpha": "loss.alpha",
+    "cutoff_len": "data.max_length",
+    "max_prompt_length": "data.max_prompt_length",
+    "preprocessing_num_workers": "data.workers",
+    "output_dir": "output_dir",
+    "logging_steps": "log.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "eval.every_steps",
+    "learning_rate": "optimizer.lr",
+    "warmup_ratio": "optimizer.warmup_ratio",
+    "weight_decay": "optimizer.weight_decay",
+    "max_grad_norm": "optimizer.clip_grad",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_epsilon": "optimizer.eps",
+    "seed": "train.seed",
+}
+# Values without which the reference run would compute something else than this project does.
+_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "pref_loss": ("sigmoid",),
+    "finetuning_type": ("full",),
+    "stage": ("tgdpo", "dpo"),
+    "pref_ftx": (0, 0.0),
+    "dpo_label_smoothing": (0, 0.0),
+}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+_HANDLED = {
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "lr_scheduler_type",
+    "bf16", "fp16", "dataset", "eval_dataset", *_RENAMED, *_REQUIRED_VALUES,
+}  # fmt: skip
+
+
+def convert(reference: Mapping[str, Any], ranks: int, train: str, validation: str | None) -> dict[str, Any]:
+    """Maps the reference code's keys to ours.
+
+    Args:
+        reference: The parsed YAML.
+        ranks: GPUs of the reference run.
+        train: Path of the training pairs.
+        validation: Path of the validation pairs, or None.
+
+    Returns:
+        Nested values for :func:`megatron_tgdpo.config.config_from_dict`.
+
+    Raises:
+        UserError: A key has a value that this project does not compute; the message names it.
+    """
+    for key, allowed in _REQUIRED_VALUES.items():
+        if key in reference and reference[key] not in allowed:
+            raise UserError(f"{key}: {reference[key]} is not supported here, only {', '.join(map(str, allowed))}")
+    schedule = reference.get("lr_scheduler_type", "linear")
+    if schedule not in _SCHEDULES:
+        raise UserError(f"lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")
+    if reference.get("fp16"):
+        raise UserError("fp16: true is not supported here, use bf16")
+    flat = {ours: reference[theirs] for theirs, ours in _RENAMED.items() if theirs in reference}
+    per_device = reference.get("per_device_train_batch_size", 8)
+    flat |= {
+        "data.train": train,
+        "data.validation": validation,
+        "batch.global_pairs": per_device * reference.get("gradient_accumulation_steps", 1) * ranks,
+        "optimizer.schedule": _SCHEDULES[schedule],
+        "precision.dtype": "bf16" if reference.get("bf16") else "fp32",
+        # Where the file is silent, what LLaMA-Factory and transformers default to.
+        "optimizer.warmup_ratio": reference.get("warmup_ratio", 0.0),
+        "train.seed": reference.get("seed", 42),
+    }
+    if reference.get("max_steps", -1) > 0:
+        flat["train.steps"] = reference["max_steps"]
+    else:
+        flat["train.epochs"] = reference.get("num_train_epochs", 3.0)
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = value
+    return nested
+
+
+def not_carried_over(reference: Mapping[str, Any]) -> list[str]:
+    """Keys of the reference file that have no counterpart."""
+    return sorted(set(reference) - _HANDLED)
+
+
+def main() -> None:
+    """Command line; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m tools.import_config", description=__doc__.split("\n")[0])
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("--ranks", type=int, required=True, help="GPUs of the reference run")
+    parser.add_argument("--train", required=True, help="training pairs")
+    parser.add_argument("--validation", help="validation pairs")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    args = parser.parse_args()
+    try:
+        reference = _read(args.reference)
+        config = config_from_dict(convert(reference, args.ranks, args.train, args.validation), str(args.reference))
+        args.out.write_text(to_yaml(config), encoding="utf-8")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    left = not_carried_over(reference)
+    print(f"{args.out}: written" + (f"; without a counterpart here: {', '.join(left)}" if left else ""))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a mapping of keys to values")
+    return values
+
+
+if __name__ == "__main__":
+    main()
