@@ -69,7 +69,7 @@ def load_checkpoint(engine: Engine, path: Path, run_metadata: Mapping[str, Any])
         if metadata.get(name) != value:
             raise UserError(f"{path}: saved with {name}={metadata.get(name)}, this run has {name}={value}")
     state = checkpoint_format.load(path, _state(engine, is_loading=True))
-    colocated_model(engine).policy.load_state_dict(state["model"], strict=False)
+    colocated_model(engine).policy.load_state_dict(state["model"])
     engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.step(metadata["step"])
     return int(metadata["step"])

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tgdpo.checkpoint_storage import SafeLoadCommon, SafeLoadSharded, write_common, write_sharded
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.parallel import agree
 
 FORMAT_VERSION = 1
 METADATA_FILE = "tgdpo.json"
@@ -239,18 +240,14 @@ def _on_first_rank(path: Path, action: Callable[[], Any], needed: int = 0) -> No
 
 def _all_ranks(path: Path, action: Callable[[], Any], needed: int = 0) -> Any:
     """Runs a step and has all ranks agree that it worked, so that no rank goes on to wait for one that failed."""
-    result, failure = None, None
-    try:
-        result = action()
-    except (Exception, CheckpointException) as error:  # the latter derives from BaseException
-        failure = error
-    message = None if failure is None else _message(path, failure, needed)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for rank, text in enumerate(messages):
-        if text is not None:
-            raise UserError(text if rank == 0 else f"{text} (rank {rank})") from failure
-    return result
+
+    def attempt() -> Any:
+        try:
+            return action()
+        except (Exception, CheckpointException) as error:  # the latter derives from BaseException
+            raise UserError(_message(path, error, needed)) from error
+
+    return agree(attempt)
 
 
 def _message(path: Path, error: BaseException, needed: int) -> str:

@@ -3,7 +3,7 @@
     python -m tools.import_config REFERENCE.yaml --ranks 8 --train pairs.jsonl --out config.yaml [--validation F]
 
 ``--ranks`` is the number of GPUs that the reference run used: its batch size is per device, ours is global. Datasets
-have names there and paths here. Keys that have no counterpart are listed, those that would change the maths are refused.
+have names there and paths here. Keys without counterpart are listed; those that would change the maths are refused.
 """
 
 import argparse
