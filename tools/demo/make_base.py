@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         do_sample=True,
         max_new_tokens=MAX_TOKENS // 2,
     )
-    model.to("cpu").save_pretrained(args.out, safe_serialization=True)
+    model.cpu().save_pretrained(args.out, safe_serialization=True)
 
 
 if __name__ == "__main__":

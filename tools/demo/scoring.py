@@ -90,7 +90,7 @@ def sample_answers(
             return_token_type_ids=False,
             return_tensors="pt",
         ).to(device)
-        output = model.generate(
+        output = model.generate(  # type: ignore[misc]  # transformers annotates self with a class that models lack
             **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens
         )
         for row in output[:, inputs["input_ids"].shape[1] :].tolist():
