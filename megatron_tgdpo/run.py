@@ -42,13 +42,14 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
         enable_cpu_backend()
     parallel = config.parallel
     layout = _layout(config, ranks.world_size)
-    check_layout(read_model_configs(config), layout)
+    model_configs = read_model_configs(config)
+    check_layout(model_configs, layout)
     prefixes = on_first_rank(lambda: prepare_first_rank(config), store, ranks.rank)
     init_distributed(ranks, device, parallel.timeout_minutes, store)
     pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
     try:
-        data = open_data(config, prefixes)
-        engine = build_engine(config, layout, pg, data.order.steps, device)
+        data = open_data(config, prefixes, model_configs["policy"].vocab_size)
+        engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(engine, layout, adam_source(), data)
         Trainer(config, layout, engine, data).train()
     finally:

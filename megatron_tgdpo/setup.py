@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,11 +128,22 @@ def prepare_first_rank(config: Config) -> str:
     )
 
 
-def open_data(config: Config, prefixes: str) -> RunData:
-    """Opens the datasets that :func:`prepare_first_rank` named and checks that every pair fits a row."""
+def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
+    """Opens the datasets that :func:`prepare_first_rank` named.
+
+    Raises:
+        UserError: A pair does not fit a row, or holds a token id that the models do not have.
+    """
     datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
-    for dataset in datasets.values():
+    for name, dataset in datasets.items():
         check_row_fits(dataset, config.row_tokens)
+        largest = dataset.manifest["max_token_id"]
+        if largest >= vocab_size:
+            # The embedding would not notice: it is padded, and split over tensor ranks.
+            raise UserError(
+                f"data.{name}: holds token id {largest} but the models' vocabulary has {vocab_size} entries: "
+                "preprocess with the policy's tokenizer"
+            )
     order = make_data_order(
         len(datasets["train"]),
         config.batch.global_pairs,
@@ -168,14 +180,26 @@ def load_model(
 
 
 def build_engine(
-    config: Config, layout: ParallelLayout, pg: ProcessGroupCollection, total_steps: int, device: torch.device
+    config: Config,
+    configs: Mapping[str, PretrainedConfig],
+    layout: ParallelLayout,
+    pg: ProcessGroupCollection,
+    total_steps: int,
+    device: torch.device,
 ) -> Engine:
     """Builds and loads the models and wires the training engine. Collective over all ranks.
+
+    Args:
+        config: The run.
+        configs: From :func:`read_model_configs`.
+        layout: The rank grid.
+        pg: Its process groups.
+        total_steps: That the learning rate schedule spans.
+        device: Of models and optimizer.
 
     Raises:
         UserError: The same on every rank: a checkpoint cannot be loaded, or does not divide by the layout.
     """
-    configs = read_model_configs(config)
     policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device)
     reference = load_model(config.reference_path, configs["reference"], layout, pg, config, device)
     guide = None

@@ -18,6 +18,7 @@ from tests.launch import SHARED_DATA, run_module
 from tests.tiny_models import make_llama
 
 SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=1e-3, weight_decay=0.1, clip_grad=1.0)
+LIMITS = {"loss": 1e-5, "gradient norm": 1e-4, "weights": 1e-4}  # largest relative difference over steps or tensors
 VOCABULARY = 131  # a prime: divisible by no tensor-parallel size
 
 
@@ -216,16 +217,21 @@ def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
     assert [step["step"] for step in steps] == list(range(1, SETTINGS.steps + 1))
     assert steps[0]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert max(abs(step["train/loss"] - math.log(2)) for step in steps) > 0.01, "nothing was learned"
-    for step, loss, norm in zip(steps, expected.losses, expected.grad_norms, strict=True):
-        assert step["train/loss"] == pytest.approx(loss, rel=1e-5), f"loss of step {step['step']}"
-        assert step["train/grad_norm"] == pytest.approx(norm, rel=1e-4), f"gradient norm of step {step['step']}"
-    exported = {
-        name: tensor for file in (output / "hf").glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    exported = {}
+    for file in (output / "hf").glob("*.safetensors"):
+        exported |= load_file(file)
     assert exported.keys() == expected.weights.keys()
-    for name, tensor in expected.weights.items():
-        difference = (exported[name] - tensor).norm() / tensor.norm()
-        assert difference < 1e-4, f"{name}: relative difference {difference:.2e}"
+    differences = {
+        "loss": [abs(s["train/loss"] / want - 1) for s, want in zip(steps, expected.losses, strict=True)],
+        "gradient norm": [
+            abs(s["train/grad_norm"] / want - 1) for s, want in zip(steps, expected.grad_norms, strict=True)
+        ],
+        "weights": [float((exported[name] - want).norm() / want.norm()) for name, want in expected.weights.items()],
+    }
+    # Shown by pytest -rP.
+    print(case.name, {what: f"{max(values):.1e}" for what, values in differences.items()})
+    for what, limit in LIMITS.items():
+        assert max(differences[what]) < limit, f"{what}: {differences[what]}"
 
 
 @pytest.mark.parametrize("name", DPO_IN_DISGUISE)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_tgdpo.checkpoint_format import is_complete
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.launch import ROOT, environment, run_module
+from tests.tiny_models import make_tokenizer
 
 Problem = tuple[Path, dict[str, Any]]
 
@@ -45,6 +46,22 @@ def test_unknown_key(problem: Problem) -> None:
     root, config = problem
     done = run_module("megatron_tgdpo.train", [write_config(root / "a.yaml", config), "loss.betta=1"], check=False)
     assert "loss.betta" in error_of(done)
+
+
+def test_token_ids_beyond_the_vocabulary(problem: Problem, tmp_path: Path) -> None:
+    """A tokenizer of 140 words for models of 131: padding and sharding would hide it from the embedding."""
+    root, config = problem
+    make_tokenizer(140).save_pretrained(tmp_path / "tokenizer")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "w9", "chosen": "w8", "rejected": "w139"}\n' * 2)
+    config = merged(
+        config,
+        data={"train": str(data), "tokenizer": str(tmp_path / "tokenizer")},
+        output_dir=str(tmp_path / "run"),
+    )
+    line = error_of(run_module("megatron_tgdpo.train", [write_config(root / "b.yaml", config)], check=False))
+    assert "token id 139" in line
+    assert "131" in line
 
 
 def test_a_loss_that_is_not_finite_names_the_pair_and_saves_nothing(problem: Problem, tmp_path: Path) -> None:

@@ -69,15 +69,16 @@ def main() -> None:
     init_distributed(ranks, device, 5, store)
     layout = make_layout(1, 2, 1, False, ranks.world_size)
     pg = init_model_parallel(layout, 0, 5)
-    engine = build_engine(config, layout, pg, 10, device)
-    dataset: PreferenceDataset = open_data(config, prefixes).train
+    model_configs = read_model_configs(config)
+    engine = build_engine(config, model_configs, layout, pg, 10, device)
+    dataset: PreferenceDataset = open_data(config, prefixes, model_configs["policy"].vocab_size).train
     packs = [collate([dataset[i], dataset[i + 1]], config.row_tokens) for i in range(0, 6, 2)]
     engine.model.zero_grad_buffer()
     run_packs(engine, packs, len(packs), forward_only=False)
     model, communicator = colocated_model(engine), engine.communicator
     assert communicator is not None
 
-    policy = load_model(config.model.policy, read_model_configs(config)["policy"], layout, pg, config, device)
+    policy = load_model(config.model.policy, model_configs["policy"], layout, pg, config, device)
     alone = DistributedDataParallel(
         policy.config, DistributedDataParallelConfig(use_distributed_optimizer=True), policy
     )
