@@ -20,7 +20,9 @@ venv=.venv-quickstart
 python=$root/$venv/bin/python
 
 # Everything the run needs is here or made here: nothing is fetched.
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1
+# megatron-core warns of every fused part that is missing, many times over; the trainer's first lines say it once.
+export PYTHONWARNINGS=ignore::UserWarning
 
 stages=10
 stage_number=0

@@ -1,7 +1,7 @@
 """Compares models of the demonstration language and prints one aligned table; writes the same figures as JSON.
 
     python -m tools.demo.evaluate --base DIR --model dpo=DIR --model tgdpo=DIR --guide DIR --pairs heldout.jsonl \
-        --out results.json [--beta 0.1] [--prompts 200] [--seed 0]
+        --out results.json [--beta 0.1] [--prompts 400] [--seed 0]
 
 On the held-out pairs:
 - accuracy: share of pairs whose chosen response has the higher implicit reward, beta * (log pi - log pi_base) summed
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from tools.demo.language import judge
@@ -157,10 +156,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=Path, required=True, help="held-out pairs (JSONL)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--beta", type=float, default=0.1, help="scale of implicit and token rewards")
-    parser.add_argument("--prompts", type=int, default=200, help="prompts to sample answers for")
+    parser.add_argument("--prompts", type=int, default=400, help="prompts to sample answers for")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     args = parser.parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
     report = _report(args, AutoTokenizer.from_pretrained(args.base, local_files_only=True))
     aside = args.out.with_name(args.out.name + ".part")
     aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

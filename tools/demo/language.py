@@ -14,11 +14,11 @@ from random import Random
 from tools.demo.lexicon import FUNCTION_WORDS, NUMBERS, PARTS, PATTERNS, REQUESTS, RUDE, TOPICS
 
 # Share of an answer's content slots that slip to a bad word: one of these is drawn per answer.
-SLIP_RATES = (0.05, 0.2, 0.45)
-# A sentence's grammar breaks at this share of the answer's slip rate.
-BREAK_SHARE = 0.4
-# Of the slips, this share is rude; the others are words of a topic that was not asked for.
-RUDE_SHARE = 0.25
+SLIP_RATES = (0.1, 0.4, 0.6)
+# A sentence's grammar is broken at this share of the answer's slip rate.
+BREAK_SHARE = 0.6
+# Of the slips, this share is rude; the others are words of the topic that the answer strays to.
+RUDE_SHARE = 0.15
 # Share of answers whose number of sentences is not the one asked for.
 MISCOUNT_RATE = 0.15
 
@@ -65,30 +65,37 @@ def parse_prompt(prompt: str) -> Request:
 
 
 def draw_answer(rng: Random, prompt: str) -> str:
-    """Returns a random answer to `prompt`, with slips at a rate drawn from SLIP_RATES and the odd miscount."""
+    """Returns a random answer to `prompt`, with slips at a rate drawn from SLIP_RATES and the odd miscount.
+
+    An answer strays to one topic only, so its bad words are no rarer, each by itself, than its good ones.
+    """
     request = parse_prompt(prompt)
     slip_rate = rng.choice(SLIP_RATES)
     count = request.sentences
     if rng.random() < MISCOUNT_RATE:
         count = rng.choice([n for n in range(1, max(NUMBERS.values()) + 2) if n != count])
-    return " ".join(_draw_sentence(rng, request.topics, slip_rate) for _ in range(count))
+    wrong_topic = rng.choice(sorted(TOPICS.keys() - set(request.topics)))
+    return " ".join(_draw_sentence(rng, request.topics, wrong_topic, slip_rate) for _ in range(count))
 
 
-def _draw_sentence(rng: Random, topics: tuple[str, ...], slip_rate: float) -> str:
-    words = [_draw_word(rng, slot, topics, slip_rate) if slot in PARTS else slot for slot in rng.choice(PATTERNS)]
+def _draw_sentence(rng: Random, topics: tuple[str, ...], wrong_topic: str, slip_rate: float) -> str:
+    pattern = rng.choice(PATTERNS)
+    words = [_draw_word(rng, slot, topics, wrong_topic, slip_rate) if slot in PARTS else slot for slot in pattern]
     if rng.random() < slip_rate * BREAK_SHARE:
-        # A word is left out or said twice: neither can make another sentence of the grammar.
+        # A word is left out, said twice, or replaced by one of the topic's words of the wrong part of speech.
         position = rng.randrange(len(words))
-        words[position : position + 1] = rng.choice(([], [words[position]] * 2))
+        stray_part = rng.choice([part for part in PARTS if part != pattern[position]])
+        stray = rng.choice(TOPICS[rng.choice(topics)][stray_part])
+        words[position : position + 1] = rng.choice(([], [words[position]] * 2, [stray]))
     return " ".join(words) + "."
 
 
-def _draw_word(rng: Random, part: str, topics: tuple[str, ...], slip_rate: float) -> str:
+def _draw_word(rng: Random, part: str, topics: tuple[str, ...], wrong_topic: str, slip_rate: float) -> str:
     if rng.random() >= slip_rate:
         return rng.choice(TOPICS[rng.choice(topics)][part])
     if rng.random() < RUDE_SHARE:
         return rng.choice(RUDE[part])
-    return rng.choice(TOPICS[rng.choice(sorted(TOPICS.keys() - set(topics)))][part])
+    return rng.choice(TOPICS[wrong_topic][part])
 
 
 def is_bad(word: str, topics: tuple[str, ...]) -> bool:

@@ -1,6 +1,6 @@
 """Trains the demonstration's SentencePiece tokenizer and a small Llama on its text, and saves both as an HF directory.
 
-    python -m tools.demo.make_base --data DIR --out DIR [--steps 700] [--batch 48] [--lr 3e-3] [--seed 0]
+    python -m tools.demo.make_base --data DIR --out DIR [--steps 600] [--batch 48] [--lr 3e-3] [--seed 0]
 
 The model reads `pretrain.jsonl`, good and bad answers alike, so what it writes is well formed and often bad: the state
 that preference training starts from. It runs on a GPU if there is one, else on the CPU.
@@ -15,7 +15,6 @@ from pathlib import Path
 from random import Random
 
 import torch
-import transformers
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from tools.demo.make_data import read_jsonl
@@ -95,12 +94,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory that tools.demo.make_data wrote")
     parser.add_argument("--out", type=Path, required=True, help="HF directory to write")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=48, help="sequences a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
     records = read_jsonl(args.data / "pretrain.jsonl")
     texts = (text for record in records for text in (record["prompt"], record["response"]))

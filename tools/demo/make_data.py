@@ -1,7 +1,7 @@
 """Writes the demonstration's data: text to pretrain on, preference pairs to train on, and pairs held out.
 
-    python -m tools.demo.make_data --out DIR [--seed 0] [--pretrain 12000] [--train 2000] [--validation 64]
-        [--heldout 300]
+    python -m tools.demo.make_data --out DIR [--seed 0] [--pretrain 12000] [--train 4000] [--validation 64]
+        [--heldout 400]
 
 Files, one JSON object a line: `pretrain.jsonl` (prompt, response); `train.jsonl`, `validation.jsonl` and
 `heldout.jsonl` (prompt, chosen, rejected as lists of chat messages, the layout that TRL calls conversational).
@@ -22,7 +22,7 @@ from random import Random
 from tools.demo.language import draw_answer, draw_prompt, judge
 
 # Two answers nearer to each other than this in quality are not worth a preference, and are drawn again.
-MIN_QUALITY_GAP = 0.1
+MIN_QUALITY_GAP = 0.15
 
 
 def draw_pair(rng: Random) -> tuple[str, str, str]:
@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write into")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pretrain", type=int, default=12000, help="answers to pretrain on")
-    parser.add_argument("--train", type=int, default=2000, help="preference pairs to train on")
+    parser.add_argument("--train", type=int, default=4000, help="preference pairs to train on")
     parser.add_argument("--validation", type=int, default=64, help="pairs for evaluation during training")
-    parser.add_argument("--heldout", type=int, default=300, help="pairs for the final table")
+    parser.add_argument("--heldout", type=int, default=400, help="pairs for the final table")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     # One stream of random numbers per file: the size of one never changes the content of another.

@@ -81,9 +81,9 @@ def test_slips_make_the_bad_words() -> None:
     rng = Random(2)
     verdicts = [judge(prompt, draw_answer(rng, prompt)) for prompt in (draw_prompt(rng) for _ in range(2000))]
     share = sum(v.bad_words for v in verdicts) / sum(v.content_words for v in verdicts)
-    assert share == pytest.approx((0.05 + 0.2 + 0.45) / 3, abs=0.01)
+    assert share == pytest.approx((0.1 + 0.4 + 0.6) / 3, abs=0.01)
     broken = sum(1 - v.well_formed for v in verdicts) / len(verdicts)
-    assert broken == pytest.approx(0.4 * (0.05 + 0.2 + 0.45) / 3, abs=0.01)
+    assert broken == pytest.approx(0.6 * (0.1 + 0.4 + 0.6) / 3, abs=0.01)
     assert sum(not v.right_count for v in verdicts) / len(verdicts) == pytest.approx(0.15, abs=0.025)
 
 
