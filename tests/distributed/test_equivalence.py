@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer
 
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from tests import reference
+from tests.distributed.common import read_metrics, write_pairs
 from tests.launch import SHARED_DATA, run_module
 from tests.tiny_models import make_llama
 
@@ -115,23 +115,13 @@ class Inputs:
         }
 
 
-def write_random_pairs(path: Path, count: int) -> None:
-    rng = random.Random(5)
-
-    def words(low: int, high: int) -> str:
-        return " ".join(f"w{rng.randrange(3, VOCABULARY)}" for _ in range(rng.randint(low, high)))
-
-    records = [{"prompt": words(1, 20), "chosen": words(1, 40), "rejected": words(1, 40)} for _ in range(count)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     made = Inputs(tmp_path_factory.mktemp("equivalence"))
     for tied in (False, True):
         make_llama(made.policy("random", tied), vocab_size=VOCABULARY, tied=tied, seed=1)
         make_llama(made.guide("random", tied), vocab_size=VOCABULARY, tied=tied, seed=2, hidden_size=32)
-    write_random_pairs(made.root / "random.jsonl", 32)
+    write_pairs(made.root / "random.jsonl", 32, VOCABULARY)
     if SHARED_DATA.is_dir():
         make_llama(made.policy("real", False), vocab_size=32000, hidden_size=16, heads=2, layers=2, seed=3)
         make_llama(made.guide("real", False), vocab_size=32000, hidden_size=16, heads=2, layers=2, seed=4)
@@ -201,10 +191,6 @@ _SIDES = (("prompt", []), ("chosen", [2]), ("rejected", [2]))  # 2 is </s>
 def runs(inputs: Inputs) -> Runs:
     torch.set_num_threads(2)
     return Runs(inputs)
-
-
-def read_metrics(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
