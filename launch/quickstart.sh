@@ -86,7 +86,7 @@ stage "policy: TGDPO with the guide, pipeline parallel over $workers" train tgdp
   model.guide="$out/dpo_hf" parallel.pipeline="$workers"
 stage "policy to HF" single -m checkpoints_convert.megatron_to_hf --megatron "$out/tgdpo" --out "$out/tgdpo_hf"
 stage "comparison" single -m tools.demo.evaluate --base "$out/base" --model dpo="$out/dpo_hf" \
-  --model tgdpo="$out/tgdpo_hf" --guide "$out/dpo_hf" --pairs "$out/data/heldout.jsonl" --out "$out/results.json"
+  --model tgdpo="$out/tgdpo_hf" --guide "$out/dpo_hf" --pairs "$out/data/heldout.jsonl" --beta 0.5 --out "$out/results.json"
 
 cat >"$out/generate.py" <<PYTHON
 from transformers import AutoModelForCausalLM, AutoTokenizer
