@@ -24,6 +24,8 @@ from megatron_tgdpo.train_step import Engine, StepResult, check_start, run_packs
 
 logger = logging.getLogger(__name__)
 
+_EVAL_PLAN_PAIRS = 1024
+
 
 class Trainer:
     """Runs the steps of a configured run from its newest checkpoint, or from the start, to its end.
@@ -83,7 +85,10 @@ class Trainer:
         dataset = self.data.validation
         if dataset is None:
             return {}
-        packs = self._rank_packs(dataset, list(range(len(dataset))))
+        indices = list(range(len(dataset)))
+        # Planned in parts: the time to plan grows with the square of the pairs.
+        parts = (indices[start : start + _EVAL_PLAN_PAIRS] for start in range(0, len(indices), _EVAL_PLAN_PAIRS))
+        packs = [pack for part in parts for pack in self._rank_packs(dataset, part)]
         metrics = run_packs(self.engine, self._collated(dataset, packs), len(packs), forward_only=True)
         return {f"eval/{name}": value for name, value in metrics.values.items()}
 

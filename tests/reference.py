@@ -38,10 +38,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """Per step: loss and gradient norm before clipping; and the final weights under their HF names."""
+    """Loss and gradient norm before clipping of each step; then the mean loss over all pairs, and weights by HF name."""
 
     losses: list[float]
     grad_norms: list[float]
+    final_loss: float
     weights: dict[str, Tensor]
 
 
@@ -104,4 +105,6 @@ def train(policy_dir: Path, reference_dir: Path, guide_dir: Path | None, pairs: 
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad).item())
         optimizer.step()
         losses.append(total)
-    return Result(losses, norms, {name: p.detach().clone() for name, p in policy.named_parameters()})
+    with torch.no_grad():
+        final = sum(pair_loss(policy, reference, guide, pair, settings).item() for pair in pairs) / len(pairs)
+    return Result(losses, norms, final, {name: p.detach().clone() for name, p in policy.named_parameters()})

@@ -18,7 +18,12 @@ from tests.launch import SHARED_DATA, run_module
 from tests.tiny_models import make_llama
 
 SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=1e-3, weight_decay=0.1, clip_grad=1.0)
-LIMITS = {"loss": 1e-5, "gradient norm": 1e-4, "weights": 1e-4}  # largest relative difference over steps or tensors
+LIMITS = {
+    "loss": 1e-5,
+    "validation loss": 1e-5,
+    "gradient norm": 1e-4,
+    "weights": 1e-4,
+}  # largest relative difference over steps or tensors
 VOCABULARY = 131  # a prime: divisible by no tensor-parallel size
 
 
@@ -89,6 +94,7 @@ class Inputs:
             },
             "data": {
                 "train": str(self.root / ("real.json" if real else "random.jsonl")),
+                "validation": str(self.root / ("real.json" if real else "random.jsonl")),
                 "max_length": 96 if real else 64,
                 "shuffle": False,
                 "workers": 1,
@@ -202,6 +208,7 @@ def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
     steps = read_metrics(output)
     assert [step["step"] for step in steps] == list(range(1, SETTINGS.steps + 1))
     assert steps[0]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert [step["step"] for step in steps if "eval/loss" in step] == [SETTINGS.steps]
     assert max(abs(step["train/loss"] - math.log(2)) for step in steps) > 0.01, "nothing was learned"
     exported = {}
     for file in (output / "hf").glob("*.safetensors"):
@@ -209,6 +216,7 @@ def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
     assert exported.keys() == expected.weights.keys()
     differences = {
         "loss": [abs(s["train/loss"] / want - 1) for s, want in zip(steps, expected.losses, strict=True)],
+        "validation loss": [abs(steps[-1]["eval/loss"] / expected.final_loss - 1)],
         "gradient norm": [
             abs(s["train/grad_norm"] / want - 1) for s, want in zip(steps, expected.grad_norms, strict=True)
         ],
