@@ -38,7 +38,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """Loss and gradient norm before clipping of each step; then the mean loss over all pairs, and weights by HF name."""
+    """Each step's loss and gradient norm before clipping; then the mean loss over all pairs, and weights by HF name."""
 
     losses: list[float]
     grad_norms: list[float]
