@@ -6,13 +6,20 @@ from typing import Any
 
 import pytest
 
+from megatron_tgdpo.memory import stage_parameters
+from megatron_tgdpo.models import read_hf_config
+from megatron_tgdpo.parallel import make_layout
 from tests.distributed.common import make_problem
 from tests.launch import run_module
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    root: Path = tmp_path_factory.mktemp("colocated")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("colocated")
+
+
+@pytest.fixture(scope="module")
+def facts(root: Path) -> list[dict[str, Any]]:
     (root / "config.json").write_text(json.dumps(make_problem(root)))
     done = run_module("tests.distributed.worker_colocated", [str(root / "config.json")], processes=2)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
@@ -41,3 +48,12 @@ def test_frozen_models_hold_no_training_state(facts: list[dict[str, Any]]) -> No
         assert stage["policy_gradient_norm"] > 0
         assert stage["buffer_elements"] == stage["policy_only_buffer_elements"]
         assert stage["optimizer_elements"] == stage["policy_elements"]
+
+
+def test_a_dry_run_counts_the_parameters_that_each_stage_holds(root: Path, facts: list[dict[str, Any]]) -> None:
+    layout = make_layout(1, 2, 1, False, 2)
+    policy, guide = read_hf_config(root / "policy"), read_hf_config(root / "guide")
+    for stage, held in enumerate(facts):
+        assert stage_parameters(policy, layout, stage) == held["policy_elements"]
+        frozen = stage_parameters(policy, layout, stage) + stage_parameters(guide, layout, stage)
+        assert frozen == held["frozen_elements"]

@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 -m tests.distributed.worker_colocated CONFIG.json
 import json
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ class CountingCommunicator(P2PCommunicator):
         return super()._communicate(**kwargs)
 
 
-def policy_only_step(batches: Any, model: torch.nn.Module, *, last: bool) -> tuple[torch.Tensor, Any]:
+def policy_only_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     batch: PreferenceBatch = next(batches)
     hidden = model(batch.tokens, batch.position_ids, batch.packing)
     return hidden, lambda out: (out.square().sum(), torch.tensor(1, dtype=torch.int), {})
@@ -84,7 +83,7 @@ def main() -> None:
     )
     plain = CountingCommunicator(pg.pp, policy.config)
     get_forward_backward_func(pp_size=2, vp_size=None)(
-        forward_step_func=partial(policy_only_step, last=pg.pp.rank() == 1),
+        forward_step_func=policy_only_step,
         data_iterator=iter(packs),
         model=[alone],
         num_microbatches=len(packs),

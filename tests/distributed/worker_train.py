@@ -16,6 +16,7 @@ from checkpoints_convert.export import export_hf
 from checkpoints_convert.load import load_megatron_weights
 from megatron_tgdpo.checkpoint_format import newest_checkpoint
 from megatron_tgdpo.config import Config, config_from_dict
+from megatron_tgdpo.cpu_backend import resolve_device
 from megatron_tgdpo.models import build_language_model, read_hf_config
 from megatron_tgdpo.parallel import (
     RankEnvironment,
@@ -39,8 +40,6 @@ def export(config: Config, ranks: RankEnvironment, out: Path) -> None:
     checkpoint = newest_checkpoint(Path(config.output_dir))
     assert checkpoint is not None
     hf_config = read_hf_config(checkpoint)
-    from megatron_tgdpo.cpu_backend import resolve_device
-
     model = build_language_model(
         hf_config, layout, pg, dtype=DTYPES[config.precision.dtype], device=resolve_device("auto")
     )

@@ -10,6 +10,7 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.memory import stage_parameters
 from megatron_tgdpo.models import read_hf_config
 from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.run import dry_run
 from megatron_tgdpo.setup import check_layout, check_tokenizers, read_model_configs
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.test_config import VALID
@@ -53,6 +54,25 @@ def test_layouts_that_do_not_divide_the_model(policy: Path, tensor: int, pipelin
     layout = make_layout(tensor, pipeline, 1, False, tensor * pipeline)
     with pytest.raises(UserError, match=expected):
         check_layout({"policy": read_hf_config(policy)}, layout)
+
+
+def test_dry_run(policy: Path, tmp_path: Path) -> None:
+    guide = make_llama(tmp_path / "guide", vocab_size=131)
+    config = config_from_dict(
+        {
+            **VALID,
+            "model": {"policy": str(policy), "guide": str(guide)},
+            "parallel": {"tensor": 2, "pipeline": 2},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    text = dry_run(config, 8)
+    assert "ranks: 8 = TP2 x PP2 x DP2" in text
+    assert "global_pairs: 8" in text
+    # The first stage holds more micro batches in flight, and so the most memory.
+    fullest = stage_parameters(read_hf_config(policy), make_layout(2, 2, 1, False, 8), 0)
+    assert f"policy {fullest:,}, frozen {2 * fullest:,}" in text
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])
