@@ -80,16 +80,6 @@ def find_checkpoint(path: Path) -> Path:
     return newest
 
 
-def refuse_existing(out: Path) -> None:
-    """Stops early, before any work, where an output directory holds something.
-
-    Raises:
-        UserError: It does.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty, delete it or choose another directory")
-
-
 def dtype_of(metadata: dict, path: Path) -> torch.dtype:
     """The dtype that a checkpoint's metadata names.
 

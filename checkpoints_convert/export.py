@@ -110,9 +110,18 @@ def export_hf(
         raise
 
 
-def _begin(out: Path, aside: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Stops early, before any work, where an output directory holds something.
+
+    Raises:
+        UserError: It does.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty, delete it or choose another directory")
+
+
+def _begin(out: Path, aside: Path) -> None:
+    refuse_existing(out)
     try:
         aside.mkdir(parents=True)
     except OSError as error:

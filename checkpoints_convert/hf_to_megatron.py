@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from checkpoints_convert.command_line import DTYPES, Session, layout_arguments, open_session, refuse_existing, run
+from checkpoints_convert.command_line import DTYPES, Session, layout_arguments, open_session, run
+from checkpoints_convert.export import refuse_existing
 from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.load import load_hf_weights
 from checkpoints_convert.mapping import parameter_count

@@ -17,10 +17,9 @@ from checkpoints_convert.command_line import (
     find_checkpoint,
     layout_arguments,
     open_session,
-    refuse_existing,
     run,
 )
-from checkpoints_convert.export import DEFAULT_SHARD_BYTES, export_hf
+from checkpoints_convert.export import DEFAULT_SHARD_BYTES, export_hf, refuse_existing
 from checkpoints_convert.load import load_megatron_weights
 from megatron_tgdpo.checkpoint_format import read_metadata
 from megatron_tgdpo.models import build_language_model, read_hf_config

@@ -3,8 +3,6 @@
 Only the policy is saved, with its optimizer state; the learning rate and the data order follow from the step.
 """
 
-import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,9 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.setup import colocated_model
 from megatron_tgdpo.train_step import Engine
 
-logger = logging.getLogger(__name__)
-
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    directory = output_dir / "checkpoints"
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.glob("step_*") if checkpoint_format.is_complete(path))
 
 
 def save_checkpoint(
@@ -48,10 +36,8 @@ def save_checkpoint(
         path, _state(engine, is_loading=False), hf_dir=hf_dir, metadata={"step": step, **run_metadata}
     )
     if dist.get_rank() == 0 and keep:
-        for old in complete_checkpoints(output_dir)[:-keep]:
-            # Renamed first: a half-removed checkpoint must not look complete.
-            doomed = old.rename(old.with_name(old.name + ".removing"))
-            shutil.rmtree(doomed)
+        for old in checkpoint_format.complete_checkpoints(output_dir)[:-keep]:
+            checkpoint_format.remove_checkpoint(old)
     dist.barrier()
 
 

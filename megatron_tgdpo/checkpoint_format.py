@@ -34,6 +34,7 @@ FORMAT_VERSION = 1
 METADATA_FILE = "tgdpo.json"
 HF_FOLDER = "hf"
 ASIDE_SUFFIX = ".tmp"
+REMOVING_SUFFIX = ".removing"
 
 _HF_FILES = (
     "config.json",
@@ -146,22 +147,36 @@ def is_complete(path: Path) -> bool:
 
 
 def remove_incomplete(directory: Path) -> list[Path]:
-    """Deletes what interrupted saves left in a directory of checkpoints; call it on one rank, with no save running.
+    """Deletes what interrupted saves and removals left in a directory of checkpoints.
+
+    Call it on one rank, with no save running.
 
     Returns:
         The directories that were deleted.
     """
-    left = [path for path in sorted(directory.glob("step_*" + ASIDE_SUFFIX)) if path.is_dir()]
+    suffixes = (ASIDE_SUFFIX, REMOVING_SUFFIX)
+    left = [path for path in sorted(directory.glob("step_*")) if path.name.endswith(suffixes) and path.is_dir()]
     for path in left:
         shutil.rmtree(path)
     return left
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The complete ``checkpoints/step_XXXXXXXX`` of a training output directory with the highest step, or None."""
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete ``checkpoints/step_XXXXXXXX`` of a training output directory, lowest step first."""
     found = (output_dir / "checkpoints").glob("step_*")
     complete = [path for path in found if path.name[5:].isdigit() and is_complete(path)]
-    return max(complete, key=lambda path: int(path.name[5:]), default=None)
+    return sorted(complete, key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The last of :func:`complete_checkpoints`, or None."""
+    complete = complete_checkpoints(output_dir)
+    return complete[-1] if complete else None
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint; renamed first, so that one whose removal is interrupted is not taken for complete."""
+    shutil.rmtree(path.rename(path.with_name(path.name + REMOVING_SUFFIX)))
 
 
 def hf_folder(path: Path) -> Path:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.batch import PreferenceBatch, collate, pair_tokens, plan_packs
-from megatron_tgdpo.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from megatron_tgdpo.checkpoint import load_checkpoint, save_checkpoint
+from megatron_tgdpo.checkpoint_format import newest_checkpoint
 from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import AgreedError
@@ -93,12 +94,12 @@ class Trainer:
         return {f"eval/{name}": value for name, value in metrics.values.items()}
 
     def _resume(self) -> int:
-        saved = complete_checkpoints(self.output_dir)
-        if not saved:
+        saved = newest_checkpoint(self.output_dir)
+        if saved is None:
             return 0
-        step = load_checkpoint(self.engine, saved[-1], self.run_metadata)
+        step = load_checkpoint(self.engine, saved, self.run_metadata)
         if dist.get_rank() == 0:
-            logger.info("continuing after step %d from %s", step, saved[-1])
+            logger.info("continuing after step %d from %s", step, saved)
         return step
 
     def _rank_packs(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[int]]:

@@ -168,3 +168,22 @@ def test_values_that_could_not_be_read_back_are_not_saved(hf: Path, tmp_path: Pa
     with pytest.raises(UserError, match="saving failed, nothing was changed"):
         checkpoint_format.save(tmp_path / "new", {**state(), "plain": Payload(tmp_path / "executed")}, hf, {})
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("new")] == []
+
+
+def test_an_interrupted_removal_leaves_nothing_that_looks_complete(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run" / "checkpoints" / "step_00000001"
+    shutil.copytree(saved, path)
+    assert checkpoint_format.complete_checkpoints(tmp_path / "run") == [path]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", _interrupted)
+        checkpoint_format.remove_checkpoint(path)
+    assert any(path.parent.iterdir())
+    assert checkpoint_format.complete_checkpoints(tmp_path / "run") == []
+    checkpoint_format.remove_incomplete(path.parent)
+    assert not any(path.parent.iterdir())
+
+
+def _interrupted(path: Path) -> None:
+    raise KeyboardInterrupt
