@@ -14,14 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_tgdpo.checkpoint_format import is_megatron_checkpoint, newest_checkpoint, read_metadata
 from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.parallel import (
-    ParallelLayout,
-    connect_store,
-    init_distributed,
-    init_model_parallel,
-    make_layout,
-    read_rank_environment,
-)
+from megatron_tgdpo.parallel import ParallelLayout, init_model_parallel, make_layout
+from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

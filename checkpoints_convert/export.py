@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.mapping import Heads, join_shards, mapped_parameters
+from checkpoints_convert.mapping import Heads, join_shards
+from checkpoints_convert.model_mapping import mapped_parameters
 from megatron_tgdpo.checkpoint_format import copy_hf_files, sync
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models import LanguageModel
-from megatron_tgdpo.parallel import agree
+from megatron_tgdpo.ranks import agree
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"

@@ -18,8 +18,9 @@ from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.load import load_hf_weights
 from checkpoints_convert.mapping import parameter_count
 from megatron_tgdpo import checkpoint_format
-from megatron_tgdpo.models import build_language_model, read_hf_config
-from megatron_tgdpo.parallel import agree
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.models import build_language_model
+from megatron_tgdpo.ranks import agree
 
 
 def main() -> None:

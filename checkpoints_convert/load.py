@@ -8,10 +8,12 @@ from transformers import PretrainedConfig
 
 from checkpoints_convert.families import family_of
 from checkpoints_convert.hf_reader import HfCheckpoint
-from checkpoints_convert.mapping import Heads, expected_shapes, mapped_parameters, read_shard
+from checkpoints_convert.mapping import Heads, expected_shapes, read_shard
+from checkpoints_convert.model_mapping import mapped_parameters
 from megatron_tgdpo import checkpoint_format
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models import LanguageModel, read_hf_config
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.models import LanguageModel
 
 _LM_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -83,7 +85,7 @@ def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfi
         _check_stored_head(checkpoint)
     heads, rank = Heads.of(hf_config), pg.tp.rank()
     for mapped in mapped_parameters(model, hf_config):
-        shard = read_shard(checkpoint, mapped, heads, rank)
+        shard = read_shard(checkpoint, mapped.kind, mapped.hf_names, mapped.parameter.shape, heads, rank)
         if shard.shape != mapped.parameter.shape:
             raise ValueError(f"{mapped.name}: {list(shard.shape)} read for {list(mapped.parameter.shape)}")
         mapped.parameter.copy_(shard.to(mapped.parameter.dtype))

@@ -5,23 +5,21 @@ group, the group's query heads, its key head, its value head; with tp > groups a
 """
 
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from checkpoints_convert.families import family_of
-from checkpoints_convert.families.family import Kind
+from checkpoints_convert.families.family import Dimension, Kind, Weight
 from checkpoints_convert.hf_reader import HfCheckpoint
+from megatron_tgdpo.hf_config import padded_vocab_size
 from megatron_tgdpo.rotary import head_dim
 
-_LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_EMBEDDING = "embedding.word_embeddings.weight"
-_OUTPUT = "output_layer.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -40,68 +38,56 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class MappedParameter:
-    """One parameter of this rank and the HF tensors it is made of.
+class GlobalParameter:
+    """One whole parameter of a Megatron checkpoint, or one layer's part of one, and the HF tensors it is made of.
 
     Attributes:
-        name: The parameter's name in the model.
-        parameter: The parameter itself, this rank's shard.
+        key: megatron-core's name in checkpoints; all layers of a ``decoder.layers.`` key are stacked in one tensor.
+        layer: 0-based index in that stack, None for a parameter outside the layers.
         kind: See ``families/family.py``.
-        hf_names: Names of the HF tensors.
-        is_tied_copy: The last stage's copy of tied embeddings: loaded, never exported.
+        shape: Of the whole parameter (of one layer), the vocabulary padded.
+        hf_tensors: (name, shape) of each.
     """
 
-    name: str
-    parameter: torch.nn.Parameter
+    key: str
+    layer: int | None
     kind: Kind
-    hf_names: tuple[str, ...]
-    is_tied_copy: bool
+    shape: tuple[int, ...]
+    hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]
 
 
-def mapped_parameters(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[MappedParameter]:
-    """Goes through the parameters of this rank's slice of the model, in the model's order.
+def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[GlobalParameter]:
+    """All parameters of a model in the order of a forward pass; no output weight if it is tied to the embedding.
 
     Args:
-        model: This rank's slice of a language model.
-        hf_config: The config it was built from.
-
-    Raises:
-        KeyError: The family's table lacks a parameter of the model.
+        hf_config: The HF config.
+        tensor: Tensor-parallel size; it counts only for how far the vocabulary is padded.
     """
-    weights = family_of(hf_config.architectures).weights
-    for name, parameter in model.named_parameters():
-        match = _LAYER_PARAMETER.fullmatch(name)
-        layer = None
-        key = name
-        if match:
-            # The index in the module list is local to the pipeline stage; layer_number is global and 1-based.
-            layer = int(model.decoder.layers[int(match[1])].layer_number) - 1
-            key = match[2]
-        is_tied_copy = key == _OUTPUT and bool(hf_config.tie_word_embeddings)
-        weight = weights[_EMBEDDING if is_tied_copy else key]
-        names = tuple(hf_name.format(layer=layer) for hf_name, _ in weight.hf_tensors)
-        yield MappedParameter(name, parameter, weight.kind, names, is_tied_copy)
+    weights = dict(family_of(hf_config.architectures).weights)
+    if hf_config.tie_word_embeddings:
+        del weights[OUTPUT]
+    in_layers = {name: weight for name, weight in weights.items() if "{layer}" in weight.hf_tensors[0][0]}
+    sizes, padded = _sizes(hf_config), padded_vocab_size(hf_config, tensor)
+
+    def make(name: str, weight: Weight, layer: int | None) -> GlobalParameter:
+        tensors = tuple(
+            (hf_name.format(layer=layer), tuple(sizes[dimension] for dimension in dimensions))
+            for hf_name, dimensions in weight.hf_tensors
+        )
+        rows = padded if weight.kind == "vocab" else sum(shape[0] for _, shape in tensors)
+        key = name if layer is None else f"decoder.layers.{name}"
+        return GlobalParameter(key, layer, weight.kind, (rows, *tensors[0][1][1:]), tensors)
+
+    first = [make(EMBEDDING, weights.pop(EMBEDDING), None)]
+    layers = [
+        make(name, weight, layer) for layer in range(hf_config.num_hidden_layers) for name, weight in in_layers.items()
+    ]
+    return first + layers + [make(name, weight, None) for name, weight in weights.items() if name not in in_layers]
 
 
 def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that an HF checkpoint of this config holds (no lm_head if tied)."""
-    heads = Heads.of(hf_config)
-    sizes = {
-        "vocab": hf_config.vocab_size,
-        "hidden": hf_config.hidden_size,
-        "mlp": hf_config.intermediate_size,
-        "query": heads.groups * heads.queries_per_group * heads.size,
-        "kv": heads.groups * heads.size,
-    }
-    shapes: dict[str, tuple[int, ...]] = {}
-    for key, weight in family_of(hf_config.architectures).weights.items():
-        if key == _OUTPUT and hf_config.tie_word_embeddings:
-            continue
-        for name, dimensions in weight.hf_tensors:
-            shape = tuple(sizes[dimension] for dimension in dimensions)
-            layers = range(hf_config.num_hidden_layers) if "{layer}" in name else (0,)
-            shapes.update({name.format(layer=layer): shape for layer in layers})
-    return shapes
+    return dict(tensor for parameter in global_parameters(hf_config) for tensor in parameter.hf_tensors)
 
 
 def parameter_count(hf_config: PretrainedConfig) -> int:
@@ -109,21 +95,36 @@ def parameter_count(hf_config: PretrainedConfig) -> int:
     return sum(math.prod(shape) for shape in expected_shapes(hf_config).values())
 
 
-def read_shard(checkpoint: HfCheckpoint, mapped: MappedParameter, heads: Heads, rank: int) -> Tensor:
+def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
+    heads = Heads.of(hf_config)
+    return {
+        "vocab": hf_config.vocab_size,
+        "hidden": hf_config.hidden_size,
+        "mlp": hf_config.intermediate_size,
+        "query": heads.groups * heads.queries_per_group * heads.size,
+        "kv": heads.groups * heads.size,
+        "head": heads.size,
+    }
+
+
+def read_shard(
+    checkpoint: HfCheckpoint, kind: Kind, names: Sequence[str], shape: Sequence[int], heads: Heads, rank: int
+) -> Tensor:
     """Reads from HF files exactly what one tensor-parallel rank holds of a parameter.
 
     Args:
         checkpoint: The open HF checkpoint.
-        mapped: The parameter; its shape says how much a rank holds.
+        kind: See ``families/family.py``.
+        names: Of the HF tensors.
+        shape: Of the shard.
         heads: Attention geometry.
         rank: The tensor-parallel rank.
 
     Returns:
-        A tensor of the parameter's shape, in the stored dtype.
+        The shard, in the stored dtype.
     """
-    names, shape = mapped.hf_names, mapped.parameter.shape
     start, end = rank * shape[0], (rank + 1) * shape[0]
-    match mapped.kind:
+    match kind:
         case "copy":
             return checkpoint.whole(names[0])
         case "row":

@@ -22,7 +22,8 @@ from checkpoints_convert.command_line import (
 from checkpoints_convert.export import DEFAULT_SHARD_BYTES, export_hf, refuse_existing
 from checkpoints_convert.load import load_megatron_weights
 from megatron_tgdpo.checkpoint_format import read_metadata
-from megatron_tgdpo.models import build_language_model, read_hf_config
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.models import build_language_model
 
 
 def main() -> None:

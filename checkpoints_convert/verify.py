@@ -19,10 +19,12 @@ from checkpoints_convert.export import gather_shards
 from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.load import load_megatron_weights
 from checkpoints_convert.logits import packed_logits
-from checkpoints_convert.mapping import Heads, expected_shapes, join_shards, mapped_parameters
+from checkpoints_convert.mapping import Heads, expected_shapes, join_shards
+from checkpoints_convert.model_mapping import mapped_parameters
 from megatron_tgdpo.checkpoint_format import hf_folder, read_metadata
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models import build_language_model, read_hf_config
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.models import build_language_model
 
 TOLERANCE = 1e-4
 _TEXT = "The quick brown fox jumps over the lazy dog, then sleeps until the morning comes."

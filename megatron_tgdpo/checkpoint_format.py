@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tgdpo.checkpoint_storage import SafeLoadCommon, SafeLoadSharded, write_common, write_sharded
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.parallel import agree
+from megatron_tgdpo.ranks import agree
 
 FORMAT_VERSION = 1
 METADATA_FILE = "tgdpo.json"

@@ -1,10 +1,11 @@
 """Parameters and memory per rank, computed from configs alone (for ``--dry-run``, without loading anything)."""
 
+import math
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.models import padded_vocab_size
+from checkpoints_convert.mapping import EMBEDDING, global_parameters
 from megatron_tgdpo.parallel import ParallelLayout
 
 GIB = 2**30
@@ -38,20 +39,20 @@ class RankMemory:
 
 
 def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
-    """Parameters that one rank of a pipeline stage holds, vocabulary padding included (Llama family)."""
-    tp, hidden = layout.tensor, hf_config.hidden_size
-    head = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
-    attention = head * (2 * hf_config.num_attention_heads + 2 * hf_config.num_key_value_heads) * hidden
-    layer = (attention + 3 * hidden * hf_config.intermediate_size) // tp + 2 * hidden
-    total = layer * (hf_config.num_hidden_layers // layout.pipeline)
-    vocabulary = padded_vocab_size(hf_config, tp) // tp * hidden
+    """Parameters that one rank of a pipeline stage holds, vocabulary padding included."""
+    layers = hf_config.num_hidden_layers // layout.pipeline
     first, last = stage == 0, stage == layout.pipeline - 1
-    if first:
-        total += vocabulary
-    if last:
-        total += hidden
-        if not (first and hf_config.tie_word_embeddings):
-            total += vocabulary
+    total = 0
+    for parameter in global_parameters(hf_config, layout.tensor):
+        size = math.prod(parameter.shape) // (1 if parameter.kind == "copy" else layout.tensor)
+        if parameter.layer is not None:
+            held = stage * layers <= parameter.layer < (stage + 1) * layers
+        elif parameter.key == EMBEDDING:
+            # The last stage has its own copy of tied embeddings.
+            held = first or (last and bool(hf_config.tie_word_embeddings))
+        else:
+            held = last
+        total += size if held else 0
     return total
 
 

@@ -1,33 +1,13 @@
-"""The grid of ranks: who am I (torchrun or srun), which layout, which process groups."""
+"""The grid of ranks: which layout, which process groups."""
 
-import json
-import os
-import socket
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_tgdpo.errors import AgreedError, UserError
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class RankEnvironment:
-    """This process's place among all, as the launcher tells it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    master_addr: str | None
-    master_port: int | None
+from megatron_tgdpo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -50,30 +30,6 @@ class ParallelLayout:
         return f"TP{self.tensor} x PP{self.pipeline}{cp} x DP{self.data}{sp}"
 
 
-def read_rank_environment(env: Mapping[str, str] | None = None) -> RankEnvironment:
-    """Reads RANK, WORLD_SIZE and LOCAL_RANK from torchrun, or their srun equivalents; alone when there is neither.
-
-    Args:
-        env: The environment to read; ``os.environ`` by default.
-
-    Raises:
-        UserError: A multi-process launch does not say where to meet (MASTER_ADDR, MASTER_PORT).
-    """
-    env = os.environ if env is None else env
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"]))
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("SLURM_NTASKS"):
-        rank, world, local = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
-    else:
-        return RankEnvironment(0, 1, 0, None, None)
-    addr, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
-    if world > 1 and not addr and env.get("SLURM_NNODES") == "1":
-        addr, port = "127.0.0.1", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
-    if world > 1 and not (addr and port):
-        raise UserError(f"{world} ranks but MASTER_ADDR or MASTER_PORT is not set: export both before srun")
-    return RankEnvironment(rank, world, local, addr, int(port) if port else None)
-
-
 def make_layout(tensor: int, pipeline: int, context: int, sequence_parallel: bool, world_size: int) -> ParallelLayout:
     """Builds the layout for a world size.
 
@@ -88,88 +44,6 @@ def make_layout(tensor: int, pipeline: int, context: int, sequence_parallel: boo
         )
     # With one tensor rank there is no sequence to split; mcore would reject the flag.
     return ParallelLayout(tensor, pipeline, context, world_size // model_size, sequence_parallel and tensor > 1)
-
-
-def connect_store(ranks: RankEnvironment) -> dist.Store:
-    """Joins all ranks in a key-value store, where they can talk before any process group and its time-out exist."""
-    if ranks.world_size == 1:
-        return dist.HashStore()
-    # torchrun's agent already serves a store; env:// finds it.
-    elastic = "TORCHELASTIC_RUN_ID" in os.environ
-    url = "env://" if elastic else f"tcp://{ranks.master_addr}:{ranks.master_port}"
-    store, _, _ = next(dist.rendezvous(url, ranks.rank, ranks.world_size))
-    return store
-
-
-def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> str:
-    """Runs a long action on rank 0 while the others wait for it, however long it takes.
-
-    Args:
-        action: Returns what all ranks are to know.
-        store: From :func:`connect_store`; the key ``first_rank`` must be unused.
-        rank: This process's rank.
-
-    Raises:
-        AgreedError: On the other ranks, with rank 0's message, if the action failed there in any way.
-    """
-    if rank == 0:
-        try:
-            answer = action()
-        except BaseException as error:
-            store.set("first_rank", json.dumps({"error": str(error) or type(error).__name__}))
-            raise
-        store.set("first_rank", json.dumps({"answer": answer}))
-        return answer
-    store.wait(["first_rank"], timedelta(days=30))
-    reply = json.loads(store.get("first_rank"))
-    if "error" in reply:
-        raise AgreedError(reply["error"])
-    return reply["answer"]
-
-
-def agree(action: Callable[[], T]) -> T:
-    """Runs an action without collectives on every rank; if it fails on any, all raise the first rank's error.
-
-    Raises:
-        AgreedError: The action raised a UserError on some rank; the message names the rank if that is not rank 0.
-    """
-    result, message = None, None
-    try:
-        result = action()
-    except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for rank, text in enumerate(messages):
-        if text is not None:
-            raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
-    return cast(T, result)
-
-
-def init_distributed(ranks: RankEnvironment, device: torch.device, timeout_minutes: float, store: dist.Store) -> None:
-    """Joins all ranks in the default process group (gloo on CPU, NCCL plus gloo on GPU); a second call does nothing.
-
-    Raises:
-        UserError: There are fewer GPUs on this node than local ranks.
-    """
-    if dist.is_initialized():
-        return
-    backend = "gloo"
-    if device.type == "cuda":
-        if ranks.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {ranks.rank} on {socket.gethostname()} is local rank {ranks.local_rank} but only "
-                f"{torch.cuda.device_count()} GPUs are visible: start one task per GPU"
-            )
-        torch.cuda.set_device(ranks.local_rank)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("default_group", store),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
 
 
 def init_model_parallel(layout: ParallelLayout, seed: int, timeout_minutes: float) -> ProcessGroupCollection:

@@ -6,15 +6,8 @@ from megatron_tgdpo.config import Config, to_yaml
 from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.memory import GIB, rank_memory
 from megatron_tgdpo.optimizer import adam_source
-from megatron_tgdpo.parallel import (
-    ParallelLayout,
-    RankEnvironment,
-    destroy_model_parallel,
-    init_distributed,
-    init_model_parallel,
-    make_layout,
-    on_first_rank,
-)
+from megatron_tgdpo.parallel import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
+from megatron_tgdpo.ranks import RankEnvironment, init_distributed, on_first_rank
 from megatron_tgdpo.setup import (
     build_engine,
     check_layout,

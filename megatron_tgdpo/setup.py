@@ -21,9 +21,11 @@ from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models import LanguageModel, build_language_model, read_hf_config, transformer_config_kwargs
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.models import LanguageModel, build_language_model, transformer_config_kwargs
 from megatron_tgdpo.optimizer import build_optimizer, build_scheduler
-from megatron_tgdpo.parallel import ParallelLayout, agree
+from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.train_step import Engine
 

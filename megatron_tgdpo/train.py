@@ -43,7 +43,7 @@ def _main(args: argparse.Namespace, rank: int) -> None:
     # Only now: these imports take seconds, a wrong key should not.
     import torch.distributed as dist
 
-    from megatron_tgdpo.parallel import connect_store, read_rank_environment
+    from megatron_tgdpo.ranks import connect_store, read_rank_environment
     from megatron_tgdpo.run import dry_run, run
 
     ranks = read_rank_environment()

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from checkpoints_convert.families import llama
+from checkpoints_convert.families import gemma2, llama, mistral, qwen2, qwen3
 from checkpoints_convert.families.family import Family
 from megatron_tgdpo.errors import UserError
 
-_FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma2.FAMILY, qwen2.FAMILY, qwen3.FAMILY, mistral.FAMILY)
+_EXPERTS = ("Moe", "Mixtral", "DeepseekV2", "DeepseekV3", "Dbrx", "Jamba", "GptOss", "Llama4")
 
 
 def family_of(architectures: Sequence[str] | None) -> Family:
@@ -15,8 +16,10 @@ def family_of(architectures: Sequence[str] | None) -> Family:
     Raises:
         UserError: The config names no architecture, or one that is not supported.
     """
-    for family in _FAMILIES:
+    for family in FAMILIES:
         if family.architecture in (architectures or ()):
             return family
-    known = ", ".join(family.architecture for family in _FAMILIES)
-    raise UserError(f"config.json: architectures is {architectures}, supported are: {known}")
+    known = ", ".join(family.architecture for family in FAMILIES)
+    experts = any(part in name for name in architectures or () for part in _EXPERTS)
+    reason = ", a mixture of experts, which is not supported" if experts else ""
+    raise UserError(f"config.json: architectures is {architectures}{reason}; supported are: {known}")

@@ -6,17 +6,18 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.errors import UserError
+
 # How a megatron-core parameter is made of HF tensors, and how tensor parallelism splits it:
 #   copy   one tensor, the same on every rank
 #   vocab  one tensor, rows split, zero rows added up to the padded vocabulary
 #   row    one tensor, columns split (row-parallel linear)
 #   glu    gate and up: each split by rows, then joined per rank
-#   qkv    query, key, value interleaved per key/value group, then rows split
+#   qkv    query, key, value interleaved per key/value group, then rows split (weights and biases)
 Kind = Literal["copy", "vocab", "row", "glu", "qkv"]
 
-
-# A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size).
-Dimension = Literal["vocab", "hidden", "mlp", "query", "kv"]
+# A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size.
+Dimension = Literal["vocab", "hidden", "mlp", "query", "kv", "head"]
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,41 @@ class Weight:
     hf_tensors: tuple[tuple[str, tuple[Dimension, ...]], ...]
 
 
+# Keys that no family's maths depends on, beside those that every HF config has (token ids, dtype, ...).
+_HARMLESS_KEYS = frozenset({"initializer_range", "use_cache", "pretraining_tp", "cache_implementation"})
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family.
 
     Attributes:
         architecture: The name in ``config.json``'s ``architectures``.
-        check: Raises UserError, naming the key, for any setting that would change the maths and is not supported.
-        config_kwargs: The family's part of TransformerConfig's arguments, from the HF config.
+        config_keys: Keys of the HF config that ``config_kwargs`` and this project take into account. Every other key
+            that transformers' config class declares must have its default value.
+        config_kwargs: The family's part of LanguageModelConfig's arguments, from the HF config.
         weights: By megatron-core name; names of a layer's parameters are relative to ``decoder.layers.N.``.
         ignored: Endings of HF tensor names that carry no weights.
     """
 
     architecture: str
-    check: Callable[[PretrainedConfig], None]
+    config_keys: frozenset[str]
     config_kwargs: Callable[[PretrainedConfig], dict[str, Any]]
     weights: Mapping[str, Weight]
     ignored: tuple[str, ...] = ()
+
+    def check(self, hf_config: PretrainedConfig) -> None:
+        """Refuses, by name, every setting that the family does not know of and that is not the default.
+
+        Raises:
+            UserError: There is one.
+        """
+        defaults = vars(type(hf_config)())
+        free = self.config_keys | _HARMLESS_KEYS | vars(PretrainedConfig()).keys()
+        for key in sorted(defaults.keys() - free):
+            value, default = getattr(hf_config, key, None), defaults[key]
+            # None and False both mean "without".
+            if (value or None) != (default or None):
+                raise UserError(
+                    f"config.json: {key} is {value!r}, only {default!r} is supported for {self.architecture}"
+                )

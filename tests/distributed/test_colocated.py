@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.memory import stage_parameters
-from megatron_tgdpo.models import read_hf_config
 from megatron_tgdpo.parallel import make_layout
 from tests.distributed.common import make_problem
 from tests.launch import run_module

@@ -19,14 +19,8 @@ from megatron_tgdpo.batch import PreferenceBatch, collate
 from megatron_tgdpo.config import config_from_dict
 from megatron_tgdpo.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.data.dataset import PreferenceDataset
-from megatron_tgdpo.parallel import (
-    connect_store,
-    init_distributed,
-    init_model_parallel,
-    make_layout,
-    on_first_rank,
-    read_rank_environment,
-)
+from megatron_tgdpo.parallel import init_model_parallel, make_layout
+from megatron_tgdpo.ranks import connect_store, init_distributed, on_first_rank, read_rank_environment
 from megatron_tgdpo.setup import (
     build_engine,
     colocated_model,

@@ -23,20 +23,15 @@ from transformers import PretrainedConfig
 from checkpoints_convert.export import export_hf, gather_shards
 from checkpoints_convert.load import load_weights
 from checkpoints_convert.logits import packed_logits, packing_of
-from checkpoints_convert.mapping import Heads, join_shards, mapped_parameters, parameter_count
+from checkpoints_convert.mapping import Heads, join_shards, parameter_count
+from checkpoints_convert.model_mapping import mapped_parameters
 from megatron_tgdpo import checkpoint_format
 from megatron_tgdpo.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models import LanguageModel, build_language_model, read_hf_config
-from megatron_tgdpo.parallel import (
-    ParallelLayout,
-    connect_store,
-    destroy_model_parallel,
-    init_distributed,
-    init_model_parallel,
-    make_layout,
-    read_rank_environment,
-)
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.models import LanguageModel, build_language_model
+from megatron_tgdpo.parallel import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
+from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
 
 CPU = torch.device("cpu")
 ROW, LENGTHS = 200, [90, 70, 30]

@@ -17,15 +17,10 @@ from checkpoints_convert.load import load_megatron_weights
 from megatron_tgdpo.checkpoint_format import newest_checkpoint
 from megatron_tgdpo.config import Config, config_from_dict
 from megatron_tgdpo.cpu_backend import resolve_device
-from megatron_tgdpo.models import build_language_model, read_hf_config
-from megatron_tgdpo.parallel import (
-    RankEnvironment,
-    connect_store,
-    destroy_model_parallel,
-    init_model_parallel,
-    make_layout,
-    read_rank_environment,
-)
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.models import build_language_model
+from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel, make_layout
+from megatron_tgdpo.ranks import RankEnvironment, connect_store, read_rank_environment
 from megatron_tgdpo.run import run
 from megatron_tgdpo.setup import DTYPES
 

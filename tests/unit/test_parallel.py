@@ -5,7 +5,8 @@ import torch
 
 from megatron_tgdpo import cpu_backend
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.parallel import make_layout, read_rank_environment
+from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.ranks import read_rank_environment
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
 

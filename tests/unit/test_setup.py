@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from megatron_tgdpo.config import Config, config_from_dict
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.memory import stage_parameters
-from megatron_tgdpo.models import read_hf_config
 from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.run import dry_run
 from megatron_tgdpo.setup import check_layout, check_tokenizers, read_model_configs

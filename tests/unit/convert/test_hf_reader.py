@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.mapping import expected_shapes
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models import read_hf_config
+from megatron_tgdpo.hf_config import read_hf_config
 from tests.tiny_models import make_llama
 
 INDEX = "model.safetensors.index.json"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.load import load_hf_weights
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models import LanguageModel, read_hf_config
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.models import LanguageModel
 from tests.tiny_models import make_llama
 
 

@@ -1,0 +1,49 @@
+"""The HF config of a model directory, read and checked."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from checkpoints_convert.families import family_of
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.rotary import RotaryFrequencies
+
+_VOCABULARY_MULTIPLE = 128
+
+
+def read_hf_config(path: Path) -> PretrainedConfig:
+    """Reads the HF config of a checkpoint directory and checks that this project computes the same model.
+
+    Args:
+        path: An HF directory, or a Megatron checkpoint directory (its ``hf/`` subfolder is read). Local files only.
+
+    Raises:
+        UserError: No or malformed ``config.json``, an unknown architecture, or a setting that would change the maths.
+    """
+    directory = path / "hf" if (path / "hf" / "config.json").is_file() else path
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{path}: no config.json there, give an HF or a Megatron checkpoint directory")
+    try:
+        architectures = json.loads(file.read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not a readable HF config: {error}") from error
+    try:
+        family = family_of(architectures)
+        hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        family.check(hf_config)
+        RotaryFrequencies(hf_config, torch.device("cpu"))
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+    except Exception as error:  # transformers raises many types for one cause: the file's content
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+    return hf_config
+
+
+def padded_vocab_size(hf_config: PretrainedConfig, tensor: int) -> int:
+    """Rows of the embedding: a multiple of lcm(128, tp), so that checkpoints do not depend on tp."""
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor)
+    return math.ceil(hf_config.vocab_size / multiple) * multiple
