@@ -52,8 +52,8 @@ def packed_logits(
         return None
     if model.config.sequence_parallel:
         hidden = torch.cat(_all_gather(hidden, pg.tp))
-    logits = torch.cat(_all_gather(hidden[:, 0] @ model.output_weight().T, pg.tp), dim=1)
-    return logits[:, : model.true_vocab_size]
+    logits = torch.cat(_all_gather(hidden[:, 0] @ model.output_weight().T, pg.tp), dim=1)[:, : model.true_vocab_size]
+    return logits if model.logit_softcap is None else torch.tanh(logits / model.logit_softcap) * model.logit_softcap
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""Core attention of the local layer spec: causal, one packed sequence at a time, on PyTorch's SDPA.
+"""Core attention of the local layer spec: causal, one packed sequence at a time, on PyTorch's SDPA where it can.
 
 Legend: S tokens of the row (whole, also under sequence parallelism), N local query heads, G local key/value heads,
-D head size, B packed sequences.
+D head size, B packed sequences, s tokens of one sequence.
 """
 
 import itertools
@@ -12,19 +12,27 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_tgdpo.model_config import LanguageModelConfig
+
+# Query rows done at a time where SDPA's causal kernel does not apply: bounds the memory of the scores.
+_QUERY_BLOCK = 1024
 
 
 class PackedCausalAttention(torch.nn.Module):
     """Causal self-attention inside each packed sequence; tokens of different sequences never see each other.
 
-    Has no parameters. The arguments are those that megatron-core gives to every core attention.
+    With ``config.window_size`` (W - 1, 0), on the layers that ``window_attn_skip_freq`` marks, a token sees itself and
+    the W - 1 before it. With ``config.attn_logit_softcapping`` the scaled scores are capped. Has no parameters. The
+    arguments are those that megatron-core gives to every core attention; ``layer_number`` is global, from 1.
     """
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: LanguageModelConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
@@ -34,11 +42,14 @@ class PackedCausalAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        del layer_number, attention_type, cp_comm_type, pg_collection
+        del attention_type, cp_comm_type, pg_collection
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if attn_mask_type != AttnMaskType.causal or dropout or config.context_parallel_size > 1:
             raise ValueError("PackedCausalAttention is causal, without dropout and without context parallelism")
-        self.softmax_scale = softmax_scale
+        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
+        self.softcap = config.attn_logit_softcapping
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -82,11 +93,34 @@ class PackedCausalAttention(torch.nn.Module):
         lengths = _lengths(packed_seq_params.cu_seqlens_q, query.shape[0])
         rows = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
         *sequences, (padding, _, _) = rows
-        outputs = [_attend(q, k, v, self.softmax_scale) for q, k, v in sequences if q.shape[0]]
+        outputs = [self._attend(q, k, v) for q, k, v in sequences if q.shape[0]]
         # Times zero, not new zeros: a row that is all padding must still reach every parameter in backward,
         # or data-parallel ranks would wait for its gradient hooks.
         outputs.append(padding.flatten(2) * 0)
         return torch.cat(outputs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One sequence: [s, 1, N, D], [s, 1, G, D] twice -> [s, 1, N * D]."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        tokens = q.shape[2]
+        if self.softcap is None and (self.window is None or tokens <= self.window):
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        else:
+            starts = range(0, tokens, _QUERY_BLOCK)
+            out = torch.cat([self._attend_block(q, k, v, a, min(a + _QUERY_BLOCK, tokens)) for a in starts], dim=2)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, start: int, end: int) -> Tensor:
+        """Query rows [start, end) of a sequence, with the keys that they can see; scores are recomputed in backward."""
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        rows = torch.arange(start, end, device=q.device)[:, None]
+        columns = torch.arange(first, end, device=q.device)
+        visible = columns <= rows
+        if self.window is not None:
+            visible &= rows - columns < self.window
+        block = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], visible, self.scale, self.softcap)
+        return checkpoint(_masked_attention, *block, use_reentrant=False, preserve_rng_state=False)
 
 
 def _lengths(cu_seqlens: Tensor, row: int) -> list[int]:
@@ -99,8 +133,14 @@ def _lengths(cu_seqlens: Tensor, row: int) -> list[int]:
     return lengths
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """One sequence: [s, 1, N, D], [s, 1, G, D] twice -> [s, 1, N * D]."""
-    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.permute(2, 0, 1, 3).flatten(2)
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """[1, N, rows, D], [1, G, columns, D] twice, [rows, columns] bool -> [1, N, rows, D]."""
+    if softcap is None:
+        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    # The query heads of a group as rows of one product, so that keys and values are not copied for each.
+    grouped = q.reshape(k.shape[1], -1, q.shape[-1])
+    scores = (grouped @ k[0].transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)) * (scale / softcap)
+    scores = (torch.tanh(scores) * softcap).view(q.shape[1], *visible.shape).masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(dim=-1).to(q.dtype).view(k.shape[1], -1, k.shape[2])
+    return (weights @ v[0]).view(q.shape)

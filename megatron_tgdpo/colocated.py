@@ -129,7 +129,12 @@ class ColocatedModel(MegatronModule):
             hidden, batch.logit_positions, sequence_parallel=model.config.sequence_parallel, tp_group=tp_group
         )
         return token_logps(
-            states, model.output_weight(), batch.targets, vocab_size=model.true_vocab_size, tp_group=tp_group
+            states,
+            model.output_weight(),
+            batch.targets,
+            vocab_size=model.true_vocab_size,
+            tp_group=tp_group,
+            softcap=model.logit_softcap,
         )
 
 

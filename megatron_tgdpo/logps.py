@@ -49,6 +49,7 @@ def token_logps(
     *,
     vocab_size: int,
     tp_group: dist.ProcessGroup,
+    softcap: float | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
     """log p(target) of each token, in float32, with memory for one chunk of logits; logits are recomputed in backward.
@@ -59,6 +60,7 @@ def token_logps(
         targets: [R] int64 token ids below ``vocab_size``.
         vocab_size: True size of the vocabulary.
         tp_group: Tensor-parallel group; two all-reduces of [R] floats in forward, none in backward.
+        softcap: c of logits = c * tanh(hidden @ weight.T / c); None for plain logits.
         chunk_elements: Upper bound for tokens x V of a chunk.
 
     Returns:
@@ -66,7 +68,7 @@ def token_logps(
     """
     first_row = tp_group.rank() * weight.shape[0]
     valid_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
-    return _TokenLogps.apply(hidden, weight, targets, first_row, valid_rows, tp_group, chunk_elements)
+    return _TokenLogps.apply(hidden, weight, targets, first_row, valid_rows, tp_group, softcap, chunk_elements)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -79,6 +81,7 @@ class _TokenLogps(torch.autograd.Function):
         first_row: int,
         valid_rows: int,
         tp_group: dist.ProcessGroup,
+        softcap: float | None,
         chunk_elements: int,
     ) -> Tensor:
         rows = weight[:valid_rows]
@@ -88,7 +91,7 @@ class _TokenLogps(torch.autograd.Function):
         sums = hidden.new_zeros((2, num_tokens), dtype=torch.float32)  # of exp(logit - max), of the target's logit
         if valid_rows:
             for part in _chunks(num_tokens, valid_rows, chunk_elements):
-                logits = _logits(hidden[part], rows)
+                logits = _logits(hidden[part], rows, softcap)
                 own = local[part] >= 0
                 target_logits = logits.gather(1, local[part].clamp(min=0)[:, None])[:, 0]
                 sums[1, part] = torch.where(own, target_logits, 0.0)
@@ -101,7 +104,7 @@ class _TokenLogps(torch.autograd.Function):
             dist.all_reduce(sums, group=tp_group)
         log_normaliser = maxima + sums[0].log()
         ctx.save_for_backward(hidden, weight, local, log_normaliser)
-        ctx.valid_rows, ctx.chunk_elements = valid_rows, chunk_elements
+        ctx.valid_rows, ctx.softcap, ctx.chunk_elements = valid_rows, softcap, chunk_elements
         return sums[1] - log_normaliser
 
     @staticmethod
@@ -114,16 +117,21 @@ class _TokenLogps(torch.autograd.Function):
         if ctx.valid_rows:
             for part in _chunks(hidden.shape[0], ctx.valid_rows, ctx.chunk_elements):
                 # d logp / d logit = onehot(target) - softmax
-                grad_logits = _logits(hidden[part], rows).sub_(log_normaliser[part, None]).exp_().neg_()
+                logits = _logits(hidden[part], rows, ctx.softcap)
+                # d softcap(x) / dx = 1 - (softcap(x) / c)^2
+                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()
+                grad_logits = logits.sub_(log_normaliser[part, None]).exp_().neg_()
                 own = (local[part] >= 0).to(grad_logits.dtype)
                 grad_logits.scatter_add_(1, local[part].clamp(min=0)[:, None], own[:, None])
+                if slope is not None:
+                    grad_logits.mul_(slope)
                 grad_logits = grad_logits.mul_(grad[part, None]).to(hidden.dtype)
                 grad_hidden[part] = grad_logits @ rows
                 if hidden.dtype == torch.float32:
                     grad_weight[: ctx.valid_rows].addmm_(grad_logits.t(), hidden[part])
                 else:
                     grad_weight[: ctx.valid_rows] += grad_logits.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 
 def _local_targets(targets: Tensor, first_row: int, valid_rows: int) -> Tensor:
@@ -137,10 +145,12 @@ def _chunks(num_tokens: int, valid_rows: int, chunk_elements: int) -> list[slice
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
-def _logits(hidden: Tensor, rows: Tensor) -> Tensor:
+def _logits(hidden: Tensor, rows: Tensor, softcap: float | None) -> Tensor:
     """[tokens, rows] float32 logits; bf16 inputs are multiplied with fp32 results, not rounded to bf16 in between."""
     if hidden.dtype == torch.float32:
-        return hidden @ rows.t()
-    if hidden.is_cuda and _MM_HAS_OUT_DTYPE:
-        return torch.mm(hidden, rows.t(), out_dtype=torch.float32)
-    return hidden.float() @ rows.float().t()
+        logits = hidden @ rows.t()
+    elif hidden.is_cuda and _MM_HAS_OUT_DTYPE:
+        logits = torch.mm(hidden, rows.t(), out_dtype=torch.float32)
+    else:
+        logits = hidden.float() @ rows.float().t()
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

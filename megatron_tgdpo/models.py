@@ -3,12 +3,10 @@
 Legend: S tokens of the row, S_local = S / tp under sequence parallelism (else S), H hidden, V padded vocabulary.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,81 +17,14 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.families import family_of
-from megatron_tgdpo.attention import PackedCausalAttention
-from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import padded_vocab_size
-from megatron_tgdpo.norm import RMSNorm
+from megatron_tgdpo.layer_spec import local_block_spec
+from megatron_tgdpo.model_config import LanguageModelConfig, transformer_config_kwargs
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.rotary import RotaryFrequencies
-
-
-def transformer_config_kwargs(
-    hf_config: PretrainedConfig,
-    layout: ParallelLayout,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    overrides: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """All arguments of megatron-core's TransformerConfig; pure.
-
-    Args:
-        hf_config: From :func:`read_hf_config`.
-        layout: The rank grid.
-        dtype: Of parameters and activations, ``torch.float32`` or ``torch.bfloat16``.
-        device: Where the parameters will be.
-        overrides: Wins over everything else.
-
-    Raises:
-        UserError: The model does not divide by the layout.
-    """
-    family = family_of(hf_config.architectures)
-    family.check(hf_config)
-    kwargs = family.config_kwargs(hf_config)
-    _check_divides(kwargs, layout)
-    return {
-        **kwargs,
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "context_parallel_size": layout.context,
-        "sequence_parallel": layout.sequence_parallel,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "use_cpu_initialization": device.type == "cpu",
-        # Weights always come from a checkpoint.
-        "perform_initialization": False,
-        # The token slot of the loss carries the pair count (see forward.py).
-        "calculate_per_token_loss": True,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "gradient_accumulation_fusion": False,
-        **(overrides or {}),
-    }
-
-
-def _check_divides(kwargs: Mapping[str, Any], layout: ParallelLayout) -> None:
-    tp, pp = layout.tensor, layout.pipeline
-    groups = kwargs["num_query_groups"]
-    if layout.context > 1:
-        raise UserError(f"parallel.context is {layout.context}, the local layer spec supports only 1")
-    if kwargs["num_layers"] % pp:
-        raise UserError(f"{kwargs['num_layers']} layers are not divisible by parallel.pipeline = {pp}")
-    if kwargs["num_attention_heads"] % tp:
-        raise UserError(f"{kwargs['num_attention_heads']} attention heads are not divisible by parallel.tensor = {tp}")
-    if groups % tp and tp % groups:
-        raise UserError(f"{groups} key/value heads neither divide nor are divisible by parallel.tensor = {tp}")
-    if kwargs["ffn_hidden_size"] % tp:
-        raise UserError(f"MLP size {kwargs['ffn_hidden_size']} is not divisible by parallel.tensor = {tp}")
 
 
 class LanguageModel(GPTModel):
@@ -102,11 +33,12 @@ class LanguageModel(GPTModel):
     Attributes:
         true_vocab_size: The vocabulary of the HF model; columns beyond it are padding and must not enter a log-prob.
         padded_vocab_size: V, over all tensor-parallel ranks.
+        logit_softcap: c of logits = c * tanh(hidden @ weight / c), None for no cap; whoever makes logits applies it.
     """
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: LanguageModelConfig,
         block: TransformerBlockSubmodules,
         hf_config: PretrainedConfig,
         pg: ProcessGroupCollection,
@@ -127,6 +59,8 @@ class LanguageModel(GPTModel):
         )
         self.true_vocab_size: int = hf_config.vocab_size
         self.padded_vocab_size: int = vocabulary
+        self.logit_softcap = config.final_logit_softcapping
+        self._embedding_scale = float(torch.tensor(config.embedding_scale).to(config.params_dtype))
         self.rotary = RotaryFrequencies(hf_config, device)
         _mark_tensor_parallel(self)
 
@@ -142,7 +76,11 @@ class LanguageModel(GPTModel):
         Returns:
             [S_local, 1, H] hidden states, after the final norm on the last stage.
         """
-        embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(input_ids=tokens, position_ids=position_ids)
+            if self._embedding_scale != 1.0:
+                embedded = embedded * self._embedding_scale
         return self.decoder(
             hidden_states=embedded,
             attention_mask=None,
@@ -175,16 +113,6 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(weight, True, dimension, getattr(module, "stride", 1))
 
 
-def local_block_spec(config: TransformerConfig, pg: ProcessGroupCollection) -> TransformerBlockSubmodules:
-    """The local layer spec of this stage, with this project's attention and norm."""
-    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedCausalAttention
-    layers_here = config.num_layers // pg.pp.size()
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
-
-
 def build_language_model(
     hf_config: PretrainedConfig,
     layout: ParallelLayout,
@@ -204,11 +132,11 @@ def build_language_model(
         pg: Its process groups.
         dtype: Of parameters and activations.
         device: CPU needs the CPU backend (``enable_cpu_backend``).
-        transformer_overrides: Extra or different arguments of TransformerConfig, e.g. recomputation.
+        transformer_overrides: Extra or different arguments of LanguageModelConfig, e.g. recomputation.
 
     Raises:
         UserError: The model does not divide by the layout, or its config is not supported.
     """
     kwargs = transformer_config_kwargs(hf_config, layout, dtype=dtype, device=device, overrides=transformer_overrides)
-    config = TransformerConfig(**kwargs)
+    config = LanguageModelConfig(**kwargs)
     return LanguageModel(config, local_block_spec(config, pg), hf_config, pg, device)

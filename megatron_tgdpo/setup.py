@@ -22,7 +22,8 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.models import LanguageModel, build_language_model, transformer_config_kwargs
+from megatron_tgdpo.model_config import transformer_config_kwargs
+from megatron_tgdpo.models import LanguageModel, build_language_model
 from megatron_tgdpo.optimizer import build_optimizer, build_scheduler
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.ranks import agree

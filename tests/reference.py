@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Result:
     weights: dict[str, Tensor]
 
 
-def load(path: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+def load(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
-def response_logps(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> Tensor:
+def response_logps(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:
     """log p of every response token given all before it: [len(response)]."""
     logits = model(torch.tensor([prompt + response])).logits[0].float()
     predictions = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
@@ -58,9 +58,9 @@ def response_logps(model: LlamaForCausalLM, prompt: list[int], response: list[in
 
 
 def pair_loss(
-    policy: LlamaForCausalLM,
-    reference: LlamaForCausalLM,
-    guide: LlamaForCausalLM | None,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    guide: PreTrainedModel | None,
     pair: Tokens,
     settings: Settings,
 ) -> Tensor:

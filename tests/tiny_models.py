@@ -1,22 +1,40 @@
-"""Small random HF Llama directories, with a tokenizer, for tests."""
+"""Small random HF directories of every family, with a tokenizer, for tests."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {{ eos_token }} {% endfor %}"
 
 
-def make_llama(
+# What makes each family different, at sizes where it counts in short tests: windows shorter than a sequence, softcaps
+# that bend, a head size that is not hidden / heads.
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma2": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "sliding_window": 24,
+    },
+    "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
+    "qwen3": {"head_dim": 32},
+    "mistral": {"head_dim": 32, "sliding_window": 24},
+}
+
+
+def make_model(
     path: Path,
+    family: str = "llama",
     *,
     vocab_size: int = 131,
     tied: bool = False,
     heads: int = 4,
     kv_heads: int = 2,
-    head_dim: int | None = None,
     hidden_size: int = 64,
     mlp_size: int = 96,
     layers: int = 4,
@@ -24,10 +42,12 @@ def make_llama(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
     seed: int = 0,
+    **options: Any,
 ) -> Path:
-    """Writes a random Llama with a whitespace tokenizer and a chat template; norms are not 1, so they count.
+    """Writes a random model with a whitespace tokenizer and a chat template; norms and biases are random too.
 
-    With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it.
+    With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it. ``options`` go into the HF
+    config, over ``FAMILY_OPTIONS``.
 
     Returns:
         ``path``.
@@ -42,23 +62,25 @@ def make_llama(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         }
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=mlp_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=head_dim,
         max_position_embeddings=2048,
         tie_word_embeddings=tied,
+        pad_token_id=None,
         bos_token_id=1,
         eos_token_id=2,
         **_rope_arguments(rope),
+        **{**FAMILY_OPTIONS[family], **options},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -66,10 +88,16 @@ def make_llama(
                 else:
                     # Large enough for logits and attention patterns that are far from uniform.
                     parameter.mul_(3.0)
-    model = model.to(dtype)  # type: ignore[arg-type]
-    model.save_pretrained(path, max_shard_size=max_shard_size)
+    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample = True
+    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     make_tokenizer(vocab_size).save_pretrained(path)
     return path
+
+
+def make_llama(path: Path, **options: Any) -> Path:
+    """A Llama, see :func:`make_model`."""
+    return make_model(path, "llama", **options)
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

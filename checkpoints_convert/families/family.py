@@ -33,8 +33,18 @@ class Weight:
     hf_tensors: tuple[tuple[str, tuple[Dimension, ...]], ...]
 
 
-# Keys that no family's maths depends on, beside those that every HF config has (token ids, dtype, ...).
-_HARMLESS_KEYS = frozenset({"initializer_range", "use_cache", "pretraining_tp", "cache_implementation"})
+# Keys that no family's maths depends on, beside those of transformers' base class (dtype, id2label, ...).
+_HARMLESS_KEYS = frozenset(
+    {
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "use_cache",
+        "pretraining_tp",
+        "cache_implementation",
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tgdpo.attention import PackedCausalAttention
+from megatron_tgdpo.model_config import LanguageModelConfig
 
 ROW, HEADS, GROUPS, SIZE = 17, 4, 2, 8
 
 
 def attention(**overrides) -> PackedCausalAttention:
     arguments = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": HEADS, "attention_dropout": 0.0}
-    config = TransformerConfig(**{**arguments, **overrides})
+    config = LanguageModelConfig(**{**arguments, **overrides})
     return PackedCausalAttention(config, 1, AttnMaskType.causal, "self")
 
 

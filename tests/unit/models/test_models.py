@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import padded_vocab_size, read_hf_config
-from megatron_tgdpo.models import transformer_config_kwargs
+from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.parallel import make_layout
 from tests.tiny_models import make_llama
 
