@@ -15,7 +15,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset
 from tests import reference
 from tests.distributed.common import read_metrics, write_pairs
 from tests.launch import SHARED_DATA, run_module
-from tests.tiny_models import make_llama
+from tests.tiny_models import make_model, make_tokenizer
 
 SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=1e-3, weight_decay=0.1, clip_grad=1.0)
 LIMITS = {
@@ -40,6 +40,12 @@ class Case:
     pipeline: int = 1
     sequence_parallel: bool = False
     row_tokens: int = 512
+    family: str = "llama"
+
+    @property
+    def model(self) -> str:
+        """Names what is trained, apart from how."""
+        return f"{self.family}-{self.data}-{'tied' if self.tied else 'untied'}"
 
 
 CASES = (
@@ -66,6 +72,16 @@ CASES = (
     Case("dp2-pp2-tied", 4, "random", tied=True, pipeline=2, row_tokens=128),
     Case("pp4", 4, "random", pipeline=4, row_tokens=128),
     Case("tp4", 4, "random", tensor=4),
+    # Random sequences are up to 60 tokens long, windows 24.
+    Case("gemma2", 1, "random", tied=True, family="gemma2"),
+    Case("gemma2-tp2-pp2", 4, "random", tied=True, tensor=2, pipeline=2, family="gemma2"),
+    Case("gemma2-tp2-pp2-sp", 4, "random", tied=True, tensor=2, pipeline=2, sequence_parallel=True, family="gemma2"),
+    Case("qwen2-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="qwen2"),
+    Case("qwen2-tp4-tied", 4, "random", tied=True, tensor=4, family="qwen2"),
+    Case("qwen3-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="qwen3"),
+    Case("qwen3-tp2-pp2-sp", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, family="qwen3"),
+    Case("qwen3-tp4-tied", 4, "random", tied=True, tensor=4, family="qwen3"),
+    Case("mistral-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="mistral"),
 )
 
 
@@ -75,22 +91,22 @@ DPO_IN_DISGUISE = ("alpha-0", "guide-is-reference")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all cases share: directories, and one independent result per (data, tied, dpo)."""
+    """What all cases share: the directories."""
 
     root: Path
 
-    def policy(self, data: str, tied: bool) -> Path:
-        return self.root / f"policy-{data}-{'tied' if tied else 'untied'}"
+    def policy(self, case: Case) -> Path:
+        return self.root / f"policy-{case.model}"
 
-    def guide(self, data: str, tied: bool) -> Path:
-        return self.root / f"guide-{data}-{'tied' if tied else 'untied'}"
+    def guide(self, case: Case) -> Path:
+        return self.root / f"guide-{case.model}"
 
     def config(self, case: Case) -> dict[str, Any]:
         real = case.data == "real"
         return {
             "model": {
-                "policy": str(self.policy(case.data, case.tied)),
-                "guide": None if case.dpo else str(self.guide(case.data, case.tied)),
+                "policy": str(self.policy(case)),
+                "guide": None if case.dpo else str(self.guide(case)),
             },
             "data": {
                 "train": str(self.root / ("real.json" if real else "random.jsonl")),
@@ -98,7 +114,7 @@ class Inputs:
                 "max_length": 96 if real else 64,
                 "shuffle": False,
                 "workers": 1,
-                "tokenizer": str(SHARED_DATA / "llama2_sentencepiece.model") if real else None,
+                "tokenizer": str(SHARED_DATA / "llama2_sentencepiece.model" if real else self.root / "tokenizer"),
             },
             "loss": {"method": "dpo" if case.dpo else "tgdpo"},
             "parallel": {
@@ -124,13 +140,19 @@ class Inputs:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     made = Inputs(tmp_path_factory.mktemp("equivalence"))
-    for tied in (False, True):
-        make_llama(made.policy("random", tied), vocab_size=VOCABULARY, tied=tied, seed=1)
-        make_llama(made.guide("random", tied), vocab_size=VOCABULARY, tied=tied, seed=2, hidden_size=32)
+    for case in {case.model: case for case in CASES}.values():
+        if case.data == "random":
+            common: dict[str, Any] = {"vocab_size": VOCABULARY, "tied": case.tied}
+            make_model(made.policy(case), case.family, seed=1, **common)
+            make_model(made.guide(case), case.family, seed=2, hidden_size=32, **common)
+        elif SHARED_DATA.is_dir():
+            small = {"vocab_size": 32000, "hidden_size": 16, "heads": 2, "layers": 2}
+            make_model(made.policy(case), case.family, seed=3, **small)
+            make_model(made.guide(case), case.family, seed=4, **small)
+    # Not the models' own: transformers reads every tokenizer next to a Qwen2 model as Qwen2's byte pairs.
+    make_tokenizer(VOCABULARY).save_pretrained(made.root / "tokenizer")
     write_pairs(made.root / "random.jsonl", 32, VOCABULARY)
     if SHARED_DATA.is_dir():
-        make_llama(made.policy("real", False), vocab_size=32000, hidden_size=16, heads=2, layers=2, seed=3)
-        make_llama(made.guide("real", False), vocab_size=32000, hidden_size=16, heads=2, layers=2, seed=4)
         pairs = json.loads((SHARED_DATA / "preference_pairs_en_300.json").read_text())[:32]
         (made.root / "real.json").write_text(json.dumps(pairs))
     return made
@@ -142,7 +164,7 @@ class Runs:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self._launched: set[int] = set()
-        self._expected: dict[tuple[str, bool, bool], reference.Result] = {}
+        self._expected: dict[tuple[str, bool], reference.Result] = {}
 
     def output(self, case: Case) -> Path:
         if case.processes not in self._launched:
@@ -168,16 +190,16 @@ class Runs:
         return config
 
     def expected(self, case: Case) -> reference.Result:
-        key = (case.data, case.tied, case.dpo)
+        key = (case.model, case.dpo)
         if key not in self._expected:
-            policy = self.inputs.policy(case.data, case.tied)
-            guide = None if case.dpo else self.inputs.guide(case.data, case.tied)
+            policy = self.inputs.policy(case)
+            guide = None if case.dpo else self.inputs.guide(case)
             self._expected[key] = reference.train(policy, policy, guide, self._pairs(case), SETTINGS)
         return self._expected[key]
 
     def _pairs(self, case: Case) -> list[reference.Tokens]:
         if case.data == "random":
-            tokenizer = AutoTokenizer.from_pretrained(self.inputs.policy("random", False))
+            tokenizer = AutoTokenizer.from_pretrained(self.inputs.root / "tokenizer")
             records = [json.loads(line) for line in (self.inputs.root / "random.jsonl").read_text().splitlines()]
             return [
                 reference.Tokens(*(tokenizer(record[side])["input_ids"] + end for side, end in _SIDES))
