@@ -34,7 +34,10 @@ def read_hf_config(path: Path) -> PretrainedConfig:
     try:
         family = family_of(architectures)
         hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if getattr(hf_config, "quantization_config", None):
+            raise UserError("config.json: quantization_config: quantized weights are not supported, dequantize them")
         family.check(hf_config)
+        family.config_kwargs(hf_config)
         RotaryFrequencies(hf_config, torch.device("cpu"))
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error

@@ -20,21 +20,33 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
     return hidden, weight.requires_grad_(), targets, grads
 
 
-def expected(hidden: Tensor, weight: Tensor, targets: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def expected(
+    hidden: Tensor, weight: Tensor, targets: Tensor, grads: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    logps = (hidden @ weight[:VOCABULARY].t()).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    logits = hidden @ weight[:VOCABULARY].t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logps = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
     grad_hidden, grad_weight = torch.autograd.grad(logps, (hidden, weight), grads.double())
     return logps.detach(), grad_hidden, grad_weight
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("chunk_elements", [1, VOCABULARY * 5, 2**25])
-def test_values_and_gradients(single_rank_group: dist.ProcessGroup, chunk_elements: int) -> None:
+def test_values_and_gradients(single_rank_group: dist.ProcessGroup, chunk_elements: int, softcap: float | None) -> None:
     hidden, weight, targets, grads = inputs()
     logps = token_logps(
-        hidden, weight, targets, vocab_size=VOCABULARY, tp_group=single_rank_group, chunk_elements=chunk_elements
+        hidden,
+        weight,
+        targets,
+        vocab_size=VOCABULARY,
+        tp_group=single_rank_group,
+        softcap=softcap,
+        chunk_elements=chunk_elements,
     )
     grad_hidden, grad_weight = torch.autograd.grad(logps, (hidden, weight), grads)
-    want, want_hidden, want_weight = expected(hidden, weight, targets, grads)
+    want, want_hidden, want_weight = expected(hidden, weight, targets, grads, softcap)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad_hidden.double(), want_hidden, rtol=1e-4, atol=1e-5)

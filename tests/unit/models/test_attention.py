@@ -1,7 +1,6 @@
 """Packed causal attention against a written-out softmax, one sequence at a time."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -14,10 +13,10 @@ from megatron_tgdpo.model_config import LanguageModelConfig
 ROW, HEADS, GROUPS, SIZE = 17, 4, 2, 8
 
 
-def attention(**overrides) -> PackedCausalAttention:
-    arguments = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": HEADS, "attention_dropout": 0.0}
+def attention(layer: int = 1, **overrides) -> PackedCausalAttention:
+    arguments = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": HEADS, "attention_dropout": 0.0}
     config = LanguageModelConfig(**{**arguments, **overrides})
-    return PackedCausalAttention(config, 1, AttnMaskType.causal, "self")
+    return PackedCausalAttention(config, layer, AttnMaskType.causal, "self", softmax_scale=config.softmax_scale)
 
 
 def packing(ends: list[int]) -> PackedSeqParams:
@@ -30,15 +29,26 @@ def inputs() -> list[torch.Tensor]:
     return [torch.randn(s, generator=random, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
-def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """Each output token from its definition: softmax over the earlier tokens of its own sequence."""
+def written_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends: list[int],
+    window: int = ROW,
+    softcap: float | None = None,
+    scale: float = SIZE**-0.5,
+) -> torch.Tensor:
+    """Each output token from its definition: softmax over itself and the ``window - 1`` before it in its sequence."""
     out = torch.zeros(ROW, 1, HEADS * SIZE, dtype=q.dtype)
     for start, end in itertools.pairwise(ends):
         for t in range(start, end):
             for head in range(HEADS):
                 group = head // (HEADS // GROUPS)
-                scores = k[start : t + 1, 0, group] @ q[t, 0, head] / math.sqrt(SIZE)
-                mixed = scores.softmax(0) @ v[start : t + 1, 0, group]
+                first = max(start, t + 1 - window)
+                scores = k[first : t + 1, 0, group] @ q[t, 0, head] * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                mixed = scores.softmax(0) @ v[first : t + 1, 0, group]
                 out[t, 0, head * SIZE : (head + 1) * SIZE] = mixed
     return out
 
@@ -61,6 +71,43 @@ def test_equals_the_definition(ends: list[int]) -> None:
         expected = torch.zeros_like(mine) if reference.grad is None else reference.grad
         actual = torch.zeros_like(mine) if mine.grad is None else mine.grad
         assert torch.allclose(actual, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [3, 1024])
+@pytest.mark.parametrize(
+    ("features", "wanted"),
+    [
+        ({"window_size": (3, 0)}, {"window": 4}),
+        ({"window_size": (0, 0)}, {"window": 1}),
+        ({"attn_logit_softcapping": 1.5}, {"softcap": 1.5}),
+        (
+            {"window_size": (3, 0), "attn_logit_softcapping": 1.5, "softmax_scale": 0.7},
+            {"window": 4, "softcap": 1.5, "scale": 0.7},
+        ),
+    ],
+)
+def test_windows_and_softcaps_equal_the_definition(
+    monkeypatch: pytest.MonkeyPatch, features: dict, wanted: dict, block: int
+) -> None:
+    monkeypatch.setattr("megatron_tgdpo.attention._QUERY_BLOCK", block)
+    ends = [0, 10, 12, ROW]
+    ours, theirs = inputs(), inputs()
+    upstream = torch.randn(ROW, 1, HEADS * SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    out = attention(**features)(*ours, packed_seq_params=packing(ends))
+    expected = written_out(*theirs, ends, **wanted)
+    assert torch.allclose(out, expected, atol=1e-12)
+    assert not torch.allclose(out, written_out(*theirs, ends), atol=1e-3)
+    (out * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine.grad is not None
+        assert reference.grad is not None
+        assert torch.allclose(mine.grad, reference.grad, atol=1e-12)
+
+
+def test_windows_are_on_the_marked_layers_only() -> None:
+    features = {"window_size": (3, 0), "window_attn_skip_freq": [0, 1]}
+    assert [attention(layer, **features).window for layer in (1, 2)] == [None, 4]
 
 
 @pytest.mark.parametrize(("ends", "message"), [([0, 18], "does not fit"), ([1, 5], "does not fit"), ([0, 9, 4], "fit")])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, LlamaConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from megatron_tgdpo.errors import UserError
@@ -29,6 +30,18 @@ def test_norm_equals_hf() -> None:
     hidden = torch.randn(5, 1, 32) * 0.05  # small, so that eps counts
     assert torch.allclose(ours(hidden), theirs(hidden), atol=1e-6)
     assert not torch.allclose(ours(hidden), LlamaRMSNorm(32, eps=1e-6)(hidden) * weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_centered_norm_equals_gemmas(dtype: torch.dtype) -> None:
+    settings = config(layernorm_zero_centered_gamma=True, params_dtype=dtype, bf16=dtype == torch.bfloat16)
+    ours, theirs = RMSNorm(settings, 32, eps=1e-3), Gemma2RMSNorm(32, eps=1e-3).to(dtype)
+    weight = torch.randn(32) * 0.01  # in bf16, 1 + weight keeps two digits of it
+    for norm in (ours, theirs):
+        norm.weight.data.copy_(weight)
+    hidden = (torch.randn(5, 1, 32) * 0.05).to(dtype)
+    assert ours(hidden).dtype == dtype
+    assert torch.allclose(ours(hidden), theirs(hidden), atol=1e-6 if dtype == torch.float32 else 0)
 
 
 def test_norm_has_the_models_dtype() -> None:
