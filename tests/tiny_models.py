@@ -76,7 +76,7 @@ def make_model(
         bos_token_id=1,
         eos_token_id=2,
         **_rope_arguments(rope),
-        **{**FAMILY_OPTIONS[family], **options},
+        **{**FAMILY_OPTIONS.get(family, {}), **options},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
