@@ -47,6 +47,10 @@ _HARMLESS_KEYS = frozenset(
 )
 
 
+# Keys that change the maths and that the older of the supported transformers versions do not declare.
+_LATER_KEYS = {"use_bidirectional_attention": None}
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family.
@@ -72,7 +76,7 @@ class Family:
         Raises:
             UserError: There is one.
         """
-        defaults = vars(type(hf_config)())
+        defaults = {**_LATER_KEYS, **vars(type(hf_config)())}
         free = self.config_keys | _HARMLESS_KEYS | vars(PretrainedConfig()).keys()
         for key in sorted(defaults.keys() - free):
             value, default = getattr(hf_config, key, None), defaults[key]
