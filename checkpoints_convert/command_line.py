@@ -1,62 +1,50 @@
-"""What the three commands share: ranks, layout, dtypes, and errors as one line."""
+"""What the commands share: ranks, dtypes, and errors as one line."""
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_tgdpo.checkpoint_format import is_megatron_checkpoint, newest_checkpoint, read_metadata
-from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
+from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint, newest_checkpoint, read_metadata
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.parallel import ParallelLayout, init_model_parallel, make_layout
 from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True)
-class Session:
-    """A joined grid of ranks."""
-
-    layout: ParallelLayout
-    pg: ProcessGroupCollection
-    device: torch.device
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, which prints."""
-        return dist.get_rank() == 0
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 
 
-def layout_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how the ranks are used."""
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (default 1)")
-    parser.add_argument("--pipeline", type=int, help="pipeline-parallel size (default: all ranks / --tensor)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+def parse_size(option: str, text: str) -> int:
+    """Bytes of a size such as ``500MB`` (10^6) or ``2GiB`` (2^30).
+
+    Raises:
+        UserError: It is not one, or less than a byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = 0
+    if match:
+        base = 1024 if match[3] else 1000
+        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise UserError(f"{option} {text!r}: not a size, give a number and a unit such as 500MB, 5GB or 2GiB")
+    return size
+
+
+def timeout_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that says how long ranks wait for each other."""
     parser.add_argument("--timeout-minutes", type=float, default=30.0, help="for a rank that does not answer")
 
 
-def open_session(arguments: argparse.Namespace) -> Session:
-    """Joins all ranks (one if not launched by torchrun or srun) in the layout that the options ask for.
-
-    Raises:
-        UserError: The layout does not fit the number of ranks, or the device is not usable.
-    """
+def join_ranks(timeout_minutes: float) -> None:
+    """Joins all ranks (one if not launched by torchrun or srun) on the CPU, GPU or not."""
     ranks = read_rank_environment()
-    pipeline = arguments.pipeline or max(1, ranks.world_size // arguments.tensor)
-    layout = make_layout(arguments.tensor, pipeline, 1, False, ranks.world_size)
-    device = resolve_device(arguments.device)
-    if device.type == "cpu":
-        enable_cpu_backend()
-    init_distributed(ranks, device, arguments.timeout_minutes, connect_store(ranks))
-    pg = init_model_parallel(layout, seed=0, timeout_minutes=arguments.timeout_minutes)
-    return Session(layout, pg, device)
+    init_distributed(ranks, torch.device("cpu"), timeout_minutes, connect_store(ranks))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -83,6 +71,11 @@ def dtype_of(metadata: dict, path: Path) -> torch.dtype:
     if metadata.get("dtype") not in DTYPES:
         raise UserError(f"{path}: its metadata says dtype {metadata.get('dtype')!r}, known are {', '.join(DTYPES)}")
     return DTYPES[metadata["dtype"]]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name by which commands and metadata know a dtype."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,203 +1,160 @@
-"""A model's weights out to an HF directory, from any layout, to the bit."""
+"""A Megatron checkpoint into an HF directory, a piece at a time: memory holds two pieces, however large the model."""
 
 import json
-import os
-import shutil
-import uuid
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.mapping import Heads, join_shards
-from checkpoints_convert.model_mapping import mapped_parameters
-from megatron_tgdpo.checkpoint_format import copy_hf_files, sync
+from checkpoints_convert.check import check_checkpoint
+from checkpoints_convert.command_line import dtype_name
+from checkpoints_convert.mapping import GlobalParameter, Heads, expected_shapes, global_parameters, parameter_count
+from checkpoints_convert.pieces import Piece, converted, pieces_of, share
+from checkpoints_convert.safetensors_file import SafetensorsFile
+from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
+from megatron_tgdpo.checkpoint_directory import copy_hf_files
+from megatron_tgdpo.checkpoint_reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models import LanguageModel
-from megatron_tgdpo.ranks import agree
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.whole_directory import WholeDirectory
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
+DEFAULT_SHARD_SIZE = "5GB"
 _INDEX = "model.safetensors.index.json"
 
 
-class _ShardWriter:
-    """Collects HF tensors of one pipeline stage and writes a file whenever the next would make it too large."""
+@dataclass(frozen=True)
+class _File:
+    """A weight file to write: its name and the parameters whose HF tensors it holds."""
 
-    def __init__(self, directory: Path, stage: int, max_bytes: int) -> None:
-        self._directory, self._stage, self._max_bytes = directory, stage, max_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self.files: list[list[str]] = []
-        self.total_bytes = 0
-        self.error: OSError | None = None
+    name: str
+    parameters: tuple[GlobalParameter, ...]
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor; after a failed write only remembers the error, as other ranks still wait for this one."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._max_bytes:
-            self.flush()
-        # A clone: safetensors refuses views, and a view would keep the whole joined parameter alive.
-        self._pending[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-        self._pending_bytes += size
-        self.total_bytes += size
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the HF tensors."""
+        return dict(tensor for parameter in self.parameters for tensor in parameter.hf_tensors)
 
-    def flush(self) -> None:
-        """Writes what is pending."""
-        if self._pending and self.error is None:
-            file = stage_file(self._directory, self._stage, len(self.files))
-            try:
-                save_file(self._pending, file, metadata={"format": "pt"})
-                sync(file)
-            except Exception as error:  # safetensors wraps the system's error in its own type
-                self.error = OSError(f"{file.name}: {error}")
-        if self._pending:
-            self.files.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-
-def stage_file(directory: Path, stage: int, number: int) -> Path:
-    """A file's name before the number of files is known."""
-    return directory / f"stage-{stage:05d}-{number:05d}.safetensors"
+    @property
+    def numel(self) -> int:
+        """Elements of the HF tensors."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def export_hf(
-    model: LanguageModel,
-    out: Path,
-    template: Path,
-    hf_config: PretrainedConfig,
-    pg: ProcessGroupCollection,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int = DEFAULT_SHARD_BYTES,
-) -> None:
-    """Writes an HF directory that ``transformers`` loads; it appears whole, or not at all.
+    checkpoint: Path, out: Path, *, template: Path, stored: torch.dtype, dtype: torch.dtype, max_shard_bytes: int
+) -> Summary:
+    """Writes an HF directory that ``transformers`` loads; all of it, or nothing.
 
-    Collective over all ranks. Tensor-parallel shards meet one parameter at a time on the first tensor rank of each
-    pipeline stage of the first data-parallel replica, which writes them; padded vocabulary rows are dropped.
+    Collective over the default group (on the CPU); whole files are divided among its ranks, and the result does not
+    depend on their number. Padded vocabulary rows are dropped, optimizer state is not read.
 
     Args:
-        model: This rank's slice.
+        checkpoint: A Megatron checkpoint, saved at any layout.
         out: The directory to make, on storage that all ranks share; it must not exist, or be empty.
         template: An HF directory or Megatron checkpoint whose config, tokenizer and templates are copied.
-        hf_config: The config that the model was built from.
-        pg: Process groups.
-        dtype: Of the written weights; None keeps the model's.
-        max_shard_size: Largest file, in bytes (a larger single tensor gets a file of its own).
+        stored: The checkpoint's dtype.
+        dtype: Of the written weights.
+        max_shard_bytes: Largest file's tensors (the tensors of a larger single parameter get a file of their own).
 
     Raises:
-        UserError: On every rank: ``out`` is not empty, or it could not be written.
+        UserError: On every rank: the checkpoint is not what the template's config asks for, or cannot be read; ``out``
+            is not empty, or could not be written.
     """
-    is_first = dist.get_rank() == 0
-    names = [f".tmp-{uuid.uuid4().hex[:8]}"]
-    dist.broadcast_object_list(names, src=0)
-    aside = out.with_name(out.name + names[0])
-    agree(lambda: _begin(out, aside) if is_first else None)
-    try:
-        writer = _write_weights(model, aside, hf_config, pg, dtype, max_shard_size)
-        agree(lambda: _raise_write_error(out, writer))
-        report = (pg.pp.rank(), writer.files, writer.total_bytes) if writer else None
-        reports: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, report)
-        stages = sorted(entry for entry in reports if entry is not None)
-        stored_dtype = dtype or model.config.params_dtype
-        agree(lambda: _finish(out, aside, template, stages, stored_dtype) if is_first else None)
-    except BaseException:
-        if is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
+    started = time.perf_counter()
+    with WholeDirectory(out) as directory:
+        hf_config = directory.on_all_ranks(lambda: _read_config(checkpoint, template))
+        reader = directory.on_all_ranks(lambda: _open(checkpoint, hf_config, stored))
+        files = _plan(global_parameters(hf_config), dtype.itemsize, max_shard_bytes)
+        size = sum(file.numel for file in files) * dtype.itemsize
+        directory.reserve(size)
+        mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
+        writers = [SafetensorsFile(directory.aside / file.name, file.shapes, dtype) for file in mine]
+        directory.on_all_ranks(lambda: _create(writers))
+        directory.on_all_ranks(lambda: _write(reader, hf_config, mine, writers, stored, dtype))
+        directory.on_first_rank(lambda: _finish(directory.aside, template, files, dtype, size))
+        directory.publish()
+    return Summary(out, parameter_count(hf_config), dtype_name(dtype), size, time.perf_counter() - started)
 
 
-def refuse_existing(out: Path) -> None:
-    """Stops early, before any work, where an output directory holds something.
-
-    Raises:
-        UserError: It does.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty, delete it or choose another directory")
-
-
-def _begin(out: Path, aside: Path) -> None:
-    refuse_existing(out)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{aside}: cannot be made: {error.strerror}") from error
+def _read_config(checkpoint: Path, template: Path) -> PretrainedConfig:
+    theirs, ours = read_hf_config(template), read_hf_config(checkpoint)
+    given, own = expected_shapes(theirs), expected_shapes(ours)
+    for name in sorted(given.keys() | own.keys()):
+        if given.get(name) != own.get(name):
+            raise UserError(f"{checkpoint}: {name} has shape {own.get(name)}, {template} asks for {given.get(name)}")
+    return theirs
 
 
-@torch.no_grad()
-def _write_weights(
-    model: LanguageModel,
-    aside: Path,
+def _open(checkpoint: Path, hf_config: PretrainedConfig, stored: torch.dtype) -> CheckpointReader:
+    reader = CheckpointReader(checkpoint)
+    check_checkpoint(reader, hf_config, stored)
+    return reader
+
+
+def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: int) -> list[_File]:
+    """Fills files one after another; the HF tensors of a parameter stay together."""
+    groups: list[list[GlobalParameter]] = []
+    used = 0
+    for parameter in parameters:
+        size = sum(math.prod(shape) for _, shape in parameter.hf_tensors) * element_size
+        if not groups or used + size > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(parameter)
+        used += size
+    if len(groups) == 1:
+        return [_File("model.safetensors", tuple(groups[0]))]
+    return [
+        _File(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def _create(writers: list[SafetensorsFile]) -> None:
+    for writer in writers:
+        writer.create()
+
+
+def _write(
+    reader: CheckpointReader,
     hf_config: PretrainedConfig,
-    pg: ProcessGroupCollection,
-    dtype: torch.dtype | None,
-    max_shard_size: int,
-) -> _ShardWriter | None:
-    """Streams the weights into files; returns the writer on the ranks that write."""
-    if pg.dp_cp.rank() != 0:
-        return None
-    writer = _ShardWriter(aside, pg.pp.rank(), max_shard_size) if pg.tp.rank() == 0 else None
-    heads = Heads.of(hf_config)
-    for mapped in mapped_parameters(model, hf_config):
-        if mapped.is_tied_copy:
-            continue
-        parameter = mapped.parameter.detach()
-        shards = [parameter] if mapped.kind == "copy" else gather_shards(parameter, pg.tp)
-        if writer is None:
-            continue
-        tensors = join_shards(mapped.kind, shards, heads, hf_config.vocab_size)
-        for name, tensor in zip(mapped.hf_names, tensors, strict=True):
-            writer.add(name, tensor if dtype is None else tensor.to(dtype))
-    if writer is not None:
-        writer.flush()
-    return writer
-
-
-def gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Collects equal shards on the group's first rank, in rank order; empty on the others. Collective."""
-    if group.size() == 1:
-        return [shard]
-    # gloo sends wrong data for tensors that are not contiguous
-    shard = shard.contiguous()
-    shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather(shard, shards, dst=dist.get_global_rank(group, 0), group=group)
-    return shards or []
-
-
-def _raise_write_error(out: Path, writer: _ShardWriter | None) -> None:
-    if writer is not None and writer.error is not None:
-        free = shutil.disk_usage(out.parent).free
-        needed = f"this stage needs {writer.total_bytes:,} bytes, {free:,} are free"
-        raise UserError(f"{out}: writing failed, nothing was changed: {writer.error}; {needed}") from writer.error
-
-
-def _finish(
-    out: Path, aside: Path, template: Path, stages: list[tuple[int, list[list[str]], int]], dtype: torch.dtype
+    files: list[_File],
+    writers: list[SafetensorsFile],
+    stored: torch.dtype,
+    dtype: torch.dtype,
 ) -> None:
-    try:
-        count = sum(len(files) for _, files, _ in stages)
-        weight_map: dict[str, str] = {}
-        for stage, files, _ in stages:
-            for number, names in enumerate(files):
-                position = len(set(weight_map.values())) + 1
-                name = f"model-{position:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-                stage_file(aside, stage, number).rename(aside / name)
-                weight_map.update(dict.fromkeys(names, name))
-        if count > 1:
-            total = {"total_size": sum(size for _, _, size in stages)}
-            _write_json(aside / _INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
-        copy_hf_files(template, aside)
-        _set_dtype(aside / "config.json", dtype)
-        sync(aside)
-        os.replace(aside, out)  # an existing out is an empty directory, which this replaces
-        sync(out.parent)
-    except OSError as error:
-        raise UserError(f"{out}: writing failed, nothing was changed: {error}") from error
+    heads = Heads.of(hf_config)
+
+    def read(piece: Piece) -> list[tuple[str, int, Tensor]]:
+        rows = piece.read_megatron(reader)
+        return [
+            (name, first, converted(part, dtype, name))
+            for name, first, part in piece.to_hf(rows, heads, hf_config.vocab_size)
+        ]
+
+    with progress_bar("Megatron to HF", sum(file.numel for file in files) * dtype.itemsize) as bar:
+        for file, writer in zip(files, writers, strict=True):
+            pieces = [piece for parameter in file.parameters for piece in pieces_of(parameter, stored.itemsize)]
+            with writer:
+                for _, parts in read_ahead(read, pieces):
+                    for name, first, rows in parts:
+                        writer.write(name, first, rows)
+                        bar.update(rows.nbytes)
+
+
+def _finish(aside: Path, template: Path, files: list[_File], dtype: torch.dtype, size: int) -> None:
+    if len(files) > 1:
+        weight_map = {name: file.name for file in files for name in file.shapes}
+        _write_json(aside / _INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+    copy_hf_files(template, aside)
+    _set_dtype(aside / "config.json", dtype)
 
 
 def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
@@ -211,4 +168,3 @@ def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(file)

@@ -10,7 +10,7 @@ from checkpoints_convert.families import family_of
 from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.mapping import Heads, expected_shapes, read_shard
 from checkpoints_convert.model_mapping import mapped_parameters
-from megatron_tgdpo import checkpoint_format
+from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.models import LanguageModel
@@ -34,7 +34,7 @@ def load_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, 
     Raises:
         UserError: The checkpoint is missing, incomplete, corrupt or of another model.
     """
-    if checkpoint_format.is_megatron_checkpoint(path):
+    if checkpoint_directory.is_megatron_checkpoint(path):
         load_megatron_weights(model, path, hf_config)
     else:
         load_hf_weights(model, path, hf_config, pg)

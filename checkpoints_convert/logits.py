@@ -1,7 +1,9 @@
-"""Whole logits of short inputs, for checking a conversion; training never makes them.
+"""Whole logits and token log-probs of short inputs, for checking a conversion; training never makes the logits.
 
 Legend: S tokens of the row, H hidden, V vocabulary of the HF model.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -9,7 +11,16 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_tgdpo.logps import token_logps
 from megatron_tgdpo.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class RowOutputs:
+    """What the last stage makes of a row: logits [S, V], and [S] log-probs of each next token (0 after a last one)."""
+
+    logits: Tensor
+    logps: Tensor
 
 
 def packing_of(lengths: list[int]) -> PackedSeqParams:
@@ -22,9 +33,9 @@ def packing_of(lengths: list[int]) -> PackedSeqParams:
 
 
 @torch.no_grad()
-def packed_logits(
+def packed_outputs(
     model: LanguageModel, tokens: Tensor, lengths: list[int], pg: ProcessGroupCollection
-) -> Tensor | None:
+) -> RowOutputs | None:
     """Runs a packed row through all pipeline stages, one after another.
 
     Collective over the model-parallel ranks.
@@ -36,8 +47,33 @@ def packed_logits(
         pg: Process groups.
 
     Returns:
-        [S, V] on the last stage's ranks, None elsewhere.
+        On the last stage's ranks; None elsewhere. The log-probs are computed as training does.
     """
+    hidden = _last_hidden(model, tokens, lengths, pg)
+    if hidden is None:
+        return None
+    logits = torch.cat(_all_gather(hidden @ model.output_weight().T, pg.tp), dim=1)[:, : model.true_vocab_size]
+    if model.logit_softcap is not None:
+        logits = torch.tanh(logits / model.logit_softcap) * model.logit_softcap
+    logps = torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
+    ends = torch.tensor(lengths).cumsum(0)
+    inside = torch.ones(len(tokens), dtype=torch.bool)
+    inside[ends - 1] = False
+    inside[int(ends[-1]) :] = False
+    positions = inside.nonzero()[:, 0].to(tokens.device)
+    logps[positions] = token_logps(
+        hidden[positions],
+        model.output_weight(),
+        tokens[positions + 1],
+        vocab_size=model.true_vocab_size,
+        tp_group=pg.tp,
+        softcap=model.logit_softcap,
+    )
+    return RowOutputs(logits, logps)
+
+
+def _last_hidden(model: LanguageModel, tokens: Tensor, lengths: list[int], pg: ProcessGroupCollection) -> Tensor | None:
+    """[S, H] hidden states after the final norm on the last stage's ranks, None elsewhere."""
     positions = torch.cat([torch.arange(n) for n in [*lengths, len(tokens) - sum(lengths)]]).to(tokens.device)
     first_rows = len(tokens) // (pg.tp.size() if model.config.sequence_parallel else 1)
     stage, stages = pg.pp.rank(), pg.pp.size()
@@ -52,8 +88,7 @@ def packed_logits(
         return None
     if model.config.sequence_parallel:
         hidden = torch.cat(_all_gather(hidden, pg.tp))
-    logits = torch.cat(_all_gather(hidden[:, 0] @ model.output_weight().T, pg.tp), dim=1)[:, : model.true_vocab_size]
-    return logits if model.logit_softcap is None else torch.tanh(logits / model.logit_softcap) * model.logit_softcap
+    return hidden[:, 0]
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

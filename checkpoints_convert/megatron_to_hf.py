@@ -1,29 +1,30 @@
-"""Converts a Megatron checkpoint, of training or not, to an HF directory.
+"""Converts a Megatron checkpoint, of training or not, to an HF directory; it is never in memory whole.
 
-    python -m checkpoints_convert.megatron_to_hf --megatron DIR --out DIR [--hf-template DIR] [--dtype bf16|fp32]
+    python -m checkpoints_convert.megatron_to_hf --megatron DIR --out DIR [--hf-template DIR] [--dtype bf16|fp16|fp32]
+        [--max-shard-size 5GB]
 
 ``--megatron`` may also be a training run's output directory: its newest complete checkpoint is taken. Config, tokenizer
 and templates come from the checkpoint itself unless ``--hf-template`` names another HF directory. Alone, or under
-torchrun or srun with ``--tensor`` and ``--pipeline``; the result does not depend on the layout but for how the weights
-are divided into files.
+torchrun or srun, where the ranks divide the files among them; the result does not depend on their number.
 """
 
 import argparse
 from pathlib import Path
 
+import torch.distributed as dist
+
 from checkpoints_convert.command_line import (
     DTYPES,
     dtype_of,
     find_checkpoint,
-    layout_arguments,
-    open_session,
+    join_ranks,
+    parse_size,
     run,
+    timeout_argument,
 )
-from checkpoints_convert.export import DEFAULT_SHARD_BYTES, export_hf, refuse_existing
-from checkpoints_convert.load import load_megatron_weights
-from megatron_tgdpo.checkpoint_format import read_metadata
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.models import build_language_model
+from checkpoints_convert.export import DEFAULT_SHARD_SIZE, export_hf
+from megatron_tgdpo.checkpoint_directory import read_metadata
+from megatron_tgdpo.whole_directory import refuse_existing
 
 
 def main() -> None:
@@ -33,21 +34,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="HF directory to make")
     parser.add_argument("--hf-template", type=Path, help="HF directory for config and tokenizer (default: its own)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the written weights (default: as stored)")
-    parser.add_argument("--max-shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="largest weight file")
-    layout_arguments(parser)
+    parser.add_argument("--max-shard-size", default=DEFAULT_SHARD_SIZE, help="largest weight file, like 500MB or 2GiB")
+    timeout_argument(parser)
     arguments = parser.parse_args()
+    max_shard_bytes = parse_size("--max-shard-size", arguments.max_shard_size)
     checkpoint = find_checkpoint(arguments.megatron)
-    template = arguments.hf_template or checkpoint
-    hf_config = read_hf_config(template)
-    refuse_existing(arguments.out)
     stored = dtype_of(read_metadata(checkpoint), checkpoint)
-    session = open_session(arguments)
-    model = build_language_model(hf_config, session.layout, session.pg, dtype=stored, device=session.device)
-    load_megatron_weights(model, checkpoint, hf_config)
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    export_hf(model, arguments.out, template, hf_config, session.pg, dtype, arguments.max_shard_bytes)
-    if session.is_first:
-        print(f"{checkpoint} -> {arguments.out}")
+    refuse_existing(arguments.out)
+    join_ranks(arguments.timeout_minutes)
+    summary = export_hf(
+        checkpoint,
+        arguments.out,
+        template=arguments.hf_template or checkpoint,
+        stored=stored,
+        dtype=DTYPES.get(arguments.dtype, stored),
+        max_shard_bytes=max_shard_bytes,
+    )
+    if dist.get_rank() == 0:
+        print(summary)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,58 @@
-"""Checks that an HF directory and a Megatron checkpoint hold the same model: weights to the bit, then logits.
+"""Checks that an HF directory and a Megatron checkpoint hold the same model: weights to the bit, then their outputs.
 
-    python -m checkpoints_convert.verify --hf DIR --megatron DIR
+    python -m checkpoints_convert.verify --hf DIR --megatron DIR [--long-tokens N]
 
-Weights are compared in the checkpoint's stored dtype. Logits are compared in fp32 between transformers and this project
-on packed random tokens, longer than a rope scaling's original context where that is short, and on a short text. Exit
-code 1 if anything differs. Alone, or under torchrun or srun with ``--tensor`` and ``--pipeline``.
+Weights are compared in the checkpoint's stored dtype. Then transformers and this project, both in fp32, compute the
+logits, the log-prob of every token and the next token of packed sequences: random tokens and text, long and short. Exit
+code 1 if anything differs. Alone, or under torchrun or srun with ``--tensor`` and ``--pipeline``; one rank of the last
+stage holds the whole HF model for a while.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
-from checkpoints_convert.command_line import Session, dtype_of, find_checkpoint, layout_arguments, open_session, run
-from checkpoints_convert.export import gather_shards
-from checkpoints_convert.hf_reader import HfCheckpoint
+from checkpoints_convert.command_line import dtype_of, find_checkpoint, run
+from checkpoints_convert.compare import different_weights
+from checkpoints_convert.layout_options import Session, layout_arguments, open_session
 from checkpoints_convert.load import load_megatron_weights
-from checkpoints_convert.logits import packed_logits
-from checkpoints_convert.mapping import Heads, expected_shapes, join_shards
-from checkpoints_convert.model_mapping import mapped_parameters
-from megatron_tgdpo.checkpoint_format import hf_folder, read_metadata
+from checkpoints_convert.logits import RowOutputs, packed_outputs
+from checkpoints_convert.mapping import expected_shapes
+from checkpoints_convert.probes import Probe, Reference, long_length, make_probes, reference_outputs, spans
+from megatron_tgdpo.checkpoint_directory import read_metadata
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.models import build_language_model
+from megatron_tgdpo.ranks import agree
 
-TOLERANCE = 1e-4
-_TEXT = "The quick brown fox jumps over the lazy dog, then sleeps until the morning comes."
+LOGIT_LIMIT = 1e-4  # of the largest logit
+LOGP_LIMIT = 1e-3  # nats
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one probe: the largest difference of logits relative to the largest logit, of log-probs in nats, and whether
+    the most probable next token is the same."""
+
+    probe: str
+    logits: float
+    logps: float
+    same_next: bool
+
+    @property
+    def small(self) -> bool:
+        # Written so that NaN is not small.
+        return self.logits < LOGIT_LIMIT and self.logps < LOGP_LIMIT and self.same_next
+
+    def __str__(self) -> str:
+        same = "same" if self.same_next else "DIFFERENT"
+        return (
+            f"{self.probe}: logits {self.logits:.1e} of the largest, log-probs {self.logps:.1e} nats, next token {same}"
+        )
 
 
 def main() -> None:
@@ -35,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="checkpoints_convert.verify", description=__doc__.split("\n")[0])
     parser.add_argument("--hf", type=Path, required=True, help="HF directory")
     parser.add_argument("--megatron", type=Path, required=True, help="Megatron checkpoint or training output directory")
+    parser.add_argument("--long-tokens", type=int, help="length of the long sequences")
     layout_arguments(parser)
     arguments = parser.parse_args()
     checkpoint = find_checkpoint(arguments.megatron)
@@ -43,96 +69,72 @@ def main() -> None:
     hf_config = read_hf_config(checkpoint)
     stored = dtype_of(read_metadata(checkpoint), checkpoint)
     session = open_session(arguments)
-    different = different_weights(arguments.hf, checkpoint, hf_config, stored, session)
+    different = different_weights(arguments.hf, checkpoint, hf_config, stored)
     different = sorted({*different, *(expected_shapes(hf_config).keys() ^ hf_shapes.keys())})
     if different:
         raise UserError(f"{checkpoint}: {len(different)} weights differ from {arguments.hf}, first {different[0]}")
     if session.is_first:
-        print(f"weights: all {len(hf_shapes)} tensors equal to the bit in {stored}")
-    worst = logit_difference(arguments.hf, checkpoint, hf_config, stored, session)
-    if worst >= TOLERANCE:
-        raise UserError(f"{checkpoint}: logits differ from {arguments.hf} by {worst:.2e} of the largest logit")
+        print(f"weights: all {len(hf_shapes)} tensors equal to the bit in {stored}", flush=True)
+    length = arguments.long_tokens or long_length(hf_config)
+    differences = compare_outputs(arguments.hf, checkpoint, hf_config, stored, length, session)
     if session.is_first:
-        print(f"logits: largest difference {worst:.2e} of the largest logit, in fp32")
+        print("\n".join(str(difference) for difference in differences))
+        for name, span in spans(hf_config).items():
+            if span >= length:
+                print(f"note: the {name} of {span} was not passed, --long-tokens {span + 64} passes it")
+    large = [difference for difference in differences if not difference.small]
+    if large:
+        raise UserError(f"{checkpoint}: computes something else than {arguments.hf}: {large[0]}")
 
 
-@torch.no_grad()
-def different_weights(
-    hf: Path, checkpoint: Path, hf_config: PretrainedConfig, stored: torch.dtype, session: Session
-) -> list[str]:
-    """HF names of the tensors that differ or are missing, the same list on all ranks. Collective over all ranks."""
-    model = build_language_model(hf_config, session.layout, session.pg, dtype=stored, device=session.device)
+def compare_outputs(
+    hf: Path, checkpoint: Path, hf_config: PretrainedConfig, stored: torch.dtype, length: int, session: Session
+) -> list[Difference]:
+    """Runs both models on the same probes; the same list on all ranks. Collective over all ranks.
+
+    Args:
+        hf: The HF directory.
+        checkpoint: The Megatron checkpoint.
+        hf_config: The checkpoint's own config.
+        stored: The checkpoint's dtype.
+        length: Tokens of the long probes.
+        session: The grid of ranks.
+
+    Raises:
+        UserError: On every rank: transformers cannot load the HF directory.
+    """
+    pg = session.pg
+    compares = pg.pp.rank() == pg.pp.size() - 1 and pg.tp.rank() == 0 and pg.dp_cp.rank() == 0
+    probes = agree(lambda: make_probes(hf, hf_config, length))
+    # Before our model is there: so that one rank never holds both.
+    references = agree(lambda: reference_outputs(hf, probes, stored, session.device) if compares else [])
+    model = build_language_model(hf_config, session.layout, pg, dtype=torch.float32, device=session.device)
     load_megatron_weights(model, checkpoint, hf_config)
-    source, heads, pg = HfCheckpoint(hf), Heads.of(hf_config), session.pg
-    compared: dict[str, bool] = {}
-    for mapped in mapped_parameters(model, hf_config):
-        parameter = mapped.parameter.detach()
-        shards = [parameter] if mapped.kind == "copy" else gather_shards(parameter, pg.tp)
-        if pg.tp.rank() == 0:
-            joined = join_shards(mapped.kind, shards, heads, hf_config.vocab_size)
-            for name, tensor in zip(mapped.hf_names, joined, strict=True):
-                same = name in source.tensors and torch.equal(source.whole(name).to(stored), tensor.cpu())
-                compared[name] = compared.get(name, True) and same
-    reports: list[dict[str, bool]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(reports, compared)
-    return sorted({name for report in reports for name, same in report.items() if not same})
+    lengths = [len(probe.tokens) for probe in probes]
+    padding = torch.zeros(-sum(lengths) % session.layout.tensor, dtype=torch.int64)
+    tokens = torch.cat([*(probe.tokens for probe in probes), padding]).to(session.device)
+    ours = packed_outputs(model, tokens, lengths, pg)
+    found = _differences(ours, probes, references) if compares and ours is not None else []
+    reports: list[list[Difference]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(reports, found)
+    return next(report for report in reports if report)
 
 
-def logit_difference(
-    hf: Path, checkpoint: Path, hf_config: PretrainedConfig, stored: torch.dtype, session: Session
-) -> float:
-    """Largest |logit difference| / largest |logit| over the sequences, the same on all ranks. Collective."""
-    model = build_language_model(hf_config, session.layout, session.pg, dtype=torch.float32, device=session.device)
-    load_megatron_weights(model, checkpoint, hf_config)
-    sequences = _sequences(hf, hf_config)
-    lengths = [len(sequence) for sequence in sequences]
-    padding = -sum(lengths) % session.layout.tensor
-    tokens = torch.cat([*sequences, torch.zeros(padding, dtype=torch.int64)]).to(session.device)
-    ours = packed_logits(model, tokens, lengths, session.pg)
-    worst = 0.0
-    # One rank of the last stage compares: no rank but it needs the whole HF model.
-    if ours is not None and session.pg.tp.rank() == 0 and session.pg.dp_cp.rank() == 0:
-        worst = _compare(ours.cpu(), sequences, hf, stored)
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, worst)
-    return max(values)
-
-
-def _sequences(hf: Path, hf_config: PretrainedConfig) -> list[torch.Tensor]:
-    random = torch.Generator().manual_seed(0)
-    longest = min(hf_config.max_position_embeddings, 200)
-    lengths = (longest, max(1, longest // 3))
-    sequences = [torch.randint(0, hf_config.vocab_size, (n,), generator=random) for n in lengths]
-    directory = hf_folder(hf)
-    if (directory / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        text = torch.tensor(tokenizer(_TEXT)["input_ids"], dtype=torch.int64)
-        if len(text) and int(text.max()) < hf_config.vocab_size:
-            sequences.append(text)
-    return sequences
-
-
-@torch.no_grad()
-def _compare(ours: torch.Tensor, sequences: list[torch.Tensor], hf: Path, stored: torch.dtype) -> float:
-    theirs = AutoModelForCausalLM.from_pretrained(
-        hf,
-        dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        attn_implementation="eager",
-    ).eval()
-    for parameter in theirs.parameters():
-        # Parameters only: the rotary frequencies, a buffer, stay fp32 in this project.
-        parameter.copy_(parameter.to(stored))
-    worst, start = 0.0, 0
-    for sequence in sequences:
-        wanted = theirs(sequence[None]).logits[0]
-        difference = (ours[start : start + len(sequence)] - wanted).abs().max() / wanted.abs().max()
-        # NaN must not pass as small.
-        worst = max(worst, float(difference) if torch.isfinite(difference) else float("inf"))
-        start += len(sequence)
-    return worst
+def _differences(ours: RowOutputs, probes: list[Probe], references: list[Reference]) -> list[Difference]:
+    found, start = [], 0
+    for probe, reference in zip(probes, references, strict=True):
+        end = start + len(probe.tokens)
+        logits, logps = ours.logits[start:end].cpu(), ours.logps[start : end - 1].cpu()
+        found.append(
+            Difference(
+                probe.name,
+                float((logits - reference.logits).abs().max()) / reference.relative_to,
+                float((logps - reference.logps(probe.tokens)).abs().max()),
+                int(logits[-1].argmax()) == int(reference.logits[-1].argmax()),
+            )
+        )
+        start = end
+    return found
 
 
 if __name__ == "__main__":

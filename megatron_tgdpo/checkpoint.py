@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tgdpo import checkpoint_format
+from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.setup import colocated_model
 from megatron_tgdpo.train_step import Engine
@@ -30,14 +30,14 @@ def save_checkpoint(
         UserError: On every rank, if it could not be saved on some; then earlier checkpoints are still there.
     """
     path = checkpoint_path(output_dir, step)
-    if checkpoint_format.is_complete(path):
+    if checkpoint_directory.is_complete(path):
         return
     checkpoint_format.save(
         path, _state(engine, is_loading=False), hf_dir=hf_dir, metadata={"step": step, **run_metadata}
     )
     if dist.get_rank() == 0 and keep:
-        for old in checkpoint_format.complete_checkpoints(output_dir)[:-keep]:
-            checkpoint_format.remove_checkpoint(old)
+        for old in checkpoint_directory.complete_checkpoints(output_dir)[:-keep]:
+            checkpoint_directory.remove_checkpoint(old)
     dist.barrier()
 
 
@@ -50,7 +50,7 @@ def load_checkpoint(engine: Engine, path: Path, run_metadata: Mapping[str, Any])
     Raises:
         UserError: It belongs to other data, or is damaged.
     """
-    metadata = checkpoint_format.read_metadata(path)
+    metadata = checkpoint_directory.read_metadata(path)
     for name, value in run_metadata.items():
         if metadata.get(name) != value:
             raise UserError(f"{path}: saved with {name}={metadata.get(name)}, this run has {name}={value}")

@@ -88,6 +88,7 @@ class TrainConfig:
     epochs: float | None = None  # passes over data.train
     seed: int = 0  # of the data order and all random numbers
     exit_step: int | None = None  # stop after this step with a checkpoint; the schedule still spans the whole run
+    recompute: str = "none"  # none | selective | full: policy activations computed again in backward, to save memory
     check_start: bool = True  # stop unless the loss of a fresh run is ln 2 for every pair of the first step
     # (turn off for a policy that deliberately differs from the reference)
 
@@ -109,6 +110,12 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class PreflightConfig:
+    enabled: bool = True  # check machines, storage and network before the models are loaded
+    slow_group_ratio: float = 0.5  # warn of process groups slower than this part of the median of their kind
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -122,6 +129,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     output_dir: str = MISSING  # the only place the run writes to
 
     @property
@@ -134,6 +142,7 @@ class Config:
         return self.model.reference or self.model.policy
 
 
+RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
 _CHOICES = {
     "data.overlong_prompt": ("truncate", "drop", "error"),
     "loss.method": ("tgdpo", "dpo"),
@@ -141,6 +150,7 @@ _CHOICES = {
     "parallel.device": ("auto", "cuda", "cpu"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "precision.dtype": ("bf16", "fp32"),
+    "train.recompute": RECOMPUTE_CHOICES,
 }
 _POSITIVE = (
     "data.max_length", "data.max_prompt_length", "data.workers", "loss.beta", "parallel.tensor", "parallel.pipeline",
@@ -148,7 +158,7 @@ _POSITIVE = (
     "train.epochs", "train.exit_step", "eval.every_steps", "checkpoint.every_steps", "log.every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = ("optimizer.lr", "optimizer.weight_decay", "optimizer.clip_grad", "checkpoint.keep", "train.seed")
-_FRACTIONS = ("optimizer.warmup_ratio", "optimizer.beta1", "optimizer.beta2")
+_FRACTIONS = ("optimizer.warmup_ratio", "optimizer.beta1", "optimizer.beta2", "preflight.slow_group_ratio")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

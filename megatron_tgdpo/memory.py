@@ -1,41 +1,55 @@
-"""Parameters and memory per rank, computed from configs alone (for ``--dry-run``, without loading anything)."""
+"""Parameters and memory per rank, computed from configs alone (for ``--dry-run`` and the planner)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
 from checkpoints_convert.mapping import EMBEDDING, global_parameters
 from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.planning.activations import Row, stage_activations
+from megatron_tgdpo.planning.workspace import carried_states, frozen_workspace, layer_workspace, logprob_workspace
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Of the fullest rank; bytes.
+    """Of one rank; bytes.
 
     Attributes:
+        stage: Its pipeline stage, from 0.
         policy_parameters: Policy parameters on that rank.
         frozen_parameters: Reference and guide parameters on that rank.
         weights: Policy weights.
         gradients: fp32 gradient buffer.
         optimizer: Adam moments, and the fp32 main copy of bf16 weights, split over data ranks.
         frozen: Weights of reference and guide.
-        carried: Hidden states of all models for one row at a stage's input, times the micro batches in flight.
+        activations: What the policy's layers keep for backward, for all micro batches in flight.
+        carried: Hidden states of one row that travel between stages.
+        workspace: What comes and goes within a layer or the log-probs, at its peak.
     """
 
+    stage: int
     policy_parameters: int
     frozen_parameters: int
     weights: int
     gradients: int
     optimizer: int
     frozen: int
+    activations: int
     carried: int
+    workspace: int
+
+    @property
+    def static(self) -> int:
+        """What is allocated for the whole run."""
+        return self.weights + self.gradients + self.optimizer + self.frozen
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.frozen + self.carried
+        return self.static + self.activations + self.carried + self.workspace
 
 
 def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
@@ -56,26 +70,47 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage:
     return total
 
 
-def rank_memory(
-    policy: PretrainedConfig, frozen: list[PretrainedConfig], layout: ParallelLayout, row_tokens: int, dtype_bytes: int
+def stage_memory(
+    policy: PretrainedConfig,
+    frozen: Sequence[PretrainedConfig],
+    layout: ParallelLayout,
+    row: Row,
+    recompute: str,
+    stage: int,
 ) -> RankMemory:
-    """The fullest rank's memory, without activations inside layers and without the log-prob workspace.
+    """Memory of a rank of one stage; the arguments are those of :func:`rank_memory`."""
+    trained = stage_parameters(policy, layout, stage)
+    held = sum(stage_parameters(config, layout, stage) for config in frozen)
+    size = row.dtype_bytes
+    state = (2 if size == 4 else 3) * 4
+    workspace = max(layer_workspace(policy, layout, row, recompute), frozen_workspace(frozen, layout, row))
+    if stage == layout.pipeline - 1:
+        workspace = max(workspace, *(logprob_workspace(config, layout, row) for config in (policy, *frozen)))
+    return RankMemory(
+        stage=stage,
+        policy_parameters=trained,
+        frozen_parameters=held,
+        weights=trained * size,
+        gradients=4 * trained,
+        optimizer=state * trained // layout.data,
+        frozen=held * size,
+        activations=round(stage_activations(policy, layout, row, recompute, stage)),
+        carried=round(carried_states(policy, frozen, layout, row)),
+        workspace=round(workspace),
+    )
+
+
+def rank_memory(
+    policy: PretrainedConfig, frozen: Sequence[PretrainedConfig], layout: ParallelLayout, row: Row, recompute: str
+) -> RankMemory:
+    """The fullest rank's memory: on the first stage, with most micro batches in flight, or on the last.
 
     Args:
         policy: Config of the policy.
         frozen: Configs of reference and guide.
         layout: The rank grid.
-        row_tokens: Tokens of a row.
-        dtype_bytes: 2 for bf16, 4 for fp32.
+        row: The micro batch.
+        recompute: ``train.recompute``.
     """
-
-    def at(stage: int) -> RankMemory:
-        trained = stage_parameters(policy, layout, stage)
-        held = sum(stage_parameters(config, layout, stage) for config in frozen)
-        state = (2 if dtype_bytes == 4 else 3) * 4 * trained // layout.data
-        local_tokens = row_tokens // (layout.tensor if layout.sequence_parallel else 1)
-        width = policy.hidden_size * (layout.pipeline - stage) + sum(config.hidden_size for config in frozen)
-        carried = local_tokens * width * dtype_bytes
-        return RankMemory(trained, held, trained * dtype_bytes, 4 * trained, state, held * dtype_bytes, carried)
-
-    return max((at(stage) for stage in range(layout.pipeline)), key=lambda memory: memory.total)
+    stages = {0, layout.pipeline - 1}
+    return max((stage_memory(policy, frozen, layout, row, recompute, s) for s in stages), key=lambda m: m.total)

@@ -4,9 +4,12 @@ import torch.distributed as dist
 
 from megatron_tgdpo.config import Config, to_yaml
 from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
-from megatron_tgdpo.memory import GIB, rank_memory
+from megatron_tgdpo.memory import rank_memory
 from megatron_tgdpo.optimizer import adam_source
 from megatron_tgdpo.parallel import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
+from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.report import memory_lines
+from megatron_tgdpo.preflight import preflight
 from megatron_tgdpo.ranks import RankEnvironment, init_distributed, on_first_rank
 from megatron_tgdpo.setup import (
     build_engine,
@@ -41,6 +44,8 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     init_distributed(ranks, device, parallel.timeout_minutes, store)
     pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
     try:
+        if config.preflight.enabled:
+            preflight(config, model_configs["policy"], ranks, layout, pg, device)
         data = open_data(config, prefixes, model_configs["policy"].vocab_size)
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(engine, layout, adam_source(), data)
@@ -55,21 +60,9 @@ def dry_run(config: Config, world_size: int) -> str:
     configs = read_model_configs(config)
     check_layout(configs, layout)
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
-    dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
-    memory = rank_memory(configs["policy"], frozen, layout, config.row_tokens, dtype_bytes)
-    parts = {
-        "policy weights": memory.weights,
-        "gradients (fp32)": memory.gradients,
-        "optimizer (fp32)": memory.optimizer,
-        f"frozen {' + '.join(role for role in configs if role != 'policy')}": memory.frozen,
-        "hidden states in flight": memory.carried,
-        "total without activations inside layers": memory.total,
-    }
-    lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}"]
-    lines.append(
-        f"parameters on the fullest rank: policy {memory.policy_parameters:,}, frozen {memory.frozen_parameters:,}"
-    )
-    lines += [f"  {name}: {size / GIB:.3f} GiB" for name, size in parts.items()]
+    row = Row(config.row_tokens, config.data.max_length, 4 if config.precision.dtype == "fp32" else 2)
+    memory = rank_memory(configs["policy"], frozen, layout, row, config.train.recompute)
+    lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
     return "\n".join(lines)
 
 

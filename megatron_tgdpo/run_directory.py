@@ -1,19 +1,19 @@
-"""What a run leaves in ``output_dir`` besides checkpoints: its config, ``metrics.jsonl`` and TensorBoard events."""
+"""What a run leaves in ``output_dir`` besides checkpoints: config, ``metrics.jsonl``, TensorBoard events, ``DONE``."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron_tgdpo.config import Config, load_config, to_dict, to_yaml
 from megatron_tgdpo.errors import UserError
 
+DONE_FILE = "DONE"
+
 # What may change between a run and its continuation, because it does not change what is computed.
 _FREE = {
-    "parallel", "checkpoint", "log", "eval", "output_dir", "batch.tokens_per_micro_batch", "data.workers",
-    "data.validation", "train.exit_step", "train.check_start",
+    "parallel", "checkpoint", "log", "preflight", "eval", "output_dir", "batch.tokens_per_micro_batch", "data.workers",
+    "data.validation", "train.exit_step", "train.recompute", "train.check_start",
 }  # fmt: skip
 
 
@@ -34,6 +34,24 @@ def claim_output_dir(config: Config) -> None:
         write_atomically(saved, to_yaml(config))
     except OSError as error:
         raise UserError(f"{directory}: cannot write the output directory: {error.strerror}") from error
+
+
+def mark_done(output_dir: Path, step: int) -> None:
+    """Leaves the only sign that a run is finished: it made its last step and saved it (first rank only)."""
+    write_atomically(output_dir / DONE_FILE, json.dumps({"step": step}) + "\n")
+
+
+def is_done(config: Config) -> bool:
+    """Whether this very run is finished.
+
+    Raises:
+        UserError: The directory holds another run that is.
+    """
+    directory = Path(config.output_dir)
+    if not (directory / DONE_FILE).exists():
+        return False
+    _check_same_run(load_config(directory / "config.yaml"), config)
+    return True
 
 
 def _check_same_run(theirs: Config, ours: Config) -> None:
@@ -71,6 +89,9 @@ class MetricsLog:
     """
 
     def __init__(self, output_dir: Path, step: int) -> None:
+        # Here, because it takes seconds, and a launcher that asks is_done needs none of it.
+        from torch.utils.tensorboard import SummaryWriter
+
         path = output_dir / "metrics.jsonl"
         if path.exists():
             write_atomically(path, "".join(_lines_up_to(path, step)))

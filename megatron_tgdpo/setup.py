@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from transformers import PretrainedConfig
 
 from checkpoints_convert.load import load_weights
 from megatron_tgdpo.batch import DataOrder, check_row_fits, make_data_order
-from megatron_tgdpo.checkpoint_format import is_megatron_checkpoint, remove_incomplete
+from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint, remove_incomplete
 from megatron_tgdpo.colocated import ColocatedCommunicator, ColocatedModel
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
@@ -33,6 +34,12 @@ from megatron_tgdpo.train_step import Engine
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# megatron-core's arguments for each value of train.recompute.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
 
 def load_model(
     path: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, config: Config,
-    device: torch.device,
+    device: torch.device, recompute: str = "none",
 ) -> LanguageModel:  # fmt: skip
     """Builds this rank's slice of one model and fills it from an HF or Megatron directory. Collective."""
     model = build_language_model(
@@ -173,6 +180,7 @@ def load_model(
             "finalize_model_grads_func": finalize_model_grads,
             "deallocate_pipeline_outputs": layout.pipeline > 1,
             "batch_p2p_comm": True,
+            **RECOMPUTE[recompute],
         },
     )
     if is_megatron_checkpoint(Path(path)):
@@ -203,7 +211,7 @@ def build_engine(
     Raises:
         UserError: The same on every rank: a checkpoint cannot be loaded, or does not divide by the layout.
     """
-    policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device)
+    policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device, config.train.recompute)
     reference = load_model(config.reference_path, configs["reference"], layout, pg, config, device)
     guide = None
     if config.model.guide is not None:

@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_tgdpo import stopping
 from megatron_tgdpo.batch import PreferenceBatch, collate, pair_tokens, plan_packs
 from megatron_tgdpo.checkpoint import load_checkpoint, save_checkpoint
-from megatron_tgdpo.checkpoint_format import newest_checkpoint
+from megatron_tgdpo.checkpoint_directory import newest_checkpoint
 from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.memory import GIB
 from megatron_tgdpo.parallel import ParallelLayout
-from megatron_tgdpo.run_directory import MetricsLog
+from megatron_tgdpo.run_directory import MetricsLog, mark_done
 from megatron_tgdpo.setup import DTYPES, RunData, hf_directory
+from megatron_tgdpo.stopping import StoppedEarly
 from megatron_tgdpo.train_step import Engine, StepResult, check_start, run_packs, train_step
 
 logger = logging.getLogger(__name__)
@@ -48,15 +50,24 @@ class Trainer:
         self.last_step = min(config.train.exit_step or data.order.steps, data.order.steps)
 
     def train(self) -> None:
-        """Trains to the last step. Collective over all ranks.
+        """Trains to the last step, and leaves ``DONE`` if that is the schedule's last. Collective over all ranks.
 
         Raises:
             AgreedError: A loss or gradient is not finite, the start check fails, or a checkpoint cannot be saved.
+            StoppedEarly: Some rank was asked to stop; the step it was in is saved.
         """
-        first = self._resume() + 1
-        if first > self.last_step:
-            logger.info("nothing to do: step %d of %d is done", first - 1, self.last_step)
-            return
+        done = self._resume()
+        if done >= self.last_step:
+            logger.info("nothing to do: step %d of %d is done", done, self.last_step)
+        else:
+            done = self._train_from(done + 1)
+        if done < self.last_step:
+            raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
+        if done >= self.data.order.steps and dist.get_rank() == 0:
+            mark_done(self.output_dir, done)
+
+    def _train_from(self, first: int) -> int:
+        """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
         log = MetricsLog(self.output_dir, first - 1) if dist.get_rank() == 0 else None
         started = time.monotonic()
         for step in range(first, self.last_step + 1):
@@ -69,17 +80,21 @@ class Trainer:
             values = {"train/loss": result.metrics.values["loss"], "train/grad_norm": result.grad_norm}
             values |= {"train/lr": result.lr}
             values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
-            values |= self._performance(time.monotonic() - begin, real_tokens, len(packs))
+            performance, stop = self._performance(time.monotonic() - begin, real_tokens, len(packs))
+            values |= performance
             if self._due(step, self.config.eval.every_steps):
                 values |= self.evaluate()
             if log is not None:
                 log.write(step, values)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
                     logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
-            if self._due(step, self.config.checkpoint.every_steps):
+            if stop or self._due(step, self.config.checkpoint.every_steps):
                 self._save(step)
+            if stop:
+                break
         if log is not None:
             log.close()
+        return step
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the whole validation set, named ``eval/...``; empty without one. Collective over all ranks."""
@@ -152,17 +167,25 @@ class Trainer:
             self.config.checkpoint.keep,
         )
 
-    def _performance(self, seconds: float, real_tokens: int, depth: int) -> dict[str, float]:
+    def _performance(self, seconds: float, real_tokens: int, depth: int) -> tuple[dict[str, float], bool]:
+        """The step's speed and memory, and whether any rank is asked to stop: one reduction serves both.
+
+        A signal reaches ranks at different moments, even in different steps. All of them see the same maximum, so all
+        stop after the same step, at no cost beyond a number in a reduction that runs anyway.
+        """
         rows = depth * self.layout.data
-        peak = torch.tensor(_peak_memory_bytes(self.engine.device) / GIB, device=self.engine.device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        return {
+        mine = (_peak_memory_bytes(self.engine.device) / GIB, float(stopping.requested()))
+        maxima = torch.tensor(mine, device=self.engine.device)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        peak, stop = maxima.tolist()
+        values = {
             "perf/tokens_per_second": real_tokens / seconds,
             "perf/tokens_per_second_per_gpu": real_tokens / seconds / self.layout.world_size,
             "perf/step_seconds": seconds,
             "perf/packing_efficiency": real_tokens / (rows * self.config.row_tokens),
-            "perf/peak_memory_gib": float(peak),
+            "perf/peak_memory_gib": peak,
         }
+        return values, stop > 0
 
     def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
         eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))

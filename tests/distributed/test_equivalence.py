@@ -41,6 +41,7 @@ class Case:
     sequence_parallel: bool = False
     row_tokens: int = 512
     family: str = "llama"
+    recompute: str = "none"
 
     @property
     def model(self) -> str:
@@ -82,6 +83,11 @@ CASES = (
     Case("qwen3-tp2-pp2-sp", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, family="qwen3"),
     Case("qwen3-tp4-tied", 4, "random", tied=True, tensor=4, family="qwen3"),
     Case("mistral-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="mistral"),
+    Case("recompute-full", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, row_tokens=128, recompute="full"),
+    Case("recompute-selective", 4, "random", tensor=2, pipeline=2, row_tokens=128, recompute="selective"),
+    # Windows and softcaps recompute their scores by themselves, inside what is recomputed here.
+    Case("gemma2-recompute-full", 1, "random", tied=True, family="gemma2", recompute="full"),
+    Case("gemma2-recompute-selective", 1, "random", tied=True, family="gemma2", recompute="selective"),
 )
 
 
@@ -132,7 +138,7 @@ class Inputs:
                 "warmup_ratio": 0.0,
             },
             "precision": {"dtype": "fp32"},
-            "train": {"steps": SETTINGS.steps},
+            "train": {"steps": SETTINGS.steps, "recompute": case.recompute},
             "output_dir": str(self.root / "runs" / case.name),
         }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_tgdpo.checkpoint_format import is_complete
+from megatron_tgdpo.checkpoint_directory import is_complete
+from megatron_tgdpo.stopping import FAILED_STATUS
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.launch import ROOT, environment, run_module
+from tests.processes import started_ranks
+from tests.series import wait_for_step
 from tests.tiny_models import make_tokenizer
 
 Problem = tuple[Path, dict[str, Any]]
@@ -153,6 +157,21 @@ def test_an_exception_on_one_rank_ends_all_and_shows_its_traceback(problem: Prob
     assert job.returncode != 0
     assert "[rank 1] KeyboardInterrupt" in output
     assert "[rank 1]   File" in output
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_before_collectives_time_out(problem: Problem, tmp_path: Path, frozen: int) -> None:
+    """Rank 0 keeps the store too, so its silence is noticed in another way."""
+    _, config = problem
+    config = merged(
+        config, output_dir=str(tmp_path / "run"), train={"steps": 100000}, parallel={"timeout_minutes": 0.5}
+    )
+    with started_ranks([write_config(tmp_path / "c.yaml", config)], 2, tmp_path / "logs") as ranks:
+        wait_for_step(tmp_path / "run", 2, lambda: ranks[0].poll() is None)
+        ranks[frozen].send_signal(signal.SIGSTOP)
+        assert ranks[1 - frozen].wait(timeout=30) == FAILED_STATUS
+    output = (tmp_path / "logs" / f"{1 - frozen}.log").read_text()
+    assert re.search(rf"\[rank {1 - frozen}\] rank {frozen}\b.* has not answered for \d+ s", output), output
 
 
 def rank_process(job: subprocess.Popen, rank: int) -> psutil.Process:

@@ -5,15 +5,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from megatron_tgdpo.checkpoint_directory import newest_checkpoint
+from megatron_tgdpo.stopping import STOPPED_STATUS
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.launch import ROOT, environment, run_module
+from tests.processes import started_ranks
+from tests.series import assert_same_series, logged_steps, wait_for_step
 
 STEPS = 6
 SERIES = ("train/loss", "train/grad_norm", "train/lr", "rewards/margins", "guidance/weight_std", "logps/chosen")
@@ -76,37 +79,57 @@ def test_a_continued_run_repeats_the_uninterrupted_one(series: Path, name: str) 
                 assert got[key] == pytest.approx(want[key], rel=2e-5, abs=1e-6), f"{key} of step {got['step']}"
 
 
-def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(problem: tuple[Path, dict[str, Any]]) -> None:
+LONG = {"train": {"steps": 30}, "checkpoint": {"every_steps": 4, "keep": 2}}
+
+
+@pytest.fixture(scope="module")
+def whole(problem: tuple[Path, dict[str, Any]]) -> Path:
+    """A longer run that nothing disturbed, on two data ranks."""
     root, config = problem
-    config = merged(config, train={"steps": 30}, checkpoint={"every_steps": 4, "keep": 2})
-    whole, killed = root / "whole", root / "killed"
-    for output in (whole, killed):
-        (root / f"{output.name}.yaml").write_text(json.dumps(merged(config, output_dir=str(output))))
-    run_module("megatron_tgdpo.train", [str(root / "whole.yaml")], processes=2)
+    file = root / "whole.yaml"
+    file.write_text(json.dumps(merged(config, **LONG, output_dir=str(root / "whole"))))
+    run_module("megatron_tgdpo.train", [str(file)], processes=2)
+    assert (root / "whole" / "DONE").exists()
+    return root / "whole"
+
+
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(
+    problem: tuple[Path, dict[str, Any]], whole: Path
+) -> None:
+    root, _ = problem
+    killed = root / "killed"
+    arguments = [str(root / "whole.yaml"), f"output_dir={killed}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = subprocess.Popen(
-        [*command, "-m", "megatron_tgdpo.train", str(root / "killed.yaml")],
+        [*command, "-m", "megatron_tgdpo.train", *arguments],
         cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    _wait_for_step(killed, 6, job)
+    wait_for_step(killed, 6, lambda: job.poll() is None)
     victim = max(psutil.Process(job.pid).children(), key=lambda process: process.pid)
     os.kill(victim.pid, signal.SIGKILL)
     assert job.wait(timeout=120) != 0
-    reached = len((killed / "metrics.jsonl").read_text().splitlines())
-    assert reached < 30
-    run_module("megatron_tgdpo.train", [str(root / "killed.yaml")], processes=2)
-    assert [{key: step[key] for key in SERIES} for step in read_metrics(killed)] == [
-        {key: step[key] for key in SERIES} for step in read_metrics(whole)
-    ]
+    assert logged_steps(killed) < 30
+    assert not (killed / "DONE").exists()
+    run_module("megatron_tgdpo.train", arguments, processes=2)
+    assert_same_series(killed, whole)
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["step_00000028", "step_00000030"]
 
 
-def _wait_for_step(output: Path, step: int, job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert job.poll() is None, "the job ended by itself"
-        metrics = output / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached")
+@pytest.mark.parametrize("request_to_stop", [signal.SIGUSR1, signal.SIGTERM])
+def test_one_rank_asked_to_stop_stops_all_after_the_same_step(
+    whole: Path, tmp_path: Path, request_to_stop: signal.Signals
+) -> None:
+    arguments = [str(whole.with_suffix(".yaml")), f"output_dir={tmp_path}/run"]
+    with started_ranks(arguments, 2, tmp_path / "logs") as ranks:
+        wait_for_step(tmp_path / "run", 2, lambda: ranks[0].poll() is None)
+        ranks[1].send_signal(request_to_stop)
+        assert [rank.wait(timeout=60) for rank in ranks] == [STOPPED_STATUS, STOPPED_STATUS]
+    saved = newest_checkpoint(tmp_path / "run")
+    assert saved is not None
+    reached = logged_steps(tmp_path / "run")
+    assert int(saved.name[5:]) == reached < 30
+    assert f"saved after step {reached} of 30" in (tmp_path / "logs" / "0.log").read_text()
+    assert not (tmp_path / "run" / "DONE").exists()
+    with started_ranks(arguments, 2, tmp_path / "logs") as ranks:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert_same_series(tmp_path / "run", whole)

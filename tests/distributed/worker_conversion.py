@@ -5,6 +5,7 @@ Usage: ``worker_conversion ROOT LAYOUT...`` where ROOT/hf holds HF models and LA
 """
 
 import errno
+import itertools
 import json
 import re
 import resource
@@ -20,12 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.export import export_hf, gather_shards
+from checkpoints_convert import export as export_module
+from checkpoints_convert.command_line import dtype_name
+from checkpoints_convert.export import export_hf
+from checkpoints_convert.import_hf import import_hf
 from checkpoints_convert.load import load_weights
-from checkpoints_convert.logits import packed_logits, packing_of
+from checkpoints_convert.logits import packed_outputs, packing_of
 from checkpoints_convert.mapping import Heads, join_shards, parameter_count
 from checkpoints_convert.model_mapping import mapped_parameters
-from megatron_tgdpo import checkpoint_format
+from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
@@ -75,9 +79,9 @@ def compute(
     """Logits, and for a single stage the gradients of all weights, in fp32."""
     model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
     load_weights(model, hf, hf_config, pg)
-    logits = packed_logits(model, row_tokens(), LENGTHS, pg)
-    if logits is not None and pg.tp.rank() == 0 and pg.dp_cp.rank() == 0:
-        save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
+    outputs = packed_outputs(model, row_tokens(), LENGTHS, pg)
+    if outputs is not None and pg.tp.rank() == 0 and pg.dp_cp.rank() == 0:
+        save_file({"logits": outputs.logits.contiguous(), "logps": outputs.logps}, out / "logits.safetensors")
     marks = {
         mapped.name: mapped.kind != "copy"
         for mapped in mapped_parameters(model, hf_config)
@@ -112,6 +116,17 @@ def save_gradients(model: LanguageModel, hf_config: PretrainedConfig, pg: Proces
         save_file(gradients, out / "gradients.safetensors")
 
 
+def gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Collects equal shards on the group's first rank, in rank order; empty on the others. Collective."""
+    if group.size() == 1:
+        return [shard]
+    # gloo sends wrong data for tensors that are not contiguous
+    shard = shard.contiguous()
+    shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
+    dist.gather(shard, shards, dst=dist.get_global_rank(group, 0), group=group)
+    return shards or []
+
+
 def convert(
     root: Path,
     hf: Path,
@@ -120,20 +135,25 @@ def convert(
     pg: ProcessGroupCollection,
     out: Path,
 ) -> None:
-    """HF -> this layout -> HF and Megatron; Megatron saved by one rank -> this layout -> HF."""
+    """HF -> this layout -> Megatron -> HF; Megatron made without a model -> this layout -> Megatron -> HF."""
     dtype = hf_config.dtype
     model = build_language_model(hf_config, layout, pg, dtype=dtype, device=CPU)
     load_weights(model, hf, hf_config, pg)
-    export_hf(model, out / "exported", hf, hf_config, pg, max_shard_size=40_000)
-    model_state = model.sharded_state_dict()
-    state = {"model": model_state, "optimizer": optimizer_state(model), "step": 5}
-    metadata = {"dtype": "bf16" if dtype == torch.bfloat16 else "fp32", "parameters": parameter_count(hf_config)}
-    checkpoint_format.save(out / "checkpoints" / "step_00000005", state, hf, {**metadata, "step": 5})
+    saved = out / "checkpoints" / "step_00000005"
+    state = {"model": model.sharded_state_dict(), "optimizer": optimizer_state(model), "step": 5}
+    metadata = {"dtype": dtype_name(dtype), "parameters": parameter_count(hf_config)}
+    checkpoint_format.save(saved, state, hf, {**metadata, "step": 5})
+    export(saved, out / "exported", dtype, max_shard_bytes=40_000)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     load_weights(model, root / "megatron" / hf.name, hf_config, pg)
-    export_hf(model, out / "resharded", hf, hf_config, pg)
+    checkpoint_format.save(out / "resharded-megatron", {"model": model.sharded_state_dict()}, hf, metadata)
+    export(out / "resharded-megatron", out / "resharded", dtype)
+
+
+def export(checkpoint: Path, out: Path, dtype: torch.dtype, max_shard_bytes: int = 10**9) -> None:
+    export_hf(checkpoint, out, template=checkpoint, stored=dtype, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def optimizer_state(model: LanguageModel) -> dict:
@@ -148,54 +168,57 @@ def optimizer_state(model: LanguageModel) -> dict:
 
 
 def run_single(root: Path) -> None:
-    """Makes ROOT/megatron from ROOT/hf on one rank, for other layouts to load."""
+    """Makes from ROOT/hf: ROOT/megatron without a model, for other layouts to load, and ROOT/live from a model."""
     layout = make_layout(1, 1, 1, False, 1)
     pg = init_model_parallel(layout, seed=1, timeout_minutes=2)
     for hf in sorted((root / "hf").iterdir()):
         hf_config = read_hf_config(hf)
+        import_hf(hf, root / "megatron" / hf.name, hf_config)
         model = build_language_model(hf_config, layout, pg, dtype=hf_config.dtype, device=CPU)
         load_weights(model, hf, hf_config, pg)
-        metadata = {"dtype": "bf16" if hf_config.dtype == torch.bfloat16 else "fp32"}
-        checkpoint_format.save(root / "megatron" / hf.name, {"model": model.sharded_state_dict()}, hf, metadata)
+        metadata = {"dtype": dtype_name(hf_config.dtype), "parameters": parameter_count(hf_config)}
+        checkpoint_format.save(root / "live" / hf.name, {"model": model.sharded_state_dict()}, hf, metadata)
     destroy_model_parallel()
 
 
 def run_faults(root: Path) -> None:
     """A disk that is full on one rank; every rank must raise, and nothing may be left."""
-    pg = init_model_parallel(make_layout(1, dist.get_world_size(), 1, False, dist.get_world_size()), 1, 2)
+    layout = make_layout(1, dist.get_world_size(), 1, False, dist.get_world_size())
+    pg = init_model_parallel(layout, 1, 2)
     hf = root / "hf" / "untied"
     hf_config = read_hf_config(hf)
-    layout = make_layout(1, dist.get_world_size(), 1, False, dist.get_world_size())
     model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
     load_weights(model, hf, hf_config, pg)
     report = {}
     no_space = OSError(errno.ENOSPC, "No space left on device")
-
-    def save(path: Path) -> None:
-        checkpoint_format.save(path, {"model": model.sharded_state_dict()}, hf, {"dtype": "fp32"})
-
-    for fault in ("limit-rank0", "limit-rank1", "common", "space", "finish", "export-rank1"):
-        target = root / "faults" / fault
+    actions = {
+        "save": lambda path: checkpoint_format.save(path, {"model": model.sharded_state_dict()}, hf, {"dtype": "fp32"}),
+        "import": lambda path: import_hf(hf, path, hf_config),
+        "export": lambda path: export(root / "megatron" / "untied", path, torch.float32, max_shard_bytes=100_000),
+    }
+    for action, fault in itertools.product(actions, ("limit-rank0", "limit-rank1", "common", "space", "finish")):
+        if (action, fault) in (("import", "common"), ("export", "common")):
+            continue
+        target = root / "faults" / f"{action}-{fault}"
+        copied = {"export": export_module}.get(action, checkpoint_directory)
         patches = {
             "common": mock.patch.object(checkpoint_format, "write_common", side_effect=no_space),
-            "space": mock.patch.object(checkpoint_format.shutil, "disk_usage", return_value=mock.Mock(free=1000)),
-            "finish": mock.patch.object(checkpoint_format, "copy_hf_files", side_effect=no_space),
+            "space": mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),
+            "finish": mock.patch.object(copied, "copy_hf_files", side_effect=no_space),
         }
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if fault.endswith(f"rank{dist.get_rank()}"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         try:
             with patches.get(fault, mock.MagicMock()):
-                if fault.startswith("export"):
-                    export_hf(model, target, hf, hf_config, pg)
-                else:
-                    save(target)
-            report[fault] = "no error"
+                actions[action](target)
+            report[target.name] = "no error"
         except UserError as error:
-            report[fault] = str(error)
+            report[target.name] = str(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         dist.barrier()
-    save(root / "faults" / "works-afterwards")
+    for name, action in actions.items():
+        action(root / "faults" / f"{name}-works-afterwards")
     (root / f"faults-{dist.get_rank()}.json").write_text(json.dumps(report))
 
 

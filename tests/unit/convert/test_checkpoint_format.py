@@ -11,7 +11,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from checkpoints_convert.command_line import find_checkpoint
-from megatron_tgdpo import checkpoint_format
+from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.errors import UserError
 from tests.tiny_models import make_llama
 
@@ -51,9 +51,9 @@ def test_comes_back(saved: Path) -> None:
     assert loaded["random"] == {"seed": 5}
     assert loaded["groups"] == [{"lr": 0.1, "betas": (0.9, 0.95)}]
     metadata = {"format_version": 1, "step": 3, "dtype": "fp32", "parameters": 12}
-    assert checkpoint_format.read_metadata(saved) == metadata
-    assert checkpoint_format.is_complete(saved)
-    assert checkpoint_format.is_megatron_checkpoint(saved)
+    assert checkpoint_directory.read_metadata(saved) == metadata
+    assert checkpoint_directory.is_complete(saved)
+    assert checkpoint_directory.is_megatron_checkpoint(saved)
 
 
 def test_default_loader_of_megatron_core_reads_it(saved: Path) -> None:
@@ -85,13 +85,13 @@ def test_an_interrupted_save_is_never_taken_for_whole(saved: Path, hf: Path) -> 
     shutil.copytree(saved, checkpoints / "step_00000010.tmp")  # killed before the rename
     shutil.copytree(saved, checkpoints / "step_00000020")
     (checkpoints / "step_00000020" / "tgdpo.json").unlink()
-    assert not checkpoint_format.is_complete(checkpoints / "step_00000010.tmp")
-    assert not checkpoint_format.is_complete(checkpoints / "step_00000020")
+    assert not checkpoint_directory.is_complete(checkpoints / "step_00000010.tmp")
+    assert not checkpoint_directory.is_complete(checkpoints / "step_00000020")
     assert find_checkpoint(output_dir) == checkpoints / "step_00000003"
     for path in (checkpoints / "step_00000010.tmp", checkpoints / "step_00000020"):
         with pytest.raises(UserError, match="not a complete Megatron checkpoint"):
             checkpoint_format.load(path, state())
-    assert checkpoint_format.remove_incomplete(checkpoints) == [checkpoints / "step_00000010.tmp"]
+    assert checkpoint_directory.remove_incomplete(checkpoints) == [checkpoints / "step_00000010.tmp"]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000020"]
     shutil.rmtree(checkpoints / "step_00000003")
     with pytest.raises(UserError, match="neither a Megatron checkpoint nor a training output"):
@@ -102,7 +102,7 @@ def test_newest_is_by_number(saved: Path) -> None:
     checkpoints = saved.parent / "run" / "checkpoints"
     for step in ("step_00000009", "step_100000000"):
         shutil.copytree(saved, checkpoints / step)
-    assert checkpoint_format.newest_checkpoint(checkpoints.parent) == checkpoints / "step_100000000"
+    assert checkpoint_directory.newest_checkpoint(checkpoints.parent) == checkpoints / "step_100000000"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_truncated_data_is_refused(saved: Path) -> None:
 def test_unknown_version_is_refused(saved: Path) -> None:
     (saved / "tgdpo.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(UserError, match="format_version is 99"):
-        checkpoint_format.read_metadata(saved)
+        checkpoint_directory.read_metadata(saved)
 
 
 class Payload:
@@ -175,14 +175,14 @@ def test_an_interrupted_removal_leaves_nothing_that_looks_complete(
 ) -> None:
     path = tmp_path / "run" / "checkpoints" / "step_00000001"
     shutil.copytree(saved, path)
-    assert checkpoint_format.complete_checkpoints(tmp_path / "run") == [path]
+    assert checkpoint_directory.complete_checkpoints(tmp_path / "run") == [path]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint_format.remove_checkpoint(path)
+            checkpoint_directory.remove_checkpoint(path)
     assert any(path.parent.iterdir())
-    assert checkpoint_format.complete_checkpoints(tmp_path / "run") == []
-    checkpoint_format.remove_incomplete(path.parent)
+    assert checkpoint_directory.complete_checkpoints(tmp_path / "run") == []
+    checkpoint_directory.remove_incomplete(path.parent)
     assert not any(path.parent.iterdir())
 
 

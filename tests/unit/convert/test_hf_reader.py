@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoints_convert import hf_reader
 from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.mapping import expected_shapes
 from megatron_tgdpo.errors import UserError
@@ -63,6 +64,70 @@ def test_slices(single: Path) -> None:
     assert torch.equal(checkpoint.whole(name), whole)
     assert torch.equal(checkpoint.rows(name, 3, 9), whole[3:9])
     assert torch.equal(checkpoint.columns(name, 3, 9), whole[:, 3:9])
+    assert torch.equal(checkpoint.rows(name, 5, 5), whole[5:5])
+    norm = load_file(single / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(checkpoint.whole("model.norm.weight"), norm)
+    assert torch.equal(checkpoint.rows("model.norm.weight", 3, 9), norm[3:9])
+
+
+def test_columns_are_read_in_blocks(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_reader, "_BLOCK_BYTES", 1000)
+    name = "model.embed_tokens.weight"
+    whole = load_file(single / "model.safetensors")[name]
+    assert torch.equal(HfCheckpoint(single).columns(name, 3, 9), whole[:, 3:9])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = make_llama(tmp_path, layers=1, dtype=dtype)
+    for name, tensor in load_file(path / "model.safetensors").items():
+        read = HfCheckpoint(path).whole(name)
+        assert read.dtype == dtype
+        assert torch.equal(read, tensor)
+
+
+def test_many_files_need_few_descriptors(sharded: Path) -> None:
+    checkpoint = HfCheckpoint(sharded)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for name in checkpoint.tensors:
+        checkpoint.whole(name)
+    assert len(shards(sharded)) > 4
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 4
+
+
+def test_file_truncated_after_it_was_checked(single: Path) -> None:
+    checkpoint = HfCheckpoint(single)
+    file = single / "model.safetensors"
+    size = checkpoint.tensors["lm_head.weight"].offset + 100
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(UserError, match=rf"model.safetensors: ends at byte {size:,}: truncated"):
+        checkpoint.whole("lm_head.weight")
+
+
+def change_header(path: Path, change: Callable[[dict], None]) -> None:
+    file = path / "model.safetensors"
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    raw = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + content[8 + length :])
+
+
+def test_header_whose_offsets_lie(single: Path) -> None:
+    def shrink(header: dict) -> None:
+        header["model.norm.weight"]["data_offsets"][1] -= 4
+
+    change_header(single, shrink)
+    refused(single, r"model.norm.weight has 252 bytes, its shape \[64\] and F32 need others")
+
+
+def test_header_with_negative_numbers(single: Path) -> None:
+    def negate(header: dict) -> None:
+        header["model.norm.weight"]["data_offsets"] = [-256, 0]
+
+    change_header(single, negate)
+    refused(single, "corrupt safetensors header")
 
 
 def test_missing_file(sharded: Path) -> None:
@@ -144,6 +209,21 @@ def test_config_that_lies(single: Path, key: str, value: object, message: str) -
 def test_only_pickled_weights(single: Path) -> None:
     (single / "model.safetensors").rename(single / "pytorch_model.bin")
     refused(single, r"only pickled weights .* safe_serialization=True")
+
+
+def test_adapter_is_refused(single: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (single / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"a LoRA adapter \(adapter_config.json\), .* merge_and_unload"):
+        HfCheckpoint(adapter)
+
+
+def test_adapter_beside_a_config_is_refused(single: Path) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    rewrite(single, lambda tensors: tensors.update({name: torch.zeros(4, 64)}))
+    refused(single, r"a LoRA adapter \(base_model.*lora_A.weight\), .* merge_and_unload")
 
 
 def test_no_weights(single: Path) -> None:

@@ -1,0 +1,60 @@
+"""Compares the weights of an HF directory and of a Megatron checkpoint to the bit, a piece at a time."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from checkpoints_convert.check import check_checkpoint
+from checkpoints_convert.hf_reader import HfCheckpoint
+from checkpoints_convert.mapping import Heads
+from checkpoints_convert.pieces import Piece, all_pieces, share
+from megatron_tgdpo.checkpoint_reader import CheckpointReader
+from megatron_tgdpo.ranks import agree
+
+
+def different_weights(hf: Path, checkpoint: Path, hf_config: PretrainedConfig, stored_dtype: torch.dtype) -> list[str]:
+    """HF names of the tensors that differ or are missing in ``hf``, the same sorted list on all ranks.
+
+    Collective over the default group; the pieces are divided among its ranks.
+
+    Args:
+        hf: An HF directory.
+        checkpoint: A Megatron checkpoint.
+        hf_config: The checkpoint's config.
+        stored_dtype: The checkpoint's; the HF weights are converted to it.
+
+    Raises:
+        UserError: On every rank: something cannot be read, or the checkpoint is not of this config.
+    """
+    pieces = all_pieces(hf_config, stored_dtype.itemsize)
+    mine = share(pieces, [piece.numel for piece in pieces], dist.get_rank(), dist.get_world_size())
+    found = agree(lambda: _different(HfCheckpoint(hf), CheckpointReader(checkpoint), mine, hf_config, stored_dtype))
+    reports: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(reports, found)
+    return sorted(set().union(*reports))
+
+
+def _different(
+    theirs: HfCheckpoint,
+    ours: CheckpointReader,
+    pieces: list[Piece],
+    hf_config: PretrainedConfig,
+    stored_dtype: torch.dtype,
+) -> set[str]:
+    check_checkpoint(ours, hf_config, stored_dtype)
+    heads = Heads.of(hf_config)
+    different = set()
+    for piece in pieces:
+        for name, start, rows in piece.to_hf(piece.read_megatron(ours), heads, hf_config.vocab_size):
+            if not _equal(theirs, name, start, rows, dict(piece.parameter.hf_tensors)[name]):
+                different.add(name)
+    return different
+
+
+def _equal(theirs: HfCheckpoint, name: str, start: int, rows: Tensor, shape: tuple[int, ...]) -> bool:
+    if name not in theirs.tensors or theirs.tensors[name].shape != shape:
+        return False
+    return torch.equal(theirs.rows(name, start, start + rows.shape[0]).to(rows.dtype), rows)

@@ -1,0 +1,152 @@
+"""An HF directory into a Megatron checkpoint, a piece at a time: memory holds two pieces, however large the model."""
+
+import io
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from checkpoints_convert.check import check_hf
+from checkpoints_convert.command_line import dtype_name
+from checkpoints_convert.hf_reader import HfCheckpoint
+from checkpoints_convert.mapping import Heads, parameter_count
+from checkpoints_convert.pieces import (
+    Piece,
+    all_pieces,
+    checkpoint_key,
+    checkpoint_sizes,
+    converted,
+    extra_state_keys,
+    share,
+)
+from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
+from megatron_tgdpo.checkpoint_directory import write_description
+from megatron_tgdpo.checkpoint_storage import Writer, system_errors, write_common
+from megatron_tgdpo.files import start_writeback, sync
+from megatron_tgdpo.whole_directory import WholeDirectory
+
+
+def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> Summary:
+    """Writes the checkpoint that megatron-core would save from a model with these weights; all of it, or nothing.
+
+    Collective over the default group (on the CPU); the pieces are divided among its ranks, which changes nothing but
+    how they are distributed over the files.
+
+    Args:
+        hf: The HF directory.
+        out: The checkpoint directory to make, on storage that all ranks share; it must not exist, or be empty.
+        hf_config: The HF directory's config.
+        dtype: Of the stored weights. None keeps that of the HF files, or takes fp32 if they have several.
+
+    Raises:
+        UserError: On every rank: the HF files are not what the config asks for, or cannot be read; ``out`` is not
+            empty, or could not be written.
+    """
+    started = time.perf_counter()
+    with WholeDirectory(out) as directory:
+        checkpoint = directory.on_all_ranks(lambda: _open(hf, hf_config))
+        stored = dtype or _common_dtype(checkpoint)
+        pieces = all_pieces(hf_config, stored.itemsize)
+        size = sum(piece.numel for piece in pieces) * stored.itemsize
+        directory.reserve(size)
+        mine = share(pieces, [piece.numel for piece in pieces], dist.get_rank(), dist.get_world_size())
+        directory.on_first_rank(lambda: write_common({}, directory.aside))
+        with progress_bar("HF to Megatron", sum(piece.numel for piece in mine) * stored.itemsize) as bar:
+            planner = _Planner(checkpoint, hf_config, stored, mine)
+            writer = _StreamWriter(directory.aside, bar)
+            directory.on_all_ranks(lambda: dcp.save({}, storage_writer=writer, planner=planner))
+        count = parameter_count(hf_config)
+        metadata = {"dtype": dtype_name(stored), "step": None, "parameters": count}
+        directory.on_first_rank(lambda: write_description(directory.aside, hf, metadata))
+        directory.publish()
+    return Summary(out, count, dtype_name(stored), size, time.perf_counter() - started)
+
+
+def _open(hf: Path, hf_config: PretrainedConfig) -> HfCheckpoint:
+    checkpoint = HfCheckpoint(hf)
+    check_hf(checkpoint, hf_config)
+    return checkpoint
+
+
+def _common_dtype(checkpoint: HfCheckpoint) -> torch.dtype:
+    dtypes = {info.torch_dtype for info in checkpoint.tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+class _Planner(DefaultSavePlanner):
+    """Lists this rank's pieces without having them, and reads each when it is asked for."""
+
+    def __init__(
+        self, checkpoint: HfCheckpoint, hf_config: PretrainedConfig, dtype: torch.dtype, pieces: list[Piece]
+    ) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._checkpoint, self._dtype, self._heads = checkpoint, dtype, Heads.of(hf_config)
+        self._sizes = checkpoint_sizes(hf_config)
+        self._pieces = {_index(piece): piece for piece in pieces}
+        self._empty = extra_state_keys(hf_config) if dist.get_rank() == 0 else []
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._empty]
+        return SavePlan(items + [self._item(index, piece) for index, piece in self._pieces.items()])
+
+    def _item(self, index: MetadataIndex, piece: Piece) -> WriteItem:
+        assert index.offset is not None
+        stacked = () if piece.parameter.layer is None else (1,)
+        sizes = (*stacked, piece.end - piece.start, *piece.parameter.shape[1:])
+        chunk = ChunkStorageMetadata(index.offset, torch.Size(sizes))
+        data = TensorWriteData(chunk, TensorProperties(dtype=self._dtype), torch.Size(self._sizes[index.fqn]))
+        return WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            buffer = io.BytesIO()
+            torch.save([None], buffer)  # a list: one entry for each object of the name on this rank
+            return buffer
+        assert write_item.tensor_data is not None
+        rows = self._pieces[write_item.index].read_hf(self._checkpoint, self._heads)
+        return converted(rows, self._dtype, write_item.index.fqn).view(write_item.tensor_data.chunk.sizes)
+
+
+def _index(piece: Piece) -> MetadataIndex:
+    layer, columns = piece.parameter.layer, piece.parameter.shape[1:]
+    return MetadataIndex(
+        checkpoint_key(piece.parameter), (*([] if layer is None else [layer]), piece.start, *(0 for _ in columns))
+    )
+
+
+class _StreamWriter(Writer):
+    """Writes items as they are read; DCP's own writer keeps one tensor of every name until the end."""
+
+    def __init__(self, directory: Path, bar: tqdm) -> None:
+        super().__init__(directory)
+        self._bar = bar
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results = []
+        with system_errors(), Path(self.path, name).open("wb") as stream:
+            for item, data in read_ahead(planner.resolve_data, plan.items):
+                start = stream.tell()
+                if isinstance(data, Tensor):
+                    torch.save(data, stream)
+                    self._bar.update(data.nbytes)
+                else:
+                    stream.write(data.getbuffer())
+                length = stream.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+                start_writeback(stream.fileno(), start, length)
+        sync(Path(self.path, name))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done

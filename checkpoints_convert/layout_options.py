@@ -1,0 +1,52 @@
+"""The options that arrange ranks in a grid, for a command that runs the model."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from checkpoints_convert.command_line import timeout_argument
+from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
+from megatron_tgdpo.parallel import ParallelLayout, init_model_parallel, make_layout
+from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
+
+
+@dataclass(frozen=True)
+class Session:
+    """A joined grid of ranks."""
+
+    layout: ParallelLayout
+    pg: ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which prints."""
+        return dist.get_rank() == 0
+
+
+def layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how the ranks are used."""
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (default 1)")
+    parser.add_argument("--pipeline", type=int, help="pipeline-parallel size (default: all ranks / --tensor)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    timeout_argument(parser)
+
+
+def open_session(arguments: argparse.Namespace) -> Session:
+    """Joins all ranks (one if not launched by torchrun or srun) in the layout that the options ask for.
+
+    Raises:
+        UserError: The layout does not fit the number of ranks, or the device is not usable.
+    """
+    ranks = read_rank_environment()
+    pipeline = arguments.pipeline or max(1, ranks.world_size // arguments.tensor)
+    layout = make_layout(arguments.tensor, pipeline, 1, False, ranks.world_size)
+    device = resolve_device(arguments.device)
+    if device.type == "cpu":
+        enable_cpu_backend()
+    init_distributed(ranks, device, arguments.timeout_minutes, connect_store(ranks))
+    pg = init_model_parallel(layout, seed=0, timeout_minutes=arguments.timeout_minutes)
+    return Session(layout, pg, device)

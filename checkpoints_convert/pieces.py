@@ -1,0 +1,160 @@
+"""A model as pieces that fit in memory, each of them rows of one parameter and of the HF tensors it is made of."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from checkpoints_convert.hf_reader import HfCheckpoint
+from checkpoints_convert.mapping import GlobalParameter, Heads, global_parameters, join_shards, read_shard
+from megatron_tgdpo.checkpoint_reader import CheckpointReader
+from megatron_tgdpo.errors import UserError
+
+# Blocks of up to 32 MiB are used again by the allocator; the first touch of larger, fresh ones costs more than reading.
+PIECE_BYTES = 16 << 20
+
+# How the local layer spec renames parameters in checkpoints, to the names that fused layers have.
+_RENAMED = {
+    "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",
+    "decoder.layers.pre_mlp_layernorm.": "decoder.layers.mlp.linear_fc1.layer_norm_",
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a parameter, and what they are in HF.
+
+    Attributes:
+        parameter: The parameter, or one layer's part of it.
+        start: First row of it.
+        end: Last row + 1.
+        hf_index: Of the HF tensor (in ``parameter.hf_tensors``) whose rows they are; None for the whole of a parameter
+            that interleaves several.
+        hf_start: First row of that HF tensor.
+        hf_end: Last row + 1; less than ``hf_start + end - start`` where rows are padding.
+    """
+
+    parameter: GlobalParameter
+    start: int
+    end: int
+    hf_index: int | None
+    hf_start: int = 0
+    hf_end: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Elements, padding included."""
+        return (self.end - self.start) * self.row_numel
+
+    @property
+    def row_numel(self) -> int:
+        """Elements of a row."""
+        return self.parameter.shape[1] if len(self.parameter.shape) > 1 else 1
+
+    def read_hf(self, checkpoint: HfCheckpoint, heads: Heads) -> Tensor:
+        """The parameter's rows from HF files, in the stored dtype; padding is zeros."""
+        names = [name for name, _ in self.parameter.hf_tensors]
+        if self.hf_index is None:
+            return read_shard(checkpoint, self.parameter.kind, names, self.parameter.shape, heads, 0)
+        rows = checkpoint.rows(names[self.hf_index], self.hf_start, self.hf_end)
+        missing = self.end - self.start - rows.shape[0]
+        return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
+
+    def read_megatron(self, checkpoint: CheckpointReader) -> Tensor:
+        """The rows from a Megatron checkpoint, in the stored dtype, without padding."""
+        end = self.end if self.hf_index is None else self.start + self.hf_end - self.hf_start
+        return checkpoint.rows(checkpoint_key(self.parameter), self.parameter.layer, self.start, end)
+
+    def to_hf(self, rows: Tensor, heads: Heads, vocab_size: int) -> list[tuple[str, int, Tensor]]:
+        """What :meth:`read_megatron` gave as (HF name, first row, rows)."""
+        names = [name for name, _ in self.parameter.hf_tensors]
+        if self.hf_index is not None:
+            return [(names[self.hf_index], self.hf_start, rows)]
+        joined = join_shards(self.parameter.kind, [rows], heads, vocab_size)
+        return [(name, 0, tensor) for name, tensor in zip(names, joined, strict=True)]
+
+
+def converted(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Rows in another dtype.
+
+    Raises:
+        UserError: fp16 cannot hold some value.
+    """
+    result = rows.to(dtype)
+    # fp32 and bf16 reach about as far as each other.
+    narrower = dtype == torch.float16 and rows.dtype != torch.float16
+    if narrower and not torch.equal(result.isfinite(), rows.isfinite()):
+        raise UserError(f"{name}: has values beyond what fp16 holds (65504), choose --dtype bf16 or fp32")
+    return result
+
+
+def checkpoint_key(parameter: GlobalParameter) -> str:
+    """The name of the tensor that holds a parameter in a Megatron checkpoint."""
+    for prefix, renamed in _RENAMED.items():
+        if parameter.key.startswith(prefix):
+            return renamed + parameter.key.removeprefix(prefix)
+    return parameter.key
+
+
+def checkpoint_sizes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Size of every tensor of the model by its name in a Megatron checkpoint, the vocabulary padded for one rank."""
+    layers = hf_config.num_hidden_layers
+    return {
+        checkpoint_key(parameter): parameter.shape if parameter.layer is None else (layers, *parameter.shape)
+        for parameter in global_parameters(hf_config)
+    }
+
+
+def extra_state_keys(hf_config: PretrainedConfig) -> list[str]:
+    """Names of the empty objects that megatron-core saves beside, and asks of a checkpoint: one for every linear."""
+    layers = hf_config.num_hidden_layers
+    return [
+        f"{checkpoint_key(parameter).removesuffix('weight')}_extra_state/shard_{parameter.layer}_{layers}"
+        for parameter in global_parameters(hf_config)
+        if parameter.kind in ("qkv", "glu", "row") and parameter.key.endswith(".weight")
+    ]
+
+
+def all_pieces(hf_config: PretrainedConfig, element_size: int) -> list[Piece]:
+    """The pieces of a model, padding included, in the order of a forward pass; the same on every rank."""
+    return [piece for parameter in global_parameters(hf_config) for piece in pieces_of(parameter, element_size)]
+
+
+def pieces_of(parameter: GlobalParameter, element_size: int) -> Iterator[Piece]:
+    """Divides a parameter by rows into pieces of at most PIECE_BYTES (but for parameters that interleave HF tensors).
+
+    Args:
+        parameter: The parameter.
+        element_size: Bytes of an element.
+    """
+    rows = parameter.shape[0]
+    if parameter.kind == "qkv":
+        yield Piece(parameter, 0, rows, None)
+        return
+    row_bytes = element_size * (parameter.shape[1] if len(parameter.shape) > 1 else 1)
+    step = max(1, PIECE_BYTES // row_bytes)
+    first, count = 0, len(parameter.hf_tensors)
+    for index, (_, shape) in enumerate(parameter.hf_tensors):
+        # The last tensor's rows are followed by the padding.
+        last = rows if index == count - 1 else first + shape[0]
+        for start in range(first, last, step):
+            end = min(start + step, last)
+            hf = [min(row - first, shape[0]) for row in (start, end)]
+            yield Piece(parameter, start, end, index, *hf)
+        first = last
+
+
+def share(items: Sequence[T], sizes: Sequence[int], rank: int, ranks: int) -> list[T]:
+    """This rank's part of a list: one run of it, of about equal size on all ranks."""
+    total, before, mine = sum(sizes), 0, []
+    for item, size in zip(items, sizes, strict=True):
+        # The run whose span holds the item's middle.
+        if min((2 * before + size) * ranks // max(2 * total, 1), ranks - 1) == rank:
+            mine.append(item)
+        before += size
+    return mine

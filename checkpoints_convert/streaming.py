@@ -1,0 +1,68 @@
+"""What both directions of a conversion share: reading ahead, the progress bar, the line at the end."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+_QUIET_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion wrote, on all ranks together: ``size`` is in bytes, ``dtype`` as the commands name it."""
+
+    out: Path
+    parameters: int
+    dtype: str
+    size: int
+    seconds: float
+
+    def __str__(self) -> str:
+        speed = self.size / max(self.seconds, 1e-9) / 1e6
+        return (
+            f"{self.out}: {self.parameters:,} parameters in {self.dtype}, {self.size:,} bytes, "
+            f"{self.seconds:.1f} s, {speed:,.0f} MB/s"
+        )
+
+
+def read_ahead(read: Callable[[A], T], items: Sequence[A]) -> Iterator[tuple[A, T]]:
+    """Yields each item with what ``read`` gives for it, reading the next one meanwhile: two are in memory at most.
+
+    Args:
+        read: Called in another thread, for one item at a time and in order; its errors are raised here.
+        items: What to read.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        upcoming = thread.submit(read, items[0]) if items else None
+        for number, item in enumerate(items, start=1):
+            assert upcoming is not None
+            result = upcoming.result()
+            upcoming = thread.submit(read, items[number]) if number < len(items) else None
+            yield item, result
+
+
+def progress_bar(direction: str, total: int) -> tqdm:
+    """A bar of bytes on rank 0's stderr, showing that rank's share; seldom refreshed where it is not a terminal.
+
+    Args:
+        direction: What is going on.
+        total: Bytes of this rank's share.
+    """
+    ranks = dist.get_world_size()
+    return tqdm(
+        total=total,
+        desc=direction if ranks == 1 else f"{direction} (rank 0's share of {ranks})",
+        unit="B",
+        unit_scale=True,
+        mininterval=0.1 if sys.stderr.isatty() else _QUIET_SECONDS,
+        disable=dist.get_rank() != 0,
+    )

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Trains without Slurm, under torchrun, on this machine or on several. Start the same command again to continue.
+#
+#   bash launch/train.sh config.yaml [section.key=value ...]
+#
+#   NPROC_PER_NODE   ranks on this machine (default: its GPUs, or 1 without any)
+#   NNODES           machines (default 1). With more, start the same command on each, with
+#   RDZV_ENDPOINT    HOST:PORT of one of them, the same everywhere, and
+#   RDZV_ID          a name of this start, the same everywhere (default: tgdpo)
+#
+# TERM or USR1 to this script (kill PID) saves after the step that is running, and ends. Environment: launch/env.sh.
+set -euo pipefail
+
+fail() { echo "train.sh: $*" >&2; exit 1; }
+
+[ $# -ge 1 ] || fail "usage: bash launch/train.sh config.yaml [section.key=value ...]"
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+status=0
+output_dir=$("$python" -m megatron_tgdpo.restarts "$@") || status=$?
+case $status in
+  0) ;;
+  3) echo "train.sh: finished already: $output_dir/DONE" && exit 0 ;;
+  *) exit 1 ;;
+esac
+
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+rendezvous=(--standalone)
+if [ "${NNODES:-1}" -gt 1 ]; then
+  [ -n "${RDZV_ENDPOINT:-}" ] || fail "NNODES is $NNODES but RDZV_ENDPOINT is not set: export HOST:PORT of one node"
+  rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-tgdpo}")
+fi
+"$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}" \
+  -m megatron_tgdpo.train "$@" &
+launcher=$!
+# To the ranks and not to torchrun, which would give them no more than 30 seconds.
+trap 'signalled=1; pkill -TERM -P "$launcher" || true' TERM USR1
+while :; do
+  signalled=
+  status=0
+  wait "$launcher" || status=$?
+  # A signal interrupts wait, whose status then says nothing about the launcher.
+  [ -n "$signalled" ] || break
+done
+if [ "$status" != 0 ] && [ ! -f "$output_dir/DONE" ]; then
+  echo "train.sh: not finished; start the same command again to continue" >&2
+fi
+exit "$status"

@@ -1,0 +1,126 @@
+"""Bytes of tensors from and to files at given places, without mapping them: mapped pages would count as memory."""
+
+import contextlib
+import errno
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tgdpo.errors import UserError
+
+_OPEN_FILES = 4
+
+
+class FileReader:
+    """Reads at given places of the files of one directory; for one thread at a time.
+
+    Args:
+        directory: Where the files are.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._descriptors: dict[str, int] = {}
+
+    def read_into(self, tensor: Tensor, name: str, offset: int) -> None:
+        """Fills a contiguous CPU tensor with the bytes that start at ``offset`` of a file.
+
+        Raises:
+            UserError: The file cannot be read, or ends too early.
+        """
+        view = _bytes_of(tensor)
+        try:
+            descriptor = self._open(name)
+            while view:
+                count = os.preadv(descriptor, [view], offset)
+                if not count:
+                    raise UserError(f"{self._directory / name}: ends at byte {offset:,}: truncated")
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise UserError(f"{self._directory / name}: cannot be read: {error.strerror}") from error
+
+    def _open(self, name: str) -> int:
+        if name not in self._descriptors:
+            if len(self._descriptors) >= _OPEN_FILES:
+                self.close()
+            self._descriptors[name] = os.open(self._directory / name, os.O_RDONLY)
+        return self._descriptors[name]
+
+    def close(self) -> None:
+        """Closes what is open; reading again opens it again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class FilePart(io.RawIOBase):
+    """A part of an open file as a file of its own, for reading.
+
+    Args:
+        descriptor: Of the open file; it stays open.
+        start: The part's first byte.
+        size: Its length; more than what the file has left is like a truncated file.
+    """
+
+    def __init__(self, descriptor: int, start: int, size: int) -> None:
+        super().__init__()
+        self._descriptor, self._start, self._size, self._position = descriptor, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Moves to a place in the part and returns it."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if origin + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Reads up to the part's end into a buffer and returns the number of bytes."""
+        view = memoryview(buffer).cast("B")[: max(self._size - self._position, 0)]
+        count = os.preadv(self._descriptor, [view], self._start + self._position) if view else 0
+        self._position += count
+        return count
+
+
+def write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
+    """Writes a contiguous CPU tensor's bytes at a place of an open file, and has the kernel begin to store them.
+
+    Raises:
+        OSError: The disk is full, or anything else.
+    """
+    view, position = _bytes_of(tensor), offset
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
+    start_writeback(descriptor, offset, position - offset)
+
+
+def start_writeback(descriptor: int, offset: int, length: int) -> None:
+    """Has the kernel store a part of a file without waiting for it, so that little is left for the final sync."""
+    with contextlib.suppress(AttributeError, OSError):  # advice only: not every system takes it
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def sync(path: Path) -> None:
+    """Makes a file or a directory's entries survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data

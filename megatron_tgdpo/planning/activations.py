@@ -1,0 +1,145 @@
+"""Bytes that a layer of the policy keeps for its backward pass, and that a pipeline stage keeps in total.
+
+The count goes through the layer tensor by tensor, as Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) do,
+for this project's layer: RMSNorm, grouped-query attention by SDPA on packed rows (no padding, no score matrix), gated
+MLP, no dropout, rotary angles. Their sequence parallelism (section 4.2.2) divides what lies outside the linears, tensor
+parallelism what lies between them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from checkpoints_convert.families import family_of
+from checkpoints_convert.mapping import Heads
+from megatron_tgdpo.parallel import ParallelLayout
+
+# Query rows that attention.py masks at a time where SDPA's causal kernel does not apply.
+QUERY_BLOCK = 1024
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One micro batch.
+
+    Attributes:
+        tokens: Of the packed row.
+        sequence_tokens: Of each sequence in it; only masked attention (windows, softcaps) depends on it.
+        dtype_bytes: Of weights and activations: 2 for bf16, 4 for fp32.
+    """
+
+    tokens: int
+    sequence_tokens: int
+    dtype_bytes: int
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """Elements per token on one rank.
+
+    Attributes:
+        hidden: Of the residual stream, under sequence parallelism spread over the tensor ranks.
+        heads: Query heads.
+        head: Size of a head.
+        query: All query heads.
+        key: All key heads; as many for the values.
+        projected: What the joint query, key and value projection leaves in memory.
+        mlp: Of gate, and of up.
+    """
+
+    hidden: float
+    heads: float
+    head: int
+    query: float
+    key: float
+    projected: float
+    mlp: float
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig, layout: ParallelLayout) -> "LayerWidths":
+        """Of a model under a layout."""
+        heads, tp = Heads.of(hf_config), layout.tensor
+        number = heads.groups * heads.queries_per_group
+        # With more tensor ranks than key/value heads, megatron-core gathers the projection and keeps it whole.
+        shared = 1 if tp > heads.groups else tp
+        return cls(
+            hidden=hf_config.hidden_size / (tp if layout.sequence_parallel else 1),
+            heads=number / tp,
+            head=heads.size,
+            query=number * heads.size / tp,
+            key=max(heads.groups / tp, 1) * heads.size,
+            projected=(number + 2 * heads.groups) * heads.size / shared,
+            mlp=hf_config.intermediate_size / tp,
+        )
+
+
+def layer_activations(
+    hf_config: PretrainedConfig, layout: ParallelLayout, row: Row, recompute: str, layer: int
+) -> float:
+    """Bytes that one layer keeps of one row until its backward pass.
+
+    Args:
+        hf_config: Of the policy.
+        layout: The rank grid.
+        row: The micro batch.
+        recompute: ``none``, ``selective`` or ``full``.
+        layer: Counted from 0; layers may differ in their attention windows.
+    """
+    width, size = LayerWidths.of(hf_config, layout), row.dtype_bytes
+    if recompute == "full":
+        return row.tokens * width.hidden * size
+    settings = family_of(hf_config.architectures).config_kwargs(hf_config)
+    norms = (4 if settings.get("post_norms") else 2) * width.hidden * _norm_bytes(settings, size)
+    if settings.get("qk_layernorm"):
+        norms += width.query * size
+    linear_inputs = (2 * width.hidden + width.query + width.mlp) * size
+    # Rotated queries and keys; cosines and sines for both. Values stay inside the projection.
+    attention = (width.projected + width.query + width.key + 4 * width.head) * size
+    if recompute == "none":
+        attention += _core_attention(settings, width, row, layer)
+    # Gate and up in one tensor, the activated gate, and up once more (megatron-core adds its offset of 0).
+    mlp = 4 * width.mlp * size
+    return row.tokens * (norms + linear_inputs + attention + mlp)
+
+
+def _norm_bytes(settings: dict[str, Any], size: int) -> int:
+    """Of an element that a norm keeps: Gemma's works on an fp32 copy, the others keep the residual stream itself."""
+    return _FP32 if settings.get("layernorm_zero_centered_gamma") else size
+
+
+def _core_attention(settings: dict[str, Any], width: LayerWidths, row: Row, layer: int) -> float:
+    """Bytes per token: output and log-sum-exp of SDPA, or the mask of attention that recomputes its scores."""
+    window = None
+    if settings.get("window_size") is not None and settings["window_attn_skip_freq"][layer]:
+        window = settings["window_size"][0] + 1
+    masked_window = window is not None and window < row.sequence_tokens
+    if not masked_window and settings.get("attn_logit_softcapping") is None:
+        return width.query * row.dtype_bytes + width.heads * _FP32
+    reach = row.sequence_tokens if window is None else window
+    starts = range(0, row.sequence_tokens, QUERY_BLOCK)
+    blocks = [(start, min(start + QUERY_BLOCK, row.sequence_tokens)) for start in starts]
+    return sum((b - a) * (b - max(0, a - reach + 1)) for a, b in blocks) / row.sequence_tokens
+
+
+def stage_activations(
+    hf_config: PretrainedConfig, layout: ParallelLayout, row: Row, recompute: str, stage: int
+) -> float:
+    """Bytes that a stage keeps at the fullest moment of 1F1B: all its layers, for all micro batches in flight.
+
+    Stage i of p holds p - i micro batches (Korthikanti et al. 2022, section 4.2.3); so many per step are assumed. The
+    last stage also keeps input and output of the final norm.
+    """
+    layers = hf_config.num_hidden_layers // layout.pipeline
+    held = sum(
+        layer_activations(hf_config, layout, row, recompute, layer)
+        for layer in range(stage * layers, (stage + 1) * layers)
+    )
+    width = LayerWidths.of(hf_config, layout)
+    if recompute == "full":
+        held += row.tokens * width.head * _FP32  # rotary angles
+    if stage == layout.pipeline - 1:
+        norm = _norm_bytes(family_of(hf_config.architectures).config_kwargs(hf_config), row.dtype_bytes)
+        held += row.tokens * (width.hidden * norm + hf_config.hidden_size * row.dtype_bytes)
+    return held * (layout.pipeline - stage)

@@ -1,0 +1,47 @@
+"""The machines of a plan."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines. The defaults are an H100 SXM node's data sheet figures and assumed efficiencies.
+
+    Source: NVIDIA's data sheets of the H100 SXM (989 TFLOP/s dense bf16, 80 GB, NVLink 900 GB/s for both directions
+    together) and of the DGX H100 (one 400 Gb/s network port per GPU).
+
+    Attributes:
+        nodes: Machines.
+        gpus_per_node: GPUs in each.
+        gpu_memory_gib: Memory of a GPU.
+        reserve_gib: Of it, what CUDA, NCCL and the allocator's gaps take (assumed).
+        peak_tflops: Peak of dense bf16, TFLOP/s.
+        efficiency: Part of the peak that the models' products reach (assumed).
+        nvlink_gbytes: GB/s that a GPU sends inside the node.
+        network_gbytes: GB/s that a GPU sends to other nodes.
+        link_efficiency: Part of either that collectives reach (assumed).
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu_memory_gib: float = 80.0
+    reserve_gib: float = 6.0
+    peak_tflops: float = 989.0
+    efficiency: float = 0.4
+    nvlink_gbytes: float = 450.0
+    network_gbytes: float = 50.0
+    link_efficiency: float = 0.7
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def flops(self) -> float:
+        """FLOP/s that a GPU reaches."""
+        return self.peak_tflops * 1e12 * self.efficiency
+
+    def bandwidth(self, span: int) -> float:
+        """Bytes/s that a GPU sends to others among ``span`` consecutive ranks."""
+        inside = span <= self.gpus_per_node and self.gpus_per_node % span == 0
+        return (self.nvlink_gbytes if inside else self.network_gbytes) * 1e9 * self.link_efficiency

@@ -1,0 +1,61 @@
+"""From the planner's parsed arguments to its text (``tools/plan.py`` says what they are)."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.job import Batch, Job
+from megatron_tgdpo.planning.layouts import all_plans, make_plan
+from megatron_tgdpo.planning.report import plan_text, table
+
+_MAY_BE_ZERO = ("reserve_gib", "response_share")
+
+
+def plan(arguments: argparse.Namespace) -> str:
+    """The text for parsed arguments.
+
+    Raises:
+        UserError: A config is not supported, the layout does not divide, or a number makes no sense.
+    """
+    for name, value in vars(arguments).items():
+        too_small = isinstance(value, int | float) and (value < 0 if name in _MAY_BE_ZERO else value <= 0)
+        if too_small and not isinstance(value, bool):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+    job = _job(arguments)
+    cluster = Cluster(**{field.name: getattr(arguments, field.name) for field in fields(Cluster)})
+    if arguments.tensor is not None or arguments.pipeline is not None:
+        sequence_parallel = not arguments.no_sequence_parallel
+        layout = make_layout(arguments.tensor or 1, arguments.pipeline or 1, 1, sequence_parallel, cluster.gpus)
+        return plan_text(make_plan(job, cluster, layout, arguments.recompute), job, cluster)
+    plans = all_plans(job, cluster)
+    if not plans:
+        raise UserError(f"no layout of {cluster.gpus} GPUs divides the model: change --nodes or --gpus-per-node")
+    fitting = sum(plan.fits for plan in plans)
+    headline = f"{fitting} of {len(plans)} layouts of {cluster.gpus} GPUs fit; the fastest, by estimate:"
+    return "\n".join([headline, table(plans[: arguments.top]), "", plan_text(plans[0], job, cluster)])
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    policy = _read(arguments.model)
+    others = [arguments.reference] + ([arguments.guide] if arguments.method == "tgdpo" else [])
+    frozen = tuple(_read(path) if path else policy for path in others)
+    longest = 2 * arguments.max_length
+    row = Row(arguments.row_tokens or longest, arguments.max_length, 4 if arguments.dtype == "fp32" else 2)
+    if row.tokens < longest:
+        raise UserError(f"--row-tokens is {row.tokens} but a pair may take 2 x --max-length = {longest}: raise it")
+    batch = Batch(arguments.global_pairs, arguments.pair_tokens or arguments.max_length, arguments.response_share)
+    return Job(policy, frozen, row, batch)
+
+
+def _read(path: str) -> PretrainedConfig:
+    file = Path(path)
+    if file.is_file() and file.name != "config.json":
+        raise UserError(f"{path}: give an HF directory, or the config.json of one")
+    return read_hf_config(file.parent if file.is_file() else file)

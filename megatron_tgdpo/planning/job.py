@@ -1,0 +1,56 @@
+"""What is to be planned: the models and the batch."""
+
+import math
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.planning.activations import Row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step works on.
+
+    Attributes:
+        global_pairs: Pairs per step, over all ranks.
+        pair_tokens: Mean tokens of a pair, both sequences with their prompts.
+        response_share: Part of those tokens that are response tokens, of which log-probs are taken.
+    """
+
+    global_pairs: int
+    pair_tokens: int
+    response_share: float
+
+    def rows(self, row_tokens: int) -> int:
+        """Rows that the pairs fill, at their mean length."""
+        return math.ceil(self.global_pairs / max(1, row_tokens // self.pair_tokens))
+
+    def micro_batches(self, row_tokens: int, data: int) -> int:
+        """Rows per data-parallel rank and step; ranks short of one run an empty row."""
+        return math.ceil(self.rows(row_tokens) / data)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run on paper.
+
+    Attributes:
+        policy: HF config of the policy.
+        frozen: HF configs of the reference and, for TGDPO, the guide.
+        row: One micro batch.
+        batch: One step.
+    """
+
+    policy: PretrainedConfig
+    frozen: tuple[PretrainedConfig, ...]
+    row: Row
+    batch: Batch
+
+    @property
+    def models(self) -> tuple[PretrainedConfig, ...]:
+        return (self.policy, *self.frozen)
+
+    def micro_batches(self, layout: ParallelLayout) -> int:
+        return self.batch.micro_batches(self.row.tokens, layout.data)

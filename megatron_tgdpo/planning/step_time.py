@@ -1,0 +1,94 @@
+"""An estimate of a step's time: products at an assumed part of peak, then traffic, nothing overlapped.
+
+Left out: memory-bound operations, the optimizer's arithmetic, launch latencies, and that attention with softcaps or
+windows runs far below the assumed efficiency. So it ranks layouts; it does not promise seconds.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from checkpoints_convert.mapping import Heads
+from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.job import Job
+from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, tensor_bytes
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step.
+
+    Attributes:
+        compute: Of the slowest stage's products, over all its rows.
+        tensor: Of tensor-parallel traffic.
+        pipeline: Of traffic between stages.
+        bubble: That a stage waits for the pipeline to fill and drain.
+        data: Of reducing gradients and gathering weights.
+    """
+
+    compute: float
+    tensor: float
+    pipeline: float
+    bubble: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor + self.pipeline + self.bubble + self.data
+
+
+def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
+    """FLOP per token of one layer's forward: two for each weight, and causal attention to half the sequence on average.
+
+    Source: Narayanan et al. 2021 (arXiv 2104.04473, appendix), with grouped-query attention and a gated MLP.
+    """
+    heads, hidden = Heads.of(hf_config), hf_config.hidden_size
+    query = heads.groups * heads.queries_per_group * heads.size
+    weights = hidden * (2 * query + 2 * heads.groups * heads.size + 3 * hf_config.intermediate_size)
+    return 2 * weights + 2 * query * sequence_tokens
+
+
+def row_flops(job: Job, layout: ParallelLayout, recompute: str) -> float:
+    """FLOP of one row on one GPU of the last stage: its layers and the log-probs.
+
+    The policy's backward costs two forwards; recomputation one more, or attention's alone. Of the log-probs, backward
+    makes the logits again.
+    """
+
+    def forward(hf_config: PretrainedConfig) -> float:
+        layers = hf_config.num_hidden_layers // layout.pipeline
+        return layers * job.row.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
+
+    def logits(hf_config: PretrainedConfig) -> float:
+        return 2 * job.row.tokens * job.batch.response_share * hf_config.vocab_size * hf_config.hidden_size
+
+    flops = sum(forward(config) + logits(config) for config in job.models)
+    flops += 2 * forward(job.policy) + 3 * logits(job.policy)
+    if recompute == "full":
+        flops += forward(job.policy)
+    elif recompute == "selective":
+        heads = Heads.of(job.policy)
+        query = heads.groups * heads.queries_per_group * heads.size
+        layers = job.policy.num_hidden_layers // layout.pipeline
+        flops += layers * job.row.tokens * query * job.batch.pair_tokens
+    return flops / layout.tensor
+
+
+def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> StepTime:
+    """Of one optimizer step.
+
+    megatron-core numbers ranks tensor first, then data, then pipeline: tensor groups lie inside a node where they can,
+    stages lie tensor x data ranks apart.
+    """
+    rows, model = job.micro_batches(layout), layout.tensor * layout.data
+    compute = row_flops(job, layout, recompute) / cluster.flops
+    tensor = tensor_bytes(job, layout, recompute) / cluster.bandwidth(layout.tensor)
+    pipeline = pipeline_bytes(job, layout) / cluster.bandwidth(2 * model)
+    return StepTime(
+        compute=rows * compute,
+        tensor=rows * tensor,
+        pipeline=rows * pipeline,
+        bubble=(layout.pipeline - 1) * (compute + tensor + pipeline),
+        data=data_bytes(job, layout) / cluster.bandwidth(model),
+    )

@@ -1,0 +1,73 @@
+"""Bytes that one GPU sends, by kind of parallelism.
+
+Collectives are counted as rings: over n ranks an all-gather or a reduce-scatter of a tensor sends (n - 1) / n of it
+from each rank, an all-reduce both.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.memory import stage_parameters
+from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.planning.job import Job
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes sent by a GPU of a middle stage in one optimizer step.
+
+    Attributes:
+        tensor: All-reduces, or under sequence parallelism all-gathers and reduce-scatters, within layers.
+        pipeline: Hidden states of all models forwards, the policy's gradient backwards.
+        data: Reduce-scatter of the fp32 gradients and all-gather of the new weights.
+    """
+
+    tensor: float
+    pipeline: float
+    data: float
+
+
+def ring(ranks: int) -> float:
+    """The part of a tensor that each of ``ranks`` sends in an all-gather or a reduce-scatter."""
+    return (ranks - 1) / ranks
+
+
+def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> float:
+    """Bytes of one row and one stage.
+
+    A layer's forward takes four ring passes over the hidden states of the row: an all-gather and a reduce-scatter for
+    attention and for the MLP, or one all-reduce each. So does its backward; under sequence parallelism two more, as the
+    linears gather their inputs again for the gradients of their weights.
+    """
+
+    def forward(hf_config: PretrainedConfig) -> float:
+        layers = hf_config.num_hidden_layers // layout.pipeline
+        return 4 * layers * ring(layout.tensor) * job.row.tokens * hf_config.hidden_size * job.row.dtype_bytes
+
+    backward = (1.5 if layout.sequence_parallel else 1.0) + (1.0 if recompute == "full" else 0.0)
+    return sum(forward(hf_config) for hf_config in job.models) + backward * forward(job.policy)
+
+
+def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
+    """Bytes of one row that a middle stage sends to both neighbours; nothing with one stage."""
+    if layout.pipeline == 1:
+        return 0.0
+    local = job.row.tokens / (layout.tensor if layout.sequence_parallel else 1)
+    return local * job.row.dtype_bytes * (sum(model.hidden_size for model in job.models) + job.policy.hidden_size)
+
+
+def data_bytes(job: Job, layout: ParallelLayout) -> float:
+    """Bytes of one step, on the stage with most parameters."""
+    parameters = max(stage_parameters(job.policy, layout, stage) for stage in {0, layout.pipeline - 1})
+    return ring(layout.data) * parameters * (4 + job.row.dtype_bytes)
+
+
+def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
+    """All of one step."""
+    rows = job.micro_batches(layout)
+    return Traffic(
+        tensor=rows * tensor_bytes(job, layout, recompute),
+        pipeline=rows * pipeline_bytes(job, layout),
+        data=data_bytes(job, layout),
+    )

@@ -1,0 +1,144 @@
+"""A directory that many ranks write and that appears whole, or not at all."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import sync
+from megatron_tgdpo.ranks import agree
+
+ASIDE_SUFFIX = ".tmp"
+# Tells what an interrupted save left from a directory that only has such a name.
+_MARK = ".unfinished"
+
+T = TypeVar("T")
+
+
+class WholeDirectory:
+    """Context manager: what is written into ``aside`` becomes ``path`` by :meth:`publish`, or is deleted.
+
+    Entering and every method are collective over the default group, and raise the same error on every rank if they
+    fail on any, so that no rank goes on to wait for one that failed.
+
+    Args:
+        path: The directory, on storage that all ranks share; it must not exist, or be empty.
+
+    Attributes:
+        path: As given.
+        aside: ``path`` + ``.tmp``, made anew on entering; a killed process leaves it behind.
+
+    Raises:
+        UserError: On entering: ``path`` is not empty, or ``aside`` cannot be made or is somebody else's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.aside = path.with_name(path.name + ASIDE_SUFFIX)
+        self._needed = 0
+
+    def __enter__(self) -> "WholeDirectory":
+        self.on_first_rank(self._begin)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None and dist.get_rank() == 0:
+            shutil.rmtree(self.aside, ignore_errors=True)
+
+    def reserve(self, size: int) -> None:
+        """Checks that ``size`` bytes are free; later errors say how many were needed.
+
+        Raises:
+            UserError: They are not.
+        """
+        self._needed = size
+        self.on_first_rank(self._check_space)
+
+    def publish(self) -> None:
+        """Syncs everything and renames ``aside`` to ``path``.
+
+        Raises:
+            UserError: It could not be done.
+        """
+        self.on_first_rank(self._publish)
+
+    def on_first_rank(self, action: Callable[[], object]) -> None:
+        """Runs a step on rank 0; see :meth:`on_all_ranks`."""
+        self.on_all_ranks(action if dist.get_rank() == 0 else lambda: None)
+
+    def on_all_ranks(self, action: Callable[[], T]) -> T:
+        """Runs a step and has all ranks agree that it worked.
+
+        Raises:
+            UserError: It failed on some rank, with any error.
+        """
+
+        def attempt() -> T:
+            try:
+                return action()
+            except UserError:
+                raise
+            except (Exception, CheckpointException) as error:  # the latter derives from BaseException
+                raise UserError(self._message(error)) from error
+
+        return agree(attempt)
+
+    def _begin(self) -> None:
+        refuse_existing(self.path)
+        if self.aside.exists():
+            if not (self.aside / _MARK).is_file():
+                raise UserError(f"{self.aside}: exists and was not left by an interrupted save: move it away")
+            shutil.rmtree(self.aside)
+        self.aside.mkdir(parents=True)
+        (self.aside / _MARK).touch()
+
+    def _check_space(self) -> None:
+        if shutil.disk_usage(self.path.parent).free < self._needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _publish(self) -> None:
+        (self.aside / _MARK).unlink()
+        for folder, _, names in os.walk(self.aside):
+            for name in names:
+                sync(Path(folder, name))
+            sync(Path(folder))
+        self.aside.rename(self.path)  # an existing path is an empty directory, which this replaces
+        sync(self.path.parent)
+
+    def _message(self, error: BaseException) -> str:
+        text = f"{self.path}: saving failed, nothing was changed: {one_line(error)}"
+        if self._needed:
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(self.path.parent).free
+                text += f"; it needs {self._needed:,} bytes, {free:,} are free"
+        return text
+
+
+def refuse_existing(path: Path) -> None:
+    """Stops early, before any work, where an output directory holds something.
+
+    Raises:
+        UserError: It does.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not empty, delete it or choose another directory")
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line; of DCP's collected failures the first, named by its rank."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {one_line(cause)}"
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

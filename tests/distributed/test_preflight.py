@@ -1,0 +1,32 @@
+"""A fault of one rank is told to all of them, with its node's name, before anything is loaded."""
+
+import json
+import re
+from pathlib import Path
+
+from tests.launch import run_module
+from tests.tiny_models import make_llama
+
+
+def test_every_rank_is_told_which_node_is_bad(tmp_path: Path) -> None:
+    policy = make_llama(tmp_path / "policy", layers=1)
+    arguments = [str(policy), str(tmp_path)]
+    done = run_module("tests.distributed.worker_preflight", arguments, processes=4, timeout=240)
+    told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert all(each == told[0] for each in told)
+    wanted = {
+        "none": r"fine",
+        "version": r"preflight: node node1: \S+ is missing there, \S+ elsewhere \(and .* more problems, see the log\)",
+        "blind": rf"preflight: node node1: does not see what node node0 writes to {tmp_path}/blind",
+        "disk": rf"preflight: node node1: what it writes to {tmp_path}/disk is not seen by node node0",
+        "sum": r"preflight: node node1: the all-reduce of tp group \[2, 3\] gave a wrong sum on node1.*",
+    }
+    assert told[0].keys() == wanted.keys()
+    for fault, message in wanted.items():
+        assert re.fullmatch(message, told[0][fault]), told[0][fault]
+        bad_nodes = tmp_path / fault / "bad_nodes"
+        assert bad_nodes.exists() == (fault != "none")
+        if fault != "none":
+            assert {line.split("\t")[0] for line in bad_nodes.read_text().splitlines()} == {"node1"}
+        assert not list((tmp_path / fault).glob(".canary*"))
+    assert len(re.findall(r"preflight: all-reduce tp: 2 groups", done.stderr)) == 1 + 4

@@ -1,0 +1,23 @@
+"""Every shell script is clean."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from tests.launch import ROOT
+
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT)) for suffix in ("sh", "sbatch") for path in ROOT.glob(f"[!.]*/**/*.{suffix}")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck(script: str) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", "--severity=warning", script],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

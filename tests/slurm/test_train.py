@@ -1,0 +1,133 @@
+"""The very script that users submit, on a real Slurm: a run that is stopped in any way ends as if it never was."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT
+from tests.series import assert_same_series, wait_for_step
+from tests.slurm.cluster import SMALL, Cluster, Job
+
+slow = pytest.mark.skipif("TGDPO_SLOW_TESTS" not in os.environ, reason="slow: bash tests/slurm/run_all.sh")
+
+
+def test_slurm_accepts_every_script(cluster: Cluster) -> None:
+    for script in ("launch/train.sbatch", "launch/stage.sbatch"):
+        assert "to start at" in cluster.run("sbatch", "--test-only", script, "config.yaml")
+    assert "n[1-2]" in cluster.run("sbatch", "--test-only", "--nodes=2", "launch/train.sbatch", "config.yaml")
+
+
+def test_a_run_ends_once_and_says_so_when_submitted_again(
+    cluster: Cluster, uninterrupted: Path, config_file: Path, tmp_path: Path
+) -> None:
+    assert (uninterrupted / "DONE").exists()
+    (logs,) = (uninterrupted / "logs").iterdir()
+    assert sorted(log.name for log in logs.iterdir()) == [f"rank_{rank}.log" for rank in range(4)]
+    metrics = (uninterrupted / "metrics.jsonl").read_bytes()
+    again = cluster.train(tmp_path, [str(config_file), f"output_dir={uninterrupted}"])
+    assert again.wait() == "COMPLETED"
+    assert "finished already" in again.text()
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == metrics
+
+
+def near_the_time_limit(job: Job) -> None:
+    """The signal that ``--signal=B:USR1`` brings."""
+    job.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+
+
+def signal_the_ranks(job: Job) -> None:
+    job.cluster.run("scancel", "--signal=USR1", job.number)
+
+
+def preempt(job: Job) -> None:
+    options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    job.cluster.run("sbatch", *options, "--wrap=sleep 1")
+    job.wait_until(lambda: job.field("Restarts") == "1", "been preempted")
+
+
+def lose_a_node(job: Job) -> None:
+    job.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    job.wait_until(lambda: job.field("Restarts") == "1", "been requeued")
+    job.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+
+@pytest.mark.parametrize("event", [near_the_time_limit, signal_the_ranks, preempt, lose_a_node])
+def test_a_stopped_run_is_requeued_and_repeats_the_uninterrupted_one(
+    cluster: Cluster, uninterrupted: Path, config_file: Path, tmp_path: Path, event: Callable[[Job], None]
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.train(tmp_path, [str(config_file), f"output_dir={run}"], "--partition=low")
+    wait_for_step(run, 3, job.alive)
+    event(job)
+    assert job.wait() == "COMPLETED", job.text()
+    assert job.field("Restarts") == "1"
+    if event is not lose_a_node:
+        assert "stopped early and saved" in job.text()
+        assert "continuing after step" in (run / "logs" / f"{job.number}.1" / "rank_0.log").read_text()
+    assert_same_series(run, uninterrupted)
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = cluster.train(tmp_path, [str(config_file), f"output_dir={run}"])
+    wait_for_step(run, 2, job.alive)
+    cluster.run("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    job.wait_until(lambda: not cluster.run("squeue", "--noheader"), "left the queue")
+    assert job.field("Restarts") == "0"
+    assert not (run / "DONE").exists()
+
+
+def test_bad_input_is_not_tried_again(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
+    bad_data = cluster.train(tmp_path, [str(config_file), f"output_dir={tmp_path}/run", "data.validation=nowhere.json"])
+    assert bad_data.wait() == "FAILED"
+    assert "nowhere.json" in bad_data.text()
+    assert "bad input, not requeued" in bad_data.text()
+    bad_key = cluster.train(tmp_path, [str(config_file), "loss.betta=1"])
+    assert bad_key.wait() == "FAILED"
+    assert "loss.betta" in bad_key.text()
+
+
+def test_restarts_without_progress_end(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
+    """A python whose training always crashes."""
+    crashing = tmp_path / "python"
+    crashing.write_text('#!/bin/sh\n[ "$2" != megatron_tgdpo.train ] || exit 70\nexec "$REAL_PYTHON" "$@"\n')
+    crashing.chmod(0o755)
+    variables = {"REAL_PYTHON": sys.executable, "TGDPO_PYTHON": str(crashing), "TGDPO_MAX_RESTARTS": "1"}
+    job = cluster.train(tmp_path, [str(config_file), f"output_dir={tmp_path}/run"], **variables)
+    assert job.wait() == "FAILED", job.text()
+    assert job.field("Restarts") == "2"
+    assert "restarted 1 times without a new checkpoint (still at step 0)" in job.text()
+
+
+@slow
+def test_a_real_time_limit_as_often_as_needed(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
+    """Two minutes, the signal some 75 s before (or up to 60 s earlier): several legs of a run that is longer."""
+    arguments = [str(config_file), "train.steps=500", "checkpoint.every_steps=1000"]
+    whole = cluster.train(tmp_path, [*arguments, f"output_dir={tmp_path}/whole"])
+    assert whole.wait(400) == "COMPLETED"
+    job = cluster.train(tmp_path, [*arguments, f"output_dir={tmp_path}/run"], "--time=2", "--signal=B:USR1@75")
+    assert job.wait(900) == "COMPLETED", job.text()
+    assert int(job.field("Restarts")) >= 2
+    print(f"restarts under a time limit of 2 minutes: {job.field('Restarts')}")
+    assert_same_series(tmp_path / "run", tmp_path / "whole")
+
+
+@slow
+def test_the_whole_mission_as_a_chain_of_jobs(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
+    submit = ("bash", str(ROOT / "launch" / "pipeline.sh"), str(config_file), str(tmp_path / "out"), "train.steps=4")
+    variables = {"TGDPO_TRAIN_OPTIONS": " ".join(SMALL), "TGDPO_STAGE_OPTIONS": "--cpus-per-task=1"}
+    printed = cluster.run(*submit, **variables)
+    jobs = [line.split(": job ")[1].split()[0] for line in printed.splitlines() if ": job " in line]
+    assert len(jobs) == 8, printed
+    last = Job(cluster, jobs[-1], tmp_path / "out" / f"slurm-{jobs[-1]}-evaluate.out")
+    export = Job(cluster, jobs[-2], tmp_path / "out" / f"slurm-{jobs[-2]}-export-tgdpo.out")
+    assert export.wait(400) == "COMPLETED"
+    assert last.wait() == "COMPLETED"
+    assert (tmp_path / "out" / "tgdpo_hf" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "validation.jsonl").read_text().count('"eval/loss"') == 2
+    again = cluster.run(*submit, **variables)
+    assert again.count("complete, skipped") == 8, again

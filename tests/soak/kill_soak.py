@@ -1,0 +1,175 @@
+"""Kills a training run at random moments and starts it again, many times: no kill may cost more than an unsaved step.
+
+    python -m tests.soak.kill_soak --kills 30 [--seed 0] [--directory DIR]
+
+Checked after every kill: all processes are gone, every checkpoint is whole, and at most the steps since the last save
+are lost. At the end: the metrics are those of a run that was never killed, step for step, to the last bit.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+from megatron_tgdpo.checkpoint_directory import complete_checkpoints, is_complete
+from tests.distributed.common import make_problem, merged
+from tests.launch import ROOT, environment
+from tests.series import assert_same_series, logged_steps, wait_for_step
+
+KINDS = ("one rank", "during a save", "the launcher", "all ranks", "while starting")
+EVERY = 4  # steps between saves
+STEPS_PER_KILL = 30  # more than are made between two kills, so that the run does not end before the last
+LEFT_ALONE = 60  # seconds for the rest of a job to end by itself
+
+
+class Job:
+    """The run under torchrun, with two data ranks.
+
+    Args:
+        config: Its YAML file.
+        run: Its output directory.
+    """
+
+    def __init__(self, config: Path, run: Path) -> None:
+        self.run = run
+        self._metrics_before = self._metrics_file()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        with open(run.parent / "soak.log", "ab") as log:
+            self.launcher = subprocess.Popen(
+                [*launcher, "-m", "megatron_tgdpo.train", str(config), f"output_dir={run}"],
+                cwd=ROOT, env=environment(), stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def wait_for_step(self, step: int) -> None:
+        """Waits until this start, not an earlier one, has logged a step."""
+        deadline = time.monotonic() + 120
+        # Starting cuts the metrics back to the checkpoint, which makes another file of them.
+        while self._metrics_file() == self._metrics_before:
+            assert self.launcher.poll() is None, "the launcher ended by itself"
+            assert time.monotonic() < deadline, "the run did not start"
+            time.sleep(0.02)
+        wait_for_step(self.run, step, lambda: self.launcher.poll() is None)
+
+    def wait_for_save(self) -> None:
+        """Waits until a checkpoint is being written."""
+        deadline = time.monotonic() + 120
+        while not any((self.run / "checkpoints").glob("*.tmp")):
+            assert time.monotonic() < deadline, "no save began"
+            time.sleep(0.001)
+
+    def kill(self, choose: Callable[[list[psutil.Process]], Sequence[psutil.Process]]) -> None:
+        """Kills some of launcher (first) and ranks; the rest must end by itself."""
+        everyone = [psutil.Process(self.launcher.pid)]
+        everyone += everyone[0].children(recursive=True)
+        for process in choose(everyone):
+            process.kill()
+        deadline = time.monotonic() + LEFT_ALONE
+        while self.launcher.poll() is None or any(_runs(process) for process in everyone):
+            assert time.monotonic() < deadline, f"processes are left {LEFT_ALONE} s after the kill"
+            time.sleep(0.1)
+
+    def finish(self) -> None:
+        """Waits until the run is finished; whatever happens, nothing of it goes on."""
+        try:
+            assert self.launcher.wait(timeout=600) == 0
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Kills what is left, after a failure of this script."""
+        if self.launcher.poll() is None:
+            self.kill(lambda everyone: everyone)
+
+    def _metrics_file(self) -> int | None:
+        file = self.run / "metrics.jsonl"
+        return file.stat().st_ino if file.exists() else None
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill_once(job: Job, kind: str, rng: random.Random, saved: int) -> None:
+    """Kills a job at a random moment of the given kind; ``saved`` is the step that it starts from."""
+    if kind == "while starting":
+        time.sleep(rng.uniform(0, 10))
+    else:
+        job.wait_for_step(saved + rng.randint(1, 3 * EVERY))
+        if kind == "during a save":
+            job.wait_for_save()
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            time.sleep(rng.uniform(0, 0.3))
+    choices: dict[str, Callable[[list[psutil.Process]], Sequence[psutil.Process]]] = {
+        "one rank": lambda everyone: [rng.choice(everyone[1:])],
+        "all ranks": lambda everyone: everyone[1:],
+        "the launcher": lambda everyone: everyone[:1],
+    }
+    job.kill(choices.get(kind, lambda everyone: everyone))
+
+
+def check(run: Path) -> tuple[int, int]:
+    """Checks what a kill left; returns the last step that was logged and the last that is saved."""
+    logged, complete = logged_steps(run), complete_checkpoints(run)
+    saved = int(complete[-1].name[5:]) if complete else 0
+    assert logged - saved <= EVERY, f"step {logged} was made, but only {saved} is saved"
+    for path in (run / "checkpoints").glob("step_*"):
+        assert is_complete(path) or path.suffix in (".tmp", ".removing"), f"{path} is half a checkpoint"
+    return logged, saved
+
+
+def soak(directory: Path, kills: int, seed: int) -> None:
+    """Runs the soak; raises AssertionError where anything but unsaved steps is lost."""
+    rng = random.Random(seed)
+    config = merged(
+        make_problem(directory),
+        parallel={"timeout_minutes": 0.5},
+        train={"steps": STEPS_PER_KILL * (kills + 1)},
+        checkpoint={"every_steps": EVERY},
+    )
+    file = directory / "config.yaml"
+    file.write_text(json.dumps(config))
+    Job(file, directory / "whole").finish()
+    run, lost, torn = directory / "killed", [], 0
+    for number in range(kills):
+        kind = KINDS[number % len(KINDS)]
+        _, saved = check(run)
+        job = Job(file, run)
+        try:
+            kill_once(job, kind, rng, saved)
+        finally:
+            job.end()
+        logged, saved = check(run)
+        lost.append(logged - saved)
+        torn += any((run / "checkpoints").glob("*.tmp"))
+        print(f"kill {number + 1}/{kills}: {kind}, at step {logged}, saved {saved}", flush=True)
+    Job(file, run).finish()
+    assert_same_series(run, directory / "whole")
+    print(f"{kills} kills: {max(lost)} steps lost at most (saves every {EVERY}), {sum(lost)} in all")
+    print(f"{torn} kills left a half-written save, none was taken for whole; the series is the uninterrupted one")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", type=Path, help="where to leave the runs (default: a temporary directory)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = arguments.directory or Path(temporary)
+        directory.mkdir(parents=True, exist_ok=True)
+        soak(directory, arguments.kills, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

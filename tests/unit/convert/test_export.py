@@ -1,0 +1,262 @@
+"""Megatron to HF without a model: what is written, and what is refused."""
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from safetensors.torch import load_file
+
+from checkpoints_convert import megatron_to_hf, pieces
+from checkpoints_convert.export import export_hf
+from checkpoints_convert.hf_reader import HfCheckpoint
+from checkpoints_convert.import_hf import import_hf
+from megatron_tgdpo import checkpoint_format
+from megatron_tgdpo.checkpoint_reader import CheckpointReader
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hf_config import read_hf_config
+from tests.launch import ROOT, environment
+from tests.tiny_models import make_llama
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return make_llama(tmp_path / "hf", layers=2)
+
+
+@pytest.fixture
+def checkpoint(hf: Path, tmp_path: Path) -> Path:
+    import_hf(hf, tmp_path / "megatron", read_hf_config(hf))
+    return tmp_path / "megatron"
+
+
+def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32, max_shard_bytes: int = 10**9) -> None:
+    export_hf(checkpoint, out, template=checkpoint, stored=torch.float32, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def weights(path: Path) -> Tensors:
+    tensors: Tensors = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def assert_same(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def resave(checkpoint: Path, out: Path, change: Callable[[Tensors], object]) -> Path:
+    """Saves the checkpoint's tensors again, changed."""
+    reader = CheckpointReader(checkpoint)
+    tensors = {}
+    for key, info in reader.tensors.items():
+        stacked = key.startswith("decoder.layers")
+        layers = [reader.rows(key, i, 0, info.size[1]) for i in range(info.size[0])] if stacked else []
+        tensors[key] = torch.stack(layers) if stacked else reader.rows(key, None, 0, info.size[0])
+    change(tensors)
+    state = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()}
+    checkpoint_format.save(out, {"model": state}, checkpoint, {"dtype": "fp32", "step": 7})
+    return out
+
+
+def test_files_hold_what_fits(checkpoint: Path, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 7 * 64 * 4)
+    export(checkpoint, tmp_path / "out", max_shard_bytes=60_000)
+    assert_same(tmp_path / "out", hf)
+    assert HfCheckpoint(tmp_path / "out").tensors.keys() == HfCheckpoint(hf).tensors.keys()
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    tensors = weights(hf)
+    assert not (tmp_path / "out" / ".unfinished").exists()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / "out" / file)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert sum(tensor.nbytes for tensor in load_file(file).values()) <= 60_000
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bfloat16"), (torch.float16, "float16")])
+def test_dtype(checkpoint: Path, hf: Path, tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+    export(checkpoint, tmp_path / "out", dtype)
+    for tensor_name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(tensor, weights(hf)[tensor_name].to(dtype))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == name
+
+
+def pad(tensors: Tensors) -> None:
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        tensors[key] = torch.cat([tensors[key], torch.zeros(128, 64)])
+
+
+def test_vocabulary_padded_for_three_tensor_ranks(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
+    padded = resave(checkpoint, tmp_path / "padded", pad)  # 384 rows = 3 x 128
+    export(padded, tmp_path / "out")
+    assert_same(tmp_path / "out", hf)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("output_layer.weight"), "output_layer.weight missing, config.json asks for it"),
+        (lambda tensors: tensors.update({"new.weight": torch.zeros(3)}), "new.weight not expected"),
+        (
+            lambda tensors: tensors.update({"decoder.final_layernorm.weight": torch.zeros(65)}),
+            r"final_layernorm.weight has shape \[65\], config.json asks for \[64\]",
+        ),
+        (
+            lambda tensors: tensors.update({"output_layer.weight": torch.zeros(512, 64)}),
+            r"output_layer.weight has shape \[512, 64\], config.json asks for \[256, 64\]",
+        ),
+        (
+            lambda tensors: tensors.update({"decoder.final_layernorm.weight": torch.zeros(64).half()}),
+            "stored as torch.float16, tgdpo.json says torch.float32",
+        ),
+    ],
+)
+def test_other_weights_than_the_config_says(
+    checkpoint: Path, tmp_path: Path, change: Callable[[Tensors], object], message: str
+) -> None:
+    changed = resave(checkpoint, tmp_path / "changed", change)
+    with pytest.raises(UserError, match=message):
+        export(changed, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed", "hf", "megatron"]
+
+
+def test_optimizer_state_is_not_in_the_way(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
+    trained = resave(
+        checkpoint, tmp_path / "trained", lambda tensors: tensors.update({"optimizer.state.exp_avg.x": torch.ones(3)})
+    )
+    export(trained, tmp_path / "out")
+    assert_same(tmp_path / "out", hf)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 3, "config.json asks for"),
+        ("vocab_size", 100, "config.json asks for"),
+        ("vocab_size", 132, r"it has [\d,]+ parameters, config.json asks for"),
+        ("intermediate_size", 128, r"linear_fc1.weight has shape \[2, 192, 64\], config.json asks for \[2, 256, 64\]"),
+        ("tie_word_embeddings", True, "output_layer.weight not expected"),
+    ],
+)
+def test_config_that_lies(checkpoint: Path, tmp_path: Path, key: str, value: object, message: str) -> None:
+    file = checkpoint / "hf" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(UserError, match=message):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_template_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    other = make_llama(tmp_path / "other", layers=2, vocab_size=132)
+    with pytest.raises(UserError, match=r"lm_head.weight has shape \(131, 64\), .*other asks for \(132, 64\)"):
+        export_hf(
+            checkpoint,
+            tmp_path / "out",
+            template=other,
+            stored=torch.float32,
+            dtype=torch.float32,
+            max_shard_bytes=10**9,
+        )
+
+
+def test_truncated_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    file = next(checkpoint.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match="megatron: cannot load"):
+        export(checkpoint, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+
+
+class Payload:
+    """Unpickling it creates a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.mark,))
+
+
+def test_checkpoint_cannot_run_code(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    with pytest.raises(UserError, match="does not belong into checkpoint metadata"):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_existing_output_is_kept(checkpoint: Path, hf: Path) -> None:
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export(checkpoint, hf)
+    assert (hf / "config.json").exists()
+
+
+def test_directory_that_only_looks_like_a_leftover_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "notes").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.tmp: exists and was not left by an interrupted save: move it away"):
+        export(checkpoint, tmp_path / "out")
+    assert (tmp_path / "out.tmp" / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),
+        mock.patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device")),
+    ],
+)
+def test_full_disk_is_reported_before_the_work(checkpoint: Path, tmp_path: Path, patch: mock._patch) -> None:
+    with (
+        patch,
+        pytest.raises(UserError, match=r"out: saving failed, .*No space left .* needs [\d,]+ bytes, [\d,]+ are free"),
+    ):
+        export(checkpoint, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+
+
+def test_killed_in_the_middle(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom checkpoints_convert import megatron_to_hf, safetensors_file\n"
+        "safetensors_file.write_at = lambda *_: os.kill(os.getpid(), 9)\nmegatron_to_hf.main()"
+    )
+    command = [sys.executable, "-c", code, "--megatron", str(checkpoint), "--out", str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True).returncode == -signal.SIGKILL
+    left = tmp_path / "out.tmp"
+    assert left.is_dir()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        read_hf_config(left)
+    export(checkpoint, tmp_path / "out")
+    assert not left.exists()
+    assert_same(tmp_path / "out", hf)
+
+
+def test_command_reports(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["command", "--megatron", str(checkpoint), "--out", str(out), "--dtype", "bf16"])
+    megatron_to_hf.main()
+    shown = capsys.readouterr()
+    count = sum(tensor.numel() for tensor in weights(out).values())
+    assert shown.out.startswith(f"{out}: {count:,} parameters in bf16, {2 * count:,} bytes, ")
+    assert shown.out.endswith(" MB/s\n")
+    assert "Megatron to HF: 100%" in shown.err

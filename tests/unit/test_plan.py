@@ -1,0 +1,175 @@
+"""The planner's arithmetic by hand, its ranking and warnings, and that a dry run says the same."""
+
+from pathlib import Path
+
+import pytest
+from transformers import PretrainedConfig
+
+from checkpoints_convert.mapping import parameter_count
+from megatron_tgdpo import attention
+from megatron_tgdpo.config import config_from_dict
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.memory import stage_memory, stage_parameters
+from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.planning.activations import QUERY_BLOCK, Row, layer_activations, stage_activations
+from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.job import Batch, Job
+from megatron_tgdpo.planning.layouts import all_plans, make_plan
+from megatron_tgdpo.planning.report import memory_lines
+from megatron_tgdpo.planning.step_time import layer_flops, step_time
+from megatron_tgdpo.planning.traffic import traffic
+from megatron_tgdpo.run import dry_run
+from tests.launch import run_module
+from tests.published_configs import PUBLISHED, write_config
+from tests.tiny_models import make_llama
+from tests.unit.test_config import VALID
+
+ROW = Row(tokens=4096, sequence_tokens=2048, dtype_bytes=2)
+BATCH = Batch(global_pairs=128, pair_tokens=2048, response_share=0.5)
+SINGLE = make_layout(1, 1, 1, False, 1)
+
+
+def published(tmp_path: Path, name: str) -> PretrainedConfig:
+    return read_hf_config(write_config(tmp_path, PUBLISHED[name]))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> PretrainedConfig:
+    return published(tmp_path, "Llama-3-8B")
+
+
+def test_activations_of_a_layer_by_hand(llama: PretrainedConfig) -> None:
+    hidden, mlp, query, key, head = 4096, 14336, 4096, 1024, 128
+    norms, linear_inputs = 2 * hidden, 2 * hidden + query + mlp
+    rotated, projected, angles = query + key, query + 2 * key, 4 * head
+    gate = 2 * mlp + mlp + mlp  # joint; activated; up plus its offset
+    elements = norms + linear_inputs + rotated + projected + angles + gate
+    sdpa = 2 * query + 4 * 32  # output, and an fp32 log-sum-exp a head
+    assert layer_activations(llama, SINGLE, ROW, "selective", 0) == 4096 * 2 * elements
+    assert layer_activations(llama, SINGLE, ROW, "none", 0) == 4096 * (2 * elements + sdpa)
+    assert layer_activations(llama, SINGLE, ROW, "full", 0) == 4096 * 2 * hidden
+
+
+def test_tensor_and_sequence_parallelism_divide_activations(llama: PretrainedConfig) -> None:
+    whole = layer_activations(llama, SINGLE, ROW, "none", 0)
+    angles, outside = 4 * 128 * 2 * 4096, 4 * 4096 * 2 * 4096
+    both = layer_activations(llama, make_layout(8, 1, 1, True, 8), ROW, "none", 0)
+    tensor_only = layer_activations(llama, make_layout(8, 1, 1, False, 8), ROW, "none", 0)
+    assert both == (whole - angles) / 8 + angles
+    assert tensor_only == both + outside * 7 / 8
+
+
+def test_masked_attention_keeps_its_masks(tmp_path: Path) -> None:
+    assert QUERY_BLOCK == attention._QUERY_BLOCK
+    gemma = published(tmp_path, "gemma-2-2b")
+    saved = [
+        layer_activations(gemma, SINGLE, ROW, "none", 0) - layer_activations(gemma, SINGLE, ROW, "selective", 0)
+        for ROW in (Row(4096, 1024, 2), Row(4096, 2048, 2))
+    ]
+    # One byte for each query and key of a block; the first block of two sees only its own keys.
+    assert saved == [4096 * 1024, 4096 * (1024 + 2048) / 2]
+
+
+def test_stages_hold_as_many_micro_batches_as_follow(llama: PretrainedConfig) -> None:
+    layout = make_layout(1, 4, 1, False, 4)
+    layer = layer_activations(llama, layout, ROW, "none", 0)
+    assert [stage_activations(llama, layout, ROW, "none", stage) / layer for stage in range(3)] == [32, 24, 16]
+    assert stage_activations(llama, layout, ROW, "none", 3) == 8 * layer + 2 * 4096 * 4096 * 2
+
+
+def test_optimizer_state_is_split_over_data_ranks(llama: PretrainedConfig) -> None:
+    one, eight = (stage_memory(llama, [llama], make_layout(1, 1, 1, False, n), ROW, "none", 0) for n in (1, 8))
+    assert one.optimizer == 12 * parameter_count(llama) == 8 * eight.optimizer
+    assert one.static - one.optimizer == eight.static - eight.optimizer == (2 + 4 + 2) * parameter_count(llama)
+
+
+def test_flops_are_two_a_weight_and_attention(llama: PretrainedConfig) -> None:
+    norms, embeddings = 65 * 4096, 2 * 128256 * 4096
+    assert 32 * layer_flops(llama, 0) == 2 * (parameter_count(llama) - norms - embeddings)
+    assert layer_flops(llama, 2048) - layer_flops(llama, 0) == 2 * 4096 * 2048
+
+
+def test_traffic_by_hand(llama: PretrainedConfig) -> None:
+    job = Job(llama, (llama, llama), ROW, BATCH)
+    sent = traffic(job, make_layout(2, 4, 1, True, 16), "none")
+    hidden, rows = 4096 * 4096 * 2, 32
+    # Eight layers: forward of three models four half passes each, backward of one six.
+    assert sent.tensor == rows * 8 * hidden / 2 * (3 * 4 + 6)
+    assert sent.pipeline == rows * hidden / 2 * 4
+    largest = stage_parameters(llama, make_layout(2, 4, 1, True, 16), 3)  # has the final norm
+    assert sent.data == (4 + 2) * largest / 2
+
+
+def test_a_bubble_is_as_long_as_the_other_stages_take(llama: PretrainedConfig) -> None:
+    plan = make_plan(Job(llama, (llama,), ROW, BATCH), Cluster(), make_layout(1, 4, 1, False, 8), "none")
+    time = plan.time
+    assert time.bubble == pytest.approx(3 / 32 * (time.compute + time.pipeline))
+    assert plan.bubble == 3 / 35
+
+
+def test_recomputation_costs_time_and_saves_memory(llama: PretrainedConfig) -> None:
+    job, layout = Job(llama, (llama, llama), ROW, BATCH), make_layout(4, 1, 1, True, 8)
+    plans = [make_plan(job, Cluster(), layout, recompute) for recompute in ("none", "selective", "full")]
+    assert sorted(plans, key=lambda plan: plan.time.total) == plans
+    assert sorted(plans, key=lambda plan: -plan.memory.total) == plans
+
+
+def test_links_between_nodes_are_slower(llama: PretrainedConfig) -> None:
+    job, layout = Job(llama, (llama,), ROW, BATCH), make_layout(1, 2, 1, False, 8)
+    inside, outside = (step_time(job, Cluster(n, 8 // n), layout, "none") for n in (1, 2))
+    assert (outside.compute, inside.pipeline * 9) == (inside.compute, pytest.approx(outside.pipeline))
+
+
+def test_ranking_covers_the_layouts_that_divide(llama: PretrainedConfig) -> None:
+    plans = all_plans(Job(llama, (llama, llama), ROW, BATCH), Cluster())
+    assert {(plan.layout.tensor, plan.layout.pipeline) for plan in plans} == {
+        (tensor, pipeline) for tensor in (1, 2, 4, 8) for pipeline in (1, 2, 4, 8) if tensor * pipeline <= 8
+    }
+    assert [plan.fits for plan in plans] == [True] * 9 + [False]
+    times = [plan.time.total for plan in plans if plan.fits]
+    assert times == sorted(times)
+
+
+def test_a_thousand_gpus_need_more_pairs(tmp_path: Path) -> None:
+    llama = published(tmp_path, "Llama-3-70B")
+    few = Job(llama, (llama, llama), ROW, BATCH)
+    many = Job(llama, (llama, llama), ROW, Batch(4096, 2048, 0.5))
+    wide, deep = make_layout(8, 1, 1, True, 1024), make_layout(8, 4, 1, True, 1024)
+    cluster = Cluster(nodes=128)
+    assert "64 of 128 data ranks have no pair" in make_plan(few, cluster, wide, "full").warning
+    assert "(2) do not fill the stages (4)" in make_plan(few, cluster, deep, "none").warning
+    assert make_plan(many, cluster, deep, "none").warning == ""
+    assert make_plan(many, cluster, deep, "none").fits
+
+
+def test_a_layout_must_divide(llama: PretrainedConfig) -> None:
+    with pytest.raises(UserError, match=r"32 layers are not divisible by parallel\.pipeline = 3"):
+        make_plan(Job(llama, (), ROW, BATCH), Cluster(), make_layout(1, 3, 1, False, 3), "none")
+
+
+def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
+    path = make_llama(tmp_path / "model")
+    values = {
+        **VALID,
+        "model": {"policy": str(path), "guide": str(path)},
+        "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+        "train": {"steps": 1, "recompute": "full"},
+    }
+    model = read_hf_config(path)
+    plan = make_plan(Job(model, (model, model), ROW, BATCH), Cluster(), make_layout(2, 2, 1, True, 8), "full")
+    assert dry_run(config_from_dict(values), 8).splitlines()[-len(memory_lines(plan.memory)) :] == memory_lines(
+        plan.memory
+    )
+
+
+def test_command_line(tmp_path: Path) -> None:
+    write_config(tmp_path, PUBLISHED["Llama-3-8B"])
+    for arguments in ([str(tmp_path)], [str(tmp_path / "config.json"), "--tensor", "4", "--recompute", "full"]):
+        done = run_module("tools.plan", ["--model", *arguments])
+        assert "tokens/s per GPU" in done.stdout
+    assert done.stdout.startswith("8 GPUs = TP4 x PP1 x DP2 + SP, recompute full\n")
+    (tmp_path / "other.json").write_text("{}")
+    done = run_module("tools.plan", ["--model", str(tmp_path / "other.json")], check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("other.json: give an HF directory, or the config.json of one")

@@ -1,0 +1,94 @@
+"""Every recipe is a valid config for the models it names, says what it is, and fits its GPUs on paper."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_tgdpo.config import Config, load_config
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.job import Batch, Job
+from megatron_tgdpo.planning.layouts import Plan, make_plan
+from tests.published_configs import PUBLISHED, write_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
+NAME = re.compile(
+    r"(?P<method>tgdpo|dpo)-(?P<model>[a-z0-9.]+-\d+b)-(?P<nodes>\d+)n(?P<gpus>\d+)g-tp(?P<tp>\d+)pp(?P<pp>\d+)dp(?P<dp>\d+)"
+)
+MODELS = {
+    "llama3-8b": "Llama-3-8B",
+    "llama3-70b": "Llama-3-70B",
+    "llama3.2-3b": "Llama-3.2-3B",
+    "gemma2-2b": "gemma-2-2b",
+}
+
+
+def parts(recipe: Path) -> dict[str, str]:
+    match = NAME.fullmatch(recipe.stem)
+    assert match is not None
+    return match.groupdict()
+
+
+def layout_of(config: Config, world_size: int) -> ParallelLayout:
+    parallel = config.parallel
+    return make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, world_size)
+
+
+def plan_of(recipe: Path, tmp_path: Path) -> Plan:
+    config, said = load_config(recipe), parts(recipe)
+    model = read_hf_config(write_config(tmp_path, PUBLISHED[MODELS[said["model"]]]))
+    frozen = (model,) if config.model.guide is None else (model, model)
+    batch = Batch(config.batch.global_pairs, config.data.max_length, response_share=0.5)
+    job = Job(model, frozen, Row(config.row_tokens, config.data.max_length, dtype_bytes=2), batch)
+    cluster = Cluster(nodes=int(said["nodes"]), gpus_per_node=int(said["gpus"]))
+    return make_plan(job, cluster, layout_of(config, cluster.gpus), config.train.recompute)
+
+
+def test_there_are_recipes_for_every_model_and_method() -> None:
+    assert {(parts(recipe)["method"], parts(recipe)["model"]) for recipe in RECIPES} == {
+        (method, model) for method in ("tgdpo", "dpo") for model in MODELS
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_is_what_its_name_and_launch_line_say(recipe: Path) -> None:
+    config, said, text = load_config(recipe), parts(recipe), recipe.read_text()
+    layout = layout_of(config, int(said["nodes"]) * int(said["gpus"]))
+    assert config.loss.method == said["method"]
+    assert (layout.tensor, layout.pipeline, layout.data) == (int(said["tp"]), int(said["pp"]), int(said["dp"]))
+    assert str(layout) in text.splitlines()[0]
+    (launch,) = [line for line in text.splitlines() if re.match(r"#   (torchrun|sbatch) ", line)]
+    assert launch.endswith(f" launch/recipes/{recipe.name}")
+    if said["nodes"] == "1":
+        assert f"--nproc-per-node {said['gpus']} " in launch
+    else:
+        assert f"--nodes={said['nodes']} launch/train.sbatch " in launch
+        sbatch = (recipe.parents[1] / "train.sbatch").read_text()
+        assert f"#SBATCH --ntasks-per-node={said['gpus']}\n" in sbatch
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_has_the_hyper_parameters_of_the_reference_code(recipe: Path) -> None:
+    config = load_config(recipe)
+    assert (config.loss.beta, config.loss.alpha) == (0.1, 0.5)
+    assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup_ratio) == (7e-7, "cosine", 0.1)
+    assert (config.batch.global_pairs, config.data.max_length, config.train.epochs) == (128, 2048, 1)
+    assert config.precision.dtype == "bf16"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_fits_gpus_of_80_gb_and_says_what_is_planned(recipe: Path, tmp_path: Path) -> None:
+    plan = plan_of(recipe, tmp_path)
+    assert plan.fits
+    # Whichever gigabyte is meant.
+    assert plan.memory.total < 80e9
+    assert plan.warning == ""
+    said = re.search(
+        r"# Planned, not measured .*: ([\d.]+) GiB on the fullest GPU, ([\d.]+) s a step", recipe.read_text()
+    )
+    assert said is not None
+    assert float(said[1]) == pytest.approx(plan.memory.total / 2**30, abs=0.06)
+    assert float(said[2]) == pytest.approx(plan.time.total, abs=0.06)
