@@ -6,7 +6,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from checkpoints_convert.families import family_of
+from checkpoints_convert.check import check_hf
 from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.mapping import Heads, expected_shapes, read_shard
 from checkpoints_convert.model_mapping import mapped_parameters
@@ -14,9 +14,6 @@ from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.models import LanguageModel
-
-_LM_HEAD = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 def load_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection) -> None:
@@ -78,24 +75,10 @@ def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfi
     if not path.is_dir():
         raise UserError(f"{path}: no such directory")
     checkpoint = HfCheckpoint(path)
-    stored_head = bool(hf_config.tie_word_embeddings) and _LM_HEAD in checkpoint.tensors
-    ignored = family_of(hf_config.architectures).ignored
-    checkpoint.check(expected_shapes(hf_config), (*ignored, _LM_HEAD) if stored_head else ignored)
-    if stored_head:
-        _check_stored_head(checkpoint)
+    check_hf(checkpoint, hf_config)
     heads, rank = Heads.of(hf_config), pg.tp.rank()
     for mapped in mapped_parameters(model, hf_config):
         shard = read_shard(checkpoint, mapped.kind, mapped.hf_names, mapped.parameter.shape, heads, rank)
         if shard.shape != mapped.parameter.shape:
             raise ValueError(f"{mapped.name}: {list(shard.shape)} read for {list(mapped.parameter.shape)}")
         mapped.parameter.copy_(shard.to(mapped.parameter.dtype))
-
-
-def _check_stored_head(checkpoint: HfCheckpoint) -> None:
-    """A tied model may carry a copy of its embedding as lm_head; anything else contradicts its config."""
-    same_shape = checkpoint.tensors[_LM_HEAD].shape == checkpoint.tensors[_EMBEDDING].shape
-    if not same_shape or not torch.equal(checkpoint.whole(_LM_HEAD), checkpoint.whole(_EMBEDDING)):
-        raise UserError(
-            f"{checkpoint.path}: config.json says tie_word_embeddings, but {_LM_HEAD} differs from {_EMBEDDING}: "
-            "set tie_word_embeddings to false"
-        )

@@ -39,11 +39,12 @@ class Heads:
 
 @dataclass(frozen=True)
 class GlobalParameter:
-    """One whole parameter of a Megatron checkpoint, or one layer's part of one, and the HF tensors it is made of.
+    """One whole parameter of a model and the HF tensors it is made of.
 
     Attributes:
-        key: megatron-core's name in checkpoints; all layers of a ``decoder.layers.`` key are stacked in one tensor.
-        layer: 0-based index in that stack, None for a parameter outside the layers.
+        key: megatron-core's name in the model, without the layer's number (``pieces.checkpoint_key`` gives the name in
+            checkpoints, where all layers are stacked in one tensor).
+        layer: 0-based layer, None for a parameter outside the layers.
         kind: See ``families/family.py``.
         shape: Of the whole parameter (of one layer), the vocabulary padded.
         hf_tensors: (name, shape) of each.

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed.worker_conversion import LENGTHS, row_tokens, upstream_gradient
 from tests.launch import run_module
-from tests.tiny_models import make_llama
+from tests.tiny_models import FAMILY_OPTIONS, make_llama, make_model
 
 WORKER = "tests.distributed.worker_conversion"
 LAYOUTS = {
@@ -29,6 +32,17 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "tied": lambda path: make_llama(path, tied=True, seed=2),
     "bf16-tied": lambda path: make_llama(path, tied=True, llama3_rope=True, dtype=torch.bfloat16, seed=3),
     "heads": lambda path: make_llama(path, vocab_size=128, heads=8, kv_heads=4, seed=4),
+    "llama3-vocabulary": lambda path: make_llama(
+        path, vocab_size=128_256, hidden_size=16, dtype=torch.bfloat16, seed=5
+    ),
+    **{family: partial(make_model, family=family, seed=6) for family in FAMILY_OPTIONS if family != "llama"},
+    **{
+        f"{family}-bf16-tied": partial(
+            make_model, family=family, tied=True, vocab_size=256, dtype=torch.bfloat16, max_shard_size="60KB", seed=7
+        )
+        for family in FAMILY_OPTIONS
+        if family != "llama"
+    },
 }
 LOGIT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -135,6 +149,22 @@ def test_training_checkpoint_exports_alone(ran: dict[int, Path], tmp_path: Path,
     text = "w5 w7 w11"
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")(text) == AutoTokenizer.from_pretrained(source)(text)
     assert (tmp_path / "hf" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+
+
+def test_exports_load_without_a_flag_or_a_warning(ran: dict[int, Path]) -> None:
+    exports = [ran[2] / "out" / "tp2-pp1" / model / "exported" for model in MODELS]
+    script = (
+        "import sys, transformers as t\n"
+        "t.utils.logging.disable_progress_bar()\n"
+        "for path in sys.argv[1:]:\n"
+        "    model = t.AutoModelForCausalLM.from_pretrained(path)\n"
+        "    assert model.generation_config.temperature == 0.7, path\n"
+        "    assert 'role' in t.AutoTokenizer.from_pretrained(path).chat_template, path\n"
+    )
+    command = [sys.executable, "-W", "error::UserWarning", "-W", "error::FutureWarning", "-c", script]
+    done = subprocess.run([*command, *map(str, exports)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""
 
 
 def test_shards_have_a_true_index(ran: dict[int, Path]) -> None:

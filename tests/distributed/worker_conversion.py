@@ -106,7 +106,10 @@ def save_gradients(model: LanguageModel, hf_config: PretrainedConfig, pg: Proces
             continue
         gradient = mapped.parameter.grad
         assert gradient is not None, mapped.name
-        if getattr(mapped.parameter, "sequence_parallel", False):
+        # What every rank has a part of: of the sequence, or of the heads.
+        if getattr(mapped.parameter, "sequence_parallel", False) or mapped.name.endswith(
+            ("q_layernorm.weight", "k_layernorm.weight")
+        ):
             dist.all_reduce(gradient, group=pg.tp)
         shards = [gradient] if mapped.kind == "copy" else gather_shards(gradient, pg.tp)
         if pg.tp.rank() == 0:

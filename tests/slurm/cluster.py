@@ -66,12 +66,12 @@ class Job:
     def alive(self) -> bool:
         return self.field("JobState") not in _ENDED
 
-    def wait(self, timeout: float = 180) -> str:
+    def wait(self, timeout: float = 300) -> str:
         """Waits until the job has ended for good; returns its state."""
         self.wait_until(lambda: not self.alive(), "ended", timeout)
         return self.field("JobState")
 
-    def wait_until(self, true: Callable[[], bool], what: str, timeout: float = 60) -> None:
+    def wait_until(self, true: Callable[[], bool], what: str, timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout
         while not true():
             assert time.monotonic() < deadline, f"job {self.number} has not {what} in {timeout} s:\n{self.text()}"

@@ -51,7 +51,8 @@ def preempt(job: Job) -> None:
 def lose_a_node(job: Job) -> None:
     job.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     job.wait_until(lambda: job.field("Restarts") == "1", "been requeued")
-    job.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    # Refused where the node has reported back by itself.
+    job.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
 
 
 @pytest.mark.parametrize("event", [near_the_time_limit, signal_the_ranks, preempt, lose_a_node])
@@ -106,7 +107,7 @@ def test_restarts_without_progress_end(cluster: Cluster, config_file: Path, tmp_
 @slow
 def test_a_real_time_limit_as_often_as_needed(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
     """Two minutes, the signal some 75 s before (or up to 60 s earlier): several legs of a run that is longer."""
-    arguments = [str(config_file), "train.steps=500", "checkpoint.every_steps=1000"]
+    arguments = [str(config_file), "train.steps=300", "checkpoint.every_steps=1000"]
     whole = cluster.train(tmp_path, [*arguments, f"output_dir={tmp_path}/whole"])
     assert whole.wait(400) == "COMPLETED"
     job = cluster.train(tmp_path, [*arguments, f"output_dir={tmp_path}/run"], "--time=2", "--signal=B:USR1@75")

@@ -133,7 +133,7 @@ def soak(directory: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     config = merged(
         make_problem(directory),
-        parallel={"timeout_minutes": 0.5},
+        parallel={"timeout_minutes": 1},
         train={"steps": STEPS_PER_KILL * (kills + 1)},
         checkpoint={"every_steps": EVERY},
     )

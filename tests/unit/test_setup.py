@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_tgdpo.config import Config, config_from_dict
+from megatron_tgdpo.config import RECOMPUTE_CHOICES, Config, config_from_dict
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.memory import stage_parameters
 from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.run import dry_run
-from megatron_tgdpo.setup import check_layout, check_tokenizers, read_model_configs
+from megatron_tgdpo.setup import RECOMPUTE, check_layout, check_tokenizers, read_model_configs
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.test_config import VALID
 
@@ -73,6 +73,10 @@ def test_dry_run(policy: Path, tmp_path: Path) -> None:
     fullest = stage_parameters(read_hf_config(policy), make_layout(2, 2, 1, False, 8), 0)
     assert f"policy {fullest:,}, frozen {2 * fullest:,}" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_every_choice_of_recomputation_has_its_arguments() -> None:
+    assert tuple(RECOMPUTE) == RECOMPUTE_CHOICES
 
 
 @pytest.mark.parametrize("tied", [True, False])
