@@ -32,7 +32,7 @@ from checkpoints_convert.pieces import (
 )
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoint_directory import write_description
-from megatron_tgdpo.checkpoint_storage import Writer, system_errors, write_common
+from megatron_tgdpo.checkpoint_storage import Writer, serialise_common, system_errors, write_common
 from megatron_tgdpo.files import start_writeback, sync
 from megatron_tgdpo.whole_directory import WholeDirectory
 
@@ -61,7 +61,7 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
         size = sum(piece.numel for piece in pieces) * stored.itemsize
         directory.reserve(size)
         mine = share(pieces, [piece.numel for piece in pieces], dist.get_rank(), dist.get_world_size())
-        directory.on_first_rank(lambda: write_common({}, directory.aside))
+        directory.on_first_rank(lambda: write_common(serialise_common({}), directory.aside))
         with progress_bar("HF to Megatron", sum(piece.numel for piece in mine) * stored.itemsize) as bar:
             planner = _Planner(checkpoint, hf_config, stored, mine)
             writer = _StreamWriter(directory.aside, bar)

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034 # variables are for those that source this
-# What training needs in its environment, for train.sbatch, train.sh and pipeline.sh, which source this file. Every value
-# that is already set stays as it is: export yours before submitting, or edit this file for your site.
+# What training needs in its environment, for train.sbatch, train.sh and pipeline.sh, which source this file. What is
+# set already stays as it is: export yours before submitting, or edit this file for your site.
 
 # The python to use, with this project installed: of an active environment, or of the container.
 python=${TGDPO_PYTHON:-python}
@@ -16,8 +16,6 @@ export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Rows of one size and checkpoints of another fragment GPU memory otherwise.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-# A collective that fails or times out (parallel.timeout_minutes) ends its process instead of waiting for ever.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # Warnings name a broken link or a wrong interface; INFO says which interfaces and protocols NCCL took.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # NCCL and gloo choose an interface by themselves. Where they choose the wrong one (ranks never meet, or InfiniBand is

@@ -4,7 +4,8 @@ Global tensor names do not depend on the layout, so any layout can load what any
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tgdpo.checkpoint_directory import read_metadata, write_description
-from megatron_tgdpo.checkpoint_storage import write_common
+from megatron_tgdpo.checkpoint_storage import serialise_common, write_common
 from megatron_tgdpo.checkpoint_strategies import SafeLoadCommon, SafeLoadSharded, write_sharded
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.whole_directory import WholeDirectory, one_line
 
 
@@ -40,11 +42,67 @@ def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata:
         UserError: On every rank, if any rank failed: ``path`` is not empty, the disk is full, or anything else.
             Nothing is left behind.
     """
-    with WholeDirectory(path) as directory:
-        sharded, common = directory.on_all_ranks(lambda: save_preprocess(sharded_state_dict))
-        directory.reserve(_total_bytes(sharded))
-        directory.on_first_rank(lambda: write_common(common, directory.aside))
-        directory.on_all_ranks(lambda: write_sharded(sharded, directory.aside))
+    write(path, stage(sharded_state_dict), hf_dir, metadata)
+
+
+@dataclass(frozen=True)
+class StagedState:
+    """What is to be written, apart from what training will change.
+
+    Attributes:
+        sharded: This rank's sharded tensors and objects.
+        common: The content of ``common.pt``.
+        size: Bytes of tensor data over all ranks.
+    """
+
+    sharded: Any
+    common: bytes
+    size: int
+
+
+def stage(sharded_state_dict: dict[str, Any], live: Container[int] = ()) -> StagedState:
+    """Prepares a state for :func:`write`. Collective over the default group.
+
+    Args:
+        sharded_state_dict: See :func:`save`; consumed.
+        live: Addresses of the storages that will be written to before the state is: what lies in them is copied to
+            host memory.
+
+    Raises:
+        UserError: On every rank: a plain value is not one that could be read back.
+    """
+    sharded, common = save_preprocess(sharded_state_dict)
+    for item in nested_values(sharded):
+        if isinstance(item, ShardedTensor) and item.data is not None:
+            storage = item.data.untyped_storage().data_ptr()
+            if storage in live:
+                item.data = item.data.detach().to("cpu", copy=True)
+    is_first = dist.get_rank() == 0
+    return StagedState(sharded, agree(lambda: _serialised(common) if is_first else b""), _total_bytes(sharded))
+
+
+def _serialised(common: dict[str, Any]) -> bytes:
+    try:
+        return serialise_common(common)
+    except (pickle.PickleError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"a plain value of the checkpoint cannot be saved: {one_line(error)}") from error
+
+
+def write(
+    path: Path,
+    staged: StagedState,
+    hf_dir: Path,
+    metadata: Mapping[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Writes a staged state, as :func:`save` says; may run in a thread of its own.
+
+    Collective over ``group``, which in another thread must be a group (of all ranks) that nothing else uses meanwhile.
+    """
+    with WholeDirectory(path, group) as directory:
+        directory.reserve(staged.size)
+        directory.on_first_rank(lambda: write_common(staged.common, directory.aside))
+        directory.on_all_ranks(lambda: write_sharded(staged.sharded, directory.aside, group))
         directory.on_first_rank(lambda: write_description(directory.aside, hf_dir, metadata))
         directory.publish()
 

@@ -79,13 +79,18 @@ class SafeReader(dcp.FileSystemReader):
         return self._metadata
 
 
-def write_common(common: dict[str, Any], directory: Path) -> None:
-    """Writes plain values to ``common.pt`` and checks that they can be read back with ``weights_only=True``."""
+def serialise_common(common: dict[str, Any]) -> bytes:
+    """Plain values as the content of ``common.pt``, checked to be readable with ``weights_only=True``."""
     buffer = io.BytesIO()
     torch.save(common, buffer)
     buffer.seek(0)
     torch.load(buffer, weights_only=True)
-    (directory / COMMON_FILE).write_bytes(buffer.getbuffer())
+    return buffer.getvalue()
+
+
+def write_common(common: bytes, directory: Path) -> None:
+    """Writes ``common.pt``."""
+    (directory / COMMON_FILE).write_bytes(common)
 
 
 class Writer(dcp.FileSystemWriter):

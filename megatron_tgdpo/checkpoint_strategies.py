@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
@@ -95,8 +96,8 @@ class SafeLoadCommon(TorchCommonLoadStrategy):
         return torch.load(Path(checkpoint_dir) / COMMON_FILE, map_location="cpu", weights_only=True)
 
 
-def write_sharded(sharded: Any, directory: Path) -> None:
-    """Writes sharded tensors and objects, one file a rank, synced to disk; collective over the default group.
+def write_sharded(sharded: Any, directory: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Writes sharded tensors and objects, one file a rank, synced to disk; collective over ``group`` (of all ranks).
 
     Raises:
         CheckpointException: On every rank, if any rank failed; its ``failures`` has (exception, traceback) by rank.
@@ -106,4 +107,5 @@ def write_sharded(sharded: Any, directory: Path) -> None:
         mcore_to_pyt_state_dict(flat),
         storage_writer=Writer(directory),
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        process_group=group,
     )

@@ -88,8 +88,12 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
     return reply["answer"]
 
 
-def agree(action: Callable[[], T]) -> T:
+def agree(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs an action without collectives on every rank; if it fails on any, all raise the first rank's error.
+
+    Args:
+        action: Runs on this rank.
+        group: Of all ranks; None for the default group.
 
     Raises:
         AgreedError: The action raised a UserError on some rank; the message names the rank if that is not rank 0.
@@ -100,7 +104,7 @@ def agree(action: Callable[[], T]) -> T:
     except UserError as error:
         message = str(error)
     messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
+    dist.all_gather_object(messages, message, group=group)
     for rank, text in enumerate(messages):
         if text is not None:
             raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")

@@ -26,22 +26,25 @@ T = TypeVar("T")
 class WholeDirectory:
     """Context manager: what is written into ``aside`` becomes ``path`` by :meth:`publish`, or is deleted.
 
-    Entering and every method are collective over the default group, and raise the same error on every rank if they
-    fail on any, so that no rank goes on to wait for one that failed.
+    Entering and every method are collective, and raise the same error on every rank if they fail on any, so that no
+    rank goes on to wait for one that failed.
 
     Args:
         path: The directory, on storage that all ranks share; it must not exist, or be empty.
+        group: Of all ranks, for the collectives; None for the default group.
 
     Attributes:
         path: As given.
+        group: As given.
         aside: ``path`` + ``.tmp``, made anew on entering; a killed process leaves it behind.
 
     Raises:
         UserError: On entering: ``path`` is not empty, or ``aside`` cannot be made or is somebody else's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, group: dist.ProcessGroup | None = None) -> None:
         self.path = path
+        self.group = group
         self.aside = path.with_name(path.name + ASIDE_SUFFIX)
         self._needed = 0
 
@@ -91,12 +94,12 @@ class WholeDirectory:
             except (Exception, CheckpointException) as error:  # the latter derives from BaseException
                 raise UserError(self._message(error)) from error
 
-        return agree(attempt)
+        return agree(attempt, self.group)
 
     def _begin(self) -> None:
         refuse_existing(self.path)
         if self.aside.exists():
-            if not (self.aside / _MARK).is_file():
+            if not (self.aside / _MARK).is_file() and any(self.aside.iterdir()):
                 raise UserError(f"{self.aside}: exists and was not left by an interrupted save: move it away")
             shutil.rmtree(self.aside)
         self.aside.mkdir(parents=True)
@@ -107,12 +110,12 @@ class WholeDirectory:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _publish(self) -> None:
-        (self.aside / _MARK).unlink()
         for folder, _, names in os.walk(self.aside):
             for name in names:
                 sync(Path(folder, name))
             sync(Path(folder))
         self.aside.rename(self.path)  # an existing path is an empty directory, which this replaces
+        (self.path / _MARK).unlink()
         sync(self.path.parent)
 
     def _message(self, error: BaseException) -> str:

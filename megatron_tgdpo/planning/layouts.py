@@ -49,9 +49,12 @@ def make_plan(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
     Raises:
         UserError: A model does not divide by the layout, or a row not by the tensor ranks.
     """
-    check_layout({f"of size {model.hidden_size}": model for model in job.models}, layout)
+    check_layout(dict(zip(("policy", "reference", "guide"), job.models, strict=False)), layout)
     if layout.sequence_parallel and job.row.tokens % layout.tensor:
-        raise UserError(f"rows of {job.row.tokens} tokens are not divisible by {layout.tensor} tensor ranks")
+        raise UserError(
+            f"rows of {job.row.tokens} tokens are not divisible by {layout.tensor} tensor ranks: "
+            "change batch.tokens_per_micro_batch, or do without sequence parallelism"
+        )
     memory = rank_memory(job.policy, job.frozen, layout, job.row, recompute)
     return Plan(
         layout=layout,

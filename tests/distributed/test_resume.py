@@ -133,3 +133,22 @@ def test_one_rank_asked_to_stop_stops_all_after_the_same_step(
     with started_ranks(arguments, 2, tmp_path / "logs") as ranks:
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     assert_same_series(tmp_path / "run", whole)
+
+
+def test_the_torchrun_script_passes_a_stop_on_and_continues(whole: Path, tmp_path: Path) -> None:
+    command = ["bash", "launch/train.sh", str(whole.with_suffix(".yaml")), f"output_dir={tmp_path}/run"]
+    env = {**environment(), "TGDPO_PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
+    job = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(tmp_path / "run", 2, lambda: job.poll() is None)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert "start the same command again" in output
+    saved = newest_checkpoint(tmp_path / "run")
+    assert saved is not None
+    assert int(saved.name[5:]) == logged_steps(tmp_path / "run")
+    for expected in ("step 30/30", "finished already"):
+        again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
+        assert again.returncode == 0
+        assert expected in again.stdout + again.stderr
+    assert_same_series(tmp_path / "run", whole)
