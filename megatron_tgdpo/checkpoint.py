@@ -33,7 +33,7 @@ def save_checkpoint(
     if checkpoint_directory.is_complete(path):
         return
     checkpoint_format.save(
-        path, _state(engine, is_loading=False), hf_dir=hf_dir, metadata={"step": step, **run_metadata}
+        path, training_state(engine, is_loading=False), hf_dir=hf_dir, metadata={"step": step, **run_metadata}
     )
     if dist.get_rank() == 0 and keep:
         for old in checkpoint_directory.complete_checkpoints(output_dir)[:-keep]:
@@ -54,14 +54,15 @@ def load_checkpoint(engine: Engine, path: Path, run_metadata: Mapping[str, Any])
     for name, value in run_metadata.items():
         if metadata.get(name) != value:
             raise UserError(f"{path}: saved with {name}={metadata.get(name)}, this run has {name}={value}")
-    state = checkpoint_format.load(path, _state(engine, is_loading=True))
+    state = checkpoint_format.load(path, training_state(engine, is_loading=True))
     colocated_model(engine).policy.load_state_dict(state["model"])
     engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.step(metadata["step"])
     return int(metadata["step"])
 
 
-def _state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
+def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
+    """megatron-core's sharded state dict of policy and optimizer, its names independent of the layout. Collective."""
     metadata = {
         # The only format of the distributed optimizer that loads onto another TP, PP and DP.
         "distrib_optim_sharding_type": "fully_reshardable",

@@ -4,6 +4,7 @@ Every tensor and object in a ``.distcp`` file is a zip archive as ``torch.save``
 content. torch writes these checksums and never looks at them; here Python's zip reader does.
 """
 
+import io
 import os
 import pickle
 import zipfile
@@ -68,7 +69,7 @@ def _check_archive(file: Path, name: str, descriptor: int, offset: int, length: 
             intact = archive.testzip() is None
         # What lies between the checksummed contents: torch's own reader is stricter about it.
         part.seek(0)
-        torch.load(part, map_location="meta", weights_only=True)
+        torch.load(io.BufferedReader(part), map_location="meta", weights_only=True)
     except Exception:  # the readers raise many types for one cause
         intact = False
     if not intact:
