@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the Slurm tests with the slow ones, which wait for real time limits: some 12 minutes.
+# Runs the Slurm tests with the slow ones, which wait for real time limits: some 20 minutes.
 #
 #   bash tests/slurm/run_all.sh [PYTEST_ARGUMENTS]
 set -euo pipefail

@@ -25,7 +25,7 @@ from tests.series import assert_same_series, logged_steps, wait_for_step
 
 KINDS = ("one rank", "during a save", "the launcher", "all ranks", "while starting")
 EVERY = 4  # steps between saves
-STEPS_PER_KILL = 16  # some more than a kill takes, so that the run does not end before the last one
+STEPS_PER_KILL = 12  # some more than a kill takes, so that the run does not end before the last one
 LEFT_ALONE = 60  # seconds for the rest of a job to end by itself
 
 
