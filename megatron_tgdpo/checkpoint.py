@@ -3,6 +3,8 @@
 Only the policy is saved, with its optimizer state; the learning rate and the data order follow from the step.
 """
 
+import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,35 +12,46 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.checkpoint_check import find_damage
+from megatron_tgdpo.errors import AgreedError, UserError
 from megatron_tgdpo.setup import colocated_model
 from megatron_tgdpo.train_step import Engine
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def save_checkpoint(
-    engine: Engine, output_dir: Path, hf_dir: Path, step: int, run_metadata: Mapping[str, Any], keep: int
-) -> None:
-    """Saves policy and optimizer after ``step`` and removes checkpoints beyond the newest ``keep`` (0: none).
+def newest_undamaged(output_dir: Path, verify: bool) -> Path | None:
+    """The newest complete checkpoint; damaged ones are renamed to ``NAME.damaged``, with a warning. Collective.
 
-    Collective over all ranks.
+    Args:
+        output_dir: The run's directory.
+        verify: Whether to read the checkpoints and compare checksums.
+
+    Returns:
+        The same on every rank; None if there is no checkpoint.
 
     Raises:
-        UserError: On every rank, if it could not be saved on some; then earlier checkpoints are still there.
+        AgreedError: There are checkpoints, and all of them are damaged.
     """
-    path = checkpoint_path(output_dir, step)
-    if checkpoint_directory.is_complete(path):
-        return
-    checkpoint_format.save(
-        path, training_state(engine, is_loading=False), hf_dir=hf_dir, metadata={"step": step, **run_metadata}
-    )
-    if dist.get_rank() == 0 and keep:
-        for old in checkpoint_directory.complete_checkpoints(output_dir)[:-keep]:
-            checkpoint_directory.remove_checkpoint(old)
-    dist.barrier()
+    found = [checkpoint_directory.complete_checkpoints(output_dir)]
+    dist.broadcast_object_list(found, src=0)
+    damage = None
+    for path in reversed(found[0]):
+        damage = find_damage(path) if verify else None
+        if damage is None:
+            return path
+        if dist.get_rank() == 0:
+            logger.warning("%s: it is set aside as %s.damaged, and the checkpoint before it is used", damage, path.name)
+            shutil.rmtree(path.with_name(f"{path.name}.damaged"), ignore_errors=True)
+            path.rename(path.with_name(f"{path.name}.damaged"))
+        dist.barrier()
+    if damage is not None:
+        raise AgreedError(f"{damage}: no undamaged checkpoint is left; start again to train from the beginning")
+    return None
 
 
 def load_checkpoint(engine: Engine, path: Path, run_metadata: Mapping[str, Any]) -> int:

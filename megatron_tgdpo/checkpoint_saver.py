@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint import checkpoint_path, training_state
+from megatron_tgdpo.config import CheckpointConfig
 from megatron_tgdpo.setup import colocated_model
 from megatron_tgdpo.train_step import Engine
 
@@ -32,16 +33,15 @@ class CheckpointSaver:
         engine: What is saved.
         output_dir: The run's directory.
         hf_dir: HF directory or Megatron checkpoint whose config and tokenizer a checkpoint carries.
-        keep: Newest checkpoints to keep, 0 for all.
-        background: False: :meth:`save` returns when all is written.
+        settings: How many to keep, and whether to write in the background.
         timeout_minutes: Of collectives.
     """
 
     def __init__(
-        self, engine: Engine, output_dir: Path, hf_dir: Path, keep: int, background: bool, timeout_minutes: float
+        self, engine: Engine, output_dir: Path, hf_dir: Path, settings: CheckpointConfig, timeout_minutes: float
     ) -> None:
         self._engine, self._output_dir, self._hf_dir = engine, output_dir, hf_dir
-        self._keep, self._background = keep, background
+        self._keep, self._background = settings.keep, settings.background
         timeout = timedelta(minutes=max(timeout_minutes, _LEAST_TIMEOUT_MINUTES))
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

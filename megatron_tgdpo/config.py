@@ -102,6 +102,8 @@ class EvalConfig:
 class CheckpointConfig:
     every_steps: int | None = None  # save every so many steps; the final step is always saved
     keep: int = 2  # newest checkpoints to keep; 0: all
+    background: bool = True  # training goes on while a checkpoint is written; false: it waits
+    verify: bool = True  # compare a checkpoint's checksums before continuing from it
 
 
 @dataclass(frozen=True)

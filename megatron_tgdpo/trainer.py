@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megatron_tgdpo import stopping
 from megatron_tgdpo.batch import PreferenceBatch, collate, pair_tokens, plan_packs
-from megatron_tgdpo.checkpoint import load_checkpoint, save_checkpoint
-from megatron_tgdpo.checkpoint_directory import newest_checkpoint
+from megatron_tgdpo.checkpoint import load_checkpoint, newest_undamaged
+from megatron_tgdpo.checkpoint_saver import CheckpointSaver
 from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import AgreedError
@@ -48,6 +48,13 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.run_metadata = {"data_fingerprint": data.train.fingerprint}
         self.last_step = min(config.train.exit_step or data.order.steps, data.order.steps)
+        self.saver = CheckpointSaver(
+            engine,
+            self.output_dir,
+            hf_directory(config.model.policy),
+            config.checkpoint,
+            config.parallel.timeout_minutes,
+        )
 
     def train(self) -> None:
         """Trains to the last step, and leaves ``DONE`` if that is the schedule's last. Collective over all ranks.
@@ -81,7 +88,7 @@ class Trainer:
             values |= {"train/lr": result.lr}
             values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
             performance, stop = self._performance(time.monotonic() - begin, real_tokens, len(packs))
-            values |= performance
+            values |= performance | self.saver.take_figures()
             if self._due(step, self.config.eval.every_steps):
                 values |= self.evaluate()
             if log is not None:
@@ -92,6 +99,7 @@ class Trainer:
                 self._save(step)
             if stop:
                 break
+        self.saver.finish()
         if log is not None:
             log.close()
         return step
@@ -109,7 +117,7 @@ class Trainer:
         return {f"eval/{name}": value for name, value in metrics.values.items()}
 
     def _resume(self) -> int:
-        saved = newest_checkpoint(self.output_dir)
+        saved = newest_undamaged(self.output_dir, self.config.checkpoint.verify)
         if saved is None:
             return 0
         step = load_checkpoint(self.engine, saved, self.run_metadata)
@@ -153,10 +161,7 @@ class Trainer:
         return step == self.last_step or (every is not None and step % every == 0)
 
     def _save(self, step: int) -> None:
-        save_checkpoint(
-            self.engine,
-            self.output_dir,
-            hf_directory(self.config.model.policy),
+        self.saver.save(
             step,
             {
                 **self.run_metadata,
@@ -164,7 +169,6 @@ class Trainer:
                 "dtype": self.config.precision.dtype,
                 "config": to_dict(self.config),
             },
-            self.config.checkpoint.keep,
         )
 
     def _performance(self, seconds: float, real_tokens: int, depth: int) -> tuple[dict[str, float], bool]:
