@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class AgreedError(UserError):
     """Raised with the same message on every rank, so that one rank's word is enough."""
+
+
+class BadNodeError(AgreedError):
+    """A machine is not fit for the run; without it the same command may work."""

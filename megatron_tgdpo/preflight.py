@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.mapping import parameter_count
 from megatron_tgdpo.checkpoint_directory import complete_checkpoints
 from megatron_tgdpo.config import Config
-from megatron_tgdpo.errors import AgreedError
+from megatron_tgdpo.errors import AgreedError, BadNodeError
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.preflight_facts import RankFacts, gather_facts
 from megatron_tgdpo.preflight_network import GroupResult, bandwidth_report, measure_groups, slow_groups
@@ -66,7 +66,8 @@ def preflight(
         device: Of the collectives.
 
     Raises:
-        AgreedError: On every rank: a check failed, on the node that the message names.
+        BadNodeError: On every rank: a check failed, on the node that the message names.
+        AgreedError: On every rank: a check failed, on no node in particular.
     """
     output_dir = Path(config.output_dir)
     facts = _all_gather(agree(lambda: gather_facts(config, ranks.rank, ranks.local_rank, device)))
@@ -88,7 +89,8 @@ def preflight(
     if problems:
         _report_bad_nodes(output_dir, problems)
         more = f" (and {len(problems) - 1} more problems, see the log)" if len(problems) > 1 else ""
-        raise AgreedError(f"preflight: {problems[0]}{more}")
+        kind = BadNodeError if any(problem.host for problem in problems) else AgreedError
+        raise kind(f"preflight: {problems[0]}{more}")
 
 
 def compare_facts(facts: Sequence[RankFacts]) -> list[Problem]:

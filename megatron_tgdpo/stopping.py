@@ -6,6 +6,7 @@ from types import FrameType
 # Exit statuses, with the meaning they have in sysexits.h; bad input is 1.
 STOPPED_STATUS = 75  # "temporary failure, try again later": saved, and can be continued
 FAILED_STATUS = 70  # "internal software error"
+BAD_NODE_STATUS = 76  # "remote error": a node that preflight named
 
 _requested = False
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from megatron_tgdpo import stopping
 from megatron_tgdpo.config import load_config
-from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.errors import AgreedError, BadNodeError, UserError
 
 _LAST_WORDS_SECONDS = 1
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module.
 
     Exit status: 0 all steps are made (up to ``train.exit_step``), 75 stopped by a signal and saved, 1 bad input (one
-    line says which), 70 any other failure (with its traceback).
+    line says which), 76 a node that preflight named, 70 any other failure (with its traceback).
     """
     stopping.listen()
     parser = argparse.ArgumentParser(prog="python -m megatron_tgdpo.train", description=__doc__)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # It may keep the store from which the others learn the same.
             time.sleep(_LAST_WORDS_SECONDS)
         # At once: destructors of process groups may wait for ranks that will never come.
-        os._exit(1 if isinstance(error, UserError) else stopping.FAILED_STATUS)
+        os._exit(_status(error))
 
 
 def _main(args: argparse.Namespace, rank: int) -> int:
@@ -80,6 +80,12 @@ def _main(args: argparse.Namespace, rank: int) -> int:
     dist.barrier()
     dist.destroy_process_group()
     return status
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, BadNodeError):
+        return stopping.BAD_NODE_STATUS
+    return 1 if isinstance(error, UserError) else stopping.FAILED_STATUS
 
 
 def _report(error: BaseException, rank: int) -> None:

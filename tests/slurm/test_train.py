@@ -71,6 +71,28 @@ def test_a_stopped_run_is_requeued_and_repeats_the_uninterrupted_one(
     assert_same_series(run, uninterrupted)
 
 
+def test_a_node_that_fails_preflight_is_left_out(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # Python imports this at its start: on the first node, the files of other ranks are not seen.
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os, pathlib\n"
+        "read = pathlib.Path.read_text\n"
+        "def blind(self, *arguments, **options):\n"
+        "    return '' if '.canary' in str(self) else read(self, *arguments, **options)\n"
+        "if os.environ.get('SLURMD_NODENAME') == 'n1':\n"
+        "    pathlib.Path.read_text = blind\n"
+    )
+    arguments = [str(config_file), f"output_dir={run}", "train.exit_step=2"]
+    job = cluster.train(tmp_path, arguments, "--nodes=1", PYTHONPATH=f"{tmp_path}/site:{ROOT}")
+    assert job.wait() == "COMPLETED", job.text()
+    assert job.field("Restarts") == "1"
+    assert "preflight: node n1: does not see what node n1 writes" in job.text()
+    assert "left out from now on: n1" in job.text()
+    assert job.field("NodeList") == "n2"
+    assert (run / "bad_nodes").read_text().startswith("n1\tdoes not see")
+
+
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = cluster.train(tmp_path, [str(config_file), f"output_dir={run}"])
