@@ -56,7 +56,7 @@ class ParallelConfig:
     virtual_pipeline: int | None = None  # model chunks per stage (only null for now)
     sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor ranks
     device: str = "auto"  # auto | cuda | cpu; auto takes the CPU only on a machine without an NVIDIA device
-    timeout_minutes: float = 30.0  # a collective that takes longer ends the run
+    timeout_minutes: float = 30.0  # a collective that takes longer ends the run, as does a rank silent for 3/4 of it
 
 
 @dataclass(frozen=True)

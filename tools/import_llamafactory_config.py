@@ -1,9 +1,11 @@
 """Turns a YAML of the TGDPO reference code (LLaMA-Factory's keys) into this project's configuration.
 
-    python -m tools.import_config REFERENCE.yaml --ranks 8 --train pairs.jsonl --out config.yaml [--validation F]
+    python -m tools.import_llamafactory_config REFERENCE.yaml --ranks 8 --out config.yaml
+        (--dataset-info dataset_info.json | --train pairs.jsonl [--validation F])
 
 ``--ranks`` is the number of GPUs that the reference run used: its batch size is per device, ours is global. Datasets
-have names there and paths here. Keys without counterpart are listed; those that would change the maths are refused.
+have names there, which ``dataset_info.json`` explains, and paths here. Keys without counterpart are listed; those that
+would change the maths are refused.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import yaml
 
 from megatron_tgdpo.config import config_from_dict, to_yaml
 from megatron_tgdpo.errors import UserError
+from tools.llamafactory_datasets import dataset_file
 
 # Reference key -> our key, value as it is.
 _RENAMED = {
@@ -110,16 +113,25 @@ def not_carried_over(reference: Mapping[str, Any]) -> list[str]:
 
 def main() -> None:
     """Command line; see the module."""
-    parser = argparse.ArgumentParser(prog="python -m tools.import_config", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.import_llamafactory_config", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("reference", type=Path)
     parser.add_argument("--ranks", type=int, required=True, help="GPUs of the reference run")
-    parser.add_argument("--train", required=True, help="training pairs")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset-info", type=Path, help="dataset_info.json, to look up the YAML's dataset names")
+    source.add_argument("--train", help="training pairs")
     parser.add_argument("--validation", help="validation pairs")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     try:
         reference = _read(args.reference)
-        config = config_from_dict(convert(reference, args.ranks, args.train, args.validation), str(args.reference))
+        train, validation = args.train, args.validation
+        if args.dataset_info:
+            train = dataset_file(args.dataset_info, str(reference.get("dataset")))
+            if validation is None and reference.get("eval_dataset"):
+                validation = dataset_file(args.dataset_info, str(reference["eval_dataset"]))
+        config = config_from_dict(convert(reference, args.ranks, train, validation), str(args.reference))
         args.out.write_text(to_yaml(config), encoding="utf-8")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
