@@ -222,6 +222,8 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = Shape(**{name: getattr(arguments, name) for name in Shape.__dataclass_fields__})
     dtype = DTYPES[arguments.dtype]
+    if arguments.directory:
+        arguments.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         directory = Path(scratch)
         if arguments.bounded:
