@@ -12,7 +12,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from checkpoints_convert.command_line import DTYPES, join_ranks, run, timeout_argument
-from checkpoints_convert.hf_reader import refuse_adapter
 from checkpoints_convert.import_hf import import_hf
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.whole_directory import refuse_existing
@@ -26,7 +25,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the stored weights (default: as in the HF files)")
     timeout_argument(parser)
     arguments = parser.parse_args()
-    refuse_adapter(arguments.hf)
     hf_config = read_hf_config(arguments.hf)
     refuse_existing(arguments.out)
     join_ranks(arguments.timeout_minutes)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from checkpoints_convert.families import family_of
+from checkpoints_convert.hf_reader import refuse_adapter
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.rotary import RotaryFrequencies
 
@@ -21,8 +22,10 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         path: An HF directory, or a Megatron checkpoint directory (its ``hf/`` subfolder is read). Local files only.
 
     Raises:
-        UserError: No or malformed ``config.json``, an unknown architecture, or a setting that would change the maths.
+        UserError: A LoRA adapter, no or malformed ``config.json``, an unknown architecture, or a setting that would
+            change the maths.
     """
+    refuse_adapter(path)
     directory = path / "hf" if (path / "hf" / "config.json").is_file() else path
     file = directory / "config.json"
     if not file.is_file():

@@ -77,6 +77,12 @@ def test_what_would_change_the_maths_is_refused(tmp_path: Path, name: str, chang
     assert "\n" not in str(error.value)
 
 
+def test_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="a LoRA adapter"):
+        read_hf_config(tmp_path)
+
+
 def test_windows() -> None:
     def config(**values: Any) -> Any:
         return SimpleNamespace(num_hidden_layers=3, **values)
