@@ -4,15 +4,16 @@ Legend: S tokens of the row, H hidden, V vocabulary of the HF model.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_tgdpo.logps import token_logps
 from megatron_tgdpo.models import LanguageModel
+from megatron_tgdpo.packing import RowPacking, Segment, pack_segments
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,9 @@ class RowOutputs:
     logps: Tensor
 
 
-def packing_of(lengths: list[int]) -> PackedSeqParams:
+def packing_of(lengths: list[int]) -> RowPacking:
     """Describes sequences that lie back to back at the start of a row."""
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    longest = max(lengths, default=0)
-    return PackedSeqParams(
-        qkv_format="sbhd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
+    return pack_segments([Segment(*bounds) for bounds in pairwise(accumulate([0, *lengths]))])
 
 
 @torch.no_grad()

@@ -22,11 +22,15 @@ from megatron_tgdpo.models import LanguageModel
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """Token log-probs of one pack on the last stage: [R] float32 each; only the policy's carry a gradient."""
+    """Token log-probs of one pack on the last stage: [R] float32 each; only the policy's carry a gradient.
+
+    Attributes:
+        policy: Of the model that trains.
+        frozen: Of the frozen models, in their order.
+    """
 
     policy: Tensor
-    reference: Tensor
-    guide: Tensor | None
+    frozen: tuple[Tensor, ...]
 
 
 @dataclass
@@ -61,19 +65,19 @@ class ColocatedModel(MegatronModule):
 
     Args:
         policy: The model that trains.
-        reference: Frozen; its parameters must not require gradients.
-        guide: Frozen, or None for DPO. Width and depth may differ from the policy's, the vocabulary may not.
+        frozen: The reference and, for TGDPO, the guide; none where their log-probs come from a cache. Width and depth
+            may differ from the policy's, the vocabulary may not.
     """
 
-    def __init__(self, policy: LanguageModel, reference: LanguageModel, guide: LanguageModel | None) -> None:
+    def __init__(self, policy: LanguageModel, frozen: Sequence[LanguageModel] = ()) -> None:
         super().__init__(policy.config)
         self.policy = policy
-        self.frozen_models = (reference,) if guide is None else (reference, guide)
+        self.frozen_models = tuple(frozen)
         self.frozen = torch.nn.ModuleList(self.frozen_models)
         self.frozen.requires_grad_(False)
         self.frozen.eval()
         self.frozen_widths = [model.config.hidden_size for model in self.frozen_models]
-        self.mailbox = FrozenMailbox(sum(self.frozen_widths), dtype=reference.config.params_dtype)
+        self.mailbox = FrozenMailbox(sum(self.frozen_widths), dtype=policy.config.params_dtype)
         # What megatron-core's schedule and gradient finalisation read from a pipeline module.
         self.model_type = policy.model_type
         self.pre_process = policy.pre_process
@@ -103,21 +107,18 @@ class ColocatedModel(MegatronModule):
             frozen = self._run_frozen(batch)
         hidden = self.policy(batch.tokens, batch.position_ids, batch.packing)
         if not self.post_process:
-            self.mailbox.outgoing = torch.cat(frozen, dim=-1)
+            if frozen:
+                self.mailbox.outgoing = torch.cat(frozen, dim=-1)
             return hidden
         with torch.no_grad():
-            frozen_logps = [
+            frozen_logps = tuple(
                 self._token_logps(model, states, batch)
                 for model, states in zip(self.frozen_models, frozen, strict=True)
-            ]
-        return TokenLogps(
-            policy=self._token_logps(self.policy, hidden, batch),
-            reference=frozen_logps[0],
-            guide=frozen_logps[1] if len(frozen_logps) > 1 else None,
-        )
+            )
+        return TokenLogps(self._token_logps(self.policy, hidden, batch), frozen_logps)
 
     def _run_frozen(self, batch: PreferenceBatch) -> list[Tensor]:
-        if not self.pre_process:
+        if self.frozen_models and not self.pre_process:
             parts = self.mailbox.take_incoming().split(self.frozen_widths, dim=-1)
             for model, part in zip(self.frozen_models, parts, strict=True):
                 model.set_input_tensor(part.contiguous())
@@ -175,11 +176,12 @@ class ColocatedCommunicator(P2PCommunicator):
         if recv_prev:
             assert tensor_shape is not None
             received_prev = self._empty(tensor_shape, self.config.pipeline_dtype).requires_grad_()
-            self.mailbox.incoming = self._empty([*tensor_shape[:-1], self.mailbox.width], self.mailbox.dtype)
             ops.append(self._op(dist.irecv, received_prev, self.prev_rank))
-            ops.append(self._op(dist.irecv, self.mailbox.incoming, self.prev_rank))
+            if self.mailbox.width:
+                self.mailbox.incoming = self._empty([*tensor_shape[:-1], self.mailbox.width], self.mailbox.dtype)
+                ops.append(self._op(dist.irecv, self.mailbox.incoming, self.prev_rank))
         if tensor_send_next is not None:
-            for tensor in (tensor_send_next, self.mailbox.take_outgoing()):
+            for tensor in (tensor_send_next, *([self.mailbox.take_outgoing()] if self.mailbox.width else ())):
                 self.forward_bytes += tensor.nbytes
                 ops.append(self._op(dist.isend, tensor.contiguous(), self.next_rank))
         if recv_next:

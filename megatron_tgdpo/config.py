@@ -4,6 +4,7 @@ A default lives here and nowhere else. Fields without a default are required. Ev
 (1 chosen + 1 rejected) unless it says tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,14 +46,16 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    mode: str = "colocated"  # colocated: reference and guide ride in the policy's pipeline
+    mode: str = "colocated"  # colocated: reference and guide ride in the policy's pipeline | cached: read from cache
+    cache: str | None = None  # directory that tools.precompute_guidance writes and mode cached reads
+    verify: bool = True  # compare the cache's checksums before training from it
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     tensor: int = 1  # ranks that share each layer
     pipeline: int = 1  # stages of consecutive layers
-    context: int = 1  # ranks that share each sequence (only 1 for now)
+    context: int = 1  # ranks that share each sequence
     virtual_pipeline: int | None = None  # model chunks per stage (only null for now)
     sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor ranks
     device: str = "auto"  # auto | cuda | cpu; auto takes the CPU only on a machine without an NVIDIA device
@@ -63,6 +66,7 @@ class ParallelConfig:
 class BatchConfig:
     global_pairs: int = MISSING  # pairs per optimizer step, over all ranks
     tokens_per_micro_batch: int | None = None  # tokens of one packed row; null: 2 x data.max_length
+    shared_prompts: bool | None = None  # compute a pair's prompt once for both responses; null: where that is possible
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,12 @@ class Config:
         return self.batch.tokens_per_micro_batch or 2 * self.data.max_length
 
     @property
+    def shared_prompts(self) -> bool:
+        """Whether a pair's prompt is computed once; not possible under context parallelism."""
+        chosen = self.batch.shared_prompts
+        return self.parallel.context == 1 if chosen is None else chosen
+
+    @property
     def reference_path(self) -> str:
         return self.model.reference or self.model.policy
 
@@ -148,7 +158,7 @@ RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
 _CHOICES = {
     "data.overlong_prompt": ("truncate", "drop", "error"),
     "loss.method": ("tgdpo", "dpo"),
-    "guidance.mode": ("colocated",),
+    "guidance.mode": ("colocated", "cached"),
     "parallel.device": ("auto", "cuda", "cpu"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "precision.dtype": ("bf16", "fp32"),
@@ -156,8 +166,9 @@ _CHOICES = {
 }
 _POSITIVE = (
     "data.max_length", "data.max_prompt_length", "data.workers", "loss.beta", "parallel.tensor", "parallel.pipeline",
-    "parallel.timeout_minutes", "batch.global_pairs", "batch.tokens_per_micro_batch", "optimizer.eps", "train.steps",
-    "train.epochs", "train.exit_step", "eval.every_steps", "checkpoint.every_steps", "log.every_steps",
+    "parallel.context", "parallel.timeout_minutes", "batch.global_pairs", "batch.tokens_per_micro_batch",
+    "optimizer.eps", "train.steps", "train.epochs", "train.exit_step", "eval.every_steps", "checkpoint.every_steps",
+    "log.every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = ("optimizer.lr", "optimizer.weight_decay", "optimizer.clip_grad", "checkpoint.keep", "train.seed")
 _FRACTIONS = ("optimizer.warmup_ratio", "optimizer.beta1", "optimizer.beta2", "preflight.slow_group_ratio")
@@ -238,21 +249,34 @@ def _check(config: Config, source: str) -> None:
         fail("loss.method tgdpo needs model.guide (a checkpoint directory); without a guide use loss.method=dpo")
     if config.loss.method == "dpo" and config.model.guide is not None:
         fail("loss.method dpo uses no guide: remove model.guide or set loss.method=tgdpo")
-    if config.parallel.context != 1:
-        fail(f"parallel.context is {config.parallel.context}: context parallelism is not supported yet, set it to 1")
+    if config.guidance.mode == "cached" and config.guidance.cache is None:
+        fail("guidance.mode cached needs guidance.cache (a directory): fill it with tools.precompute_guidance")
+    if config.parallel.context > 1 and config.batch.shared_prompts:
+        fail(
+            "batch.shared_prompts is true with parallel.context > 1: a prompt that two responses share cannot be split "
+            "over context ranks yet, set one of them to its default"
+        )
     if config.parallel.virtual_pipeline is not None:
         fail("parallel.virtual_pipeline is set: the interleaved schedule is not supported yet, set it to null")
     _check_lengths(config, fail)
 
 
 def _check_lengths(config: Config, fail: Any) -> None:
-    row, tensor = config.row_tokens, config.parallel.tensor
-    if row < 2 * config.data.max_length:
+    row, parallel = config.row_tokens, config.parallel
+    multiple = 2 * parallel.context if parallel.context > 1 else 1  # of each sequence, see packing.py
+    pair = 2 * math.ceil(config.data.max_length / multiple) * multiple
+    if row < pair:
         fail(
-            f"batch.tokens_per_micro_batch is {row} but a pair may take 2 x data.max_length = "
-            f"{2 * config.data.max_length} tokens: raise it to that, or lower data.max_length"
+            f"batch.tokens_per_micro_batch is {row} but a pair may take 2 x data.max_length = {pair} tokens"
+            f"{' (in multiples of 2 x parallel.context)' if multiple > 1 else ''}: raise it to that, or lower "
+            "data.max_length"
         )
-    if config.parallel.sequence_parallel and row % tensor:
-        fail(f"batch.tokens_per_micro_batch {row} is not divisible by parallel.tensor {tensor} (sequence parallelism)")
+    if row % multiple:
+        fail(f"batch.tokens_per_micro_batch {row} is not divisible by 2 x parallel.context = {multiple}")
+    if parallel.sequence_parallel and row // parallel.context % parallel.tensor:
+        fail(
+            f"batch.tokens_per_micro_batch {row} is not divisible by parallel.tensor x parallel.context = "
+            f"{parallel.tensor} x {parallel.context} (sequence parallelism)"
+        )
     if config.data.max_prompt_length is not None and config.data.max_prompt_length >= config.data.max_length:
         fail("data.max_prompt_length must be smaller than data.max_length: the response needs room")

@@ -7,6 +7,7 @@ Source: TGDPO, arXiv 2506.14574; the exact form is that of the reference code, d
 ``src/llamafactory/train/tgdpo/trainer.py``, ``dpo_loss``, the ``sigmoid`` branch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ class PreferenceLoss:
         losses: [P] nats, to be summed over all pairs of the global batch and divided by their number.
         weighted_margins: [P] score of chosen minus score of rejected, the argument of the sigmoid.
         logratios: [B] sum over response tokens of log pi_theta - log pi_ref.
+        reference_logps: [B] sum over response tokens of log pi_ref.
+        guide_rewards: [B] sum over response tokens of ``token_rewards``.
         token_rewards: [R] beta * (log pi_g - log pi_ref); zeros for DPO.
         token_weights: [R] the factor of each token's log-ratio; ones for DPO.
     """
@@ -29,6 +32,8 @@ class PreferenceLoss:
     losses: Tensor
     weighted_margins: Tensor
     logratios: Tensor
+    reference_logps: Tensor
+    guide_rewards: Tensor
     token_rewards: Tensor
     token_weights: Tensor
 
@@ -70,6 +75,7 @@ def preference_loss(
     *,
     beta: float,
     alpha: float,
+    over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> PreferenceLoss:
     """TGDPO, or DPO where there is no guide: ``-log sigmoid(score_chosen - score_rejected)``.
 
@@ -82,6 +88,9 @@ def preference_loss(
         lengths: [B] int64 response lengths, chosen and rejected alternating; zero pairs are allowed.
         beta: Strength of the KL constraint.
         alpha: Strength of the guidance; unused without a guide.
+        over_ranks: Adds a tensor over the ranks that hold other tokens of the same sequences, if there are any, and
+            passes its gradient on unchanged: every such rank then computes the same losses, and brings to the gradient
+            what its own tokens bring.
     """
     token_logratios = policy_logps - reference_logps.detach()
     if guide_logps is None:
@@ -90,12 +99,16 @@ def preference_loss(
     else:
         token_rewards = beta * (guide_logps - reference_logps).detach()
         token_weights = guidance_token_weights(token_rewards, lengths, alpha)
-    scores = beta * sum_per_sequence(token_weights * token_logratios, lengths)
+    of_tokens = (token_weights * token_logratios, token_logratios.detach(), reference_logps.detach(), token_rewards)
+    sums = over_ranks(torch.stack([sum_per_sequence(values, lengths) for values in of_tokens]))
+    scores, (logratios, reference, guide_rewards) = beta * sums[0], sums[1:].detach()
     margins = scores[0::2] - scores[1::2]
     return PreferenceLoss(
         losses=-F.logsigmoid(margins),
         weighted_margins=margins.detach(),
-        logratios=sum_per_sequence(token_logratios.detach(), lengths),
+        logratios=logratios,
+        reference_logps=reference,
+        guide_rewards=guide_rewards,
         token_rewards=token_rewards,
         token_weights=token_weights,
     )

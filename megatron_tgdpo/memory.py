@@ -24,7 +24,7 @@ class RankMemory:
         frozen_parameters: Reference and guide parameters on that rank.
         weights: Policy weights.
         gradients: fp32 gradient buffer.
-        optimizer: Adam moments, and the fp32 main copy of bf16 weights, split over data ranks.
+        optimizer: Adam moments, and the fp32 main copy of bf16 weights, split over data and context ranks.
         frozen: Weights of reference and guide.
         activations: What the policy's layers keep for backward, for all micro batches in flight.
         carried: Hidden states of one row that travel between stages.
@@ -92,7 +92,7 @@ def stage_memory(
         frozen_parameters=held,
         weights=trained * size,
         gradients=4 * trained,
-        optimizer=state * trained // layout.data,
+        optimizer=state * trained // (layout.data * layout.context),
         frozen=held * size,
         activations=round(stage_activations(policy, layout, row, recompute, stage)),
         carried=round(carried_states(policy, frozen, layout, row)),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_tgdpo.loss import PreferenceLoss, sum_per_sequence
+from megatron_tgdpo.loss import PreferenceLoss
 
 _SUMS = (
     "pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected",
@@ -46,35 +46,39 @@ class StepMetrics:
 
 
 @torch.no_grad()
-def pack_metrics(
-    loss: PreferenceLoss, reference_logps: Tensor, lengths: Tensor, pair_indices: Tensor, beta: float
-) -> PackMetrics:
-    """Sums what :func:`reduce_metrics` needs of one pack. Shapes as in :class:`~megatron_tgdpo.loss.PreferenceLoss`."""
-    reference = sum_per_sequence(reference_logps, lengths)
-    rewards = beta * loss.logratios
+def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, beta: float, *, count_pairs: bool) -> PackMetrics:
+    """Sums what :func:`reduce_metrics` needs of one pack.
+
+    Args:
+        loss: Of the pack; its tokens are this rank's, its pairs those of all context-parallel ranks.
+        pair_indices: [P] int64, each pair's index in the dataset.
+        beta: Strength of the KL constraint.
+        count_pairs: False on all but one of the context-parallel ranks, which all know the same pairs.
+    """
+    rewards, reference = beta * loss.logratios, loss.reference_logps
     policy = reference + loss.logratios
-    guide_scores = sum_per_sequence(loss.token_rewards, lengths)
     weights = loss.token_weights.double()
-    sums = [
+    of_pairs = [
         loss.losses.new_full((), loss.losses.numel()), loss.losses.sum(), rewards[0::2].sum(), rewards[1::2].sum(),
         (rewards[0::2] > rewards[1::2]).sum(), policy[0::2].sum(), policy[1::2].sum(), reference[0::2].sum(),
-        reference[1::2].sum(), loss.weighted_margins.sum(), (guide_scores[0::2] > guide_scores[1::2]).sum(),
+        reference[1::2].sum(), loss.weighted_margins.sum(),
+        (loss.guide_rewards[0::2] > loss.guide_rewards[1::2]).sum(),
+    ]  # fmt: skip
+    of_tokens = [
         weights.new_full((), weights.numel()), weights.sum(), weights.square().sum(), (weights < 0).sum(),
     ]  # fmt: skip
+    sums = torch.stack([value.double() for value in (*of_pairs, *of_tokens)])
+    if not count_pairs:
+        sums[: len(of_pairs)] = 0.0
     lowest = weights.new_full((), float("-inf"))
-    maxima = torch.stack([lowest] * len(_MAXIMA))
+    maxima = [lowest] * len(_MAXIMA)
     if weights.numel():
+        maxima[:2] = [weights.max(), -weights.min()]
+    if pair_indices.numel():
         # Without a boolean index, whose size a GPU would have to tell the host.
         bad = torch.where(torch.isfinite(loss.losses), float("inf"), pair_indices.double())
-        maxima = torch.stack(
-            [
-                weights.max(),
-                -weights.min(),
-                (loss.losses.double() - math.log(2)).abs().max(),
-                -bad.min(),
-            ]
-        )
-    return PackMetrics(torch.stack([value.double() for value in sums]), maxima)
+        maxima[2:] = [(loss.losses.double() - math.log(2)).abs().max(), -bad.min()]
+    return PackMetrics(sums, torch.stack(maxima))
 
 
 def reduce_metrics(

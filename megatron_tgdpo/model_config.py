@@ -82,8 +82,6 @@ def transformer_config_kwargs(
 def _check_divides(kwargs: Mapping[str, Any], layout: ParallelLayout) -> None:
     tp, pp = layout.tensor, layout.pipeline
     groups = kwargs["num_query_groups"]
-    if layout.context > 1:
-        raise UserError(f"parallel.context is {layout.context}, the local layer spec supports only 1")
     if kwargs["num_layers"] % pp:
         raise UserError(f"{kwargs['num_layers']} layers are not divisible by parallel.pipeline = {pp}")
     if kwargs["num_attention_heads"] % tp:

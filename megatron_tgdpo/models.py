@@ -1,6 +1,7 @@
 """A Megatron-Core language model from an HF config, on the local layer spec.
 
-Legend: S tokens of the row, S_local = S / tp under sequence parallelism (else S), H hidden, V padded vocabulary.
+Legend: S tokens of this context-parallel rank's part of the row, S_local = S / tp under sequence parallelism (else S),
+H hidden, V padded vocabulary.
 """
 
 from collections.abc import Mapping
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.hf_config import padded_vocab_size
 from megatron_tgdpo.layer_spec import local_block_spec
 from megatron_tgdpo.model_config import LanguageModelConfig, transformer_config_kwargs
+from megatron_tgdpo.packing import RowPacking
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.rotary import RotaryFrequencies
 
@@ -64,14 +65,13 @@ class LanguageModel(GPTModel):
         self.rotary = RotaryFrequencies(hf_config, device)
         _mark_tensor_parallel(self)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, packing: PackedSeqParams) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor, position_ids: Tensor, packing: RowPacking) -> Tensor:  # type: ignore[override]
         """Runs this stage; on every stage but the first the input is what ``set_input_tensor`` was given.
 
         Args:
             tokens: [1, S] int64; read on the first stage only.
             position_ids: [1, S] int64, counted from 0 in each sequence; needed on every stage.
-            packing: ``qkv_format='sbhd'`` (rotary angles are already per token, so megatron-core need not know of
-                sequences) and ``cu_seqlens_q``, an int32 CPU tensor [B + 1]; the tail of the row is padding.
+            packing: Which tokens attend to which; needed on every stage.
 
         Returns:
             [S_local, 1, H] hidden states, after the final norm on the last stage.

@@ -6,7 +6,7 @@ from megatron_tgdpo.config import Config, to_yaml
 from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.memory import rank_memory
 from megatron_tgdpo.optimizer import adam_source
-from megatron_tgdpo.parallel import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
+from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.preflight import preflight
@@ -14,7 +14,9 @@ from megatron_tgdpo.ranks import RankEnvironment, init_distributed, on_first_ran
 from megatron_tgdpo.setup import (
     build_engine,
     check_layout,
+    layout_of,
     log_setup,
+    models_that_run,
     open_data,
     prepare_first_rank,
     read_model_configs,
@@ -37,9 +39,9 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     if device.type == "cpu":
         enable_cpu_backend()
     parallel = config.parallel
-    layout = _layout(config, ranks.world_size)
+    layout = layout_of(config, ranks.world_size)
     model_configs = read_model_configs(config)
-    check_layout(model_configs, layout)
+    check_layout(models_that_run(config, model_configs), layout)
     prefixes = on_first_rank(lambda: prepare_first_rank(config), store, ranks.rank)
     init_distributed(ranks, device, parallel.timeout_minutes, store)
     pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
@@ -56,16 +58,12 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
 
 def dry_run(config: Config, world_size: int) -> str:
     """The resolved config, the rank grid, and parameters and memory per rank, without loading anything."""
-    layout = _layout(config, world_size)
-    configs = read_model_configs(config)
+    layout = layout_of(config, world_size)
+    configs = models_that_run(config, read_model_configs(config))
     check_layout(configs, layout)
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
-    row = Row(config.row_tokens, config.data.max_length, 4 if config.precision.dtype == "fp32" else 2)
+    local = config.row_tokens // layout.context
+    row = Row(local, config.data.max_length, 4 if config.precision.dtype == "fp32" else 2)
     memory = rank_memory(configs["policy"], frozen, layout, row, config.train.recompute)
     lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
     return "\n".join(lines)
-
-
-def _layout(config: Config, world_size: int) -> ParallelLayout:
-    parallel = config.parallel
-    return make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, world_size)

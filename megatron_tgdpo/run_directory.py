@@ -12,8 +12,9 @@ DONE_FILE = "DONE"
 
 # What may change between a run and its continuation, because it does not change what is computed.
 _FREE = {
-    "parallel", "checkpoint", "log", "preflight", "eval", "output_dir", "batch.tokens_per_micro_batch", "data.workers",
-    "data.validation", "train.exit_step", "train.recompute", "train.check_start",
+    "parallel", "checkpoint", "log", "preflight", "eval", "guidance", "output_dir", "batch.tokens_per_micro_batch",
+    "batch.shared_prompts", "data.workers", "data.validation", "train.exit_step", "train.recompute",
+    "train.check_start",
 }  # fmt: skip
 
 

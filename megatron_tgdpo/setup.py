@@ -14,19 +14,22 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
 from checkpoints_convert.load import load_weights
-from megatron_tgdpo.batch import DataOrder, check_row_fits, make_data_order
 from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint, remove_incomplete
 from megatron_tgdpo.colocated import ColocatedCommunicator, ColocatedModel
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizers import load_tokenizer
+from megatron_tgdpo.data_order import DataOrder, make_data_order
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key, model_fingerprints
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.models import LanguageModel, build_language_model
 from megatron_tgdpo.optimizer import build_optimizer, build_scheduler
-from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.pack_plan import check_row_fits
+from megatron_tgdpo.packing import RowFormat
+from megatron_tgdpo.parallel import ParallelLayout, make_layout
 from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.train_step import Engine
@@ -44,11 +47,13 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class RunData:
-    """The run's datasets and the order in which training takes its pairs."""
+    """The run's datasets, the order in which training takes its pairs, and the guidance caches where they are used."""
 
     train: PreferenceDataset
     validation: PreferenceDataset | None
     order: DataOrder
+    train_guidance: GuidanceCache | None = None
+    validation_guidance: GuidanceCache | None = None
 
 
 def hf_directory(path: str) -> Path:
@@ -75,7 +80,13 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
     return configs
 
 
-def check_layout(configs: dict[str, PretrainedConfig], layout: ParallelLayout) -> None:
+def models_that_run(config: Config, configs: Mapping[str, PretrainedConfig]) -> dict[str, PretrainedConfig]:
+    """Those of :func:`read_model_configs` that are loaded: the frozen ones are not where a cache stands for them."""
+    cached = config.guidance.mode == "cached"
+    return {role: hf_config for role, hf_config in configs.items() if role == "policy" or not cached}
+
+
+def check_layout(configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> None:
     """Checks that every model divides by the layout.
 
     Raises:
@@ -110,7 +121,8 @@ def _tokenizer_fingerprint(path: str) -> str | None:
 
 
 def prepare_first_rank(config: Config) -> str:
-    """Claims the output directory and preprocesses raw data, once, on one rank, before any process group exists.
+    """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
+    process group exists.
 
     Returns:
         JSON of the dataset prefixes, for :func:`open_data` on every rank.
@@ -119,6 +131,20 @@ def prepare_first_rank(config: Config) -> str:
     claim_output_dir(config)
     for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
         logger.warning("removed %s, left by a save that was interrupted", left)
+    prefixes = prepare_data(config, Path(config.output_dir) / "data")
+    if config.guidance.mode == "cached":
+        models = model_fingerprints(config)
+        for name, prefix in prefixes.items():
+            dataset = PreferenceDataset(prefix)
+            cache = open_guidance(config, name, dataset)
+            cache.check_key(guidance_key(config, dataset, models))
+            if config.guidance.verify:
+                cache.check_content()
+    return json.dumps(prefixes)
+
+
+def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
+    """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be."""
     options = PreprocessOptions(
         tokenizer=config.data.tokenizer or str(hf_directory(config.model.policy)),
         chat_template=config.data.chat_template,
@@ -127,15 +153,29 @@ def prepare_first_rank(config: Config) -> str:
         overlong_prompt=config.data.overlong_prompt,
         workers=config.data.workers,
     )
-    cache = Path(config.output_dir) / "data"
     paths = {"train": config.data.train, "validation": config.data.validation}
-    return json.dumps(
-        {
-            name: str(open_or_preprocess(path, options, str(cache)).prefix)
-            for name, path in paths.items()
-            if path is not None
-        }
-    )
+    return {
+        name: str(open_or_preprocess(path, options, str(cache_dir)).prefix)
+        for name, path in paths.items()
+        if path is not None
+    }
+
+
+def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> GuidanceCache:
+    """The guidance cache of a dataset of the run, ``train`` or ``validation``."""
+    directory = Path(str(config.guidance.cache)) / name
+    return GuidanceCache(directory, dataset.lengths, use_guide=config.loss.method == "tgdpo")
+
+
+def layout_of(config: Config, world_size: int) -> ParallelLayout:
+    """The rank grid of a run."""
+    parallel = config.parallel
+    return make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, world_size)
+
+
+def row_format(config: Config, pg: ProcessGroupCollection) -> RowFormat:
+    """The format of this run's rows on this rank."""
+    return RowFormat(config.row_tokens, config.shared_prompts, config.parallel.context, pg.cp.rank())
 
 
 def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
@@ -146,7 +186,7 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
     """
     datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
     for name, dataset in datasets.items():
-        check_row_fits(dataset, config.row_tokens)
+        check_row_fits(dataset, RowFormat(config.row_tokens, config.shared_prompts, config.parallel.context))
         largest = dataset.manifest["max_token_id"]
         if largest >= vocab_size:
             # The embedding would not notice: it is padded, and split over tensor ranks.
@@ -162,7 +202,10 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
         config.data.shuffle,
         config.train.seed,
     )
-    return RunData(datasets["train"], datasets.get("validation"), order)
+    caches = {}
+    if config.guidance.mode == "cached":
+        caches = {name: open_guidance(config, name, dataset) for name, dataset in datasets.items()}
+    return RunData(datasets["train"], datasets.get("validation"), order, caches.get("train"), caches.get("validation"))
 
 
 def load_model(
@@ -190,6 +233,20 @@ def load_model(
     return model
 
 
+def load_frozen_models(
+    config: Config,
+    configs: Mapping[str, PretrainedConfig],
+    layout: ParallelLayout,
+    pg: ProcessGroupCollection,
+    device: torch.device,
+) -> list[LanguageModel]:
+    """This rank's slices of the reference and, for TGDPO, the guide. Collective."""
+    paths = {"reference": config.reference_path, "guide": config.model.guide}
+    return [
+        load_model(path, configs[role], layout, pg, config, device) for role, path in paths.items() if path is not None
+    ]
+
+
 def build_engine(
     config: Config,
     configs: Mapping[str, PretrainedConfig],
@@ -212,11 +269,8 @@ def build_engine(
         UserError: The same on every rank: a checkpoint cannot be loaded, or does not divide by the layout.
     """
     policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device, config.train.recompute)
-    reference = load_model(config.reference_path, configs["reference"], layout, pg, config, device)
-    guide = None
-    if config.model.guide is not None:
-        guide = load_model(config.model.guide, configs["guide"], layout, pg, config, device)
-    colocated = ColocatedModel(policy, reference, guide)
+    cached = config.guidance.mode == "cached"
+    colocated = ColocatedModel(policy, [] if cached else load_frozen_models(config, configs, layout, pg, device))
     dtype = DTYPES[config.precision.dtype]
     wrapped = DistributedDataParallel(
         policy.config,
@@ -234,7 +288,7 @@ def build_engine(
         communicator=communicator,
         pg=pg,
         loss=config.loss,
-        row_tokens=config.row_tokens,
+        row=row_format(config, pg),
         device=device,
     )
 

@@ -19,6 +19,7 @@ from megatron_tgdpo.config import LossConfig
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.forward import forward_step
 from megatron_tgdpo.metrics import StepMetrics, reduce_metrics
+from megatron_tgdpo.packing import RowFormat
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Engine:
         communicator: Between pipeline stages; None with one stage.
         pg: Process groups.
         loss: Method, beta and alpha.
-        row_tokens: Tokens of a row.
+        row: The format of every row.
         device: Where the model is.
     """
 
@@ -42,7 +43,7 @@ class Engine:
     communicator: ColocatedCommunicator | None
     pg: ProcessGroupCollection
     loss: LossConfig
-    row_tokens: int
+    row: RowFormat
     device: torch.device
 
 
@@ -55,11 +56,11 @@ def run_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int, *, f
     pipeline = {} if engine.communicator is None else {"p2p_communicator": engine.communicator}
     with torch.set_grad_enabled(not forward_only):
         metrics = run(
-            forward_step_func=partial(forward_step, loss_config=engine.loss),
+            forward_step_func=partial(forward_step, loss_config=engine.loss, pg=engine.pg),
             data_iterator=(batch.to(engine.device) for batch in packs),
             model=[engine.model],
             num_microbatches=count,
-            seq_length=engine.row_tokens,
+            seq_length=engine.row.tokens,
             micro_batch_size=1,
             forward_only=forward_only,
             pg_collection=engine.pg,

@@ -12,13 +12,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo import stopping
-from megatron_tgdpo.batch import PreferenceBatch, collate, pair_tokens, plan_packs
+from megatron_tgdpo.batch import PreferenceBatch, collate
 from megatron_tgdpo.checkpoint import load_checkpoint, newest_undamaged
 from megatron_tgdpo.checkpoint_saver import CheckpointSaver
 from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import AgreedError
+from megatron_tgdpo.guidance_cache import GuidanceCache
 from megatron_tgdpo.memory import GIB
+from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.run_directory import MetricsLog, mark_done
 from megatron_tgdpo.setup import DTYPES, RunData, hf_directory
@@ -87,7 +89,7 @@ class Trainer:
             values = {"train/loss": result.metrics.values["loss"], "train/grad_norm": result.grad_norm}
             values |= {"train/lr": result.lr}
             values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
-            performance, stop = self._performance(time.monotonic() - begin, real_tokens, len(packs))
+            performance, stop = self._performance(time.monotonic() - begin, step, real_tokens, len(packs))
             values |= performance | self.saver.take_figures()
             if self._due(step, self.config.eval.every_steps):
                 values |= self.evaluate()
@@ -113,7 +115,8 @@ class Trainer:
         # Planned in parts: the time to plan grows with the square of the pairs.
         parts = (indices[start : start + _EVAL_PLAN_PAIRS] for start in range(0, len(indices), _EVAL_PLAN_PAIRS))
         packs = [pack for part in parts for pack in self._rank_packs(dataset, part)]
-        metrics = run_packs(self.engine, self._collated(dataset, packs), len(packs), forward_only=True)
+        batches = self._collated(dataset, packs, self.data.validation_guidance)
+        metrics = run_packs(self.engine, batches, len(packs), forward_only=True)
         return {f"eval/{name}": value for name, value in metrics.values.items()}
 
     def _resume(self) -> int:
@@ -126,20 +129,22 @@ class Trainer:
         return step
 
     def _rank_packs(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[int]]:
-        tokens = pair_tokens(dataset.lengths[indices]).tolist()
-        plan = plan_packs(indices, tokens, self.config.row_tokens, self.layout.data)
+        row = self.engine.row
+        plan = plan_packs(indices, row.pair_tokens(dataset.lengths[indices]).tolist(), row.tokens, self.layout.data)
         return plan[self.engine.pg.dp.rank()]
 
-    def _collated(self, dataset: PreferenceDataset, packs: list[list[int]]) -> Iterator[PreferenceBatch]:
+    def _collated(
+        self, dataset: PreferenceDataset, packs: list[list[int]], guidance: GuidanceCache | None
+    ) -> Iterator[PreferenceBatch]:
         """Collates packs one by one, when the schedule takes them."""
-        return (collate([dataset[i] for i in pack], self.config.row_tokens) for pack in packs)
+        return (collate([dataset[i] for i in pack], self.engine.row, guidance) for pack in packs)
 
     def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], int]:
         """This data rank's packs of a step, and the tokens of all ranks' pairs."""
         indices = self.data.order.step_indices(step)
         packs = self._rank_packs(self.data.train, indices)
-        real_tokens = int(pair_tokens(self.data.train.lengths[indices]).sum())
-        return list(self._collated(self.data.train, packs)), real_tokens
+        real_tokens = self.engine.row.real_tokens(self.data.train.lengths[indices])
+        return list(self._collated(self.data.train, packs, self.data.train_guidance)), real_tokens
 
     def _guard(self, step: int, result: StepResult) -> None:
         if result.updated:
@@ -171,22 +176,24 @@ class Trainer:
             },
         )
 
-    def _performance(self, seconds: float, real_tokens: int, depth: int) -> tuple[dict[str, float], bool]:
+    def _performance(self, seconds: float, step: int, real_tokens: int, depth: int) -> tuple[dict[str, float], bool]:
         """The step's speed and memory, and whether any rank is asked to stop: one reduction serves both.
 
         A signal reaches ranks at different moments, even in different steps. All of them see the same maximum, so all
         stop after the same step, at no cost beyond a number in a reduction that runs anyway.
         """
-        rows = depth * self.layout.data
+        rows, order = depth * self.layout.data, self.data.order
+        pairs = order.consumed_pairs(step) - order.consumed_pairs(step - 1)
         mine = (_peak_memory_bytes(self.engine.device) / GIB, float(stopping.requested()))
         maxima = torch.tensor(mine, device=self.engine.device)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         peak, stop = maxima.tolist()
         values = {
+            "perf/pairs_per_second": pairs / seconds,
             "perf/tokens_per_second": real_tokens / seconds,
             "perf/tokens_per_second_per_gpu": real_tokens / seconds / self.layout.world_size,
             "perf/step_seconds": seconds,
-            "perf/packing_efficiency": real_tokens / (rows * self.config.row_tokens),
+            "perf/packing_efficiency": real_tokens / (rows * self.engine.row.tokens),
             "perf/peak_memory_gib": peak,
         }
         return values, stop > 0

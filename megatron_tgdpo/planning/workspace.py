@@ -34,8 +34,8 @@ def _scores(hf_config: PretrainedConfig, width: LayerWidths, row: Row) -> float:
 
 def frozen_workspace(frozen: Sequence[PretrainedConfig], layout: ParallelLayout, row: Row) -> float:
     """Peak of a frozen model's layer, which keeps nothing: the MLP's tensors between its two linears."""
-    mlp = max(LayerWidths.of(hf_config, layout).mlp for hf_config in frozen)
-    hidden = max(hf_config.hidden_size for hf_config in frozen)
+    mlp = max((LayerWidths.of(hf_config, layout).mlp for hf_config in frozen), default=0.0)
+    hidden = max((hf_config.hidden_size for hf_config in frozen), default=0)
     return row.tokens * (5 * mlp + 2 * hidden) * row.dtype_bytes
 
 

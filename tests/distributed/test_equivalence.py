@@ -42,6 +42,8 @@ class Case:
     row_tokens: int = 512
     family: str = "llama"
     recompute: str = "none"
+    context: int = 1
+    shared_prompts: bool | None = None
 
     @property
     def model(self) -> str:
@@ -83,6 +85,17 @@ CASES = (
     Case("qwen3-tp2-pp2-sp", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, family="qwen3"),
     Case("qwen3-tp4-tied", 4, "random", tied=True, tensor=4, family="qwen3"),
     Case("mistral-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="mistral"),
+    # Prompts are shared above, where nothing else is said.
+    Case("unshared", 1, "random", row_tokens=256, shared_prompts=False),
+    Case("unshared-pp2", 2, "random", pipeline=2, row_tokens=128, shared_prompts=False),
+    Case("cp2", 2, "random", context=2, row_tokens=256),
+    Case("cp2-real", 2, "real", context=2),
+    Case("cp2-tp2-sp", 4, "random", context=2, tensor=2, sequence_parallel=True, row_tokens=128),
+    Case("cp2-tp2-tied", 4, "random", tied=True, context=2, tensor=2),
+    Case("cp2-pp2", 4, "random", context=2, pipeline=2, row_tokens=128),
+    Case("cp2-dp2-qwen3", 4, "random", context=2, row_tokens=128, family="qwen3"),
+    Case("cp4", 4, "random", context=4, row_tokens=256),
+    Case("cp2-pp2-gemma2", 4, "random", tied=True, context=2, pipeline=2, family="gemma2"),
     Case("recompute-full", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, row_tokens=128, recompute="full"),
     Case("recompute-selective", 4, "random", tensor=2, pipeline=2, row_tokens=128, recompute="selective"),
     # Windows and softcaps recompute their scores by themselves, inside what is recomputed here.
@@ -127,9 +140,14 @@ class Inputs:
                 "tensor": case.tensor,
                 "pipeline": case.pipeline,
                 "sequence_parallel": case.sequence_parallel,
+                "context": case.context,
                 "timeout_minutes": 5,
             },
-            "batch": {"global_pairs": SETTINGS.global_pairs, "tokens_per_micro_batch": case.row_tokens},
+            "batch": {
+                "global_pairs": SETTINGS.global_pairs,
+                "tokens_per_micro_batch": case.row_tokens,
+                "shared_prompts": case.shared_prompts,
+            },
             "optimizer": {
                 "lr": SETTINGS.lr,
                 "weight_decay": SETTINGS.weight_decay,
@@ -223,7 +241,7 @@ _SIDES = (("prompt", []), ("chosen", [2]), ("rejected", [2]))  # 2 is </s>
 
 @pytest.fixture(scope="module")
 def runs(inputs: Inputs) -> Runs:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return Runs(inputs)
 
 

@@ -65,7 +65,7 @@ def main() -> None:
     model_configs = read_model_configs(config)
     engine = build_engine(config, model_configs, layout, pg, 10, device)
     dataset: PreferenceDataset = open_data(config, prefixes, model_configs["policy"].vocab_size).train
-    packs = [collate([dataset[i], dataset[i + 1]], config.row_tokens) for i in range(0, 6, 2)]
+    packs = [collate([dataset[i], dataset[i + 1]], engine.row) for i in range(0, 6, 2)]
     engine.model.zero_grad_buffer()
     run_packs(engine, packs, len(packs), forward_only=False)
     model, communicator = colocated_model(engine), engine.communicator

@@ -17,6 +17,7 @@ from megatron_tgdpo.batch import PreferenceBatch, collate
 from megatron_tgdpo.config import Config, config_from_dict
 from megatron_tgdpo.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.data.dataset import PreferencePair
+from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel, make_layout
 from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.setup import build_engine, colocated_model, read_model_configs
@@ -58,13 +59,13 @@ def full_row(config: Config) -> PreferenceBatch:
     length = config.data.max_length
     one, response = np.ones(1, dtype=np.int64), np.ones(length - 1, dtype=np.int64)
     pairs = [PreferencePair(one, response, response, index) for index in range(config.row_tokens // (2 * length))]
-    return collate(pairs, config.row_tokens)
+    return collate(pairs, RowFormat(config.row_tokens))
 
 
 def kept_by_forward(engine: Engine, row: PreferenceBatch, known: list[torch.Tensor]) -> int:
     """Bytes that the policy's forward leaves alive on this stage, its input and output included."""
     policy = colocated_model(engine).policy
-    tokens = engine.row_tokens // (engine.pg.tp.size() if policy.config.sequence_parallel else 1)
+    tokens = engine.row.tokens // (engine.pg.tp.size() if policy.config.sequence_parallel else 1)
     with LiveStorages(known) as live:
         if not policy.pre_process:
             shape = (tokens, 1, policy.config.hidden_size)

@@ -2,7 +2,8 @@
 
     torchrun ... -m tests.distributed.worker_train CASES.json
 
-The file holds a list of ``{"config": {...}, "export": DIR or null}``.
+The file holds a list of ``{"config": {...}, "export": DIR or null}``; with ``"precompute": PAIRS`` a guidance cache is
+computed, in shards of so many pairs, instead of a training, with ``"verify": PAIRS`` one is checked.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from checkpoints_convert.export import export_hf
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint
 from megatron_tgdpo.config import Config, config_from_dict
+from megatron_tgdpo.guidance_precompute import precompute_guidance, verify_guidance
 from megatron_tgdpo.ranks import connect_store, read_rank_environment
 from megatron_tgdpo.run import run
 from megatron_tgdpo.setup import DTYPES
@@ -33,9 +35,14 @@ def main() -> None:
     ranks = read_rank_environment()
     store = connect_store(ranks)
     for number, case in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        config = config_from_dict(case["config"])
-        run(config, ranks, dist.PrefixStore(f"case{number}", store))
-        if case["export"]:
+        config, own_store = config_from_dict(case["config"]), dist.PrefixStore(f"case{number}", store)
+        if "precompute" in case:
+            precompute_guidance(config, case["precompute"], ranks, own_store)
+        elif "verify" in case:
+            verify_guidance(config, case["verify"], ranks, own_store)
+        else:
+            run(config, ranks, own_store)
+        if case.get("export"):
             export(config, Path(case["export"]))
     dist.destroy_process_group()
 

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tgdpo.batch import collate, make_data_order, pair_tokens, plan_packs
+from megatron_tgdpo.batch import collate
 from megatron_tgdpo.data.dataset import PreferencePair
+from megatron_tgdpo.data_order import make_data_order
+from megatron_tgdpo.pack_plan import plan_packs
+from megatron_tgdpo.packing import RowFormat
 
 
 def pair(index: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> PreferencePair:
@@ -54,7 +57,7 @@ def test_a_plan_of_fewer_packs_than_ranks_gives_empty_packs() -> None:
 
 
 def test_collate() -> None:
-    batch = collate([pair(4, [10, 11], [12, 13, 2], [14]), pair(9, [20], [21], [22, 23])], 16)
+    batch = collate([pair(4, [10, 11], [12, 13, 2], [14]), pair(9, [20], [21], [22, 23])], RowFormat(16))
     assert batch.tokens.tolist() == [[10, 11, 12, 13, 2, 10, 11, 14, 20, 21, 20, 22, 23, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 1, 2, 0, 0, 0]]
     assert batch.packing.cu_seqlens_q.tolist() == [0, 5, 8, 10, 13]
@@ -64,11 +67,77 @@ def test_collate() -> None:
     # Each target is the token right after its logit position.
     assert torch.equal(batch.tokens[0, batch.logit_positions + 1], batch.targets)
     assert batch.pair_indices.tolist() == [4, 9]
-    assert int(pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).sum()) == 13
+    assert RowFormat(16).pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [8, 5]
+    assert RowFormat(16).real_tokens(np.array([[2, 3, 1], [1, 1, 2]])) == 13
 
 
 def test_collate_without_pairs() -> None:
-    batch = collate([], 8)
+    batch = collate([], RowFormat(8))
     assert batch.tokens.shape == (1, 8)
     assert batch.packing.cu_seqlens_q.tolist() == [0]
     assert batch.targets.numel() == batch.logit_positions.numel() == batch.response_lengths.numel() == 0
+
+
+PAIRS = [pair(4, [10, 11], [12, 13, 2], [14]), pair(9, [20], [21], [22, 23])]
+
+
+def test_a_shared_prompt_is_there_once() -> None:
+    row = RowFormat(12, shared_prompts=True)
+    batch = collate(PAIRS, row)
+    assert batch.tokens.tolist() == [[10, 11, 12, 13, 2, 14, 20, 21, 22, 23, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2, 0, 0]]
+    assert batch.packing.cu_seqlens_q.tolist() == [0, 5, 6, 8, 10]
+    assert batch.packing.cu_seqlens_kv.tolist() == [0, 5, 8, 10, 13]
+    assert batch.packing.kv_index is not None
+    assert batch.packing.kv_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 6, 8, 9]
+    # The prompt's last position predicts the first token of both responses.
+    assert batch.logit_positions.tolist() == [1, 2, 3, 1, 6, 6, 8]
+    assert batch.targets.tolist() == [12, 13, 2, 14, 21, 22, 23]
+    assert row.pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [6, 4]
+    assert row.real_tokens(np.array([[2, 3, 1], [1, 1, 2]])) == 10
+
+
+def test_context_ranks_hold_every_response_token_once() -> None:
+    formats = [RowFormat(32, context=2, context_rank=rank) for rank in range(2)]
+    assert formats[0].pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [8 + 4, 4 + 4]
+    parts = [collate(PAIRS, row) for row in formats]
+    whole = collate(PAIRS, RowFormat(32))
+    assert sorted(np.concatenate([part.response_order for part in parts]).tolist()) == list(range(7))
+    for part in parts:
+        assert part.tokens.shape == (1, 16)
+        assert torch.equal(part.targets, whole.targets[part.response_order])
+        assert int(part.response_lengths.sum()) == len(part.targets)
+    assert torch.equal(parts[0].response_lengths + parts[1].response_lengths, whole.response_lengths)
+    # Sequence 1 has 5 tokens, padded to 8 in chunks of 2: rank 0 holds the first and the last chunk.
+    assert parts[0].tokens[0, :4].tolist() == [10, 11, 0, 0]
+    assert parts[1].tokens[0, :4].tolist() == [12, 13, 2, 0]
+    assert parts[0].position_ids[0, :4].tolist() == [0, 1, 0, 0]
+
+
+class Cache:
+    """Reference -1, -2, ... and guide -11, -12, ... for the tokens of every pair."""
+
+    guided = True
+
+    def logps(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        count = {4: 4, 9: 3}[index]
+        return -np.arange(1.0, count + 1, dtype=np.float32), -np.arange(11.0, count + 11, dtype=np.float32)
+
+
+def test_cached_logps_follow_their_tokens() -> None:
+    reference = [-1, -2, -3, -4, -1, -2, -3]
+    for row in (RowFormat(32), RowFormat(32, shared_prompts=True)):
+        batch = collate(PAIRS, row, Cache())
+        assert batch.reference_logps is not None
+        assert batch.guide_logps is not None
+        assert batch.reference_logps.tolist() == reference
+        assert batch.guide_logps.tolist() == [value - 10 for value in reference]
+        assert batch.reference_logps.dtype == torch.float32
+    for rank in range(2):
+        part = collate(PAIRS, RowFormat(32, context=2, context_rank=rank), Cache())
+        assert part.reference_logps is not None
+        assert part.reference_logps.tolist() == [reference[i] for i in part.response_order]
+    empty = collate([], RowFormat(8), Cache())
+    assert empty.reference_logps is not None
+    assert empty.guide_logps is not None
+    assert empty.reference_logps.numel() == empty.guide_logps.numel() == 0

@@ -1,13 +1,14 @@
 """Step metrics against figures worked out directly from the log-probs."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.loss import preference_loss
+from megatron_tgdpo.loss import PreferenceLoss, preference_loss
 from megatron_tgdpo.metrics import StepMetrics, pack_metrics, reduce_metrics
 
 BETA, ALPHA = 0.2, 1.5
@@ -17,7 +18,7 @@ def reduced(group: dist.ProcessGroup, packs: list[tuple[torch.Tensor, ...]], *, 
     metrics = []
     for policy, reference, guide, lengths, indices in packs:
         loss = preference_loss(policy, reference, guide, lengths, beta=BETA, alpha=ALPHA)
-        metrics.append(pack_metrics(loss, reference, lengths, indices, BETA))
+        metrics.append(pack_metrics(loss, indices, BETA, count_pairs=True))
     pg = SimpleNamespace(dp_cp=group, pp=group)
     return reduce_metrics(metrics, pg, torch.device("cpu"), guided=guided)  # type: ignore[arg-type]
 
@@ -74,3 +75,26 @@ def test_without_a_guide_its_figures_are_left_out(single_rank_group: dist.Proces
     values = reduced(single_rank_group, [pack(1, [2, 3], [0])], guided=False).values
     assert "loss" in values
     assert not any(name.startswith("guidance/") for name in values)
+
+
+def test_context_ranks_count_their_tokens_and_one_of_them_the_pairs(single_rank_group: dist.ProcessGroup) -> None:
+    policy, reference, guide, lengths, indices = pack(1, [2, 3, 4, 1], [0, 1])
+    whole = reduced(single_rank_group, [(policy, reference, guide, lengths, indices)]).values
+    firsts = torch.zeros(10, dtype=torch.bool)
+    firsts[[0, 2, 5, 9]] = True
+    ones = torch.ones(4, dtype=torch.int64)
+
+    def share(held: torch.Tensor, own: torch.Tensor, over_ranks: Callable[..., torch.Tensor]) -> PreferenceLoss:
+        tokens = [tensor[held] for tensor in (policy, reference, guide)]
+        return preference_loss(*tokens, own, beta=BETA, alpha=ALPHA, over_ranks=over_ranks)
+
+    # Rank 0 holds the first token of every sequence, rank 1 the rest; both know the sums of both.
+    shares = ((firsts, ones), (~firsts, lengths - ones))
+    partial_sums: list[torch.Tensor] = []
+    for held, own in shares:
+        share(held, own, lambda sums: partial_sums.append(sums) or sums)  # type: ignore[func-returns-value]
+    losses = [share(*of_rank, lambda _: partial_sums[0] + partial_sums[1]) for of_rank in shares]
+    parts = [pack_metrics(loss, indices, BETA, count_pairs=rank == 0) for rank, loss in enumerate(losses)]
+    pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
+    joined = reduce_metrics(parts, pg, torch.device("cpu"), guided=True).values  # type: ignore[arg-type]
+    assert joined == pytest.approx(whole, rel=1e-5)

@@ -1,14 +1,15 @@
 """Packed causal attention against a written-out softmax, one sequence at a time."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_tgdpo.attention import PackedCausalAttention
 from megatron_tgdpo.model_config import LanguageModelConfig
+from megatron_tgdpo.packing import ContextSplit, RowFormat, RowPacking, Segment, pack_segments
 
 ROW, HEADS, GROUPS, SIZE = 17, 4, 2, 8
 
@@ -19,8 +20,8 @@ def attention(layer: int = 1, **overrides) -> PackedCausalAttention:
     return PackedCausalAttention(config, layer, AttnMaskType.causal, "self", softmax_scale=config.softmax_scale)
 
 
-def packing(ends: list[int]) -> PackedSeqParams:
-    return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=torch.tensor(ends, dtype=torch.int32))
+def packing(ends: list[int]) -> RowPacking:
+    return pack_segments([Segment(*bounds) for bounds in itertools.pairwise(ends)])
 
 
 def inputs() -> list[torch.Tensor]:
@@ -110,10 +111,64 @@ def test_windows_are_on_the_marked_layers_only() -> None:
     assert [attention(layer, **features).window for layer in (1, 2)] == [None, 4]
 
 
-@pytest.mark.parametrize(("ends", "message"), [([0, 18], "does not fit"), ([1, 5], "does not fit"), ([0, 9, 4], "fit")])
+@pytest.mark.parametrize(("ends", "message"), [([0, 18], "do not fit"), ([1, 5], "do not fit"), ([0, 9, 4], "fit")])
 def test_impossible_lengths_are_refused(ends: list[int], message: str) -> None:
+    bounds = torch.tensor(ends, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
-        attention()(*inputs(), packed_seq_params=packing(ends))
+        attention()(*inputs(), packed_seq_params=RowPacking("sbhd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds))
+
+
+SHAPES = [
+    {},
+    {"window_size": (2, 0)},
+    {"attn_logit_softcapping": 1.5},
+    {"window_size": (4, 0), "attn_logit_softcapping": 2.0},
+]
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("block", [2, 1024])
+def test_a_shared_prompt_gives_what_a_prompt_for_each_response_gives(
+    monkeypatch: pytest.MonkeyPatch, options: dict, block: int
+) -> None:
+    """Row: prompt 0-4, chosen 5-9, rejected 10-15, padding 16. The unshared row repeats the prompt."""
+    monkeypatch.setattr("megatron_tgdpo.attention._QUERY_BLOCK", block)
+    shared = inputs()
+    packing = pack_segments([Segment(0, 10), Segment(10, 16, 0, 5)])
+    upstream = torch.randn(ROW, 1, HEADS * SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    module = attention(**options)
+    out = module(*shared, packed_seq_params=packing)
+    (out * upstream).sum().backward()
+    assert torch.count_nonzero(out[16:]) == 0
+
+    repeated = [*range(10), *range(5), *range(10, 16)]
+    whole = inputs()
+    unshared = [tensor[repeated] for tensor in whole]
+    wanted = module(*unshared, packed_seq_params=pack_segments([Segment(0, 10), Segment(10, 21)]))
+    # The second copy of the prompt says nothing new.
+    (wanted[:10] * upstream[:10]).sum().add((wanted[15:] * upstream[10:16]).sum()).backward()
+    assert torch.allclose(out[:10], wanted[:10], atol=1e-12)
+    assert torch.allclose(out[10:16], wanted[15:], atol=1e-12)
+    for ours, theirs in zip(shared, whole, strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_the_parts_of_a_context_split_give_the_whole(options: dict) -> None:
+    """Sequences of 8 and 4 tokens and a tail of 4, on two ranks; the gathered keys are put together by hand."""
+    bounds, tokens = [0, 8, 12, 16], 16
+    whole = [tensor[:tokens] for tensor in inputs()]
+    module = attention(**options)
+    wanted = module(*whole, packed_seq_params=pack_segments([Segment(0, 8), Segment(8, 12)]))
+    for rank in range(2):
+        split = ContextSplit(bounds, RowFormat(tokens, context=2, context_rank=rank))
+        gathered = [tensor[split.held.ravel()] for tensor in whole]
+        packing = split.packing(2)
+        assert packing.kv_index is not None
+        keys, values = (tensor[packing.kv_index] for tensor in gathered[1:])
+        own_keys = replace(packing, kv_index=None)
+        out = module(whole[0][split.mine], keys, values, packed_seq_params=own_keys)
+        assert torch.allclose(out, wanted[split.mine], atol=1e-12)
 
 
 def test_missing_lengths_are_refused() -> None:

@@ -1,0 +1,99 @@
+"""What every command that runs on many ranks does at its start and at its end, so that none of them hangs."""
+
+import faulthandler
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_tgdpo import stopping
+from megatron_tgdpo.errors import AgreedError, BadNodeError, UserError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from megatron_tgdpo.ranks import RankEnvironment
+
+_LAST_WORDS_SECONDS = 1
+
+
+def run_and_exit(action: Callable[[int], int]) -> NoReturn:
+    """Runs a command on this rank and leaves with its exit status.
+
+    Exit status: what ``action`` returns, or 1 for bad input (one line says which), 76 for a node that preflight named,
+    70 for any other failure (with its traceback).
+
+    Args:
+        action: Takes this process's rank; returns the exit status.
+    """
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    faulthandler.enable()
+    level = logging.INFO if rank == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    # megatron-core and torch warn on every rank about missing fused parts, which the start-up lines report once.
+    warnings.filterwarnings("ignore")
+    try:
+        sys.exit(action(rank))
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _report(error, rank)
+        if isinstance(error, UserError) and rank == 0:
+            # It may keep the store from which the others learn the same.
+            time.sleep(_LAST_WORDS_SECONDS)
+        # At once: destructors of process groups may wait for ranks that will never come.
+        os._exit(_status(error))
+
+
+def on_all_ranks(timeout_minutes: float, action: Callable[["RankEnvironment", "dist.Store"], int]) -> int:
+    """Joins the ranks in a store and watches over them while they run an action that joins them in process groups.
+
+    Args:
+        timeout_minutes: ``parallel.timeout_minutes``.
+        action: Every rank's work; returns the exit status.
+    """
+    import torch.distributed as dist
+
+    from megatron_tgdpo.heartbeat import Heartbeat
+    from megatron_tgdpo.ranks import connect_store, read_rank_environment
+
+    ranks = read_rank_environment()
+    store = connect_store(ranks)
+    heartbeat = Heartbeat(ranks, store, timeout_minutes)
+    status = action(ranks, store)
+    heartbeat.stop()
+    # Rank 0 may keep the store: it must not leave while another's heartbeat still beats.
+    dist.barrier()
+    dist.destroy_process_group()
+    return status
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, BadNodeError):
+        return stopping.BAD_NODE_STATUS
+    return 1 if isinstance(error, UserError) else stopping.FAILED_STATUS
+
+
+def _report(error: BaseException, rank: int) -> None:
+    if isinstance(error, UserError):
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        elif _joined() and not isinstance(error, AgreedError):
+            print(f"error: rank {rank}: {error}", file=sys.stderr)
+    else:
+        lines = traceback.format_exc().splitlines()
+        print("\n".join(f"[rank {rank}] {line}" for line in lines), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _joined() -> bool:
+    """Whether ranks may differ by now; before they are joined, all of them read the same and fail alike."""
+    import torch.distributed as dist
+
+    return dist.is_initialized()

@@ -1,0 +1,189 @@
+"""Fills a guidance cache, shard by shard, on any layout; checks one against the models.
+
+Data-parallel replicas work on shards of their own, without waiting for each other.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_tgdpo.config import Config
+from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.errors import AgreedError
+from megatron_tgdpo.frozen_engine import FrozenEngine, build_frozen_engine
+from megatron_tgdpo.guidance_cache import (
+    MANIFEST_FILE,
+    GuidanceCache,
+    GuidanceKey,
+    Shards,
+    guidance_key,
+    model_fingerprints,
+    whole_shards,
+    write_manifest,
+    write_shard,
+)
+from megatron_tgdpo.pack_plan import check_row_fits
+from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
+from megatron_tgdpo.ranks import RankEnvironment, agree, init_distributed, on_first_rank
+from megatron_tgdpo.setup import check_layout, check_tokenizers, layout_of, prepare_data, read_model_configs
+
+logger = logging.getLogger(__name__)
+
+# Largest difference of a log-prob that is computed again, in another pack and perhaps on another layout.
+_TOLERANCES = {"fp32": 1e-4, "bf16": 0.25}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One dataset's cache.
+
+    Attributes:
+        directory: Of the cache.
+        dataset: That it is of.
+        key: What its values follow from.
+        shards: Its division.
+        missing: Shards that are not there, or not whole.
+    """
+
+    directory: Path
+    dataset: PreferenceDataset
+    key: GuidanceKey
+    shards: Shards
+    missing: list[int]
+
+
+def precompute_guidance(config: Config, block_pairs: int, ranks: RankEnvironment, store: dist.Store) -> None:
+    """Completes the caches of a run's datasets in ``guidance.cache``, continuing what is there. Every rank calls.
+
+    Args:
+        config: The run; its layout and rows may differ from those of the training that will use the cache.
+        block_pairs: Pairs of a shard.
+        ranks: This process's place.
+        store: Joins all ranks.
+
+    Raises:
+        UserError: Bad input, or the disk is full; what was written is kept.
+    """
+
+    def fill(engine: FrozenEngine, name: str, work: Work) -> None:
+        if work.missing:
+            _compute(engine, name, work)
+        # Shards of other replicas are there only after this.
+        dist.barrier()
+        agree(lambda: _complete(work))
+
+    _on_each_dataset(config, block_pairs, ranks, store, fill)
+
+
+def verify_guidance(config: Config, sample: int, ranks: RankEnvironment, store: dist.Store) -> None:
+    """Computes some pairs of complete caches again and compares. Every rank calls.
+
+    Args:
+        config: The run.
+        sample: Pairs of each dataset, drawn with ``train.seed``.
+        ranks: This process's place.
+        store: Joins all ranks.
+
+    Raises:
+        UserError: A cache is not complete, or not of this run; a log-prob differs by more than rounding explains.
+    """
+
+    def verify(engine: FrozenEngine, name: str, work: Work) -> None:
+        cache = GuidanceCache(work.directory, work.dataset.lengths, use_guide=work.key.guide is not None)
+        rng = np.random.default_rng(config.train.seed)
+        pairs = sorted(rng.choice(len(work.dataset), min(sample, len(work.dataset)), replace=False).tolist())
+        worst = torch.zeros((), device=engine.device)
+        for index, values in engine.logps(work.dataset, pairs).items():
+            cached = np.stack([logps for logps in cache.logps(index) if logps is not None])
+            worst = torch.maximum(worst, torch.tensor(np.abs(cached - values).max(), device=engine.device))
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        difference, limit = float(worst), _TOLERANCES[config.precision.dtype]
+        if not difference <= limit:
+            raise AgreedError(
+                f"{work.directory}: a log-prob of {len(pairs)} sampled pairs differs by {difference:.3g} nats from the "
+                f"models' ({limit} is allowed): remove the cache and run tools.precompute_guidance again"
+            )
+        logger.info("%s: %d pairs computed again, largest difference %.2g nats", name, len(pairs), difference)
+
+    _on_each_dataset(config, None, ranks, store, verify)
+
+
+def _on_each_dataset(
+    config: Config,
+    block_pairs: int | None,
+    ranks: RankEnvironment,
+    store: dist.Store,
+    action: Callable[[FrozenEngine, str, Work], None],
+) -> None:
+    device = resolve_device(config.parallel.device)
+    if device.type == "cpu":
+        enable_cpu_backend()
+    layout = layout_of(config, ranks.world_size)
+    configs = read_model_configs(config)
+    check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
+    plans = json.loads(on_first_rank(lambda: json.dumps(_plans(config, block_pairs)), store, ranks.rank))
+    init_distributed(ranks, device, config.parallel.timeout_minutes, store)
+    pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
+    try:
+        engine = build_frozen_engine(config, configs, layout, pg, device)
+        for name, plan in plans.items():
+            dataset = PreferenceDataset(plan["prefix"])
+            check_row_fits(dataset, engine.row)
+            shards = Shards(dataset.lengths, plan["block_pairs"])
+            directory = Path(str(config.guidance.cache)) / name
+            action(engine, name, Work(directory, dataset, GuidanceKey(**plan["key"]), shards, plan["missing"]))
+    finally:
+        destroy_model_parallel()
+
+
+def _plans(config: Config, block_pairs: int | None) -> dict[str, dict]:
+    """What is to be done for each dataset; ``block_pairs`` is None where complete caches are wanted. On one rank."""
+    check_tokenizers(config)
+    cache = Path(str(config.guidance.cache))
+    models = model_fingerprints(config)
+    plans = {}
+    for name, prefix in prepare_data(config, cache / "data").items():
+        dataset, directory = PreferenceDataset(prefix), cache / name
+        key = guidance_key(config, dataset, models)
+        directory.mkdir(parents=True, exist_ok=True)
+        if block_pairs is None or (directory / MANIFEST_FILE).exists():
+            whole = GuidanceCache(directory, dataset.lengths, use_guide=key.guide is not None)
+            whole.check_key(key)
+            shards, key = whole.shards, whole.key
+        else:
+            shards = Shards(dataset.lengths, block_pairs)
+        missing = sorted(set(range(shards.count)) - whole_shards(directory, key, shards).keys())
+        logger.info("%s: %d pairs, %d of %d shards to compute", name, len(dataset), len(missing), shards.count)
+        plans[name] = {
+            "prefix": prefix, "key": asdict(key), "block_pairs": shards.block_pairs, "missing": missing,
+        }  # fmt: skip
+    return plans
+
+
+def _compute(engine: FrozenEngine, name: str, work: Work) -> None:
+    """This replica's part of the missing shards."""
+    mine = work.missing[engine.pg.dp.rank() :: engine.pg.dp.size()]
+    pairs = sum(len(work.shards.pairs(shard)) for shard in mine)
+    roles = ("reference",) if work.key.guide is None else ("reference", "guide")
+    with tqdm(total=pairs, desc=name, unit="pair", disable=dist.get_rank() != 0) as bar:
+        for shard in mine:
+            indices = work.shards.pairs(shard)
+            found = engine.logps(work.dataset, indices)
+            if engine.receives:
+                values = np.concatenate([found[index] for index in indices], axis=1)
+                write_shard(work.directory, shard, work.key, dict(zip(roles, values, strict=True)))
+            bar.update(len(indices))
+
+
+def _complete(work: Work) -> None:
+    if dist.get_rank() == 0:
+        write_manifest(work.directory, work.key, work.shards)
+        logger.info("%s: complete", work.directory)

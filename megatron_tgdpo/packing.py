@@ -1,0 +1,180 @@
+"""How pairs lie in a row, how the row attends, and which part of it a context-parallel rank holds.
+
+Legend: S tokens of the whole row, C context-parallel ranks, B query segments, K keys of all segments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What every row of a run has in common.
+
+    Attributes:
+        tokens: S, of the whole row over all context-parallel ranks.
+        shared_prompts: A pair is prompt, chosen, rejected, the prompt computed once; else prompt, chosen, prompt,
+            rejected.
+        context: C. Each sequence is padded to a multiple of 2C and cut into 2C chunks, of which every rank holds two.
+        context_rank: This rank's place among them.
+    """
+
+    tokens: int
+    shared_prompts: bool = False
+    context: int = 1
+    context_rank: int = 0
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of a row on one context-parallel rank."""
+        return self.tokens // self.context
+
+    def padded(self, length: int) -> int:
+        """Row tokens that a sequence of ``length`` tokens takes."""
+        return length if self.context == 1 else -(-length // (2 * self.context)) * 2 * self.context
+
+    def pair_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Row tokens that each pair takes. ``lengths`` is [N, 3] prompt, chosen, rejected tokens; returns [N] int64."""
+        prompt, chosen, rejected = lengths[..., 0], lengths[..., 1], lengths[..., 2]
+        if self.shared_prompts:
+            return prompt + chosen + rejected
+        if self.context == 1:
+            return 2 * prompt + chosen + rejected
+        multiple = 2 * self.context
+        return sum(-(-(prompt + response) // multiple) * multiple for response in (chosen, rejected))
+
+    def real_tokens(self, lengths: np.ndarray) -> int:
+        """Tokens of pairs, as far as they are computed: a shared prompt counts once, padding never."""
+        return int(lengths.sum() if self.shared_prompts else lengths.sum() + lengths[..., 0].sum())
+
+
+@dataclass
+class RowPacking(PackedSeqParams):
+    """How the tokens of a row, or of a context-parallel rank's part of it, attend.
+
+    Queries of a segment are neighbours in the row. Their keys are a list of row positions of which the segment's own
+    come last: query i of a segment with q queries and k keys sees its first k - q + i + 1 keys (causal, aligned bottom
+    right). What follows the last segment is padding.
+
+    Attributes:
+        qkv_format: ``sbhd``: rotary angles are given per token, so megatron-core need not know of sequences.
+        cu_seqlens_q: [B + 1] int32 on the CPU, bounds of the queries of each segment.
+        cu_seqlens_kv: [B + 1] int32 on the CPU, bounds of the keys of each segment.
+        max_seqlen_q: Most queries of a segment.
+        max_seqlen_kv: Most keys of a segment.
+        kv_index: [K] int64, the keys' positions in the row that all context-parallel ranks hold together, rank after
+            rank; None where queries and keys are the same tokens.
+    """
+
+    kv_index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Row positions [start, end) that query; their keys are [prefix_start, prefix_end) and then themselves."""
+
+    start: int
+    end: int
+    prefix_start: int = 0
+    prefix_end: int = 0
+
+
+def pack_segments(segments: Sequence[Segment]) -> RowPacking:
+    """The packing of a whole row from its segments, which lie back to back."""
+    queries = [segment.end - segment.start for segment in segments]
+    keys = [size + s.prefix_end - s.prefix_start for size, s in zip(queries, segments, strict=True)]
+    index = None
+    if keys != queries:
+        index = _concatenate([np.arange(*bounds) for s in segments for bounds in _key_ranges(s)])
+    return _packing(queries, keys, index)
+
+
+def _key_ranges(segment: Segment) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (segment.prefix_start, segment.prefix_end), (segment.start, segment.end)
+
+
+class ContextSplit:
+    """Which row positions each context-parallel rank holds.
+
+    Every sequence, and the row's tail, is cut into 2C chunks; rank i holds chunks i and 2C - 1 - i, so that all ranks
+    have the same number of tokens and of query-key pairs (the zigzag split of ring attention, as in megatron-core).
+
+    Args:
+        bounds: [N + 1] row positions where sequences begin, the row's end last; multiples of 2C.
+        row: The format; its ``context_rank`` is the rank whose packing is made.
+
+    Attributes:
+        held: [C, S / C] int64, the row positions of every rank in the order in which it holds them.
+        place: [S] int64, inverse of ``held`` laid out rank after rank.
+    """
+
+    def __init__(self, bounds: Sequence[int], row: RowFormat) -> None:
+        self.row = row
+        ranks = row.context
+        self._chunks = []
+        for start, end in pairwise(bounds):
+            self._chunks.append(np.arange(start, end).reshape(2 * ranks, -1))
+        self.held = np.stack(
+            [
+                np.concatenate(
+                    [part for chunks in self._chunks for part in (chunks[rank], chunks[2 * ranks - 1 - rank])]
+                )
+                for rank in range(ranks)
+            ]
+        )
+        self.place = np.empty(row.tokens, dtype=np.int64)
+        self.place[self.held.ravel()] = np.arange(row.tokens)
+
+    @property
+    def mine(self) -> np.ndarray:
+        """[S / C] int64 row positions that this rank holds."""
+        return self.held[self.row.context_rank]
+
+    def local(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of some row positions this rank holds, and where in its part.
+
+        Args:
+            positions: [R] int64 positions in the whole row.
+
+        Returns:
+            The indices into ``positions`` of those held here, ascending, and their places in this rank's part.
+        """
+        owner, offset = np.divmod(self.place[positions], self.row.local_tokens)
+        kept = np.flatnonzero(owner == self.row.context_rank)
+        return kept, offset[kept]
+
+    def packing(self, sequences: int) -> RowPacking:
+        """This rank's packing of the first ``sequences`` sequences: each of its chunks sees the sequence up to its end.
+
+        Keys are positions in the gathered row, all ranks' parts one after another.
+        """
+        rank, last = self.row.context_rank, 2 * self.row.context - 1
+        queries, keys, index = [], [], []
+        for chunks in self._chunks[:sequences]:
+            for number in (rank, last - rank):
+                seen = chunks[: number + 1].ravel()
+                queries.append(chunks.shape[1])
+                keys.append(len(seen))
+                index.append(self.place[seen])
+        return _packing(queries, keys, _concatenate(index))
+
+
+def _packing(queries: list[int], keys: list[int], index: Tensor | None) -> RowPacking:
+    return RowPacking(
+        qkv_format="sbhd",
+        cu_seqlens_q=torch.tensor([0, *accumulate(queries)], dtype=torch.int32),
+        cu_seqlens_kv=torch.tensor([0, *accumulate(keys)], dtype=torch.int32),
+        max_seqlen_q=max(queries, default=0),
+        max_seqlen_kv=max(keys, default=0),
+        kv_index=index,
+    )
+
+
+def _concatenate(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64)) if arrays else torch.zeros(0, dtype=torch.int64)
