@@ -86,7 +86,10 @@ def collate(pairs: Sequence[PreferencePair], row: RowFormat, guidance: CachedGui
     """
     filled = _FilledRow(row)
     for pair in pairs:
-        if row.shared_prompts:
+        if row.chosen_only:
+            filled.add_sequence(pair.prompt, pair.chosen)
+            filled.skip_response()
+        elif row.shared_prompts:
             filled.add_pair(pair)
         else:
             filled.add_sequence(pair.prompt, pair.chosen)
@@ -151,6 +154,11 @@ class _FilledRow:
         # Its first token follows the prompt's last.
         predicting = np.concatenate([[prompt_end - 1], np.arange(start, end - 1)])
         self._added(Segment(start, end, whole.start, prompt_end), predicting, pair.rejected)
+
+    def skip_response(self) -> None:
+        """A response without tokens, in the place of one that is left out."""
+        self.logit_positions.append(np.zeros(0, dtype=np.int64))
+        self.targets.append(np.zeros(0, dtype=np.int64))
 
     def _added(self, segment: Segment, predicting: np.ndarray, response: np.ndarray) -> Segment:
         self.segments.append(segment)

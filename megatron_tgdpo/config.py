@@ -6,7 +6,7 @@ A default lives here and nowhere else. Fields without a default are required. Ev
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.methods import METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    method: str = "tgdpo"  # tgdpo | dpo
-    beta: float = 0.1  # strength of the KL constraint, per nat
-    alpha: float = 0.5  # strength of the token-level guidance; 0 is DPO
+    """An option that the method does not use must be null; one that it uses has the default in methods.py."""
+
+    method: str = "tgdpo"  # tgdpo | dpo | simpo | sft
+    beta: float | None = None  # tgdpo, dpo: strength of the KL constraint, per nat; simpo: scale of the rewards
+    alpha: float | None = None  # tgdpo: strength of the token-level guidance; 0 is DPO
+    label_smoothing: float | None = None  # dpo: probability that a pair's label is wrong
+    sft_weight: float | None = None  # dpo: weight of the mean NLL of chosen tokens (the reference code's pref_ftx)
+    gamma: float | None = None  # simpo: margin by which chosen rewards should exceed rejected ones, in nats
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The options that the method uses."""
+        return {name: getattr(self, name) for name in METHODS[self.method].options}
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,16 @@ class Config:
         return self.batch.tokens_per_micro_batch or 2 * self.data.max_length
 
     @property
+    def method(self) -> Method:
+        return METHODS[self.loss.method]
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        """Directories of the models that the method uses, by role, whether they run along or are read from a cache."""
+        paths = {"policy": self.model.policy, "reference": self.reference_path, "guide": self.model.guide}
+        return {role: path for role, path in paths.items() if path and role in ("policy", *self.method.frozen)}
+
+    @property
     def shared_prompts(self) -> bool:
         """Whether a pair's prompt is computed once; not possible under context parallelism."""
         chosen = self.batch.shared_prompts
@@ -157,7 +178,7 @@ class Config:
 RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
 _CHOICES = {
     "data.overlong_prompt": ("truncate", "drop", "error"),
-    "loss.method": ("tgdpo", "dpo"),
+    "loss.method": tuple(METHODS),
     "guidance.mode": ("colocated", "cached"),
     "parallel.device": ("auto", "cuda", "cpu"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
@@ -170,7 +191,17 @@ _POSITIVE = (
     "optimizer.eps", "train.steps", "train.epochs", "train.exit_step", "eval.every_steps", "checkpoint.every_steps",
     "log.every_steps",
 )  # fmt: skip
-_NOT_NEGATIVE = ("optimizer.lr", "optimizer.weight_decay", "optimizer.clip_grad", "checkpoint.keep", "train.seed")
+_NOT_NEGATIVE = (
+    "loss.alpha",
+    "loss.label_smoothing",
+    "loss.sft_weight",
+    "loss.gamma",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "checkpoint.keep",
+    "train.seed",
+)
 _FRACTIONS = ("optimizer.warmup_ratio", "optimizer.beta1", "optimizer.beta2", "preflight.slow_group_ratio")
 
 
@@ -219,8 +250,19 @@ def _build(values: Any, source: str) -> Config:
         what = str(error).splitlines()[0]
         raise UserError(f"{source}: {key}: {what}" if key else f"{source}: {what}") from error
     assert isinstance(config, Config)
+    if config.loss.method in METHODS:
+        config = _with_method_defaults(config)
     _check(config, source)
     return config
+
+
+def _with_method_defaults(config: Config) -> Config:
+    unset: dict[str, Any] = {
+        name: default
+        for name, default in METHODS[config.loss.method].options.items()
+        if getattr(config.loss, name) is None
+    }
+    return replace(config, loss=replace(config.loss, **unset))
 
 
 def _check(config: Config, source: str) -> None:
@@ -238,17 +280,14 @@ def _check(config: Config, source: str) -> None:
         if value(name) is not None and not value(name) > 0:
             fail(f"{name} is {value(name)}: it must be positive")
     for name in _NOT_NEGATIVE:
-        if not value(name) >= 0:
+        if value(name) is not None and not value(name) >= 0:
             fail(f"{name} is {value(name)}: it must not be negative")
     for name in _FRACTIONS:
         if not 0 <= value(name) < 1:
             fail(f"{name} is {value(name)}: it must be in [0, 1)")
     if (config.train.steps is None) == (config.train.epochs is None):
         fail("set exactly one of train.steps and train.epochs")
-    if config.loss.method == "tgdpo" and config.model.guide is None:
-        fail("loss.method tgdpo needs model.guide (a checkpoint directory); without a guide use loss.method=dpo")
-    if config.loss.method == "dpo" and config.model.guide is not None:
-        fail("loss.method dpo uses no guide: remove model.guide or set loss.method=tgdpo")
+    _check_method(config, fail)
     if config.guidance.mode == "cached" and config.guidance.cache is None:
         fail("guidance.mode cached needs guidance.cache (a directory): fill it with tools.precompute_guidance")
     if config.parallel.context > 1 and config.batch.shared_prompts:
@@ -259,6 +298,23 @@ def _check(config: Config, source: str) -> None:
     if config.parallel.virtual_pipeline is not None:
         fail("parallel.virtual_pipeline is set: the interleaved schedule is not supported yet, set it to null")
     _check_lengths(config, fail)
+
+
+def _check_method(config: Config, fail: Any) -> None:
+    name, method = config.loss.method, config.method
+    for option in ("beta", "alpha", "label_smoothing", "sft_weight", "gamma"):
+        if option not in method.options and getattr(config.loss, option) is not None:
+            fail(f"loss.{option} is set but loss.method {name} does not use it: remove it, or set it to null")
+    if config.loss.label_smoothing is not None and config.loss.label_smoothing >= 0.5:
+        fail(f"loss.label_smoothing is {config.loss.label_smoothing}: it must be in [0, 0.5)")
+    if "guide" in method.frozen and config.model.guide is None:
+        fail(f"loss.method {name} needs model.guide (a checkpoint directory); without a guide use loss.method=dpo")
+    if "guide" not in method.frozen and config.model.guide is not None:
+        fail(f"loss.method {name} uses no guide: remove model.guide or set loss.method=tgdpo")
+    if "reference" not in method.frozen and config.model.reference is not None:
+        fail(f"loss.method {name} uses no reference: remove model.reference")
+    if not method.frozen and config.guidance.mode == "cached":
+        fail(f"loss.method {name} has no frozen models whose log-probs a cache could hold: set guidance.mode=colocated")
 
 
 def _check_lengths(config: Config, fail: Any) -> None:

@@ -59,7 +59,7 @@ class GuidanceKey:
 
 def model_fingerprints(config: Config) -> tuple[str, str | None]:
     """Fingerprints of reference and guide; reads all their weights, so one rank should do it for all."""
-    guide = config.model.guide
+    guide = config.model_paths.get("guide")
     return weights_fingerprint(Path(config.reference_path)), None if guide is None else weights_fingerprint(Path(guide))
 
 

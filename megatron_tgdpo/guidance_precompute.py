@@ -157,6 +157,8 @@ def _plans(config: Config, block_pairs: int | None) -> dict[str, dict]:
         if block_pairs is None or (directory / MANIFEST_FILE).exists():
             whole = GuidanceCache(directory, dataset.lengths, use_guide=key.guide is not None)
             whole.check_key(key)
+            if block_pairs is None:
+                whole.check_content()
             shards, key = whole.shards, whole.key
         else:
             shards = Shards(dataset.lengths, block_pairs)

@@ -1,10 +1,11 @@
-"""The TGDPO and DPO losses: pure functions of token log-probs. Imports torch and nothing else.
+"""The losses of TGDPO, DPO, SimPO and SFT: pure functions of token log-probs. Imports torch and nothing else.
 
 Legend: P pairs in the pack, B = 2P sequences, R response tokens of all sequences back to back.
 Sequences lie chosen_0, rejected_0, chosen_1, rejected_1, ...; log-probs are natural logarithms (nats), float32.
 
-Source: TGDPO, arXiv 2506.14574; the exact form is that of the reference code, dvlab-research/TGDPO,
-``src/llamafactory/train/tgdpo/trainer.py``, ``dpo_loss``, the ``sigmoid`` branch.
+Every function returns the losses of one pack and the number that their sum over the global batch is divided by. Where
+the tokens of a sequence are spread over ranks, ``over_ranks`` adds a tensor over them and passes its gradient on
+unchanged: every such rank computes the same losses, and brings to the gradient what its own tokens bring.
 """
 
 from collections.abc import Callable
@@ -14,24 +15,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OverRanks = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class PreferenceLoss:
     """What one pack yields. Only ``losses`` carries a gradient.
 
     Attributes:
-        losses: [P] nats, to be summed over all pairs of the global batch and divided by their number.
-        weighted_margins: [P] score of chosen minus score of rejected, the argument of the sigmoid.
-        logratios: [B] sum over response tokens of log pi_theta - log pi_ref.
-        reference_logps: [B] sum over response tokens of log pi_ref.
+        losses: [P] nats, to be summed over the global batch and divided by the sum of ``count``.
+        count: [] int32, this pack's part of the divisor: pairs, or for SFT chosen tokens.
+        weighted_margins: [P] the argument of the sigmoid, or for SFT the difference of the rewards.
+        rewards: [B] implicit rewards of the responses, unweighted: beta * log-ratio for TGDPO and DPO, beta * mean
+            log-prob for SimPO, mean log-prob for SFT.
+        logps: [B] sum over response tokens of log pi_theta, whatever the method.
+        reference_logps: [B] sum over response tokens of log pi_ref; zeros without a reference.
         guide_rewards: [B] sum over response tokens of ``token_rewards``.
-        token_rewards: [R] beta * (log pi_g - log pi_ref); zeros for DPO.
-        token_weights: [R] the factor of each token's log-ratio; ones for DPO.
+        token_rewards: [R] beta * (log pi_g - log pi_ref); zeros without a guide.
+        token_weights: [R] the factor of each token's log-ratio; ones without a guide.
     """
 
     losses: Tensor
+    count: Tensor
     weighted_margins: Tensor
-    logratios: Tensor
+    rewards: Tensor
+    logps: Tensor
     reference_logps: Tensor
     guide_rewards: Tensor
     token_rewards: Tensor
@@ -43,7 +51,7 @@ def sum_per_sequence(values: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         values: [R] float.
-        lengths: [B] int64, response tokens of each sequence, adding up to R.
+        lengths: [B] int64, response tokens of each sequence, adding up to R; zeros are allowed.
 
     Returns:
         [B] sums.
@@ -67,48 +75,178 @@ def guidance_token_weights(token_rewards: Tensor, lengths: Tensor, alpha: float)
     return 1.0 + alpha * signs.repeat_interleave(lengths, output_size=token_rewards.numel()) * token_rewards.detach()
 
 
-def preference_loss(
+def on_one_rank(sums: Tensor) -> Tensor:
+    """The ``over_ranks`` of a rank that holds whole sequences."""
+    return sums
+
+
+def tgdpo_loss(
     policy_logps: Tensor,
     reference_logps: Tensor,
-    guide_logps: Tensor | None,
+    guide_logps: Tensor,
     lengths: Tensor,
     *,
     beta: float,
     alpha: float,
-    over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
+    over_ranks: OverRanks = on_one_rank,
 ) -> PreferenceLoss:
-    """TGDPO, or DPO where there is no guide: ``-log sigmoid(score_chosen - score_rejected)``.
+    """TGDPO: ``-log sigmoid(score_chosen - score_rejected)``.
 
     ``score = beta * sum_t weights[t] * (log pi_theta[t] - log pi_ref[t])`` without length normalisation.
+
+    Source: arXiv 2506.14574; the exact form is that of the reference code, dvlab-research/TGDPO,
+    ``src/llamafactory/train/tgdpo/trainer.py``, ``dpo_loss``, the ``sigmoid`` branch.
 
     Args:
         policy_logps: [R] token log-probs of the policy, with gradient.
         reference_logps: [R] of the reference; detached here.
-        guide_logps: [R] of the guide, detached here, or None for DPO.
+        guide_logps: [R] of the guide; detached here.
         lengths: [B] int64 response lengths, chosen and rejected alternating; zero pairs are allowed.
         beta: Strength of the KL constraint.
-        alpha: Strength of the guidance; unused without a guide.
-        over_ranks: Adds a tensor over the ranks that hold other tokens of the same sequences, if there are any, and
-            passes its gradient on unchanged: every such rank then computes the same losses, and brings to the gradient
-            what its own tokens bring.
+        alpha: Strength of the guidance.
+        over_ranks: See the module.
     """
-    token_logratios = policy_logps - reference_logps.detach()
-    if guide_logps is None:
-        token_rewards = torch.zeros_like(reference_logps)
-        token_weights = torch.ones_like(reference_logps)
-    else:
-        token_rewards = beta * (guide_logps - reference_logps).detach()
-        token_weights = guidance_token_weights(token_rewards, lengths, alpha)
-    of_tokens = (token_weights * token_logratios, token_logratios.detach(), reference_logps.detach(), token_rewards)
-    sums = over_ranks(torch.stack([sum_per_sequence(values, lengths) for values in of_tokens]))
-    scores, (logratios, reference, guide_rewards) = beta * sums[0], sums[1:].detach()
-    margins = scores[0::2] - scores[1::2]
+    reference_logps = reference_logps.detach()
+    token_logratios = policy_logps - reference_logps
+    token_rewards = beta * (guide_logps.detach() - reference_logps)
+    token_weights = guidance_token_weights(token_rewards, lengths, alpha)
+    tokens = (token_weights * token_logratios, token_logratios, policy_logps, reference_logps, token_rewards)
+    weighted, *plain = _sums(over_ranks, lengths, *tokens)
+    logratios, logps, reference, guide_rewards = (sums.detach() for sums in plain)
+    margins = _chosen_minus_rejected(beta * weighted)
     return PreferenceLoss(
         losses=-F.logsigmoid(margins),
+        count=_pairs(lengths),
         weighted_margins=margins.detach(),
-        logratios=logratios,
+        rewards=beta * logratios,
+        logps=logps,
         reference_logps=reference,
         guide_rewards=guide_rewards,
         token_rewards=token_rewards,
         token_weights=token_weights,
     )
+
+
+def dpo_loss(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    lengths: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+    over_ranks: OverRanks = on_one_rank,
+) -> PreferenceLoss:
+    """DPO, conservative DPO with label smoothing, and an SFT term if asked for.
+
+    With ``m = score_chosen - score_rejected`` and e the label smoothing, a pair's loss is
+    ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m) + sft_weight * (mean NLL of the chosen response's tokens)``.
+
+    Source: DPO, arXiv 2305.18290; conservative DPO, https://ericmitchell.ai/cdpo.pdf; the SFT term is the reference
+    code's ``pref_ftx``, LLaMA-Factory ``src/llamafactory/train/dpo/trainer.py``, ``get_batch_loss_metrics``, which
+    adds ``pref_ftx * -(chosen log-prob / chosen tokens)`` to each pair's loss before averaging over pairs.
+
+    Args:
+        policy_logps: [R] token log-probs of the policy, with gradient.
+        reference_logps: [R] of the reference; detached here.
+        lengths: [B] int64 response lengths, chosen and rejected alternating; zero pairs are allowed.
+        beta: Strength of the KL constraint.
+        label_smoothing: Probability that a pair's label is wrong, in [0, 0.5).
+        sft_weight: Weight of the SFT term.
+        over_ranks: See the module.
+    """
+    reference_logps = reference_logps.detach()
+    tokens = (policy_logps - reference_logps, policy_logps, reference_logps, torch.ones_like(reference_logps))
+    logratios, logps, reference, whole_lengths = _sums(over_ranks, lengths, *tokens)
+    scores = beta * logratios
+    margins = _chosen_minus_rejected(scores)
+    losses = -(1.0 - label_smoothing) * F.logsigmoid(margins)
+    # Written so that terms with factor 0 do not turn an infinite log-prob into nan.
+    if label_smoothing:
+        losses = losses - label_smoothing * F.logsigmoid(-margins)
+    if sft_weight:
+        losses = losses - sft_weight * (logps / whole_lengths.clamp(min=1))[0::2]
+    return PreferenceLoss(
+        losses=losses,
+        count=_pairs(lengths),
+        weighted_margins=margins.detach(),
+        rewards=scores.detach(),
+        logps=logps.detach(),
+        reference_logps=reference.detach(),
+        **_unguided(policy_logps, logps),
+    )
+
+
+def simpo_loss(
+    policy_logps: Tensor, lengths: Tensor, *, beta: float, gamma: float, over_ranks: OverRanks = on_one_rank
+) -> PreferenceLoss:
+    """SimPO: ``-log sigmoid(beta * mean log-prob of chosen - beta * mean log-prob of rejected - gamma)``.
+
+    Source: arXiv 2405.14734, equation 6. ``gamma`` is the paper's target margin in nats of reward, which LLaMA-Factory
+    and TRL call ``simpo_gamma`` (their ``beta * (difference - simpo_gamma / beta)`` is the same). The authors' own
+    code takes the ratio ``gamma_beta_ratio = gamma / beta`` instead.
+
+    Args:
+        policy_logps: [R] token log-probs of the policy, with gradient.
+        lengths: [B] int64 response lengths, chosen and rejected alternating; zero pairs are allowed.
+        beta: Scale of the length-normalised reward.
+        gamma: Margin by which chosen rewards should exceed rejected ones.
+        over_ranks: See the module.
+    """
+    logps, whole_lengths = _sums(over_ranks, lengths, policy_logps, torch.ones_like(policy_logps))
+    rewards = beta * logps / whole_lengths.clamp(min=1)
+    margins = _chosen_minus_rejected(rewards) - gamma
+    return PreferenceLoss(
+        losses=-F.logsigmoid(margins),
+        count=_pairs(lengths),
+        weighted_margins=margins.detach(),
+        rewards=rewards.detach(),
+        logps=logps.detach(),
+        reference_logps=torch.zeros_like(logps),
+        **_unguided(policy_logps, logps),
+    )
+
+
+def sft_loss(policy_logps: Tensor, lengths: Tensor, *, over_ranks: OverRanks = on_one_rank) -> PreferenceLoss:
+    """SFT on chosen responses: ``-log pi_theta`` of their tokens; rejected ones have no part in it.
+
+    ``losses`` are sums per response and ``count`` is the number of chosen tokens, so that the loss of the global batch
+    is the mean over its chosen tokens, as in transformers' Trainer, TRL's SFTTrainer and LLaMA-Factory's ``sft`` stage:
+    every token weighs the same, and long responses more than short ones.
+
+    Args:
+        policy_logps: [R] token log-probs of the policy, with gradient.
+        lengths: [B] int64 response lengths, chosen and rejected alternating; rejected ones may be left out with
+            length 0, and then have reward 0.
+        over_ranks: See the module.
+    """
+    logps, whole_lengths = _sums(over_ranks, lengths, policy_logps, torch.ones_like(policy_logps))
+    rewards = logps.detach() / whole_lengths.clamp(min=1)
+    return PreferenceLoss(
+        losses=-logps[0::2],
+        count=whole_lengths[0::2].sum().to(torch.int32),
+        weighted_margins=_chosen_minus_rejected(rewards),
+        rewards=rewards,
+        logps=logps.detach(),
+        reference_logps=torch.zeros_like(rewards),
+        **_unguided(policy_logps, logps),
+    )
+
+
+def _sums(over_ranks: OverRanks, lengths: Tensor, *token_values: Tensor) -> tuple[Tensor, ...]:
+    """[B] sums over whole sequences of each of some [R] values, in one call of ``over_ranks``."""
+    return over_ranks(torch.stack([sum_per_sequence(values, lengths) for values in token_values])).unbind()
+
+
+def _chosen_minus_rejected(values: Tensor) -> Tensor:
+    return values[0::2] - values[1::2]
+
+
+def _pairs(lengths: Tensor) -> Tensor:
+    return torch.tensor(lengths.numel() // 2, dtype=torch.int32, device=lengths.device)
+
+
+def _unguided(policy_logps: Tensor, sums: Tensor) -> dict[str, Tensor]:
+    """What :class:`PreferenceLoss` says of the guide where there is none."""
+    zeros = torch.zeros_like(policy_logps)
+    return {"guide_rewards": torch.zeros_like(sums), "token_rewards": zeros, "token_weights": zeros + 1.0}

@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_tgdpo.loss import PreferenceLoss
 
 _SUMS = (
-    "pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected",
-    "logps/reference_chosen", "logps/reference_rejected", "margins/weighted", "guide_correct", "tokens", "weight",
-    "weight_squared", "weight_negative",
+    "pairs", "count", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen",
+    "logps/rejected", "logps/reference_chosen", "logps/reference_rejected", "margins/weighted", "guide_correct",
+    "tokens", "weight", "weight_squared", "weight_negative",
 )  # fmt: skip
 _MAXIMA = ("weight_max", "negative_weight_min", "start_deviation", "negative_bad_pair")
 
@@ -36,7 +37,7 @@ class StepMetrics:
 
     Attributes:
         values: Named figures, without a ``train/`` or ``eval/`` in front of ``loss``.
-        start_deviation: Largest distance of a pair's loss from ln 2.
+        start_deviation: Largest distance from ln 2 of a pair's -log sigmoid(weighted margin).
         bad_pair: Smallest dataset index of a pair whose loss is not finite, or None.
     """
 
@@ -46,22 +47,20 @@ class StepMetrics:
 
 
 @torch.no_grad()
-def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, beta: float, *, count_pairs: bool) -> PackMetrics:
+def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, *, count_pairs: bool = True) -> PackMetrics:
     """Sums what :func:`reduce_metrics` needs of one pack.
 
     Args:
         loss: Of the pack; its tokens are this rank's, its pairs those of all context-parallel ranks.
         pair_indices: [P] int64, each pair's index in the dataset.
-        beta: Strength of the KL constraint.
         count_pairs: False on all but one of the context-parallel ranks, which all know the same pairs.
     """
-    rewards, reference = beta * loss.logratios, loss.reference_logps
-    policy = reference + loss.logratios
+    rewards, logps, reference = loss.rewards, loss.logps, loss.reference_logps
     weights = loss.token_weights.double()
     of_pairs = [
-        loss.losses.new_full((), loss.losses.numel()), loss.losses.sum(), rewards[0::2].sum(), rewards[1::2].sum(),
-        (rewards[0::2] > rewards[1::2]).sum(), policy[0::2].sum(), policy[1::2].sum(), reference[0::2].sum(),
-        reference[1::2].sum(), loss.weighted_margins.sum(),
+        loss.losses.new_full((), loss.losses.numel()), loss.count, loss.losses.sum(), rewards[0::2].sum(),
+        rewards[1::2].sum(), (rewards[0::2] > rewards[1::2]).sum(), logps[0::2].sum(), logps[1::2].sum(),
+        reference[0::2].sum(), reference[1::2].sum(), loss.weighted_margins.sum(),
         (loss.guide_rewards[0::2] > loss.guide_rewards[1::2]).sum(),
     ]  # fmt: skip
     of_tokens = [
@@ -77,12 +76,13 @@ def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, beta: float, *, cou
     if pair_indices.numel():
         # Without a boolean index, whose size a GPU would have to tell the host.
         bad = torch.where(torch.isfinite(loss.losses), float("inf"), pair_indices.double())
-        maxima[2:] = [(loss.losses.double() - math.log(2)).abs().max(), -bad.min()]
+        deviations = (-F.logsigmoid(loss.weighted_margins.double()) - math.log(2)).abs()
+        maxima[2:] = [deviations.max(), -bad.min()]
     return PackMetrics(sums, torch.stack(maxima))
 
 
 def reduce_metrics(
-    packs: Sequence[PackMetrics], pg: ProcessGroupCollection, device: torch.device, *, guided: bool
+    packs: Sequence[PackMetrics], pg: ProcessGroupCollection, device: torch.device, *, without: Sequence[str] = ()
 ) -> StepMetrics:
     """Combines all packs of the global batch.
 
@@ -90,7 +90,7 @@ def reduce_metrics(
         packs: This rank's packs on the last stage; empty elsewhere.
         pg: All-reduces (sum, max) over ``dp_cp`` on the last stage, then a broadcast over ``pp``. Every rank calls.
         device: Of the collectives.
-        guided: Whether there is a guide, whose figures are otherwise left out.
+        without: Beginnings of the names of figures that mean nothing for the method, and are left out.
     """
     sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
     maxima = torch.full((len(_MAXIMA),), float("-inf"), dtype=torch.float64, device=device)
@@ -104,16 +104,14 @@ def reduce_metrics(
         dist.broadcast(both, src=dist.get_global_rank(pg.pp, pg.pp.size() - 1), group=pg.pp)
         sums, maxima = both.split([len(_SUMS), len(_MAXIMA)])
     metrics = _named(dict(zip(_SUMS, sums.tolist(), strict=True)), dict(zip(_MAXIMA, maxima.tolist(), strict=True)))
-    if guided:
-        return metrics
-    values = {name: value for name, value in metrics.values.items() if not name.startswith("guidance/")}
+    values = {name: value for name, value in metrics.values.items() if not name.startswith(tuple(without))}
     return replace(metrics, values=values)
 
 
 def _named(sums: dict[str, float], maxima: dict[str, float]) -> StepMetrics:
     pairs, tokens = max(sums["pairs"], 1.0), max(sums["tokens"], 1.0)
-    values = {"loss": sums["loss"] / pairs}
-    for name in _SUMS[2:10]:
+    values = {"loss": sums["loss"] / max(sums["count"], 1.0)}
+    for name in _SUMS[3:11]:
         values[name] = sums[name] / pairs
     values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
     mean = sums["weight"] / tokens

@@ -4,7 +4,7 @@ Legend: S tokens of the whole row, C context-parallel ranks, B query segments, K
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -23,12 +23,14 @@ class RowFormat:
             rejected.
         context: C. Each sequence is padded to a multiple of 2C and cut into 2C chunks, of which every rank holds two.
         context_rank: This rank's place among them.
+        chosen_only: Rejected responses are left out.
     """
 
     tokens: int
     shared_prompts: bool = False
     context: int = 1
     context_rank: int = 0
+    chosen_only: bool = False
 
     @property
     def local_tokens(self) -> int:
@@ -41,17 +43,16 @@ class RowFormat:
 
     def pair_tokens(self, lengths: np.ndarray) -> np.ndarray:
         """Row tokens that each pair takes. ``lengths`` is [N, 3] prompt, chosen, rejected tokens; returns [N] int64."""
-        prompt, chosen, rejected = lengths[..., 0], lengths[..., 1], lengths[..., 2]
-        if self.shared_prompts:
-            return prompt + chosen + rejected
-        if self.context == 1:
-            return 2 * prompt + chosen + rejected
-        multiple = 2 * self.context
-        return sum(-(-(prompt + response) // multiple) * multiple for response in (chosen, rejected))
+        prompt = lengths[:, 0]
+        if self.shared_prompts and not self.chosen_only:
+            return lengths.sum(axis=1)
+        multiple = 2 * self.context if self.context > 1 else 1
+        sequences = prompt[:, None] + (lengths[:, 1:2] if self.chosen_only else lengths[:, 1:])
+        return (-(-sequences // multiple) * multiple).sum(axis=1)
 
     def real_tokens(self, lengths: np.ndarray) -> int:
         """Tokens of pairs, as far as they are computed: a shared prompt counts once, padding never."""
-        return int(lengths.sum() if self.shared_prompts else lengths.sum() + lengths[..., 0].sum())
+        return int(replace(self, context=1).pair_tokens(lengths).sum())
 
 
 @dataclass

@@ -57,6 +57,8 @@ def init_model_parallel(layout: ParallelLayout, seed: int, timeout_minutes: floa
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        # Twins of the groups above, which nothing here uses.
+        create_gloo_process_groups=False,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,12 @@ def hf_directory(path: str) -> Path:
 
 
 def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
-    """HF configs of policy, reference and (with a guide) guide, checked to share one vocabulary.
+    """HF configs of the policy and of the frozen models that the method uses, checked to share one vocabulary.
 
     Raises:
         UserError: A directory holds no supported model, or vocabulary sizes differ.
     """
-    paths = {"policy": config.model.policy, "reference": config.reference_path}
-    if config.model.guide is not None:
-        paths["guide"] = config.model.guide
+    paths = config.model_paths
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
     for role in configs:
         if configs[role].vocab_size != configs["policy"].vocab_size:
@@ -175,7 +173,13 @@ def layout_of(config: Config, world_size: int) -> ParallelLayout:
 
 def row_format(config: Config, pg: ProcessGroupCollection) -> RowFormat:
     """The format of this run's rows on this rank."""
-    return RowFormat(config.row_tokens, config.shared_prompts, config.parallel.context, pg.cp.rank())
+    return replace(_row_format(config), context_rank=pg.cp.rank())
+
+
+def _row_format(config: Config) -> RowFormat:
+    return RowFormat(
+        config.row_tokens, config.shared_prompts, config.parallel.context, chosen_only=config.method.chosen_only
+    )
 
 
 def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
@@ -186,7 +190,7 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
     """
     datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
     for name, dataset in datasets.items():
-        check_row_fits(dataset, RowFormat(config.row_tokens, config.shared_prompts, config.parallel.context))
+        check_row_fits(dataset, _row_format(config))
         largest = dataset.manifest["max_token_id"]
         if largest >= vocab_size:
             # The embedding would not notice: it is padded, and split over tensor ranks.
@@ -240,10 +244,9 @@ def load_frozen_models(
     pg: ProcessGroupCollection,
     device: torch.device,
 ) -> list[LanguageModel]:
-    """This rank's slices of the reference and, for TGDPO, the guide. Collective."""
-    paths = {"reference": config.reference_path, "guide": config.model.guide}
+    """This rank's slices of the frozen models that the method uses, the reference first. Collective."""
     return [
-        load_model(path, configs[role], layout, pg, config, device) for role, path in paths.items() if path is not None
+        load_model(config.model_paths[role], configs[role], layout, pg, config, device) for role in config.method.frozen
     ]
 
 

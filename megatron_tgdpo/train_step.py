@@ -18,6 +18,7 @@ from megatron_tgdpo.colocated import ColocatedCommunicator
 from megatron_tgdpo.config import LossConfig
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.forward import forward_step
+from megatron_tgdpo.methods import METHODS
 from megatron_tgdpo.metrics import StepMetrics, reduce_metrics
 from megatron_tgdpo.packing import RowFormat
 
@@ -32,7 +33,7 @@ class Engine:
         scheduler: Of the learning rate; advanced once a step.
         communicator: Between pipeline stages; None with one stage.
         pg: Process groups.
-        loss: Method, beta and alpha.
+        loss: Method and its options.
         row: The format of every row.
         device: Where the model is.
     """
@@ -66,7 +67,7 @@ def run_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int, *, f
             pg_collection=engine.pg,
             **pipeline,
         )
-    return reduce_metrics(metrics, engine.pg, engine.device, guided=engine.loss.method == "tgdpo")
+    return reduce_metrics(metrics, engine.pg, engine.device, without=METHODS[engine.loss.method].without)
 
 
 @dataclass(frozen=True)

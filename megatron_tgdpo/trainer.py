@@ -30,6 +30,12 @@ from megatron_tgdpo.train_step import Engine, StepResult, check_start, run_packs
 logger = logging.getLogger(__name__)
 
 _EVAL_PLAN_PAIRS = 1024
+# Metric, its name in the progress line, its format.
+_PROGRESS = (
+    ("train/loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".4f"),
+    ("train/grad_norm", "grad_norm", ".3f"), ("train/lr", "lr", ".3g"),
+)  # fmt: skip
+_EVAL_PROGRESS = (("eval/loss", "loss", ".4f"), ("eval/rewards/accuracies", "accuracy", ".3f"))
 
 
 class Trainer:
@@ -84,7 +90,7 @@ class Trainer:
             packs, real_tokens = self._step_packs(step)
             result = train_step(self.engine, packs)
             self._guard(step, result)
-            if step == 1 and self.config.train.check_start:
+            if step == 1 and self.config.train.check_start and self.config.method.frozen:
                 check_start(result.metrics, DTYPES[self.config.precision.dtype])
             values = {"train/loss": result.metrics.values["loss"], "train/grad_norm": result.grad_norm}
             values |= {"train/lr": result.lr}
@@ -200,15 +206,13 @@ class Trainer:
 
     def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
         eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))
+        figures = [f"{text} {values[name]:{form}}" for name, text, form in _PROGRESS if name in values]
         line = (
-            f"step {step}/{self.data.order.steps} loss {values['train/loss']:.4f} "
-            f"accuracy {values['rewards/accuracies']:.3f} margin {values['rewards/margins']:.4f} "
-            f"grad_norm {values['train/grad_norm']:.3f} lr {values['train/lr']:.3g} | "
+            f"step {step}/{self.data.order.steps} {' '.join(figures)} | "
             f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.2f} s/step ETA {eta}"
         )
-        if "eval/loss" in values:
-            line += f" | eval loss {values['eval/loss']:.4f} accuracy {values['eval/rewards/accuracies']:.3f}"
-        return line
+        evaluated = [f"{text} {values[name]:{form}}" for name, text, form in _EVAL_PROGRESS if name in values]
+        return f"{line} | eval {' '.join(evaluated)}" if evaluated else line
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

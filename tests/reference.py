@@ -1,4 +1,4 @@
-"""TGDPO and DPO training in plain PyTorch and transformers, written from the paper's equations.
+"""TGDPO, DPO, SimPO and SFT training in plain PyTorch and transformers, written from the papers' equations.
 
 Independent of the code under test: one pair at a time, full logits, no packing, no parallelism, float32. It shares
 nothing with ``megatron_tgdpo`` but the token ids of the pairs.
@@ -24,13 +24,17 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is defined by; ``alpha`` and the guide are unused for DPO (no guide)."""
+    """What a run is defined by; options that the method does not use are unused."""
 
     global_pairs: int
     steps: int
     lr: float
+    method: str = "tgdpo"
     beta: float = 0.1
     alpha: float = 0.5
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    gamma: float = 0.0
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
@@ -64,10 +68,16 @@ def pair_loss(
     pair: Tokens,
     settings: Settings,
 ) -> Tensor:
-    """-log sigmoid of the difference of the two responses' scores."""
+    """The loss of one pair; for SFT the negative log-likelihood of its chosen response."""
+    chosen = response_logps(policy, pair.prompt, pair.chosen)
+    if settings.method == "sft":
+        return -chosen.sum()
+    rejected = response_logps(policy, pair.prompt, pair.rejected)
+    if settings.method == "simpo":
+        margin = settings.beta * (chosen.mean() - rejected.mean()) - settings.gamma
+        return -torch.log(torch.sigmoid(margin))
     scores = []
-    for response, sign in ((pair.chosen, 1.0), (pair.rejected, -1.0)):
-        log_pi = response_logps(policy, pair.prompt, response)
+    for response, log_pi, sign in ((pair.chosen, chosen, 1.0), (pair.rejected, rejected, -1.0)):
         with torch.no_grad():
             log_ref = response_logps(reference, pair.prompt, response)
             weights = torch.ones_like(log_ref)
@@ -75,7 +85,14 @@ def pair_loss(
                 rewards = settings.beta * (response_logps(guide, pair.prompt, response) - log_ref)
                 weights = 1 + sign * settings.alpha * rewards
         scores.append(settings.beta * (weights * (log_pi - log_ref)).sum())
-    return -torch.log(torch.sigmoid(scores[0] - scores[1]))
+    right = torch.sigmoid(scores[0] - scores[1])
+    smoothed = (1 - settings.label_smoothing) * torch.log(right) + settings.label_smoothing * torch.log(1 - right)
+    return -smoothed - settings.sft_weight * chosen.mean()
+
+
+def divisor(pairs: Sequence[Tokens], method: str) -> int:
+    """What the sum of the pairs' losses is divided by."""
+    return sum(len(pair.chosen) for pair in pairs) if method == "sft" else len(pairs)
 
 
 def train(policy_dir: Path, reference_dir: Path, guide_dir: Path | None, pairs: Sequence[Tokens], settings: Settings):
@@ -98,13 +115,15 @@ def train(policy_dir: Path, reference_dir: Path, guide_dir: Path | None, pairs: 
     for step in range(settings.steps):
         optimizer.zero_grad()
         total = 0.0
-        for i in range(step * settings.global_pairs, (step + 1) * settings.global_pairs):
-            loss = pair_loss(policy, reference, guide, pairs[i % len(pairs)], settings) / settings.global_pairs
+        batch = [pairs[(step * settings.global_pairs + i) % len(pairs)] for i in range(settings.global_pairs)]
+        for pair in batch:
+            loss = pair_loss(policy, reference, guide, pair, settings) / divisor(batch, settings.method)
             loss.backward()
             total += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad).item())
         optimizer.step()
         losses.append(total)
     with torch.no_grad():
-        final = sum(pair_loss(policy, reference, guide, pair, settings).item() for pair in pairs) / len(pairs)
+        final = sum(pair_loss(policy, reference, guide, pair, settings).item() for pair in pairs)
+        final /= divisor(pairs, settings.method)
     return Result(losses, norms, final, {name: p.detach().clone() for name, p in policy.named_parameters()})

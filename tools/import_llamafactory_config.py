@@ -25,9 +25,6 @@ _RENAMED = {
     "model_name_or_path": "model.policy",
     "ref_model": "model.reference",
     "tgdpo_reward_model": "model.guide",
-    "stage": "loss.method",
-    "pref_beta": "loss.beta",
-    "tgdpo_alpha": "loss.alpha",
     "cutoff_len": "data.max_length",
     "max_prompt_length": "data.max_prompt_length",
     "preprocessing_num_workers": "data.workers",
@@ -47,16 +44,24 @@ _RENAMED = {
 }
 # Values without which the reference run would compute something else than this project does.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "pref_loss": ("sigmoid",),
+    "pref_loss": ("sigmoid", "simpo"),
     "finetuning_type": ("full",),
     "stage": ("tgdpo", "dpo"),
-    "pref_ftx": (0, 0.0),
-    "dpo_label_smoothing": (0, 0.0),
 }
+# Reference key -> our option of the loss.
+_LOSS_OPTIONS = {
+    "pref_beta": "beta",
+    "tgdpo_alpha": "alpha",
+    "pref_ftx": "sft_weight",
+    "dpo_label_smoothing": "label_smoothing",
+    "simpo_gamma": "gamma",
+}
+# What the reference code reads only for one method.
+_ONLY_FOR = {"tgdpo_alpha": "tgdpo", "tgdpo_reward_model": "tgdpo", "simpo_gamma": "simpo"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 _HANDLED = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "lr_scheduler_type",
-    "bf16", "fp16", "dataset", "eval_dataset", *_RENAMED, *_REQUIRED_VALUES,
+    "bf16", "fp16", "dataset", "eval_dataset", *_RENAMED, *_REQUIRED_VALUES, *_LOSS_OPTIONS,
 }  # fmt: skip
 
 
@@ -83,9 +88,17 @@ def convert(reference: Mapping[str, Any], ranks: int, train: str, validation: st
         raise UserError(f"lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")
     if reference.get("fp16"):
         raise UserError("fp16: true is not supported here, use bf16")
-    flat = {ours: reference[theirs] for theirs, ours in _RENAMED.items() if theirs in reference}
+    method = "simpo" if reference.get("pref_loss") == "simpo" else reference.get("stage", "dpo")
+    used = {key: value for key, value in reference.items() if _ONLY_FOR.get(key, method) == method}
+    flat = {ours: used[theirs] for theirs, ours in _RENAMED.items() if theirs in used}
+    flat |= {f"loss.{ours}": used[theirs] for theirs, ours in _LOSS_OPTIONS.items() if theirs in used}
+    for option in ("loss.sft_weight", "loss.label_smoothing"):
+        if not flat.get(option):
+            # 0 is how the reference code says that it is not used, whatever the method.
+            flat.pop(option, None)
     per_device = reference.get("per_device_train_batch_size", 8)
     flat |= {
+        "loss.method": method,
         "data.train": train,
         "data.validation": validation,
         "batch.global_pairs": per_device * reference.get("gradient_accumulation_steps", 1) * ranks,
@@ -95,6 +108,8 @@ def convert(reference: Mapping[str, Any], ranks: int, train: str, validation: st
         "optimizer.warmup_ratio": reference.get("warmup_ratio", 0.0),
         "train.seed": reference.get("seed", 42),
     }
+    if method == "simpo":
+        flat = {"loss.beta": 0.1, "loss.gamma": 0.5, **flat}
     if reference.get("max_steps", -1) > 0:
         flat["train.steps"] = reference["max_steps"]
     else:

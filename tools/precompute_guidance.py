@@ -37,6 +37,8 @@ def _main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if config.guidance.cache is None:
         raise UserError(f"{args.config}: guidance.cache is not set: name the directory to write to")
+    if not config.method.frozen:
+        raise UserError(f"{args.config}: loss.method {config.loss.method} has no frozen models to compute")
     for name, value in (("--block-pairs", args.block_pairs), ("--verify", args.verify)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: it must be positive")

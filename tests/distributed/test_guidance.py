@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
-from megatron_tgdpo.guidance_cache import GuidanceCache, shard_path
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.guidance_cache import GuidanceCache, shard_path, write_manifest, write_shard
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.launch import ROOT, environment, run_module
 
@@ -49,9 +52,7 @@ class Problem:
 
     def cache(self, name: str, split: str = "train") -> GuidanceCache:
         (prefix,) = (self.root / f"cache-{name}" / "data").glob("*.manifest.json")
-        from megatron_tgdpo.data.dataset import PreferenceDataset
-
-        dataset = PreferenceDataset(str(prefix))
+        dataset = PreferenceDataset(str(prefix).removesuffix(".manifest.json"))
         return GuidanceCache(self.root / f"cache-{name}" / split, dataset.lengths, use_guide=True)
 
     def write(self, name: str, config: dict[str, Any]) -> str:
@@ -162,12 +163,6 @@ def test_a_cache_of_another_guide_or_with_a_flipped_byte_is_refused(problem: Pro
 
 def test_a_wrong_value_is_found_by_computing_it_again(problem: Problem, tmp_path: Path) -> None:
     """A cache that is whole, of the right key, and wrong in one pair."""
-    import shutil
-
-    from safetensors.numpy import load_file
-
-    from megatron_tgdpo.guidance_cache import write_manifest, write_shard
-
     shutil.copytree(problem.root / "cache-tp2", tmp_path / "cache")
     directory, cache = tmp_path / "cache" / "train", problem.cache("tp2")
     values = load_file(shard_path(directory, 0))
@@ -179,3 +174,18 @@ def test_a_wrong_value_is_found_by_computing_it_again(problem: Problem, tmp_path
     done = precompute(problem, config, "--verify", "32")
     assert done.returncode == 1
     assert "differs by 0.01 nats" in done.stderr
+
+
+def test_a_sweep_uses_one_cache(problem: Problem, tmp_path: Path) -> None:
+    config = problem.write("sweep.yaml", problem.cached("dp2", train={"steps": 2}))
+    arguments = [config, "--alpha", "0", "0.5", "--beta", "0.1", "--out", str(tmp_path / "sweep")]
+    first = run_module("tools.sweep", arguments)
+    results = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert results.keys() == {"alpha0-beta0.1", "alpha0.5-beta0.1"}
+    assert {f"{run['eval/loss']:.4f}" for run in results.values()} <= set(first.stdout.split())
+    alphas = [results[name]["guidance/weight_std"] for name in ("alpha0-beta0.1", "alpha0.5-beta0.1")]
+    assert alphas[0] == 0.0 < alphas[1]
+    # Nothing is trained again.
+    again = run_module("tools.sweep", arguments)
+    assert "===" not in again.stdout
+    assert json.loads((tmp_path / "sweep" / "results.json").read_text()) == results

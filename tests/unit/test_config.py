@@ -58,16 +58,19 @@ def test_config_cannot_be_changed() -> None:
         ("losss.beta=1", "losss"),
         ("loss.beta=high", "loss.beta"),
         ("loss.beta=-1", "loss.beta"),
-        ("loss.method=kto", "tgdpo, dpo"),
+        ("loss.method=kto", "tgdpo, dpo, simpo, sft"),
         ("loss.method=dpo", "model.guide"),
         ("model.guide=null", "model.guide"),
         ("train.epochs=1", "exactly one of train.steps and train.epochs"),
-        ("parallel.context=2", "parallel.context"),
+        ("parallel.context=0", "parallel.context"),
+        ("loss.gamma=1", "loss.gamma is set but loss.method tgdpo does not use it"),
+        ("loss.alpha=-1", "loss.alpha"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline"),
         ("batch.tokens_per_micro_batch=100", "2 x data.max_length"),
         ("data.max_prompt_length=2048", "data.max_prompt_length"),
         ("optimizer.warmup_ratio=1.5", "optimizer.warmup_ratio"),
-        ("guidance.mode=cached", "guidance.mode"),
+        ("guidance.mode=cached", "needs guidance.cache"),
+        ("guidance.mode=kv", "colocated, cached"),
         ("no-equals-sign", "section.key=value"),
     ],
 )
@@ -102,3 +105,33 @@ def test_rows_divide_under_sequence_parallelism(tmp_path: Path) -> None:
     overrides = ["parallel.tensor=2", "parallel.sequence_parallel=true", "batch.tokens_per_micro_batch=4097"]
     with pytest.raises(UserError, match="4097 is not divisible"):
         load_config(write(tmp_path, VALID), overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["parallel.context=2", "batch.shared_prompts=true"], "batch.shared_prompts is true with parallel.context > 1"),
+        (["parallel.context=2", "batch.tokens_per_micro_batch=4098"], "not divisible by 2 x parallel.context = 4"),
+        (["loss.method=simpo"], "loss.method simpo uses no guide"),
+        (["loss.method=sft", "model.guide=null", "loss.beta=0.1"], "loss.beta is set but loss.method sft"),
+        (["loss.method=simpo", "model.guide=null", "model.reference=x"], "simpo uses no reference"),
+        (["loss.method=dpo", "model.guide=null", "loss.label_smoothing=0.5"], "loss.label_smoothing is 0.5"),
+        (
+            ["loss.method=simpo", "model.guide=null", "guidance.mode=cached", "guidance.cache=x"],
+            "no frozen models whose log-probs a cache could hold",
+        ),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_config(write(tmp_path, VALID), overrides)
+
+
+def test_options_take_the_defaults_of_their_method(tmp_path: Path) -> None:
+    path = write(tmp_path, VALID)
+    assert load_config(path).loss.options == {"beta": 0.1, "alpha": 0.5}
+    simpo = load_config(path, ["loss.method=simpo", "model.guide=null", "loss.gamma=0.3"])
+    assert simpo.loss.options == {"beta": 2.0, "gamma": 0.3}
+    assert simpo.loss.alpha is None
+    assert load_config(path, ["parallel.context=2"]).shared_prompts is False
+    assert load_config(path).shared_prompts is True

@@ -34,6 +34,19 @@ def test_the_paper_example() -> None:
     assert not_carried_over(REFERENCE) == ["do_train", "template"]
 
 
+def test_other_methods() -> None:
+    unguided = {key: value for key, value in REFERENCE.items() if not key.startswith("tgdpo_")}
+    dpo = {**unguided, "stage": "dpo", "pref_ftx": 0.25, "dpo_label_smoothing": 0.1}
+    loss = config_from_dict(convert(dpo, 8, "pairs.jsonl", None)).loss
+    assert (loss.method, loss.options) == ("dpo", {"beta": 0.1, "label_smoothing": 0.1, "sft_weight": 0.25})
+    simpo = {**unguided, "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.5, "simpo_gamma": 1.4, "pref_ftx": 0}
+    del simpo["ref_model"]
+    loss = config_from_dict(convert(simpo, 8, "pairs.jsonl", None)).loss
+    assert (loss.method, loss.options) == ("simpo", {"beta": 2.5, "gamma": 1.4})
+    with pytest.raises(UserError, match=r"loss\.sft_weight is set but loss\.method tgdpo does not use it"):
+        config_from_dict(convert({**REFERENCE, "pref_ftx": 0.1}, 8, "pairs.jsonl", None))
+
+
 @pytest.mark.parametrize(("key", "value"), [("pref_loss", "ipo"), ("finetuning_type", "lora"), ("fp16", True)])
 def test_what_would_change_the_maths_is_refused(key: str, value: object) -> None:
     with pytest.raises(UserError, match=key):

@@ -8,19 +8,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.loss import PreferenceLoss, preference_loss
+from megatron_tgdpo.loss import PreferenceLoss, sft_loss, tgdpo_loss
 from megatron_tgdpo.metrics import StepMetrics, pack_metrics, reduce_metrics
 
 BETA, ALPHA = 0.2, 1.5
 
 
-def reduced(group: dist.ProcessGroup, packs: list[tuple[torch.Tensor, ...]], *, guided: bool = True) -> StepMetrics:
+def reduced(
+    group: dist.ProcessGroup, packs: list[tuple[torch.Tensor, ...]], without: tuple[str, ...] = ()
+) -> StepMetrics:
     metrics = []
     for policy, reference, guide, lengths, indices in packs:
-        loss = preference_loss(policy, reference, guide, lengths, beta=BETA, alpha=ALPHA)
-        metrics.append(pack_metrics(loss, indices, BETA, count_pairs=True))
+        loss = tgdpo_loss(policy, reference, guide, lengths, beta=BETA, alpha=ALPHA)
+        metrics.append(pack_metrics(loss, indices))
     pg = SimpleNamespace(dp_cp=group, pp=group)
-    return reduce_metrics(metrics, pg, torch.device("cpu"), guided=guided)  # type: ignore[arg-type]
+    return reduce_metrics(metrics, pg, torch.device("cpu"), without=without)  # type: ignore[arg-type]
 
 
 def pack(seed: int, lengths: list[int], indices: list[int]) -> tuple[torch.Tensor, ...]:
@@ -72,7 +74,7 @@ def test_bad_pairs_and_start_deviation(single_rank_group: dist.ProcessGroup) -> 
 
 
 def test_without_a_guide_its_figures_are_left_out(single_rank_group: dist.ProcessGroup) -> None:
-    values = reduced(single_rank_group, [pack(1, [2, 3], [0])], guided=False).values
+    values = reduced(single_rank_group, [pack(1, [2, 3], [0])], without=("guidance/",)).values
     assert "loss" in values
     assert not any(name.startswith("guidance/") for name in values)
 
@@ -86,7 +88,7 @@ def test_context_ranks_count_their_tokens_and_one_of_them_the_pairs(single_rank_
 
     def share(held: torch.Tensor, own: torch.Tensor, over_ranks: Callable[..., torch.Tensor]) -> PreferenceLoss:
         tokens = [tensor[held] for tensor in (policy, reference, guide)]
-        return preference_loss(*tokens, own, beta=BETA, alpha=ALPHA, over_ranks=over_ranks)
+        return tgdpo_loss(*tokens, own, beta=BETA, alpha=ALPHA, over_ranks=over_ranks)
 
     # Rank 0 holds the first token of every sequence, rank 1 the rest; both know the sums of both.
     shares = ((firsts, ones), (~firsts, lengths - ones))
@@ -94,7 +96,16 @@ def test_context_ranks_count_their_tokens_and_one_of_them_the_pairs(single_rank_
     for held, own in shares:
         share(held, own, lambda sums: partial_sums.append(sums) or sums)  # type: ignore[func-returns-value]
     losses = [share(*of_rank, lambda _: partial_sums[0] + partial_sums[1]) for of_rank in shares]
-    parts = [pack_metrics(loss, indices, BETA, count_pairs=rank == 0) for rank, loss in enumerate(losses)]
+    parts = [pack_metrics(loss, indices, count_pairs=rank == 0) for rank, loss in enumerate(losses)]
     pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
-    joined = reduce_metrics(parts, pg, torch.device("cpu"), guided=True).values  # type: ignore[arg-type]
+    joined = reduce_metrics(parts, pg, torch.device("cpu")).values  # type: ignore[arg-type]
     assert joined == pytest.approx(whole, rel=1e-5)
+
+
+def test_sft_loss_is_a_mean_over_tokens(single_rank_group: dist.ProcessGroup) -> None:
+    packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2])]
+    metrics = [pack_metrics(sft_loss(policy, lengths), indices) for policy, _, _, lengths, indices in packs]
+    pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
+    values = reduce_metrics(metrics, pg, torch.device("cpu")).values  # type: ignore[arg-type]
+    chosen = torch.cat([packs[0][0][:2], packs[0][0][5:9], packs[1][0][:5]])
+    assert values["loss"] == pytest.approx(float(-chosen.mean()), rel=1e-6)
