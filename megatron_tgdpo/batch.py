@@ -94,14 +94,15 @@ def collate(pairs: Sequence[PreferencePair], row: RowFormat, guidance: CachedGui
         else:
             filled.add_sequence(pair.prompt, pair.chosen)
             filled.add_sequence(pair.prompt, pair.rejected)
-    tokens, positions = filled.tokens, filled.positions
+    row_tokens = row.cut(filled.bounds[-1])
+    tokens, positions = filled.tokens[:row_tokens], filled.positions[:row_tokens]
     logit_positions, targets = _joined(filled.logit_positions), _joined(filled.targets)
     lengths = np.array([len(part) for part in filled.targets], dtype=np.int64)
     order = np.arange(len(targets))
     if row.context == 1:
         packing = pack_segments(filled.segments)
     else:
-        split = ContextSplit([*filled.bounds, row.tokens], row)
+        split = ContextSplit([*filled.bounds, row_tokens], row)
         tokens, positions, packing = tokens[split.mine], positions[split.mine], split.packing(len(filled.segments))
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         order, logit_positions = split.local(logit_positions)

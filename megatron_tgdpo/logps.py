@@ -4,6 +4,7 @@ Legend: S_local tokens on this rank, H hidden, R response tokens, V vocabulary r
 never take part: each rank's weight is cut to its rows below the true vocabulary size first.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-# Elements of the one logits buffer (fp32: 128 MiB): wide enough to keep the matrix units busy, and for a vocabulary of
-# 128,256 a sixteenth of what the logits of 4,096 tokens take.
-CHUNK_ELEMENTS = 2**25
+# Elements of the one fp32 buffer of logits. On a GPU (128 MiB) wide enough to keep the matrix units busy; on a CPU
+# (8 MiB) small enough that what follows the product finds the logits in the cache.
+CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 2**21}
+# Vocabulary rows of a chunk at least, however many tokens there are.
+_FEWEST_ROWS = 256
 
 _MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
@@ -50,9 +53,13 @@ def token_logps(
     vocab_size: int,
     tp_group: dist.ProcessGroup,
     softcap: float | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> Tensor:
     """log p(target) of each token, in float32, with memory for one chunk of logits; logits are recomputed in backward.
+
+    A chunk holds all tokens and some rows of the vocabulary, so that each pass reads the weight once. If the weight has
+    a ``main_grad`` (megatron-core's fp32 gradient buffer), its gradient is added there, as by megatron-core's fused
+    linears.
 
     Args:
         hidden: [R, H], the same on every rank of ``tp_group``. Its gradient here is this rank's part of the sum.
@@ -61,96 +68,138 @@ def token_logps(
         vocab_size: True size of the vocabulary.
         tp_group: Tensor-parallel group; two all-reduces of [R] floats in forward, none in backward.
         softcap: c of logits = c * tanh(hidden @ weight.T / c); None for plain logits.
-        chunk_elements: Upper bound for tokens x V of a chunk.
+        chunk_elements: Upper bound for tokens x vocabulary rows of a chunk; by device if None.
 
     Returns:
         [R] float32, nats.
     """
     first_row = tp_group.rank() * weight.shape[0]
     valid_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
-    return _TokenLogps.apply(hidden, weight, targets, first_row, valid_rows, tp_group, softcap, chunk_elements)
+    chunks = _Chunks(hidden, weight, valid_rows, softcap, chunk_elements)
+    return _TokenLogps.apply(hidden, weight, targets - first_row, tp_group, chunks)
+
+
+def chunk_rows(tokens: int, rows: int, device_type: str, chunk_elements: int | None = None) -> int:
+    """Vocabulary rows of a chunk that holds ``tokens`` tokens, of ``rows`` in all."""
+    wanted = (chunk_elements or CHUNK_ELEMENTS[device_type]) // max(tokens, 1)
+    return min(max(wanted, 1 if chunk_elements else _FEWEST_ROWS), max(rows, 1))
+
+
+class _Chunks:
+    """Logits by chunks of vocabulary rows, always in the same buffer."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, valid_rows: int, softcap: float | None, chunk_elements: int | None
+    ) -> None:
+        tokens = hidden.shape[0]
+        rows = chunk_rows(tokens, valid_rows, hidden.device.type, chunk_elements)
+        starts = range(0, valid_rows if tokens else 0, rows)
+        self.slices = [slice(start, min(start + rows, valid_rows)) for start in starts]
+        self.softcap = softcap
+        self._buffer_size = tokens * rows
+
+    def buffer(self, hidden: Tensor) -> Tensor:
+        return hidden.new_empty(self._buffer_size, dtype=torch.float32)
+
+    def logits(self, hidden: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
+        """[R, rows] float32; valid until the next call with the same buffer."""
+        out = buffer[: hidden.shape[0] * rows.shape[0]].view(hidden.shape[0], rows.shape[0])
+        _product(hidden, rows.t(), out)
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        first_row: int,
-        valid_rows: int,
-        tp_group: dist.ProcessGroup,
-        softcap: float | None,
-        chunk_elements: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tp_group: dist.ProcessGroup, chunks: _Chunks
     ) -> Tensor:
-        rows = weight[:valid_rows]
-        local = _local_targets(targets, first_row, valid_rows)
-        num_tokens = hidden.shape[0]
-        maxima = hidden.new_full((num_tokens,), float("-inf"), dtype=torch.float32)
-        sums = hidden.new_zeros((2, num_tokens), dtype=torch.float32)  # of exp(logit - max), of the target's logit
-        if valid_rows:
-            for part in _chunks(num_tokens, valid_rows, chunk_elements):
-                logits = _logits(hidden[part], rows, softcap)
-                own = local[part] >= 0
-                target_logits = logits.gather(1, local[part].clamp(min=0)[:, None])[:, 0]
-                sums[1, part] = torch.where(own, target_logits, 0.0)
-                maxima[part] = logits.amax(dim=1)
-                sums[0, part] = logits.sub_(maxima[part, None]).exp_().sum(dim=1)
+        """``targets`` are row numbers of this rank's weight, below 0 or beyond it where another rank has the row."""
+        maxima = hidden.new_full((hidden.shape[0],), float("-inf"), dtype=torch.float32)
+        sums = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)  # of exp(logit - max), of the target's logit
+        buffer = chunks.buffer(hidden)
+        for part in chunks.slices:
+            logits = chunks.logits(hidden, weight[part], buffer)
+            own, places = _targets_in(targets, part)
+            sums[1] += torch.where(own, logits.gather(1, places[:, None])[:, 0], 0.0)
+            higher = torch.maximum(maxima, logits.amax(dim=1))
+            sums[0] *= torch.exp(maxima - higher)
+            sums[0] += logits.sub_(higher[:, None]).exp_().sum(dim=1)
+            maxima = higher
         if tp_group.size() > 1:
             local_maxima = maxima.clone()
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=tp_group)
             sums[0] *= torch.exp(local_maxima - maxima)
             dist.all_reduce(sums, group=tp_group)
         log_normaliser = maxima + sums[0].log()
-        ctx.save_for_backward(hidden, weight, local, log_normaliser)
-        ctx.valid_rows, ctx.softcap, ctx.chunk_elements = valid_rows, softcap, chunk_elements
+        ctx.save_for_backward(hidden, weight, targets, log_normaliser)
+        ctx.chunks = chunks
         return sums[1] - log_normaliser
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        hidden, weight, local, log_normaliser = ctx.saved_tensors
-        rows = weight[: ctx.valid_rows]
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        if ctx.valid_rows:
-            for part in _chunks(hidden.shape[0], ctx.valid_rows, ctx.chunk_elements):
-                # d logp / d logit = onehot(target) - softmax
-                logits = _logits(hidden[part], rows, ctx.softcap)
-                # d softcap(x) / dx = 1 - (softcap(x) / c)^2
-                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()
-                grad_logits = logits.sub_(log_normaliser[part, None]).exp_().neg_()
-                own = (local[part] >= 0).to(grad_logits.dtype)
-                grad_logits.scatter_add_(1, local[part].clamp(min=0)[:, None], own[:, None])
-                if slope is not None:
-                    grad_logits.mul_(slope)
-                grad_logits = grad_logits.mul_(grad[part, None]).to(hidden.dtype)
-                grad_hidden[part] = grad_logits @ rows
-                if hidden.dtype == torch.float32:
-                    grad_weight[: ctx.valid_rows].addmm_(grad_logits.t(), hidden[part])
-                else:
-                    grad_weight[: ctx.valid_rows] += grad_logits.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
+        hidden, weight, targets, log_normaliser = ctx.saved_tensors
+        # d logp / d logit = onehot(target) - softmax. The size of a token's gradient is put under the exponential, its
+        # sign with the hidden states: one pass over the logits less for each.
+        size = grad.abs()
+        shift = (log_normaliser - size.log())[:, None]
+        sign = -grad.sign()[:, None]
+        signed_hidden = hidden * sign.to(hidden.dtype)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight, returned = _weight_gradient(weight)
+        buffer = ctx.chunks.buffer(hidden)
+        for part in ctx.chunks.slices:
+            logits = ctx.chunks.logits(hidden, weight[part], buffer)
+            # d softcap(x) / dx = 1 - (softcap(x) / c)^2
+            slope = None if ctx.chunks.softcap is None else 1 - (logits / ctx.chunks.softcap).square_()
+            own, places = _targets_in(targets, part)
+            grad_logits = logits.sub_(shift).exp_()
+            grad_logits.scatter_add_(1, places[:, None], torch.where(own, -size, 0.0)[:, None])
+            if slope is not None:
+                grad_logits.mul_(slope)
+            grad_logits = grad_logits.to(hidden.dtype)
+            _add_product(grad_logits, weight[part], grad_hidden)
+            _add_product(grad_logits.t(), signed_hidden, grad_weight[part])
+        return grad_hidden.mul_(sign).to(hidden.dtype), returned(), None, None, None
 
 
-def _local_targets(targets: Tensor, first_row: int, valid_rows: int) -> Tensor:
-    """Targets as row numbers of this rank; -1 where another rank has the row."""
-    local = targets - first_row
-    return torch.where((local >= 0) & (local < valid_rows), local, -1)
+def _targets_in(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Which targets are rows of a chunk, [R] bool, and their places in it, [R] int64, anything where they are not."""
+    own = (targets >= part.start) & (targets < part.stop)
+    return own, (targets - part.start).clamp(0, part.stop - part.start - 1)
 
 
-def _chunks(num_tokens: int, valid_rows: int, chunk_elements: int) -> list[slice]:
-    size = max(1, chunk_elements // valid_rows)
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+def _weight_gradient(weight: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """An fp32 buffer to add the weight's gradient to, and what backward has to return after that.
+
+    With megatron-core's ``main_grad`` what is returned only makes autograd's hooks run: ``grad_added_to_main_grad``
+    tells them that its values mean nothing, ``zero_out_wgrad`` (of a weight that is the embedding's too, and has a
+    gradient from there) that they are added all the same. Source: ``distributed_data_parallel.py`` and
+    ``tensor_parallel/layers.py`` of megatron-core 0.16.1.
+    """
+    if not hasattr(weight, "main_grad"):
+        gradient = torch.zeros_like(weight, dtype=torch.float32)
+        return gradient, lambda: gradient.to(weight.dtype)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    zeros = getattr(weight, "zero_out_wgrad", False)
+    return weight.main_grad, lambda: torch.zeros_like(weight) if zeros else torch.empty_like(weight)
 
 
-def _logits(hidden: Tensor, rows: Tensor, softcap: float | None) -> Tensor:
-    """[tokens, rows] float32 logits; bf16 inputs are multiplied with fp32 results, not rounded to bf16 in between."""
-    if hidden.dtype == torch.float32:
-        logits = hidden @ rows.t()
-    elif hidden.is_cuda and _MM_HAS_OUT_DTYPE:
-        logits = torch.mm(hidden, rows.t(), out_dtype=torch.float32)
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """``out`` = left @ right in fp32; bf16 inputs are multiplied with fp32 results, not rounded to bf16 in between."""
+    if left.dtype == torch.float32:
+        torch.mm(left, right, out=out)
+    elif left.is_cuda and _MM_HAS_OUT_DTYPE:
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
     else:
-        logits = hidden.float() @ rows.float().t()
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+        torch.mm(left.float(), right.float(), out=out)
+
+
+def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """``out`` += left @ right in fp32."""
+    if left.dtype == torch.float32:
+        out.addmm_(left, right)
+    elif left.is_cuda and _MM_HAS_OUT_DTYPE:
+        out.add_(torch.mm(left, right, out_dtype=torch.float32))
+    else:
+        out.addmm_(left.float(), right.float())

@@ -24,6 +24,8 @@ class RowFormat:
         context: C. Each sequence is padded to a multiple of 2C and cut into 2C chunks, of which every rank holds two.
         context_rank: This rank's place among them.
         chosen_only: Rejected responses are left out.
+        multiple: Rows are cut after the last token that is needed, to a multiple of so many tokens; None for rows that
+            are all of the same length, as pipeline stages exchange them.
     """
 
     tokens: int
@@ -31,11 +33,13 @@ class RowFormat:
     context: int = 1
     context_rank: int = 0
     chosen_only: bool = False
+    multiple: int | None = None
 
-    @property
-    def local_tokens(self) -> int:
-        """Tokens of a row on one context-parallel rank."""
-        return self.tokens // self.context
+    def cut(self, used: int) -> int:
+        """Tokens of a row of which the first ``used`` are needed."""
+        if self.multiple is None:
+            return self.tokens
+        return min(self.tokens, max(1, -(-used // self.multiple)) * self.multiple)
 
     def padded(self, length: int) -> int:
         """Row tokens that a sequence of ``length`` tokens takes."""
@@ -111,13 +115,15 @@ class ContextSplit:
         row: The format; its ``context_rank`` is the rank whose packing is made.
 
     Attributes:
+        local_tokens: S / C.
         held: [C, S / C] int64, the row positions of every rank in the order in which it holds them.
         place: [S] int64, inverse of ``held`` laid out rank after rank.
     """
 
     def __init__(self, bounds: Sequence[int], row: RowFormat) -> None:
         self.row = row
-        ranks = row.context
+        ranks, row_tokens = row.context, bounds[-1]
+        self.local_tokens = row_tokens // ranks
         self._chunks = []
         for start, end in pairwise(bounds):
             self._chunks.append(np.arange(start, end).reshape(2 * ranks, -1))
@@ -129,8 +135,8 @@ class ContextSplit:
                 for rank in range(ranks)
             ]
         )
-        self.place = np.empty(row.tokens, dtype=np.int64)
-        self.place[self.held.ravel()] = np.arange(row.tokens)
+        self.place = np.empty(row_tokens, dtype=np.int64)
+        self.place[self.held.ravel()] = np.arange(row_tokens)
 
     @property
     def mine(self) -> np.ndarray:
@@ -146,7 +152,7 @@ class ContextSplit:
         Returns:
             The indices into ``positions`` of those held here, ascending, and their places in this rank's part.
         """
-        owner, offset = np.divmod(self.place[positions], self.row.local_tokens)
+        owner, offset = np.divmod(self.place[positions], self.local_tokens)
         kept = np.flatnonzero(owner == self.row.context_rank)
         return kept, offset[kept]
 

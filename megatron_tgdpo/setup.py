@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,8 +178,14 @@ def row_format(config: Config, pg: ProcessGroupCollection) -> RowFormat:
 
 
 def _row_format(config: Config) -> RowFormat:
+    parallel = config.parallel
     return RowFormat(
-        config.row_tokens, config.shared_prompts, config.parallel.context, chosen_only=config.method.chosen_only
+        config.row_tokens,
+        config.shared_prompts,
+        parallel.context,
+        chosen_only=config.method.chosen_only,
+        # Divisible by what splits a row, and by what matrix units like.
+        multiple=math.lcm(64, 2 * parallel.context * parallel.tensor) if parallel.pipeline == 1 else None,
     )
 
 

@@ -5,6 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +37,15 @@ _PROGRESS = (
     ("train/grad_norm", "grad_norm", ".3f"), ("train/lr", "lr", ".3g"),
 )  # fmt: skip
 _EVAL_PROGRESS = (("eval/loss", "loss", ".4f"), ("eval/rewards/accuracies", "accuracy", ".3f"))
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """What one step works on, over all ranks: tokens of pairs, tokens of rows with their padding, and pairs."""
+
+    real: int
+    computed: int
+    pairs: int
 
 
 class Trainer:
@@ -87,7 +97,7 @@ class Trainer:
         started = time.monotonic()
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
-            packs, real_tokens = self._step_packs(step)
+            packs, tokens = self._step_packs(step)
             result = train_step(self.engine, packs)
             self._guard(step, result)
             if step == 1 and self.config.train.check_start and self.config.method.frozen:
@@ -95,7 +105,7 @@ class Trainer:
             values = {"train/loss": result.metrics.values["loss"], "train/grad_norm": result.grad_norm}
             values |= {"train/lr": result.lr}
             values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
-            performance, stop = self._performance(time.monotonic() - begin, step, real_tokens, len(packs))
+            performance, stop = self._performance(time.monotonic() - begin, tokens)
             values |= performance | self.saver.take_figures()
             if self._due(step, self.config.eval.every_steps):
                 values |= self.evaluate()
@@ -120,7 +130,7 @@ class Trainer:
         indices = list(range(len(dataset)))
         # Planned in parts: the time to plan grows with the square of the pairs.
         parts = (indices[start : start + _EVAL_PLAN_PAIRS] for start in range(0, len(indices), _EVAL_PLAN_PAIRS))
-        packs = [pack for part in parts for pack in self._rank_packs(dataset, part)]
+        packs = [pack for part in parts for pack in self._plan(dataset, part)[self.engine.pg.dp.rank()]]
         batches = self._collated(dataset, packs, self.data.validation_guidance)
         metrics = run_packs(self.engine, batches, len(packs), forward_only=True)
         return {f"eval/{name}": value for name, value in metrics.values.items()}
@@ -134,10 +144,9 @@ class Trainer:
             logger.info("continuing after step %d from %s", step, saved)
         return step
 
-    def _rank_packs(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[int]]:
-        row = self.engine.row
-        plan = plan_packs(indices, row.pair_tokens(dataset.lengths[indices]).tolist(), row.tokens, self.layout.data)
-        return plan[self.engine.pg.dp.rank()]
+    def _plan(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[list[int]]]:
+        tokens = self.engine.row.pair_tokens(dataset.lengths[indices]).tolist()
+        return plan_packs(indices, tokens, self.engine.row.tokens, self.layout.data)
 
     def _collated(
         self, dataset: PreferenceDataset, packs: list[list[int]], guidance: GuidanceCache | None
@@ -145,12 +154,14 @@ class Trainer:
         """Collates packs one by one, when the schedule takes them."""
         return (collate([dataset[i] for i in pack], self.engine.row, guidance) for pack in packs)
 
-    def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], int]:
-        """This data rank's packs of a step, and the tokens of all ranks' pairs."""
+    def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], StepTokens]:
+        """This data rank's packs of a step, and what is in those of all ranks."""
+        train, row = self.data.train, self.engine.row
         indices = self.data.order.step_indices(step)
-        packs = self._rank_packs(self.data.train, indices)
-        real_tokens = self.engine.row.real_tokens(self.data.train.lengths[indices])
-        return list(self._collated(self.data.train, packs, self.data.train_guidance)), real_tokens
+        plan = self._plan(train, indices)
+        used = [int(row.pair_tokens(train.lengths[pack]).sum()) if pack else 0 for packs in plan for pack in packs]
+        tokens = StepTokens(row.real_tokens(train.lengths[indices]), sum(map(row.cut, used)), len(indices))
+        return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), tokens
 
     def _guard(self, step: int, result: StepResult) -> None:
         if result.updated:
@@ -182,24 +193,22 @@ class Trainer:
             },
         )
 
-    def _performance(self, seconds: float, step: int, real_tokens: int, depth: int) -> tuple[dict[str, float], bool]:
+    def _performance(self, seconds: float, tokens: StepTokens) -> tuple[dict[str, float], bool]:
         """The step's speed and memory, and whether any rank is asked to stop: one reduction serves both.
 
         A signal reaches ranks at different moments, even in different steps. All of them see the same maximum, so all
         stop after the same step, at no cost beyond a number in a reduction that runs anyway.
         """
-        rows, order = depth * self.layout.data, self.data.order
-        pairs = order.consumed_pairs(step) - order.consumed_pairs(step - 1)
         mine = (_peak_memory_bytes(self.engine.device) / GIB, float(stopping.requested()))
         maxima = torch.tensor(mine, device=self.engine.device)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         peak, stop = maxima.tolist()
         values = {
-            "perf/pairs_per_second": pairs / seconds,
-            "perf/tokens_per_second": real_tokens / seconds,
-            "perf/tokens_per_second_per_gpu": real_tokens / seconds / self.layout.world_size,
+            "perf/pairs_per_second": tokens.pairs / seconds,
+            "perf/tokens_per_second": tokens.real / seconds,
+            "perf/tokens_per_second_per_gpu": tokens.real / seconds / self.layout.world_size,
             "perf/step_seconds": seconds,
-            "perf/packing_efficiency": real_tokens / (rows * self.engine.row.tokens),
+            "perf/packing_efficiency": tokens.real / tokens.computed,
             "perf/peak_memory_gib": peak,
         }
         return values, stop > 0

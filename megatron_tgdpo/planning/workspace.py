@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.hf_config import padded_vocab_size
-from megatron_tgdpo.logps import CHUNK_ELEMENTS
+from megatron_tgdpo.logps import chunk_rows
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, LayerWidths, Row, layer_activations
 
@@ -42,17 +42,18 @@ def frozen_workspace(frozen: Sequence[PretrainedConfig], layout: ParallelLayout,
 def logprob_workspace(hf_config: PretrainedConfig, layout: ParallelLayout, row: Row) -> float:
     """Peak of the log-probs' backward pass on the last stage, if every token of the row is a response token.
 
-    One chunk of fp32 logits (with a softcap also its slope and what makes it), their gradient in the weights' dtype;
-    the output weight's gradient in fp32 and, below fp32, one product in the weights' dtype; the hidden
-    states' gradient.
+    One chunk of fp32 logits (with a softcap also its slope and what makes it) and, below fp32, its gradient in the
+    weights' dtype and the fp32 gradient of the chunk's rows; what backward returns in the place of the weight's
+    gradient, which went to the gradient buffer; the hidden states, and their gradient in fp32 and in their dtype.
     """
     rows = padded_vocab_size(hf_config, layout.tensor) // layout.tensor
-    chunk = min(row.tokens, max(1, CHUNK_ELEMENTS // rows)) * rows
+    chunk, hidden = chunk_rows(row.tokens, rows, "cuda"), hf_config.hidden_size
     below_fp32 = row.dtype_bytes < _FP32
     buffers = 3 if getattr(hf_config, "final_logit_softcapping", None) else 1
-    logits = chunk * (buffers * _FP32 + (row.dtype_bytes if below_fp32 else 0))
-    weight = rows * hf_config.hidden_size * (_FP32 + (row.dtype_bytes if below_fp32 else 0))
-    return logits + weight + 2 * row.tokens * hf_config.hidden_size * row.dtype_bytes
+    logits = row.tokens * chunk * (buffers * _FP32 + (row.dtype_bytes if below_fp32 else 0))
+    gradient = chunk * hidden * _FP32 if below_fp32 else 0
+    states = row.tokens * hidden * (_FP32 + 3 * row.dtype_bytes)
+    return logits + gradient + rows * hidden * row.dtype_bytes + states
 
 
 def carried_states(

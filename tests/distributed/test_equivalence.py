@@ -204,10 +204,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 class Runs:
-    """Trains all cases of a process count in one launch, the first time one of them is asked for."""
+    """Trains all chosen cases of a process count in one launch, the first time one of them is asked for."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, chosen: set[str]) -> None:
         self.inputs = inputs
+        self.chosen = chosen
         self._launched: set[int] = set()
         self._expected: dict[tuple[str, str], reference.Result] = {}
 
@@ -217,7 +218,9 @@ class Runs:
             cases = [
                 {"config": self.inputs.config(c), "export": str(self.inputs.root / "runs" / c.name / "hf")}
                 for c in CASES
-                if c.processes == case.processes and (c.data == "random" or SHARED_DATA.is_dir())
+                if c.processes == case.processes
+                and c.name in self.chosen
+                and (c.data == "random" or SHARED_DATA.is_dir())
             ]
             if case.processes == 1:
                 cases += [{"config": self._disguised(name), "export": None} for name in DPO_IN_DISGUISE]
@@ -261,9 +264,11 @@ _SIDES = (("prompt", []), ("chosen", [2]), ("rejected", [2]))  # 2 is </s>
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Inputs) -> Runs:
+def runs(inputs: Inputs, request: pytest.FixtureRequest) -> Runs:
     torch.set_num_threads(1)
-    return Runs(inputs)
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    # Beside what was chosen on the command line, what others are compared with.
+    return Runs(inputs, {"tp1-dpo", *(one["case"].name for one in params if isinstance(one.get("case"), Case))})
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -114,6 +114,19 @@ def test_context_ranks_hold_every_response_token_once() -> None:
     assert parts[0].position_ids[0, :4].tolist() == [0, 1, 0, 0]
 
 
+def test_a_row_is_cut_where_it_ends() -> None:
+    row = RowFormat(64, multiple=4)
+    batch, whole = collate(PAIRS, row), collate(PAIRS, RowFormat(64))
+    assert batch.tokens.shape == (1, 16)
+    assert torch.equal(batch.tokens, whole.tokens[:, :16])
+    assert torch.equal(batch.logit_positions, whole.logit_positions)
+    assert collate([], row).tokens.shape == (1, 4)
+    assert [row.cut(used) for used in (0, 4, 5, 64)] == [4, 4, 8, 64]
+    part = collate(PAIRS, RowFormat(64, context=2, context_rank=1, multiple=8))
+    assert part.tokens.shape == (1, 12)
+    assert torch.equal(part.targets, collate(PAIRS, RowFormat(64, context=2, context_rank=1)).targets)
+
+
 class Cache:
     """Reference -1, -2, ... and guide -11, -12, ... for the tokens of every pair."""
 
