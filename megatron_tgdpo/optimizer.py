@@ -29,15 +29,17 @@ class GroupStepAdamW(torch.optim.AdamW):
         """
         optimizer = cls([torch.nn.Parameter(torch.zeros(0))])
         optimizer.param_groups = other.param_groups
+        for group in optimizer.param_groups:
+            # One pass over the parameters instead of ten.
+            group["fused"] = True
         return optimizer
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         for group in self.param_groups:
-            count = torch.tensor(float(group.get("step", 0)))
             for param in group["params"]:
                 if self.state[param]:
-                    self.state[param]["step"] = count.clone()
+                    self.state[param]["step"] = torch.tensor(float(group.get("step", 0)), device=param.device)
         result = super().step(closure)
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
