@@ -12,6 +12,7 @@ from checkpoints_convert.mapping import Heads, expected_shapes, read_shard
 from checkpoints_convert.model_mapping import mapped_parameters
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.fp8_weights import write_parameter
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.models import LanguageModel
 
@@ -81,4 +82,4 @@ def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfi
         shard = read_shard(checkpoint, mapped.kind, mapped.hf_names, mapped.parameter.shape, heads, rank)
         if shard.shape != mapped.parameter.shape:
             raise ValueError(f"{mapped.name}: {list(shard.shape)} read for {list(mapped.parameter.shape)}")
-        mapped.parameter.copy_(shard.to(mapped.parameter.dtype))
+        write_parameter(mapped.parameter, shard)

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.families import family_of
 from checkpoints_convert.families.family import Kind
 from checkpoints_convert.mapping import EMBEDDING, OUTPUT
+from checkpoints_convert.spec_names import local_name
 
 _LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -20,7 +21,7 @@ class MappedParameter:
     """One parameter of this rank and the HF tensors it is made of.
 
     Attributes:
-        name: The parameter's name in the model.
+        name: The parameter's name in the model, which depends on its layer spec.
         parameter: The parameter itself, this rank's shard.
         kind: See ``families/family.py``.
         hf_names: Names of the HF tensors.
@@ -52,7 +53,7 @@ def mapped_parameters(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[
         if match:
             # The index in the module list is local to the pipeline stage; layer_number is global and 1-based.
             layer = int(model.decoder.layers[int(match[1])].layer_number) - 1
-            key = match[2]
+            key = local_name(match[2])
         is_tied_copy = key == OUTPUT and bool(hf_config.tie_word_embeddings)
         weight = weights[EMBEDDING if is_tied_copy else key]
         names = tuple(hf_name.format(layer=layer) for hf_name, _ in weight.hf_tensors)

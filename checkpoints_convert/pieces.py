@@ -10,17 +10,15 @@ from transformers import PretrainedConfig
 
 from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.mapping import GlobalParameter, Heads, global_parameters, join_shards, read_shard
+from checkpoints_convert.spec_names import FUSED_NORMS
 from megatron_tgdpo.checkpoint_reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 
 # Blocks of up to 32 MiB are used again by the allocator; the first touch of larger, fresh ones costs more than reading.
 PIECE_BYTES = 16 << 20
 
-# How the local layer spec renames parameters in checkpoints, to the names that fused layers have.
-_RENAMED = {
-    "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",
-    "decoder.layers.pre_mlp_layernorm.": "decoder.layers.mlp.linear_fc1.layer_norm_",
-}
+# Names in checkpoints are those of fused layers.
+_RENAMED = {f"decoder.layers.{local}": f"decoder.layers.{fused}" for local, fused in FUSED_NORMS.items()}
 
 T = TypeVar("T")
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint_check import find_damage
 from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.overlap import finish_param_gather
 from megatron_tgdpo.setup import colocated_model
 from megatron_tgdpo.train_step import Engine
 
@@ -76,6 +77,7 @@ def load_checkpoint(engine: Engine, path: Path, run_metadata: Mapping[str, Any])
 
 def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     """megatron-core's sharded state dict of policy and optimizer, its names independent of the layout. Collective."""
+    finish_param_gather(engine.model)
     metadata = {
         # The only format of the distributed optimizer that loads onto another TP, PP and DP.
         "distrib_optim_sharding_type": "fully_reshardable",

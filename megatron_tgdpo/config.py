@@ -23,6 +23,7 @@ class ModelConfig:
     policy: str = MISSING  # HF or Megatron checkpoint directory the policy starts from
     reference: str | None = None  # HF or Megatron checkpoint directory of the reference; null: same as policy
     guide: str | None = None  # HF or Megatron checkpoint directory of the guide; required by method tgdpo
+    layer_spec: str = "auto"  # auto | local | transformer_engine; auto: Transformer Engine where usable on CUDA
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,26 @@ class OptimizerSettings:
 @dataclass(frozen=True)
 class PrecisionConfig:
     dtype: str = "bf16"  # bf16 | fp32, of weights and activations; gradients and optimizer state are fp32
+    fp8: str = "none"  # none | delayed | tensorwise | blockwise | mxfp8: how the layers' products are scaled to FP8
+    fp8_format: str = "hybrid"  # hybrid (E4M3 forward, E5M2 backward) | e4m3
+    fp8_amax_history: int = 1024  # products that delayed scaling looks back on
+    fp8_amax_algorithm: str = "max"  # max | most_recent, over that history
+    fp8_params: bool = False  # the policy's layer weights are held, and gathered over data ranks, in FP8
+    first_last_layers_bf16: bool = False  # the first and the last layer of every model stay in bf16
+    frozen: str = "same"  # same (as the policy) | bf16 | fp8 (weights held in FP8), of reference and guide
+
+
+@dataclass(frozen=True)
+class OverlapConfig:
+    grad_reduce: bool = False  # reduce gradients over data ranks while backward goes on
+    param_gather: bool = False  # gather updated weights over data ranks while the next forward goes on
+    tensor: bool = False  # tensor parallel traffic within the products it feeds (Transformer Engine user buffers)
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    optimizer: float = 0.0  # part of the optimizer's state, and of its update, that lives on the CPU
+    frozen: bool = False  # layers of reference and guide stay in pinned host memory between uses
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,7 @@ class TrainConfig:
     epochs: float | None = None  # passes over data.train
     seed: int = 0  # of the data order and all random numbers
     exit_step: int | None = None  # stop after this step with a checkpoint; the schedule still spans the whole run
+    fused: str = "auto"  # auto (fused Adam, weight gradients and activations where importable) | off
     recompute: str = "none"  # none | selective | full: policy activations computed again in backward, to save memory
     check_start: bool = True  # stop unless the loss of a fresh run is ln 2 for every pair of the first step
     # (turn off for a policy that deliberately differs from the reference)
@@ -142,6 +164,8 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -176,20 +200,27 @@ class Config:
 
 
 RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
+FP8_RECIPES = ("none", "delayed", "tensorwise", "blockwise", "mxfp8")
 _CHOICES = {
     "data.overlong_prompt": ("truncate", "drop", "error"),
     "loss.method": tuple(METHODS),
     "guidance.mode": ("colocated", "cached"),
     "parallel.device": ("auto", "cuda", "cpu"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
+    "model.layer_spec": ("auto", "local", "transformer_engine"),
     "precision.dtype": ("bf16", "fp32"),
+    "precision.fp8": FP8_RECIPES,
+    "precision.fp8_format": ("hybrid", "e4m3"),
+    "precision.fp8_amax_algorithm": ("max", "most_recent"),
+    "precision.frozen": ("same", "bf16", "fp8"),
+    "train.fused": ("auto", "off"),
     "train.recompute": RECOMPUTE_CHOICES,
 }
 _POSITIVE = (
     "data.max_length", "data.max_prompt_length", "data.workers", "loss.beta", "parallel.tensor", "parallel.pipeline",
     "parallel.context", "parallel.timeout_minutes", "batch.global_pairs", "batch.tokens_per_micro_batch",
     "optimizer.eps", "train.steps", "train.epochs", "train.exit_step", "eval.every_steps", "checkpoint.every_steps",
-    "log.every_steps",
+    "log.every_steps", "precision.fp8_amax_history",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "loss.alpha",
@@ -297,6 +328,12 @@ def _check(config: Config, source: str) -> None:
         )
     if config.parallel.virtual_pipeline is not None:
         fail("parallel.virtual_pipeline is set: the interleaved schedule is not supported yet, set it to null")
+    if not 0 <= config.offload.optimizer <= 1:
+        fail(f"offload.optimizer is {config.offload.optimizer}: it is a part of the state, in [0, 1]")
+    if config.overlap.param_gather and not config.overlap.grad_reduce:
+        fail("overlap.param_gather needs overlap.grad_reduce: megatron-core overlaps both or only the gradients")
+    if config.overlap.tensor and not config.parallel.sequence_parallel:
+        fail("overlap.tensor needs parallel.sequence_parallel=true: it hides the traffic of that")
     _check_lengths(config, fail)
 
 

@@ -24,6 +24,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import sync
 from megatron_tgdpo.fingerprints import weights_fingerprint
+from megatron_tgdpo.precision import frozen_precision
 from megatron_tgdpo.run_directory import write_atomically
 
 FORMAT_VERSION = 1
@@ -71,7 +72,7 @@ def guidance_key(config: Config, dataset: PreferenceDataset, models: tuple[str, 
         made_with["fingerprint"],
         made_with["template_fingerprint"],
         *models,
-        config.precision.dtype,
+        frozen_precision(config),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -32,14 +33,18 @@ class RowParallelLinearPostNorm(RowParallelLinear):
         return self.post_layernorm(output), None
 
 
-def local_block_spec(config: LanguageModelConfig, pg: ProcessGroupCollection) -> TransformerBlockSubmodules:
+def local_block_spec(
+    config: LanguageModelConfig,
+    pg: ProcessGroupCollection,
+    core_attention: type | ModuleSpec = PackedCausalAttention,
+) -> TransformerBlockSubmodules:
     """The layers and the final norm of this pipeline stage."""
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
     parts = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
-    attention.core_attention = PackedCausalAttention
+    attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.post_norms:

@@ -1,10 +1,10 @@
-"""A Megatron-Core language model from an HF config, on the local layer spec.
+"""A Megatron-Core language model from an HF config, on either layer spec.
 
 Legend: S tokens of this context-parallel rank's part of the row, S_local = S / tp under sequence parallelism (else S),
 H hidden, V padded vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +20,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.extra_state import load_without, without_content
+from megatron_tgdpo.fp8_weights import dequantised
 from megatron_tgdpo.hf_config import padded_vocab_size
 from megatron_tgdpo.layer_spec import local_block_spec
 from megatron_tgdpo.model_config import LanguageModelConfig, transformer_config_kwargs
 from megatron_tgdpo.packing import RowPacking
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.rotary import RotaryFrequencies
+
+BlockSpec = Callable[[LanguageModelConfig, ProcessGroupCollection], TransformerBlockSubmodules]
 
 
 class LanguageModel(GPTModel):
@@ -88,6 +92,18 @@ class LanguageModel(GPTModel):
             packed_seq_params=packing,
         )
 
+    def sharded_state_dict(  # type: ignore[override]
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's, with names, shapes and dtypes that do not depend on layer spec and FP8."""
+        return dequantised(without_content(super().sharded_state_dict(prefix, sharded_offsets, metadata)))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]
+        """Takes a state that :meth:`sharded_state_dict` asked for, from a checkpoint of either layer spec."""
+        if not strict or assign:
+            raise NotImplementedError("only strict copies")
+        load_without(self, state_dict)
+
     def output_weight(self) -> Tensor:
         """The output projection [V / tp, H] of this rank; the embedding's own weight if tied on a single stage.
 
@@ -121,6 +137,7 @@ def build_language_model(
     dtype: torch.dtype,
     device: torch.device,
     transformer_overrides: Mapping[str, Any] | None = None,
+    block_spec: BlockSpec = local_block_spec,
 ) -> LanguageModel:
     """Builds this rank's slice with uninitialised weights: load a checkpoint into it before use.
 
@@ -133,10 +150,11 @@ def build_language_model(
         dtype: Of parameters and activations.
         device: CPU needs the CPU backend (``enable_cpu_backend``).
         transformer_overrides: Extra or different arguments of LanguageModelConfig, e.g. recomputation.
+        block_spec: Makes this stage's layers from config and process groups.
 
     Raises:
         UserError: The model does not divide by the layout, or its config is not supported.
     """
     kwargs = transformer_config_kwargs(hf_config, layout, dtype=dtype, device=device, overrides=transformer_overrides)
     config = LanguageModelConfig(**kwargs)
-    return LanguageModel(config, local_block_spec(config, pg), hf_config, pg, device)
+    return LanguageModel(config, block_spec(config, pg), hf_config, pg, device)

@@ -1,9 +1,9 @@
 """megatron-core's distributed optimizer and schedule, and an Adam whose step count survives its checkpoints."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-import megatron.core.optimizer as mcore_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -22,7 +22,7 @@ class GroupStepAdamW(torch.optim.AdamW):
     """
 
     @classmethod
-    def taking_over(cls, other: torch.optim.AdamW) -> "GroupStepAdamW":
+    def taking_over(cls, other: torch.optim.Optimizer) -> "GroupStepAdamW":
         """The same parameter groups, in the same list objects, before any step.
 
         megatron-core's fp32 shards are views of parameters, which torch's constructor refuses and its steps accept.
@@ -30,6 +30,9 @@ class GroupStepAdamW(torch.optim.AdamW):
         optimizer = cls([torch.nn.Parameter(torch.zeros(0))])
         optimizer.param_groups = other.param_groups
         for group in optimizer.param_groups:
+            # Groups of other packages' Adam lack some of torch's options.
+            for name, value in optimizer.defaults.items():
+                group.setdefault(name, value)
             # One pass over the parameters instead of ten.
             group["fused"] = True
         return optimizer
@@ -62,17 +65,26 @@ class GroupStepAdamW(torch.optim.AdamW):
             values.pop("step", None)
 
 
-def adam_source() -> str:
-    """The package whose Adam megatron-core takes here: ``transformer_engine``, ``apex`` or ``torch``."""
-    return mcore_optimizer.Adam.__module__.partition(".")[0]
-
-
 def build_optimizer(
-    model: DistributedDataParallel, settings: OptimizerSettings, dtype: torch.dtype, pg: ProcessGroupCollection
+    model: DistributedDataParallel,
+    settings: OptimizerSettings,
+    dtype: torch.dtype,
+    pg: ProcessGroupCollection,
+    *,
+    fused: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> DistributedOptimizer:
     """megatron-core's distributed Adam over the policy's parameters; state is fp32 and split over data ranks.
 
     The distributed optimizer is used for one data rank too, so that every layout writes the same checkpoint.
+
+    Args:
+        model: The wrapped model.
+        settings: Adam and clipping.
+        dtype: Of the parameters.
+        pg: Process groups.
+        fused: Whether Adam may be apex's or Transformer Engine's where megatron-core finds one; else it is torch's.
+        options: Further arguments of megatron-core's OptimizerConfig.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -86,14 +98,16 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        **(options or {}),
     )
     chained = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
     (optimizer,) = chained.chained_optimizers
     assert isinstance(optimizer, DistributedOptimizer)
-    if isinstance(optimizer.optimizer, torch.optim.AdamW):
+    if isinstance(optimizer.optimizer, torch.optim.AdamW) or not (fused or config.optimizer_cpu_offload):
         optimizer.optimizer = GroupStepAdamW.taking_over(optimizer.optimizer)
-    # Moments exist from the start, so that a fresh optimizer can receive a checkpoint's.
-    optimizer.init_state_fn(optimizer.optimizer, config)
+    if optimizer.init_state_fn is not None:
+        # Moments exist from the start, so that a fresh optimizer can receive a checkpoint's.
+        optimizer.init_state_fn(optimizer.optimizer, config)
     return optimizer
 
 

@@ -4,8 +4,8 @@ import torch.distributed as dist
 
 from megatron_tgdpo.config import Config, to_yaml
 from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
+from megatron_tgdpo.gpu_setup import capabilities, check_gpu_options
 from megatron_tgdpo.memory import rank_memory
-from megatron_tgdpo.optimizer import adam_source
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.report import memory_lines
@@ -41,7 +41,9 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     parallel = config.parallel
     layout = layout_of(config, ranks.world_size)
     model_configs = read_model_configs(config)
-    check_layout(models_that_run(config, model_configs), layout)
+    used = models_that_run(config, model_configs)
+    check_layout(used, layout)
+    check_gpu_options(config, used, layout, capabilities(device))
     prefixes = on_first_rank(lambda: prepare_first_rank(config), store, ranks.rank)
     init_distributed(ranks, device, parallel.timeout_minutes, store)
     pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
@@ -50,7 +52,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
             preflight(config, model_configs["policy"], ranks, layout, pg, device)
         data = open_data(config, prefixes, model_configs["policy"].vocab_size)
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
-        log_setup(engine, layout, adam_source(), data)
+        log_setup(config, engine, layout, data)
         Trainer(config, layout, engine, data).train()
     finally:
         destroy_model_parallel()

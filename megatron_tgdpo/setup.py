@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
@@ -23,11 +23,14 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.data_order import DataOrder, make_data_order
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.frozen_offload import LayerStreamer
+from megatron_tgdpo.gpu_setup import building, capabilities, describe_model, model_options
 from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key, model_fingerprints
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.models import LanguageModel, build_language_model
 from megatron_tgdpo.optimizer import build_optimizer, build_scheduler
+from megatron_tgdpo.overlap import ddp_config, optimizer_kwargs, start_user_buffers, wire_overlap
 from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
@@ -221,26 +224,32 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
 
 def load_model(
     path: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, config: Config,
-    device: torch.device, recompute: str = "none",
+    device: torch.device, recompute: str = "none", frozen: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """Builds this rank's slice of one model and fills it from an HF or Megatron directory. Collective."""
-    model = build_language_model(
-        hf_config,
-        layout,
-        pg,
-        dtype=DTYPES[config.precision.dtype],
-        device=device,
-        transformer_overrides={
-            "finalize_model_grads_func": finalize_model_grads,
-            "deallocate_pipeline_outputs": layout.pipeline > 1,
-            "batch_p2p_comm": True,
-            **RECOMPUTE[recompute],
-        },
-    )
+    overrides, block_spec = model_options(config, hf_config, device, frozen=frozen)
+    with building(frozen):
+        model = build_language_model(
+            hf_config,
+            layout,
+            pg,
+            dtype=DTYPES[config.precision.dtype],
+            device=device,
+            transformer_overrides={
+                "finalize_model_grads_func": finalize_model_grads,
+                "deallocate_pipeline_outputs": layout.pipeline > 1,
+                "batch_p2p_comm": True,
+                **RECOMPUTE[recompute],
+                **overrides,
+            },
+            block_spec=block_spec,
+        )
     if is_megatron_checkpoint(Path(path)):
         load_weights(model, Path(path), hf_config, pg)
     else:
         agree(lambda: load_weights(model, Path(path), hf_config, pg))
+    if frozen and config.offload.frozen:
+        LayerStreamer(model.requires_grad_(False).decoder.layers, device)
     return model
 
 
@@ -253,7 +262,8 @@ def load_frozen_models(
 ) -> list[LanguageModel]:
     """This rank's slices of the frozen models that the method uses, the reference first. Collective."""
     return [
-        load_model(config.model_paths[role], configs[role], layout, pg, config, device) for role in config.method.frozen
+        load_model(config.model_paths[role], configs[role], layout, pg, config, device, frozen=True)
+        for role in config.method.frozen
     ]
 
 
@@ -278,16 +288,16 @@ def build_engine(
     Raises:
         UserError: The same on every rank: a checkpoint cannot be loaded, or does not divide by the layout.
     """
+    if config.overlap.tensor:
+        start_user_buffers(config, configs["policy"].hidden_size, layout)
     policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device, config.train.recompute)
     cached = config.guidance.mode == "cached"
     colocated = ColocatedModel(policy, [] if cached else load_frozen_models(config, configs, layout, pg, device))
     dtype = DTYPES[config.precision.dtype]
-    wrapped = DistributedDataParallel(
-        policy.config,
-        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-        colocated,
-    )
-    optimizer = build_optimizer(wrapped, config.optimizer, dtype, pg)
+    wrapped = DistributedDataParallel(policy.config, ddp_config(config), colocated)
+    wire_overlap(wrapped, policy)
+    fused = config.train.fused == "auto"
+    optimizer = build_optimizer(wrapped, config.optimizer, dtype, pg, fused=fused, options=optimizer_kwargs(config))
     communicator = None
     if layout.pipeline > 1:
         communicator = ColocatedCommunicator(pg.pp, policy.config, colocated.mailbox, device)
@@ -310,12 +320,16 @@ def colocated_model(engine: Engine) -> ColocatedModel:
     return module
 
 
-def log_setup(engine: Engine, layout: ParallelLayout, adam: str, data: RunData) -> None:
-    """Logs, on the first rank, the layout, the fused parts in use and the size of the job."""
+def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunData) -> None:
+    """Logs, on the first rank, the layout, what this machine offers, what of it is in use, and the size of the job."""
     if dist.get_rank() != 0:
         return
     model = colocated_model(engine)
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.policy, model.frozen)]
-    logger.info("layout %s on %s; Adam from %s; layer spec: local", layout, engine.device.type, adam)
+    found = capabilities(engine.device)
+    logger.info("layout %s on %s; fused parts: %s", layout, found.describe(), config.train.fused)
+    logger.info("policy: %s", describe_model(config, model.policy.config, engine.device))
+    for frozen in model.frozen_models:
+        logger.info("frozen: %s", describe_model(config, frozen.config, engine.device))
     logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
     logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)

@@ -1,0 +1,37 @@
+"""Core attention on PyTorch's own variable-length flash attention, for GPUs without Transformer Engine.
+
+``torch.nn.attention.varlen`` came with torch 2.10; the arguments used here (window, scale, grouped heads) are those of
+torch 2.13, and ``capabilities.py`` looks for them. Its kernels are flash attention 2, whose causal mask is aligned to
+the bottom right. Not yet run on a GPU (docs/gpu.md).
+"""
+
+from torch import Tensor
+
+from megatron_tgdpo.attention_packed import PackedAttention, Segments
+from megatron_tgdpo.packing import RowPacking
+
+
+class VarlenAttention(PackedAttention):
+    """One flash-attention call a row; bf16, windows, no softcap."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: RowPacking) -> Tensor:
+        """[T, N, D], [K, G, D] twice -> [T, N, D]."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        del packing
+        if self.softcap is not None:
+            raise ValueError("VarlenAttention cannot cap scores")
+        out = varlen_attn(
+            query,
+            key,
+            value,
+            segments.cu_seqlens_q,
+            segments.cu_seqlens_kv,
+            segments.longest_q,
+            segments.longest_kv,
+            scale=self.scale,
+            window_size=self.window_size,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        assert isinstance(out, Tensor)
+        return out

@@ -1,0 +1,36 @@
+"""Both layer specs are one model: same results, same gradients, same checkpoints. Transformer Engine is a look-alike.
+
+The look-alike (``tests/fake_te.py``) has its signatures and parameter names, so this covers the spec, the names and the
+packing; Transformer Engine's own numbers are for ``tests/gpu/prove.py``.
+"""
+
+import json
+
+import pytest
+
+from tests.launch import run_module
+from tests.tiny_models import FAMILY_OPTIONS, make_model
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    root = tmp_path_factory.mktemp("te_spec")
+    for family in FAMILY_OPTIONS:
+        make_model(root / "hf" / family, family, layers=2, tied=family == "gemma2")
+    run_module("tests.distributed.worker_te_spec", [str(root)], processes=2)
+    return {path.stem: json.loads(path.read_text()) for path in (root / "out").iterdir()}
+
+
+@pytest.mark.parametrize("family", FAMILY_OPTIONS)
+def test_the_specs_are_one_model(results: dict[str, dict], family: str) -> None:
+    found = results[family]
+    assert found["hidden"] < 2e-6
+    assert len(found["gradients"]) > 10
+    assert max(found["gradients"].values()) < 2e-5, found["gradients"]
+
+
+@pytest.mark.parametrize("family", FAMILY_OPTIONS)
+def test_checkpoints_do_not_depend_on_the_spec(results: dict[str, dict], family: str) -> None:
+    assert results[family]["same_description"]
+    assert results[family]["local to te"]
+    assert results[family]["te to local"]

@@ -1,0 +1,124 @@
+"""Builds every family on both layer specs, with look-alikes of Transformer Engine, and compares what they compute.
+
+Usage: ``worker_te_spec ROOT`` where ROOT/hf holds HF models; leaves ``ROOT/out/NAME.json`` for the test to judge.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from checkpoints_convert.load import load_weights
+from checkpoints_convert.logits import packing_of
+from checkpoints_convert.spec_names import local_name
+from megatron_tgdpo import checkpoint_format
+from megatron_tgdpo.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.layer_spec_te import te_block_spec
+from megatron_tgdpo.models import LanguageModel, build_language_model
+from megatron_tgdpo.parallel import ParallelLayout, init_model_parallel, make_layout
+from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.spec_choice import core_attention_spec
+from tests import fake_te
+
+CPU = torch.device("cpu")
+ROW, LENGTHS = 128, [60, 40]
+
+
+def build(spec: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection) -> LanguageModel:
+    """The model on a layer spec; scores with a cap are FlexAttention's on a GPU, whose backward the CPU lacks."""
+    if spec == "local":
+        return build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
+    capped = bool(getattr(hf_config, "attn_logit_softcapping", None))
+    attention = core_attention_spec("blocks" if capped else "transformer_engine")
+    with fake_te.importable():
+        block = partial(te_block_spec, core_attention=attention, parts=fake_te.PARTS)
+        return build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU, block_spec=block)
+
+
+def run(model: LanguageModel) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states [S_local, 1, H] of a packed row, and the gradient of every parameter by its local name."""
+    tokens = torch.randint(0, 128, (1, ROW), generator=torch.Generator().manual_seed(7))
+    positions = torch.cat([torch.arange(n) for n in (*LENGTHS, ROW - sum(LENGTHS))])[None]
+    hidden = model(tokens, positions, packing_of(LENGTHS))
+    upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(8 + dist.get_rank()))
+    model.zero_grad()
+    (hidden * upstream).sum().backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        layer, dot, rest = name.partition("decoder.layers.")[2].partition(".")
+        key = f"{layer}.{local_name(rest)}" if dot else name
+        gradients[key] = torch.zeros(0) if parameter.grad is None else parameter.grad.clone()
+    return hidden.detach(), gradients
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Relative to the largest, over all ranks."""
+    values = torch.stack(((ours - theirs).abs().max(), theirs.abs().max())) if theirs.numel() else torch.zeros(2)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return (values[0] / values[1].clamp(min=1e-30)).item()
+
+
+def description(model: LanguageModel) -> list[Any]:
+    """What a checkpoint of the model would hold from this rank: keys, shapes, places and dtypes."""
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    return sorted(
+        [entry.key, str(entry.global_shape), str(entry.global_offset), str(getattr(entry, "dtype", None))]
+        for entry in nested_values(state)
+    )
+
+
+def compare(hf: Path, root: Path, layout: ParallelLayout, pg: ProcessGroupCollection) -> dict[str, Any]:
+    hf_config = read_hf_config(hf)
+    models = {spec: build(spec, hf_config, layout, pg) for spec in ("local", "te")}
+    for model in models.values():
+        load_weights(model, hf, hf_config, pg)
+    results = {spec: run(model) for spec, model in models.items()}
+    (local, local_gradients), (te, te_gradients) = results["local"], results["te"]
+    assert local_gradients.keys() == te_gradients.keys()
+    found: dict[str, Any] = {
+        "hidden": difference(te, local),
+        "gradients": {name: difference(te_gradients[name], local_gradients[name]) for name in sorted(te_gradients)},
+        "same_description": description(models["local"]) == description(models["te"]),
+    }
+    # What one spec saved, the other loads: from there on nothing of the model it held before is left.
+    for writer, reader in (("local", "te"), ("te", "local")):
+        path = root / "checkpoints" / f"{hf.name}-{writer}"
+        state = {"model": models[writer].sharded_state_dict()}
+        checkpoint_format.save(path, state, hf, {"dtype": "fp32", "parameters": 0})
+        fresh = build(reader, hf_config, layout, pg)
+        load_weights(fresh, path, hf_config, pg)
+        found[f"{writer} to {reader}"] = bool(torch.equal(run(fresh)[0], results[reader][0]))
+    return found
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    enable_cpu_backend()
+    ranks = read_rank_environment()
+    init_distributed(ranks, CPU, 2, connect_store(ranks))
+    layout = make_layout(2, 1, 1, True, dist.get_world_size())
+    pg = init_model_parallel(layout, seed=1, timeout_minutes=2)
+    if dist.get_rank() == 0:
+        (root / "out").mkdir()
+        (root / "checkpoints").mkdir()
+    dist.barrier()
+    for hf in sorted((root / "hf").iterdir()):
+        found = compare(hf, root, layout, pg)
+        if dist.get_rank() == 0:
+            (root / "out" / f"{hf.name}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
