@@ -1,6 +1,7 @@
 """megatron-core's distributed optimizer and schedule, and an Adam whose step count survives its checkpoints."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
@@ -66,7 +67,10 @@ def adam_source() -> str:
 
 
 def build_optimizer(
-    model: DistributedDataParallel, settings: OptimizerSettings, dtype: torch.dtype, pg: ProcessGroupCollection
+    chunks: Sequence[DistributedDataParallel],
+    settings: OptimizerSettings,
+    dtype: torch.dtype,
+    pg: ProcessGroupCollection,
 ) -> DistributedOptimizer:
     """megatron-core's distributed Adam over the policy's parameters; state is fp32 and split over data ranks.
 
@@ -85,7 +89,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    chained = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+    chained = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
     (optimizer,) = chained.chained_optimizers
     assert isinstance(optimizer, DistributedOptimizer)
     if isinstance(optimizer.optimizer, torch.optim.AdamW):

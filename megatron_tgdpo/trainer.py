@@ -135,8 +135,10 @@ class Trainer:
         return step
 
     def _rank_packs(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[int]]:
-        row = self.engine.row
-        plan = plan_packs(indices, row.pair_tokens(dataset.lengths[indices]).tolist(), row.tokens, self.layout.data)
+        row, layout = self.engine.row, self.layout
+        tokens = row.pair_tokens(dataset.lengths[indices]).tolist()
+        multiple = layout.pipeline if layout.virtual > 1 else 1
+        plan = plan_packs(indices, tokens, row.tokens, layout.data, multiple)
         return plan[self.engine.pg.dp.rank()]
 
     def _collated(
