@@ -1,5 +1,6 @@
 """Weights into this rank's slice of a model, from an HF directory or a Megatron checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,16 +34,16 @@ def load_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, 
         UserError: The checkpoint is missing, incomplete, corrupt or of another model.
     """
     if checkpoint_directory.is_megatron_checkpoint(path):
-        load_megatron_weights(model, path, hf_config)
+        load_megatron_weights([model], path, hf_config)
     else:
         load_hf_weights(model, path, hf_config, pg)
 
 
-def load_megatron_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig) -> None:
+def load_megatron_weights(chunks: Sequence[LanguageModel], path: Path, hf_config: PretrainedConfig) -> None:
     """Loads the model part of a Megatron checkpoint saved at any layout; collective over all ranks.
 
     Args:
-        model: This rank's slice; every parameter is overwritten.
+        chunks: This rank's slices, all of them; every parameter is overwritten.
         path: The checkpoint.
         hf_config: The config that the model was built from.
 
@@ -56,8 +57,11 @@ def load_megatron_weights(model: LanguageModel, path: Path, hf_config: Pretraine
             raise UserError(
                 f"{path}: {name} has shape {theirs.get(name)}, the given config.json asks for {ours.get(name)}"
             )
-    loaded = checkpoint_format.load(path, {"model": model.sharded_state_dict()})
-    model.load_state_dict(loaded["model"])
+    # Together: every part of every tensor must be asked for by some rank.
+    wanted = {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    loaded = checkpoint_format.load(path, {"model": wanted})["model"]
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[str(number)])
 
 
 @torch.no_grad()

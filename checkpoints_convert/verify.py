@@ -109,7 +109,7 @@ def compare_outputs(
     # Before our model is there: so that one rank never holds both.
     references = agree(lambda: reference_outputs(hf, probes, stored, session.device) if compares else [])
     model = build_language_model(hf_config, session.layout, pg, dtype=torch.float32, device=session.device)
-    load_megatron_weights(model, checkpoint, hf_config)
+    load_megatron_weights([model], checkpoint, hf_config)
     lengths = [len(probe.tokens) for probe in probes]
     padding = torch.zeros(-sum(lengths) % session.layout.tensor, dtype=torch.int64)
     tokens = torch.cat([*(probe.tokens for probe in probes), padding]).to(session.device)

@@ -15,7 +15,7 @@ from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint_check import find_damage
 from megatron_tgdpo.errors import AgreedError, UserError
 from megatron_tgdpo.overlap import finish_param_gather
-from megatron_tgdpo.setup import colocated_model
+from megatron_tgdpo.setup import policy_chunks
 from megatron_tgdpo.train_step import Engine
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def load_checkpoint(engine: Engine, path: Path, run_metadata: Mapping[str, Any])
         if metadata.get(name) != value:
             raise UserError(f"{path}: saved with {name}={metadata.get(name)}, this run has {name}={value}")
     state = checkpoint_format.load(path, training_state(engine, is_loading=True))
-    colocated_model(engine).policy.load_state_dict(state["model"])
+    for number, chunk in enumerate(policy_chunks(engine)):
+        chunk.load_state_dict(state["model"][str(number)])
     engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.step(metadata["step"])
     return int(metadata["step"])
@@ -77,7 +78,8 @@ def load_checkpoint(engine: Engine, path: Path, run_metadata: Mapping[str, Any])
 
 def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     """megatron-core's sharded state dict of policy and optimizer, its names independent of the layout. Collective."""
-    finish_param_gather(engine.model)
+    for chunk in engine.chunks:
+        finish_param_gather(chunk)
     metadata = {
         # The only format of the distributed optimizer that loads onto another TP, PP and DP.
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -86,6 +88,8 @@ def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": engine.pg.dp_cp,
     }
-    model_state = colocated_model(engine).policy.sharded_state_dict(metadata=metadata)
+    # A checkpoint has the names of the shards, which count layers through the whole model, not those of this dict.
+    numbered = enumerate(policy_chunks(engine))
+    model_state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in numbered}
     optimizer_state = engine.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     return {"model": model_state, "optimizer": optimizer_state}

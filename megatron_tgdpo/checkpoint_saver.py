@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint import checkpoint_path, training_state
 from megatron_tgdpo.config import CheckpointConfig
-from megatron_tgdpo.setup import colocated_model
+from megatron_tgdpo.setup import policy_chunks
 from megatron_tgdpo.train_step import Engine
 
 logger = logging.getLogger(__name__)
@@ -94,9 +94,10 @@ class CheckpointSaver:
 
 def _live_storages(engine: Engine) -> set[int]:
     """Addresses of everything that the next step writes to."""
-    policy = colocated_model(engine).policy
     optimizer = engine.optimizer.optimizer
-    tensors: list[torch.Tensor] = [*policy.parameters(), *policy.buffers()]
+    tensors: list[torch.Tensor] = []
+    for chunk in policy_chunks(engine):
+        tensors += [*chunk.parameters(), *chunk.buffers()]
     tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]

@@ -142,6 +142,10 @@ class ColocatedModel(MegatronModule):
 class ColocatedCommunicator(P2PCommunicator):
     """Moves the frozen hidden states along with the policy's, forwards only, in the same batch of transfers.
 
+    The interleaved schedule sends in a ring. On two stages both directions then join the same two ranks, and tensors
+    are told apart by nothing but their order; so what goes backwards takes another process group there, as in
+    megatron-core's unbatched transfers.
+
     Attributes:
         forward_bytes: Bytes this rank has sent to the next stage.
         backward_bytes: Bytes this rank has sent to the previous stage.
@@ -153,6 +157,8 @@ class ColocatedCommunicator(P2PCommunicator):
         super().__init__(pp_group, config)
         self.mailbox = mailbox
         self.device = device
+        ring_of_two = pp_group.size() == 2 and self.virtual_pipeline_model_parallel_size is not None
+        self.backward_group = dist.group.WORLD if ring_of_two else pp_group
         self.forward_bytes = 0
         self.backward_bytes = 0
 
@@ -168,32 +174,37 @@ class ColocatedCommunicator(P2PCommunicator):
     ) -> tuple[Tensor | None, Tensor | None, None]:
         """One exchange with both neighbours: the policy's tensor first, the frozen one after it, where they travel."""
         del wait_on_reqs  # every schedule that this project runs waits
-        ops: list[dist.P2POp] = []
+        forwards: list[dist.P2POp] = []
+        backwards = [] if self.backward_group is not self.pp_group else forwards
         received_prev = received_next = None
         if tensor_send_prev is not None:
             self.backward_bytes += tensor_send_prev.nbytes
-            ops.append(self._op(dist.isend, tensor_send_prev.contiguous(), self.prev_rank))
+            backwards.append(self._backward(dist.isend, tensor_send_prev.contiguous(), self.prev_rank))
         if recv_prev:
             assert tensor_shape is not None
             received_prev = self._empty(tensor_shape, self.config.pipeline_dtype).requires_grad_()
-            ops.append(self._op(dist.irecv, received_prev, self.prev_rank))
+            forwards.append(self._forward(dist.irecv, received_prev, self.prev_rank))
             if self.mailbox.width:
                 self.mailbox.incoming = self._empty([*tensor_shape[:-1], self.mailbox.width], self.mailbox.dtype)
-                ops.append(self._op(dist.irecv, self.mailbox.incoming, self.prev_rank))
+                forwards.append(self._forward(dist.irecv, self.mailbox.incoming, self.prev_rank))
         if tensor_send_next is not None:
             for tensor in (tensor_send_next, *([self.mailbox.take_outgoing()] if self.mailbox.width else ())):
                 self.forward_bytes += tensor.nbytes
-                ops.append(self._op(dist.isend, tensor.contiguous(), self.next_rank))
+                forwards.append(self._forward(dist.isend, tensor.contiguous(), self.next_rank))
         if recv_next:
             assert tensor_shape is not None
             received_next = self._empty(tensor_shape, self.config.pipeline_dtype)
-            ops.append(self._op(dist.irecv, received_next, self.next_rank))
-        for request in dist.batch_isend_irecv(ops) if ops else []:
+            backwards.append(self._backward(dist.irecv, received_next, self.next_rank))
+        batches = [forwards] if backwards is forwards else [forwards, backwards]
+        for request in [request for ops in batches if ops for request in dist.batch_isend_irecv(ops)]:
             request.wait()
         return received_prev, received_next, None
 
-    def _op(self, direction: object, tensor: Tensor, peer: int | None) -> dist.P2POp:
-        return dist.P2POp(direction, tensor, peer, self.pp_group)  # type: ignore[arg-type]
+    def _forward(self, operation: object, tensor: Tensor, peer: int | None) -> dist.P2POp:
+        return dist.P2POp(operation, tensor, peer, self.pp_group)  # type: ignore[arg-type]
+
+    def _backward(self, operation: object, tensor: Tensor, peer: int | None) -> dist.P2POp:
+        return dist.P2POp(operation, tensor, peer, self.backward_group)  # type: ignore[arg-type]
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype | None) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)

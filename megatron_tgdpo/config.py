@@ -68,7 +68,7 @@ class ParallelConfig:
     tensor: int = 1  # ranks that share each layer
     pipeline: int = 1  # stages of consecutive layers
     context: int = 1  # ranks that share each sequence
-    virtual_pipeline: int | None = None  # model chunks per stage (only null for now)
+    virtual_pipeline: int | None = None  # chunks of layers per stage, for the interleaved schedule; null: no chunks
     sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor ranks
     device: str = "auto"  # auto | cuda | cpu; auto takes the CPU only on a machine without an NVIDIA device
     timeout_minutes: float = 30.0  # a collective that takes longer ends the run, as does a rank silent for 3/4 of it
@@ -218,9 +218,9 @@ _CHOICES = {
 }
 _POSITIVE = (
     "data.max_length", "data.max_prompt_length", "data.workers", "loss.beta", "parallel.tensor", "parallel.pipeline",
-    "parallel.context", "parallel.timeout_minutes", "batch.global_pairs", "batch.tokens_per_micro_batch",
-    "optimizer.eps", "train.steps", "train.epochs", "train.exit_step", "eval.every_steps", "checkpoint.every_steps",
-    "log.every_steps", "precision.fp8_amax_history",
+    "parallel.context", "parallel.virtual_pipeline", "parallel.timeout_minutes", "batch.global_pairs",
+    "batch.tokens_per_micro_batch", "optimizer.eps", "train.steps", "train.epochs", "train.exit_step",
+    "eval.every_steps", "checkpoint.every_steps", "log.every_steps", "precision.fp8_amax_history",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "loss.alpha",
@@ -326,14 +326,13 @@ def _check(config: Config, source: str) -> None:
             "batch.shared_prompts is true with parallel.context > 1: a prompt that two responses share cannot be split "
             "over context ranks yet, set one of them to its default"
         )
-    if config.parallel.virtual_pipeline is not None:
-        fail("parallel.virtual_pipeline is set: the interleaved schedule is not supported yet, set it to null")
     if not 0 <= config.offload.optimizer <= 1:
         fail(f"offload.optimizer is {config.offload.optimizer}: it is a part of the state, in [0, 1]")
     if config.overlap.param_gather and not config.overlap.grad_reduce:
         fail("overlap.param_gather needs overlap.grad_reduce: megatron-core overlaps both or only the gradients")
     if config.overlap.tensor and not config.parallel.sequence_parallel:
         fail("overlap.tensor needs parallel.sequence_parallel=true: it hides the traffic of that")
+    _check_chunks(config, fail)
     _check_lengths(config, fail)
 
 
@@ -352,6 +351,19 @@ def _check_method(config: Config, fail: Any) -> None:
         fail(f"loss.method {name} uses no reference: remove model.reference")
     if not method.frozen and config.guidance.mode == "cached":
         fail(f"loss.method {name} has no frozen models whose log-probs a cache could hold: set guidance.mode=colocated")
+
+
+def _check_chunks(config: Config, fail: Any) -> None:
+    chunks, stages = config.parallel.virtual_pipeline, config.parallel.pipeline
+    if chunks is None or chunks == 1:
+        return
+    if stages == 1:
+        fail(f"parallel.virtual_pipeline is {chunks} with one stage: there is nothing to interleave, set it to null")
+    if config.guidance.mode == "colocated" and config.method.frozen:
+        fail(
+            f"parallel.virtual_pipeline is {chunks} with guidance.mode colocated: frozen models run once a stage, not "
+            "once a chunk; use guidance.mode=cached, or set it to null"
+        )
 
 
 def _check_lengths(config: Config, fail: Any) -> None:

@@ -6,7 +6,7 @@ Data-parallel replicas work on shards of their own, without waiting for each oth
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +126,7 @@ def _on_each_dataset(
     device = resolve_device(config.parallel.device)
     if device.type == "cpu":
         enable_cpu_backend()
-    layout = layout_of(config, ranks.world_size)
+    layout = replace(layout_of(config, ranks.world_size), virtual=1)
     configs = read_model_configs(config)
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
     plans = json.loads(on_first_rank(lambda: json.dumps(_plans(config, block_pairs)), store, ranks.rank))

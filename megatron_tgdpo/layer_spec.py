@@ -38,17 +38,17 @@ def local_block_spec(
     pg: ProcessGroupCollection,
     core_attention: type | ModuleSpec = PackedCausalAttention,
 ) -> TransformerBlockSubmodules:
-    """The layers and the final norm of this pipeline stage."""
+    """The layers and the final norm of one chunk of this pipeline stage."""
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
-    parts = layer.submodules
-    parts.input_layernorm = RMSNorm
-    parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
+    members = layer.submodules
+    members.input_layernorm = RMSNorm
+    members.pre_mlp_layernorm = RMSNorm
+    attention = members.self_attention.submodules
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.post_norms:
         attention.linear_proj = RowParallelLinearPostNorm
-        parts.mlp.submodules.linear_fc2 = RowParallelLinearPostNorm
-    layers_here = config.num_layers // pg.pp.size()
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
+        members.mlp.submodules.linear_fc2 = RowParallelLinearPostNorm
+    chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
+    return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=RMSNorm)

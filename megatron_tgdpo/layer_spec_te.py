@@ -59,7 +59,7 @@ def te_block_spec(
     core_attention: type | ModuleSpec,
     parts: TransformerEngineParts,
 ) -> TransformerBlockSubmodules:
-    """The layers and the final norm of this pipeline stage.
+    """The layers and the final norm of one chunk of this pipeline stage.
 
     Every family is covered by the fields of the config: biases (``add_qkv_bias``), norms of query and key heads
     (``qk_layernorm``), norms after attention and MLP (``post_norms``), zero-centred scales, windows and caps (the core
@@ -83,8 +83,8 @@ def te_block_spec(
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm
-    layers_here = config.num_layers // pg.pp.size()
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=parts.norm)
+    chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
+    return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=parts.norm)
 
 
 def row_linear_with_post_norm(parts: TransformerEngineParts) -> type[torch.nn.Module]:

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from checkpoints_convert.mapping import EMBEDDING, global_parameters
 from megatron_tgdpo.parallel import ParallelLayout
-from megatron_tgdpo.planning.activations import Row, stage_activations
+from megatron_tgdpo.planning.activations import Row, stage_activations, stage_layers
 from megatron_tgdpo.planning.workspace import carried_states, frozen_workspace, layer_workspace, logprob_workspace
 
 GIB = 2**30
@@ -54,13 +54,13 @@ class RankMemory:
 
 def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
     """Parameters that one rank of a pipeline stage holds, vocabulary padding included."""
-    layers = hf_config.num_hidden_layers // layout.pipeline
+    layers = set(stage_layers(hf_config, layout, stage))
     first, last = stage == 0, stage == layout.pipeline - 1
     total = 0
     for parameter in global_parameters(hf_config, layout.tensor):
         size = math.prod(parameter.shape) // (1 if parameter.kind == "copy" else layout.tensor)
         if parameter.layer is not None:
-            held = stage * layers <= parameter.layer < (stage + 1) * layers
+            held = parameter.layer in layers
         elif parameter.key == EMBEDDING:
             # The last stage has its own copy of tied embeddings.
             held = first or (last and bool(hf_config.tie_word_embeddings))

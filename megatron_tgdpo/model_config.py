@@ -58,6 +58,7 @@ def transformer_config_kwargs(
         **kwargs,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
         "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence_parallel,
         "params_dtype": dtype,
@@ -84,6 +85,11 @@ def _check_divides(kwargs: Mapping[str, Any], layout: ParallelLayout) -> None:
     groups = kwargs["num_query_groups"]
     if kwargs["num_layers"] % pp:
         raise UserError(f"{kwargs['num_layers']} layers are not divisible by parallel.pipeline = {pp}")
+    if kwargs["num_layers"] % layout.parts:
+        raise UserError(
+            f"{kwargs['num_layers']} layers are not divisible by parallel.pipeline x virtual_pipeline = {pp} x "
+            f"{layout.virtual}"
+        )
     if kwargs["num_attention_heads"] % tp:
         raise UserError(f"{kwargs['num_attention_heads']} attention heads are not divisible by parallel.tensor = {tp}")
     if groups % tp and tp % groups:

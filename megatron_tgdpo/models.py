@@ -35,6 +35,9 @@ BlockSpec = Callable[[LanguageModelConfig, ProcessGroupCollection], TransformerB
 class LanguageModel(GPTModel):
     """This rank's slice of a language model: embedding, decoder layers, final norm and output weight, without logits.
 
+    With the interleaved schedule a rank has several, its chunks; the first chunk of the first stage has the embedding,
+    the last chunk of the last stage the final norm and the output weight.
+
     Attributes:
         true_vocab_size: The vocabulary of the HF model; columns beyond it are padding and must not enter a log-prob.
         padded_vocab_size: V, over all tensor-parallel ranks.
@@ -48,19 +51,22 @@ class LanguageModel(GPTModel):
         hf_config: PretrainedConfig,
         pg: ProcessGroupCollection,
         device: torch.device,
+        chunk: int,
     ) -> None:
         vocabulary = padded_vocab_size(hf_config, config.tensor_model_parallel_size)
+        chunks = config.virtual_pipeline_model_parallel_size
         super().__init__(
             config=config,
             transformer_layer_spec=block,
             vocab_size=vocabulary,
             max_sequence_length=hf_config.max_position_embeddings,
-            pre_process=pg.pp.rank() == 0,
-            post_process=pg.pp.rank() == pg.pp.size() - 1,
+            pre_process=pg.pp.rank() == 0 and chunk == 0,
+            post_process=pg.pp.rank() == pg.pp.size() - 1 and chunk == (chunks or 1) - 1,
             share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
             # megatron-core would build rotary embeddings of its own; ours are gathered by position id.
             position_embedding_type="none",
             pg_collection=pg,
+            vp_stage=None if chunks is None else chunk,
         )
         self.true_vocab_size: int = hf_config.vocab_size
         self.padded_vocab_size: int = vocabulary
@@ -138,6 +144,7 @@ def build_language_model(
     device: torch.device,
     transformer_overrides: Mapping[str, Any] | None = None,
     block_spec: BlockSpec = local_block_spec,
+    chunk: int = 0,
 ) -> LanguageModel:
     """Builds this rank's slice with uninitialised weights: load a checkpoint into it before use.
 
@@ -150,11 +157,12 @@ def build_language_model(
         dtype: Of parameters and activations.
         device: CPU needs the CPU backend (``enable_cpu_backend``).
         transformer_overrides: Extra or different arguments of LanguageModelConfig, e.g. recomputation.
-        block_spec: Makes this stage's layers from config and process groups.
+        block_spec: Makes one chunk's layers from config and process groups.
+        chunk: Which of the stage's ``layout.virtual`` chunks.
 
     Raises:
         UserError: The model does not divide by the layout, or its config is not supported.
     """
     kwargs = transformer_config_kwargs(hf_config, layout, dtype=dtype, device=device, overrides=transformer_overrides)
     config = LanguageModelConfig(**kwargs)
-    return LanguageModel(config, block_spec(config, pg), hf_config, pg, device)
+    return LanguageModel(config, block_spec(config, pg), hf_config, pg, device, chunk)

@@ -1,7 +1,7 @@
 """megatron-core's distributed optimizer and schedule, and an Adam whose step count survives its checkpoints."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class GroupStepAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     settings: OptimizerSettings,
     dtype: torch.dtype,
     pg: ProcessGroupCollection,
@@ -100,7 +100,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
         **(options or {}),
     )
-    chained = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+    chained = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
     (optimizer,) = chained.chained_optimizers
     assert isinstance(optimizer, DistributedOptimizer)
     if isinstance(optimizer.optimizer, torch.optim.AdamW) or not (fused or config.optimizer_cpu_offload):

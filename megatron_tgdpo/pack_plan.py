@@ -24,7 +24,9 @@ def check_row_fits(dataset: PreferenceDataset, row: RowFormat) -> None:
         )
 
 
-def plan_packs(indices: Sequence[int], tokens: Sequence[int], row_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+def plan_packs(
+    indices: Sequence[int], tokens: Sequence[int], row_tokens: int, num_ranks: int, multiple: int = 1
+) -> list[list[list[int]]]:
     """Distributes the pairs of a step over packs and data-parallel ranks, the same number of packs on each.
 
     First-fit decreasing into rows, then the fullest packs are dealt out so that ranks carry similar token counts; ranks
@@ -35,6 +37,7 @@ def plan_packs(indices: Sequence[int], tokens: Sequence[int], row_tokens: int, n
         tokens: Row tokens of each of them.
         row_tokens: Capacity of a row.
         num_ranks: Data-parallel ranks.
+        multiple: Of which the number of packs on a rank must be one; the interleaved schedule takes them in groups.
 
     Returns:
         ``plan[rank][micro_batch]`` is a list of dataset indices.
@@ -53,5 +56,6 @@ def plan_packs(indices: Sequence[int], tokens: Sequence[int], row_tokens: int, n
     for turn, slot in enumerate(sorted(range(len(packs)), key=lambda s: (room[s], s))):
         lap, seat = divmod(turn, num_ranks)
         plan[seat if lap % 2 == 0 else num_ranks - 1 - seat].append(packs[slot])
-    depth = max(1, max(len(packs_of_rank) for packs_of_rank in plan))
+    most = max(1, max(len(packs_of_rank) for packs_of_rank in plan))
+    depth = -(-most // multiple) * multiple
     return [packs_of_rank + [[]] * (depth - len(packs_of_rank)) for packs_of_rank in plan]

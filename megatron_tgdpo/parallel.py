@@ -12,13 +12,23 @@ from megatron_tgdpo.errors import UserError
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How the ranks are split; ``data`` follows from the world size."""
+    """How the ranks are split; ``data`` follows from the world size.
+
+    Every pipeline stage holds ``virtual`` chunks of consecutive layers: chunk c of stage s is part c x pipeline + s of
+    pipeline x virtual equal parts of the model.
+    """
 
     tensor: int
     pipeline: int
     context: int
     data: int
     sequence_parallel: bool
+    virtual: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts of consecutive layers a model is divided."""
+        return self.pipeline * self.virtual
 
     @property
     def world_size(self) -> int:
@@ -27,10 +37,13 @@ class ParallelLayout:
     def __str__(self) -> str:
         cp = f" x CP{self.context}" if self.context > 1 else ""
         sp = " + SP" if self.sequence_parallel else ""
-        return f"TP{self.tensor} x PP{self.pipeline}{cp} x DP{self.data}{sp}"
+        vpp = f" in {self.virtual} chunks" if self.virtual > 1 else ""
+        return f"TP{self.tensor} x PP{self.pipeline}{vpp}{cp} x DP{self.data}{sp}"
 
 
-def make_layout(tensor: int, pipeline: int, context: int, sequence_parallel: bool, world_size: int) -> ParallelLayout:
+def make_layout(
+    tensor: int, pipeline: int, context: int, sequence_parallel: bool, world_size: int, virtual: int = 1
+) -> ParallelLayout:
     """Builds the layout for a world size.
 
     Raises:
@@ -43,7 +56,8 @@ def make_layout(tensor: int, pipeline: int, context: int, sequence_parallel: boo
             f"{tensor} x {pipeline} x {context} = {model_size}: change the number of ranks or the layout"
         )
     # With one tensor rank there is no sequence to split; mcore would reject the flag.
-    return ParallelLayout(tensor, pipeline, context, world_size // model_size, sequence_parallel and tensor > 1)
+    data = world_size // model_size
+    return ParallelLayout(tensor, pipeline, context, data, sequence_parallel and tensor > 1, virtual)
 
 
 def init_model_parallel(layout: ParallelLayout, seed: int, timeout_minutes: float) -> ProcessGroupCollection:

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from checkpoints_convert.load import load_weights
+from checkpoints_convert.load import load_hf_weights, load_megatron_weights
 from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint, remove_incomplete
 from megatron_tgdpo.colocated import ColocatedCommunicator, ColocatedModel
 from megatron_tgdpo.config import Config
@@ -172,7 +172,14 @@ def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> Guid
 def layout_of(config: Config, world_size: int) -> ParallelLayout:
     """The rank grid of a run."""
     parallel = config.parallel
-    return make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, world_size)
+    return make_layout(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.sequence_parallel,
+        world_size,
+        parallel.virtual_pipeline or 1,
+    )
 
 
 def row_format(config: Config, pg: ProcessGroupCollection) -> RowFormat:
@@ -225,32 +232,32 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
 def load_model(
     path: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, config: Config,
     device: torch.device, recompute: str = "none", frozen: bool = False,
-) -> LanguageModel:  # fmt: skip
-    """Builds this rank's slice of one model and fills it from an HF or Megatron directory. Collective."""
+) -> list[LanguageModel]:  # fmt: skip
+    """Builds this rank's chunks of one model and fills them from an HF or Megatron directory. Collective."""
     overrides, block_spec = model_options(config, hf_config, device, frozen=frozen)
+    arguments: dict[str, Any] = {
+        "dtype": DTYPES[config.precision.dtype],
+        "device": device,
+        "transformer_overrides": {
+            "finalize_model_grads_func": finalize_model_grads,
+            "deallocate_pipeline_outputs": layout.pipeline > 1,
+            "batch_p2p_comm": True,
+            **RECOMPUTE[recompute],
+            **overrides,
+        },
+        "block_spec": block_spec,
+    }
     with building(frozen):
-        model = build_language_model(
-            hf_config,
-            layout,
-            pg,
-            dtype=DTYPES[config.precision.dtype],
-            device=device,
-            transformer_overrides={
-                "finalize_model_grads_func": finalize_model_grads,
-                "deallocate_pipeline_outputs": layout.pipeline > 1,
-                "batch_p2p_comm": True,
-                **RECOMPUTE[recompute],
-                **overrides,
-            },
-            block_spec=block_spec,
-        )
-    if is_megatron_checkpoint(Path(path)):
-        load_weights(model, Path(path), hf_config, pg)
+        chunks = [build_language_model(hf_config, layout, pg, chunk=n, **arguments) for n in range(layout.virtual)]
+    directory = Path(path)
+    if is_megatron_checkpoint(directory):
+        load_megatron_weights(chunks, directory, hf_config)
     else:
-        agree(lambda: load_weights(model, Path(path), hf_config, pg))
+        agree(lambda: [load_hf_weights(chunk, directory, hf_config, pg) for chunk in chunks])
     if frozen and config.offload.frozen:
-        LayerStreamer(model.requires_grad_(False).decoder.layers, device)
-    return model
+        for chunk in chunks:
+            LayerStreamer(chunk.requires_grad_(False).decoder.layers, device)
+    return chunks
 
 
 def load_frozen_models(
@@ -261,10 +268,11 @@ def load_frozen_models(
     device: torch.device,
 ) -> list[LanguageModel]:
     """This rank's slices of the frozen models that the method uses, the reference first. Collective."""
-    return [
-        load_model(config.model_paths[role], configs[role], layout, pg, config, device, frozen=True)
-        for role in config.method.frozen
-    ]
+    whole = replace(layout, virtual=1)
+    models = []
+    for role in config.method.frozen:
+        models += load_model(config.model_paths[role], configs[role], whole, pg, config, device, frozen=True)
+    return models
 
 
 def build_engine(
@@ -292,17 +300,18 @@ def build_engine(
         start_user_buffers(config, configs["policy"].hidden_size, layout)
     policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device, config.train.recompute)
     cached = config.guidance.mode == "cached"
-    colocated = ColocatedModel(policy, [] if cached else load_frozen_models(config, configs, layout, pg, device))
-    dtype = DTYPES[config.precision.dtype]
-    wrapped = DistributedDataParallel(policy.config, ddp_config(config), colocated)
-    wire_overlap(wrapped, policy)
-    fused = config.train.fused == "auto"
-    optimizer = build_optimizer(wrapped, config.optimizer, dtype, pg, fused=fused, options=optimizer_kwargs(config))
+    frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device)
+    modules = [ColocatedModel(chunk, frozen) for chunk in policy]
+    chunks = [DistributedDataParallel(module.config, ddp_config(config), module) for module in modules]
+    for chunk, part in zip(chunks, policy, strict=True):
+        wire_overlap(chunk, part)
+    fused, dtype = config.train.fused == "auto", DTYPES[config.precision.dtype]
+    optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=optimizer_kwargs(config))
     communicator = None
     if layout.pipeline > 1:
-        communicator = ColocatedCommunicator(pg.pp, policy.config, colocated.mailbox, device)
+        communicator = ColocatedCommunicator(pg.pp, modules[0].config, modules[0].mailbox, device)
     return Engine(
-        model=wrapped,
+        chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, total_steps),
         communicator=communicator,
@@ -314,8 +323,18 @@ def build_engine(
 
 
 def colocated_model(engine: Engine) -> ColocatedModel:
-    """The model inside the data-parallel wrapper."""
-    module = engine.model.module
+    """The model inside the data-parallel wrapper, where a stage has one chunk."""
+    (chunk,) = engine.chunks
+    return _unwrapped(chunk)
+
+
+def policy_chunks(engine: Engine) -> list[LanguageModel]:
+    """This rank's chunks of the policy, inside their wrappers."""
+    return [_unwrapped(chunk).policy for chunk in engine.chunks]
+
+
+def _unwrapped(chunk: DistributedDataParallel) -> ColocatedModel:
+    module = chunk.module
     assert isinstance(module, ColocatedModel)
     return module
 
@@ -324,12 +343,13 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     """Logs, on the first rank, the layout, what this machine offers, what of it is in use, and the size of the job."""
     if dist.get_rank() != 0:
         return
-    model = colocated_model(engine)
-    counts = [sum(p.numel() for p in part.parameters()) for part in (model.policy, model.frozen)]
+    modules = [_unwrapped(chunk) for chunk in engine.chunks]
+    parts: list[list[torch.nn.Module]] = [[module.policy for module in modules], [module.frozen for module in modules]]
+    counts = [sum(p.numel() for module in part for p in module.parameters()) for part in parts]
     found = capabilities(engine.device)
     logger.info("layout %s on %s; fused parts: %s", layout, found.describe(), config.train.fused)
-    logger.info("policy: %s", describe_model(config, model.policy.config, engine.device))
-    for frozen in model.frozen_models:
+    logger.info("policy: %s", describe_model(config, modules[0].policy.config, engine.device))
+    for frozen in modules[0].frozen_models:
         logger.info("frozen: %s", describe_model(config, frozen.config, engine.device))
     logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
     logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -28,7 +29,7 @@ class Engine:
     """All that a step works with on this rank.
 
     Attributes:
-        model: The wrapped co-located model.
+        chunks: The wrapped co-located model; with the interleaved schedule, its chunks on this stage.
         optimizer: Over the policy's parameters.
         scheduler: Of the learning rate; advanced once a step.
         communicator: Between pipeline stages; None with one stage.
@@ -38,7 +39,7 @@ class Engine:
         device: Where the model is.
     """
 
-    model: DistributedDataParallel
+    chunks: Sequence[DistributedDataParallel]
     optimizer: DistributedOptimizer
     scheduler: OptimizerParamScheduler
     communicator: ColocatedCommunicator | None
@@ -51,15 +52,18 @@ class Engine:
 def run_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int, *, forward_only: bool) -> StepMetrics:
     """Runs this data rank's packs through the pipeline; with backward, leaves finished gradients in the buffers.
 
-    Collective over all ranks; every data rank brings the same number ``count`` of packs.
+    Collective over all ranks; every data rank brings the same number ``count`` of packs, a multiple of the stages where
+    they are interleaved.
     """
-    run = get_forward_backward_func(pp_size=engine.pg.pp.size(), vp_size=None)
+    interleaved = len(engine.chunks) > 1
+    run = get_forward_backward_func(pp_size=engine.pg.pp.size(), vp_size=len(engine.chunks) if interleaved else None)
+    batches = (batch.to(engine.device) for batch in packs)
     pipeline = {} if engine.communicator is None else {"p2p_communicator": engine.communicator}
     with torch.set_grad_enabled(not forward_only):
         metrics = run(
             forward_step_func=partial(forward_step, loss_config=engine.loss, pg=engine.pg),
-            data_iterator=(batch.to(engine.device) for batch in packs),
-            model=[engine.model],
+            data_iterator=list(tee(batches, len(engine.chunks))) if interleaved else batches,
+            model=list(engine.chunks),
             num_microbatches=count,
             seq_length=engine.row.tokens,
             micro_batch_size=1,
@@ -90,7 +94,8 @@ class StepResult:
 def train_step(engine: Engine, packs: Sequence[PreferenceBatch]) -> StepResult:
     """One optimizer step over a global batch; collective over all ranks, all of which see the same result."""
     lr = engine.optimizer.param_groups[0]["lr"]
-    engine.model.zero_grad_buffer()
+    for chunk in engine.chunks:
+        chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
     metrics = run_packs(engine, packs, len(packs), forward_only=False)
     if metrics.bad_pair is not None:

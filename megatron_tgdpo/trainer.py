@@ -145,8 +145,10 @@ class Trainer:
         return step
 
     def _plan(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[list[int]]]:
-        tokens = self.engine.row.pair_tokens(dataset.lengths[indices]).tolist()
-        return plan_packs(indices, tokens, self.engine.row.tokens, self.layout.data)
+        row, layout = self.engine.row, self.layout
+        tokens = row.pair_tokens(dataset.lengths[indices]).tolist()
+        multiple = layout.pipeline if layout.virtual > 1 else 1
+        return plan_packs(indices, tokens, row.tokens, layout.data, multiple)
 
     def _collated(
         self, dataset: PreferenceDataset, packs: list[list[int]], guidance: GuidanceCache | None

@@ -1,6 +1,7 @@
 """Memory, traffic and estimated step time of a run, on paper: for one layout, or ranked over all that are possible.
 
     python -m tools.plan --model DIR_OR_CONFIG_JSON [--method dpo] [--nodes 4] [--tensor 8 --pipeline 4 ...]
+    python -m tools.plan --model DIR_OR_CONFIG_JSON --schedules [--tensor 8]
 
 Reads only ``config.json``. Reference and guide have the policy's shape unless given. What is computed, and how well it
 is checked: docs/planning.md. ``python -m megatron_tgdpo.train CONFIG --dry-run`` gives the same memory for a config.
@@ -43,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=RECOMPUTE_CHOICES,
         default="none",
         help="train.recompute of a given layout; default %(default)s",
+    )
+    layout.add_argument(
+        "--schedules",
+        action="store_true",
+        help="instead of layouts: the bubble of every pipeline schedule for 2 to 8 stages and 8 to 64 rows",
     )
     layout.add_argument("--top", type=int, default=12, help="lines of the ranking; default %(default)s")
     cluster = parser.add_argument_group("cluster (H100 SXM; figures and sources in docs/planning.md)")

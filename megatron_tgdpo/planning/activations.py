@@ -75,6 +75,13 @@ class LayerWidths:
         )
 
 
+def stage_layers(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> list[int]:
+    """The layers of a stage, counted from 0 through the model: those of its chunks, one after another."""
+    size = hf_config.num_hidden_layers // layout.parts
+    starts = [(chunk * layout.pipeline + stage) * size for chunk in range(layout.virtual)]
+    return [layer for start in starts for layer in range(start, start + size)]
+
+
 def layer_activations(
     hf_config: PretrainedConfig, layout: ParallelLayout, row: Row, recompute: str, layer: int
 ) -> float:
@@ -128,18 +135,20 @@ def stage_activations(
 ) -> float:
     """Bytes that a stage keeps at the fullest moment of 1F1B: all its layers, for all micro batches in flight.
 
-    Stage i of p holds p - i micro batches (Korthikanti et al. 2022, section 4.2.3); so many per step are assumed. The
-    last stage also keeps input and output of the final norm.
+    Stage i of p holds p - i micro batches (Korthikanti et al. 2022, section 4.2.3); so many per step are assumed. With
+    v chunks a stage it begins with 2 (p - i - 1) + (v - 1) p forwards of a chunk, and holds one more. The last stage
+    also keeps input and output of the final norm.
     """
-    layers = hf_config.num_hidden_layers // layout.pipeline
-    held = sum(
-        layer_activations(hf_config, layout, row, recompute, layer)
-        for layer in range(stage * layers, (stage + 1) * layers)
-    )
+    layers = stage_layers(hf_config, layout, stage)
+    held = sum(layer_activations(hf_config, layout, row, recompute, layer) for layer in layers)
+    following = layout.pipeline - stage - 1
+    in_flight: float = following + 1
+    if layout.virtual > 1:
+        in_flight = (2 * following + (layout.virtual - 1) * layout.pipeline + 1) / layout.virtual
     width = LayerWidths.of(hf_config, layout)
     if recompute == "full":
         held += row.tokens * width.head * _FP32  # rotary angles
     if stage == layout.pipeline - 1:
         norm = _norm_bytes(family_of(hf_config.architectures).config_kwargs(hf_config), row.dtype_bytes)
         held += row.tokens * (width.hidden * norm + hf_config.hidden_size * row.dtype_bytes)
-    return held * (layout.pipeline - stage)
+    return held * in_flight

@@ -14,6 +14,7 @@ from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import all_plans, make_plan
 from megatron_tgdpo.planning.report import plan_text, table
+from megatron_tgdpo.planning.schedule_report import schedules_table
 
 _MAY_BE_ZERO = ("reserve_gib", "response_share")
 
@@ -30,8 +31,10 @@ def plan(arguments: argparse.Namespace) -> str:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
     job = _job(arguments)
     cluster = Cluster(**{field.name: getattr(arguments, field.name) for field in fields(Cluster)})
+    sequence_parallel = not arguments.no_sequence_parallel
+    if arguments.schedules:
+        return schedules_table(job, cluster, arguments.tensor or 1, sequence_parallel, arguments.recompute)
     if arguments.tensor is not None or arguments.pipeline is not None:
-        sequence_parallel = not arguments.no_sequence_parallel
         layout = make_layout(arguments.tensor or 1, arguments.pipeline or 1, 1, sequence_parallel, cluster.gpus)
         return plan_text(make_plan(job, cluster, layout, arguments.recompute), job, cluster)
     plans = all_plans(job, cluster)

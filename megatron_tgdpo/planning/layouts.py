@@ -39,8 +39,8 @@ class Plan:
 
     @property
     def bubble(self) -> float:
-        """The part of the pipeline's time in which a stage waits."""
-        return (self.layout.pipeline - 1) / (self.micro_batches + self.layout.pipeline - 1)
+        """The part of the pipeline's time in which the slowest stage waits, as simulated."""
+        return self.time.bubble / (self.time.total - self.time.data)
 
 
 def make_plan(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> Plan:

@@ -12,6 +12,7 @@ from checkpoints_convert.mapping import Heads
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
+from megatron_tgdpo.planning.schedule import StageCosts, one_f_one_b
 from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, tensor_bytes
 
 
@@ -49,46 +50,67 @@ def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
     return 2 * weights + 2 * query * sequence_tokens
 
 
-def row_flops(job: Job, layout: ParallelLayout, recompute: str) -> float:
-    """FLOP of one row on one GPU of the last stage: its layers and the log-probs.
+def row_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
+    """FLOP of one row on one GPU of a stage: policy forward, policy backward, frozen forward.
 
-    The policy's backward costs two forwards; recomputation one more, or attention's alone. Of the log-probs, backward
-    makes the logits again.
+    The last stage also computes log-probs. The policy's backward costs two forwards; recomputation one more, or
+    attention's alone. Of the log-probs, backward makes the logits again.
     """
+    last = stage == layout.pipeline - 1
 
-    def forward(hf_config: PretrainedConfig) -> float:
-        layers = hf_config.num_hidden_layers // layout.pipeline
-        return layers * job.row.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
+    def layers(hf_config: PretrainedConfig) -> float:
+        count = hf_config.num_hidden_layers // layout.pipeline
+        return count * job.row.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
 
     def logits(hf_config: PretrainedConfig) -> float:
-        return 2 * job.row.tokens * job.batch.response_share * hf_config.vocab_size * hf_config.hidden_size
+        return 2 * job.row.tokens * job.batch.response_share * hf_config.vocab_size * hf_config.hidden_size * last
 
-    flops = sum(forward(config) + logits(config) for config in job.models)
-    flops += 2 * forward(job.policy) + 3 * logits(job.policy)
+    backward = 2 * layers(job.policy) + 3 * logits(job.policy)
     if recompute == "full":
-        flops += forward(job.policy)
+        backward += layers(job.policy)
     elif recompute == "selective":
         heads = Heads.of(job.policy)
         query = heads.groups * heads.queries_per_group * heads.size
-        layers = job.policy.num_hidden_layers // layout.pipeline
-        flops += layers * job.row.tokens * query * job.batch.pair_tokens
-    return flops / layout.tensor
+        count = job.policy.num_hidden_layers // layout.pipeline
+        backward += count * job.row.tokens * query * job.batch.pair_tokens
+    forward = layers(job.policy) + logits(job.policy)
+    frozen = sum(layers(config) + logits(config) for config in job.frozen)
+    return forward / layout.tensor, backward / layout.tensor, frozen / layout.tensor
+
+
+def stage_costs(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> list[StageCosts]:
+    """Seconds of one row on each stage, for the schedules of ``schedule.py``.
+
+    Transfers between stages hold both sides up, so they are part of the passes that send.
+    """
+    policy, frozen, backward = tensor_bytes(job, layout, recompute)
+    sent = pipeline_bytes(job, layout) / 2 / cluster.bandwidth(2 * layout.tensor * layout.data)
+    costs = []
+    for stage in range(layout.pipeline):
+        flops = row_flops(job, layout, recompute, stage)
+        seconds = [
+            flop / cluster.flops + size / cluster.bandwidth(layout.tensor)
+            for flop, size in zip(flops, (policy, backward, frozen), strict=True)
+        ]
+        costs.append(StageCosts(seconds[0] + sent, seconds[1] + sent, seconds[2]))
+    return costs
 
 
 def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> StepTime:
-    """Of one optimizer step.
+    """Of one optimizer step; the bubble is that of the simulated co-located 1F1B schedule.
 
     megatron-core numbers ranks tensor first, then data, then pipeline: tensor groups lie inside a node where they can,
     stages lie tensor x data ranks apart.
     """
     rows, model = job.micro_batches(layout), layout.tensor * layout.data
-    compute = row_flops(job, layout, recompute) / cluster.flops
-    tensor = tensor_bytes(job, layout, recompute) / cluster.bandwidth(layout.tensor)
+    compute = sum(row_flops(job, layout, recompute, layout.pipeline - 1)) / cluster.flops
+    tensor = sum(tensor_bytes(job, layout, recompute)) / cluster.bandwidth(layout.tensor)
     pipeline = pipeline_bytes(job, layout) / cluster.bandwidth(2 * model)
+    timeline = one_f_one_b(stage_costs(job, cluster, layout, recompute), rows, colocated=True)
     return StepTime(
         compute=rows * compute,
         tensor=rows * tensor,
         pipeline=rows * pipeline,
-        bubble=(layout.pipeline - 1) * (compute + tensor + pipeline),
+        bubble=timeline.step_time - rows * (compute + tensor + pipeline),
         data=data_bytes(job, layout) / cluster.bandwidth(model),
     )

@@ -33,8 +33,8 @@ def ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> float:
-    """Bytes of one row and one stage.
+def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[float, float, float]:
+    """Bytes of one row and one stage: policy forward, policy backward, frozen forward.
 
     A layer's forward takes four ring passes over the hidden states of the row: an all-gather and a reduce-scatter for
     attention and for the MLP, or one all-reduce each. So does its backward; under sequence parallelism two more, as the
@@ -45,8 +45,9 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> float:
         layers = hf_config.num_hidden_layers // layout.pipeline
         return 4 * layers * ring(layout.tensor) * job.row.tokens * hf_config.hidden_size * job.row.dtype_bytes
 
+    policy = forward(job.policy)
     backward = (1.5 if layout.sequence_parallel else 1.0) + (1.0 if recompute == "full" else 0.0)
-    return sum(forward(hf_config) for hf_config in job.models) + backward * forward(job.policy)
+    return policy, backward * policy, sum(forward(hf_config) for hf_config in job.frozen)
 
 
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
@@ -67,7 +68,7 @@ def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
     """All of one step."""
     rows = job.micro_batches(layout)
     return Traffic(
-        tensor=rows * tensor_bytes(job, layout, recompute),
+        tensor=rows * sum(tensor_bytes(job, layout, recompute)),
         pipeline=rows * pipeline_bytes(job, layout),
         data=data_bytes(job, layout),
     )

@@ -44,6 +44,7 @@ class Case:
     recompute: str = "none"
     context: int = 1
     shared_prompts: bool | None = None
+    virtual: int | None = None  # needs a guidance cache
 
     @property
     def settings(self) -> reference.Settings:
@@ -119,6 +120,10 @@ CASES = (
     Case("sft-cp2", 2, "random", context=2, row_tokens=128, method="sft"),
     Case("recompute-full", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, row_tokens=128, recompute="full"),
     Case("recompute-selective", 4, "random", tensor=2, pipeline=2, row_tokens=128, recompute="selective"),
+    # Two chunks a stage; four packs, and fewer, which empty ones fill up to a multiple of the stages.
+    Case("vpp2", 2, "random", pipeline=2, virtual=2, row_tokens=128),
+    Case("vpp2-tied", 2, "random", tied=True, pipeline=2, virtual=2),
+    Case("vpp2-tp2-sp", 4, "random", tensor=2, pipeline=2, virtual=2, sequence_parallel=True, row_tokens=128),
     # Windows and softcaps recompute their scores by themselves, inside what is recomputed here.
     Case("gemma2-recompute-full", 1, "random", tied=True, family="gemma2", recompute="full"),
     Case("gemma2-recompute-selective", 1, "random", tied=True, family="gemma2", recompute="selective"),
@@ -141,6 +146,9 @@ class Inputs:
     def guide(self, case: Case) -> Path:
         return self.root / f"guide-{case.model}"
 
+    def cache(self, case: Case) -> Path:
+        return self.root / f"cache-{case.model}-{case.processes}"
+
     def config(self, case: Case) -> dict[str, Any]:
         real = case.data == "real"
         return {
@@ -162,8 +170,10 @@ class Inputs:
                 "pipeline": case.pipeline,
                 "sequence_parallel": case.sequence_parallel,
                 "context": case.context,
+                "virtual_pipeline": case.virtual,
                 "timeout_minutes": 5,
             },
+            "guidance": {"mode": "cached" if case.virtual else "colocated", "cache": str(self.cache(case))},
             "batch": {
                 "global_pairs": SETTINGS.global_pairs,
                 "tokens_per_micro_batch": case.row_tokens,
@@ -215,12 +225,20 @@ class Runs:
     def output(self, case: Case) -> Path:
         if case.processes not in self._launched:
             self._launched.add(case.processes)
-            cases = [
-                {"config": self.inputs.config(c), "export": str(self.inputs.root / "runs" / c.name / "hf")}
+            ours = [
+                c
                 for c in CASES
                 if c.processes == case.processes
                 and c.name in self.chosen
                 and (c.data == "random" or SHARED_DATA.is_dir())
+            ]
+            caches = {self.inputs.cache(c): c for c in ours if c.virtual}
+            cases: list[dict[str, Any]] = [
+                *({"config": self.inputs.config(c), "precompute": 8} for c in caches.values()),
+                *(
+                    {"config": self.inputs.config(c), "export": str(self.inputs.root / "runs" / c.name / "hf")}
+                    for c in ours
+                ),
             ]
             if case.processes == 1:
                 cases += [{"config": self._disguised(name), "export": None} for name in DPO_IN_DISGUISE]

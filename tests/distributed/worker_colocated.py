@@ -66,12 +66,12 @@ def main() -> None:
     engine = build_engine(config, model_configs, layout, pg, 10, device)
     dataset: PreferenceDataset = open_data(config, prefixes, model_configs["policy"].vocab_size).train
     packs = [collate([dataset[i], dataset[i + 1]], engine.row) for i in range(0, 6, 2)]
-    engine.model.zero_grad_buffer()
+    engine.chunks[0].zero_grad_buffer()
     run_packs(engine, packs, len(packs), forward_only=False)
     model, communicator = colocated_model(engine), engine.communicator
     assert communicator is not None
 
-    policy = load_model(config.model.policy, model_configs["policy"], layout, pg, config, device)
+    (policy,) = load_model(config.model.policy, model_configs["policy"], layout, pg, config, device)
     alone = DistributedDataParallel(
         policy.config, DistributedDataParallelConfig(use_distributed_optimizer=True), policy
     )
@@ -99,9 +99,9 @@ def main() -> None:
         "frozen_trainable": sum(p.requires_grad for p in model.frozen.parameters()),
         "policy_elements": sum(p.numel() for p in model.policy.parameters()),
         "frozen_elements": sum(p.numel() for p in model.frozen.parameters()),
-        "buffer_elements": sum(buffer.grad_data.numel() for buffer in engine.model.buffers),
+        "buffer_elements": sum(buffer.grad_data.numel() for buffer in engine.chunks[0].buffers),
         "policy_only_buffer_elements": sum(buffer.grad_data.numel() for buffer in alone.buffers),
-        "policy_gradient_norm": float(sum(buffer.grad_data.norm() for buffer in engine.model.buffers)),
+        "policy_gradient_norm": float(sum(buffer.grad_data.norm() for buffer in engine.chunks[0].buffers)),
         "optimizer_elements": sum(p.numel() for g in engine.optimizer.param_groups for p in g["params"]),
     }
     gathered: list[Any] = [None] * dist.get_world_size()

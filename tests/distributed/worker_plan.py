@@ -34,7 +34,7 @@ def static_tensors(engine: Engine) -> dict[str, list[torch.Tensor]]:
     return {
         "weights": list(model.policy.parameters()),
         "frozen": list(model.frozen.parameters()),
-        "gradients": [buffer.grad_data for buffer in engine.model.buffers],
+        "gradients": [buffer.grad_data for buffer in engine.chunks[0].buffers],
         "optimizer": [
             *(parameter for group in optimizer.param_groups for parameter in group["params"]),
             *(value for state in optimizer.optimizer.state.values() for value in state.values()),
@@ -96,8 +96,8 @@ def measure(config: Config, world_size: int) -> dict[str, Any]:
     engine = build_engine(config, read_model_configs(config), layout, pg, 10, CPU)
     static = static_tensors(engine)
     facts: dict[str, Any] = {"stage": pg.pp.rank(), **storage_bytes(static)}
-    engine.model.train()
-    engine.model.zero_grad_buffer()
+    engine.chunks[0].train()
+    engine.chunks[0].zero_grad_buffer()
     row, known = full_row(config), [tensor for tensors in static.values() for tensor in tensors]
     facts["kept"] = kept_by_forward(engine, row, known)
     with LiveStorages(known) as step:
