@@ -21,7 +21,7 @@ _FLAGS = (
 )  # fmt: skip
 
 
-_PATIENCE = 180.0  # seconds that the browser may take to say anything
+_PATIENCE = 60.0  # seconds that the browser may take to say anything
 
 
 class Page:
@@ -96,13 +96,16 @@ class Page:
             time.sleep(0.1)
 
     def hover(self, selector: str) -> None:
-        """Moves the mouse over the first element that matches."""
-        box = self.evaluate(
-            f"(() => {{ const node = document.querySelector({json.dumps(selector)});"
-            "node.scrollIntoView({ block: 'center' });"
-            "const box = node.getClientRects()[0]; return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        """Moves the mouse over the first element that matches, once it is in view and the page has come to rest."""
+        node = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{node}.scrollIntoView({{ block: 'center' }})")
+        for _ in range(2):
+            self.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+        x, y = self.evaluate(
+            f"(() => {{ const box = {node}.getClientRects()[0];"
+            "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
         )
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def press(self, key: str) -> None:
         """Presses and releases a key."""

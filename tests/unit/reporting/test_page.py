@@ -33,8 +33,8 @@ def test_markup_in_the_data_stays_text() -> None:
     html = render(pairs)
     found = Elements(html)
     assert found.tags.count("script") == 2  # the data and the page's own
-    assert not {"img", "b", "i", "u", "em", "s"} & (set(found.tags) - {"b"})
-    assert html.count("<b>") == 1  # the page's word before its warning
+    assert not {"img", "i", "u", "em", "s"} & set(found.tags)
+    assert found.tags.count("b") == 1  # the page's word before its warning
     assert found.links == []  # nothing is loaded from anywhere
     data = json.loads(found.json)
     assert data["pairs"][0]["texts"][0] == MARKUP
