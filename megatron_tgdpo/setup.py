@@ -33,6 +33,7 @@ from megatron_tgdpo.parallel import ParallelLayout, make_layout
 from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.train_step import Engine
+from megatron_tgdpo.wandb_log import import_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,8 @@ def prepare_first_rank(config: Config) -> str:
         JSON of the dataset prefixes, for :func:`open_data` on every rank.
     """
     check_tokenizers(config)
+    if config.log.wandb:
+        import_wandb()
     claim_output_dir(config)
     for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
         logger.warning("removed %s, left by a save that was interrupted", left)

@@ -1,11 +1,14 @@
 """One HTML page that shows what a guide rewards, token by token, on the pairs of a run's config.
 
-    python -m tools.token_report CONFIG.yaml --out report.html --cache DIR [section.key=value ...]
+    python -m tools.token_report CONFIG.yaml --out report.html [--cache DIR] [section.key=value ...]
     python -m tools.token_report CONFIG.yaml --out report.html [--reference DIR --guide DIR] [--policy DIR]
 
-Log-probs come from a guidance cache, or from Hugging Face directories run by transformers (the config's own where none
-are given). alpha, beta, tokenizer and data are the config's. How to read the page: docs/insight.md.
+Log-probs come from a guidance cache (``--cache`` is ``guidance.cache``; a config with ``guidance.mode: cached`` needs
+neither), or from Hugging Face directories run by transformers (the config's own where none are given). alpha, beta,
+tokenizer and data are the config's. How to read the page: docs/insight.md.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -13,18 +16,24 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_tgdpo.config import Config, load_config
 from megatron_tgdpo.errors import UserError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair
+
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.token_report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.token_report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
-    parser.add_argument("--cache", type=Path, help="guidance cache of the data")
+    parser.add_argument("--cache", type=Path, help="what tools.precompute_guidance wrote")
     parser.add_argument("--reference", help="HF directory; default: the config's reference")
     parser.add_argument("--guide", help="HF directory; default: model.guide")
     parser.add_argument("--policy", help="HF directory whose log-ratios are added")
@@ -45,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # megatron-core warns of parts that only training needs.
     warnings.filterwarnings("ignore")
     try:
-        config = load_config(given.config, given.overrides)
+        cache = [f"guidance.cache={given.cache}"] if given.cache else []
+        config = load_config(given.config, [*given.overrides, *cache])
         _check_writable(given.out)
         print(_report(given, config))
     except UserError as error:
@@ -65,7 +75,7 @@ def _report(given: argparse.Namespace, config: Config) -> str:
 
     dataset = open_split(config, given.split)
     pairs = choose_pairs(dataset, given.pairs)
-    logps, models = _logps(given, config, pairs)
+    logps, models = _logps(given, config, dataset, pairs)
     check_finite(logps, pairs)
     figures = report_figures(pairs, logps)
     warning = chance_warning(figures)
@@ -83,21 +93,25 @@ def _report(given: argparse.Namespace, config: Config) -> str:
     return f"{summary(figures, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
 
 
-def _logps(given: argparse.Namespace, config: Config, pairs: list) -> tuple[dict, dict[str, str]]:
+def _logps(
+    given: argparse.Namespace, config: Config, dataset: PreferenceDataset, pairs: list[PreferencePair]
+) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
     """Log-probs by model, and what each model's log-probs come from."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from megatron_tgdpo.setup import DTYPES
-    from tools.reporting.sources import cached_logps, model_logps
+    from tools.reporting.sources import cached_logps, model_logps, open_cache
 
+    disable_progress_bar()
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[config.precision.dtype]
     policy = {"policy": given.policy} if given.policy else {}
-    if given.cache:
-        from megatron_tgdpo.guidance_cache import GuidanceCache
-
-        found = cached_logps(GuidanceCache.open(given.cache), str(given.cache), pairs)
-        return {**found, **model_logps(policy, pairs, dtype, device)}, {"guidance": str(given.cache), **policy}
+    named = given.reference or given.guide
+    if given.cache or (config.guidance.mode == "cached" and not named):
+        directory = str(config.guidance.cache)
+        found = cached_logps(open_cache(config, given.split, dataset), directory, pairs)
+        return {**found, **model_logps(policy, pairs, dtype, device)}, {"guidance": directory, **policy}
     guide = given.guide or config.model.guide
     if guide is None:
         raise UserError(f"{given.config}: has no model.guide: give --guide DIR, or --cache DIR")

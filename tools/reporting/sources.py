@@ -1,6 +1,7 @@
 """The pairs of a report and their log-probs: from a guidance cache, or from Hugging Face model directories."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +11,8 @@ import torch
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair, open_or_preprocess
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.setup import preprocess_options
+from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key
+from megatron_tgdpo.setup import open_guidance, preprocess_options
 from tools.reporting.hf_logps import response_logps
 
 
@@ -38,6 +40,20 @@ def choose_pairs(dataset: PreferenceDataset, count: int) -> list[PreferencePair]
     """``count`` pairs spread evenly over the dataset, or all of a smaller one."""
     size = min(count, len(dataset))
     return [dataset[k * len(dataset) // size] for k in range(size)]
+
+
+def open_cache(config: Config, split: str, dataset: PreferenceDataset) -> GuidanceCache:
+    """The split's part of ``guidance.cache``, whichever models it was made with.
+
+    Raises:
+        UserError: It is missing, damaged, or of other data.
+    """
+    cache = open_guidance(config, split, dataset)
+    of_data = guidance_key(config, dataset, (cache.key.reference, cache.key.guide))
+    cache.check_key(replace(of_data, dtype=cache.key.dtype))
+    if config.guidance.verify:
+        cache.check_content()
+    return cache
 
 
 def cached_logps(cache: GuidanceLogps, name: str, pairs: Sequence[PreferencePair]) -> dict[str, list[np.ndarray]]:
