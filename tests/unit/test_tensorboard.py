@@ -45,7 +45,7 @@ def log_steps(config: Config, done: int, steps: range, evaluated: StepMetrics) -
 
 
 def read(directory: Path) -> EventAccumulator:
-    board = EventAccumulator(str(directory / "tensorboard"))
+    board = EventAccumulator(str(directory / "tensorboard"), size_guidance={"histograms": 0})  # 0: all of them
     board.Reload()
     return board
 
@@ -150,6 +150,7 @@ SHADOW_TEXT = """(() => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 def test_the_running_page_shows_the_layout(tmp_path: Path, single_rank_group: dist.ProcessGroup) -> None:
+    (tmp_path / "run").mkdir()
     log_steps(make_config(tmp_path / "run"), 0, range(1, 5), evaluation(single_rank_group))
     server = program.TensorBoard()
     server.configure(argv=["", "--logdir", str(tmp_path / "run"), "--host", "localhost", "--port", "0"])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_tgdpo.config import load_config
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.guidance_cache import Shards, guidance_key, write_manifest, write_shard
 from tests.tiny_models import make_llama
 from tools.reporting.hf_logps import response_logps
-from tools.reporting.sources import cached_logps, check_finite
+from tools.reporting.sources import cached_logps, check_finite, model_logps, open_cache, open_split
 from tools.token_report import main
 
 CPU = torch.device("cpu")
@@ -52,6 +55,31 @@ def test_writes_the_page_and_says_the_figures(run: Path, capsys: pytest.CaptureF
     html = out.read_text()
     assert "w6" in html
     assert "4 of 5" in html
+
+
+def test_a_cache_gives_the_page_that_its_models_give(run: Path) -> None:
+    config = load_config(run / "config.yaml")
+    dataset = open_split(config, "train")
+    pairs = [dataset[index] for index in range(len(dataset))]
+    models = {"reference": str(run / "reference"), "guide": str(run / "guide")}
+    values = {name: np.concatenate(arrays) for name, arrays in model_logps(models, pairs, torch.float32, CPU).items()}
+    key, shards = guidance_key(config, dataset, ("a", "b")), Shards(dataset.lengths, 8)
+    cache = run / "cache" / "train"
+    cache.mkdir(parents=True)
+    write_shard(cache, 0, key, values)
+    write_manifest(cache, key, shards)
+    for name, source in (("cached", ["--cache", str(run / "cache")]), ("models", [])):
+        assert main([str(run / "config.yaml"), "--out", str(run / f"{name}.html"), *source]) == 0
+    cached, computed = ((run / f"{name}.html").read_text() for name in ("cached", "models"))
+    data = [text.split('id="data">')[1].split("</script>")[0] for text in (cached, computed)]
+    assert data[0] == data[1]
+    assert str(run / "cache") in cached
+    # A cache of other data is refused.
+    other = replace(key, data="other")
+    write_shard(cache, 0, other, values)
+    write_manifest(cache, other, shards)
+    with pytest.raises(UserError, match="made for another data"):
+        open_cache(load_config(run / "config.yaml", [f"guidance.cache={run / 'cache'}"]), "train", dataset)
 
 
 def test_a_guide_no_better_than_chance_is_warned_of(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
