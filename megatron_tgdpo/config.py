@@ -146,6 +146,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = 1  # progress line every so many steps; metrics.jsonl and TensorBoard get every step
+    wandb: bool = False  # log to Weights & Biases too
 
 
 @dataclass(frozen=True)

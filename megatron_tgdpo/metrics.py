@@ -20,12 +20,21 @@ _SUMS = (
     "logps/rejected", "logps/reference_chosen", "logps/reference_rejected", "margins/weighted", "guide_correct",
     "tokens", "weight", "weight_squared", "weight_negative",
 )  # fmt: skip
+# Bounds of the bins in which token weights are counted: finer near 1, as far as 10 from it. 0 is one of them, so that
+# negative weights have bins of their own.
+_OFFSETS = [10 ** (k / 8 - 2.5) for k in range(29)]
+WEIGHT_EDGES = (*(1 - offset for offset in reversed(_OFFSETS)), *(1 + offset for offset in _OFFSETS))
 _MAXIMA = ("weight_max", "negative_weight_min", "start_deviation", "negative_bad_pair")
 
 
 @dataclass(frozen=True)
 class PackMetrics:
-    """One pack's contribution: ``sums`` [len(_SUMS)] and ``maxima`` [len(_MAXIMA)], float64."""
+    """One pack's contribution, float64.
+
+    Attributes:
+        sums: [len(_SUMS) + len(WEIGHT_EDGES) + 1], the last of which are tokens by weight.
+        maxima: [len(_MAXIMA)].
+    """
 
     sums: Tensor
     maxima: Tensor
@@ -39,11 +48,13 @@ class StepMetrics:
         values: Named figures, without a ``train/`` or ``eval/`` in front of ``loss``.
         start_deviation: Largest distance from ln 2 of a pair's -log sigmoid(weighted margin).
         bad_pair: Smallest dataset index of a pair whose loss is not finite, or None.
+        weight_counts: Tokens whose weight is below the first of ``WEIGHT_EDGES``, from it up to the next, and so on.
     """
 
     values: dict[str, float]
     start_deviation: float
     bad_pair: int | None
+    weight_counts: list[int]
 
 
 @torch.no_grad()
@@ -66,7 +77,7 @@ def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, *, count_pairs: boo
     of_tokens = [
         weights.new_full((), weights.numel()), weights.sum(), weights.square().sum(), (weights < 0).sum(),
     ]  # fmt: skip
-    sums = torch.stack([value.double() for value in (*of_pairs, *of_tokens)])
+    sums = torch.cat([torch.stack([value.double() for value in (*of_pairs, *of_tokens)]), _weight_counts(weights)])
     if not count_pairs:
         sums[: len(of_pairs)] = 0.0
     lowest = weights.new_full((), float("-inf"))
@@ -81,6 +92,13 @@ def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, *, count_pairs: boo
     return PackMetrics(sums, torch.stack(maxima))
 
 
+def _weight_counts(weights: Tensor) -> Tensor:
+    edges = torch.tensor(WEIGHT_EDGES, dtype=weights.dtype, device=weights.device)
+    # Whole numbers add up exactly in any order; torch.bincount would make the host wait for a GPU.
+    bins = torch.bucketize(weights, edges, right=True)
+    return weights.new_zeros(len(WEIGHT_EDGES) + 1).index_add_(0, bins, torch.ones_like(weights))
+
+
 def reduce_metrics(
     packs: Sequence[PackMetrics], pg: ProcessGroupCollection, device: torch.device, *, without: Sequence[str] = ()
 ) -> StepMetrics:
@@ -92,7 +110,7 @@ def reduce_metrics(
         device: Of the collectives.
         without: Beginnings of the names of figures that mean nothing for the method, and are left out.
     """
-    sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(_SUMS) + len(WEIGHT_EDGES) + 1, dtype=torch.float64, device=device)
     maxima = torch.full((len(_MAXIMA),), float("-inf"), dtype=torch.float64, device=device)
     if packs:
         sums = torch.stack([pack.sums for pack in packs]).sum(dim=0)
@@ -102,10 +120,11 @@ def reduce_metrics(
     if pg.pp.size() > 1:
         both = torch.cat([sums, maxima])
         dist.broadcast(both, src=dist.get_global_rank(pg.pp, pg.pp.size() - 1), group=pg.pp)
-        sums, maxima = both.split([len(_SUMS), len(_MAXIMA)])
-    metrics = _named(dict(zip(_SUMS, sums.tolist(), strict=True)), dict(zip(_MAXIMA, maxima.tolist(), strict=True)))
+        sums, maxima = both.split([len(sums), len(_MAXIMA)])
+    figures, counts = sums.tolist()[: len(_SUMS)], sums.tolist()[len(_SUMS) :]
+    metrics = _named(dict(zip(_SUMS, figures, strict=True)), dict(zip(_MAXIMA, maxima.tolist(), strict=True)))
     values = {name: value for name, value in metrics.values.items() if not name.startswith(tuple(without))}
-    return replace(metrics, values=values)
+    return replace(metrics, values=values, weight_counts=[int(count) for count in counts])
 
 
 def _named(sums: dict[str, float], maxima: dict[str, float]) -> StepMetrics:
@@ -124,4 +143,4 @@ def _named(sums: dict[str, float], maxima: dict[str, float]) -> StepMetrics:
         "guidance/guide_accuracy": sums["guide_correct"] / pairs,
     }
     bad = maxima["negative_bad_pair"]
-    return StepMetrics(values, maxima["start_deviation"], int(-bad) if math.isfinite(bad) else None)
+    return StepMetrics(values, maxima["start_deviation"], int(-bad) if math.isfinite(bad) else None, [])

@@ -3,10 +3,13 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tgdpo.config import Config, load_config, to_dict, to_yaml
 from megatron_tgdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_tgdpo.metrics import StepMetrics
 
 DONE_FILE = "DONE"
 
@@ -82,36 +85,45 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class MetricsLog:
-    """Appends one JSON object a step to ``metrics.jsonl`` and the same figures to TensorBoard.
+    """Appends one JSON object a step to ``metrics.jsonl``, and the same figures to TensorBoard and perhaps W&B.
 
     Args:
-        output_dir: The run's directory.
+        config: The run.
         step: Last completed step; what an interrupted run logged after it is cut off, so no step appears twice.
     """
 
-    def __init__(self, output_dir: Path, step: int) -> None:
+    def __init__(self, config: Config, step: int) -> None:
         # Here, because it takes seconds, and a launcher that asks is_done needs none of it.
-        from torch.utils.tensorboard import SummaryWriter
+        from megatron_tgdpo.tensorboard import TensorBoard
+        from megatron_tgdpo.wandb_log import WandbLog
 
+        output_dir = Path(config.output_dir)
         path = output_dir / "metrics.jsonl"
         if path.exists():
             write_atomically(path, "".join(_lines_up_to(path, step)))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - kept open for the run
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
+        self._board = TensorBoard(output_dir / "tensorboard", config, step)
+        self._wandb = WandbLog(config) if config.log.wandb else None
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float], evaluation: "StepMetrics | None" = None) -> None:
+        """Logs a step.
+
+        Args:
+            step: Its number.
+            values: Its figures, with those of an evaluation that followed it.
+            evaluation: That evaluation, for its histogram.
+        """
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
-
-    def text(self, name: str, value: str) -> None:
-        self._board.add_text(name, value, 0)
+        self._board.write(step, values, evaluation)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

@@ -37,6 +37,7 @@ from megatron_tgdpo.parallel import ParallelLayout, make_layout
 from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.train_step import Engine
+from megatron_tgdpo.wandb_log import import_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,18 @@ def _tokenizer_fingerprint(path: str) -> str | None:
     return load_tokenizer(str(directory)).fingerprint
 
 
+def preprocess_options(config: Config) -> PreprocessOptions:
+    """What the run asks of its data."""
+    return PreprocessOptions(
+        tokenizer=config.data.tokenizer or str(hf_directory(config.model.policy)),
+        chat_template=config.data.chat_template,
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+        overlong_prompt=config.data.overlong_prompt,
+        workers=config.data.workers,
+    )
+
+
 def prepare_first_rank(config: Config) -> str:
     """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
     process group exists.
@@ -130,6 +143,8 @@ def prepare_first_rank(config: Config) -> str:
         JSON of the dataset prefixes, for :func:`open_data` on every rank.
     """
     check_tokenizers(config)
+    if config.log.wandb:
+        import_wandb()
     claim_output_dir(config)
     for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
         logger.warning("removed %s, left by a save that was interrupted", left)
@@ -147,14 +162,7 @@ def prepare_first_rank(config: Config) -> str:
 
 def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
     """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be."""
-    options = PreprocessOptions(
-        tokenizer=config.data.tokenizer or str(hf_directory(config.model.policy)),
-        chat_template=config.data.chat_template,
-        max_length=config.data.max_length,
-        max_prompt_length=config.data.max_prompt_length,
-        overlong_prompt=config.data.overlong_prompt,
-        workers=config.data.workers,
-    )
+    options = preprocess_options(config)
     paths = {"train": config.data.train, "validation": config.data.validation}
     return {
         name: str(open_or_preprocess(path, options, str(cache_dir)).prefix)

@@ -21,6 +21,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.guidance_cache import GuidanceCache
 from megatron_tgdpo.memory import GIB
+from megatron_tgdpo.metrics import StepMetrics
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.run_directory import MetricsLog, mark_done
@@ -93,7 +94,7 @@ class Trainer:
 
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
-        log = MetricsLog(self.output_dir, first - 1) if dist.get_rank() == 0 else None
+        log = MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None
         started = time.monotonic()
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
@@ -107,10 +108,11 @@ class Trainer:
             values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
             performance, stop = self._performance(time.monotonic() - begin, tokens)
             values |= performance | self.saver.take_figures()
-            if self._due(step, self.config.eval.every_steps):
-                values |= self.evaluate()
+            evaluation = self.evaluate() if self._due(step, self.config.eval.every_steps) else None
+            if evaluation is not None:
+                values |= {f"eval/{name}": value for name, value in evaluation.values.items()}
             if log is not None:
-                log.write(step, values)
+                log.write(step, values, evaluation)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
                     logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
             if stop or self._due(step, self.config.checkpoint.every_steps):
@@ -122,18 +124,17 @@ class Trainer:
             log.close()
         return step
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the whole validation set, named ``eval/...``; empty without one. Collective over all ranks."""
+    def evaluate(self) -> StepMetrics | None:
+        """Metrics of the whole validation set; None without one. Collective over all ranks."""
         dataset = self.data.validation
         if dataset is None:
-            return {}
+            return None
         indices = list(range(len(dataset)))
         # Planned in parts: the time to plan grows with the square of the pairs.
         parts = (indices[start : start + _EVAL_PLAN_PAIRS] for start in range(0, len(indices), _EVAL_PLAN_PAIRS))
         packs = [pack for part in parts for pack in self._plan(dataset, part)[self.engine.pg.dp.rank()]]
         batches = self._collated(dataset, packs, self.data.validation_guidance)
-        metrics = run_packs(self.engine, batches, len(packs), forward_only=True)
-        return {f"eval/{name}": value for name, value in metrics.values.items()}
+        return run_packs(self.engine, batches, len(packs), forward_only=True)
 
     def _resume(self) -> int:
         saved = newest_undamaged(self.output_dir, self.config.checkpoint.verify)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written in it become their ids, none is added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens written out; bytes that make no whole character become U+FFFD."""
         ...
 
 
@@ -90,6 +96,10 @@ class HuggingFaceTokenizer:
         """Ids of a text, without added BOS or EOS."""
         return self._hf.encode(text, add_special_tokens=False)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self._hf.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
 
 class SentencePieceTokenizer:
     """A raw SentencePiece model. Attributes as in `Tokenizer`.
@@ -121,6 +131,7 @@ class SentencePieceTokenizer:
         self._control_ids: dict[str, int] = {
             entry.piece: index for index, entry in enumerate(definition.pieces) if entry.type == kinds.CONTROL
         }
+        self._controls = {index: piece for piece, index in self._control_ids.items()}
         longest_first = sorted(self._control_ids, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         user_defined = [entry.piece for entry in definition.pieces if entry.type == kinds.USER_DEFINED]
@@ -143,6 +154,14 @@ class SentencePieceTokenizer:
             elif part:
                 ids.extend(self._pieces.encode(part))
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, control pieces included; between two of them as SentencePiece decodes a text of its own."""
+        parts = []
+        for is_control, run in groupby((int(i) for i in ids), self._controls.__contains__):
+            same = list(run)
+            parts.append("".join(self._controls[i] for i in same) if is_control else self._pieces.decode(same))
+        return "".join(parts)
 
 
 def _is_visible(token: str) -> bool:

@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.loss import PreferenceLoss, sft_loss, tgdpo_loss
-from megatron_tgdpo.metrics import StepMetrics, pack_metrics, reduce_metrics
+from megatron_tgdpo.metrics import WEIGHT_EDGES, StepMetrics, pack_metrics, reduce_metrics
 
 BETA, ALPHA = 0.2, 1.5
 
@@ -57,6 +58,11 @@ def test_figures_do_not_depend_on_packing_and_are_right(single_rank_group: dist.
     assert split["guidance/weight_max"] == pytest.approx(float(weights.max()), rel=1e-5)
     assert split["guidance/negative_fraction"] == pytest.approx(float((weights < 0).float().mean()))
     assert 0 < split["guidance/negative_fraction"] < 1
+    counts = reduced(single_rank_group, packs).weight_counts
+    assert counts == reduced(single_rank_group, [joined]).weight_counts
+    expected = np.histogram(weights.double().numpy(), [-np.inf, *WEIGHT_EDGES, np.inf])[0]
+    assert counts == expected.tolist()
+    assert sum(counts[: WEIGHT_EDGES.index(0.0) + 1]) == int((weights < 0).sum())
     guide_sums = [float(x.sum() - y.sum()) for x, y in zip(sums[2], sums[1], strict=True)]
     correct = sum(c > r for c, r in zip(guide_sums[0::2], guide_sums[1::2], strict=True))
     assert split["guidance/guide_accuracy"] == pytest.approx(correct / 3)

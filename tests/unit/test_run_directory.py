@@ -54,13 +54,14 @@ def test_another_run_is_refused(tmp_path: Path, section: str, changes: dict[str,
 
 
 def test_metrics_are_cut_back_to_the_checkpoint_they_continue_from(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
+    config = config_from_dict({**VALID, "output_dir": str(tmp_path)})
+    log = MetricsLog(config, 0)
     for step in (1, 2, 3, 4):
         log.write(step, {"train/loss": float(step)})
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "train/lo')  # killed while writing
-    log = MetricsLog(tmp_path, 2)
+    log = MetricsLog(config, 2)
     log.write(3, {"train/loss": 30.0})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,162 @@
+"""Event files read with TensorBoard's own reader, and the running page in a browser; W&B gets the same figures."""
+
+import re
+import sys
+import types
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from tensorboard import program
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from megatron_tgdpo.config import Config, config_from_dict
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.metrics import WEIGHT_EDGES, StepMetrics
+from megatron_tgdpo.run_directory import MetricsLog
+from megatron_tgdpo.tensorboard import WEIGHT_HISTOGRAM, chart_layout, hyperparameters
+from megatron_tgdpo.wandb_log import import_wandb
+from tests.browser import CHROMIUM, NO_CHROMIUM, chromium
+from tests.unit.test_config import VALID
+from tests.unit.test_metrics import pack, reduced
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def make_config(directory: Path, **log: Any) -> Config:
+    return config_from_dict({**VALID, "output_dir": str(directory), "log": log})
+
+
+def evaluation(group: dist.ProcessGroup) -> StepMetrics:
+    return reduced(group, [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2])])
+
+
+def log_steps(config: Config, done: int, steps: range, evaluated: StepMetrics) -> None:
+    log = MetricsLog(config, done)
+    for step in steps:
+        values = {"train/loss": float(step), **evaluated.values}
+        values |= {f"eval/{name}": value for name, value in evaluated.values.items()}
+        log.write(step, values, evaluated if step % 2 == 0 else None)
+    log.close()
+
+
+def read(directory: Path) -> EventAccumulator:
+    board = EventAccumulator(str(directory / "tensorboard"), size_guidance={"histograms": 0})  # 0: all of them
+    board.Reload()
+    return board
+
+
+def test_weight_histograms_are_the_counts_and_steps_appear_once(
+    tmp_path: Path, single_rank_group: dist.ProcessGroup
+) -> None:
+    config, evaluated = make_config(tmp_path), evaluation(single_rank_group)
+    log_steps(config, 0, range(1, 7), evaluated)
+    log_steps(config, 3, range(4, 9), evaluated)  # killed after step 6, its newest checkpoint was of step 3
+    board = read(tmp_path)
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
+    histograms = board.Histograms(WEIGHT_HISTOGRAM)
+    assert [event.step for event in histograms] == [2, 4, 6, 8]
+    shown = histograms[0].histogram_value
+    assert shown.bucket == evaluated.weight_counts
+    assert shown.bucket_limit[:-1] == pytest.approx(WEIGHT_EDGES)
+    assert (shown.num, shown.min) == (21, pytest.approx(evaluated.values["guidance/weight_min"]))
+    assert shown.sum / shown.num == pytest.approx(evaluated.values["guidance/weight_mean"])
+
+
+def test_layout_asks_four_questions_of_documented_metrics(tmp_path: Path, single_rank_group: dist.ProcessGroup) -> None:
+    log_steps(make_config(tmp_path), 0, range(1, 2), evaluation(single_rank_group))
+    (event,) = read(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == list(chart_layout(guided=True))
+    used = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    assert all(tag.endswith("$") for tag in used)
+    margins = [series for category in layout.category for chart in category.chart for series in chart.margin.series]
+    names = {tag.removesuffix("$") for tag in used} | {n for s in margins for n in (s.value, s.lower, s.upper)}
+    documented = documented_metrics()
+    assert names <= documented | {f"eval/{name.removeprefix('train/')}" for name in documented}
+    assert len(chart_layout(guided=False)) == 3
+
+
+def documented_metrics() -> set[str]:
+    """Names in the first column of the table, ``{a,b}`` spelled out."""
+    rows = DOCUMENT.read_text().split("## Metrics")[1].splitlines()
+    found = set()
+    for name in re.findall(r"`([^`]+)`", " ".join(row.split("|")[1] for row in rows if row.startswith("| `"))):
+        parts = [part.split(",") for part in re.split(r"[{}]", name)]
+        found |= {"".join(choice) for choice in product(*parts)}
+    return found
+
+
+def test_hyperparameters_are_the_configs(tmp_path: Path, single_rank_group: dist.ProcessGroup) -> None:
+    config = make_config(tmp_path)
+    log_steps(config, 0, range(1, 2), evaluation(single_rank_group))
+    content = read(tmp_path).PluginTagToContent("hparams")
+    session = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
+    assert session.hparams["loss.alpha"].number_value == 0.5
+    assert session.hparams["loss.method"].string_value == "tgdpo"
+    assert session.hparams["data.shuffle"].string_value == "True"
+    assert set(session.hparams) == set(hyperparameters(config))
+    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    assert "rewards/accuracies" in {metric.name.tag for metric in experiment.metric_infos}
+
+
+def test_without_a_guide_there_is_no_histogram(tmp_path: Path, single_rank_group: dist.ProcessGroup) -> None:
+    plain = reduced(single_rank_group, [pack(1, [2, 3], [0])], guided=False)
+    assert plain.weight_counts == []
+    log_steps(make_config(tmp_path), 0, range(1, 3), plain)
+    assert read(tmp_path).Tags()["histograms"] == []
+
+
+def test_wandb_gets_the_same_figures_in_one_run(
+    tmp_path: Path, single_rank_group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append((step, values["train/loss"]))
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    def init(**arguments: Any) -> Run:
+        calls.append((arguments["id"], arguments["resume"], arguments["config"]["loss"]["alpha"], arguments["dir"]))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    config = make_config(tmp_path, wandb=True)
+    log_steps(config, 0, range(1, 3), evaluation(single_rank_group))
+    log_steps(config, 2, range(3, 4), evaluation(single_rank_group))
+    started = ((tmp_path / "wandb_run").read_text(), "allow", 0.5, str(tmp_path))
+    assert calls == [started, (1, 1.0), (2, 2.0), "finished", started, (3, 3.0), "finished"]
+
+
+def test_wandb_is_asked_for_but_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"log\.wandb is true but wandb cannot be imported .*pip install wandb"):
+        import_wandb()
+
+
+SHADOW_TEXT = """(() => {
+  const collect = (node) => [...node.children].map((child) => collect(child.shadowRoot ?? child)).join(' ')
+    + [...node.childNodes].filter((child) => child.nodeType === 3).map((child) => child.textContent).join(' ');
+  return collect(document.body);
+})()"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_the_running_page_shows_the_layout(tmp_path: Path, single_rank_group: dist.ProcessGroup) -> None:
+    (tmp_path / "run").mkdir()
+    log_steps(make_config(tmp_path / "run"), 0, range(1, 5), evaluation(single_rank_group))
+    server = program.TensorBoard()
+    server.configure(argv=["", "--logdir", str(tmp_path / "run"), "--host", "localhost", "--port", "0"])
+    url = server.launch()
+    with chromium(tmp_path / "profile") as page:
+        page.open(url + "#custom_scalars")
+        for title in chart_layout(guided=True):
+            page.wait_for(f"{SHADOW_TEXT}.includes({title!r})")
+        page.screenshot(tmp_path / "tensorboard.png")

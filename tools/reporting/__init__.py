@@ -1,0 +1,1 @@
+"""What the token-reward report is made of; ``tools/token_report.py`` puts it together."""

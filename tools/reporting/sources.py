@@ -1,0 +1,101 @@
+"""The pairs of a report and their log-probs: from a guidance cache, or from Hugging Face model directories."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from megatron_tgdpo.config import Config
+from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair, open_or_preprocess
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key
+from megatron_tgdpo.setup import open_guidance, preprocess_options
+from tools.reporting.hf_logps import response_logps
+
+
+class GuidanceLogps(Protocol):
+    """The part of :class:`megatron_tgdpo.guidance_cache.GuidanceCache` that is needed here."""
+
+    def logps(self, pair_index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Log-probs [c + r] of the reference and, if it is there, of the guide; chosen tokens, then rejected ones."""
+        ...
+
+
+def open_split(config: Config, split: str) -> PreferenceDataset:
+    """Opens ``data.train`` or ``data.validation`` as the run does; a raw file is tokenised once, in ``output_dir``.
+
+    Raises:
+        UserError: The config has no such data, or it cannot be read.
+    """
+    path = config.data.train if split == "train" else config.data.validation
+    if path is None:
+        raise UserError(f"data.{split} is not set in the config: choose the other --split")
+    return open_or_preprocess(path, preprocess_options(config), str(Path(config.output_dir) / "data"))
+
+
+def choose_pairs(dataset: PreferenceDataset, count: int) -> list[PreferencePair]:
+    """``count`` pairs spread evenly over the dataset, or all of a smaller one."""
+    size = min(count, len(dataset))
+    return [dataset[k * len(dataset) // size] for k in range(size)]
+
+
+def open_cache(config: Config, split: str, dataset: PreferenceDataset) -> GuidanceCache:
+    """The split's part of ``guidance.cache``, whichever models it was made with.
+
+    Raises:
+        UserError: It is missing, damaged, or of other data.
+    """
+    cache = open_guidance(config, split, dataset)
+    of_data = guidance_key(config, dataset, (cache.key.reference, cache.key.guide))
+    cache.check_key(replace(of_data, dtype=cache.key.dtype))
+    if config.guidance.verify:
+        cache.check_content()
+    return cache
+
+
+def cached_logps(cache: GuidanceLogps, name: str, pairs: Sequence[PreferencePair]) -> dict[str, list[np.ndarray]]:
+    """Log-probs of reference and guide from a cache, by model; a float32 [c + r] a pair.
+
+    Args:
+        cache: The cache.
+        name: How errors call it.
+        pairs: Of the dataset that the cache was made for.
+
+    Raises:
+        UserError: The cache holds no guide, or was made for other pairs.
+    """
+    found: dict[str, list[np.ndarray]] = {"reference": [], "guide": []}
+    for pair in pairs:
+        reference, guide = cache.logps(pair.index)
+        if guide is None:
+            raise UserError(f"{name}: holds the reference alone: compute a cache with model.guide set")
+        for model, values in (("reference", reference), ("guide", guide)):
+            if len(values) != len(pair.chosen) + len(pair.rejected):
+                raise UserError(
+                    f"{name}: holds {len(values)} response tokens for pair {pair.index}, the data has "
+                    f"{len(pair.chosen) + len(pair.rejected)}: it was made for other data"
+                )
+            found[model].append(np.asarray(values, dtype=np.float32))
+    return found
+
+
+def model_logps(
+    models: Mapping[str, str], pairs: Sequence[PreferencePair], dtype: torch.dtype, device: torch.device
+) -> dict[str, list[np.ndarray]]:
+    """The same from Hugging Face directories, one model in memory at a time.
+
+    Raises:
+        UserError: A directory holds no model that can be read.
+    """
+    return {name: response_logps(Path(directory), pairs, dtype, device) for name, directory in models.items()}
+
+
+def check_finite(logps: Mapping[str, Sequence[np.ndarray]], pairs: Sequence[PreferencePair]) -> None:
+    """Raises a UserError that names the model and the first pair with a log-prob that is not finite."""
+    for model, arrays in logps.items():
+        for pair, values in zip(pairs, arrays, strict=True):
+            if not np.isfinite(values).all():
+                raise UserError(f"the {model} gives pair {pair.index} a log-prob that is not finite: check its weights")
