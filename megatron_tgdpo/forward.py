@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_tgdpo.batch import PreferenceBatch
 from megatron_tgdpo.colocated import TokenLogps
 from megatron_tgdpo.config import LossConfig
-from megatron_tgdpo.loss import preference_loss
+from megatron_tgdpo.loss import PreferenceLoss, dpo_loss, tgdpo_loss
 from megatron_tgdpo.metrics import PackMetrics, pack_metrics
 
 LossFunction = Callable[[TokenLogps], tuple[Tensor, Tensor, PackMetrics]]
@@ -41,16 +41,14 @@ def forward_step(
     batch = next(batches)
 
     def loss_func(logps: TokenLogps) -> tuple[Tensor, Tensor, PackMetrics]:
-        loss = preference_loss(
-            logps.policy,
-            logps.reference,
-            logps.guide,
-            batch.response_lengths,
-            beta=loss_config.beta,
-            alpha=loss_config.alpha,
-        )
-        num_pairs = torch.tensor(loss.losses.numel(), dtype=torch.int, device=loss.losses.device)
-        metrics = pack_metrics(loss, logps.reference, batch.response_lengths, batch.pair_indices, loss_config.beta)
-        return loss.losses.sum(), num_pairs, metrics
+        loss = _loss(logps, batch.response_lengths, loss_config)
+        metrics = pack_metrics(loss, logps.reference, batch.response_lengths, batch.pair_indices)
+        return loss.losses.sum(), loss.count, metrics
 
     return model(batch), loss_func
+
+
+def _loss(logps: TokenLogps, lengths: Tensor, config: LossConfig) -> PreferenceLoss:
+    if logps.guide is None:
+        return dpo_loss(logps.policy, logps.reference, lengths, beta=config.beta)
+    return tgdpo_loss(logps.policy, logps.reference, logps.guide, lengths, beta=config.beta, alpha=config.alpha)

@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_tgdpo.loss import PreferenceLoss, sum_per_sequence
 
 _SUMS = (
-    "pairs", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected",
-    "logps/reference_chosen", "logps/reference_rejected", "margins/weighted", "guide_correct", "tokens", "weight",
-    "weight_squared", "weight_negative",
+    "pairs", "count", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen",
+    "logps/rejected", "logps/reference_chosen", "logps/reference_rejected", "margins/weighted", "guide_correct",
+    "tokens", "weight", "weight_squared", "weight_negative",
 )  # fmt: skip
 _MAXIMA = ("weight_max", "negative_weight_min", "start_deviation", "negative_bad_pair")
 
@@ -36,7 +37,7 @@ class StepMetrics:
 
     Attributes:
         values: Named figures, without a ``train/`` or ``eval/`` in front of ``loss``.
-        start_deviation: Largest distance of a pair's loss from ln 2.
+        start_deviation: Largest distance from ln 2 of a pair's -log sigmoid(weighted margin).
         bad_pair: Smallest dataset index of a pair whose loss is not finite, or None.
     """
 
@@ -46,20 +47,18 @@ class StepMetrics:
 
 
 @torch.no_grad()
-def pack_metrics(
-    loss: PreferenceLoss, reference_logps: Tensor, lengths: Tensor, pair_indices: Tensor, beta: float
-) -> PackMetrics:
+def pack_metrics(loss: PreferenceLoss, reference_logps: Tensor, lengths: Tensor, pair_indices: Tensor) -> PackMetrics:
     """Sums what :func:`reduce_metrics` needs of one pack. Shapes as in :class:`~megatron_tgdpo.loss.PreferenceLoss`."""
     reference = sum_per_sequence(reference_logps, lengths)
-    rewards = beta * loss.logratios
-    policy = reference + loss.logratios
+    rewards, policy = loss.rewards, loss.logps
     guide_scores = sum_per_sequence(loss.token_rewards, lengths)
     weights = loss.token_weights.double()
     sums = [
-        loss.losses.new_full((), loss.losses.numel()), loss.losses.sum(), rewards[0::2].sum(), rewards[1::2].sum(),
-        (rewards[0::2] > rewards[1::2]).sum(), policy[0::2].sum(), policy[1::2].sum(), reference[0::2].sum(),
-        reference[1::2].sum(), loss.weighted_margins.sum(), (guide_scores[0::2] > guide_scores[1::2]).sum(),
-        weights.new_full((), weights.numel()), weights.sum(), weights.square().sum(), (weights < 0).sum(),
+        loss.losses.new_full((), loss.losses.numel()), loss.count, loss.losses.sum(), rewards[0::2].sum(),
+        rewards[1::2].sum(), (rewards[0::2] > rewards[1::2]).sum(), policy[0::2].sum(), policy[1::2].sum(),
+        reference[0::2].sum(), reference[1::2].sum(), loss.weighted_margins.sum(),
+        (guide_scores[0::2] > guide_scores[1::2]).sum(), weights.new_full((), weights.numel()), weights.sum(),
+        weights.square().sum(), (weights < 0).sum(),
     ]  # fmt: skip
     lowest = weights.new_full((), float("-inf"))
     maxima = torch.stack([lowest] * len(_MAXIMA))
@@ -70,7 +69,7 @@ def pack_metrics(
             [
                 weights.max(),
                 -weights.min(),
-                (loss.losses.double() - math.log(2)).abs().max(),
+                (-F.logsigmoid(loss.weighted_margins.double()) - math.log(2)).abs().max(),
                 -bad.min(),
             ]
         )
@@ -108,8 +107,8 @@ def reduce_metrics(
 
 def _named(sums: dict[str, float], maxima: dict[str, float]) -> StepMetrics:
     pairs, tokens = max(sums["pairs"], 1.0), max(sums["tokens"], 1.0)
-    values = {"loss": sums["loss"] / pairs}
-    for name in _SUMS[2:10]:
+    values = {"loss": sums["loss"] / max(sums["count"], 1.0)}
+    for name in _SUMS[3:11]:
         values[name] = sums[name] / pairs
     values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
     mean = sums["weight"] / tokens

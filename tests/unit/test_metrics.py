@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.loss import preference_loss
+from megatron_tgdpo.loss import sft_loss, tgdpo_loss
 from megatron_tgdpo.metrics import StepMetrics, pack_metrics, reduce_metrics
 
 BETA, ALPHA = 0.2, 1.5
@@ -16,8 +16,8 @@ BETA, ALPHA = 0.2, 1.5
 def reduced(group: dist.ProcessGroup, packs: list[tuple[torch.Tensor, ...]], *, guided: bool = True) -> StepMetrics:
     metrics = []
     for policy, reference, guide, lengths, indices in packs:
-        loss = preference_loss(policy, reference, guide, lengths, beta=BETA, alpha=ALPHA)
-        metrics.append(pack_metrics(loss, reference, lengths, indices, BETA))
+        loss = tgdpo_loss(policy, reference, guide, lengths, beta=BETA, alpha=ALPHA)
+        metrics.append(pack_metrics(loss, reference, lengths, indices))
     pg = SimpleNamespace(dp_cp=group, pp=group)
     return reduce_metrics(metrics, pg, torch.device("cpu"), guided=guided)  # type: ignore[arg-type]
 
@@ -74,3 +74,14 @@ def test_without_a_guide_its_figures_are_left_out(single_rank_group: dist.Proces
     values = reduced(single_rank_group, [pack(1, [2, 3], [0])], guided=False).values
     assert "loss" in values
     assert not any(name.startswith("guidance/") for name in values)
+
+
+def test_sft_loss_is_a_mean_over_tokens(single_rank_group: dist.ProcessGroup) -> None:
+    packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2])]
+    metrics = []
+    for policy, reference, _, lengths, indices in packs:
+        metrics.append(pack_metrics(sft_loss(policy, lengths), reference, lengths, indices))
+    pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
+    values = reduce_metrics(metrics, pg, torch.device("cpu"), guided=False).values  # type: ignore[arg-type]
+    chosen = torch.cat([packs[0][0][:2], packs[0][0][5:9], packs[1][0][:5]])
+    assert values["loss"] == pytest.approx(float(-chosen.mean()), rel=1e-6)
