@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written in it become their ids, none is added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens; white space is as the ids have it."""
         ...
 
 
@@ -89,6 +94,10 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without added BOS or EOS."""
         return self._hf.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return self._hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class SentencePieceTokenizer:
@@ -143,6 +152,10 @@ class SentencePieceTokenizer:
             elif part:
                 ids.extend(self._pieces.encode(part))
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without control pieces."""
+        return self._pieces.decode(list(ids))
 
 
 def _is_visible(token: str) -> bool:
