@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tgdpo.data.chat import render_sides
-from megatron_tgdpo.data.layouts import Example, parse_record
+from megatron_tgdpo.data.chat import ChatTemplate, render_sides
+from megatron_tgdpo.data.layouts import Example, Message, parse_record
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import parse_line, where
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
@@ -207,13 +207,28 @@ def encode_sides(example: Example, tokenizer: Tokenizer, place: str) -> tuple[li
     """
     if isinstance(example.prompt, str):
         return _encode_plain(example.prompt, (example.chosen, example.rejected), tokenizer, place)
-    if tokenizer.template is None:
-        raise UserError(f"{place}: messages need a chat template and this tokenizer has none; give --chat-template")
-    responses = (example.chosen, example.rejected)
-    text, sides = render_sides(tokenizer.template, example.prompt, responses, tokenizer.special_tokens, place)
+    template, responses = _template(tokenizer, place), (example.chosen, example.rejected)
+    text, sides = render_sides(template, example.prompt, responses, tokenizer.special_tokens, place)
     prompt = tokenizer.encode(text)
     chosen, rejected = (_continue(tokenizer, text, prompt, side) for side in sides)
     return prompt, chosen, rejected
+
+
+def encode_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, place: str) -> list[int]:
+    """Ids of a prompt that waits for its response: those that `encode_sides` gives it in a pair.
+
+    Args:
+        prompt: plain text, or messages that end with a user's.
+        tokenizer: the tokenizer.
+        place: how errors name the record.
+
+    Raises:
+        UserError: messages without a chat template, or an unfit template.
+    """
+    if isinstance(prompt, str):
+        return _with_bos(tokenizer.encode(prompt), tokenizer)
+    text, _ = render_sides(_template(tokenizer, place), prompt, (), tokenizer.special_tokens, place)
+    return tokenizer.encode(text)
 
 
 def _encode_plain(
@@ -227,9 +242,19 @@ def _encode_plain(
     for response in responses:
         ids = _continue(tokenizer, text, prompt, response)
         sides.append(ids if ids[-1:] == [eos] else [*ids, eos])
+    return _with_bos(prompt, tokenizer), sides[0], sides[1]
+
+
+def _with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:
     if tokenizer.adds_bos and tokenizer.bos_id is not None and prompt[:1] != [tokenizer.bos_id]:
-        prompt = [tokenizer.bos_id, *prompt]
-    return prompt, sides[0], sides[1]
+        return [tokenizer.bos_id, *prompt]
+    return prompt
+
+
+def _template(tokenizer: Tokenizer, place: str) -> ChatTemplate:
+    if tokenizer.template is None:
+        raise UserError(f"{place}: messages need a chat template and this tokenizer has none; give --chat-template")
+    return tokenizer.template
 
 
 def _continue(tokenizer: Tokenizer, prompt_text: str, prompt: list[int], response_text: str) -> list[int]:

@@ -85,6 +85,37 @@ def parse_record(record: Any, layout: str, place: str) -> Example:
     return LAYOUTS[layout](record, place)
 
 
+def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
+    """Takes the prompt from a record of any layout; without chosen and rejected, too, where the layout has a prompt.
+
+    Args:
+        record: the decoded record.
+        place: how errors name it.
+
+    Returns:
+        Plain text that no template touches, or the messages before the response.
+
+    Raises:
+        UserError: there is no prompt, or it is malformed; starts with ``place``.
+    """
+    if not isinstance(record, Mapping):
+        raise UserError(f"{place}: a record must be a JSON object, found {_kind(record)}")
+    if record.get("conversations") is not None:
+        return _sharegpt_prompt(record, place)
+    if record.get("instruction") is not None:
+        return _instruction_prompt(record, place)
+    if isinstance(record.get("chosen"), list) and not isinstance(record.get("prompt"), list):
+        return parse_record(record, "trl_implicit", place).prompt
+    if isinstance(record.get("prompt"), list):
+        return _conversational_prompt(record, place)
+    if isinstance(record.get("prompt"), str):
+        return _text(record["prompt"], "prompt", place)
+    raise UserError(
+        f"{place}: no prompt (keys: {', '.join(map(str, record))}); a record needs 'instruction', 'conversations' or "
+        "'prompt', or chosen and rejected lists of messages that share one"
+    )
+
+
 def _check_sides(record: Any, place: str) -> None:
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {_kind(record)}")
@@ -94,6 +125,10 @@ def _check_sides(record: Any, place: str) -> None:
 
 
 def _instruction(record: Mapping[str, Any], place: str) -> Example:
+    return Example(_instruction_prompt(record, place), *_plain_sides(record, place))
+
+
+def _instruction_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
     messages = []
     history = record.get("history") or []
     if not isinstance(history, list):
@@ -109,14 +144,18 @@ def _instruction(record: Mapping[str, Any], place: str) -> Example:
         extra = _text(record["input"], "input", place)
         question = f"{question}\n{extra}" if question else extra
     messages.append(Message("user", question))
-    return Example(_with_system(record, messages, place), *_plain_sides(record, place))
+    return _with_system(record, messages, place)
 
 
 def _sharegpt(record: Mapping[str, Any], place: str) -> Example:
-    messages = _messages(_need(record, "conversations", place), "conversations", place)
-    prompt = _check_prompt(_with_system(record, messages, place), place)
+    prompt = _sharegpt_prompt(record, place)
     chosen, rejected = (_response([_message(record[key], key, place)], key, place) for key in ("chosen", "rejected"))
     return Example(prompt, chosen, rejected)
+
+
+def _sharegpt_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
+    messages = _messages(_need(record, "conversations", place), "conversations", place)
+    return _check_prompt(_with_system(record, messages, place), place)
 
 
 def _trl_plain(record: Mapping[str, Any], place: str) -> Example:
@@ -124,9 +163,13 @@ def _trl_plain(record: Mapping[str, Any], place: str) -> Example:
 
 
 def _trl_conversational(record: Mapping[str, Any], place: str) -> Example:
-    prompt = _check_prompt(tuple(_messages(_need(record, "prompt", place), "prompt", place)), place)
+    prompt = _conversational_prompt(record, place)
     chosen, rejected = (_response(_messages(record[key], key, place), key, place) for key in ("chosen", "rejected"))
     return Example(prompt, chosen, rejected)
+
+
+def _conversational_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
+    return _check_prompt(tuple(_messages(_need(record, "prompt", place), "prompt", place)), place)
 
 
 def _trl_implicit(record: Mapping[str, Any], place: str) -> Example:

@@ -41,8 +41,8 @@ class Tokenizer(Protocol):
         """Ids of a text; special tokens written in it become their ids, none is added."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens written out; bytes that make no whole character become U+FFFD."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of ids, special tokens left out or written out; bytes that make no whole character become U+FFFD."""
         ...
 
 
@@ -96,9 +96,11 @@ class HuggingFaceTokenizer:
         """Ids of a text, without added BOS or EOS."""
         return self._hf.encode(text, add_special_tokens=False)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens included."""
-        return self._hf.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of ids."""
+        return self._hf.decode(
+            [int(i) for i in ids], skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
 
 
 class SentencePieceTokenizer:
@@ -155,8 +157,10 @@ class SentencePieceTokenizer:
                 ids.extend(self._pieces.encode(part))
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, control pieces included; between two of them as SentencePiece decodes a text of its own."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of ids; around control pieces that are written out as SentencePiece decodes a text of its own."""
+        if not special:
+            return self._pieces.decode([int(i) for i in ids])
         parts = []
         for is_control, run in groupby((int(i) for i in ids), self._controls.__contains__):
             same = list(run)

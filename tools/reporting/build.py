@@ -41,7 +41,7 @@ def report_pairs(
         ReportPair(
             index=pair.index,
             source=dataset.source(pair.index),
-            prompt=tokenizer.decode(pair.prompt.tolist()),
+            prompt=tokenizer.decode(pair.prompt.tolist(), special=True),
             texts=both,
             sentences=(splitter.first_tokens(both[0]), splitter.first_tokens(both[1])),
             logps={model: arrays[k] for model, arrays in logps.items()},

@@ -13,8 +13,8 @@ _INCOMPLETE = "\ufffd"
 class Decoder(Protocol):
     """The part of a tokenizer that is needed here."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens written out; bytes that make no whole character are U+FFFD."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of ids, special tokens left out or written out; bytes that make no whole character are U+FFFD."""
         ...
 
 
@@ -34,10 +34,10 @@ def token_texts(decoder: Decoder, prompt: Sequence[int], response: Sequence[int]
     """
     before = list(prompt[-_CONTEXT:])
     ids = [*before, *response]
-    start, known = 0, decoder.decode(before)
+    start, known = 0, decoder.decode(before, special=True)
     texts = []
     for end in range(len(before) + 1, len(ids) + 1):
-        grown = decoder.decode(ids[start:end])
+        grown = decoder.decode(ids[start:end], special=True)
         if grown.endswith(_INCOMPLETE) and end < len(ids):
             texts.append("")
             continue
@@ -45,5 +45,5 @@ def token_texts(decoder: Decoder, prompt: Sequence[int], response: Sequence[int]
         known = grown
         if end - start > _WINDOW:
             start = end - _CONTEXT
-            known = decoder.decode(ids[start:end])
+            known = decoder.decode(ids[start:end], special=True)
     return texts

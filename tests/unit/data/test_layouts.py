@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.data.layouts import Example, Message, detect_layout, parse_record
+from megatron_tgdpo.data.layouts import Example, Message, detect_layout, parse_prompt, parse_record
 from megatron_tgdpo.errors import UserError
 
 USER = {"role": "user", "content": "Q"}
@@ -77,6 +77,29 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
 def test_each_layout(layout, record, prompt):
     assert detect_layout(record, "f:1") == layout
     assert parse_record(record, layout, "f:1") == Example(prompt, "A", "B")
+
+
+@pytest.mark.parametrize(("layout", "record", "prompt"), CASES)
+def test_a_prompt_is_read_with_and_without_responses(layout: str, record: dict[str, Any], prompt: Any) -> None:
+    assert parse_prompt(record, "here") == prompt
+    if layout != "trl_implicit":
+        bare = {key: value for key, value in record.items() if key not in ("chosen", "rejected")}
+        assert parse_prompt(bare, "here") == prompt
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("text", "here: a record must be a JSON object, found a string"),
+        ({"question": "Q"}, r"here: no prompt \(keys: question\)"),
+        ({"prompt": None}, r"here: no prompt \(keys: prompt\)"),
+        ({"prompt": [answer("A")]}, "here: the prompt must end with a user message, found 'assistant'"),
+        ({"instruction": 3}, "here: 'instruction' must be a string, found a number"),
+    ],
+)
+def test_records_without_a_prompt(record: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_prompt(record, "here")
 
 
 def test_implicit_prompt_of_equal_sides_keeps_the_last_message_as_response():

@@ -6,10 +6,11 @@ import pytest
 import sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from megatron_tgdpo.data.encode import encode_sides
+from megatron_tgdpo.data.encode import encode_prompt, encode_sides
 from megatron_tgdpo.data.layouts import Example, Message
 from megatron_tgdpo.data.tokenizers import NO_TEMPLATE, load_tokenizer
 from megatron_tgdpo.errors import UserError
+from tools.generation.sampling import make_answer
 
 
 def test_plain_text_gets_eos_and_a_bos_only_where_it_is_the_default(hf_directory, tmp_path):
@@ -114,6 +115,26 @@ def test_sentencepiece_given_template(sp_model, tmp_path):
     assert reference.decode(prompt) == "<|im_start|>user:Hi<|im_end|>\n<|im_start|>assistant:"
     assert chosen[-1] == reference.piece_to_id("<|im_end|>")
     assert reference.decode(chosen[:-1]) == "Blue."
+
+
+def test_prompts_alone_have_the_ids_they_have_in_pairs(hf_directory, llama_like_directory, sp_model, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}")
+    for directory in (hf_directory, llama_like_directory, sp_model):
+        tokenizer = load_tokenizer(directory, str(template))
+        for prompt in ("The sky is", (Message("system", "S"), Message("user", "Name a colour."))):
+            pair = encode_sides(Example(prompt, " blue", " green"), tokenizer, "here")
+            assert encode_prompt(prompt, tokenizer, "here") == pair[0]
+
+
+def test_answers_decode_to_the_text_they_are_behind_their_prompt(hf_directory, llama_like_directory, sp_model):
+    for directory in (hf_directory, llama_like_directory, sp_model):
+        tokenizer = load_tokenizer(directory)
+        prompt, response, _ = encode_sides(Example("The sky is", " wide", " deep"), tokenizer, "here")
+        answer = make_answer(prompt, [*response, 7, 7], [tokenizer.eos_id], tokenizer)
+        assert (answer.text, answer.ids, answer.finished) == (" wide", response, True)
+        unfinished = make_answer(prompt, response[:-1], [tokenizer.eos_id], tokenizer)
+        assert (unfinished.text, unfinished.finished) == (" wide", False)
 
 
 def test_sentencepiece_fingerprints(sp_model, tmp_path):

@@ -25,9 +25,9 @@ def test_parts_join_to_the_text_whatever_the_tokenizer(tokenizer: Tokenizer) -> 
     response = [*tokenizer.encode(TEXT), tokenizer.eos_id]
     texts = token_texts(tokenizer, prompt, response)
     assert len(texts) == len(response)
-    whole = tokenizer.decode([*prompt, *response])
+    whole = tokenizer.decode([*prompt, *response], special=True)
     assert whole.endswith("".join(texts))
-    assert whole == tokenizer.decode(prompt) + "".join(texts)
+    assert whole == tokenizer.decode(prompt, special=True) + "".join(texts)
     assert texts[-1].strip() == "</s>"
 
 

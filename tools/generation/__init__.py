@@ -1,0 +1,1 @@
+"""Sampling answers from models and scoring them: what the preference, evaluation and answer tools share."""
