@@ -1,6 +1,7 @@
 """What TensorBoard shows of a run, in the order in which a person asks: is it learning, is it drifting, what does the
 guide do, how fast is it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +17,59 @@ _RESULTS = ("train/loss", "rewards/accuracies", "rewards/margins")
 _EVALUATION_RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 WEIGHT_HISTOGRAM = "eval/guidance/weights"
 
-_Charts = dict[str, list[Any]]
+# Charts of the Custom Scalars tab, by question and title, each with the metrics that it draws.
+_CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "Is it learning?": {
+        "loss (nats)": ("train/loss", "eval/loss"),
+        "accuracy: pairs with more reward on chosen": (
+            "rewards/accuracies",
+            "eval/rewards/accuracies",
+        ),
+        "margin: reward of chosen less that of rejected": ("rewards/margins", "eval/rewards/margins"),
+        "margin that the loss sees": ("margins/weighted", "eval/margins/weighted"),
+    },
+    "Is it drifting?": {
+        "rewards": ("rewards/chosen", "rewards/rejected"),
+        "log-probs of chosen": ("logps/chosen", "logps/reference_chosen"),
+        "log-probs of rejected": ("logps/rejected", "logps/reference_rejected"),
+        "gradient norm before clipping": ("train/grad_norm",),
+        "learning rate": ("train/lr",),
+    },
+    "What does the guide do?": {
+        "token weights: mean, smallest, largest": (
+            "guidance/weight_mean",
+            "guidance/weight_min",
+            "guidance/weight_max",
+        ),
+        "spread of the token weights": ("guidance/weight_std", "eval/guidance/weight_std"),
+        "share of negative weights": ("guidance/negative_fraction", "eval/guidance/negative_fraction"),
+        "guide's own accuracy (0.5 is chance)": ("guidance/guide_accuracy", "eval/guidance/guide_accuracy"),
+    },
+    "How fast is it?": {
+        "tokens per second": ("perf/tokens_per_second", "perf/tokens_per_second_per_gpu"),
+        "pairs per second": ("perf/pairs_per_second",),
+        "seconds per step": ("perf/step_seconds",),
+        "share of row tokens that are not padding": ("perf/packing_efficiency",),
+        "peak memory of a rank (GiB)": ("perf/peak_memory_gib",),
+        "saving: seconds waited, seconds taken": ("perf/checkpoint_wait_seconds", "perf/checkpoint_seconds"),
+    },
+}
 
 
-def chart_layout(guided: bool) -> dict[str, _Charts]:
-    """Charts by question, for the Custom Scalars tab.
+def chart_layout(without: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Charts by question and title, as ``SummaryWriter.add_custom_scalars`` takes them.
 
     Args:
-        guided: Whether there is a guide.
+        without: Beginnings of the names of metrics that the run does not have.
     """
-    learning: _Charts = {
-        "loss (nats; ln 2 at the start)": _lines("train/loss", "eval/loss"),
-        "accuracy: pairs where chosen gained more than rejected": _lines(
-            "rewards/accuracies", "eval/rewards/accuracies"
-        ),
-        "margin: chosen less rejected, beta x log-ratio": _lines("rewards/margins", "eval/rewards/margins"),
-        "margin that the loss sees": _lines("margins/weighted", "eval/margins/weighted"),
-    }
-    drifting: _Charts = {
-        "rewards: how far from the reference": _lines("rewards/chosen", "rewards/rejected"),
-        "log-probs of chosen": _lines("logps/chosen", "logps/reference_chosen"),
-        "log-probs of rejected": _lines("logps/rejected", "logps/reference_rejected"),
-        "gradient norm before clipping": _lines("train/grad_norm"),
-        "learning rate": _lines("train/lr"),
-    }
-    guide: _Charts = {
-        "token weights: mean, smallest, largest": [
-            "Margin",
-            ["guidance/weight_mean", "guidance/weight_min", "guidance/weight_max"],
-        ],
-        "spread of the token weights": _lines("guidance/weight_std", "eval/guidance/weight_std"),
-        "share of negative weights": _lines("guidance/negative_fraction", "eval/guidance/negative_fraction"),
-        "guide's own accuracy (0.5 is chance)": _lines("guidance/guide_accuracy", "eval/guidance/guide_accuracy"),
-    }
-    speed: _Charts = {
-        "tokens per second": _lines("perf/tokens_per_second", "perf/tokens_per_second_per_gpu"),
-        "pairs per second": _lines("perf/pairs_per_second"),
-        "seconds per step": _lines("perf/step_seconds"),
-        "share of row tokens that are not padding": _lines("perf/packing_efficiency"),
-        "peak memory of a rank (GiB)": _lines("perf/peak_memory_gib"),
-        "saving: waited, and took (seconds)": _lines("perf/checkpoint_wait_seconds", "perf/checkpoint_seconds"),
-    }
-    return {
-        "Is it learning?": learning,
-        "Is it drifting?": drifting,
-        **({"What does the guide do?": guide} if guided else {}),
-        "How fast is it?": speed,
-    }
-
-
-def _lines(*names: str) -> list[Any]:
-    # The tab takes regular expressions, and matches them with the beginning of a name.
-    return ["Multiline", [f"{name}$" for name in names]]
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for question, charts in _CHARTS.items():
+        for title, names in charts.items():
+            there = [name for name in names if not name.removeprefix("eval/").startswith(tuple(without))]
+            if there:
+                # Regular expressions, matched with the beginning of a name.
+                layout.setdefault(question, {})[title] = ["Multiline", [f"{name}$" for name in there]]
+    return layout
 
 
 def hyperparameters(config: Config) -> dict[str, str | float]:
@@ -92,7 +94,7 @@ class TensorBoard:
 
     def __init__(self, directory: Path, config: Config, step: int) -> None:
         self._writer = SummaryWriter(str(directory), purge_step=step + 1)
-        self._writer.add_custom_scalars(chart_layout(config.loss.method == "tgdpo"))
+        self._writer.add_custom_scalars(chart_layout(config.method.without))
         results = (*_RESULTS, *(_EVALUATION_RESULTS if config.data.validation else ()))
         experiment, session, _ = hparams(hyperparameters(config), dict.fromkeys(results, 0.0))
         # Not SummaryWriter.add_hparams: it would begin a run of its own beside this one.
@@ -103,7 +105,7 @@ class TensorBoard:
         """Writes a step's figures and, where it was followed by an evaluation, the histogram of that."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        if evaluation is not None and evaluation.weight_counts:
+        if evaluation is not None and "guidance/weight_mean" in evaluation.values:
             self._write_weights(step, evaluation.values, evaluation.weight_counts)
         self._writer.flush()
 

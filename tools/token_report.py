@@ -56,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cache = [f"guidance.cache={given.cache}"] if given.cache else []
         config = load_config(given.config, [*given.overrides, *cache])
+        if config.loss.method != "tgdpo":
+            raise UserError(
+                f"{given.config}: loss.method {config.loss.method} has no token weights: give a TGDPO run's config, or "
+                "set loss.method=tgdpo model.guide=DIR"
+            )
         _check_writable(given.out)
         print(_report(given, config))
     except UserError as error:
@@ -82,7 +87,7 @@ def _report(given: argparse.Namespace, config: Config) -> str:
     options = preprocess_options(config)
     shown = report_pairs(dataset, pairs, logps, load_tokenizer(options.tokenizer, options.chat_template))
     facts = {**models, "data": dataset.prefix, "pairs": f"{len(pairs):,} of {len(dataset):,}"}
-    alpha, beta = config.loss.alpha, config.loss.beta
+    alpha, beta = config.loss.options["alpha"], config.loss.options["beta"]
     page = render_page(shown, figures, alpha=alpha, beta=beta, facts=facts, warning=warning)
     try:
         write_atomically(given.out, page)
@@ -112,10 +117,8 @@ def _logps(
         directory = str(config.guidance.cache)
         found = cached_logps(open_cache(config, given.split, dataset), directory, pairs)
         return {**found, **model_logps(policy, pairs, dtype, device)}, {"guidance": directory, **policy}
-    guide = given.guide or config.model.guide
-    if guide is None:
-        raise UserError(f"{given.config}: has no model.guide: give --guide DIR, or --cache DIR")
-    models = {"reference": given.reference or config.reference_path, "guide": guide, **policy}
+    of_config = config.model_paths
+    models = {role: getattr(given, role) or of_config[role] for role in ("reference", "guide")} | policy
     return model_logps(models, pairs, dtype, device), models
 
 

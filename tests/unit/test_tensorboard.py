@@ -16,6 +16,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from megatron_tgdpo.config import Config, config_from_dict
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.methods import METHODS
 from megatron_tgdpo.metrics import WEIGHT_EDGES, StepMetrics
 from megatron_tgdpo.run_directory import MetricsLog
 from megatron_tgdpo.tensorboard import WEIGHT_HISTOGRAM, chart_layout, hyperparameters
@@ -24,6 +25,7 @@ from tests.browser import CHROMIUM, NO_CHROMIUM, chromium
 from tests.unit.test_config import VALID
 from tests.unit.test_metrics import pack, reduced
 
+QUESTIONS = tuple(chart_layout(()))
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
@@ -71,14 +73,20 @@ def test_layout_asks_four_questions_of_documented_metrics(tmp_path: Path, single
     log_steps(make_config(tmp_path), 0, range(1, 2), evaluation(single_rank_group))
     (event,) = read(tmp_path).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == list(chart_layout(guided=True))
+    assert [category.title for category in layout.category] == list(QUESTIONS)
     used = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
     assert all(tag.endswith("$") for tag in used)
-    margins = [series for category in layout.category for chart in category.chart for series in chart.margin.series]
-    names = {tag.removesuffix("$") for tag in used} | {n for s in margins for n in (s.value, s.lower, s.upper)}
     documented = documented_metrics()
-    assert names <= documented | {f"eval/{name.removeprefix('train/')}" for name in documented}
-    assert len(chart_layout(guided=False)) == 3
+    assert len(used) > 20
+    assert {tag[:-1] for tag in used} <= documented | {f"eval/{name.removeprefix('train/')}" for name in documented}
+
+
+def test_layout_leaves_out_what_the_method_does_not_have() -> None:
+    assert QUESTIONS == ("Is it learning?", "Is it drifting?", "What does the guide do?", "How fast is it?")
+    layout = chart_layout(METHODS["sft"].without)
+    assert list(layout) == [QUESTIONS[0], QUESTIONS[1], QUESTIONS[3]]
+    assert list(layout[QUESTIONS[0]].values()) == [["Multiline", ["train/loss$", "eval/loss$"]]]
+    assert layout[QUESTIONS[1]]["log-probs of chosen"] == ["Multiline", ["logps/chosen$"]]
 
 
 def documented_metrics() -> set[str]:
@@ -105,8 +113,7 @@ def test_hyperparameters_are_the_configs(tmp_path: Path, single_rank_group: dist
 
 
 def test_without_a_guide_there_is_no_histogram(tmp_path: Path, single_rank_group: dist.ProcessGroup) -> None:
-    plain = reduced(single_rank_group, [pack(1, [2, 3], [0])], guided=False)
-    assert plain.weight_counts == []
+    plain = reduced(single_rank_group, [pack(1, [2, 3], [0])], without=METHODS["dpo"].without)
     log_steps(make_config(tmp_path), 0, range(1, 3), plain)
     assert read(tmp_path).Tags()["histograms"] == []
 
@@ -157,6 +164,6 @@ def test_the_running_page_shows_the_layout(tmp_path: Path, single_rank_group: di
     url = server.launch()
     with chromium(tmp_path / "profile") as page:
         page.open(url + "#custom_scalars")
-        for title in chart_layout(guided=True):
+        for title in QUESTIONS:
             page.wait_for(f"{SHADOW_TEXT}.includes({title!r})")
         page.screenshot(tmp_path / "tensorboard.png")

@@ -108,7 +108,8 @@ def make_figures(pairs: Sequence[SidedLogratios]) -> Figures:
 
 
 def _by_position(responses: Sequence[np.ndarray]) -> list[PositionBin]:
-    bins, first = [], 1
+    bins: list[PositionBin] = []
+    first = 1
     while True:
         last = 2 * first - 1
         values = np.concatenate([x[first - 1 : last] for x in responses])

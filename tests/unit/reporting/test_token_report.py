@@ -95,7 +95,7 @@ def test_a_guide_no_better_than_chance_is_warned_of(run: Path, capsys: pytest.Ca
     [
         (["--out", "{run}/nowhere/report.html"], "no directory, or is read-only"),
         (["--out", "{run}"], "is a directory"),
-        (["--out", "{run}/x.html", "model.guide=null", "loss.method=dpo"], "no model.guide"),
+        (["--out", "{run}/x.html", "model.guide=null", "loss.method=dpo"], "loss.method dpo has no token weights"),
         (["--out", "{run}/x.html", "--split", "validation"], "data.validation is not set"),
         (["--out", "{run}/x.html", "--guide", "{run}/none"], "no config.json"),
         (["--out", "{run}/x.html", "data.tokenizer={run}/none"], "no tokenizer at"),
