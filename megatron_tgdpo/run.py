@@ -64,8 +64,11 @@ def dry_run(config: Config, world_size: int) -> str:
     configs = models_that_run(config, read_model_configs(config))
     check_layout(configs, layout)
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
-    local = config.row_tokens // layout.context
-    row = Row(local, config.data.max_length, 4 if config.precision.dtype == "fp32" else 2)
+    # Under context parallelism a rank gathers the keys of its tokens' sequences: half of them on average, and a bit.
+    # With shared prompts how many depends on the data: at most two a token.
+    gathered = layout.context + 0.5 if layout.context > 1 else 2.0 * config.shared_prompts
+    dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
+    row = Row(config.row_tokens // layout.context, config.data.max_length, dtype_bytes, gathered)
     memory = rank_memory(configs["policy"], frozen, layout, row, config.train.recompute)
     lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
     return "\n".join(lines)

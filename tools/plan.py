@@ -14,6 +14,7 @@ from dataclasses import fields
 
 from megatron_tgdpo.config import RECOMPUTE_CHOICES
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.methods import METHODS
 from megatron_tgdpo.planning.cluster import Cluster
 
 
@@ -24,7 +25,13 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--reference", help="if its shape differs from the policy's")
     models.add_argument("--guide", help="if its shape differs from the policy's")
     models.add_argument(
-        "--method", choices=("tgdpo", "dpo"), default="tgdpo", help="default %(default)s; dpo has no guide"
+        "--method", choices=tuple(METHODS), default="tgdpo", help="default %(default)s; dpo has no guide"
+    )
+    models.add_argument(
+        "--guidance",
+        choices=("colocated", "cached"),
+        default="colocated",
+        help="guidance.mode; cached has no frozen models; default %(default)s",
     )
     batch = parser.add_argument_group("batch")
     batch.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision.dtype; default %(default)s")
@@ -35,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--response-share", type=float, default=0.5, help="part of a pair that is responses; default %(default)s"
     )
+    batch.add_argument("--no-shared-prompts", action="store_true", help="batch.shared_prompts=false")
     layout = parser.add_argument_group("layout (none given: all, ranked)")
     layout.add_argument("--tensor", type=int, help="parallel.tensor")
     layout.add_argument("--pipeline", type=int, help="parallel.pipeline")

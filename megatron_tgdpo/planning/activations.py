@@ -28,11 +28,14 @@ class Row:
         tokens: Of the packed row.
         sequence_tokens: Of each sequence in it; only masked attention (windows, softcaps) depends on it.
         dtype_bytes: Of weights and activations: 2 for bf16, 4 for fp32.
+        gathered_keys: Keys and values per token that attention gathers before it uses them (shared prompts, context
+            parallelism); 0 where it uses them where they are.
     """
 
     tokens: int
     sequence_tokens: int
     dtype_bytes: int
+    gathered_keys: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ def layer_activations(
     if settings.get("qk_layernorm"):
         norms += width.query * size
     linear_inputs = (2 * width.hidden + width.query + width.mlp) * size
-    # Rotated queries and keys; cosines and sines for both. Values stay inside the projection.
-    attention = (width.projected + width.query + width.key + 4 * width.head) * size
+    # Rotated queries and keys; cosines and sines for both. Values stay inside the projection, unless they are gathered.
+    keys = 2 * width.key * row.gathered_keys or width.key
+    attention = (width.projected + width.query + keys + 4 * width.head) * size
     if recompute == "none":
         attention += _core_attention(settings, width, row, layer)
     # Gate and up in one tensor, the activated gate, and up once more (megatron-core adds its offset of 0).

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.methods import METHODS
 from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.cluster import Cluster
@@ -47,13 +48,16 @@ def plan(arguments: argparse.Namespace) -> str:
 
 def _job(arguments: argparse.Namespace) -> Job:
     policy = _read(arguments.model)
-    others = [arguments.reference] + ([arguments.guide] if arguments.method == "tgdpo" else [])
-    frozen = tuple(_read(path) if path else policy for path in others)
+    roles = METHODS[arguments.method].frozen if arguments.guidance == "colocated" else ()
+    paths = [getattr(arguments, role) for role in roles]
+    frozen = tuple(_read(path) if path else policy for path in paths)
     longest = 2 * arguments.max_length
-    row = Row(arguments.row_tokens or longest, arguments.max_length, 4 if arguments.dtype == "fp32" else 2)
+    share, shared = arguments.response_share, not arguments.no_shared_prompts
+    batch = Batch(arguments.global_pairs, arguments.pair_tokens or arguments.max_length, share, shared)
+    dtype_bytes = 4 if arguments.dtype == "fp32" else 2
+    row = Row(arguments.row_tokens or longest, arguments.max_length, dtype_bytes, batch.gathered_keys)
     if row.tokens < longest:
         raise UserError(f"--row-tokens is {row.tokens} but a pair may take 2 x --max-length = {longest}: raise it")
-    batch = Batch(arguments.global_pairs, arguments.pair_tokens or arguments.max_length, arguments.response_share)
     return Job(policy, frozen, row, batch)
 
 

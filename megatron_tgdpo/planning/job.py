@@ -17,15 +17,32 @@ class Batch:
         global_pairs: Pairs per step, over all ranks.
         pair_tokens: Mean tokens of a pair, both sequences with their prompts.
         response_share: Part of those tokens that are response tokens, of which log-probs are taken.
+        shared_prompts: Whether a row holds a pair's prompt once.
     """
 
     global_pairs: int
     pair_tokens: int
     response_share: float
+    shared_prompts: bool
+
+    @property
+    def row_pair_tokens(self) -> float:
+        """Mean tokens that a pair takes in a row."""
+        return self.pair_tokens * ((1 + self.response_share) / 2 if self.shared_prompts else 1)
+
+    @property
+    def row_response_share(self) -> float:
+        """Part of a row's tokens that are response tokens."""
+        return self.response_share * self.pair_tokens / self.row_pair_tokens
+
+    @property
+    def gathered_keys(self) -> float:
+        """Keys, per token of a row, that are gathered for the segments of shared prompts; 0 without them."""
+        return self.pair_tokens / self.row_pair_tokens if self.shared_prompts else 0.0
 
     def rows(self, row_tokens: int) -> int:
         """Rows that the pairs fill, at their mean length."""
-        return math.ceil(self.global_pairs / max(1, row_tokens // self.pair_tokens))
+        return math.ceil(self.global_pairs / max(1, row_tokens // self.row_pair_tokens))
 
     def micro_batches(self, row_tokens: int, data: int) -> int:
         """Rows per data-parallel rank and step; ranks short of one run an empty row."""

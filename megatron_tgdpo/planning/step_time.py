@@ -63,7 +63,7 @@ def row_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> t
         return count * job.row.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
 
     def logits(hf_config: PretrainedConfig) -> float:
-        return 2 * job.row.tokens * job.batch.response_share * hf_config.vocab_size * hf_config.hidden_size * last
+        return 2 * job.row.tokens * job.batch.row_response_share * hf_config.vocab_size * hf_config.hidden_size * last
 
     backward = 2 * layers(job.policy) + 3 * logits(job.policy)
     if recompute == "full":

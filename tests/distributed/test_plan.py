@@ -173,7 +173,7 @@ def ends(job: Job, layout: ParallelLayout, stage: int, responses: int) -> float:
 def test_traffic_is_what_is_sent(root: Path, measured: Measured, name: str) -> None:
     values = CASES[4][name]
     models, layout, row = planned_inputs(root, 4, values)
-    job = Job(models[0], tuple(models[1:]), row, Batch(8, 2 * LENGTH, 1.0))
+    job = Job(models[0], tuple(models[1:]), row, Batch(8, 2 * LENGTH, 1.0, False))
     rows, responses, ranks = 2 * layout.pipeline, 4 * (LENGTH - 1), measured.ranks(4, name)
     for facts in ranks:
         tensor = sum(tensor_bytes(job, layout, values["recompute"])) + ends(job, layout, facts["stage"], responses)

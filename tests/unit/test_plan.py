@@ -26,7 +26,7 @@ from tests.tiny_models import make_llama
 from tests.unit.test_config import VALID
 
 ROW = Row(tokens=4096, sequence_tokens=2048, dtype_bytes=2)
-BATCH = Batch(global_pairs=128, pair_tokens=2048, response_share=0.5)
+BATCH = Batch(global_pairs=128, pair_tokens=2048, response_share=0.5, shared_prompts=False)
 SINGLE = make_layout(1, 1, 1, False, 1)
 
 
@@ -139,7 +139,7 @@ def test_ranking_covers_the_layouts_that_divide(llama: PretrainedConfig) -> None
 def test_a_thousand_gpus_need_more_pairs(tmp_path: Path) -> None:
     llama = published(tmp_path, "Llama-3-70B")
     few = Job(llama, (llama, llama), ROW, BATCH)
-    many = Job(llama, (llama, llama), ROW, Batch(4096, 2048, 0.5))
+    many = Job(llama, (llama, llama), ROW, Batch(4096, 2048, 0.5, False))
     wide, deep = make_layout(8, 1, 1, True, 1024), make_layout(8, 4, 1, True, 1024)
     cluster = Cluster(nodes=128)
     assert "64 of 128 data ranks have no pair" in make_plan(few, cluster, wide, "full").warning
