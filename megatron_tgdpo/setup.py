@@ -192,19 +192,15 @@ def layout_of(config: Config, world_size: int) -> ParallelLayout:
 
 def row_format(config: Config, pg: ProcessGroupCollection) -> RowFormat:
     """The format of this run's rows on this rank."""
-    return replace(_row_format(config), context_rank=pg.cp.rank())
+    # Divisible by what splits a row, and by what matrix units like.
+    multiple = math.lcm(64, 2 * pg.cp.size() * pg.tp.size()) if pg.pp.size() == 1 else None
+    return replace(_whole_rows(config), context_rank=pg.cp.rank(), multiple=multiple)
 
 
-def _row_format(config: Config) -> RowFormat:
-    parallel = config.parallel
-    return RowFormat(
-        config.row_tokens,
-        config.shared_prompts,
-        parallel.context,
-        chosen_only=config.method.chosen_only,
-        # Divisible by what splits a row, and by what matrix units like.
-        multiple=math.lcm(64, 2 * parallel.context * parallel.tensor) if parallel.pipeline == 1 else None,
-    )
+def _whole_rows(config: Config) -> RowFormat:
+    """The format without what depends on the rank."""
+    shared, context = config.shared_prompts, config.parallel.context
+    return RowFormat(config.row_tokens, shared, context, chosen_only=config.method.chosen_only)
 
 
 def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
@@ -215,7 +211,7 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
     """
     datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
     for name, dataset in datasets.items():
-        check_row_fits(dataset, _row_format(config))
+        check_row_fits(dataset, _whole_rows(config))
         largest = dataset.manifest["max_token_id"]
         if largest >= vocab_size:
             # The embedding would not notice: it is padded, and split over tensor ranks.
