@@ -1,4 +1,4 @@
-"""What the core attentions for GPUs share: gather the keys of each segment, call one kernel for the row, keep padding.
+"""What all core attentions share: gather the keys of each segment, call one kernel for the row, keep padding.
 
 Legend: S tokens of the row on this rank, T of them that are not padding, K keys of all segments, N local query heads,
 G local key/value heads, D head size, B segments.
@@ -98,16 +98,17 @@ class RowCache:
 
 
 class PackedAttention(torch.nn.Module, abc.ABC):
-    """Causal attention inside each segment of a row, by one kernel call; subclasses bring the kernel.
+    """Causal attention inside each segment of a row, by a kernel that subclasses bring.
 
-    Every segment is causal with bottom-right alignment: its last query sees all its keys. The scale, the window of
-    layers that have one, and the cap of the scores come from ``config`` as for
-    :class:`~megatron_tgdpo.attention.PackedCausalAttention`, whose constructor and forward these are. Under context
-    parallelism the keys and values of all ranks of ``pg_collection.cp`` are gathered along the row in rank order, and
-    ``kv_index`` counts positions there. Has no parameters of its own.
+    Every segment is causal with bottom-right alignment: its last query sees all its keys. With ``config.window_size``
+    (W - 1, 0), on the layers that ``window_attn_skip_freq`` marks, a token sees itself and the W - 1 before it. With
+    ``config.attn_logit_softcapping`` the scaled scores are capped. Under context parallelism the keys and values of
+    all ranks of ``pg_collection.cp`` are gathered along the row in rank order, and ``kv_index`` counts positions
+    there. Has no parameters of its own. The constructor's other arguments are those that megatron-core gives to every
+    core attention; ``layer_number`` is global, from 1.
 
     Args:
-        cache: Shared by the layers of one model.
+        cache: Shared by the layers of one model; one of its own if None.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class PackedAttention(torch.nn.Module, abc.ABC):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         *,
-        cache: RowCache,
+        cache: RowCache | None = None,
     ) -> None:
         super().__init__()
         del attention_type, cp_comm_type
@@ -138,7 +139,7 @@ class PackedAttention(torch.nn.Module, abc.ABC):
             if pg_collection is None:
                 raise ValueError("context parallelism needs pg_collection.cp")
             self._cp_group = pg_collection.cp
-        self._cache = cache
+        self._cache = cache or RowCache()
 
     @property
     def window_size(self) -> tuple[int, int]:

@@ -81,14 +81,12 @@ def build_block_spec(
     return te_block_spec(config, pg, core_attention_spec(attention), load_parts())
 
 
-def core_attention_spec(attention: CoreAttention) -> type | ModuleSpec:
+def core_attention_spec(attention: CoreAttention) -> ModuleSpec:
     """What a layer spec takes as core attention; the layers built from one spec share a cache of what rows need."""
     if attention == "blocks":
-        from megatron_tgdpo.attention import PackedCausalAttention
-
-        return PackedCausalAttention
-    if attention == "varlen":
-        from megatron_tgdpo.attention_varlen import VarlenAttention as Module
+        from megatron_tgdpo.attention import PackedCausalAttention as Module
+    elif attention == "varlen":
+        from megatron_tgdpo.attention_varlen import VarlenAttention as Module  # type: ignore[assignment]
     elif attention == "flex":
         from megatron_tgdpo.attention_flex import FlexPackedAttention as Module  # type: ignore[assignment]
     else:

@@ -111,7 +111,9 @@ def test_windows_are_on_the_marked_layers_only() -> None:
     assert [attention(layer, **features).window for layer in (1, 2)] == [None, 4]
 
 
-@pytest.mark.parametrize(("ends", "message"), [([0, 18], "do not fit"), ([1, 5], "do not fit"), ([0, 9, 4], "fit")])
+@pytest.mark.parametrize(
+    ("ends", "message"), [([0, 18], "do not fit"), ([1, 5], "from 0 on"), ([0, 9, 4], "from 0 on")]
+)
 def test_impossible_lengths_are_refused(ends: list[int], message: str) -> None:
     bounds = torch.tensor(ends, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
@@ -172,7 +174,7 @@ def test_the_parts_of_a_context_split_give_the_whole(options: dict) -> None:
 
 
 def test_missing_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="every pipeline stage needs it"):
+    with pytest.raises(ValueError, match="takes packed_seq_params"):
         attention()(*inputs())
 
 
