@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from tools.demo.language import judge
 from tools.demo.make_data import read_jsonl
 from tools.demo.scoring import Response, auc, encode_response, response_logps, sample_answers
+from tools.generation.tables import align
 
 COLUMNS = {
     "accuracy": ("held-out accuracy", "{:.1%}"),
@@ -105,11 +106,7 @@ def format_table(rows: dict[str, dict[str, float | None]]) -> str:
     for name, figures in rows.items():
         cells = ["-" if (value := figures[key]) is None else form.format(value) for key, (_, form) in COLUMNS.items()]
         lines.append([name, *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    return align(lines)
 
 
 def _load(directory: Path) -> LlamaForCausalLM:

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from tools.demo.language import token_labels
 from tools.demo.tokenizer import chat_ids
+from tools.generation import logps
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,9 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
     return Response(prompt_ids, whole[len(prompt_ids) :], [*bad, False], [*content, False])
 
 
-@torch.inference_mode()
-def response_logps(model: LlamaForCausalLM, responses: Sequence[Response], batch: int = 64) -> list[torch.Tensor]:
+def response_logps(model: LlamaForCausalLM, responses: Sequence[Response]) -> list[torch.Tensor]:
     """Returns log p of each response token, in nats: one fp32 CPU tensor of shape (len(response_ids),) a response."""
-    device = next(model.parameters()).device
-    result = []
-    for start in range(0, len(responses), batch):
-        rows = responses[start : start + batch]
-        ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row.prompt_ids + row.response_ids) for row in rows], batch_first=True
-        ).to(device)
-        # Padding is on the right, where causal attention cannot see it from a real token.
-        logps = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
-        taken = logps.gather(-1, ids[:, 1:, None]).squeeze(-1).cpu()
-        for row, values in zip(rows, taken, strict=True):
-            first = len(row.prompt_ids) - 1
-            result.append(values[first : first + len(row.response_ids)].clone())
-    return result
+    return logps.response_logps(model, [(response.prompt_ids, response.response_ids) for response in responses])
 
 
 @torch.inference_mode()

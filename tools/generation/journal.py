@@ -152,6 +152,23 @@ def write_whole(path: Path, chunks: Iterable[str]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Finds out before a long job whether :func:`write_whole` will work; makes the directory.
+
+    Raises:
+        UserError: It will not.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be written: it is a directory")
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def summary_path(out: Path) -> Path:
     """Where the figures and settings of a finished job are kept, beside its output."""
     return out.with_name(out.name + ".summary.json")

@@ -46,7 +46,7 @@ def test_response_logps_equal_one_by_one() -> None:
     for prompt_length, length in [(3, 5), (1, 1), (6, 2), (2, 9), (4, 4)]:
         ids = [[rng.randrange(3, 31) for _ in range(n)] for n in (prompt_length, length)]
         responses.append(Response(ids[0], ids[1], [False] * length, [False] * length))
-    results = response_logps(model, responses, batch=3)
+    results = response_logps(model, responses)
     for response, values in zip(responses, results, strict=True):
         context = list(response.prompt_ids)
         for token, value in zip(response.response_ids, values.tolist(), strict=True):
