@@ -1,7 +1,6 @@
 """Packed causal attention against a written-out softmax, one sequence at a time."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -165,11 +164,7 @@ def test_the_parts_of_a_context_split_give_the_whole(options: dict) -> None:
     for rank in range(2):
         split = ContextSplit(bounds, RowFormat(tokens, context=2, context_rank=rank))
         gathered = [tensor[split.held.ravel()] for tensor in whole]
-        packing = split.packing(2)
-        assert packing.kv_index is not None
-        keys, values = (tensor[packing.kv_index] for tensor in gathered[1:])
-        own_keys = replace(packing, kv_index=None)
-        out = module(whole[0][split.mine], keys, values, packed_seq_params=own_keys)
+        out = module(whole[0][split.mine], *gathered[1:], packed_seq_params=split.packing(2))
         assert torch.allclose(out, wanted[split.mine], atol=1e-12)
 
 
