@@ -5,7 +5,8 @@ models' hidden states travel beside them, in one tensor that no autograd graph k
 :class:`FrozenMailbox` by the communicator. So backward traffic is that of policy-only training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_tgdpo.batch import PreferenceBatch
-from megatron_tgdpo.logps import response_hidden, token_logps
+from megatron_tgdpo.frozen_models import FrozenModels, model_logps
 from megatron_tgdpo.models import LanguageModel
 
 
@@ -65,29 +66,20 @@ class ColocatedModel(MegatronModule):
 
     Args:
         policy: The model that trains.
-        frozen: The reference and, for TGDPO, the guide; none where their log-probs come from a cache. Width and depth
-            may differ from the policy's, the vocabulary may not.
+        frozen: The reference and, for TGDPO, the guide; none where their log-probs come from a cache or are
+            prefetched. Width and depth may differ from the policy's, the vocabulary may not.
     """
 
     def __init__(self, policy: LanguageModel, frozen: Sequence[LanguageModel] = ()) -> None:
         super().__init__(policy.config)
         self.policy = policy
-        self.frozen_models = tuple(frozen)
-        self.frozen = torch.nn.ModuleList(self.frozen_models)
-        self.frozen.requires_grad_(False)
-        self.frozen.eval()
-        self.frozen_widths = [model.config.hidden_size for model in self.frozen_models]
-        self.mailbox = FrozenMailbox(sum(self.frozen_widths), dtype=policy.config.params_dtype)
+        self.frozen = FrozenModels(frozen)
+        self.mailbox = FrozenMailbox(sum(self.frozen.widths), dtype=policy.config.params_dtype)
         # What megatron-core's schedule and gradient finalisation read from a pipeline module.
         self.model_type = policy.model_type
         self.pre_process = policy.pre_process
         self.post_process = policy.post_process
         self.share_embeddings_and_output_weights = policy.share_embeddings_and_output_weights
-
-    def train(self, mode: bool = True) -> "ColocatedModel":
-        super().train(mode)
-        self.frozen.eval()
-        return self
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The policy's shared weight on the stages that hold it; megatron-core sums its gradient over both."""
@@ -103,40 +95,19 @@ class ColocatedModel(MegatronModule):
         Returns:
             The policy's hidden states [S_local, 1, H], or on the last stage the token log-probs of all models.
         """
-        with torch.no_grad():
-            frozen = self._run_frozen(batch)
+        frozen: tuple[Tensor, ...] = ()
+        if self.mailbox.width:
+            frozen = self.frozen(batch, None if self.pre_process else self.mailbox.take_incoming())
         hidden = self.policy(batch.tokens, batch.position_ids, batch.packing)
-        if not self.post_process:
-            if frozen:
-                self.mailbox.outgoing = torch.cat(frozen, dim=-1)
-            return hidden
-        with torch.no_grad():
-            frozen_logps = tuple(
-                self._token_logps(model, states, batch)
-                for model, states in zip(self.frozen_models, frozen, strict=True)
-            )
-        return TokenLogps(self._token_logps(self.policy, hidden, batch), frozen_logps)
+        if self.post_process:
+            return TokenLogps(model_logps(self.policy, hidden, batch), frozen)
+        if frozen:
+            (self.mailbox.outgoing,) = frozen
+        return hidden
 
-    def _run_frozen(self, batch: PreferenceBatch) -> list[Tensor]:
-        if self.frozen_models and not self.pre_process:
-            parts = self.mailbox.take_incoming().split(self.frozen_widths, dim=-1)
-            for model, part in zip(self.frozen_models, parts, strict=True):
-                model.set_input_tensor(part.contiguous())
-        return [model(batch.tokens, batch.position_ids, batch.packing) for model in self.frozen_models]
 
-    def _token_logps(self, model: LanguageModel, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
-        tp_group = model.pg_collection.tp
-        states = response_hidden(
-            hidden, batch.logit_positions, sequence_parallel=model.config.sequence_parallel, tp_group=tp_group
-        )
-        return token_logps(
-            states,
-            model.output_weight(),
-            batch.targets,
-            vocab_size=model.true_vocab_size,
-            tp_group=tp_group,
-            softcap=model.logit_softcap,
-        )
+def _nothing() -> None:
+    """What a stage does while it waits, if nothing else is asked for."""
 
 
 class ColocatedCommunicator(P2PCommunicator):
@@ -159,8 +130,18 @@ class ColocatedCommunicator(P2PCommunicator):
         self.device = device
         ring_of_two = pp_group.size() == 2 and self.virtual_pipeline_model_parallel_size is not None
         self.backward_group = dist.group.WORLD if ring_of_two else pp_group
+        self._meanwhile: Callable[[], None] = _nothing
         self.forward_bytes = 0
         self.backward_bytes = 0
+
+    @contextmanager
+    def busy_with(self, meanwhile: Callable[[], None]) -> Iterator[None]:
+        """Calls ``meanwhile`` in every exchange, while it is on its way."""
+        self._meanwhile = meanwhile
+        try:
+            yield
+        finally:
+            self._meanwhile = _nothing
 
     def _communicate(
         self,
@@ -196,7 +177,9 @@ class ColocatedCommunicator(P2PCommunicator):
             received_next = self._empty(tensor_shape, self.config.pipeline_dtype)
             backwards.append(self._backward(dist.irecv, received_next, self.next_rank))
         batches = [forwards] if backwards is forwards else [forwards, backwards]
-        for request in [request for ops in batches if ops for request in dist.batch_isend_irecv(ops)]:
+        requests = [request for ops in batches if ops for request in dist.batch_isend_irecv(ops)]
+        self._meanwhile()
+        for request in requests:
             request.wait()
         return received_prev, received_next, None
 

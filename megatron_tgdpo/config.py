@@ -61,6 +61,7 @@ class GuidanceConfig:
     mode: str = "colocated"  # colocated: reference and guide ride in the policy's pipeline | cached: read from cache
     cache: str | None = None  # directory that tools.precompute_guidance writes and mode cached reads
     verify: bool = True  # compare the cache's checksums before training from it
+    prefetch: bool = False  # run the next step's frozen forwards in the pipeline bubbles of this one
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def _check(config: Config, source: str) -> None:
         fail("overlap.param_gather needs overlap.grad_reduce: megatron-core overlaps both or only the gradients")
     if config.overlap.tensor and not config.parallel.sequence_parallel:
         fail("overlap.tensor needs parallel.sequence_parallel=true: it hides the traffic of that")
-    _check_chunks(config, fail)
+    _check_pipeline(config, fail)
     _check_lengths(config, fail)
 
 
@@ -354,8 +355,13 @@ def _check_method(config: Config, fail: Any) -> None:
         fail(f"loss.method {name} has no frozen models whose log-probs a cache could hold: set guidance.mode=colocated")
 
 
-def _check_chunks(config: Config, fail: Any) -> None:
+def _check_pipeline(config: Config, fail: Any) -> None:
     chunks, stages = config.parallel.virtual_pipeline, config.parallel.pipeline
+    if config.guidance.prefetch:
+        if config.guidance.mode == "cached" or not config.method.frozen:
+            fail("guidance.prefetch is true but no frozen models run: set it to false")
+        if stages == 1:
+            fail("guidance.prefetch is true with one stage, where there are no bubbles: set it to false")
     if chunks is None or chunks == 1:
         return
     if stages == 1:

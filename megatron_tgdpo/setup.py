@@ -34,6 +34,7 @@ from megatron_tgdpo.overlap import ddp_config, optimizer_kwargs, start_user_buff
 from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.prefetch import build_prefetcher
 from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.train_step import Engine
@@ -303,9 +304,9 @@ def build_engine(
     if config.overlap.tensor:
         start_user_buffers(config, configs["policy"].hidden_size, layout)
     policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device, config.train.recompute)
-    cached = config.guidance.mode == "cached"
+    cached, prefetch = config.guidance.mode == "cached", config.guidance.prefetch
     frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device)
-    modules = [ColocatedModel(chunk, frozen) for chunk in policy]
+    modules = [ColocatedModel(chunk, [] if prefetch else frozen) for chunk in policy]
     chunks = [DistributedDataParallel(module.config, ddp_config(config), module) for module in modules]
     for chunk, part in zip(chunks, policy, strict=True):
         wire_overlap(chunk, part)
@@ -319,6 +320,7 @@ def build_engine(
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, total_steps),
         communicator=communicator,
+        prefetcher=build_prefetcher(config, configs, frozen, layout, pg, device) if prefetch else None,
         pg=pg,
         loss=config.loss,
         row=row_format(config, pg),
@@ -348,12 +350,13 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     if dist.get_rank() != 0:
         return
     modules = [_unwrapped(chunk) for chunk in engine.chunks]
-    parts: list[list[torch.nn.Module]] = [[module.policy for module in modules], [module.frozen for module in modules]]
+    frozen = modules[0].frozen if engine.prefetcher is None else engine.prefetcher.models
+    parts: list[list[torch.nn.Module]] = [[module.policy for module in modules], [frozen]]
     counts = [sum(p.numel() for module in part for p in module.parameters()) for part in parts]
     found = capabilities(engine.device)
     logger.info("layout %s on %s; fused parts: %s", layout, found.describe(), config.train.fused)
     logger.info("policy: %s", describe_model(config, modules[0].policy.config, engine.device))
-    for frozen in modules[0].frozen_models:
-        logger.info("frozen: %s", describe_model(config, frozen.config, engine.device))
+    for model in frozen.models:
+        logger.info("frozen: %s", describe_model(config, model.config, engine.device))
     logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
     logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)

@@ -98,8 +98,10 @@ class TensorBoard:
         results = (*_RESULTS, *(_EVALUATION_RESULTS if config.data.validation else ()))
         experiment, session, _ = hparams(hyperparameters(config), dict.fromkeys(results, 0.0))
         # Not SummaryWriter.add_hparams: it would begin a run of its own beside this one.
+        events = self._writer.file_writer
+        assert events is not None, "the writer was just opened"
         for summary in (experiment, session):
-            self._writer.file_writer.add_summary(summary)
+            events.add_summary(summary)
 
     def write(self, step: int, values: dict[str, float], evaluation: StepMetrics | None) -> None:
         """Writes a step's figures and, where it was followed by an evaluation, the histogram of that."""

@@ -22,6 +22,7 @@ from megatron_tgdpo.forward import forward_step
 from megatron_tgdpo.methods import METHODS
 from megatron_tgdpo.metrics import StepMetrics, reduce_metrics
 from megatron_tgdpo.packing import RowFormat
+from megatron_tgdpo.prefetch import Prefetcher
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Engine:
         optimizer: Over the policy's parameters.
         scheduler: Of the learning rate; advanced once a step.
         communicator: Between pipeline stages; None with one stage.
+        prefetcher: Runs the frozen models, where they do not run in the policy's forward.
         pg: Process groups.
         loss: Method and its options.
         row: The format of every row.
@@ -43,6 +45,7 @@ class Engine:
     optimizer: DistributedOptimizer
     scheduler: OptimizerParamScheduler
     communicator: ColocatedCommunicator | None
+    prefetcher: Prefetcher | None
     pg: ProcessGroupCollection
     loss: LossConfig
     row: RowFormat
@@ -91,13 +94,21 @@ class StepResult:
     updated: bool
 
 
-def train_step(engine: Engine, packs: Sequence[PreferenceBatch]) -> StepResult:
-    """One optimizer step over a global batch; collective over all ranks, all of which see the same result."""
+def train_step(
+    engine: Engine, packs: Sequence[PreferenceBatch], next_packs: Sequence[PreferenceBatch] = ()
+) -> StepResult:
+    """One optimizer step over a global batch; collective over all ranks, all of which see the same result.
+
+    Args:
+        engine: The models and their optimizer.
+        packs: This data rank's.
+        next_packs: Of the step that follows, for prefetching; empty if there is none.
+    """
     lr = engine.optimizer.param_groups[0]["lr"]
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    metrics = run_packs(engine, packs, len(packs), forward_only=False)
+    metrics = _forward_backward(engine, packs, next_packs)
     if metrics.bad_pair is not None:
         return StepResult(metrics, math.nan, lr, updated=False)
     engine.optimizer.prepare_grads()
@@ -110,6 +121,25 @@ def train_step(engine: Engine, packs: Sequence[PreferenceBatch]) -> StepResult:
     engine.optimizer.step_with_ready_grads()
     engine.scheduler.step(1)
     return StepResult(metrics, grad_norm, lr, updated=True)
+
+
+def _forward_backward(
+    engine: Engine, packs: Sequence[PreferenceBatch], next_packs: Sequence[PreferenceBatch]
+) -> StepMetrics:
+    prefetcher, communicator = engine.prefetcher, engine.communicator
+    if prefetcher is None or communicator is None:
+        return run_packs(engine, packs, len(packs), forward_only=False)
+    batches = prefetcher.begin_step(packs, next_packs)
+    with communicator.busy_with(prefetcher.during_exchange):
+        metrics = run_packs(engine, batches, len(packs), forward_only=False)
+    prefetcher.end_step()
+    return metrics
+
+
+def evaluate_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int) -> StepMetrics:
+    """Metrics of some packs, without gradients. Collective, as :func:`run_packs`."""
+    batches = packs if engine.prefetcher is None else engine.prefetcher.alongside(packs)
+    return run_packs(engine, batches, count, forward_only=True)
 
 
 def check_start(metrics: StepMetrics, dtype: torch.dtype) -> None:

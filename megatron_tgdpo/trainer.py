@@ -27,7 +27,7 @@ from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.run_directory import MetricsLog, mark_done
 from megatron_tgdpo.setup import DTYPES, RunData, hf_directory
 from megatron_tgdpo.stopping import StoppedEarly
-from megatron_tgdpo.train_step import Engine, StepResult, check_start, run_packs, train_step
+from megatron_tgdpo.train_step import Engine, StepResult, check_start, evaluate_packs, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,12 @@ class Trainer:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
         log = MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None
         started = time.monotonic()
+        coming = self._step_packs(first)
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
-            packs, tokens = self._step_packs(step)
-            result = train_step(self.engine, packs)
+            packs, tokens = coming
+            coming = self._step_packs(step + 1) if step < self.last_step else ([], StepTokens(0, 0, 0))
+            result = train_step(self.engine, packs, coming[0])
             self._guard(step, result)
             if step == 1 and self.config.train.check_start and self.config.method.frozen:
                 check_start(result.metrics, DTYPES[self.config.precision.dtype])
@@ -134,7 +136,7 @@ class Trainer:
         parts = (indices[start : start + _EVAL_PLAN_PAIRS] for start in range(0, len(indices), _EVAL_PLAN_PAIRS))
         packs = [pack for part in parts for pack in self._plan(dataset, part)[self.engine.pg.dp.rank()]]
         batches = self._collated(dataset, packs, self.data.validation_guidance)
-        return run_packs(self.engine, batches, len(packs), forward_only=True)
+        return evaluate_packs(self.engine, batches, len(packs))
 
     def _resume(self) -> int:
         saved = newest_undamaged(self.output_dir, self.config.checkpoint.verify)

@@ -18,6 +18,7 @@ from megatron_tgdpo.planning.schedule import (
     FORWARD,
     StageCosts,
     Timeline,
+    calls_before,
     one_f_one_b,
     policy_order,
 )
@@ -75,6 +76,30 @@ def _with_forwards(stages: int, micro_batches: int, frozen: int) -> tuple[tuple[
             before[position] += kind == FORWARD and micro_batch < frozen
         counts.append(tuple(before))
     return tuple(counts)
+
+
+def stage_hooks(plan: PrefetchPlan, stage: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """When a stage runs frozen passes, by what a running schedule can tell.
+
+    Returns:
+        How many must be done in all while each exchange is on its way, and before each policy forward.
+
+    Raises:
+        ValueError: The plan has passes where there is neither.
+    """
+    counts = plan.frozen_before[stage]
+    order = policy_order(len(plan.frozen_before), stage, plan.micro_batches)
+    during_call: list[int] = []
+    before_forward: list[int] = []
+    due = 0
+    for position, calls in enumerate(calls_before(len(plan.frozen_before), stage, order)):
+        due += counts[position]
+        is_forward = position < len(order) and order[position][0] == FORWARD
+        if counts[position] and not calls and not is_forward:
+            raise ValueError(f"stage {stage} cannot run frozen passes before its policy pass {position}")
+        during_call += [due] * len(calls)
+        before_forward += [due] * is_forward
+    return tuple(during_call), tuple(before_forward)
 
 
 class _ListScheduler:

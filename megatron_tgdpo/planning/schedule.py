@@ -138,7 +138,7 @@ def _one_f_one_b_program(
     order = policy_order(stages, stage, micro_batches)
     program: Program = []
     frozen = 0
-    calls = _calls_before(stages, stage, order)
+    calls = calls_before(stages, stage, order)
     for position in range(len(order) + 1):
         runs = [Compute(FROZEN, frozen + i, cost.frozen) for i in range(counts[position])]
         frozen += len(runs)
@@ -153,7 +153,7 @@ def _one_f_one_b_program(
     return program
 
 
-def _calls_before(stages: int, stage: int, order: list[tuple[str, int]]) -> list[list[tuple]]:
+def calls_before(stages: int, stage: int, order: list[tuple[str, int]]) -> list[list[tuple]]:
     """The exchanges before each policy pass and after the last one; a transfer is (kind, stage before, micro batch)."""
     warmup = min(stages - stage - 1, len(order) // 2)
     calls = []

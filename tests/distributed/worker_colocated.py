@@ -93,7 +93,7 @@ def main() -> None:
         "forward_bytes": communicator.forward_bytes,
         "policy_only_backward_bytes": plain.backward_bytes,
         "policy_only_forward_bytes": plain.forward_bytes,
-        "frozen_widths": model.frozen_widths,
+        "frozen_widths": model.frozen.widths,
         "policy_width": model.policy.config.hidden_size,
         "frozen_gradients": sum(p.grad is not None or hasattr(p, "main_grad") for p in model.frozen.parameters()),
         "frozen_trainable": sum(p.requires_grad for p in model.frozen.parameters()),

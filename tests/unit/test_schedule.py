@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_tgdpo.planning.prefetch import plan_prefetch
+from megatron_tgdpo.planning.prefetch import plan_prefetch, stage_hooks
 from megatron_tgdpo.planning.schedule import (
     FORWARD,
     FROZEN,
@@ -99,6 +99,10 @@ def test_plans_are_complete_whatever_the_costs() -> None:
             colocated = one_f_one_b(costs, micro_batches, colocated=True).step_time
             assert plan.timeline.step_time <= colocated + 2 * (micro_batches + stages) * costs[0].transfer + 1e-9
         for stage, slots in enumerate(plan.timeline.stages):
+            during_call, before_forward = stage_hooks(plan, stage)
+            assert list(during_call) == sorted(during_call)
+            assert len(before_forward) == micro_batches
+            assert max(during_call[-1], before_forward[-1]) == frozen
             passes = [(slot.compute.kind, slot.compute.micro_batch) for slot in slots]
             assert [number for kind, number in passes if kind == FROZEN] == list(range(frozen))
             policy = [item for item in passes if item[0] != FROZEN]
