@@ -41,8 +41,8 @@ class Batch:
         return self.pair_tokens / self.row_pair_tokens if self.shared_prompts else 0.0
 
     def rows(self, row_tokens: int) -> int:
-        """Rows that the pairs fill, at their mean length."""
-        return math.ceil(self.global_pairs / max(1, row_tokens // self.row_pair_tokens))
+        """Rows that the pairs fill, if none has room left; pairs of varied lengths leave little."""
+        return math.ceil(self.global_pairs * self.row_pair_tokens / row_tokens)
 
     def micro_batches(self, row_tokens: int, data: int) -> int:
         """Rows per data-parallel rank and step; ranks short of one run an empty row."""

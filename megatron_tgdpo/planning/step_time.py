@@ -111,6 +111,6 @@ def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
         compute=rows * compute,
         tensor=rows * tensor,
         pipeline=rows * pipeline,
-        bubble=timeline.step_time - rows * (compute + tensor + pipeline),
+        bubble=max(0.0, timeline.step_time - rows * (compute + tensor + pipeline)),
         data=data_bytes(job, layout) / cluster.bandwidth(model),
     )
