@@ -20,12 +20,14 @@ class FrozenModels(torch.nn.Module):
         models: The reference and, for TGDPO, the guide; none where their log-probs come from elsewhere.
 
     Attributes:
+        models: As given.
         widths: Their hidden sizes.
     """
 
     def __init__(self, models: Sequence[LanguageModel]) -> None:
         super().__init__()
-        self.models = torch.nn.ModuleList(models)
+        self.models = tuple(models)
+        self.registered = torch.nn.ModuleList(models)
         self.widths = [model.config.hidden_size for model in models]
         self.requires_grad_(False)
         self.eval()
@@ -54,9 +56,8 @@ class FrozenModels(torch.nn.Module):
         return tuple(model_logps(model, hidden, batch) for model, hidden in zip(self.models, states, strict=True))
 
 
-def model_logps(model: LanguageModel | torch.nn.Module, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
+def model_logps(model: LanguageModel, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
     """Token log-probs [R] float32 of a model on the last stage, from its hidden states [S_local, 1, H]."""
-    assert isinstance(model, LanguageModel)
     tp_group = model.pg_collection.tp
     states = response_hidden(
         hidden, batch.logit_positions, sequence_parallel=model.config.sequence_parallel, tp_group=tp_group

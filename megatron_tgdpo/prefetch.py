@@ -119,7 +119,7 @@ def build_prefetcher(
     shape = (local, 1, sum(models.widths))
     channel = FrozenChannel(pg.pp, shape, dtype, device, config.parallel.timeout_minutes)
     # Lengths as the planner assumes them: only the order of passes depends on it.
-    batch = Batch(config.batch.global_pairs, config.data.max_length, response_share=0.5)
+    batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, config.shared_prompts)
     row = Row(tokens, config.data.max_length, dtype.itemsize)
     job = Job(configs["policy"], tuple(configs[role] for role in config.method.frozen), row, batch)
     return Prefetcher(models, channel, stage_costs(job, Cluster(), layout, config.train.recompute), device)
