@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases += [run("prefetch", name, True) for name in LAYOUTS]
     cases += [run("stopped", "pp4", True, exit_step=3), run("stopped", "pp4", True)]
     (root / "cases.json").write_text(json.dumps(cases))
-    run_module("tests.distributed.worker_train", [str(root / "cases.json")], processes=4)
+    run_module("tests.distributed.worker_train", [str(root / "cases.json")], processes=4, timeout=900)
     return root
 
 
