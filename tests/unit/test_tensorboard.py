@@ -63,9 +63,12 @@ def test_weight_histograms_are_the_counts_and_steps_appear_once(
     histograms = board.Histograms(WEIGHT_HISTOGRAM)
     assert [event.step for event in histograms] == [2, 4, 6, 8]
     shown = histograms[0].histogram_value
-    assert shown.bucket == evaluated.weight_counts
-    assert shown.bucket_limit[:-1] == pytest.approx(WEIGHT_EDGES)
-    assert (shown.num, shown.min) == (21, pytest.approx(evaluated.values["guidance/weight_min"]))
+    least, most = (evaluated.values[f"guidance/weight_{name}"] for name in ("min", "max"))
+    inner = [edge for edge in WEIGHT_EDGES if least < edge <= most]
+    assert shown.bucket_limit == pytest.approx([least, *inner, most])
+    first = WEIGHT_EDGES.index(inner[0])
+    assert shown.bucket == [0, *evaluated.weight_counts[first : first + len(inner) + 1]]
+    assert (shown.num, sum(shown.bucket), shown.min, shown.max) == (21, 21, least, most)
     assert shown.sum / shown.num == pytest.approx(evaluated.values["guidance/weight_mean"])
 
 
@@ -108,6 +111,7 @@ def test_hyperparameters_are_the_configs(tmp_path: Path, single_rank_group: dist
     assert session.hparams["loss.method"].string_value == "tgdpo"
     assert session.hparams["data.shuffle"].string_value == "True"
     assert set(session.hparams) == set(hyperparameters(config))
+    assert not {"train.exit_step", "log.wandb", "data.workers"} & set(session.hparams)
     experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
     assert "rewards/accuracies" in {metric.name.tag for metric in experiment.metric_infos}
 
