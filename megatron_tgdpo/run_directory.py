@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 DONE_FILE = "DONE"
 
 # What may change between a run and its continuation, because it does not change what is computed.
-_FREE = {
+FREE_KEYS = {
     "parallel", "checkpoint", "log", "preflight", "eval", "guidance", "output_dir", "batch.tokens_per_micro_batch",
     "batch.shared_prompts", "data.workers", "data.validation", "train.exit_step", "train.recompute",
     "train.check_start", "train.fused", "overlap", "offload", "model.layer_spec",
@@ -64,7 +64,7 @@ def _check_same_run(theirs: Config, ours: Config) -> None:
         pairs = values.items() if isinstance(values, dict) else [(None, values)]
         for key, value in pairs:
             name = section if key is None else f"{section}.{key}"
-            if section in _FREE or name in _FREE:
+            if section in FREE_KEYS or name in FREE_KEYS:
                 continue
             other = theirs_dict[section] if key is None else theirs_dict[section][key]
             if other != value:

@@ -10,9 +10,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.metrics import WEIGHT_EDGES, StepMetrics
+from megatron_tgdpo.run_directory import FREE_KEYS
 
-# The sections of a config that a run's result follows from.
-_HYPERPARAMETERS = ("model", "data", "loss", "batch", "optimizer", "precision", "train")
 _RESULTS = ("train/loss", "rewards/accuracies", "rewards/margins")
 _EVALUATION_RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 WEIGHT_HISTOGRAM = "eval/guidance/weights"
@@ -73,13 +72,13 @@ def chart_layout(without: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
 
 
 def hyperparameters(config: Config) -> dict[str, str | float]:
-    """Dotted keys and their values, for the HParams tab; keys that are null are left out."""
-    sections = to_dict(config)
+    """Dotted keys that a run's result follows from and that are not null, with their values, for the HParams tab."""
     return {
         f"{section}.{key}": value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-        for section in _HYPERPARAMETERS
-        for key, value in sections[section].items()
-        if value is not None
+        for section, values in to_dict(config).items()
+        if section not in FREE_KEYS
+        for key, value in values.items()
+        if value is not None and f"{section}.{key}" not in FREE_KEYS
     }
 
 
@@ -113,16 +112,19 @@ class TensorBoard:
 
     def _write_weights(self, step: int, values: dict[str, float], counts: list[int]) -> None:
         tokens, mean = sum(counts), values["guidance/weight_mean"]
-        largest = values["guidance/weight_max"]
+        least, most = values["guidance/weight_min"], values["guidance/weight_max"]
+        filled = [k for k, count in enumerate(counts) if count]
+        first, last = filled[0], filled[-1]
         self._writer.add_histogram_raw(
             WEIGHT_HISTOGRAM,
-            min=values["guidance/weight_min"],
-            max=largest,
+            min=least,
+            max=most,
             num=tokens,
             sum=tokens * mean,
             sum_squares=tokens * (values["guidance/weight_std"] ** 2 + mean**2),
-            bucket_limits=[*WEIGHT_EDGES, max(largest, WEIGHT_EDGES[-1])],
-            bucket_counts=counts,
+            # From the smallest weight to the largest: the page would draw empty bins.
+            bucket_limits=[least, *WEIGHT_EDGES[first:last], most],
+            bucket_counts=[0, *counts[first : last + 1]],
             global_step=step,
         )
 

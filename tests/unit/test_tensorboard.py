@@ -63,9 +63,12 @@ def test_weight_histograms_are_the_counts_and_steps_appear_once(
     histograms = board.Histograms(WEIGHT_HISTOGRAM)
     assert [event.step for event in histograms] == [2, 4, 6, 8]
     shown = histograms[0].histogram_value
-    assert shown.bucket == evaluated.weight_counts
-    assert shown.bucket_limit[:-1] == pytest.approx(WEIGHT_EDGES)
-    assert (shown.num, shown.min) == (21, pytest.approx(evaluated.values["guidance/weight_min"]))
+    least, most = (evaluated.values[f"guidance/weight_{name}"] for name in ("min", "max"))
+    inner = [edge for edge in WEIGHT_EDGES if least < edge <= most]
+    assert shown.bucket_limit == pytest.approx([least, *inner, most])
+    first = WEIGHT_EDGES.index(inner[0])
+    assert shown.bucket == [0, *evaluated.weight_counts[first : first + len(inner) + 1]]
+    assert (shown.num, sum(shown.bucket), shown.min, shown.max) == (21, 21, least, most)
     assert shown.sum / shown.num == pytest.approx(evaluated.values["guidance/weight_mean"])
 
 
@@ -108,6 +111,7 @@ def test_hyperparameters_are_the_configs(tmp_path: Path, single_rank_group: dist
     assert session.hparams["loss.method"].string_value == "tgdpo"
     assert session.hparams["data.shuffle"].string_value == "True"
     assert set(session.hparams) == set(hyperparameters(config))
+    assert not {"train.exit_step", "log.wandb", "data.workers"} & set(session.hparams)
     experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
     assert "rewards/accuracies" in {metric.name.tag for metric in experiment.metric_infos}
 
@@ -148,9 +152,10 @@ def test_wandb_is_asked_for_but_not_there(monkeypatch: pytest.MonkeyPatch) -> No
         import_wandb()
 
 
-SHADOW_TEXT = """(() => {
-  const collect = (node) => [...node.children].map((child) => collect(child.shadowRoot ?? child)).join(' ')
-    + [...node.childNodes].filter((child) => child.nodeType === 3).map((child) => child.textContent).join(' ');
+# All text of a page that is built of web components, whose insides innerText does not see.
+ALL_TEXT = """(() => {
+  const collect = (node) => node.nodeType === Node.TEXT_NODE ? node.textContent
+    : [...(node.shadowRoot ? node.shadowRoot.childNodes : []), ...node.childNodes].map(collect).join(' ');
   return collect(document.body);
 })()"""
 
@@ -165,5 +170,5 @@ def test_the_running_page_shows_the_layout(tmp_path: Path, single_rank_group: di
     with chromium(tmp_path / "profile") as page:
         page.open(url + "#custom_scalars")
         for title in QUESTIONS:
-            page.wait_for(f"{SHADOW_TEXT}.includes({title!r})")
+            page.wait_for(f"{ALL_TEXT}.includes({title!r})")
         page.screenshot(tmp_path / "tensorboard.png")
