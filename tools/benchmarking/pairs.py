@@ -1,6 +1,8 @@
 """The preference pairs of a benchmark, preprocessed: real ones where they are, else of the demonstration's language."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -17,44 +19,90 @@ _REAL_PAIRS, _REAL_TOKENIZER = "preference_pairs_en_300.json", "llama2_sentencep
 _TOKENIZER_TEXTS = 2000
 
 
-def prepare_pairs(directory: Path, count: int, max_length: int, shared_data: Path = SHARED_DATA) -> PreferenceDataset:
-    """Preprocesses ``count`` pairs into ``directory``.
+@dataclass(frozen=True)
+class Source:
+    """Where pairs come from.
+
+    Attributes:
+        kind: ``real`` or ``generated``.
+        records: The pairs.
+        tokenizer: HF directory or SentencePiece model.
+    """
+
+    kind: str
+    records: list[dict]
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preprocessed pairs.
+
+    Attributes:
+        kind: What they are.
+        dataset: Their token ids.
+        tokenizer: Path of the tokenizer.
+    """
+
+    kind: str
+    dataset: PreferenceDataset
+    tokenizer: str
+
+    def sequence_tokens(self) -> int:
+        """Tokens of all sequences, prompt plus response, without padding: what every side is asked about."""
+        return int(self.dataset.lengths.sum() + self.dataset.lengths[:, 0].sum())
+
+    def describe(self) -> str:
+        """One line."""
+        prompt, chosen, rejected = (f"{mean:.0f}" for mean in self.dataset.lengths.mean(axis=0))
+        return (
+            f"{len(self.dataset)} {self.kind} pairs of at most {self.dataset.manifest['options']['max_length']} tokens a "
+            f"sequence; on average prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"
+        )
+
+
+def find_source(directory: Path, count: int, shared_data: Path) -> Source:
+    """The first ``count`` real pairs where they are, else so many of the demonstration's language.
 
     Args:
-        directory: For the records, the tokenizer and the dataset.
-        count: The first so many real pairs, or so many generated ones.
-        max_length: Cutoff of prompt plus response, in tokens.
+        directory: For a tokenizer that has to be made.
+        count: Pairs.
         shared_data: Where the real pairs and their SentencePiece model may be.
 
     Raises:
-        UserError: There are fewer real pairs, or a pair was dropped.
+        UserError: There are fewer real pairs.
     """
-    source = shared_data / _REAL_PAIRS
-    if source.is_file():
-        records = json.loads(source.read_text(encoding="utf-8"))[:count]
-        tokenizer = shared_data / _REAL_TOKENIZER
-    else:
+    path = shared_data / _REAL_PAIRS
+    if not path.is_file():
         rng = Random("benchmark")
         records = [pair_record(*draw_pair(rng)) for _ in range(count)]
-        tokenizer = _generated_tokenizer(directory / "tokenizer")
-    path = directory / "pairs.json"
+        return Source("generated", records, _demo_tokenizer(directory / "tokenizer"))
+    records = json.loads(path.read_text(encoding="utf-8"))
+    if len(records) < count:
+        raise UserError(f"--pairs {count}: {path} has {len(records)}")
+    return Source("real", records[:count], shared_data / _REAL_TOKENIZER)
+
+
+def tokenise(directory: Path, source: Source, max_length: int) -> Pairs:
+    """Preprocesses pairs into ``directory``.
+
+    Raises:
+        UserError: A pair was dropped.
+    """
+    dataset = _preprocessed(directory, source.records, source.tokenizer, max_length)
+    if len(dataset) != len(source.records):
+        raise UserError(f"--max-length {max_length} leaves {len(dataset)} of {len(source.records)} pairs: raise it")
+    return Pairs(source.kind, dataset, str(source.tokenizer))
+
+
+def _preprocessed(directory: Path, records: Sequence[dict], tokenizer: Path, max_length: int) -> PreferenceDataset:
+    path, prefix = directory / "pairs.json", str(directory / "pairs")
     path.write_text(json.dumps(records), encoding="utf-8")
-    prefix = str(directory / "pairs")
     preprocess([str(path)], prefix, PreprocessOptions(str(tokenizer), max_length=max_length), progress=False)
-    dataset = PreferenceDataset(prefix)
-    if len(dataset) != count:
-        raise UserError(f"{count} pairs were asked for and {source if source.is_file() else path} gives {len(dataset)}")
-    return dataset
+    return PreferenceDataset(prefix)
 
 
-def describe(dataset: PreferenceDataset) -> str:
-    """Where the pairs are from and how long they are, in one line."""
-    name = "generated" if (Path(dataset.prefix).parent / "tokenizer").exists() else "real"
-    prompt, chosen, rejected = (f"{mean:.0f}" for mean in dataset.lengths.mean(axis=0))
-    return f"{len(dataset)} {name} pairs: prompt {prompt}, chosen {chosen}, rejected {rejected} tokens on average"
-
-
-def _generated_tokenizer(directory: Path) -> Path:
+def _demo_tokenizer(directory: Path) -> Path:
     directory.mkdir()
     rng = Random("benchmark tokenizer")
     prompts = [draw_prompt(rng) for _ in range(_TOKENIZER_TEXTS)]
