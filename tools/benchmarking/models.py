@@ -3,14 +3,13 @@
 A size names the parameters outside embedding and output weight, so that it is the same transformer at any vocabulary.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# Of matrices: logits of a random model then differ by about one nat, not by hundredths, so that losses tell sides apart.
+# Logits of a random model then differ by about a nat, not by hundredths, so that losses tell sides apart.
 _WEIGHT_STD = 0.05
 
 

@@ -56,8 +56,8 @@ class Pairs:
         """One line."""
         prompt, chosen, rejected = (f"{mean:.0f}" for mean in self.dataset.lengths.mean(axis=0))
         return (
-            f"{len(self.dataset)} {self.kind} pairs of at most {self.dataset.manifest['options']['max_length']} tokens a "
-            f"sequence; on average prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"
+            f"{len(self.dataset)} {self.kind} pairs, cut to {self.dataset.manifest['options']['max_length']} tokens; "
+            f"on average prompt {prompt}, chosen {chosen}, rejected {rejected}"
         )
 
 

@@ -5,9 +5,9 @@ rejected are padded on the right to one length, a multiple of 8, and go through 
 reference and the guide, as a batch of two. The logits of all positions are float32 and go through a log-softmax;
 gradients accumulate over the pairs of a step, are clipped, and AdamW updates.
 
-Where there was a choice it is the faster one: SDPA attention, fused AdamW, and none of the original's metrics nor of the
-cross-entropy that transformers computes on the side when it is given labels. In bf16, as there, the policy's weights are
-float32 and its forward is autocast, and the frozen models are bf16.
+Where there was a choice it is the faster one: SDPA attention, fused AdamW, and none of the original's metrics, nor the
+cross-entropy that transformers computes on the side when it is given labels. In bf16, as there, the policy's weights
+are float32 and its forward is autocast, and the frozen models are bf16.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What ``compare`` prints and writes: figures of all sides, their ratios to the reference, and where they were taken."""
+"""What ``compare`` prints and writes: figures of all sides, their ratios to the reference, where they were taken."""
 
 import os
 import platform
@@ -89,10 +89,10 @@ _COLUMNS = {
     "pairs_per_second": ("pairs/s", 3),
     "tokens_per_second": ("tokens/s", 0),
     "peak_gib": ("peak GiB", 2),
-    "added_gib": ("beyond weights GiB", 2),
+    "added_gib": ("added GiB", 2),
     "speed_ratio": ("speed ratio", 2),
     "peak_ratio": ("peak ratio", 2),
-    "added_ratio": ("beyond weights ratio", 2),
+    "added_ratio": ("added ratio", 2),
 }
 
 

@@ -1,7 +1,6 @@
 """The choices on a command line, and the models and pairs that follow from them."""
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +15,6 @@ from tools.benchmarking.models import SHAPES, ParameterCount, llama_config, writ
 from tools.benchmarking.our_step import our_config
 from tools.benchmarking.pairs import Pairs
 from tools.benchmarking.problem import Problem
-
-
-def usable_cores() -> int:
-    """Cores of this process, which may be fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -47,14 +41,11 @@ class Settings:
 
     @classmethod
     def from_arguments(cls, given: argparse.Namespace) -> "Settings":
-        """Checks the choices and fills in what depends on the machine.
+        """Fills in what depends on the machine.
 
         Raises:
-            UserError: A figure is not positive, or the device is not there.
+            UserError: The device is not there.
         """
-        for name in ("vocabulary", "global_pairs", "threads"):
-            if getattr(given, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}: it must be positive")
         device = resolve_device(given.device).type
         dtype = given.dtype or ("bf16" if device == "cuda" else "fp32")
         return cls(given.size, given.vocabulary, given.tied, given.global_pairs, device, dtype, given.threads)
@@ -109,7 +100,7 @@ def describe_model(settings: Settings, parameters: ParameterCount) -> str:
     """One line on the policy."""
     tied = "tied" if settings.tied else "untied"
     return (
-        f"Llama {settings.size}, vocabulary {settings.vocabulary:,} ({tied}): {parameters.layers / 1e6:.1f}M parameters "
-        f"without embeddings, {parameters.total / 1e6:.1f}M with them; {settings.dtype} on {settings.device}, "
-        f"{settings.threads} threads, {torch.__version__}"
+        f"Llama {settings.size}, vocabulary {settings.vocabulary:,} ({tied}): {parameters.layers / 1e6:.1f}M "
+        f"parameters without embeddings, {parameters.total / 1e6:.1f}M with them; {settings.dtype} on "
+        f"{settings.device}, {settings.threads} threads, torch {torch.__version__}"
     )

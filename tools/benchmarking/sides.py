@@ -1,5 +1,6 @@
 """The sides that can be compared. Their modules are imported in their own processes only."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -76,6 +77,11 @@ SIDES = {
     )
 }
 CACHED = ("cached", "cached-unshared", POLICY_ONLY)
+
+
+def usable_cores() -> int:
+    """Cores of this process, which may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_sides(names: list[str] | None) -> tuple[list[Side], list[str]]:

@@ -1,4 +1,4 @@
-"""Runs one side in this process and writes what it recorded: ``python -m tools.benchmarking.worker PROBLEM SIDE OUT``."""
+"""Runs one side and writes what it recorded: ``python -m tools.benchmarking.worker PROBLEM.json SIDE OUT.json``."""
 
 import json
 import logging
@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from megatron_tgdpo.errors import UserError
 from tools.benchmarking.problem import Problem
@@ -19,6 +20,7 @@ def main(problem_path: str, side: str, out: str) -> None:
     """Exit status 1 and one line for bad input; else the result is in ``out``."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
     problem = Problem.read(Path(problem_path))
     torch.set_num_threads(problem.threads)
     try:
