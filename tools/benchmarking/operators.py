@@ -13,7 +13,7 @@ GROUPS = (
     "norms, activations, rotary",
     "copies, fills, indexing",
     "gradient accumulation",
-    "gradient norm, clipping, update",
+    "zeroing, norm, clipping, update",
     "collectives",
 )
 _LAYERS, _LOGP_PRODUCTS, _LOGPS, _ATTENTION, _ELEMENTWISE, _COPIES, _ACCUMULATION, _UPDATE, _COLLECTIVES = GROUPS
@@ -31,7 +31,7 @@ _MOVES = {
 }  # fmt: skip
 # Ours, TRL's and PyTorch's ranges in which log-probs are computed, forward and backward.
 _LOGP_RANGES = ("_TokenLogps", "LogSoftmax", "log_softmax", "FusedLinear", "logsumexp", "LogsumexpBackward")
-_UPDATE_RANGES = ("Optimizer.", "tgdpo::clip", "tgdpo::update")
+_UPDATE_RANGES = ("Optimizer.", "tgdpo::zero_gradients", "tgdpo::clip", "tgdpo::update")
 _UPDATE_OPERATORS = ("aten::linalg_vector_norm", "aten::_foreach_norm")
 
 
