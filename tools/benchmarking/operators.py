@@ -24,10 +24,18 @@ _PRODUCTS = {
 }  # fmt: skip
 _MOVES = {
     "aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::stack", "aten::_to_copy", "aten::to",
-    "aten::fill_", "aten::zero_", "aten::zeros", "aten::zeros_like", "aten::new_zeros", "aten::full", "aten::empty",
-    "aten::empty_like", "aten::index", "aten::index_select", "aten::index_put_", "aten::index_add_", "aten::gather",
+    "aten::fill_", "aten::zero_", "aten::zeros", "aten::zeros_like", "aten::new_zeros", "aten::full", "aten::index", "aten::index_select", "aten::index_put_", "aten::index_add_", "aten::gather",
     "aten::scatter_add_", "aten::embedding", "aten::embedding_dense_backward", "aten::slice_backward",
     "aten::select_backward", "aten::repeat_interleave", "aten::where", "Memcpy", "Memset",
+}  # fmt: skip
+# They only describe memory anew, or ask for it: what they take is the call.
+_VIEWS = {
+    "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::permute", "aten::transpose", "aten::t", "aten::slice",
+    "aten::select", "aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::expand",
+    "aten::expand_as", "aten::unsqueeze", "aten::squeeze", "aten::flatten", "aten::unflatten", "aten::as_strided",
+    "aten::narrow", "aten::detach", "aten::detach_", "aten::alias", "aten::empty", "aten::empty_like",
+    "aten::empty_strided", "aten::new_empty", "aten::resize_", "aten::set_", "aten::result_type", "aten::is_nonzero",
+    "aten::item", "aten::_local_scalar_dense", "aten::lift_fresh", "detach",
 }  # fmt: skip
 # Ours, TRL's and PyTorch's ranges in which log-probs are computed, forward and backward.
 _LOGP_RANGES = ("_TokenLogps", "LogSoftmax", "log_softmax", "FusedLinear", "logsumexp", "LogsumexpBackward")
@@ -61,4 +69,4 @@ def group_of(name: str, within: Sequence[str]) -> str:
         return _LAYERS
     if name in _MOVES:
         return _COPIES
-    return _ELEMENTWISE if name.startswith("aten::") else PYTHON
+    return _ELEMENTWISE if name.startswith("aten::") and name not in _VIEWS else PYTHON
