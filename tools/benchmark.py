@@ -80,12 +80,23 @@ def _add_step_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, default=usable_cores(), help="of a process (default: %(default)s)")
 
 
-def _run(given: argparse.Namespace) -> None:
+def _check(given: argparse.Namespace) -> None:
+    values = vars(given)
     for name in _POSITIVE:
-        if getattr(given, name, 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}: it must be positive")
-    if getattr(given, "factor", 2) < 2:
+        if values.get(name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {values[name]}: it must be positive")
+    if values.get("factor", 2) < 2:
         raise UserError(f"--factor is {given.factor}: it must be at least 2")
+    if given.command in ("compare", "lengths") and given.pairs % given.global_pairs:
+        raise UserError(f"--pairs {given.pairs} is not a multiple of --global-pairs {given.global_pairs}")
+    for name in ("json", "trace"):
+        path = values.get(name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"--{name} {path}: there is no directory {path.parent}")
+
+
+def _run(given: argparse.Namespace) -> None:
+    _check(given)
     # Only now: these imports take seconds, and megatron-core warns of missing GPU libraries.
     from tools.benchmarking import commands
 

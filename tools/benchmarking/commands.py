@@ -92,16 +92,21 @@ def lengths(given: argparse.Namespace, scratch: Path) -> None:
     settings = Settings.from_arguments(given)
     sides, _ = choose_sides(given.sides)
     spreads = (given.spread, 2 * given.spread)
-    jobs = []
-    # Twice the mean, doubled by the wider spread, bounds every sequence.
-    parameters = write_models(scratch, settings, 4 * given.mean)
+    problems = {}
     for spread in spreads:
         directory = scratch / f"spread-{spread:g}"
         directory.mkdir()
-        problem = make_problem(directory, scratch, spread_pairs(directory, given.pairs, given.mean, spread), settings)
-        if any(side.name in CACHED for side in sides):
+        pairs = spread_pairs(directory, given.pairs, given.mean, spread)
+        problems[spread] = make_problem(directory, scratch, pairs, settings)
+    parameters = write_models(scratch, settings, problems[spreads[-1]].max_length)
+    if any(side.name in CACHED for side in sides):
+        for problem in problems.values():
             fill_cache(problem)
-        jobs += [Job(f"{side.name}, spread {spread:g}", side.name, problem) for side in sides]
+    jobs = [
+        Job(f"{side.name}, spread {spread:g}", side.name, problem)
+        for spread, problem in problems.items()
+        for side in sides
+    ]
     results = measure(jobs, given.rounds, _progress)
     check_losses(loss_differences(jobs, results), settings.dtype)
     print(describe_model(settings, parameters))

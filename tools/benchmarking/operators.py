@@ -24,9 +24,10 @@ _PRODUCTS = {
 }  # fmt: skip
 _MOVES = {
     "aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::stack", "aten::_to_copy", "aten::to",
-    "aten::fill_", "aten::zero_", "aten::zeros", "aten::zeros_like", "aten::new_zeros", "aten::full", "aten::index", "aten::index_select", "aten::index_put_", "aten::index_add_", "aten::gather",
-    "aten::scatter_add_", "aten::embedding", "aten::embedding_dense_backward", "aten::slice_backward",
-    "aten::select_backward", "aten::repeat_interleave", "aten::where", "Memcpy", "Memset",
+    "aten::fill_", "aten::zero_", "aten::zeros", "aten::zeros_like", "aten::new_zeros", "aten::full", "aten::index",
+    "aten::index_select", "aten::index_put_", "aten::index_add_", "aten::gather", "aten::scatter_add_",
+    "aten::embedding", "aten::embedding_dense_backward", "aten::slice_backward", "aten::select_backward",
+    "aten::repeat_interleave", "aten::where", "aten::masked_fill", "aten::constant_pad_nd",
 }  # fmt: skip
 # They only describe memory anew, or ask for it: what they take is the call.
 _VIEWS = {

@@ -62,14 +62,12 @@ def write_models(directory: Path, settings: Settings, max_length: int) -> Parame
 
 
 def make_problem(directory: Path, models: Path, pairs: Pairs, settings: Settings) -> Problem:
-    """The problem of these models and pairs, in a directory of its own.
+    """The problem of these models and pairs, which make whole steps, in a directory of its own.
 
     Raises:
-        UserError: The pairs do not make whole steps, or hold a token id that the models do not have.
+        UserError: The pairs hold a token id that the models do not have.
     """
-    count, manifest = len(pairs.dataset), pairs.dataset.manifest
-    if count % settings.global_pairs:
-        raise UserError(f"--pairs {count} is not a multiple of --global-pairs {settings.global_pairs}")
+    manifest = pairs.dataset.manifest
     if manifest["max_token_id"] >= settings.vocabulary:
         raise UserError(
             f"--vocabulary is {settings.vocabulary} and the pairs hold token id {manifest['max_token_id']}: raise it"
@@ -81,7 +79,7 @@ def make_problem(directory: Path, models: Path, pairs: Pairs, settings: Settings
         data=pairs.dataset.prefix,
         tokenizer=pairs.tokenizer,
         max_length=manifest["options"]["max_length"],
-        pairs=count,
+        pairs=len(pairs.dataset),
         global_pairs=settings.global_pairs,
         device=settings.device,
         dtype=settings.dtype,
