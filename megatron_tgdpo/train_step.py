@@ -13,6 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.profiler import record_function
 
 from megatron_tgdpo.batch import PreferenceBatch
 from megatron_tgdpo.colocated import ColocatedCommunicator
@@ -105,20 +106,24 @@ def train_step(
         next_packs: Of the step that follows, for prefetching; empty if there is none.
     """
     lr = engine.optimizer.param_groups[0]["lr"]
-    for chunk in engine.chunks:
-        chunk.zero_grad_buffer()
-    engine.optimizer.zero_grad()
+    with record_function("tgdpo::zero_gradients"):
+        for chunk in engine.chunks:
+            chunk.zero_grad_buffer()
+        engine.optimizer.zero_grad()
     metrics = _forward_backward(engine, packs, next_packs)
     if metrics.bad_pair is not None:
         return StepResult(metrics, math.nan, lr, updated=False)
-    engine.optimizer.prepare_grads()
-    grad_norm = float(engine.optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
-        return StepResult(metrics, grad_norm, lr, updated=False)
-    clip = engine.optimizer.config.clip_grad
-    if clip > 0:
-        clip_grad_by_total_norm_fp32(engine.optimizer.get_parameters(), max_norm=clip, total_norm=grad_norm)
-    engine.optimizer.step_with_ready_grads()
+    # Named for profiles, as PyTorch's own optimizers name their steps.
+    with record_function("tgdpo::clip"):
+        engine.optimizer.prepare_grads()
+        grad_norm = float(engine.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return StepResult(metrics, grad_norm, lr, updated=False)
+        clip = engine.optimizer.config.clip_grad
+        if clip > 0:
+            clip_grad_by_total_norm_fp32(engine.optimizer.get_parameters(), max_norm=clip, total_norm=grad_norm)
+    with record_function("tgdpo::update"):
+        engine.optimizer.step_with_ready_grads()
     engine.scheduler.step(1)
     return StepResult(metrics, grad_norm, lr, updated=True)
 

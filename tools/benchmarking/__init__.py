@@ -1,0 +1,1 @@
+"""Parts of ``tools.benchmark``: models, pairs, the sides that are compared, their measurement, and a step's profile."""

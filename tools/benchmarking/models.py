@@ -1,0 +1,75 @@
+"""Random-weight Llamas of named sizes, as HF directories.
+
+A size names the parameters outside embedding and output weight, so that it is the same transformer at any vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# Logits of a random model then differ by about a nat, not by hundredths, so that losses tell sides apart.
+_WEIGHT_STD = 0.05
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a Llama; every layer has ``heads`` query heads and ``groups`` key/value heads of 64."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    groups: int
+
+
+SHAPES = {
+    "tiny": ModelShape(layers=2, hidden=128, mlp=320, heads=2, groups=1),
+    "20m": ModelShape(layers=12, hidden=384, mlp=1152, heads=6, groups=2),
+    "60m": ModelShape(layers=14, hidden=640, mlp=1728, heads=10, groups=2),
+    "160m": ModelShape(layers=14, hidden=1024, mlp=2816, heads=16, groups=4),
+}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of one model: of layers and norms, and of embedding and output weight (once if they are tied)."""
+
+    layers: int
+    embeddings: int
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.embeddings
+
+
+def llama_config(shape: ModelShape, vocabulary: int, *, tied: bool, max_length: int) -> LlamaConfig:
+    """The HF config of a shape; ``max_length`` is the most positions a sequence has."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        head_dim=shape.hidden // shape.heads,
+        max_position_embeddings=max_length,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        initializer_range=_WEIGHT_STD,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def write_model(path: Path, config: LlamaConfig, *, dtype: torch.dtype, seed: int) -> ParameterCount:
+    """Writes a random model's config and safetensors, and counts its parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.to(dtype).save_pretrained(path)
+    embeddings = {id(weight): weight.numel() for weight in (model.model.embed_tokens.weight, model.lm_head.weight)}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return ParameterCount(total - sum(embeddings.values()), sum(embeddings.values()))

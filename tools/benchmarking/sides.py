@@ -1,0 +1,102 @@
+"""The sides that can be compared. Their modules are imported in their own processes only."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from megatron_tgdpo.errors import UserError
+from tools.benchmarking.problem import Problem
+from tools.benchmarking.recorder import Recorder
+
+Run = Callable[[Problem, Recorder], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to make a step.
+
+    Attributes:
+        name: On the command line and in tables.
+        objective: ``tgdpo`` or ``dpo``; the losses of all sides of an objective must agree.
+        models: What runs in a step.
+        load: Imports what the side needs and returns what runs all steps of a problem.
+    """
+
+    name: str
+    objective: str
+    models: str
+    load: Callable[[], Run]
+
+
+def _reference(*, guided: bool) -> Callable[[], Run]:
+    def load() -> Run:
+        from tools.benchmarking import reference_step
+
+        return lambda problem, recorder: reference_step.run(problem, recorder, guided=guided)
+
+    return load
+
+
+def _trl() -> Run:
+    from tools.benchmarking import trl_step
+
+    return trl_step.run
+
+
+def _ours(*, guided: bool, mode: str, shared_prompts: bool = True) -> Callable[[], Run]:
+    def load() -> Run:
+        from tools.benchmarking import our_step
+
+        def run(problem: Problem, recorder: Recorder) -> None:
+            config = our_step.our_config(problem, guided=guided, mode=mode, shared_prompts=shared_prompts)
+            our_step.run(problem, recorder, config)
+
+        return run
+
+    return load
+
+
+# The baseline of all ratios.
+REFERENCE = "reference"
+# The yardstick of cached guidance.
+POLICY_ONLY = "dpo-cached"
+_THREE, _TWO = "policy, reference, guide", "policy, reference"
+SIDES = {
+    side.name: side
+    for side in (
+        Side(REFERENCE, "tgdpo", _THREE, _reference(guided=True)),
+        Side("colocated", "tgdpo", _THREE, _ours(guided=True, mode="colocated")),
+        Side("colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False)),
+        Side("cached", "tgdpo", "policy", _ours(guided=True, mode="cached")),
+        Side("cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False)),
+        Side("reference-dpo", "dpo", _TWO, _reference(guided=False)),
+        Side("trl", "dpo", _TWO, _trl),
+        Side("dpo-colocated", "dpo", _TWO, _ours(guided=False, mode="colocated")),
+        Side(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached")),
+    )
+}
+CACHED = ("cached", "cached-unshared", POLICY_ONLY)
+
+
+def usable_cores() -> int:
+    """Cores of this process, which may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_sides(names: list[str] | None) -> tuple[list[Side], list[str]]:
+    """The sides of these names, all by default, and lines that say which are left out and why.
+
+    Raises:
+        UserError: A name is unknown, or names a side that cannot run here.
+    """
+    unknown = [name for name in names or () if name not in SIDES]
+    if unknown:
+        raise UserError(f"--sides: there is no side '{unknown[0]}', choose from {', '.join(SIDES)}")
+    chosen = [SIDES[name] for name in names or SIDES]
+    if find_spec("trl") is not None:
+        return chosen, []
+    why = "trl is not installed: pip install 'megatron-tgdpo[benchmark]'"
+    if "trl" in (names or ()):
+        raise UserError(f"--sides: {why}")
+    return [side for side in chosen if side.name != "trl"], [f"side trl is left out: {why}"]
