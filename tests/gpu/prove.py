@@ -1,0 +1,107 @@
+"""Proves the GPU path on one GPU in under ten minutes, downloads nothing, and leaves a table and a JSON file.
+
+    python -m tests.gpu.prove [--parts attention,bf16,spec,fp8,frozen,speed] [--out proof.json] [--minutes 9]
+
+Needs PyTorch >= 2.6 with CUDA and this project's requirements; Transformer Engine is optional, and what needs it is
+listed as not taken without it. Exit status 1 if a figure misses its limit. ``--device cpu --tiny`` runs the same code
+on a CPU with toy sizes; its speeds mean nothing.
+
+    attention  each core attention beside the block-wise one: packing, shared prompts, windows, softcaps
+    bf16       training beside plain PyTorch in fp32 on the CPU, every family
+    spec       the Transformer Engine layer spec beside the local one, every family
+    fp8        each recipe's loss curve beside bf16's
+    frozen     what FP8 does to token rewards
+    speed      memory, MFU, pairs/s of a 1B and a 3B shape at 2,048 and 8,192-token rows, beside plain HF
+"""
+
+import argparse
+import datetime
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tgdpo.cpu_backend import resolve_device
+from megatron_tgdpo.parallel import destroy_model_parallel
+from tests.gpu.bench import Bench
+from tests.gpu.figures import Figure, peak_tflops, skipped, table, write_json
+from tests.gpu.parts import PARTS
+from tests.gpu.speed import speed
+
+NAMES = (*PARTS, "speed")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--parts", default=",".join(NAMES), help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, for trying the script itself")
+    parser.add_argument("--minutes", type=float, default=9.0, help="parts that do not fit are skipped; default: 9")
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak, for MFU of a GPU that is not known here")
+    parser.add_argument("--out", type=Path, default=Path("proof.json"))
+    options = parser.parse_args(arguments)
+    chosen = options.parts.split(",")
+    if unknown := set(chosen) - set(NAMES):
+        parser.error(f"--parts: {', '.join(sorted(unknown))} unknown, choose of {', '.join(NAMES)}")
+    logging.disable(logging.INFO)
+    warnings.filterwarnings("ignore")
+    device = resolve_device(options.device)
+    deadline = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory(prefix="prove-") as root:
+        bench = Bench(device, Path(root))
+        machine = describe(bench, options.peak_tflops)
+        print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
+        figures = list(run(bench, chosen, options.tiny, machine["peak_tflops"], deadline))
+        destroy_model_parallel()
+        dist.destroy_process_group()
+    print(table(figures))
+    write_json(options.out, machine, figures)
+    print(f"written to {options.out}")
+    return int(any(figure.passed is False for figure in figures))
+
+
+def run(bench: Bench, chosen: Sequence[str], tiny: bool, peak: float | None, deadline: float) -> Sequence[Figure]:
+    """The chosen parts in their order; one that fails is a failed figure, and the others still run."""
+    figures: list[Figure] = []
+    for name in (name for name in NAMES if name in chosen):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            figures.append(skipped(name, "the whole part", "no time left: raise --minutes or choose --parts"))
+            continue
+        try:
+            if name == "speed":
+                part = speed(bench, tiny, peak, lambda: deadline - time.monotonic())
+            else:
+                part = PARTS[name](bench, tiny)
+            for figure in part:
+                print(f"  {figure.part}: {figure.name}", flush=True)
+                figures.append(figure)
+        except Exception as error:
+            note = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            figures.append(Figure(name, "the part stopped", None, passed=False, note=note))
+        bench.forget()
+    return figures
+
+
+def describe(bench: Bench, peak: float | None) -> dict[str, Any]:
+    """What the figures were taken on."""
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
+    return {
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "fused parts": bench.found.describe(),
+        "peak_tflops": peak or peak_tflops(device),
+        "command": " ".join(sys.argv),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
