@@ -49,6 +49,8 @@ def hf_directory(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     if checkpoint is None:
         yield path
         return
+    if scratch is not None and not scratch.is_dir():
+        raise UserError(f"--scratch {scratch}: no such directory")
     with tempfile.TemporaryDirectory(prefix="tgdpo-export-", dir=scratch) as folder:
         _export(checkpoint, Path(folder) / "hf")
         yield Path(folder) / "hf"

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from checkpoints_convert.import_hf import import_hf
+from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.intervals import mean_interval, wilson
 from tests.reference import response_logps as one_by_one
@@ -18,7 +19,7 @@ from tests.tiny_models import make_llama, make_model, make_tokenizer
 from tools.evaluate import main
 from tools.generation import logps
 from tools.generation.evaluation import PairScores, preference_figures
-from tools.generation.models import hf_directory
+from tools.generation.models import fingerprint, hf_directory
 
 ROWS = [([5, 6, 7], [8, 9, 10, 2]), ([11], [12, 2]), ([13, 14, 15, 16], [17]), ([5] * 9, [6, 7, 8, 9, 10, 11, 12])]
 
@@ -146,6 +147,12 @@ def test_megatron_checkpoints_are_evaluated_exactly(
     )
     figures = json.loads(out.read_text())["models"]
     assert {**figures["megatron"], "directory": ""} == {**figures["guide"], "directory": ""}
+    before = fingerprint(checkpoint)
+    assert fingerprint(checkpoint) == before
+    next(checkpoint.glob("*.distcp")).touch()
+    assert fingerprint(checkpoint) != before
+    with pytest.raises(UserError, match=r"--scratch .*: no such directory"), hf_directory(checkpoint, tmp_path / "no"):
+        pass
 
 
 def test_bad_input_is_one_line(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
