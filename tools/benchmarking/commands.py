@@ -41,7 +41,7 @@ def compare(given: argparse.Namespace, scratch: Path) -> None:
     jobs = [Job(side.name, side.name, problem) for side in sides]
     results = measure(jobs, given.rounds, _progress)
     differences = loss_differences(jobs, results)
-    check_losses(differences, settings.dtype)
+    check_losses(jobs, differences)
     table = report.figures(problem, pairs.sequence_tokens(), results)
     print(facts["model"], facts["pairs"], sep="\n")
     steps = f"{problem.steps - 1} steps of {problem.global_pairs} pairs"
@@ -108,7 +108,7 @@ def lengths(given: argparse.Namespace, scratch: Path) -> None:
         for side in sides
     ]
     results = measure(jobs, given.rounds, _progress)
-    check_losses(loss_differences(jobs, results), settings.dtype)
+    check_losses(jobs, loss_differences(jobs, results))
     print(describe_model(settings, parameters))
     print(
         f"{given.pairs} pairs; lengths evenly from {given.mean} x (1 - spread) to {given.mean} x (1 + spread) tokens\n"

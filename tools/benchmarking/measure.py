@@ -15,8 +15,6 @@ from tools.benchmarking.recorder import SideResult
 from tools.benchmarking.sides import SIDES
 
 ROOT = Path(__file__).resolve().parents[2]
-# Largest relative difference of a step's loss between two sides of an objective, in fp32.
-LOSS_TOLERANCE = 1e-5
 _ERROR_LINES = 20
 
 
@@ -98,15 +96,16 @@ def loss_differences(jobs: Sequence[Job], results: dict[str, list[SideResult]]) 
     return differences
 
 
-def check_losses(differences: dict[str, float], dtype: str) -> None:
+def check_losses(jobs: Sequence[Job], differences: dict[str, float]) -> None:
     """Fails the benchmark where sides did not compute the same; in bf16 they differ by their rounding.
 
     Raises:
-        UserError: A job's losses differ by more than ``LOSS_TOLERANCE`` in fp32.
+        UserError: A job's losses differ by more than its side's tolerance in fp32.
     """
-    for label, difference in differences.items():
-        if dtype == "fp32" and difference > LOSS_TOLERANCE:
+    for job in jobs:
+        difference, limit = differences[job.label], SIDES[job.side].loss_tolerance
+        if job.problem.dtype == "fp32" and difference > limit:
             raise UserError(
-                f"{label}: its losses differ by {difference:.2g} (relative) from those of the other sides, "
-                f"{LOSS_TOLERANCE:g} is allowed: they do not compute the same, so their times mean nothing"
+                f"{job.label}: its losses differ by {difference:.2g} (relative) from those of the other sides, "
+                f"{limit:g} is allowed: they do not compute the same, so their times mean nothing"
             )
