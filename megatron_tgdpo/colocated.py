@@ -68,10 +68,12 @@ class ColocatedModel(MegatronModule):
         policy: The model that trains.
         frozen: The reference and, for TGDPO, the guide; none where their log-probs come from a cache or are
             prefetched. Width and depth may differ from the policy's, the vocabulary may not.
+        keep_bytes: Memory for the policy's logits that are kept for backward instead of being computed again.
     """
 
-    def __init__(self, policy: LanguageModel, frozen: Sequence[LanguageModel] = ()) -> None:
+    def __init__(self, policy: LanguageModel, frozen: Sequence[LanguageModel] = (), *, keep_bytes: int = 0) -> None:
         super().__init__(policy.config)
+        self.keep_bytes = keep_bytes
         self.policy = policy
         self.frozen = FrozenModels(frozen)
         self.mailbox = FrozenMailbox(sum(self.frozen.widths), dtype=policy.config.params_dtype)
@@ -100,7 +102,7 @@ class ColocatedModel(MegatronModule):
             frozen = self.frozen(batch, None if self.pre_process else self.mailbox.take_incoming())
         hidden = self.policy(batch.tokens, batch.position_ids, batch.packing)
         if self.post_process:
-            return TokenLogps(model_logps(self.policy, hidden, batch), frozen)
+            return TokenLogps(model_logps(self.policy, hidden, batch, self.keep_bytes), frozen)
         if frozen:
             (self.mailbox.outgoing,) = frozen
         return hidden

@@ -126,6 +126,7 @@ class TrainConfig:
     seed: int = 0  # of the data order and all random numbers
     exit_step: int | None = None  # stop after this step with a checkpoint; the schedule still spans the whole run
     fused: str = "auto"  # auto (fused Adam, weight gradients and activations where importable) | off
+    keep_logits_mib: int = 1024  # MiB for logits of the policy that backward need not compute again
     recompute: str = "none"  # none | selective | full: policy activations computed again in backward, to save memory
     check_start: bool = True  # stop unless the loss of a fresh run is ln 2 for every pair of the first step
     # (turn off for a policy that deliberately differs from the reference)

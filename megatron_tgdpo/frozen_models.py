@@ -56,8 +56,11 @@ class FrozenModels(torch.nn.Module):
         return tuple(model_logps(model, hidden, batch) for model, hidden in zip(self.models, states, strict=True))
 
 
-def model_logps(model: LanguageModel, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
-    """Token log-probs [R] float32 of a model on the last stage, from its hidden states [S_local, 1, H]."""
+def model_logps(model: LanguageModel, hidden: Tensor, batch: PreferenceBatch, keep_bytes: int = 0) -> Tensor:
+    """Token log-probs [R] float32 of a model on the last stage, from its hidden states [S_local, 1, H].
+
+    For a model that trains, ``keep_bytes`` of logits are kept for backward.
+    """
     tp_group = model.pg_collection.tp
     states = response_hidden(
         hidden, batch.logit_positions, sequence_parallel=model.config.sequence_parallel, tp_group=tp_group
@@ -69,4 +72,5 @@ def model_logps(model: LanguageModel, hidden: Tensor, batch: PreferenceBatch) ->
         vocab_size=model.true_vocab_size,
         tp_group=tp_group,
         softcap=model.logit_softcap,
+        keep_bytes=keep_bytes,
     )

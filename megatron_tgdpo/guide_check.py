@@ -1,6 +1,11 @@
 """Whether a guide prefers what the labels prefer; if not, it may have been swapped with the reference."""
 
+from collections.abc import Mapping
+
 from megatron_tgdpo.intervals import wilson
+
+# Enough that a guide which is right in 60% of all pairs is hardly ever taken for one at chance.
+_ENOUGH_PAIRS = 200
 
 
 def guide_warning(correct: int, pairs: int, *, ties: int = 0) -> str | None:
@@ -28,3 +33,26 @@ def guide_warning(correct: int, pairs: int, *, ties: int = 0) -> str | None:
         f"95% interval {share.low:.1%} to {share.high:.1%}): are guide and reference swapped, or chosen and rejected? "
         "TGDPO with it would lean towards what the labels reject"
     )
+
+
+class GuideWatch:
+    """Counts over the first steps of a training, and warns once, if there is reason to."""
+
+    def __init__(self) -> None:
+        self._correct = 0
+        self._pairs = 0
+
+    def count(self, values: Mapping[str, float], pairs: int) -> str | None:
+        """Takes a step's metrics; returns a warning with the step that completes the count, if at all.
+
+        Args:
+            values: Named figures of the step; without a guide's nothing happens.
+            pairs: Of the step.
+        """
+        if "guidance/guide_accuracy" not in values or self._pairs >= _ENOUGH_PAIRS:
+            return None
+        self._correct += round(values["guidance/guide_accuracy"] * pairs)
+        self._pairs += pairs
+        if self._pairs < _ENOUGH_PAIRS:
+            return None
+        return guide_warning(self._correct, self._pairs)

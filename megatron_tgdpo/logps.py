@@ -54,8 +54,11 @@ def token_logps(
     tp_group: dist.ProcessGroup,
     softcap: float | None = None,
     chunk_elements: int | None = None,
+    keep_bytes: int = 0,
 ) -> Tensor:
-    """log p(target) of each token, in float32, with memory for one chunk of logits; logits are recomputed in backward.
+    """log p(target) of each token, in float32, with memory for one chunk of logits and for those kept for backward.
+
+    Logits that are not kept are computed again in backward.
 
     A chunk holds all tokens and some rows of the vocabulary, so that each pass reads the weight once. If the weight has
     a ``main_grad`` (megatron-core's fp32 gradient buffer), its gradient is added there, as by megatron-core's fused
@@ -69,13 +72,14 @@ def token_logps(
         tp_group: Tensor-parallel group; two all-reduces of [R] floats in forward, none in backward.
         softcap: c of logits = c * tanh(hidden @ weight.T / c); None for plain logits.
         chunk_elements: Upper bound for tokens x vocabulary rows of a chunk; by device if None.
+        keep_bytes: Upper bound for the memory of chunks that are kept; with a softcap none are.
 
     Returns:
         [R] float32, nats.
     """
     first_row = tp_group.rank() * weight.shape[0]
     valid_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
-    chunks = _Chunks(hidden, weight, valid_rows, softcap, chunk_elements)
+    chunks = _Chunks(hidden, weight, valid_rows, softcap, chunk_elements, 0 if softcap else keep_bytes)
     return _TokenLogps.apply(hidden, weight, targets - first_row, tp_group, chunks)
 
 
@@ -86,10 +90,16 @@ def chunk_rows(tokens: int, rows: int, device_type: str, chunk_elements: int | N
 
 
 class _Chunks:
-    """Logits by chunks of vocabulary rows, always in the same buffer."""
+    """Logits by chunks of vocabulary rows."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, valid_rows: int, softcap: float | None, chunk_elements: int | None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        valid_rows: int,
+        softcap: float | None,
+        chunk_elements: int | None,
+        keep_bytes: int,
     ) -> None:
         tokens = hidden.shape[0]
         rows = chunk_rows(tokens, valid_rows, hidden.device.type, chunk_elements)
@@ -97,14 +107,20 @@ class _Chunks:
         self.slices = [slice(start, min(start + rows, valid_rows)) for start in starts]
         self.softcap = softcap
         self._buffer_size = tokens * rows
+        # As many whole chunks as there is room for.
+        self.kept = min(len(self.slices), keep_bytes // max(4 * self._buffer_size, 1))
 
     def buffer(self, hidden: Tensor) -> Tensor:
         return hidden.new_empty(self._buffer_size, dtype=torch.float32)
 
-    def logits(self, hidden: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
+    def view(self, buffer: Tensor, hidden: Tensor, part: slice) -> Tensor:
+        """A buffer as the chunk of some vocabulary rows."""
+        return buffer[: hidden.shape[0] * (part.stop - part.start)].view(hidden.shape[0], -1)
+
+    def logits(self, hidden: Tensor, weight: Tensor, part: slice, buffer: Tensor) -> Tensor:
         """[R, rows] float32; valid until the next call with the same buffer."""
-        out = buffer[: hidden.shape[0] * rows.shape[0]].view(hidden.shape[0], rows.shape[0])
-        _product(hidden, rows.t(), out)
+        out = self.view(buffer, hidden, part)
+        _product(hidden, weight[part].t(), out)
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
@@ -117,14 +133,19 @@ class _TokenLogps(torch.autograd.Function):
         maxima = hidden.new_full((hidden.shape[0],), float("-inf"), dtype=torch.float32)
         sums = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)  # of exp(logit - max), of the target's logit
         buffer = chunks.buffer(hidden)
-        for part in chunks.slices:
-            logits = chunks.logits(hidden, weight[part], buffer)
+        kept = [] if not any(ctx.needs_input_grad[:2]) else [chunks.buffer(hidden) for _ in range(chunks.kept)]
+        kept_maxima = []
+        for number, part in enumerate(chunks.slices):
+            keep = number < len(kept)
+            logits = chunks.logits(hidden, weight, part, kept[number] if keep else buffer)
             own, places = _targets_in(targets, part)
             sums[1] += torch.where(own, logits.gather(1, places[:, None])[:, 0], 0.0)
             higher = torch.maximum(maxima, logits.amax(dim=1))
             sums[0] *= torch.exp(maxima - higher)
             sums[0] += logits.sub_(higher[:, None]).exp_().sum(dim=1)
             maxima = higher
+            if keep:
+                kept_maxima.append(higher)
         if tp_group.size() > 1:
             local_maxima = maxima.clone()
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=tp_group)
@@ -133,6 +154,8 @@ class _TokenLogps(torch.autograd.Function):
         log_normaliser = maxima + sums[0].log()
         ctx.save_for_backward(hidden, weight, targets, log_normaliser)
         ctx.chunks = chunks
+        # exp(logit - maximum so far), of the first chunks; nobody outside sees them, so they need no autograd.
+        ctx.kept = list(zip(kept, kept_maxima, strict=True))
         return sums[1] - log_normaliser
 
     @staticmethod
@@ -142,18 +165,25 @@ class _TokenLogps(torch.autograd.Function):
         # d logp / d logit = onehot(target) - softmax. The size of a token's gradient is put under the exponential, its
         # sign with the hidden states: one pass over the logits less for each.
         size = grad.abs()
-        shift = (log_normaliser - size.log())[:, None]
+        shift = log_normaliser - size.log()
         sign = -grad.sign()[:, None]
         signed_hidden = hidden * sign.to(hidden.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight, returned = _weight_gradient(weight)
-        buffer = ctx.chunks.buffer(hidden)
-        for part in ctx.chunks.slices:
-            logits = ctx.chunks.logits(hidden, weight[part], buffer)
-            # d softcap(x) / dx = 1 - (softcap(x) / c)^2
-            slope = None if ctx.chunks.softcap is None else 1 - (logits / ctx.chunks.softcap).square_()
+        chunks, kept = ctx.chunks, ctx.kept
+        buffer = chunks.buffer(hidden)
+        for number, part in enumerate(chunks.slices):
+            slope = None
+            if number < len(kept):
+                values, maximum = kept[number]
+                grad_logits = chunks.view(values, hidden, part).mul_(torch.exp(maximum - shift)[:, None])
+            else:
+                logits = chunks.logits(hidden, weight, part, buffer)
+                if chunks.softcap is not None:
+                    # d softcap(x) / dx = 1 - (softcap(x) / c)^2
+                    slope = 1 - (logits / chunks.softcap).square_()
+                grad_logits = logits.sub_(shift[:, None]).exp_()
             own, places = _targets_in(targets, part)
-            grad_logits = logits.sub_(shift).exp_()
             grad_logits.scatter_add_(1, places[:, None], torch.where(own, -size, 0.0)[:, None])
             if slope is not None:
                 grad_logits.mul_(slope)

@@ -9,7 +9,13 @@ from transformers import PretrainedConfig
 from checkpoints_convert.mapping import EMBEDDING, global_parameters
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.planning.activations import Row, stage_activations, stage_layers
-from megatron_tgdpo.planning.workspace import carried_states, frozen_workspace, layer_workspace, logprob_workspace
+from megatron_tgdpo.planning.workspace import (
+    carried_states,
+    frozen_workspace,
+    kept_logits,
+    layer_workspace,
+    logprob_workspace,
+)
 
 GIB = 2**30
 
@@ -85,7 +91,8 @@ def stage_memory(
     state = (2 if size == 4 else 3) * 4
     workspace = max(layer_workspace(policy, layout, row, recompute), frozen_workspace(frozen, layout, row))
     if stage == layout.pipeline - 1:
-        workspace = max(workspace, *(logprob_workspace(config, layout, row) for config in (policy, *frozen)))
+        logprobs = [logprob_workspace(config, layout, row) for config in (policy, *frozen)]
+        workspace = max(workspace, logprobs[0] + kept_logits(policy, layout, row), *logprobs[1:])
     return RankMemory(
         stage=stage,
         policy_parameters=trained,

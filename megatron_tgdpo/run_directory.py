@@ -17,7 +17,7 @@ DONE_FILE = "DONE"
 FREE_KEYS = {
     "parallel", "checkpoint", "log", "preflight", "eval", "guidance", "output_dir", "batch.tokens_per_micro_batch",
     "batch.shared_prompts", "data.workers", "data.validation", "train.exit_step", "train.recompute",
-    "train.check_start", "train.fused", "overlap", "offload", "model.layer_spec",
+    "train.keep_logits_mib", "train.check_start", "train.fused", "overlap", "offload", "model.layer_spec",
 }  # fmt: skip
 
 

@@ -306,7 +306,8 @@ def build_engine(
     policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device, config.train.recompute)
     cached, prefetch = config.guidance.mode == "cached", config.guidance.prefetch
     frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device)
-    modules = [ColocatedModel(chunk, [] if prefetch else frozen) for chunk in policy]
+    keep_bytes = config.train.keep_logits_mib * 2**20
+    modules = [ColocatedModel(chunk, [] if prefetch else frozen, keep_bytes=keep_bytes) for chunk in policy]
     chunks = [DistributedDataParallel(module.config, ddp_config(config), module) for module in modules]
     for chunk, part in zip(chunks, policy, strict=True):
         wire_overlap(chunk, part)

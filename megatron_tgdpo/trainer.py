@@ -20,6 +20,7 @@ from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.guidance_cache import GuidanceCache
+from megatron_tgdpo.guide_check import GuideWatch
 from megatron_tgdpo.memory import GIB
 from megatron_tgdpo.metrics import StepMetrics
 from megatron_tgdpo.pack_plan import plan_packs
@@ -95,6 +96,7 @@ class Trainer:
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
         log = MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None
+        guide_watch = GuideWatch()
         started = time.monotonic()
         coming = self._step_packs(first)
         for step in range(first, self.last_step + 1):
@@ -117,6 +119,8 @@ class Trainer:
                 log.write(step, values, evaluation)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
                     logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
+                if (warning := guide_watch.count(result.metrics.values, tokens.pairs)) is not None:
+                    logger.warning(warning)
             if stop or self._due(step, self.config.checkpoint.every_steps):
                 self._save(step)
             if stop:

@@ -30,12 +30,14 @@ class Row:
         dtype_bytes: Of weights and activations: 2 for bf16, 4 for fp32.
         gathered_keys: Keys and values per token that attention gathers before it uses them (shared prompts, context
             parallelism); 0 where it uses them where they are.
+        keep_logits_bytes: ``train.keep_logits_mib`` in bytes.
     """
 
     tokens: int
     sequence_tokens: int
     dtype_bytes: int
     gathered_keys: float = 0.0
+    keep_logits_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.config import TrainConfig
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.methods import METHODS
@@ -54,8 +55,9 @@ def _job(arguments: argparse.Namespace) -> Job:
     longest = 2 * arguments.max_length
     share, shared = arguments.response_share, not arguments.no_shared_prompts
     batch = Batch(arguments.global_pairs, arguments.pair_tokens or arguments.max_length, share, shared)
+    keep = TrainConfig().keep_logits_mib * 2**20
     dtype_bytes = 4 if arguments.dtype == "fp32" else 2
-    row = Row(arguments.row_tokens or longest, arguments.max_length, dtype_bytes, batch.gathered_keys)
+    row = Row(arguments.row_tokens or longest, arguments.max_length, dtype_bytes, batch.gathered_keys, keep)
     if row.tokens < longest:
         raise UserError(f"--row-tokens is {row.tokens} but a pair may take 2 x --max-length = {longest}: raise it")
     return Job(policy, frozen, row, batch)

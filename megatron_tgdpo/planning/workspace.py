@@ -39,6 +39,14 @@ def frozen_workspace(frozen: Sequence[PretrainedConfig], layout: ParallelLayout,
     return row.tokens * (5 * mlp + 2 * hidden) * row.dtype_bytes
 
 
+def kept_logits(hf_config: PretrainedConfig, layout: ParallelLayout, row: Row) -> float:
+    """Logits of the policy that wait for backward, if every token of the row is a response token."""
+    if getattr(hf_config, "final_logit_softcapping", None):
+        return 0.0
+    rows = padded_vocab_size(hf_config, layout.tensor) // layout.tensor
+    return min(row.keep_logits_bytes, row.tokens * rows * _FP32)
+
+
 def logprob_workspace(hf_config: PretrainedConfig, layout: ParallelLayout, row: Row) -> float:
     """Peak of the log-probs' backward pass on the last stage, if every token of the row is a response token.
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from megatron_tgdpo.guide_check import guide_warning
+from megatron_tgdpo.guide_check import GuideWatch, guide_warning
 from megatron_tgdpo.intervals import Estimate, mean_interval, ratio_interval, wilson
 
 
@@ -74,3 +74,15 @@ def test_guides_above_chance_are_not() -> None:
     same = guide_warning(0, 100, ties=100)
     assert same is not None
     assert same.startswith("GUIDE IS THE REFERENCE")
+
+
+def test_a_training_warns_once_after_enough_pairs() -> None:
+    watch = GuideWatch()
+    assert [watch.count({"guidance/guide_accuracy": 0.25}, 64) for _ in range(3)] == [None] * 3
+    warning = watch.count({"guidance/guide_accuracy": 0.25}, 64)
+    assert warning is not None
+    assert "64 of 256 pairs" in warning
+    assert watch.count({"guidance/guide_accuracy": 0.25}, 64) is None
+    good = GuideWatch()
+    assert good.count({"guidance/guide_accuracy": 0.75}, 400) is None
+    assert GuideWatch().count({"loss": 1.0}, 400) is None

@@ -34,7 +34,10 @@ def expected(
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("chunk_elements", [1, VOCABULARY * 5, 2**25])
-def test_values_and_gradients(single_rank_group: dist.ProcessGroup, chunk_elements: int, softcap: float | None) -> None:
+@pytest.mark.parametrize("keep_bytes", [0, 4 * TOKENS * VOCABULARY // 2, 2**20])
+def test_values_and_gradients(
+    single_rank_group: dist.ProcessGroup, chunk_elements: int, softcap: float | None, keep_bytes: int
+) -> None:
     hidden, weight, targets, grads = inputs()
     logps = token_logps(
         hidden,
@@ -44,6 +47,7 @@ def test_values_and_gradients(single_rank_group: dist.ProcessGroup, chunk_elemen
         tp_group=single_rank_group,
         softcap=softcap,
         chunk_elements=chunk_elements,
+        keep_bytes=keep_bytes,
     )
     grad_hidden, grad_weight = torch.autograd.grad(logps, (hidden, weight), grads)
     want, want_hidden, want_weight = expected(hidden, weight, targets, grads, softcap)

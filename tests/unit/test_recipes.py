@@ -42,7 +42,9 @@ def plan_of(recipe: Path, tmp_path: Path) -> Plan:
     model = read_hf_config(write_config(tmp_path, PUBLISHED[MODELS[said["model"]]]))
     frozen = (model,) if config.model.guide is None else (model, model)
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, shared_prompts=True)
-    job = Job(model, frozen, Row(config.row_tokens, config.data.max_length, 2, batch.gathered_keys), batch)
+    keep = config.train.keep_logits_mib * 2**20
+    row = Row(config.row_tokens, config.data.max_length, 2, batch.gathered_keys, keep)
+    job = Job(model, frozen, row, batch)
     cluster = Cluster(nodes=int(said["nodes"]), gpus_per_node=int(said["gpus"]))
     return make_plan(job, cluster, layout_of(config, cluster.gpus), config.train.recompute)
 
