@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,11 @@ def compare(given: argparse.Namespace, scratch: Path) -> None:
     for line in left_out:
         _progress(line)
     parameters = write_models(scratch, settings, given.max_length)
-    facts = {"model": describe_model(settings, parameters), "pairs": pairs.describe(), "left_out": left_out}
+    facts: dict[str, Any] = {
+        "model": describe_model(settings, parameters),
+        "pairs": pairs.describe(),
+        "left_out": left_out,
+    }
     if any(side.name in CACHED for side in sides):
         begun = time.perf_counter()
         fill_cache(problem)

@@ -69,7 +69,8 @@ def write_model(path: Path, config: LlamaConfig, *, dtype: torch.dtype, seed: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.to(dtype).save_pretrained(path)
+    torch.nn.Module.to(model, dtype=dtype)
+    model.save_pretrained(path)
     embeddings = {id(weight): weight.numel() for weight in (model.model.embed_tokens.weight, model.lm_head.weight)}
     total = sum(parameter.numel() for parameter in model.parameters())
     return ParameterCount(total - sum(embeddings.values()), sum(embeddings.values()))

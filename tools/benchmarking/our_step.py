@@ -35,7 +35,7 @@ def our_config(problem: Problem, *, guided: bool, mode: str, shared_prompts: boo
             "max_length": problem.max_length,
             "shuffle": False,
         },
-        "loss": {"method": "tgdpo" if guided else "dpo", "beta": BETA, "alpha": ALPHA},
+        "loss": {"method": "tgdpo", "beta": BETA, "alpha": ALPHA} if guided else {"method": "dpo", "beta": BETA},
         "guidance": {"mode": mode, "cache": problem.cache},
         "parallel": {"device": problem.device},
         "batch": {"global_pairs": problem.global_pairs, "shared_prompts": shared_prompts},

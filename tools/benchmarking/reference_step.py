@@ -76,9 +76,11 @@ class ReferenceStep:
         return total.item()
 
     def _load(self, path: str | Path, dtype: torch.dtype) -> LlamaForCausalLM:
-        return LlamaForCausalLM.from_pretrained(
+        model = LlamaForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
-        ).to(self.device)
+        )
+        torch.nn.Module.to(model, device=self.device)
+        return model
 
 
 def _padded(pair: PreferencePair) -> tuple[Tensor, Tensor, Tensor]:
