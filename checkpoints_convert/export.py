@@ -75,9 +75,7 @@ def export_hf(
         size = sum(file.numel for file in files) * dtype.itemsize
         directory.reserve(size)
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
-        writers = [SafetensorsFile(directory.aside / file.name, file.shapes, dtype) for file in mine]
-        directory.on_all_ranks(lambda: _create(writers))
-        directory.on_all_ranks(lambda: _write(reader, hf_config, mine, writers, stored, dtype))
+        directory.on_all_ranks(lambda: _write(reader, hf_config, directory.aside, mine, stored, dtype))
         directory.on_first_rank(lambda: _finish(directory.aside, template, files, dtype, size))
         directory.publish()
     return Summary(out, parameter_count(hf_config), dtype_name(dtype), size, time.perf_counter() - started)
@@ -117,16 +115,11 @@ def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: i
     ]
 
 
-def _create(writers: list[SafetensorsFile]) -> None:
-    for writer in writers:
-        writer.create()
-
-
 def _write(
     reader: CheckpointReader,
     hf_config: PretrainedConfig,
+    directory: Path,
     files: list[_File],
-    writers: list[SafetensorsFile],
     stored: torch.dtype,
     dtype: torch.dtype,
 ) -> None:
@@ -140,12 +133,12 @@ def _write(
         ]
 
     with progress_bar("Megatron to HF", sum(file.numel for file in files) * dtype.itemsize) as bar:
-        for file, writer in zip(files, writers, strict=True):
+        for file in files:
             pieces = [piece for parameter in file.parameters for piece in pieces_of(parameter, stored.itemsize)]
-            with writer:
+            with SafetensorsFile(directory / file.name, file.shapes, dtype) as writer:
                 for _, parts in read_ahead(read, pieces):
                     for name, first, rows in parts:
-                        writer.write(name, first, rows)
+                        writer.write_rows(name, first, rows)
                         bar.update(rows.nbytes)
 
 

@@ -32,7 +32,7 @@ class FileReader:
         Raises:
             UserError: The file cannot be read, or ends too early.
         """
-        view = _bytes_of(tensor)
+        view = bytes_of(tensor)
         try:
             descriptor = self._open(name)
             while view:
@@ -94,19 +94,6 @@ class FilePart(io.RawIOBase):
         return count
 
 
-def write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
-    """Writes a contiguous CPU tensor's bytes at a place of an open file, and has the kernel begin to store them.
-
-    Raises:
-        OSError: The disk is full, or anything else.
-    """
-    view, position = _bytes_of(tensor), offset
-    while view:
-        count = os.pwrite(descriptor, view, position)
-        view, position = view[count:], position + count
-    start_writeback(descriptor, offset, position - offset)
-
-
 def start_writeback(descriptor: int, offset: int, length: int) -> None:
     """Has the kernel store a part of a file without waiting for it, so that little is left for the final sync."""
     with contextlib.suppress(AttributeError, OSError):  # advice only: not every system takes it
@@ -122,5 +109,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
     return tensor.view(-1).view(torch.uint8).numpy().data
