@@ -21,6 +21,7 @@ from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoint_directory import copy_hf_files
 from megatron_tgdpo.checkpoint_reader import CheckpointReader
+from megatron_tgdpo.direct_io import DirectReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.whole_directory import WholeDirectory
@@ -91,7 +92,7 @@ def _read_config(checkpoint: Path, template: Path) -> PretrainedConfig:
 
 
 def _open(checkpoint: Path, hf_config: PretrainedConfig, stored: torch.dtype) -> CheckpointReader:
-    reader = CheckpointReader(checkpoint)
+    reader = CheckpointReader(checkpoint, DirectReader(checkpoint))
     check_checkpoint(reader, hf_config, stored)
     return reader
 

@@ -1,11 +1,5 @@
-"""Writes a large file from its first byte to its last, past the page cache where the file system can.
+"""Writes a large file from its first byte to its last, past the page cache: a conversion's output is not read soon."""
 
-What a conversion writes is not read again soon. Written through the page cache, every byte is copied into a page that
-was first emptied for it, and stored from there: on a busy or virtual machine that costs more than the disk does.
-"""
-
-import errno
-import fcntl
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,12 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from megatron_tgdpo.direct_io import ALIGNMENT, BUFFER_BYTES, attempt, is_direct, open_direct
 from megatron_tgdpo.files import start_writeback
-
-_BUFFER_BYTES = 8 << 20
-# Places, sizes and addresses of writes past the page cache are multiples of this; no disk asks for a larger one.
-_ALIGNMENT = 4096
-_DIRECT = getattr(os, "O_DIRECT", 0)
 
 T = TypeVar("T")
 
@@ -41,8 +31,8 @@ class SequentialFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = _create(path)
-        self._buffers = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(2)]
+        self._descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        self._buffers = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(2)]
         self._filled, self._stored = 0, 0
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._storing: Future[None] | None = None
@@ -73,11 +63,11 @@ class SequentialFile:
         view = memoryview(data).cast("B")
         length = len(view)
         while view:
-            count = min(len(view), _BUFFER_BYTES - self._filled)
+            count = min(len(view), BUFFER_BYTES - self._filled)
             self._buffers[0][self._filled : self._filled + count] = view[:count]
             self._filled, view = self._filled + count, view[count:]
-            if self._filled == _BUFFER_BYTES:
-                self._store(_BUFFER_BYTES)
+            if self._filled == BUFFER_BYTES:
+                self._store(BUFFER_BYTES)
         return length
 
     def flush(self) -> None:
@@ -96,35 +86,17 @@ class SequentialFile:
 
     def _finish(self) -> None:
         if self._filled:
-            self._store(-(-self._filled // _ALIGNMENT) * _ALIGNMENT)
+            self._store(-(-self._filled // ALIGNMENT) * ALIGNMENT)
         self._wait()
         os.ftruncate(self._descriptor, self._stored)
         os.fsync(self._descriptor)
-
-
-def _create(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    try:
-        return os.open(path, flags | _DIRECT, 0o644)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not _DIRECT:
-            raise
-    # Made, but not opened: the file system has nothing but its page cache.
-    path.unlink(missing_ok=True)
-    return os.open(path, flags, 0o644)
 
 
 def _write(descriptor: int, buffer: mmap.mmap, count: int, place: int) -> None:
     done = 0
     with memoryview(buffer) as view:
         while done < count:
-            try:
-                done += os.pwrite(descriptor, view[done:count], place + done)
-            except OSError as error:
-                flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-                direct = flags & _DIRECT
-                if error.errno != errno.EINVAL or not direct:
-                    raise
-                fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
-        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT:
-            start_writeback(descriptor, place, count)
+            rest, at = view[done:count], place + done
+            done += attempt(descriptor, lambda rest=rest, at=at: os.pwrite(descriptor, rest, at))  # type: ignore[misc]
+    if not is_direct(descriptor):
+        start_writeback(descriptor, place, count)

@@ -174,7 +174,7 @@ def test_command_line(tmp_path: Path) -> None:
         done = run_forked("tools.plan", ["--model", *arguments])
         assert "tokens/s per GPU" in done.stdout
     assert done.stdout.startswith("8 GPUs = TP4 x PP1 x DP2 + SP, recompute full\n")
-    done = run_module("tools.plan", ["--model", str(tmp_path), "--schedules"])
+    done = run_forked("tools.plan", ["--model", str(tmp_path), "--schedules"])
     stages_and_rows = [line.split()[:2] for line in done.stdout.splitlines()[2:]]
     assert stages_and_rows == [[str(stages), str(rows)] for stages in (2, 4, 8) for rows in (8, 16, 32, 64)]
     (tmp_path / "other.json").write_text("{}")
