@@ -21,6 +21,7 @@ from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoint_directory import copy_hf_files
 from megatron_tgdpo.checkpoint_reader import CheckpointReader
+from megatron_tgdpo.direct_io import DirectReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.whole_directory import WholeDirectory
@@ -75,9 +76,7 @@ def export_hf(
         size = sum(file.numel for file in files) * dtype.itemsize
         directory.reserve(size)
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
-        writers = [SafetensorsFile(directory.aside / file.name, file.shapes, dtype) for file in mine]
-        directory.on_all_ranks(lambda: _create(writers))
-        directory.on_all_ranks(lambda: _write(reader, hf_config, mine, writers, stored, dtype))
+        directory.on_all_ranks(lambda: _write(reader, hf_config, directory.aside, mine, stored, dtype))
         directory.on_first_rank(lambda: _finish(directory.aside, template, files, dtype, size))
         directory.publish()
     return Summary(out, parameter_count(hf_config), dtype_name(dtype), size, time.perf_counter() - started)
@@ -93,7 +92,7 @@ def _read_config(checkpoint: Path, template: Path) -> PretrainedConfig:
 
 
 def _open(checkpoint: Path, hf_config: PretrainedConfig, stored: torch.dtype) -> CheckpointReader:
-    reader = CheckpointReader(checkpoint)
+    reader = CheckpointReader(checkpoint, DirectReader(checkpoint))
     check_checkpoint(reader, hf_config, stored)
     return reader
 
@@ -117,16 +116,11 @@ def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: i
     ]
 
 
-def _create(writers: list[SafetensorsFile]) -> None:
-    for writer in writers:
-        writer.create()
-
-
 def _write(
     reader: CheckpointReader,
     hf_config: PretrainedConfig,
+    directory: Path,
     files: list[_File],
-    writers: list[SafetensorsFile],
     stored: torch.dtype,
     dtype: torch.dtype,
 ) -> None:
@@ -140,12 +134,12 @@ def _write(
         ]
 
     with progress_bar("Megatron to HF", sum(file.numel for file in files) * dtype.itemsize) as bar:
-        for file, writer in zip(files, writers, strict=True):
+        for file in files:
             pieces = [piece for parameter in file.parameters for piece in pieces_of(parameter, stored.itemsize)]
-            with writer:
+            with SafetensorsFile(directory / file.name, file.shapes, dtype) as writer:
                 for _, parts in read_ahead(read, pieces):
                     for name, first, rows in parts:
-                        writer.write(name, first, rows)
+                        writer.write_rows(name, first, rows)
                         bar.update(rows.nbytes)
 
 

@@ -30,10 +30,10 @@ from checkpoints_convert.pieces import (
     extra_state_keys,
     share,
 )
+from checkpoints_convert.sequential_file import SequentialFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoint_directory import write_description
 from megatron_tgdpo.checkpoint_storage import Writer, serialise_common, system_errors, write_common
-from megatron_tgdpo.files import start_writeback, sync
 from megatron_tgdpo.whole_directory import WholeDirectory
 
 
@@ -135,7 +135,7 @@ class _StreamWriter(Writer):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
-        with system_errors(), Path(self.path, name).open("wb") as stream:
+        with system_errors(), SequentialFile(Path(self.path, name)) as stream:
             for item, data in read_ahead(planner.resolve_data, plan.items):
                 start = stream.tell()
                 if isinstance(data, Tensor):
@@ -145,8 +145,6 @@ class _StreamWriter(Writer):
                     stream.write(data.getbuffer())
                 length = stream.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-                start_writeback(stream.fileno(), start, length)
-        sync(Path(self.path, name))
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

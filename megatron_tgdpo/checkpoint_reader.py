@@ -34,6 +34,7 @@ class CheckpointReader:
 
     Args:
         path: The checkpoint.
+        files: Reads its files; by default through the page cache.
 
     Attributes:
         path: As given.
@@ -43,10 +44,10 @@ class CheckpointReader:
         UserError: The checkpoint is incomplete, or its metadata cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: FileReader | None = None) -> None:
         read_metadata(path)
         self.path = path
-        self._files = FileReader(path)
+        self._files = files or FileReader(path)
         self._places: dict[MetadataIndex, tuple[str, int]] = {}
         with self._errors():
             metadata = SafeReader(path).read_metadata()

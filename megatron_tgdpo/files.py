@@ -32,11 +32,11 @@ class FileReader:
         Raises:
             UserError: The file cannot be read, or ends too early.
         """
-        view = _bytes_of(tensor)
+        view = bytes_of(tensor)
         try:
             descriptor = self._open(name)
             while view:
-                count = os.preadv(descriptor, [view], offset)
+                count = self._read(descriptor, view, offset)
                 if not count:
                     raise UserError(f"{self._directory / name}: ends at byte {offset:,}: truncated")
                 view, offset = view[count:], offset + count
@@ -47,8 +47,14 @@ class FileReader:
         if name not in self._descriptors:
             if len(self._descriptors) >= _OPEN_FILES:
                 self.close()
-            self._descriptors[name] = os.open(self._directory / name, os.O_RDONLY)
+            self._descriptors[name] = self._open_file(self._directory / name)
         return self._descriptors[name]
+
+    def _open_file(self, path: Path) -> int:
+        return os.open(path, os.O_RDONLY)
+
+    def _read(self, descriptor: int, view: memoryview, offset: int) -> int:
+        return os.preadv(descriptor, [view], offset)
 
     def close(self) -> None:
         """Closes what is open; reading again opens it again."""
@@ -94,19 +100,6 @@ class FilePart(io.RawIOBase):
         return count
 
 
-def write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
-    """Writes a contiguous CPU tensor's bytes at a place of an open file, and has the kernel begin to store them.
-
-    Raises:
-        OSError: The disk is full, or anything else.
-    """
-    view, position = _bytes_of(tensor), offset
-    while view:
-        count = os.pwrite(descriptor, view, position)
-        view, position = view[count:], position + count
-    start_writeback(descriptor, offset, position - offset)
-
-
 def start_writeback(descriptor: int, offset: int, length: int) -> None:
     """Has the kernel store a part of a file without waiting for it, so that little is left for the final sync."""
     with contextlib.suppress(AttributeError, OSError):  # advice only: not every system takes it
@@ -122,5 +115,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,5 +1,8 @@
 """One run from config to final checkpoint, and its dry run."""
 
+from contextlib import ExitStack
+from pathlib import Path
+
 import torch.distributed as dist
 
 from megatron_tgdpo.config import Config, to_yaml
@@ -11,6 +14,7 @@ from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.preflight import preflight
 from megatron_tgdpo.ranks import RankEnvironment, init_distributed, on_first_rank
+from megatron_tgdpo.run_lock import RunLock
 from megatron_tgdpo.setup import (
     build_engine,
     check_layout,
@@ -44,18 +48,19 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     used = models_that_run(config, model_configs)
     check_layout(used, layout)
     check_gpu_options(config, used, layout, capabilities(device))
-    prefixes = on_first_rank(lambda: prepare_first_rank(config), store, ranks.rank)
-    init_distributed(ranks, device, parallel.timeout_minutes, store)
-    pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
-    try:
+    lock = RunLock(Path(config.output_dir))
+    with ExitStack() as stack:
+        stack.callback(lock.release)
+        prefixes = on_first_rank(lambda: prepare_first_rank(config, lock), store, ranks.rank)
+        init_distributed(ranks, device, parallel.timeout_minutes, store)
+        pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
+        stack.callback(destroy_model_parallel)
         if config.preflight.enabled:
             preflight(config, model_configs["policy"], ranks, layout, pg, device)
         data = open_data(config, prefixes, model_configs["policy"].vocab_size)
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
         Trainer(config, layout, engine, data).train()
-    finally:
-        destroy_model_parallel()
 
 
 def dry_run(config: Config, world_size: int) -> str:

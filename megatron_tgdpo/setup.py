@@ -37,6 +37,7 @@ from megatron_tgdpo.parallel import ParallelLayout, make_layout
 from megatron_tgdpo.prefetch import build_prefetcher
 from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.run_directory import claim_output_dir
+from megatron_tgdpo.run_lock import RunLock
 from megatron_tgdpo.train_step import Engine
 from megatron_tgdpo.wandb_log import import_wandb
 
@@ -136,9 +137,13 @@ def preprocess_options(config: Config) -> PreprocessOptions:
     )
 
 
-def prepare_first_rank(config: Config) -> str:
+def prepare_first_rank(config: Config, lock: RunLock) -> str:
     """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
     process group exists.
+
+    Args:
+        config: The run.
+        lock: Of its output directory; taken here.
 
     Returns:
         JSON of the dataset prefixes, for :func:`open_data` on every rank.
@@ -146,6 +151,7 @@ def prepare_first_rank(config: Config) -> str:
     check_tokenizers(config)
     if config.log.wandb:
         import_wandb()
+    lock.acquire()
     claim_output_dir(config)
     for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
         logger.warning("removed %s, left by a save that was interrupted", left)

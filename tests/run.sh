@@ -11,4 +11,7 @@ if [ $# -eq 0 ]; then
   "$python" -m ruff format --check .
   "$python" -m mypy
 fi
-HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false exec "$python" -m pytest "$@"
+# Two processes keep two cores busy while tests of several ranks wait; each file, and its fixtures, stays with one. In
+# the files' own order the long ones come first.
+HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 exec "$python" -m pytest \
+  --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

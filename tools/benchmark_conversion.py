@@ -104,12 +104,10 @@ def make_model(path: Path, shape: Shape, dtype: torch.dtype) -> int:
     generator, weight_map, total = torch.Generator().manual_seed(0), {}, 0
     for number, group in enumerate(_groups(tensors, dtype.itemsize), start=1):
         name = f"model-{number:05d}.safetensors"
-        file = SafetensorsFile(path / name, dict(group), dtype)
-        file.create()
-        with file:
+        with SafetensorsFile(path / name, dict(group), dtype) as file:
             for tensor_name, tensor_shape in group:
                 tensor = torch.empty(tensor_shape, dtype=dtype).uniform_(-0.05, 0.05, generator=generator)
-                file.write(tensor_name, 0, tensor)
+                file.write_rows(tensor_name, 0, tensor)
                 weight_map[tensor_name] = name
                 total += tensor.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

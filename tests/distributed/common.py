@@ -5,6 +5,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from tests.tiny_models import make_llama
 
 
@@ -46,3 +49,20 @@ def merged(config: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an HF directory, as stored."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Two HF directories hold the same tensors, to the bit."""
+    ours, theirs = read_weights(one), read_weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name

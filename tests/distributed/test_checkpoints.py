@@ -9,7 +9,7 @@ import torch
 
 from megatron_tgdpo.checkpoint_reader import CheckpointReader
 from tests.distributed.common import make_problem, merged, read_metrics
-from tests.launch import run_module
+from tests.processes import run_forked
 
 SERIES = ("train/loss", "train/grad_norm", "rewards/margins")
 
@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     file = root / "config.json"
     file.write_text(json.dumps(config))
-    run_module("tests.distributed.worker_checkpoints", [str(file)], processes=2, timeout=400)
+    run_forked("tests.distributed.worker_checkpoints", [str(file)], processes=2, timeout=400)
     return Path(config["output_dir"])
 
 

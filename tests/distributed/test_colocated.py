@@ -10,7 +10,7 @@ from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.memory import stage_parameters
 from megatron_tgdpo.parallel import make_layout
 from tests.distributed.common import make_problem
-from tests.launch import run_module
+from tests.processes import run_forked
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def facts(root: Path) -> list[dict[str, Any]]:
     (root / "config.json").write_text(json.dumps(make_problem(root)))
-    done = run_module("tests.distributed.worker_colocated", [str(root / "config.json")], processes=2)
+    done = run_forked("tests.distributed.worker_colocated", [str(root / "config.json")], processes=2)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
     return json.loads(line.removeprefix("FACTS "))
 

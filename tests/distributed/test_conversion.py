@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.distributed.common import assert_same_weights, read_weights
 from tests.distributed.worker_conversion import LENGTHS, row_tokens, upstream_gradient
-from tests.launch import run_module
+from tests.processes import run_forked
 from tests.tiny_models import FAMILY_OPTIONS, make_llama, make_model
 
 WORKER = "tests.distributed.worker_conversion"
@@ -54,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("conversion")
     for name, make in MODELS.items():
         make(root / "hf" / name)
-    run_module(WORKER, [str(root), "single"])
+    run_forked(WORKER, [str(root), "single"])
     return root
 
 
@@ -68,7 +70,7 @@ def ran(root: Path) -> Iterator[dict[int, Path]]:
             here.mkdir()
             for name in ("hf", "megatron"):
                 (here / name).symlink_to(root / name)
-            run_module(WORKER, [str(here), *LAYOUTS[processes]], processes=processes, timeout=300)
+            run_forked(WORKER, [str(here), *LAYOUTS[processes]], processes=processes, timeout=300)
             self[processes] = here
             return here
 
@@ -80,50 +82,56 @@ def hf_model(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        tensors.update(load_file(file))
-    return tensors
+@dataclass(frozen=True)
+class Outputs:
+    """What transformers computes: logits [S, V] of the row's sequences, and the gradients of all weights by name."""
+
+    logits: torch.Tensor
+    gradients: dict[str, torch.Tensor]
 
 
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name], tensor), name
+class Reference(dict[str, Outputs]):
+    """Outputs by model, computed when first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def __missing__(self, model: str) -> Outputs:
+        reference = hf_model(self._root / "hf" / model)
+        sequences = row_tokens()[: sum(LENGTHS)].split(LENGTHS)
+        upstream = upstream_gradient(reference.config.hidden_size)[: sum(LENGTHS)].split(LENGTHS)
+        with torch.no_grad():
+            logits = torch.cat([reference(tokens[None]).logits[0] for tokens in sequences])
+        for tokens, gradient in zip(sequences, upstream, strict=True):
+            (reference.model(tokens[None]).last_hidden_state[0] * gradient).sum().backward()
+        gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+        self[model] = Outputs(logits, gradients)
+        return self[model]
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path) -> Reference:
+    return Reference(root)
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("processes", "layout"), CASES)
-def test_logits_equal_hf(ran: dict[int, Path], processes: int, layout: str, model: str) -> None:
-    root = ran[processes]
-    logits = load_file(root / "out" / layout / model / "logits.safetensors")["logits"]
-    reference = hf_model(root / "hf" / model)
-    tokens, start = row_tokens(), 0
-    for length in LENGTHS:
-        with torch.no_grad():
-            wanted = reference(tokens[None, start : start + length]).logits[0]
-        assert logits.shape[1] == wanted.shape[1]
-        difference = (logits[start : start + length] - wanted).abs().max() / wanted.abs().max()
-        assert difference < LOGIT_TOLERANCE
-        start += length
+def test_logits_equal_hf(ran: dict[int, Path], reference: Reference, processes: int, layout: str, model: str) -> None:
+    logits = load_file(ran[processes] / "out" / layout / model / "logits.safetensors")["logits"][: sum(LENGTHS)]
+    wanted = reference[model].logits
+    assert logits.shape == wanted.shape
+    for ours, theirs in zip(logits.split(LENGTHS), wanted.split(LENGTHS), strict=True):
+        assert (ours - theirs).abs().max() / theirs.abs().max() < LOGIT_TOLERANCE
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("processes", "layout"), [case for case in CASES if "pp1" in case[1]])
-def test_gradients_equal_hf(ran: dict[int, Path], processes: int, layout: str, model: str) -> None:
-    root = ran[processes]
-    gradients = load_file(root / "out" / layout / model / "gradients.safetensors")
-    reference = hf_model(root / "hf" / model)
-    tokens, start = row_tokens(), 0
-    upstream = upstream_gradient(reference.config.hidden_size)
-    for length in LENGTHS:
-        hidden = reference.model(tokens[None, start : start + length]).last_hidden_state[0]
-        (hidden * upstream[start : start + length]).sum().backward()
-        start += length
-    wanted = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+def test_gradients_equal_hf(
+    ran: dict[int, Path], reference: Reference, processes: int, layout: str, model: str
+) -> None:
+    gradients = load_file(ran[processes] / "out" / layout / model / "gradients.safetensors")
+    wanted = reference[model].gradients
     assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert gradient.abs().max() > 0
@@ -142,7 +150,7 @@ def test_weights_come_back_to_the_bit(ran: dict[int, Path], processes: int, layo
 def test_training_checkpoint_exports_alone(ran: dict[int, Path], tmp_path: Path, processes: int, model: str) -> None:
     layout = LAYOUTS[processes][0]
     run = ran[processes] / "out" / layout / model  # laid out like a training output directory
-    run_module("checkpoints_convert.megatron_to_hf", ["--megatron", str(run), "--out", str(tmp_path / "hf")])
+    run_forked("checkpoints_convert.megatron_to_hf", ["--megatron", str(run), "--out", str(tmp_path / "hf")])
     source = ran[processes] / "hf" / model
     assert_same_weights(tmp_path / "hf", source)
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
@@ -170,7 +178,7 @@ def test_exports_load_without_a_flag_or_a_warning(ran: dict[int, Path]) -> None:
 def test_shards_have_a_true_index(ran: dict[int, Path]) -> None:
     exported = ran[2] / "out" / "tp1-pp2" / "untied" / "exported"
     index = json.loads((exported / "model.safetensors.index.json").read_text())
-    tensors = weights(exported)
+    tensors = read_weights(exported)
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
     assert index["weight_map"].keys() == tensors.keys()
     for name, file in index["weight_map"].items():
@@ -200,105 +208,8 @@ def stored_metadata(path: Path) -> Metadata:
         return pickle.load(stream)
 
 
-def test_processes_share_the_work(root: Path, tmp_path: Path) -> None:
-    """Two processes make what one makes, and the commands say how it went."""
-    hf = root / "hf" / "untied"
-    arguments = ["--hf", str(hf), "--out", str(tmp_path / "megatron")]
-    done = run_module("checkpoints_convert.hf_to_megatron", arguments, processes=2)
-    assert "MB/s" in done.stdout
-    assert "HF to Megatron (rank 0's share of 2)" in done.stderr
-    sizes = [file.stat().st_size for file in sorted((tmp_path / "megatron").glob("*.distcp"))]
-    assert len(sizes) == 2
-    assert max(sizes) < 1.5 * min(sizes)
-    for processes in (1, 2):
-        out = tmp_path / f"hf{processes}"
-        arguments = ["--megatron", str(tmp_path / "megatron"), "--out", str(out), "--max-shard-size", "100KB"]
-        done = run_module("checkpoints_convert.megatron_to_hf", arguments, processes=processes)
-    assert_same_weights(tmp_path / "hf1", hf)
-    names = sorted(path.name for path in (tmp_path / "hf1").iterdir())
-    assert sum(name.endswith(".safetensors") for name in names) > 3
-    assert names == sorted(path.name for path in (tmp_path / "hf2").iterdir())
-    for name in names:
-        assert (tmp_path / "hf1" / name).read_bytes() == (tmp_path / "hf2" / name).read_bytes(), name
-
-
-def test_dtype_on_the_way(root: Path, tmp_path: Path) -> None:
-    run_module(
-        "checkpoints_convert.hf_to_megatron",
-        ["--hf", str(root / "hf" / "untied"), "--out", str(tmp_path / "bf16"), "--dtype", "bf16"],
-    )
-    run_module(
-        "checkpoints_convert.megatron_to_hf",
-        ["--megatron", str(tmp_path / "bf16"), "--out", str(tmp_path / "hf"), "--dtype", "fp32"],
-    )
-    ours, source = weights(tmp_path / "hf"), weights(root / "hf" / "untied")
-    for name, tensor in source.items():
-        assert ours[name].dtype == torch.float32
-        assert torch.equal(ours[name], tensor.bfloat16().float()), name
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config.get("dtype", config.get("torch_dtype")) == "float32"
-    metadata = json.loads((tmp_path / "bf16" / "tgdpo.json").read_text())
-    assert metadata == {
-        "format_version": 1,
-        "step": None,
-        "dtype": "bf16",
-        "parameters": sum(tensor.numel() for tensor in source.values()),
-    }
-
-
-def test_verify_accepts_the_same_model(root: Path) -> None:
-    for processes, arguments in ((1, []), (2, ["--tensor", "2"])):
-        pair = ["--hf", str(root / "hf" / "bf16-tied"), "--megatron", str(root / "megatron" / "bf16-tied")]
-        done = run_module("checkpoints_convert.verify", [*pair, *arguments], processes=processes)
-        assert "equal to the bit in torch.bfloat16" in done.stdout
-        assert "512 random tokens: logits" in done.stdout
-
-
-def test_verify_refuses_one_changed_weight(root: Path, tmp_path: Path) -> None:
-    hf = make_llama(tmp_path / "hf", tied=True, seed=2)
-    model = AutoModelForCausalLM.from_pretrained(hf)
-    with torch.no_grad():
-        model.model.layers[3].self_attn.k_proj.weight[5, 6] += 1e-6
-    model.save_pretrained(hf)
-    arguments = ["--hf", str(hf), "--megatron", str(root / "megatron" / "tied")]
-    done = run_module("checkpoints_convert.verify", arguments, check=False)
-    assert done.returncode == 1
-    assert "1 weights differ" in done.stderr
-    assert "model.layers.3.self_attn.k_proj.weight" in done.stderr
-
-
-def test_verify_refuses_other_rotary_positions(root: Path, tmp_path: Path) -> None:
-    hf = make_llama(tmp_path / "hf", tied=True, seed=2)
-    config = json.loads((hf / "config.json").read_text())
-    if "rope_parameters" in config:
-        config["rope_parameters"]["rope_theta"] = 20000.0
-    else:
-        config["rope_theta"] = 20000.0
-    (hf / "config.json").write_text(json.dumps(config))
-    checkpoint = root / "megatron" / "tied"
-    # Same weights, so only the logits can tell: ours are computed with the checkpoint's own config.
-    done = run_module("checkpoints_convert.verify", ["--hf", str(hf), "--megatron", str(checkpoint)], check=False)
-    assert done.returncode == 1
-    assert "computes something else" in done.stderr
-
-
-def test_commands_end_with_one_line(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "hf").mkdir()
-    for file in (root / "hf" / "tied").iterdir():
-        (tmp_path / "hf" / file.name).write_bytes(file.read_bytes())
-    weights_file = tmp_path / "hf" / "model.safetensors"
-    weights_file.write_bytes(weights_file.read_bytes()[:-1])
-    arguments = ["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]
-    done = run_module("checkpoints_convert.hf_to_megatron", arguments, check=False)
-    assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if line] == [done.stderr.splitlines()[-1]]
-    assert done.stderr.startswith(f"error: {weights_file}: ")
-    assert "truncated, download it again" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
 def test_full_disk_fails_on_all_ranks_and_leaves_nothing(root: Path) -> None:
-    run_module(WORKER, [str(root), "faults"], processes=2, timeout=300)
+    run_forked(WORKER, [str(root), "faults"], processes=2, timeout=300)
     reports = [json.loads((root / f"faults-{rank}.json").read_text()) for rank in range(2)]
     assert reports[0] == reports[1]
     assert len(reports[0]) == 13

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from tests import reference
 from tests.distributed.common import read_metrics, write_pairs
-from tests.launch import SHARED_DATA, run_module
+from tests.launch import SHARED_DATA
+from tests.processes import run_forked
 from tests.tiny_models import make_model, make_tokenizer
 
 SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=1e-3, weight_decay=0.1, clip_grad=1.0)
@@ -244,7 +244,7 @@ class Runs:
                 cases += [{"config": self._disguised(name), "export": None} for name in DPO_IN_DISGUISE]
             file = self.inputs.root / f"cases{case.processes}.json"
             file.write_text(json.dumps(cases))
-            run_module("tests.distributed.worker_train", [str(file)], processes=case.processes, timeout=900)
+            run_forked("tests.distributed.worker_train", [str(file)], processes=case.processes, timeout=900)
         return self.inputs.root / "runs" / case.name
 
     def _disguised(self, name: str) -> dict[str, Any]:
@@ -283,7 +283,6 @@ _SIDES = (("prompt", []), ("chosen", [2]), ("rejected", [2]))  # 2 is </s>
 
 @pytest.fixture(scope="module")
 def runs(inputs: Inputs, request: pytest.FixtureRequest) -> Runs:
-    torch.set_num_threads(1)
     params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     # Beside what was chosen on the command line, what others are compared with.
     return Runs(inputs, {"tp1-dpo", *(one["case"].name for one in params if isinstance(one.get("case"), Case))})

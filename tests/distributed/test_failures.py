@@ -20,7 +20,7 @@ from megatron_tgdpo.checkpoint_directory import is_complete
 from megatron_tgdpo.stopping import FAILED_STATUS
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.launch import ROOT, environment, run_module
-from tests.processes import started_ranks
+from tests.processes import run_forked, started_ranks
 from tests.series import wait_for_step
 from tests.tiny_models import make_tokenizer
 
@@ -63,7 +63,7 @@ def test_token_ids_beyond_the_vocabulary(problem: Problem, tmp_path: Path) -> No
         data={"train": str(data), "tokenizer": str(tmp_path / "tokenizer")},
         output_dir=str(tmp_path / "run"),
     )
-    line = error_of(run_module("megatron_tgdpo.train", [write_config(root / "b.yaml", config)], check=False))
+    line = error_of(run_forked("megatron_tgdpo.train", [write_config(root / "b.yaml", config)], check=False))
     assert "token id 139" in line
     assert "131" in line
 
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_names_the_pair_and_saves_nothing(problem: Pro
         checkpoint={"every_steps": 1},
         output_dir=str(tmp_path / "run"),
     )
-    line = error_of(run_module("megatron_tgdpo.train", [write_config(tmp_path / "c.yaml", config)], check=False))
+    line = error_of(run_forked("megatron_tgdpo.train", [write_config(tmp_path / "c.yaml", config)], check=False))
     assert "step 2" in line
     assert "nan.jsonl:9" in line
     assert len(read_metrics(tmp_path / "run")) == 1
@@ -108,10 +108,10 @@ def test_policy_that_differs_from_its_reference_is_stopped_unless_meant(problem:
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     config = merged(config, model={"reference": str(other)}, output_dir=str(tmp_path / "run"), train={"steps": 2})
     file = write_config(tmp_path / "c.yaml", config)
-    line = error_of(run_module("megatron_tgdpo.train", [file], check=False))
+    line = error_of(run_forked("megatron_tgdpo.train", [file], check=False))
     assert "ln 2" in line
     assert "train.check_start=false" in line
-    run_module("megatron_tgdpo.train", [file, "train.check_start=false"])
+    run_forked("megatron_tgdpo.train", [file, "train.check_start=false"])
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
@@ -121,7 +121,7 @@ def test_damage_seen_by_one_rank_is_reported_by_it(problem: Problem, tmp_path: P
     config = merged(config, output_dir=str(tmp_path / "run"), data={"shuffle": False}, batch={"global_pairs": 2})
     config = merged(config, batch={"tokens_per_micro_batch": 128}, train={"steps": 1})
     file = write_config(tmp_path / "c.yaml", config)
-    run_module("megatron_tgdpo.train", [file, "train.exit_step=1"])
+    run_forked("megatron_tgdpo.train", [file, "train.exit_step=1"])
     (binary,) = (tmp_path / "run" / "data").glob("*.bin")
     manifest = json.loads(binary.with_suffix(".manifest.json").read_text())
     assert manifest["pairs"] == 32
@@ -131,7 +131,7 @@ def test_damage_seen_by_one_rank_is_reported_by_it(problem: Problem, tmp_path: P
         content[position : position + 4] = (9999).to_bytes(4, "little")
     binary.write_bytes(bytes(content))
     started = time.monotonic()
-    done = run_module("megatron_tgdpo.train", [write_config(tmp_path / "d.yaml", damaged)], processes=2, check=False)
+    done = run_forked("megatron_tgdpo.train", [write_config(tmp_path / "d.yaml", damaged)], processes=2, check=False)
     assert done.returncode != 0
     assert "damaged" in done.stderr
     assert "pairs.jsonl:1" in done.stderr
@@ -197,14 +197,14 @@ def test_a_full_disk_loses_nothing(problem: Problem, small_disk: Path, tmp_path:
         config, train={"steps": 3}, checkpoint={"every_steps": 1, "keep": 0}, output_dir=str(small_disk / "run")
     )
     file = write_config(tmp_path / "c.yaml", config)
-    line = error_of(run_module("megatron_tgdpo.train", [file], check=False))
+    line = error_of(run_forked("megatron_tgdpo.train", [file], check=False))
     assert "checkpoints/step_" in line
     assert "free" in line
     saved = sorted((small_disk / "run" / "checkpoints").iterdir())
     assert saved, "the first checkpoint should have fitted"
     assert all(is_complete(path) for path in saved)
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
-    run_module("megatron_tgdpo.train", [file])
+    run_forked("megatron_tgdpo.train", [file])
     assert [step["step"] for step in read_metrics(small_disk / "run")] == [1, 2, 3]
     assert is_complete(small_disk / "run" / "checkpoints" / "step_00000003")
 

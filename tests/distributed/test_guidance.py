@@ -19,6 +19,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.guidance_cache import GuidanceCache, shard_path, write_manifest, write_shard
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.launch import ROOT, environment, run_module
+from tests.processes import run_forked
 
 STEPS = 4
 SAME = ("train/loss", "train/grad_norm", "eval/loss", "rewards/margins", "guidance/weight_std", "logps/chosen")
@@ -77,7 +78,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     elsewhere = {"parallel": {**LAYOUTS["pp2"], "context": 1}, "guidance": {"cache": str(made.root / "cache-cp2")}}
     cases.append({"config": made.cached("cp2", **elsewhere), "verify": 8})
     (made.root / "cases.json").write_text(json.dumps(cases))
-    run_module("tests.distributed.worker_train", [str(made.root / "cases.json")], processes=2, timeout=900)
+    run_forked("tests.distributed.worker_train", [str(made.root / "cases.json")], processes=2, timeout=900)
     return made
 
 
@@ -104,7 +105,7 @@ def test_the_layout_that_made_a_cache_does_not_matter(problem: Problem) -> None:
 
 
 def precompute(problem: Problem, config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_module("tools.precompute_guidance", [config, *arguments], check=False)
+    return run_forked("tools.precompute_guidance", [config, *arguments], check=False)
 
 
 def test_killed_at_any_moment_it_continues(problem: Problem) -> None:
@@ -126,7 +127,7 @@ def test_killed_at_any_moment_it_continues(problem: Problem) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (directory / "train").glob("shard-*.safetensors")}
     assert len(before) < 32, "it was done before it was killed"
     assert not (directory / "train" / "manifest.json").exists()
-    refused = run_module("megatron_tgdpo.train", [config, f"output_dir={problem.root / 'refused'}"], check=False)
+    refused = run_forked("megatron_tgdpo.train", [config, f"output_dir={problem.root / 'refused'}"], check=False)
     assert refused.returncode == 1
     assert "no complete guidance cache" in refused.stderr
     done = precompute(problem, config, "--block-pairs", "1")
@@ -145,10 +146,10 @@ def test_a_cache_of_another_guide_or_with_a_flipped_byte_is_refused(problem: Pro
     output = problem.root / "refused-again"
     config = problem.write("stale.yaml", problem.cached("dp2", output_dir=str(output)))
     shard.write_bytes(content[:-5] + bytes([content[-5] ^ 4]) + content[-4:])
-    damaged = run_module("megatron_tgdpo.train", [config], check=False)
+    damaged = run_forked("megatron_tgdpo.train", [config], check=False)
     verified = precompute(problem, config, "--verify", "4")
     shard.write_bytes(content)
-    stale = run_module("megatron_tgdpo.train", [config, f"model.guide={problem.root / 'policy'}"], check=False)
+    stale = run_forked("megatron_tgdpo.train", [config, f"model.guide={problem.root / 'policy'}"], check=False)
     overwritten = precompute(problem, config, f"model.guide={problem.root / 'policy'}")
     for done, message in (
         (damaged, "shard-00003.safetensors: missing or damaged"),

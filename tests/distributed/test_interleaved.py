@@ -17,7 +17,7 @@ from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.planning.activations import Row, layer_activations, stage_activations
 from megatron_tgdpo.setup import check_layout
 from tests.distributed.common import make_problem, merged, read_metrics
-from tests.launch import run_module
+from tests.processes import run_forked
 from tests.tiny_models import make_llama
 from tests.unit.test_config import VALID
 
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, other in (("plain", "chunked"), ("chunked", "plain")):
         cases += [run(f"from-{name}", CHUNKS[name], exit_step=2), run(f"from-{name}", CHUNKS[other])]
     (root / "cases.json").write_text(json.dumps(cases))
-    run_module("tests.distributed.worker_train", [str(root / "cases.json")], processes=2)
+    run_forked("tests.distributed.worker_train", [str(root / "cases.json")], processes=2)
     return root
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from checkpoints_convert.families import family_of
 from megatron_tgdpo.errors import UserError
 from tests.distributed.worker_logits import LENGTHS, row_tokens
-from tests.launch import ROOT, run_module
+from tests.launch import ROOT
+from tests.processes import run_forked
 from tests.tiny_models import make_model
 
 
@@ -22,7 +23,7 @@ def test_the_page_s_example_computes_what_transformers_does(tmp_path: Path) -> N
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "gemma.py").write_text(block)
     hf = make_model(tmp_path / "hf", "gemma", tied=True, head_dim=32)
-    run_module("tests.distributed.worker_logits", [str(hf), str(tmp_path / "gemma.py"), str(tmp_path / "out")])
+    run_forked("tests.distributed.worker_logits", [str(hf), str(tmp_path / "gemma.py"), str(tmp_path / "out")])
     logits = load_file(tmp_path / "out")["logits"]
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
     start = 0

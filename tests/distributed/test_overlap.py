@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.common import merged, read_metrics, write_pairs
-from tests.launch import run_module
+from tests.processes import run_forked
 from tests.tiny_models import make_model
 
 KEYS = ("train/loss", "train/grad_norm", "rewards/margins")
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             cases.append({"config": merged(config, train={"exit_step": 2}), "export": None})
         cases.append({"config": config, "export": str(root / f"hf-{name}")})
     (root / "cases.json").write_text(json.dumps(cases))
-    run_module("tests.distributed.worker_train", [str(root / "cases.json")], processes=2)
+    run_forked("tests.distributed.worker_train", [str(root / "cases.json")], processes=2)
     return root
 
 

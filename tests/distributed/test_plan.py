@@ -14,7 +14,7 @@ from megatron_tgdpo.planning.activations import LayerWidths, Row
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, ring, tensor_bytes
 from tests.distributed.common import merged
-from tests.launch import run_module
+from tests.processes import run_forked
 from tests.tiny_models import make_model
 
 STATIC_LIMIT = 0.02
@@ -89,7 +89,7 @@ class Measured:
         if processes not in self._facts:
             file = self.root / f"configs{processes}.json"
             file.write_text(json.dumps({n: config_of(self.root, values) for n, values in CASES[processes].items()}))
-            done = run_module("tests.distributed.worker_plan", [str(file)], processes=processes)
+            done = run_forked("tests.distributed.worker_plan", [str(file)], processes=processes)
             (line,) = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
             self._facts[processes] = json.loads(line.removeprefix("FACTS "))
         return [rank[name] for rank in self._facts[processes]]

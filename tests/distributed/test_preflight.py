@@ -4,14 +4,14 @@ import json
 import re
 from pathlib import Path
 
-from tests.launch import run_module
+from tests.processes import run_forked
 from tests.tiny_models import make_llama
 
 
 def test_every_rank_is_told_which_node_is_bad(tmp_path: Path) -> None:
     policy = make_llama(tmp_path / "policy", layers=1)
     arguments = [str(policy), str(tmp_path)]
-    done = run_module("tests.distributed.worker_preflight", arguments, processes=4, timeout=240)
+    done = run_forked("tests.distributed.worker_preflight", arguments, processes=4, timeout=240)
     told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert all(each == told[0] for each in told)
     wanted = {

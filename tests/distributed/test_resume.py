@@ -14,8 +14,8 @@ import pytest
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint
 from megatron_tgdpo.stopping import STOPPED_STATUS
 from tests.distributed.common import make_problem, merged, read_metrics
-from tests.launch import ROOT, environment, run_module
-from tests.processes import started_ranks
+from tests.launch import ROOT, environment
+from tests.processes import run_forked, started_ranks
 from tests.series import assert_same_series, logged_steps, wait_for_step
 
 STEPS = 6
@@ -59,7 +59,7 @@ def series(problem: tuple[Path, dict[str, Any]]) -> Path:
         cases.append(merged(ours, parallel=after))
     file = root / "cases.json"
     file.write_text(json.dumps([{"config": case, "export": None} for case in cases]))
-    run_module("tests.distributed.worker_train", [str(file)], processes=2, timeout=900)
+    run_forked("tests.distributed.worker_train", [str(file)], processes=2, timeout=900)
     return root
 
 
@@ -88,7 +88,7 @@ def whole(problem: tuple[Path, dict[str, Any]]) -> Path:
     root, config = problem
     file = root / "whole.yaml"
     file.write_text(json.dumps(merged(config, **LONG, output_dir=str(root / "whole"))))
-    run_module("megatron_tgdpo.train", [str(file)], processes=2)
+    run_forked("megatron_tgdpo.train", [str(file)], processes=2)
     assert (root / "whole" / "DONE").exists()
     return root / "whole"
 
@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(
     assert job.wait(timeout=120) != 0
     assert logged_steps(killed) < 30
     assert not (killed / "DONE").exists()
-    run_module("megatron_tgdpo.train", arguments, processes=2)
+    run_forked("megatron_tgdpo.train", arguments, processes=2)
     assert_same_series(killed, whole)
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["step_00000028", "step_00000030"]
 

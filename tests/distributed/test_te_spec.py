@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.launch import run_module
+from tests.processes import run_forked
 from tests.tiny_models import FAMILY_OPTIONS, make_model
 
 
@@ -17,7 +17,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("te_spec")
     for family in FAMILY_OPTIONS:
         make_model(root / "hf" / family, family, layers=2, tied=family == "gemma2")
-    run_module("tests.distributed.worker_te_spec", [str(root)], processes=2)
+    run_forked("tests.distributed.worker_te_spec", [str(root)], processes=2)
     return {path.stem: json.loads(path.read_text()) for path in (root / "out").iterdir()}
 
 

@@ -21,6 +21,7 @@ from megatron_tgdpo.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.parallel import init_model_parallel, make_layout
 from megatron_tgdpo.ranks import connect_store, init_distributed, on_first_rank, read_rank_environment
+from megatron_tgdpo.run_lock import RunLock
 from megatron_tgdpo.setup import (
     build_engine,
     colocated_model,
@@ -57,7 +58,7 @@ def main() -> None:
     config = config_from_dict(json.loads(Path(sys.argv[1]).read_text()))
     ranks = read_rank_environment()
     store = connect_store(ranks)
-    prefixes = on_first_rank(lambda: prepare_first_rank(config), store, ranks.rank)
+    prefixes = on_first_rank(lambda: prepare_first_rank(config, RunLock(Path(config.output_dir))), store, ranks.rank)
     device = torch.device("cpu")
     init_distributed(ranks, device, 5, store)
     layout = make_layout(1, 2, 1, False, ranks.world_size)

@@ -20,7 +20,7 @@ from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
 from megatron_tgdpo.run import dry_run
-from tests.launch import run_module
+from tests.processes import run_forked
 from tests.published_configs import PUBLISHED, write_config
 from tests.tiny_models import make_llama
 from tests.unit.test_config import VALID
@@ -171,13 +171,13 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path) -> None:
     write_config(tmp_path, PUBLISHED["Llama-3-8B"])
     for arguments in ([str(tmp_path)], [str(tmp_path / "config.json"), "--tensor", "4", "--recompute", "full"]):
-        done = run_module("tools.plan", ["--model", *arguments])
+        done = run_forked("tools.plan", ["--model", *arguments])
         assert "tokens/s per GPU" in done.stdout
     assert done.stdout.startswith("8 GPUs = TP4 x PP1 x DP2 + SP, recompute full\n")
-    done = run_module("tools.plan", ["--model", str(tmp_path), "--schedules"])
+    done = run_forked("tools.plan", ["--model", str(tmp_path), "--schedules"])
     stages_and_rows = [line.split()[:2] for line in done.stdout.splitlines()[2:]]
     assert stages_and_rows == [[str(stages), str(rows)] for stages in (2, 4, 8) for rows in (8, 16, 32, 64)]
     (tmp_path / "other.json").write_text("{}")
-    done = run_module("tools.plan", ["--model", str(tmp_path / "other.json")], check=False)
+    done = run_forked("tools.plan", ["--model", str(tmp_path / "other.json")], check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("other.json: give an HF directory, or the config.json of one")

@@ -220,10 +220,10 @@ def test_directory_that_only_looks_like_a_leftover_is_kept(checkpoint: Path, tmp
     "patch",
     [
         mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),
-        mock.patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device")),
+        mock.patch("os.pwrite", side_effect=OSError(28, "No space left on device")),
     ],
 )
-def test_full_disk_is_reported_before_the_work(checkpoint: Path, tmp_path: Path, patch: mock._patch) -> None:
+def test_full_disk_is_reported(checkpoint: Path, tmp_path: Path, patch: mock._patch) -> None:
     with (
         patch,
         pytest.raises(UserError, match=r"out: saving failed, .*No space left .* needs [\d,]+ bytes, [\d,]+ are free"),
@@ -234,8 +234,8 @@ def test_full_disk_is_reported_before_the_work(checkpoint: Path, tmp_path: Path,
 
 def test_killed_in_the_middle(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
     code = (
-        "import os\nfrom checkpoints_convert import megatron_to_hf, safetensors_file\n"
-        "safetensors_file.write_at = lambda *_: os.kill(os.getpid(), 9)\nmegatron_to_hf.main()"
+        "import os\nfrom checkpoints_convert import megatron_to_hf, sequential_file\n"
+        "sequential_file._write = lambda *_: os.kill(os.getpid(), 9)\nmegatron_to_hf.main()"
     )
     command = [sys.executable, "-c", code, "--megatron", str(checkpoint), "--out", str(tmp_path / "out")]
     assert subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True).returncode == -signal.SIGKILL

@@ -1,8 +1,13 @@
 """The parts of a streaming conversion."""
 
+import errno
+import fcntl
 import json
+import os
+import random
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,18 +16,18 @@ from safetensors.torch import load_file
 
 from checkpoints_convert.pieces import share
 from checkpoints_convert.safetensors_file import SafetensorsFile
+from checkpoints_convert.sequential_file import SequentialFile
 from checkpoints_convert.streaming import read_ahead
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_file_is_as_the_library_would_write_it(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"a": torch.randn(5, 3).to(dtype), "b": torch.randn(7).to(dtype)}
-    file = SafetensorsFile(tmp_path / "f", {name: tensor.shape for name, tensor in tensors.items()}, dtype)
-    file.create()
-    with file:
-        file.write("b", 0, tensors["b"])
-        file.write("a", 2, tensors["a"][2:])
-        file.write("a", 0, tensors["a"][:2])
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    with SafetensorsFile(tmp_path / "f", shapes, dtype) as file:
+        file.write_rows("a", 0, tensors["a"][:2])
+        file.write_rows("a", 2, tensors["a"][2:])
+        file.write_rows("b", 0, tensors["b"])
     assert (tmp_path / "f").stat().st_size == file.size
     for name, tensor in load_file(tmp_path / "f").items():
         assert tensor.dtype == dtype
@@ -36,13 +41,40 @@ def test_file_is_as_the_library_would_write_it(tmp_path: Path, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
-    ("first", "rows"), [(4, torch.ones(2, 3)), (0, torch.ones(1, 4)), (0, torch.ones(1, 3).half())]
+    ("first", "rows", "message"),
+    [
+        (4, torch.ones(2, 3), "do not fit"),
+        (0, torch.ones(1, 4), "do not fit"),
+        (0, torch.ones(1, 3).half(), "do not fit"),
+        (1, torch.ones(1, 3), "not what comes next"),
+    ],
 )
-def test_rows_that_do_not_fit(tmp_path: Path, first: int, rows: torch.Tensor) -> None:
+def test_rows_that_do_not_fit(tmp_path: Path, first: int, rows: torch.Tensor, message: str) -> None:
     file = SafetensorsFile(tmp_path / "f", {"a": (5, 3)}, torch.float32)
-    file.create()
-    with file, pytest.raises(ValueError, match="do not fit"):
-        file.write("a", first, rows)
+    with pytest.raises(ValueError, match=message), file:
+        file.write_rows("a", first, rows)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("length", [0, 1, 4096, (8 << 20) - 1, 8 << 20, (20 << 20) + 5])
+def test_a_file_holds_what_was_written(tmp_path: Path, length: int, direct: bool) -> None:
+    content = random.Random(length).randbytes(length)
+    pwrite = os.pwrite
+
+    def refusing(descriptor: int, view: memoryview, place: int) -> int:
+        """A file system that opens files past its page cache but does not write so."""
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return pwrite(descriptor, view, place)
+
+    with mock.patch("os.pwrite", pwrite if direct else refusing), SequentialFile(tmp_path / "f") as file:
+        for start in range(0, length, 3_000_001):
+            file.write(content[start : start + 3_000_001])
+        assert file.tell() == length
+    assert (tmp_path / "f").read_bytes() == content
+    with pytest.raises(FileExistsError):
+        SequentialFile(tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == content
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
