@@ -139,7 +139,7 @@ class _StreamWriter(Writer):
             for item, data in read_ahead(planner.resolve_data, plan.items):
                 start = stream.tell()
                 if isinstance(data, Tensor):
-                    torch.save(data, stream)
+                    torch.save(data, stream)  # type: ignore[arg-type]  # it only writes
                     self._bar.update(data.nbytes)
                 else:
                     stream.write(data.getbuffer())

@@ -22,7 +22,8 @@ from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout
-from megatron_tgdpo.setup import load_frozen_models, row_format
+from megatron_tgdpo.run_inputs import row_format
+from megatron_tgdpo.setup import load_frozen_models
 
 
 @dataclass(frozen=True)

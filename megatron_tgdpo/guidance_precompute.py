@@ -33,7 +33,7 @@ from megatron_tgdpo.guidance_cache import (
 from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.ranks import RankEnvironment, agree, init_distributed, on_first_rank
-from megatron_tgdpo.setup import check_layout, check_tokenizers, layout_of, prepare_data, read_model_configs
+from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, layout_of, prepare_data, read_model_configs
 
 logger = logging.getLogger(__name__)
 

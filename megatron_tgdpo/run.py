@@ -14,17 +14,16 @@ from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.preflight import preflight
 from megatron_tgdpo.ranks import RankEnvironment, init_distributed, on_first_rank
-from megatron_tgdpo.run_lock import RunLock
-from megatron_tgdpo.setup import (
-    build_engine,
+from megatron_tgdpo.run_inputs import (
     check_layout,
     layout_of,
-    log_setup,
     models_that_run,
     open_data,
     prepare_first_rank,
     read_model_configs,
 )
+from megatron_tgdpo.run_lock import RunLock
+from megatron_tgdpo.setup import build_engine, log_setup
 from megatron_tgdpo.trainer import Trainer
 
 

@@ -1,10 +1,8 @@
-"""Builds what a run needs, in the order in which failures are cheapest: config, data, groups, models, optimizer."""
+"""Builds what a run trains with: models, data-parallel wrappers, optimizer, communicators."""
 
-import json
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +13,19 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
 from checkpoints_convert.load import load_hf_weights, load_megatron_weights
-from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint, remove_incomplete
+from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint
 from megatron_tgdpo.colocated import ColocatedCommunicator, ColocatedModel
 from megatron_tgdpo.config import Config
-from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
-from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.tokenizers import load_tokenizer
-from megatron_tgdpo.data_order import DataOrder, make_data_order
-from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.frozen_offload import LayerStreamer
 from megatron_tgdpo.gpu_setup import building, capabilities, describe_model, model_options
-from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key, model_fingerprints
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.models import LanguageModel, build_language_model
 from megatron_tgdpo.optimizer import build_optimizer, build_scheduler
 from megatron_tgdpo.overlap import ddp_config, optimizer_kwargs, start_user_buffers, wire_overlap
-from megatron_tgdpo.pack_plan import check_row_fits
-from megatron_tgdpo.packing import RowFormat
-from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.prefetch import build_prefetcher
 from megatron_tgdpo.ranks import agree
-from megatron_tgdpo.run_directory import claim_output_dir
-from megatron_tgdpo.run_lock import RunLock
+from megatron_tgdpo.run_inputs import RunData, row_format
 from megatron_tgdpo.train_step import Engine
-from megatron_tgdpo.wandb_log import import_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -50,194 +36,6 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The run's datasets, the order in which training takes its pairs, and the guidance caches where they are used."""
-
-    train: PreferenceDataset
-    validation: PreferenceDataset | None
-    order: DataOrder
-    train_guidance: GuidanceCache | None = None
-    validation_guidance: GuidanceCache | None = None
-
-
-def hf_directory(path: str) -> Path:
-    """Where a model directory keeps its config and tokenizer: itself, or ``hf/`` in a Megatron checkpoint."""
-    return Path(path) / "hf" if is_megatron_checkpoint(Path(path)) else Path(path)
-
-
-def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
-    """HF configs of the policy and of the frozen models that the method uses, checked to share one vocabulary.
-
-    Raises:
-        UserError: A directory holds no supported model, or vocabulary sizes differ.
-    """
-    paths = config.model_paths
-    configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
-    for role in configs:
-        if configs[role].vocab_size != configs["policy"].vocab_size:
-            raise UserError(
-                f"model.{role} {paths[role]} has a vocabulary of {configs[role].vocab_size}, the policy "
-                f"{configs['policy'].vocab_size}: all models must share one tokenizer"
-            )
-    return configs
-
-
-def models_that_run(config: Config, configs: Mapping[str, PretrainedConfig]) -> dict[str, PretrainedConfig]:
-    """Those of :func:`read_model_configs` that are loaded: the frozen ones are not where a cache stands for them."""
-    cached = config.guidance.mode == "cached"
-    return {role: hf_config for role, hf_config in configs.items() if role == "policy" or not cached}
-
-
-def check_layout(configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> None:
-    """Checks that every model divides by the layout.
-
-    Raises:
-        UserError: One does not; the message names its role.
-    """
-    for role, hf_config in configs.items():
-        try:
-            transformer_config_kwargs(hf_config, layout, dtype=torch.float32, device=torch.device("cpu"))
-        except UserError as error:
-            raise UserError(f"model.{role}: {error}") from error
-
-
-def check_tokenizers(config: Config) -> None:
-    """Checks that reference and guide, where they carry a tokenizer, map text to ids as the policy does.
-
-    Raises:
-        UserError: One does not.
-    """
-    ours = _tokenizer_fingerprint(config.model.policy)
-    for role, path in (("reference", config.model.reference), ("guide", config.model.guide)):
-        theirs = _tokenizer_fingerprint(path) if path is not None else None
-        if ours is not None and theirs is not None and ours != theirs:
-            raise UserError(f"model.{role} {path} has another tokenizer than the policy {config.model.policy}")
-
-
-def _tokenizer_fingerprint(path: str) -> str | None:
-    directory = hf_directory(path)
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((directory / name).exists() for name in names):
-        return None
-    return load_tokenizer(str(directory)).fingerprint
-
-
-def preprocess_options(config: Config) -> PreprocessOptions:
-    """What the run asks of its data."""
-    return PreprocessOptions(
-        tokenizer=config.data.tokenizer or str(hf_directory(config.model.policy)),
-        chat_template=config.data.chat_template,
-        max_length=config.data.max_length,
-        max_prompt_length=config.data.max_prompt_length,
-        overlong_prompt=config.data.overlong_prompt,
-        workers=config.data.workers,
-    )
-
-
-def prepare_first_rank(config: Config, lock: RunLock) -> str:
-    """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
-    process group exists.
-
-    Args:
-        config: The run.
-        lock: Of its output directory; taken here.
-
-    Returns:
-        JSON of the dataset prefixes, for :func:`open_data` on every rank.
-    """
-    check_tokenizers(config)
-    if config.log.wandb:
-        import_wandb()
-    lock.acquire()
-    claim_output_dir(config)
-    for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
-        logger.warning("removed %s, left by a save that was interrupted", left)
-    prefixes = prepare_data(config, Path(config.output_dir) / "data")
-    if config.guidance.mode == "cached":
-        models = model_fingerprints(config)
-        for name, prefix in prefixes.items():
-            dataset = PreferenceDataset(prefix)
-            cache = open_guidance(config, name, dataset)
-            cache.check_key(guidance_key(config, dataset, models))
-            if config.guidance.verify:
-                cache.check_content()
-    return json.dumps(prefixes)
-
-
-def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
-    """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be."""
-    options = preprocess_options(config)
-    paths = {"train": config.data.train, "validation": config.data.validation}
-    return {
-        name: str(open_or_preprocess(path, options, str(cache_dir)).prefix)
-        for name, path in paths.items()
-        if path is not None
-    }
-
-
-def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> GuidanceCache:
-    """The guidance cache of a dataset of the run, ``train`` or ``validation``."""
-    directory = Path(str(config.guidance.cache)) / name
-    return GuidanceCache(directory, dataset.lengths, use_guide=config.loss.method == "tgdpo")
-
-
-def layout_of(config: Config, world_size: int) -> ParallelLayout:
-    """The rank grid of a run."""
-    parallel = config.parallel
-    return make_layout(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        parallel.sequence_parallel,
-        world_size,
-        parallel.virtual_pipeline or 1,
-    )
-
-
-def row_format(config: Config, pg: ProcessGroupCollection) -> RowFormat:
-    """The format of this run's rows on this rank."""
-    # Divisible by what splits a row, and by what matrix units like.
-    multiple = math.lcm(64, 2 * pg.cp.size() * pg.tp.size()) if pg.pp.size() == 1 else None
-    return replace(_whole_rows(config), context_rank=pg.cp.rank(), multiple=multiple)
-
-
-def _whole_rows(config: Config) -> RowFormat:
-    """The format without what depends on the rank."""
-    shared, context = config.shared_prompts, config.parallel.context
-    return RowFormat(config.row_tokens, shared, context, chosen_only=config.method.chosen_only)
-
-
-def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
-    """Opens the datasets that :func:`prepare_first_rank` named.
-
-    Raises:
-        UserError: A pair does not fit a row, or holds a token id that the models do not have.
-    """
-    datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
-    for name, dataset in datasets.items():
-        check_row_fits(dataset, _whole_rows(config))
-        largest = dataset.manifest["max_token_id"]
-        if largest >= vocab_size:
-            # The embedding would not notice: it is padded, and split over tensor ranks.
-            raise UserError(
-                f"data.{name}: holds token id {largest} but the models' vocabulary has {vocab_size} entries: "
-                "preprocess with the policy's tokenizer"
-            )
-    order = make_data_order(
-        len(datasets["train"]),
-        config.batch.global_pairs,
-        config.train.steps,
-        config.train.epochs,
-        config.data.shuffle,
-        config.train.seed,
-    )
-    caches = {}
-    if config.guidance.mode == "cached":
-        caches = {name: open_guidance(config, name, dataset) for name, dataset in datasets.items()}
-    return RunData(datasets["train"], datasets.get("validation"), order, caches.get("train"), caches.get("validation"))
 
 
 def load_model(

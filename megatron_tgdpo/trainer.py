@@ -26,7 +26,8 @@ from megatron_tgdpo.metrics import StepMetrics
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.run_directory import MetricsLog, mark_done
-from megatron_tgdpo.setup import DTYPES, RunData, hf_directory
+from megatron_tgdpo.run_inputs import RunData, hf_directory
+from megatron_tgdpo.setup import DTYPES
 from megatron_tgdpo.stopping import StoppedEarly
 from megatron_tgdpo.train_step import Engine, StepResult, check_start, evaluate_packs, train_step
 

@@ -73,7 +73,7 @@ def _report(given: argparse.Namespace, config: Config) -> str:
     # Here, not above: these imports take seconds, a wrong key should not.
     from megatron_tgdpo.data.tokenizers import load_tokenizer
     from megatron_tgdpo.run_directory import write_atomically
-    from megatron_tgdpo.setup import preprocess_options
+    from megatron_tgdpo.run_inputs import preprocess_options
     from tools.reporting.build import chance_warning, report_figures, report_pairs, summary
     from tools.reporting.page import render_page
     from tools.reporting.sources import check_finite, choose_pairs, open_split

@@ -15,7 +15,7 @@ from megatron_tgdpo.memory import stage_parameters
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.planning.activations import Row, layer_activations, stage_activations
-from megatron_tgdpo.setup import check_layout
+from megatron_tgdpo.run_inputs import check_layout
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked
 from tests.tiny_models import make_llama

@@ -21,15 +21,9 @@ from megatron_tgdpo.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.parallel import init_model_parallel, make_layout
 from megatron_tgdpo.ranks import connect_store, init_distributed, on_first_rank, read_rank_environment
+from megatron_tgdpo.run_inputs import open_data, prepare_first_rank, read_model_configs
 from megatron_tgdpo.run_lock import RunLock
-from megatron_tgdpo.setup import (
-    build_engine,
-    colocated_model,
-    load_model,
-    open_data,
-    prepare_first_rank,
-    read_model_configs,
-)
+from megatron_tgdpo.setup import build_engine, colocated_model, load_model
 from megatron_tgdpo.train_step import run_packs
 
 

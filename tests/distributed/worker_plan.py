@@ -20,7 +20,8 @@ from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel, make_layout
 from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
-from megatron_tgdpo.setup import build_engine, colocated_model, read_model_configs
+from megatron_tgdpo.run_inputs import read_model_configs
+from megatron_tgdpo.setup import build_engine, colocated_model
 from megatron_tgdpo.train_step import Engine, run_packs
 from tests.live_storages import LiveStorages
 from tests.sent_bytes import SentBytes

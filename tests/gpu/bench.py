@@ -23,7 +23,8 @@ from megatron_tgdpo.models import LanguageModel
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import init_model_parallel, make_layout
-from megatron_tgdpo.setup import build_engine, read_model_configs
+from megatron_tgdpo.run_inputs import read_model_configs
+from megatron_tgdpo.setup import build_engine
 from megatron_tgdpo.train_step import Engine, train_step
 
 

@@ -9,7 +9,8 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_tgdpo.colocated import ColocatedModel
-from megatron_tgdpo.config import FP8_RECIPES, Config
+from megatron_tgdpo.config import Config
+from megatron_tgdpo.config_checks import FP8_RECIPES
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.model_config import LanguageModelConfig
@@ -150,7 +151,7 @@ def fp8(bench: Bench, tiny: bool) -> Iterator[Figure]:
 @torch.no_grad()
 def token_rewards(bench: Bench, config: Config, data: list[PreferencePair]) -> torch.Tensor:
     """beta * (log pi_g - log pi_ref) of every response token, fp32 on the CPU."""
-    from megatron_tgdpo.setup import read_model_configs, row_format
+    from megatron_tgdpo.run_inputs import read_model_configs, row_format
 
     found = load_frozen_models(config, read_model_configs(config), bench.layout, bench.pg, bench.device)
     model = ColocatedModel(found[0], found[1:])

@@ -11,7 +11,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_tgdpo.capabilities import Capabilities, Version, detect, parse_version
-from megatron_tgdpo.config import FP8_RECIPES, Config, config_from_dict
+from megatron_tgdpo.config import Config, config_from_dict
+from megatron_tgdpo.config_checks import FP8_RECIPES
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu_setup import check_gpu_options
 from megatron_tgdpo.model_config import LanguageModelConfig

@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_tgdpo.config import RECOMPUTE_CHOICES, Config, config_from_dict
+from megatron_tgdpo.config import Config, config_from_dict
+from megatron_tgdpo.config_checks import RECOMPUTE_CHOICES
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.memory import stage_parameters
 from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.run import dry_run
-from megatron_tgdpo.setup import RECOMPUTE, check_layout, check_tokenizers, read_model_configs
+from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, read_model_configs
+from megatron_tgdpo.setup import RECOMPUTE
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.test_config import VALID
 

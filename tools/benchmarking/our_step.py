@@ -11,7 +11,9 @@ from megatron_tgdpo.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.parallel import init_model_parallel
 from megatron_tgdpo.ranks import RankEnvironment, connect_store, init_distributed
-from megatron_tgdpo.setup import build_engine, layout_of, open_data, prepare_first_rank, read_model_configs
+from megatron_tgdpo.run_inputs import layout_of, open_data, prepare_first_rank, read_model_configs
+from megatron_tgdpo.run_lock import RunLock
+from megatron_tgdpo.setup import build_engine
 from megatron_tgdpo.train_step import StepResult, train_step
 from tools.benchmarking.problem import ALPHA, BETA, CLIP, LEARNING_RATE, Problem
 from tools.benchmarking.recorder import Recorder
@@ -56,7 +58,7 @@ class OurStep:
             enable_cpu_backend()
         ranks = RankEnvironment(0, 1, 0, None, None)
         layout, model_configs = layout_of(config, ranks.world_size), read_model_configs(config)
-        prefixes = prepare_first_rank(config)
+        prefixes = prepare_first_rank(config, RunLock(Path(config.output_dir)))
         init_distributed(ranks, device, config.parallel.timeout_minutes, connect_store(ranks))
         pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
         self.data = open_data(config, prefixes, model_configs["policy"].vocab_size)

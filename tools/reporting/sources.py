@@ -12,7 +12,7 @@ from megatron_tgdpo.config import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair, open_or_preprocess
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key
-from megatron_tgdpo.setup import open_guidance, preprocess_options
+from megatron_tgdpo.run_inputs import open_guidance, preprocess_options
 from tools.reporting.hf_logps import response_logps
 
 
