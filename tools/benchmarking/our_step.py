@@ -19,7 +19,9 @@ from tools.benchmarking.problem import ALPHA, BETA, CLIP, LEARNING_RATE, Problem
 from tools.benchmarking.recorder import Recorder
 
 
-def our_config(problem: Problem, *, guided: bool, mode: str, shared_prompts: bool = True) -> Config:
+def our_config(
+    problem: Problem, *, guided: bool, mode: str, shared_prompts: bool = True, recompute: str = "none"
+) -> Config:
     """The configuration of the run that the steps are of.
 
     Args:
@@ -27,6 +29,7 @@ def our_config(problem: Problem, *, guided: bool, mode: str, shared_prompts: boo
         guided: TGDPO; else DPO.
         mode: ``guidance.mode``.
         shared_prompts: ``batch.shared_prompts``.
+        recompute: ``train.recompute``.
     """
     name = f"run-{'tgdpo' if guided else 'dpo'}-{mode}-{'shared' if shared_prompts else 'unshared'}"
     values: dict[str, Any] = {
@@ -43,7 +46,7 @@ def our_config(problem: Problem, *, guided: bool, mode: str, shared_prompts: boo
         "batch": {"global_pairs": problem.global_pairs, "shared_prompts": shared_prompts},
         "optimizer": {"lr": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0.0, "clip_grad": CLIP},
         "precision": {"dtype": problem.dtype},
-        "train": {"steps": problem.steps},
+        "train": {"steps": problem.steps, "recompute": recompute},
         "output_dir": str(Path(problem.directory) / name),
     }
     return config_from_dict(values, "benchmark")

@@ -46,12 +46,14 @@ def _trl() -> Run:
     return trl_step.run
 
 
-def _ours(*, guided: bool, mode: str, shared_prompts: bool = True) -> Callable[[], Run]:
+def _ours(*, guided: bool, mode: str, shared_prompts: bool = True, recompute: str = "none") -> Callable[[], Run]:
     def load() -> Run:
         from tools.benchmarking import our_step
 
         def run(problem: Problem, recorder: Recorder) -> None:
-            config = our_step.our_config(problem, guided=guided, mode=mode, shared_prompts=shared_prompts)
+            config = our_step.our_config(
+                problem, guided=guided, mode=mode, shared_prompts=shared_prompts, recompute=recompute
+            )
             our_step.run(problem, recorder, config)
 
         return run
@@ -72,6 +74,8 @@ SIDES = {
         Side("colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False)),
         Side("cached", "tgdpo", "policy", _ours(guided=True, mode="cached")),
         Side("cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False)),
+        Side("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective")),
+        Side("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full")),
         Side("reference-dpo", "dpo", _TWO, _reference(guided=False)),
         # It subtracts sums of log-probs, which are thousands of nats and as float32 rounded to 2e-4 of a nat.
         Side("trl", "dpo", _TWO, _trl, loss_tolerance=2e-4),
@@ -79,7 +83,7 @@ SIDES = {
         Side(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached")),
     )
 }
-CACHED = ("cached", "cached-unshared", POLICY_ONLY)
+CACHED = ("cached", "cached-unshared", "cached-selective", "cached-full", POLICY_ONLY)
 
 
 def usable_cores() -> int:
