@@ -81,7 +81,8 @@ def step_operators(events: Any, device: torch.device) -> list[OperatorTime]:
     if device.type == "cuda":
         busy = 0.0
         for event in events:
-            own = event.self_device_time_total if event.device_type == torch.autograd.DeviceType.CPU else 0.0
+            # A range appears among its own kernels, from its first kernel to its last.
+            own = sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
             if own > 0:
                 busy += own
                 add(_device_group(event), event.name, str(event.input_shapes), own)
