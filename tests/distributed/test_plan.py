@@ -107,7 +107,7 @@ def planned_inputs(
     policy, guide = (read_hf_config(root / f"{values['family']}{suffix}") for suffix in ("", "-guide"))
     parallel = {"tensor": 1, "pipeline": 1, "sequence_parallel": False, **values["parallel"]}
     layout = make_layout(parallel["tensor"], parallel["pipeline"], 1, parallel["sequence_parallel"], processes)
-    return [policy, policy, guide], layout, Row(4 * LENGTH, LENGTH, 4 if values["dtype"] == "fp32" else 2)
+    return [policy, policy, guide], layout, Row(4 * LENGTH, LENGTH, 4 if values["dtype"] == "fp32" else 2, 0.0, 2**30)
 
 
 def unfused_norms(hf_config: PretrainedConfig, layout: ParallelLayout, row: Row, layers: int, final: bool) -> float:
