@@ -147,7 +147,8 @@ class _TokenLogps(torch.autograd.Function):
             if keep:
                 kept_maxima.append(higher)
         if tp_group.size() > 1:
-            local_maxima = maxima.clone()
+            # Not in place: the last of the kept maxima is this very tensor.
+            local_maxima, maxima = maxima, maxima.clone()
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=tp_group)
             sums[0] *= torch.exp(local_maxima - maxima)
             dist.all_reduce(sums, group=tp_group)
