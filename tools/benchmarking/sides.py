@@ -10,6 +10,10 @@ from tools.benchmarking.problem import Problem
 from tools.benchmarking.recorder import Recorder
 
 Run = Callable[[Problem, Recorder], None]
+# Adam's first steps have the size of the learning rate, whatever the gradient's: where gradients cancel, rounding
+# decides their sign, and the losses after that differ. A wrong mask or factor shows as 1e-2. Equality to 1e-5 is what
+# tests/distributed/test_equivalence.py is for.
+_LOSS_TOLERANCE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Side:
     objective: str
     models: str
     load: Callable[[], Run]
-    loss_tolerance: float = 1e-5
+    loss_tolerance: float = _LOSS_TOLERANCE
 
 
 def _reference(*, guided: bool) -> Callable[[], Run]:
@@ -77,8 +81,7 @@ SIDES = {
         Side("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective")),
         Side("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full")),
         Side("reference-dpo", "dpo", _TWO, _reference(guided=False)),
-        # It subtracts sums of log-probs, which are thousands of nats and as float32 rounded to 2e-4 of a nat.
-        Side("trl", "dpo", _TWO, _trl, loss_tolerance=2e-4),
+        Side("trl", "dpo", _TWO, _trl),
         Side("dpo-colocated", "dpo", _TWO, _ours(guided=False, mode="colocated")),
         Side(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached")),
     )
