@@ -135,7 +135,7 @@ def step_flops(
     """
     prompts, responses = lengths[:, 0], lengths[:, 1:].sum(axis=1)
     tokens = int(((1 if shared else 2) * prompts + responses).sum())
-    batch = Batch(len(lengths), round(tokens / len(lengths)), float(responses.sum()) / tokens)
+    batch = Batch(len(lengths), round(tokens / len(lengths)), float(responses.sum()) / tokens, shared_prompts=False)
     whole = row_flops(Job(policy, frozen, Row(row, row, 2), batch), make_layout(1, 1, 1, False, 1), "none")
     return whole * tokens / row
 

@@ -14,13 +14,11 @@ from tests.tiny_models import make_llama
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory, single_rank_group: dist.ProcessGroup) -> Path:
     root = tmp_path_factory.mktemp("checkpoint")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     data = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
     state = {name: ShardedTensor.from_rank_offsets(name, data + i) for i, name in enumerate(("one", "two"))}
     checkpoint_format.save(root / "saved", {**state, "step": 5}, make_llama(root / "hf", layers=1), {"dtype": "fp32"})
-    dist.destroy_process_group()
     return root / "saved"
 
 
