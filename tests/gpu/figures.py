@@ -136,8 +136,8 @@ def step_flops(
     prompts, responses = lengths[:, 0], lengths[:, 1:].sum(axis=1)
     tokens = int(((1 if shared else 2) * prompts + responses).sum())
     batch = Batch(len(lengths), round(tokens / len(lengths)), float(responses.sum()) / tokens, shared_prompts=False)
-    whole = row_flops(Job(policy, frozen, Row(row, row, 2), batch), make_layout(1, 1, 1, False, 1), "none")
-    return whole * tokens / row
+    job = Job(policy, frozen, Row(row, row, 2), batch)
+    return sum(row_flops(job, make_layout(1, 1, 1, False, 1), "none", stage=0)) * tokens / row
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:

@@ -14,7 +14,7 @@ TINY = [
 
 
 def test_compare(tmp_path: Path) -> None:
-    """The benchmark itself fails where sides differ by more than their tolerance; that they differ at all shows that both ran."""
+    """The benchmark itself fails where sides differ too much; that they differ at all shows that both ran."""
     out = tmp_path / "figures.json"
     sides = ["reference", "cached"]
     done = run_module(
