@@ -6,7 +6,8 @@ import pytest
 import torch.distributed as dist
 
 
-@pytest.fixture(scope="session")
+# Not for the session: commands that other modules run in this process end with destroying the default group.
+@pytest.fixture(scope="module")
 def single_rank_group() -> Iterator[dist.ProcessGroup]:
     """The default group of one gloo rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
