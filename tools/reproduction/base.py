@@ -1,0 +1,58 @@
+"""The language's tokenizer, a token a word, and a small Llama with random weights, as an HF directory."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from tools.demo.tokenizer import ASSISTANT, CHAT_TEMPLATE, USER
+from tools.reproduction.language import words
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", USER, ASSISTANT]
+MAX_TOKENS = 64
+
+
+def write_base(out: Path, seed: int) -> None:
+    """Writes the directory; the weights follow from the seed."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(out)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(words()),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        tie_word_embeddings=False,
+        bos_token_id=SPECIAL.index("<s>"),
+        eos_token_id=SPECIAL.index("</s>"),
+        pad_token_id=SPECIAL.index("<pad>"),
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.save_pretrained(out, safe_serialization=True)
+
+
+def _write_tokenizer(out: Path) -> None:
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words()])}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(out / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": MAX_TOKENS,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

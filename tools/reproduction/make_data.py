@@ -1,0 +1,65 @@
+"""Writes a seed's texts and untrained model: ``python -m tools.reproduction.make_data --out DIR --seed N ...``.
+
+``base`` (HF directory with random weights), ``sft.jsonl`` (answers of speakers of any skill), ``prompts.jsonl`` (for
+preference pairs), ``tuning.jsonl`` and ``heldout.jsonl`` (prompts to judge by). No prompt file holds another's requests'
+random numbers: each is drawn from a generator of its own. The last file written is ``DONE``.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+
+from tools.generation.command import positive
+from tools.reproduction.base import write_base
+from tools.reproduction.language import draw_answer, draw_request
+
+
+def _message(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+def _prompt(rng: Random) -> dict[str, object]:
+    return {"prompt": _message("user", draw_request(rng).prompt)}
+
+
+def _sft_record(rng: Random) -> dict[str, object]:
+    request = draw_request(rng)
+    # Method sft trains on the chosen response alone; the layout of pairs wants another one, which must differ.
+    chosen = draw_answer(rng, request)
+    rejected = next(answer for _ in iter(int, 1) if (answer := draw_answer(rng, request)) != chosen)
+    return {
+        "prompt": _message("user", request.prompt),
+        "chosen": _message("assistant", chosen),
+        "rejected": _message("assistant", rejected),
+    }
+
+
+def write_lines(path: Path, count: int, make: Callable[[Random], dict[str, object]], seed: str) -> None:
+    """Writes ``count`` records, drawn from a generator with this seed."""
+    rng = Random(seed)
+    path.write_text("".join(json.dumps(make(rng)) + "\n" for _ in range(count)), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.reproduction.make_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--seed", type=int, required=True, help="of texts and weights")
+    for name, what in (("sft", "answers"), ("prompts", "prompts"), ("tuning", "prompts"), ("heldout", "prompts")):
+        parser.add_argument(f"--{name}", type=positive, required=True, help=f"{what} of {name}.jsonl")
+    args = parser.parse_args(arguments)
+    write_base(args.out / "base", args.seed)
+    for name in ("sft", "prompts", "tuning", "heldout"):
+        make = _sft_record if name == "sft" else _prompt
+        write_lines(args.out / f"{name}.jsonl", getattr(args, name), make, f"{args.seed} {name}")
+    (args.out / "DONE").touch()
+
+
+if __name__ == "__main__":
+    main()
