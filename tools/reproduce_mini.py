@@ -1,6 +1,6 @@
 """The paper's comparison in miniature: SFT, DPO, SimPO and TGDPO with either as its guide, on a generated language.
 
-    python -m tools.reproduce_mini --out DIR [--workers 2] [--seeds 5] [--beta 0.1] [--short]
+    python -m tools.reproduce_mini --out DIR [--workers 2] [--seeds 6] [--beta 0.1] [--short]
 
 A seed: answers of mixed quality train an SFT model; n of its answers to each prompt, the best and the worst by the
 oracle, make the pairs; every arm trains on them from the SFT model with the same budget; the oracle judges answers to

@@ -1,5 +1,6 @@
 """This project's step, built and run as a training run of one process builds and runs it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tools.benchmarking.recorder import Recorder
 
 
 def our_config(
-    problem: Problem, *, guided: bool, mode: str, shared_prompts: bool = True, recompute: str = "none"
+    problem: Problem, *, guided: bool, mode: str, shared_prompts: bool = True, train: Mapping[str, Any] | None = None
 ) -> Config:
     """The configuration of the run that the steps are of.
 
@@ -29,7 +30,7 @@ def our_config(
         guided: TGDPO; else DPO.
         mode: ``guidance.mode``.
         shared_prompts: ``batch.shared_prompts``.
-        recompute: ``train.recompute``.
+        train: More values of the section ``train``.
     """
     name = f"run-{'tgdpo' if guided else 'dpo'}-{mode}-{'shared' if shared_prompts else 'unshared'}"
     values: dict[str, Any] = {
@@ -46,7 +47,7 @@ def our_config(
         "batch": {"global_pairs": problem.global_pairs, "shared_prompts": shared_prompts},
         "optimizer": {"lr": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0.0, "clip_grad": CLIP},
         "precision": {"dtype": problem.dtype},
-        "train": {"steps": problem.steps, "recompute": recompute},
+        "train": {"steps": problem.steps, **(train or {})},
         "output_dir": str(Path(problem.directory) / name),
     }
     return config_from_dict(values, "benchmark")

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from megatron_tgdpo.errors import UserError
 from tools.benchmarking.problem import Problem
@@ -50,14 +51,12 @@ def _trl() -> Run:
     return trl_step.run
 
 
-def _ours(*, guided: bool, mode: str, shared_prompts: bool = True, recompute: str = "none") -> Callable[[], Run]:
+def _ours(*, guided: bool, mode: str, shared_prompts: bool = True, **train: Any) -> Callable[[], Run]:
     def load() -> Run:
         from tools.benchmarking import our_step
 
         def run(problem: Problem, recorder: Recorder) -> None:
-            config = our_step.our_config(
-                problem, guided=guided, mode=mode, shared_prompts=shared_prompts, recompute=recompute
-            )
+            config = our_step.our_config(problem, guided=guided, mode=mode, shared_prompts=shared_prompts, train=train)
             our_step.run(problem, recorder, config)
 
         return run
@@ -76,8 +75,10 @@ SIDES = {
         Side(REFERENCE, "tgdpo", _THREE, _reference(guided=True)),
         Side("colocated", "tgdpo", _THREE, _ours(guided=True, mode="colocated")),
         Side("colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False)),
+        Side("colocated-lean", "tgdpo", _THREE, _ours(guided=True, mode="colocated", keep_logits_mib=0)),
         Side("cached", "tgdpo", "policy", _ours(guided=True, mode="cached")),
         Side("cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False)),
+        Side("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", keep_logits_mib=0)),
         Side("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective")),
         Side("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full")),
         Side("reference-dpo", "dpo", _TWO, _reference(guided=False)),
@@ -86,7 +87,7 @@ SIDES = {
         Side(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached")),
     )
 }
-CACHED = ("cached", "cached-unshared", "cached-selective", "cached-full", POLICY_ONLY)
+CACHED = ("cached", "cached-unshared", "cached-lean", "cached-selective", "cached-full", POLICY_ONLY)
 
 
 def usable_cores() -> int:
@@ -104,9 +105,9 @@ def choose_sides(names: list[str] | None) -> tuple[list[Side], list[str]]:
     if unknown:
         raise UserError(f"--sides: there is no side '{unknown[0]}', choose from {', '.join(SIDES)}")
     chosen = [SIDES[name] for name in names or SIDES]
-    if find_spec("trl") is not None:
+    if find_spec("trl") is not None or (names and "trl" not in names):
         return chosen, []
     why = "trl is not installed: pip install 'megatron-tgdpo[benchmark]'"
-    if "trl" in (names or ()):
+    if names:
         raise UserError(f"--sides: {why}")
     return [side for side in chosen if side.name != "trl"], [f"side trl is left out: {why}"]

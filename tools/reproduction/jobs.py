@@ -16,7 +16,12 @@ from pathlib import Path
 from megatron_tgdpo.errors import UserError
 
 # None of them starts a thread on import, which forking would lose.
-_IMPORTED = ["megatron_tgdpo.heartbeat", "megatron_tgdpo.run", "checkpoints_convert.export", "tools.generation.sampling"]
+_IMPORTED = [
+    "megatron_tgdpo.heartbeat",
+    "megatron_tgdpo.run",
+    "checkpoints_convert.export",
+    "tools.generation.sampling",
+]
 
 
 @dataclass(frozen=True)

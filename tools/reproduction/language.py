@@ -1,23 +1,26 @@
 """A generated language whose oracle gives every token of an answer a credit of its own.
 
-A word is a class and a number, such as ``c4``. A prompt names the class to begin with, a step and a length:
-``begin c step 2 length medium``. Each word should be ``step`` classes after the word before it (classes go round), and
-none of the last ``MEMORY`` words should come again. So what is good is decided word by word, from the prompt and from
-the words before; two answers that differ in score differ in many small places. All randomness comes from the
-``random.Random`` that the caller passes.
+A word is a class and a number, such as ``c4``. A prompt names the class to begin with, a step, a length and three
+numbers: ``begin c step 2 length medium numbers 1 3 4``. Each word should be ``step`` classes after the word before it
+(classes go round), have one of the numbers, and not be one of the last ``MEMORY`` words. So what is good is decided
+word by word, from the prompt and from the words before; two answers that differ in score differ in many small places.
+A fifth of the prompts is held out. All randomness comes from the ``random.Random`` that the caller passes.
 """
 
+import zlib
 from dataclasses import dataclass
+from itertools import combinations
 from random import Random
 
 CLASSES = "abcdef"
 NUMBERS = "12345"
-STEPS = (1, 2, 3, 4, 5)
+ALLOWED = [" ".join(three) for three in combinations(NUMBERS, 3)]
+STEPS = (1, 2, 3)
 LENGTHS = {"short": (4, 7), "medium": (9, 13), "long": (15, 20)}
 MEMORY = 4
 MAX_WORDS = 24
 
-# How often a speaker takes the good choice: drawn once an answer. The rest is half repetition, half wrong class.
+# How often a speaker takes a good word: drawn once an answer. The rest is half neutral words, half bad ones.
 SKILLS = (0.4, 0.6, 0.8)
 WRONG_LENGTH = 0.3
 
@@ -32,26 +35,36 @@ class Request:
         first: Class of the first word.
         step: Classes from each word to the next.
         length: Key of ``LENGTHS``: how many words.
+        numbers: One of ``ALLOWED``: the numbers that words may have.
     """
 
     first: str
     step: int
     length: str
+    numbers: str
 
     @property
     def prompt(self) -> str:
-        return f"begin {self.first} step {self.step} length {self.length}"
+        return f"begin {self.first} step {self.step} length {self.length} numbers {self.numbers}"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether nothing may be trained on it."""
+        return zlib.crc32(self.prompt.encode()) % 5 == 0
 
 
 def words() -> list[str]:
     """All words of answers and prompts."""
     content = [letter + number for letter in CLASSES for number in NUMBERS]
-    return [*content, "begin", "step", "length", *CLASSES, *map(str, STEPS), *LENGTHS]
+    return [*content, "begin", "step", "length", "numbers", *CLASSES, *NUMBERS, *LENGTHS]
 
 
-def draw_request(rng: Random) -> Request:
-    """A random prompt."""
-    return Request(rng.choice(CLASSES), rng.choice(STEPS), rng.choice(sorted(LENGTHS)))
+def draw_request(rng: Random, *, held_out: bool) -> Request:
+    """A random prompt, of those that are held out or of the others."""
+    while True:
+        request = Request(rng.choice(CLASSES), rng.choice(STEPS), rng.choice(sorted(LENGTHS)), rng.choice(ALLOWED))
+        if request.held_out == held_out:
+            return request
 
 
 def parse_prompt(prompt: str) -> Request:
@@ -61,10 +74,10 @@ def parse_prompt(prompt: str) -> Request:
         ValueError: It is not one.
     """
     match prompt.split():
-        case ["begin", first, "step", step, "length", length] if (
-            first in CLASSES and step in map(str, STEPS) and length in LENGTHS
+        case ["begin", first, "step", step, "length", length, "numbers", *three] if (
+            first in CLASSES and step in map(str, STEPS) and length in LENGTHS and " ".join(three) in ALLOWED
         ):
-            return Request(first, int(step), length)
+            return Request(first, int(step), length, " ".join(three))
     raise ValueError(f"not a prompt of this language: {prompt!r}")
 
 
@@ -81,12 +94,14 @@ def draw_answer(rng: Random, request: Request) -> str:
 
 
 def _draw_word(rng: Random, request: Request, before: list[str], skill: float) -> str:
-    right, recent = _right_class(request, before), before[-MEMORY:]
-    repeated = [word for word in recent if word[0] == right]
-    if rng.random() < skill:
-        return rng.choice([word for number in NUMBERS if (word := right + number) not in recent])
-    if repeated and rng.random() < 0.5:
-        return rng.choice(repeated)
+    right = _right_class(request, before)
+    good, neutral = [], []
+    for word in (right + number for number in NUMBERS):
+        (good if _credit(request, before, word) == GOOD else neutral).append(word)
+    if good and rng.random() < skill:
+        return rng.choice(good)
+    if rng.random() < 0.5:
+        return rng.choice(neutral)
     return rng.choice([letter for letter in CLASSES if letter != right]) + rng.choice(NUMBERS)
 
 
@@ -96,21 +111,28 @@ def _right_class(request: Request, before: list[str]) -> str:
     return CLASSES[(CLASSES.index(before[-1][0]) + request.step) % len(CLASSES)]
 
 
+def _credit(request: Request, before: list[str], word: str) -> float:
+    if len(word) != 2 or word[0] != _right_class(request, before) or word[1] not in NUMBERS:
+        return BAD
+    return GOOD if word[1] in request.numbers and word not in before[-MEMORY:] else NEUTRAL
+
+
 def token_credits(prompt: str, answer: str, finished: bool = True) -> list[float]:
     """The oracle's credit of each word, and of the end: 1 good, 0 neutral, -1 bad.
 
-    A word of the right class is good, neutral where one of the last ``MEMORY`` words comes again; any other is bad. The
-    end is good after as many words as asked for, else bad.
+    A word of the right class is good, or neutral where its number was not asked for or one of the last ``MEMORY`` words
+    comes again; any other is bad. The end is good after as many words as asked for, else bad.
 
     Args:
         prompt: A prompt of this language.
         answer: Any text; a token is a word.
         finished: Whether the answer came to an end; if not, there is no end to credit and the last word is bad.
     """
-    request, before, found = parse_prompt(prompt), [], []
+    request = parse_prompt(prompt)
+    before: list[str] = []
+    found: list[float] = []
     for word in answer.split():
-        right = len(word) == 2 and word[0] == _right_class(request, before) and word[1] in NUMBERS
-        found.append((NEUTRAL if word in before[-MEMORY:] else GOOD) if right else BAD)
+        found.append(_credit(request, before, word))
         before.append(word)
     least, most = LENGTHS[request.length]
     if finished:

@@ -1,13 +1,14 @@
 """Writes a seed's texts and untrained model: ``python -m tools.reproduction.make_data --out DIR --seed N ...``.
 
 ``base`` (HF directory with random weights), ``sft.jsonl`` (answers of speakers of any skill), ``prompts.jsonl`` (for
-preference pairs), ``tuning.jsonl`` and ``heldout.jsonl`` (prompts to judge by). No prompt file holds another's requests'
-random numbers: each is drawn from a generator of its own. The last file written is ``DONE``.
+preference pairs), and ``heldout.jsonl`` (prompts to judge by: none of them is in the other files), each drawn from a
+generator of its own. The last file written is ``DONE``.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -20,12 +21,12 @@ def _message(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
 
 
-def _prompt(rng: Random) -> dict[str, object]:
-    return {"prompt": _message("user", draw_request(rng).prompt)}
+def _prompt(rng: Random, *, held_out: bool) -> dict[str, object]:
+    return {"prompt": _message("user", draw_request(rng, held_out=held_out).prompt)}
 
 
 def _sft_record(rng: Random) -> dict[str, object]:
-    request = draw_request(rng)
+    request = draw_request(rng, held_out=False)
     # Method sft trains on the chosen response alone; the layout of pairs wants another one, which must differ.
     chosen = draw_answer(rng, request)
     rejected = next(answer for _ in iter(int, 1) if (answer := draw_answer(rng, request)) != chosen)
@@ -51,12 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, required=True, help="of texts and weights")
-    for name, what in (("sft", "answers"), ("prompts", "prompts"), ("tuning", "prompts"), ("heldout", "prompts")):
+    for name, what in (("sft", "answers"), ("prompts", "prompts"), ("heldout", "prompts")):
         parser.add_argument(f"--{name}", type=positive, required=True, help=f"{what} of {name}.jsonl")
     args = parser.parse_args(arguments)
     write_base(args.out / "base", args.seed)
-    for name in ("sft", "prompts", "tuning", "heldout"):
-        make = _sft_record if name == "sft" else _prompt
+    kinds = {
+        "sft": _sft_record,
+        "prompts": partial(_prompt, held_out=False),
+        "heldout": partial(_prompt, held_out=True),
+    }
+    for name, make in kinds.items():
         write_lines(args.out / f"{name}.jsonl", getattr(args, name), make, f"{args.seed} {name}")
     (args.out / "DONE").touch()
 

@@ -24,8 +24,7 @@ def plot_win_rates(figures: Mapping[str, Any], out: Path) -> None:
     for guide, marker in (("dpo", "o"), ("simpo", "s")):
         points = guided_points(figures, guide)
         values = [rate["value"] for _, rate in points]
-        errors = [[value - _or(rate["low"], value) for value, (_, rate) in zip(values, points, strict=True)],
-                  [_or(rate["high"], value) - value for value, (_, rate) in zip(values, points, strict=True)]]  # fmt: skip
+        errors = _errors([rate for _, rate in points])
         alphas = [alpha + (0.02 if guide == "simpo" else 0.0) for alpha, _ in points]
         label = f"TGDPO, {_TITLES[guide]} guide"
         axes.errorbar(alphas, values, errors, marker=marker, capsize=3, color=_COLOURS[guide], label=label)
@@ -45,12 +44,10 @@ def plot_credit(figures: Mapping[str, Any], out: Path) -> None:
     labels = {"dpo": "DPO guide", "simpo": "SimPO guide", "reference": "SFT model's log-prob"}
     for position, (source, colour) in enumerate(colours.items()):
         credit = [figures["credit"][source][name] for name in names]
-        values = [figure_["value"] for figure_ in credit]
+        values = [entry["value"] for entry in credit]
         places = [index + 0.27 * (position - 1) for index in range(len(names))]
         axes.bar(places, values, width=0.25, color=colour, label=labels[source])
-        lows = [value - _or(c["low"], value) for value, c in zip(values, credit, strict=True)]
-        highs = [_or(c["high"], value) - value for value, c in zip(values, credit, strict=True)]
-        axes.errorbar(places, values, [lows, highs], fmt="none", ecolor="black", capsize=3)
+        axes.errorbar(places, values, _errors(credit), fmt="none", ecolor="black", capsize=3)
     axes.set_xticks(range(len(names)), list(names.values()))
     axes.legend(fontsize="small")
     axes.grid(axis="y", alpha=0.3)
@@ -66,5 +63,8 @@ def guided_points(figures: Mapping[str, Any], guide: str) -> Sequence[tuple[floa
     )
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _errors(found: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Lengths of error bars, down and up; none where there is no interval."""
+    lows = [0.0 if figure["low"] is None else figure["value"] - figure["low"] for figure in found]
+    highs = [0.0 if figure["high"] is None else figure["high"] - figure["value"] for figure in found]
+    return [lows, highs]

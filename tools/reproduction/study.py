@@ -4,7 +4,7 @@ Seed 0 is for choices (learning rates); seeds 1 and up are what is reported. A s
 from random weights on, its own preference pairs and its own held-out prompts.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,24 +32,19 @@ class Scale:
         temperature: Of all sampling.
     """
 
-    seeds: int = 5
-    sft_examples: int = 4000
+    seeds: int = 6
+    sft_examples: int = 6000
     prompts: int = 1200
     samples: int = 5
     judged: int = 500
     beta: float = 0.1
     alphas: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0)
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     temperature: float = 0.8
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, as they come back from a JSON file."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Scale":
-        names = {field.name for field in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
 
 
 SHORT = Scale(seeds=1, sft_examples=256, prompts=64, samples=3, judged=24, alphas=(0.5,), rates=(3e-4, 1e-3))
@@ -127,7 +122,7 @@ class Study:
         """Texts, SFT model, its answers, and pairs of them."""
         here, scale = self.directory(seed), self.scale
         data, sft = here / "data", here / "sft"
-        counts = {"sft": scale.sft_examples, "prompts": scale.prompts, "tuning": scale.judged, "heldout": scale.judged}
+        counts = {"sft": scale.sft_examples, "prompts": scale.prompts, "heldout": scale.judged}
         sizes = [part for name, count in counts.items() for part in (f"--{name}", str(count))]
         pairs = self._pairs(seed)
         commands = (
@@ -186,11 +181,10 @@ class Study:
         )
 
     def _judging(self, seed: int, arm: Arm | None, rate: float | None) -> Command:
-        prompts = "tuning" if seed == TUNING_SEED else "heldout"
         out = self.judged(seed, arm, rate)
         return _command(
             "tools.reproduction.judge", out, "--model", self.model(seed, arm, rate),
-            "--prompts", self.directory(seed) / "data" / f"{prompts}.jsonl", "--out", out,
+            "--prompts", self.directory(seed) / "data" / "heldout.jsonl", "--out", out,
             "--temperature", self.scale.temperature, "--seed", seed,
         )  # fmt: skip
 

@@ -16,21 +16,22 @@ from tools.reproduction.language import (
     words,
 )
 
-SHORT = "begin c step 2 length short"
+SHORT = "begin c step 2 length short numbers 1 2 3"
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        # c, e, a, c, e: two classes on each time, round the end of the six; four words are short enough.
-        ("c1 e2 a3 c4 e5", [1, 1, 1, 1, 1, 1]),
+        # c, e, a, c, e: two classes on each time, round the end of the six; five words are short enough.
+        ("c1 e2 a3 c2 e3", [1, 1, 1, 1, 1, 1]),
+        # 4 and 5 were not asked for: of the right class, so neutral.
+        ("c1 e4 a3 c5 e3", [1, 0, 1, 0, 1, 1]),
         # Each word is compared with the word before it, so one wrong class makes one bad word.
-        ("c1 d2 f3 b4", [1, -1, 1, 1, 1]),
-        # c1 comes again three words later; e2 after it is right, and four words are between c1 and its third time.
-        ("c1 e2 a3 c1 e1 a1 c2", [1, 1, 1, 0, 1, 1, 1, 1]),
+        ("c1 d2 f3 b1", [1, -1, 1, 1, 1]),
+        # c1 comes again three words later; e2, seven words after its first time, may.
+        ("c1 e2 a3 c1 e1 a1 c2 e2", [1, 1, 1, 0, 1, 1, 1, 1, -1]),
         ("b1 d1 f1 b2", [-1, 1, 1, 1, 1]),
         ("c1 e1 a1", [1, 1, 1, -1]),
-        ("c1 e1 a1 c2 e2 a2 c3 e3", [1] * 8 + [-1]),
         # What is no word of the language is bad, and the class starts over behind it.
         ("c1 step c2 e1", [1, -1, 1, 1, 1]),
         ("c9 e1 a1 c1", [-1, 1, 1, 1, 1]),
@@ -43,22 +44,30 @@ def test_credits(answer: str, expected: list[int]) -> None:
 
 
 def test_repetition_is_forgotten_after_four_words() -> None:
-    prompt = "begin a step 1 length short"
-    assert token_credits(prompt, "a1 b1 c1 d1 e1 f1 a1")[6] == 1  # six words on
-    prompt = "begin a step 3 length short"
+    prompt = "begin a step 3 length short numbers 1 2 3"
     assert token_credits(prompt, "a1 d1 a2 d2 a1 d1 a2") == [1, 1, 1, 1, 0, 0, 0, 1]
+    assert token_credits(prompt, "a1 d1 a2 d2 a3 d3 a1") == [1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_an_answer_without_an_end() -> None:
-    assert token_credits(SHORT, "c1 e2 a3 c4", finished=False) == [1, 1, 1, -1]
+    assert token_credits(SHORT, "c1 e2 a3 c2", finished=False) == [1, 1, 1, -1]
     whole = " ".join(["c1"] * MAX_WORDS)
-    assert score_answers([{"role": "user", "content": SHORT}], [whole, "c1 e2 a3 c4"]) == [
+    assert score_answers([{"role": "user", "content": SHORT}], [whole, "c1 e2 a3 c2"]) == [
         score(SHORT, whole, finished=False),
         1.0,
     ]
 
 
-@pytest.mark.parametrize("prompt", ["begin g step 2 length short", "begin c step 0 length short", "write a poem"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "begin g step 2 length short numbers 1 2 3",
+        "begin c step 0 length short numbers 1 2 3",
+        "begin c step 1 length short numbers 1 1 3",
+        "begin c step 1 length short",
+        "write a poem",
+    ],
+)
 def test_no_prompt(prompt: str) -> None:
     with pytest.raises(ValueError, match="not a prompt of this language"):
         parse_prompt(prompt)
@@ -66,14 +75,20 @@ def test_no_prompt(prompt: str) -> None:
 
 def test_speakers() -> None:
     rng, known = Random(0), set(words())
-    credits_ = []
+    found = []
     for _ in range(500):
-        request = draw_request(rng)
+        request = draw_request(rng, held_out=False)
         assert parse_prompt(request.prompt) == request
         answer = draw_answer(rng, request)
         assert set(answer.split()) <= known
         assert LENGTHS["short"][0] <= len(answer.split()) <= LENGTHS["long"][1] < MAX_WORDS
-        credits_ += token_credits(request.prompt, answer)
-    # Skills of 0.4, 0.6 and 0.8 draw good words; the rest is neutral where something can be repeated, else bad.
-    assert credits_.count(1) / len(credits_) == pytest.approx(0.6, abs=0.03)
-    assert 0.02 < credits_.count(0) / len(credits_) < 0.2
+        found += token_credits(request.prompt, answer)[:-1]
+    # Skills of 0.4, 0.6 and 0.8 take good words; half of the others are neutral and half bad.
+    shares = [found.count(credit) / len(found) for credit in (1, 0, -1)]
+    assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.03)
+
+
+def test_held_out_prompts_are_others() -> None:
+    sides = [{draw_request(Random(seed), held_out=side) for seed in range(2000)} for side in (False, True)]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) / (len(sides[0]) + len(sides[1])) == pytest.approx(0.2, abs=0.05)
