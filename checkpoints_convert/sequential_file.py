@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from megatron_tgdpo.direct_io import ALIGNMENT, BUFFER_BYTES, attempt, is_direct, open_direct
+from megatron_tgdpo.direct_io import ALIGNMENT, BUFFER_BYTES, attempt, copy_bytes, is_direct, open_direct
 from megatron_tgdpo.files import start_writeback
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class SequentialFile:
         length = len(view)
         while view:
             count = min(len(view), BUFFER_BYTES - self._filled)
-            self._buffers[0][self._filled : self._filled + count] = view[:count]
+            copy_bytes(memoryview(self._buffers[0])[self._filled : self._filled + count], view[:count])
             self._filled, view = self._filled + count, view[count:]
             if self._filled == BUFFER_BYTES:
                 self._store(BUFFER_BYTES)

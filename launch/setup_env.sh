@@ -10,7 +10,7 @@ set -euo pipefail
 
 fail() { echo "setup_env.sh: $*" >&2; exit 1; }
 
-[ $# -ge 1 ] && [ $# -le 2 ] || fail "usage: bash launch/setup_env.sh VENV_DIR [EXTRAS]"
+if [ $# -lt 1 ] || [ $# -gt 2 ]; then fail "usage: bash launch/setup_env.sh VENV_DIR [EXTRAS]"; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$1
 extras=${2:-}

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from megatron_tgdpo.files import FileReader
 
 BUFFER_BYTES = 8 << 20
@@ -60,6 +62,11 @@ def attempt(descriptor: int, action: Callable[[], int]) -> int:
     return action()
 
 
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copies bytes while other Python threads go on, which an assignment to a slice does not let them."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
 class DirectReader(FileReader):
     """Reads at given places of the files of one directory, past the page cache; see ``FileReader``."""
 
@@ -76,5 +83,5 @@ class DirectReader(FileReader):
         window = self._buffer[: -(-wanted // ALIGNMENT) * ALIGNMENT]
         got = attempt(descriptor, lambda: os.preadv(descriptor, [window], offset - skipped))
         count = max(min(got, wanted) - skipped, 0)
-        view[:count] = window[skipped : skipped + count]
+        copy_bytes(view[:count], window[skipped : skipped + count])
         return count

@@ -151,10 +151,10 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
 
 def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
     """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be."""
-    options = preprocess_options(config)
+    options, single = preprocess_options(config), config.method.chosen_only
     paths = {"train": config.data.train, "validation": config.data.validation}
     return {
-        name: str(open_or_preprocess(path, options, str(cache_dir)).prefix)
+        name: str(open_or_preprocess(path, options, str(cache_dir), single_answers=single).prefix)
         for name, path in paths.items()
         if path is not None
     }

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tgdpo.data.encode import encode_prompt
-from megatron_tgdpo.data.layouts import Message
+from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError

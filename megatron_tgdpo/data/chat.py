@@ -13,7 +13,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_tgdpo.data.layouts import Message
+from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.errors import UserError
 
 # For a raw SentencePiece model, which carries no template: the reference code's template named "default".

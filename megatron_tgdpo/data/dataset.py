@@ -34,7 +34,7 @@ class PreferencePair:
     Attributes:
         prompt: int64 [tokens], shared by both responses.
         chosen: int64 [tokens], the preferred response, with its end-of-turn token unless truncated.
-        rejected: int64 [tokens], the other one.
+        rejected: int64 [tokens], the other one; empty where a prompt has a single answer.
         index: the pair's place in the dataset.
     """
 
@@ -90,20 +90,38 @@ class PreferenceDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        prompt, chosen, rejected = (self._sequences[3 * index + column].astype(np.int64) for column in range(3))
+        prompt, chosen, rejected = (self._sequence(index, column) for column in range(3))
         for ids in (prompt, chosen, rejected):
-            if ids.min() < 0 or ids.max() >= self._vocab_size:
+            if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._vocab_size:
                 raise UserError(
                     f"{self.prefix}.bin: pair {index} ({self.source(index)}) holds a token id outside the vocabulary "
                     f"of {self._vocab_size}: the file is damaged; preprocess again"
                 )
         return PreferencePair(prompt, chosen, rejected, int(index))
 
+    def _sequence(self, index: int, column: int) -> np.ndarray:
+        if not self.lengths[index, column]:
+            return np.empty(0, np.int64)
+        return self._sequences[3 * index + column].astype(np.int64)
+
     def source(self, index: int) -> str:
         """Where a pair came from, as in error messages: ``pairs.jsonl:17`` or ``pairs.json record 17``."""
         file_index, number = self._origin[index]
         source = self.manifest["sources"][file_index]
         return where(source["path"], source["kind"], int(number))
+
+    def require_pairs(self) -> None:
+        """Checks that every prompt has two responses.
+
+        Raises:
+            UserError: one has a single answer; names it.
+        """
+        (single,) = np.nonzero(self.lengths[:, 2] == 0)
+        if len(single):
+            raise UserError(
+                f"{self.source(int(single[0]))}: a prompt with a single answer, and a pair is needed ({len(single)} of "
+                f"{len(self)} records are like that): only loss.method sft trains on single answers"
+            )
 
     def verify(self) -> None:
         """Hashes the data files (reads them whole) and compares with the manifest.
@@ -119,7 +137,12 @@ class PreferenceDataset:
 
 
 def open_or_preprocess(
-    path: str | Sequence[str], options: PreprocessOptions, cache_dir: str, *, progress: bool = True
+    path: str | Sequence[str],
+    options: PreprocessOptions,
+    cache_dir: str,
+    *,
+    progress: bool = True,
+    single_answers: bool = False,
 ) -> PreferenceDataset:
     """Opens a dataset, preprocessing raw files once where need be.
 
@@ -131,18 +154,22 @@ def open_or_preprocess(
         options: what training asks of the data.
         cache_dir: where datasets made from raw files are kept, named by content of files, tokenizer and options.
         progress: show a progress bar, if stderr is a terminal.
+        single_answers: whether prompts with a single answer will do.
 
     Raises:
         UserError: bad input, or the dataset was made with another tokenizer, template or length limit.
     """
     paths = [path] if isinstance(path, str) else list(path)
     prepared = [prefix for prefix in map(_as_prefix, paths) if prefix]
-    if not prepared:
-        return _cached(paths, options, cache_dir, progress)
-    if len(paths) > 1:
+    if prepared and len(paths) > 1:
         raise UserError(f"{prepared[0]} is a preprocessed dataset: give it alone, or give raw files only")
-    dataset = PreferenceDataset(prepared[0])
-    _check_match(dataset, options, load_tokenizer(options.tokenizer, options.chat_template))
+    if prepared:
+        dataset = PreferenceDataset(prepared[0])
+        _check_match(dataset, options, load_tokenizer(options.tokenizer, options.chat_template))
+    else:
+        dataset = _cached(paths, options, cache_dir, progress)
+    if not single_answers:
+        dataset.require_pairs()
     return dataset
 
 

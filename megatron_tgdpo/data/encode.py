@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from megatron_tgdpo.data.chat import ChatTemplate, render_sides
-from megatron_tgdpo.data.layouts import Example, Message, parse_record
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import Example, parse_record
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import parse_line, where
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
@@ -57,7 +58,7 @@ class EncodedBatch:
 
     Attributes:
         tokens: int32 ids of all kept pairs: prompt, chosen, rejected, and so on.
-        lengths: int32 [kept pairs, 3]: tokens of prompt, chosen, rejected.
+        lengths: int32 [kept pairs, 3]: tokens of prompt, chosen, rejected; 0 where there is no rejected response.
         numbers: record number of each kept pair.
         dropped: pairs dropped by reason.
         truncated: pairs by what was cut: ``prompt_by_max_prompt_length``, ``prompt``, ``chosen``, ``rejected``.
@@ -150,12 +151,13 @@ def encode_example(example: Example, tokenizer: Tokenizer, options: PreprocessOp
     """
     if not _prompt_has_text(example):
         return "empty_prompt"
-    if not example.chosen.strip() or not example.rejected.strip():
+    single = example.rejected is None
+    if not example.chosen.strip() or not (single or str(example.rejected).strip()):
         return "empty_response"
     prompt, chosen, rejected = encode_sides(example, tokenizer, place)
     if not prompt:
         return "empty_prompt"
-    if not chosen or not rejected:
+    if not chosen or not (single or rejected):
         return "empty_response"
     if chosen == rejected:
         return "identical"
@@ -196,6 +198,8 @@ def _truncate(
 def encode_sides(example: Example, tokenizer: Tokenizer, place: str) -> tuple[list[int], list[int], list[int]]:
     """Ids of the prompt, shared by both responses, and of each response with its end-of-turn token; untruncated.
 
+    A rejected response that is not there has no ids.
+
     Args:
         example: the pair's text. A plain prompt is taken as it is, with a BOS in front where the tokenizer adds
             one by default, and its responses end with EOS; messages go through the chat template.
@@ -205,13 +209,15 @@ def encode_sides(example: Example, tokenizer: Tokenizer, place: str) -> tuple[li
     Raises:
         UserError: messages without a chat template, plain text without an EOS token, or an unfit template.
     """
+    responses = [text for text in (example.chosen, example.rejected) if text is not None]
     if isinstance(example.prompt, str):
-        return _encode_plain(example.prompt, (example.chosen, example.rejected), tokenizer, place)
-    template, responses = _template(tokenizer, place), (example.chosen, example.rejected)
-    text, sides = render_sides(template, example.prompt, responses, tokenizer.special_tokens, place)
-    prompt = tokenizer.encode(text)
-    chosen, rejected = (_continue(tokenizer, text, prompt, side) for side in sides)
-    return prompt, chosen, rejected
+        prompt, *encoded = _encode_plain(example.prompt, responses, tokenizer, place)
+    else:
+        template = _template(tokenizer, place)
+        text, sides = render_sides(template, example.prompt, responses, tokenizer.special_tokens, place)
+        prompt = tokenizer.encode(text)
+        encoded = [_continue(tokenizer, text, prompt, side) for side in sides]
+    return prompt, encoded[0], encoded[1] if len(encoded) > 1 else []
 
 
 def encode_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, place: str) -> list[int]:
@@ -231,9 +237,8 @@ def encode_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, place: 
     return tokenizer.encode(text)
 
 
-def _encode_plain(
-    text: str, responses: Sequence[str], tokenizer: Tokenizer, place: str
-) -> tuple[list[int], list[int], list[int]]:
+def _encode_plain(text: str, responses: Sequence[str], tokenizer: Tokenizer, place: str) -> list[list[int]]:
+    """Ids of the prompt, then of each response."""
     eos = tokenizer.eos_id
     if eos is None:
         raise UserError(f"{place}: plain prompts need an EOS token to end responses and this tokenizer has none")
@@ -242,7 +247,7 @@ def _encode_plain(
     for response in responses:
         ids = _continue(tokenizer, text, prompt, response)
         sides.append(ids if ids[-1:] == [eos] else [*ids, eos])
-    return _with_bos(prompt, tokenizer), sides[0], sides[1]
+    return [_with_bos(prompt, tokenizer), *sides]
 
 
 def _with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:

@@ -1,44 +1,31 @@
-"""The shapes in which people keep preference pairs, each turned into the same `Example`."""
+"""The shapes in which people keep preference pairs and single answers, each turned into the same `Example`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tgdpo.data.fields import Message, kind_of, message_of, messages_of, need, text_of
 from megatron_tgdpo.errors import UserError
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-}
-KEYS = ("instruction", "input", "history", "system", "conversations", "prompt", "chosen", "rejected")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn: ``role`` is system, user, assistant or tool."""
-
-    role: str
-    content: str
+KEYS = (
+    "instruction", "input", "history", "system", "conversations", "prompt", "chosen", "rejected", "output", "messages",
+    "completion",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Example:
-    """One preference pair as text.
+    """One preference pair as text, or a prompt with a single answer.
 
     Attributes:
         prompt: a plain string that no template touches, or the messages before the response.
-        chosen: text of the preferred assistant turn.
-        rejected: text of the other one.
+        chosen: text of the preferred assistant turn, or of the only one.
+        rejected: text of the other one; None if there is none.
     """
 
     prompt: str | tuple[Message, ...]
     chosen: str
-    rejected: str
+    rejected: str | None
 
 
 def detect_layout(record: Any, place: str) -> str:
@@ -54,6 +41,9 @@ def detect_layout(record: Any, place: str) -> str:
     Raises:
         UserError: the record fits no layout.
     """
+    single = _single_layout(record)
+    if single is not None:
+        return single
     _check_sides(record, place)
     responses_are_messages = isinstance(record["chosen"], list)
     if record.get("conversations") is not None:
@@ -81,7 +71,10 @@ def parse_record(record: Any, layout: str, place: str) -> Example:
     Raises:
         UserError: a key is missing, has the wrong type or an unknown role; starts with ``place``.
     """
-    _check_sides(record, place)
+    if layout not in _SINGLE:
+        _check_sides(record, place)
+    elif not isinstance(record, Mapping):
+        raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
     return LAYOUTS[layout](record, place)
 
 
@@ -99,7 +92,7 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
         UserError: there is no prompt, or it is malformed; starts with ``place``.
     """
     if not isinstance(record, Mapping):
-        raise UserError(f"{place}: a record must be a JSON object, found {_kind(record)}")
+        raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
     if record.get("conversations") is not None:
         return _sharegpt_prompt(record, place)
     if record.get("instruction") is not None:
@@ -109,7 +102,7 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
     if isinstance(record.get("prompt"), list):
         return _conversational_prompt(record, place)
     if isinstance(record.get("prompt"), str):
-        return _text(record["prompt"], "prompt", place)
+        return text_of(record["prompt"], "prompt", place)
     raise UserError(
         f"{place}: no prompt (keys: {', '.join(map(str, record))}); a record needs 'instruction', 'conversations' or "
         "'prompt', or chosen and rejected lists of messages that share one"
@@ -118,10 +111,12 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
 
 def _check_sides(record: Any, place: str) -> None:
     if not isinstance(record, Mapping):
-        raise UserError(f"{place}: a record must be a JSON object, found {_kind(record)}")
-    chosen, rejected = _need(record, "chosen", place), _need(record, "rejected", place)
-    if _kind(chosen) != _kind(rejected):
-        raise UserError(f"{place}: 'chosen' is {_kind(chosen)} but 'rejected' is {_kind(rejected)}; make them alike")
+        raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
+    chosen, rejected = need(record, "chosen", place), need(record, "rejected", place)
+    if kind_of(chosen) != kind_of(rejected):
+        raise UserError(
+            f"{place}: 'chosen' is {kind_of(chosen)} but 'rejected' is {kind_of(rejected)}; make them alike"
+        )
 
 
 def _instruction(record: Mapping[str, Any], place: str) -> Example:
@@ -132,16 +127,16 @@ def _instruction_prompt(record: Mapping[str, Any], place: str) -> tuple[Message,
     messages = []
     history = record.get("history") or []
     if not isinstance(history, list):
-        raise UserError(f"{place}: 'history' must be a list of [user, assistant] pairs, found {_kind(history)}")
+        raise UserError(f"{place}: 'history' must be a list of [user, assistant] pairs, found {kind_of(history)}")
     for turn in history:
         if not isinstance(turn, list) or len(turn) != 2:
             raise UserError(f"{place}: each item of 'history' must be a [user, assistant] pair of strings")
-        messages.append(Message("user", _text(turn[0], "history", place)))
-        messages.append(Message("assistant", _text(turn[1], "history", place)))
-    question = _text(_need(record, "instruction", place), "instruction", place)
+        messages.append(Message("user", text_of(turn[0], "history", place)))
+        messages.append(Message("assistant", text_of(turn[1], "history", place)))
+    question = text_of(need(record, "instruction", place), "instruction", place)
     if record.get("input"):
         # The reference code joins the parts that are not empty with one newline.
-        extra = _text(record["input"], "input", place)
+        extra = text_of(record["input"], "input", place)
         question = f"{question}\n{extra}" if question else extra
     messages.append(Message("user", question))
     return _with_system(record, messages, place)
@@ -149,31 +144,31 @@ def _instruction_prompt(record: Mapping[str, Any], place: str) -> tuple[Message,
 
 def _sharegpt(record: Mapping[str, Any], place: str) -> Example:
     prompt = _sharegpt_prompt(record, place)
-    chosen, rejected = (_response([_message(record[key], key, place)], key, place) for key in ("chosen", "rejected"))
+    chosen, rejected = (_response([message_of(record[key], key, place)], key, place) for key in ("chosen", "rejected"))
     return Example(prompt, chosen, rejected)
 
 
 def _sharegpt_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    messages = _messages(_need(record, "conversations", place), "conversations", place)
+    messages = messages_of(need(record, "conversations", place), "conversations", place)
     return _check_prompt(_with_system(record, messages, place), place)
 
 
 def _trl_plain(record: Mapping[str, Any], place: str) -> Example:
-    return Example(_text(_need(record, "prompt", place), "prompt", place), *_plain_sides(record, place))
+    return Example(text_of(need(record, "prompt", place), "prompt", place), *_plain_sides(record, place))
 
 
 def _trl_conversational(record: Mapping[str, Any], place: str) -> Example:
     prompt = _conversational_prompt(record, place)
-    chosen, rejected = (_response(_messages(record[key], key, place), key, place) for key in ("chosen", "rejected"))
+    chosen, rejected = (_response(messages_of(record[key], key, place), key, place) for key in ("chosen", "rejected"))
     return Example(prompt, chosen, rejected)
 
 
 def _conversational_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    return _check_prompt(tuple(_messages(_need(record, "prompt", place), "prompt", place)), place)
+    return _check_prompt(tuple(messages_of(need(record, "prompt", place), "prompt", place)), place)
 
 
 def _trl_implicit(record: Mapping[str, Any], place: str) -> Example:
-    chosen, rejected = (_messages(record[key], key, place) for key in ("chosen", "rejected"))
+    chosen, rejected = (messages_of(record[key], key, place) for key in ("chosen", "rejected"))
     shared = 0
     # The last message of each side is its response, even when both are equal (such pairs are dropped later).
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -184,7 +179,60 @@ def _trl_implicit(record: Mapping[str, Any], place: str) -> Example:
     return Example(prompt, _response(chosen[shared:], "chosen", place), _response(rejected[shared:], "rejected", place))
 
 
+def _single_layout(record: Any) -> str | None:
+    """The layout of a record with one answer, None if it is not one."""
+    if not isinstance(record, Mapping) or record.get("chosen") is not None or record.get("rejected") is not None:
+        return None
+    if record.get("messages") is not None:
+        return "single_messages"
+    # Prompts without answers are kept in this shape too; they end with the user's turn.
+    turns = record.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
+        return "single_sharegpt" if turns[-1].get("from", turns[-1].get("role")) in ("gpt", "assistant") else None
+    if record.get("instruction") is not None and record.get("output") is not None:
+        return "single_instruction"
+    if record.get("prompt") is not None and record.get("completion") is not None:
+        return "single_completion"
+    return None
+
+
+def _single_instruction(record: Mapping[str, Any], place: str) -> Example:
+    return Example(_instruction_prompt(record, place), text_of(need(record, "output", place), "output", place), None)
+
+
+def _single_messages(record: Mapping[str, Any], place: str) -> Example:
+    return _dialogue(record, "messages", place)
+
+
+def _single_sharegpt(record: Mapping[str, Any], place: str) -> Example:
+    return _dialogue(record, "conversations", place)
+
+
+def _dialogue(record: Mapping[str, Any], key: str, place: str) -> Example:
+    """The last turn is the answer, all before it the prompt."""
+    messages = messages_of(need(record, key, place), key, place)
+    answer = _response(messages[-1:], key, place)
+    return Example(_check_prompt(_with_system(record, messages[:-1], place), place), answer, None)
+
+
+def _single_completion(record: Mapping[str, Any], place: str) -> Example:
+    completion = need(record, "completion", place)
+    if isinstance(record.get("prompt"), list):
+        answer = _response(messages_of(completion, "completion", place), "completion", place)
+        return Example(_conversational_prompt(record, place), answer, None)
+    return Example(
+        text_of(need(record, "prompt", place), "prompt", place), text_of(completion, "completion", place), None
+    )
+
+
+_SINGLE: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
+    "single_messages": _single_messages,
+    "single_sharegpt": _single_sharegpt,
+    "single_instruction": _single_instruction,
+    "single_completion": _single_completion,
+}
 LAYOUTS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
+    **_SINGLE,
     "instruction": _instruction,
     "sharegpt": _sharegpt,
     "trl_plain": _trl_plain,
@@ -193,45 +241,9 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
 }
 
 
-def _need(record: Mapping[str, Any], key: str, place: str) -> Any:
-    if record.get(key) is None:
-        state = "is null" if key in record else "is missing"
-        raise UserError(f"{place}: key '{key}' {state} (keys: {', '.join(map(str, record))})")
-    return record[key]
-
-
-def _text(value: Any, key: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{place}: '{key}' must be a string, found {_kind(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place}: '{key}' holds half of a surrogate pair, which is no text") from error
-    return value
-
-
-def _message(value: Any, key: str, place: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{place}: '{key}' must hold messages (objects), found {_kind(value)}")
-    role_key, text_key = ("from", "value") if "from" in value else ("role", "content")
-    for wanted in (role_key, text_key):
-        if value.get(wanted) is None:
-            raise UserError(f"{place}: a message in '{key}' has no '{wanted}'")
-    role = ROLES.get(value[role_key]) if isinstance(value[role_key], str) else None
-    if role is None:
-        raise UserError(f"{place}: unknown role {value[role_key]!r} in '{key}'; known: {', '.join(ROLES)}")
-    return Message(role, _text(value[text_key], f"{key}.{text_key}", place))
-
-
-def _messages(value: Any, key: str, place: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise UserError(f"{place}: '{key}' must be a list of messages, found {_kind(value)}")
-    return [_message(item, key, place) for item in value]
-
-
 def _with_system(record: Mapping[str, Any], messages: list[Message], place: str) -> tuple[Message, ...]:
     if record.get("system"):
-        return (Message("system", _text(record["system"], "system", place)), *messages)
+        return (Message("system", text_of(record["system"], "system", place)), *messages)
     return tuple(messages)
 
 
@@ -249,9 +261,4 @@ def _response(messages: list[Message], key: str, place: str) -> str:
 
 
 def _plain_sides(record: Mapping[str, Any], place: str) -> tuple[str, str]:
-    return _text(record["chosen"], "chosen", place), _text(record["rejected"], "rejected", place)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "null" if value is None else type(value).__name__)
+    return text_of(record["chosen"], "chosen", place), text_of(record["rejected"], "rejected", place)

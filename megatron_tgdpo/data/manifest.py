@@ -132,12 +132,13 @@ def length_summary(lengths: np.ndarray) -> dict[str, dict[str, Any]]:
         lengths: int64 [N, 3], tokens of prompt, chosen and rejected; N > 0.
 
     Returns:
-        For prompt, chosen, rejected and pair (what a pair takes in a row: the prompt twice and both responses)
-        min, mean, median, p95, max and total in tokens, and ``histogram``: pairs by the smallest power of two that is
-        not below their length.
+        For prompt, chosen, rejected and pair (what a pair takes in a row: the prompt with each response) min, mean,
+        median, p95, max and total in tokens, and ``histogram``: pairs by the smallest power of two that is not below
+        their length.
     """
     prompt, chosen, rejected = lengths.T
-    columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair": 2 * prompt + chosen + rejected}
+    pair = prompt + chosen + np.where(rejected, prompt + rejected, 0)
+    columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair": pair}
     return {name: _column_summary(values) for name, values in columns.items()}
 
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from checkpoints_convert.hf_reader import refuse_adapter
 from megatron_tgdpo.checkpoint_directory import hf_folder, is_megatron_checkpoint, newest_checkpoint, read_metadata
 from megatron_tgdpo.data.encode import encode_sides
-from megatron_tgdpo.data.layouts import Example, Message
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import Tokenizer
 from megatron_tgdpo.errors import UserError
 

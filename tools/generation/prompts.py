@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tgdpo.data.layouts import Message, parse_prompt
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import parse_prompt
 from megatron_tgdpo.data.records import detect_format, parse_line, read_records, where
 from megatron_tgdpo.errors import UserError
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from megatron_tgdpo.data.encode import encode_sides
-from megatron_tgdpo.data.layouts import Example, Message
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.errors import UserError
 from tools.generation.models import load_model

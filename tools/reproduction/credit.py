@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_tgdpo.data.encode import encode_sides
-from megatron_tgdpo.data.layouts import Example, Message
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.run_directory import write_atomically
 from tools.demo.scoring import auc
@@ -63,7 +64,7 @@ def measure(guide: Path, reference: Path, records: Sequence[dict]) -> dict:
     for number, record in enumerate(records):
         if not record["finished"] or not record["answer"].strip():
             continue
-        example = Example((Message("user", record["prompt"]),), record["answer"], record["answer"])
+        example = Example((Message("user", record["prompt"]),), record["answer"], None)
         prompt, response, _ = encode_sides(example, tokenizer, f"answer {number}")
         rows.append((list(prompt), list(response)))
         credits_.append(torch.tensor(token_credits(record["prompt"], record["answer"])))

@@ -95,7 +95,8 @@ def draw_answer(rng: Random, request: Request) -> str:
 
 def _draw_word(rng: Random, request: Request, before: list[str], skill: float) -> str:
     right = _right_class(request, before)
-    good, neutral = [], []
+    good: list[str] = []
+    neutral: list[str] = []
     for word in (right + number for number in NUMBERS):
         (good if _credit(request, before, word) == GOOD else neutral).append(word)
     if good and rng.random() < skill:

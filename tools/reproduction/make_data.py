@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=positive, required=True, help=f"{what} of {name}.jsonl")
     args = parser.parse_args(arguments)
     write_base(args.out / "base", args.seed)
-    kinds = {
+    kinds: dict[str, Callable[[Random], dict[str, object]]] = {
         "sft": _sft_record,
         "prompts": partial(_prompt, held_out=False),
         "heldout": partial(_prompt, held_out=True),

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.encode import encode_sides
-from megatron_tgdpo.data.layouts import Example, Message
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.encode import EncodedPair, RecordBatch, encode_batch, encode_example
-from megatron_tgdpo.data.layouts import Example, Message
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.errors import UserError
 

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.data.layouts import Example, Message, detect_layout, parse_prompt, parse_record
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import Example, detect_layout, parse_prompt, parse_record
 from megatron_tgdpo.errors import UserError
 
 USER = {"role": "user", "content": "Q"}

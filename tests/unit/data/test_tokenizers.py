@@ -7,7 +7,8 @@ import sentencepiece
 from transformers import PreTrainedTokenizerFast
 
 from megatron_tgdpo.data.encode import encode_prompt, encode_sides
-from megatron_tgdpo.data.layouts import Example, Message
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import NO_TEMPLATE, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from tools.generation.sampling import make_answer

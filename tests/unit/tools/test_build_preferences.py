@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_tgdpo.data.dataset import open_or_preprocess
-from megatron_tgdpo.data.layouts import Message
+from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.errors import UserError
 from tests.launch import environment
