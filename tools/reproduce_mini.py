@@ -1,6 +1,6 @@
 """The paper's comparison in miniature: SFT, DPO, SimPO and TGDPO with either as its guide, on a generated language.
 
-    python -m tools.reproduce_mini --out DIR [--workers 2] [--seeds 6] [--beta 0.1] [--short]
+    python -m tools.reproduce_mini --out DIR [--workers 2] [--seeds 5] [--beta 0.3] [--alphas 0.2 0.5 1 2] [--short]
 
 A seed: answers of mixed quality train an SFT model; n of its answers to each prompt, the best and the worst by the
 oracle, make the pairs; every arm trains on them from the SFT model with the same budget; the oracle judges answers to
@@ -103,10 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="trainings at a time (default: cores)")
     parser.add_argument("--seeds", type=positive, help=f"reported ones (default: {Scale.seeds})")
     parser.add_argument("--beta", type=float, help=f"of DPO and TGDPO (default: {Scale.beta})")
+    parser.add_argument("--alphas", type=float, nargs="+", help="of TGDPO, besides 0 (default: 0.2 0.5 1 2)")
     parser.add_argument("--short", action="store_true", help="everything once at toy size, to see that it works")
     args = parser.parse_args(arguments)
     scale = SHORT if args.short else Scale()
-    chosen = {name: value for name in ("seeds", "beta") if (value := getattr(args, name)) is not None}
+    chosen = {name: value for name in ("seeds", "beta", "alphas") if (value := getattr(args, name)) is not None}
+    if "alphas" in chosen:
+        chosen["alphas"] = tuple(sorted(set(chosen["alphas"]) - {0.0}))
     return run(lambda: conduct(open_study(args.out, replace(scale, **chosen)), args.workers))
 
 

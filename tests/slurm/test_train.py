@@ -133,7 +133,7 @@ def test_a_real_time_limit_as_often_as_needed(cluster: Cluster, config_file: Pat
     whole = cluster.train(tmp_path, [*arguments, f"output_dir={tmp_path}/whole"])
     assert whole.wait(400) == "COMPLETED"
     job = cluster.train(tmp_path, [*arguments, f"output_dir={tmp_path}/run"], "--time=2", "--signal=B:USR1@75")
-    assert job.wait(900) == "COMPLETED", job.text()
+    assert job.wait(1800) == "COMPLETED", job.text()
     assert int(job.field("Restarts")) >= 2
     print(f"restarts under a time limit of 2 minutes: {job.field('Restarts')}")
     assert_same_series(tmp_path / "run", tmp_path / "whole")

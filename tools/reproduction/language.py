@@ -1,20 +1,19 @@
 """A generated language whose oracle gives every token of an answer a credit of its own.
 
-A word is a class and a number, such as ``c4``. A prompt names the class to begin with, a step, a length and three
-numbers: ``begin c step 2 length medium numbers 1 3 4``. Each word should be ``step`` classes after the word before it
-(classes go round), have one of the numbers, and not be one of the last ``MEMORY`` words. So what is good is decided
-word by word, from the prompt and from the words before; two answers that differ in score differ in many small places.
-A fifth of the prompts is held out. All randomness comes from the ``random.Random`` that the caller passes.
+A word is a class and a number, such as ``c4``. A prompt names the class to begin with, a step, a length and a kind of
+numbers: ``begin c step 2 length medium numbers odd``. Each word should be ``step`` classes after the word before it
+(classes go round), have such a number, and not be one of the last ``MEMORY`` words. So what is good is decided word by
+word, from the prompt and from the words before; two answers that differ in score differ in many small places. A fifth
+of the prompts is held out. All randomness comes from the ``random.Random`` that the caller passes.
 """
 
 import zlib
 from dataclasses import dataclass
-from itertools import combinations
 from random import Random
 
 CLASSES = "abcdef"
-NUMBERS = "12345"
-ALLOWED = [" ".join(three) for three in combinations(NUMBERS, 3)]
+NUMBERS = "123456"
+KINDS = {"low": "123", "high": "456", "odd": "135", "even": "246"}
 STEPS = (1, 2, 3)
 LENGTHS = {"short": (4, 7), "medium": (9, 13), "long": (15, 20)}
 MEMORY = 4
@@ -35,17 +34,17 @@ class Request:
         first: Class of the first word.
         step: Classes from each word to the next.
         length: Key of ``LENGTHS``: how many words.
-        numbers: One of ``ALLOWED``: the numbers that words may have.
+        kind: Key of ``KINDS``: which numbers words should have.
     """
 
     first: str
     step: int
     length: str
-    numbers: str
+    kind: str
 
     @property
     def prompt(self) -> str:
-        return f"begin {self.first} step {self.step} length {self.length} numbers {self.numbers}"
+        return f"begin {self.first} step {self.step} length {self.length} numbers {self.kind}"
 
     @property
     def held_out(self) -> bool:
@@ -56,13 +55,15 @@ class Request:
 def words() -> list[str]:
     """All words of answers and prompts."""
     content = [letter + number for letter in CLASSES for number in NUMBERS]
-    return [*content, "begin", "step", "length", "numbers", *CLASSES, *NUMBERS, *LENGTHS]
+    return [*content, "begin", "step", "length", "numbers", *CLASSES, *map(str, STEPS), *LENGTHS, *KINDS]
 
 
 def draw_request(rng: Random, *, held_out: bool) -> Request:
     """A random prompt, of those that are held out or of the others."""
     while True:
-        request = Request(rng.choice(CLASSES), rng.choice(STEPS), rng.choice(sorted(LENGTHS)), rng.choice(ALLOWED))
+        request = Request(
+            rng.choice(CLASSES), rng.choice(STEPS), rng.choice(sorted(LENGTHS)), rng.choice(sorted(KINDS))
+        )
         if request.held_out == held_out:
             return request
 
@@ -74,10 +75,10 @@ def parse_prompt(prompt: str) -> Request:
         ValueError: It is not one.
     """
     match prompt.split():
-        case ["begin", first, "step", step, "length", length, "numbers", *three] if (
-            first in CLASSES and step in map(str, STEPS) and length in LENGTHS and " ".join(three) in ALLOWED
+        case ["begin", first, "step", step, "length", length, "numbers", kind] if (
+            first in CLASSES and step in map(str, STEPS) and length in LENGTHS and kind in KINDS
         ):
-            return Request(first, int(step), length, " ".join(three))
+            return Request(first, int(step), length, kind)
     raise ValueError(f"not a prompt of this language: {prompt!r}")
 
 
@@ -115,14 +116,14 @@ def _right_class(request: Request, before: list[str]) -> str:
 def _credit(request: Request, before: list[str], word: str) -> float:
     if len(word) != 2 or word[0] != _right_class(request, before) or word[1] not in NUMBERS:
         return BAD
-    return GOOD if word[1] in request.numbers and word not in before[-MEMORY:] else NEUTRAL
+    return GOOD if word[1] in KINDS[request.kind] and word not in before[-MEMORY:] else NEUTRAL
 
 
 def token_credits(prompt: str, answer: str, finished: bool = True) -> list[float]:
     """The oracle's credit of each word, and of the end: 1 good, 0 neutral, -1 bad.
 
-    A word of the right class is good, or neutral where its number was not asked for or one of the last ``MEMORY`` words
-    comes again; any other is bad. The end is good after as many words as asked for, else bad.
+    A word of the right class is good, or neutral where its number is of another kind or one of the last ``MEMORY``
+    words comes again; any other is bad. The end is good after as many words as asked for, else bad.
 
     Args:
         prompt: A prompt of this language.

@@ -27,14 +27,8 @@ def _prompt(rng: Random, *, held_out: bool) -> dict[str, object]:
 
 def _sft_record(rng: Random) -> dict[str, object]:
     request = draw_request(rng, held_out=False)
-    # Method sft trains on the chosen response alone; the layout of pairs wants another one, which must differ.
-    chosen = draw_answer(rng, request)
-    rejected = next(answer for _ in iter(int, 1) if (answer := draw_answer(rng, request)) != chosen)
-    return {
-        "prompt": _message("user", request.prompt),
-        "chosen": _message("assistant", chosen),
-        "rejected": _message("assistant", rejected),
-    }
+    answer = _message("assistant", draw_answer(rng, request))
+    return {"prompt": _message("user", request.prompt), "completion": answer}
 
 
 def write_lines(path: Path, count: int, make: Callable[[Random], dict[str, object]], seed: str) -> None:

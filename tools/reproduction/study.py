@@ -27,19 +27,23 @@ class Scale:
         samples: Answers a prompt, of which the best and the worst make the pair.
         judged: Prompts that a model is judged by.
         beta: Of DPO and TGDPO.
+        simpo_beta: Of SimPO.
+        simpo_gamma: Of SimPO.
         alphas: Of TGDPO, 0 left out: it is always there.
         rates: Learning rates that every arm chooses from.
         temperature: Of all sampling.
     """
 
-    seeds: int = 6
+    seeds: int = 5
     sft_examples: int = 6000
     prompts: int = 1200
     samples: int = 5
     judged: int = 500
-    beta: float = 0.1
+    beta: float = 0.3
+    simpo_beta: float = 10.0
+    simpo_gamma: float = 3.0
     alphas: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0)
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     temperature: float = 0.8
 
     def as_json(self) -> dict[str, Any]:
@@ -153,7 +157,9 @@ class Study:
             "optimizer.lr": rate,
             "train.seed": seed,
         }
-        if arm.method != "simpo":
+        if arm.method == "simpo":
+            values |= {"loss.beta": self.scale.simpo_beta, "loss.gamma": self.scale.simpo_gamma}
+        else:
             values["loss.beta"] = self.scale.beta
         if arm.guide is not None:
             values |= {"model.guide": self.model(seed, Arm(arm.guide), guide_rate), "loss.alpha": arm.alpha}

@@ -64,7 +64,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not empty, and holds no study: name another directory" in capsys.readouterr().err
     reproduce_mini.open_study(tmp_path / "study", SHORT)
     assert reproduce_mini.main(["--out", str(tmp_path / "study"), "--short", "--beta", "0.5"]) == 1
-    assert "this study has beta 0.1, not 0.5" in capsys.readouterr().err
+    assert f"this study has beta {SHORT.beta}, not 0.5" in capsys.readouterr().err
+    assert reproduce_mini.main(["--out", str(tmp_path / "study"), "--short", "--alphas", "0", "1", "0.2"]) == 1
+    assert "this study has alphas [0.5], not [0.2, 1.0]" in capsys.readouterr().err
     assert reproduce_mini.main(["--out", str(other / "letter.txt" / "x")]) == 1
     assert "cannot write there" in capsys.readouterr().err
     with pytest.raises(SystemExit):

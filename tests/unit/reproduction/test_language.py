@@ -16,7 +16,7 @@ from tools.reproduction.language import (
     words,
 )
 
-SHORT = "begin c step 2 length short numbers 1 2 3"
+SHORT = "begin c step 2 length short numbers low"
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ SHORT = "begin c step 2 length short numbers 1 2 3"
     [
         # c, e, a, c, e: two classes on each time, round the end of the six; five words are short enough.
         ("c1 e2 a3 c2 e3", [1, 1, 1, 1, 1, 1]),
-        # 4 and 5 were not asked for: of the right class, so neutral.
+        # 4 and 5 are not low: of the right class, so neutral.
         ("c1 e4 a3 c5 e3", [1, 0, 1, 0, 1, 1]),
         # Each word is compared with the word before it, so one wrong class makes one bad word.
         ("c1 d2 f3 b1", [1, -1, 1, 1, 1]),
@@ -44,7 +44,7 @@ def test_credits(answer: str, expected: list[int]) -> None:
 
 
 def test_repetition_is_forgotten_after_four_words() -> None:
-    prompt = "begin a step 3 length short numbers 1 2 3"
+    prompt = "begin a step 3 length short numbers low"
     assert token_credits(prompt, "a1 d1 a2 d2 a1 d1 a2") == [1, 1, 1, 1, 0, 0, 0, 1]
     assert token_credits(prompt, "a1 d1 a2 d2 a3 d3 a1") == [1, 1, 1, 1, 1, 1, 1, 1]
 
@@ -58,12 +58,19 @@ def test_an_answer_without_an_end() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["low", "high", "odd", "even"])
+def test_kinds(kind: str) -> None:
+    allowed = {"low": (1, 2, 3), "high": (4, 5, 6), "odd": (1, 3, 5), "even": (2, 4, 6)}[kind]
+    for number in range(1, 7):
+        assert token_credits(f"begin f step 1 length long numbers {kind}", f"f{number}")[0] == (number in allowed)
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
-        "begin g step 2 length short numbers 1 2 3",
-        "begin c step 0 length short numbers 1 2 3",
-        "begin c step 1 length short numbers 1 1 3",
+        "begin g step 2 length short numbers low",
+        "begin c step 0 length short numbers low",
+        "begin c step 1 length short numbers 1",
         "begin c step 1 length short",
         "write a poem",
     ],
@@ -89,6 +96,6 @@ def test_speakers() -> None:
 
 
 def test_held_out_prompts_are_others() -> None:
-    sides = [{draw_request(Random(seed), held_out=side) for seed in range(2000)} for side in (False, True)]
+    sides = [{draw_request(Random(seed), held_out=side) for seed in range(3000)} for side in (False, True)]
     assert not sides[0] & sides[1]
     assert len(sides[1]) / (len(sides[0]) + len(sides[1])) == pytest.approx(0.2, abs=0.05)
