@@ -89,6 +89,12 @@ def chat_ids(
 
 def save_tokenizer(sentencepiece_model: bytes, out: Path) -> None:
     """Writes a tokenizer directory that every supported transformers loads, with the SentencePiece model beside it."""
+    (out / "tokenizer.model").write_bytes(sentencepiece_model)
+    write_tokenizer(to_tokenizers(sentencepiece_model), out, MAX_TOKENS)
+
+
+def write_tokenizer(tokenizer: Tokenizer, out: Path, max_tokens: int) -> None:
+    """Writes a tokenizer with this language's special tokens and chat template as a directory for transformers."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
@@ -97,8 +103,7 @@ def save_tokenizer(sentencepiece_model: bytes, out: Path) -> None:
         "unk_token": "<unk>",
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": MAX_TOKENS,
+        "model_max_length": max_tokens,
     }
-    (out / "tokenizer.model").write_bytes(sentencepiece_model)
-    to_tokenizers(sentencepiece_model).save(str(out / "tokenizer.json"))
+    tokenizer.save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

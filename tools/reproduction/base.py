@@ -1,13 +1,12 @@
 """The language's tokenizer, a token a word, and a small Llama with random weights, as an HF directory."""
 
-import json
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from tools.demo.tokenizer import ASSISTANT, CHAT_TEMPLATE, USER
+from tools.demo.tokenizer import ASSISTANT, USER, write_tokenizer
 from tools.reproduction.language import words
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", USER, ASSISTANT]
@@ -17,7 +16,7 @@ MAX_TOKENS = 64
 def write_base(out: Path, seed: int) -> None:
     """Writes the directory; the weights follow from the seed."""
     out.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(out)
+    write_tokenizer(_tokenizer(), out, MAX_TOKENS)
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + len(words()),
         hidden_size=64,
@@ -39,20 +38,9 @@ def write_base(out: Path, seed: int) -> None:
     model.save_pretrained(out, safe_serialization=True)
 
 
-def _write_tokenizer(out: Path) -> None:
+def _tokenizer() -> Tokenizer:
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words()])}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.save(str(out / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": MAX_TOKENS,
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return tokenizer
