@@ -68,6 +68,8 @@ def _ours(*, guided: bool, mode: str, shared_prompts: bool = True, **train: Any)
 REFERENCE = "reference"
 # The yardstick of cached guidance.
 POLICY_ONLY = "dpo-cached"
+# As little memory as a step can do with.
+_LEAN: dict[str, Any] = {"keep_logits_mib": 0, "recompute": "full"}
 _THREE, _TWO = "policy, reference, guide", "policy, reference"
 SIDES = {
     side.name: side
@@ -75,10 +77,10 @@ SIDES = {
         Side(REFERENCE, "tgdpo", _THREE, _reference(guided=True)),
         Side("colocated", "tgdpo", _THREE, _ours(guided=True, mode="colocated")),
         Side("colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False)),
-        Side("colocated-lean", "tgdpo", _THREE, _ours(guided=True, mode="colocated", keep_logits_mib=0)),
+        Side("colocated-lean", "tgdpo", _THREE, _ours(guided=True, mode="colocated", **_LEAN)),
         Side("cached", "tgdpo", "policy", _ours(guided=True, mode="cached")),
         Side("cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False)),
-        Side("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", keep_logits_mib=0)),
+        Side("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", **_LEAN)),
         Side("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective")),
         Side("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full")),
         Side("reference-dpo", "dpo", _TWO, _reference(guided=False)),
