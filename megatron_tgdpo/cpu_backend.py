@@ -66,8 +66,18 @@ def enable_cpu_backend() -> None:
     if cpu_backend_enabled():
         return
     _replace_cuda_functions()
+    _initialise_vector_maths()
     _CudaToCpu().__enter__()
     logger.warning("CPU BACKEND ENABLED: no GPU is used, megatron-core runs on the CPU with gloo")
+
+
+def _initialise_vector_maths() -> None:
+    """Makes the first call to MKL's vector functions, which ``torch.cos``, ``exp`` and others are, on one thread.
+
+    Where several threads make it at once, one of them may get a kernel of half the digits: with torch 2.13 and two
+    threads, half of the first ``torch.cos`` was off by 1.5e-4 in 59 of 1500 processes, and in none after this.
+    """
+    torch.cos(torch.ones(1))
 
 
 def cpu_backend_enabled() -> bool:
