@@ -31,6 +31,6 @@ print(sum(status != 0 for status in statuses), "of", len(statuses))
 def test_the_first_cosines_are_exact() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FORK_AND_COMPARE], cwd=ROOT, env=environment(), capture_output=True, text=True,
-        timeout=120, check=False,
+        timeout=300, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"0 of {PROCESSES}\n"), done.stderr[-2000:]
