@@ -15,13 +15,20 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from megatron_tgdpo.attention_packed import PackedAttention, Segments
 from megatron_tgdpo.packing import RowPacking
 
-# Queries and keys are padded to multiples of this, so that the kernel is compiled for few shapes.
-_SHAPE_STEP = 512
+# Rows are padded to a multiple of this, the kernel's block.
+_BLOCK = 128
+# Wider than any row: the window of a layer without one.
+_NO_WINDOW = 2**30
 
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    """Compiled once a process: the layers of a model share it."""
+    """Compiled once a process: the layers of a model share it.
+
+    Compilation gives up after a few shapes (torch's recompile limit) and then runs unfused, so nothing that changes from
+    row to row or from layer to layer may be a constant to it: rows have one length, keys that or a power of two times
+    that, and windows are tensors.
+    """
     return torch.compile(function, dynamic=False)
 
 
@@ -47,21 +54,24 @@ class FlexPackedAttention(PackedAttention):
         """Which blocks of keys the blocks of queries see."""
         lengths_q, lengths_kv = ([pair[side] for pair in segments.lengths] for side in (0, 1))
         # Padding belongs to segments that nothing else is in.
-        segment_q, place_q = _places(lengths_q, [kv - q for q, kv in segments.lengths], -1)
-        segment_kv, place_kv = _places(lengths_kv, [0] * len(lengths_kv), -2)
+        padded_q = padded_kv = -(-max(segments.row, 1) // _BLOCK) * _BLOCK
+        while padded_kv < sum(lengths_kv):
+            padded_kv *= 2
+        segment_q, place_q = _places(lengths_q, [kv - q for q, kv in segments.lengths], -1, padded_q)
+        segment_kv, place_kv = _places(lengths_kv, [0] * len(lengths_kv), -2, padded_kv)
         segment_q, place_q, segment_kv, place_kv = (t.to(device) for t in (segment_q, place_q, segment_kv, place_kv))
-        window = self.window
+        window = torch.tensor(_NO_WINDOW if self.window is None else self.window, dtype=torch.int32, device=device)
 
         def visible(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             del batch, head
             distance = place_q[q] - place_kv[kv]
-            seen = (segment_q[q] == segment_kv[kv]) & (distance >= 0)
-            return seen if window is None else seen & (distance < window)
+            return (segment_q[q] == segment_kv[kv]) & (distance >= 0) & (distance < window)
 
         make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
         return make(visible, None, None, len(segment_q), len(segment_kv), device=device)
 
 
+@functools.cache
 def _cap(softcap: float) -> Callable[..., Tensor]:
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         del batch, head, q, kv
@@ -70,14 +80,14 @@ def _cap(softcap: float) -> Callable[..., Tensor]:
     return score_mod
 
 
-def _places(lengths: list[int], starts: list[int], padding: int) -> tuple[Tensor, Tensor]:
-    """Segment number and place in the segment, counted from its start, of every token, padded to a step."""
+def _places(lengths: list[int], starts: list[int], padding: int, length: int) -> tuple[Tensor, Tensor]:
+    """Segment number and place in the segment, counted from its start, of every token, padded to a length."""
     total = sum(lengths)
     counts = torch.tensor(lengths, dtype=torch.int32)
     numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(counts)
     offsets = (torch.tensor(starts, dtype=torch.int32) - counts.cumsum(0).int() + counts).repeat_interleave(counts)
     places = torch.arange(total, dtype=torch.int32) + offsets
-    fill = -total % _SHAPE_STEP
+    fill = length - total
     return torch.nn.functional.pad(numbers, (0, fill), value=padding), torch.nn.functional.pad(places, (0, fill))
 
 

@@ -31,6 +31,7 @@ class Segments:
         cu_seqlens_q: [B + 1] int32 on the device, bounds of the query segments.
         cu_seqlens_kv: [B + 1] int32 on the device, bounds of their keys.
         kv_index: [K] int64 on the device, row positions of the keys; None where the keys are the queries' own.
+        row: S.
         queries: T.
         longest_q: Upper bound of a segment's queries.
         longest_kv: Upper bound of its keys, not smaller.
@@ -40,6 +41,7 @@ class Segments:
     cu_seqlens_q: Tensor
     cu_seqlens_kv: Tensor
     kv_index: Tensor | None
+    row: int
     queries: int
     longest_q: int
     longest_kv: int
@@ -70,6 +72,7 @@ class Segments:
             bounds_q.to(device, non_blocking=True),
             bounds_kv.to(device, non_blocking=True),
             None if kv_index is None else kv_index.to(device, non_blocking=True),
+            row,
             queries,
             longest_q,
             _rounded(max((kv for _, kv in lengths), default=0)),

@@ -45,6 +45,8 @@ class TransformerEngineAttention(PackedAttention):
         )
         # Not a submodule: it has no parameters, and its FP8 state is not the model's.
         self._kernel = (kernel,)
+        # Attention is bf16: inside the layers' FP8 context it would join their amax reductions, on ranks with pairs only.
+        self._autocast = te.fp8_autocast
 
     def train(self, mode: bool = True) -> "TransformerEngineAttention":
         """The kernel keeps what backward needs only in training."""
@@ -55,18 +57,19 @@ class TransformerEngineAttention(PackedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: RowPacking) -> Tensor:
         """[T, N, D], [K, G, D] twice -> [T, N * D]."""
         del packing
-        return self._kernel[0](
-            query.contiguous(),
-            key.contiguous(),
-            value.contiguous(),
-            attention_mask=None,
-            qkv_format="thd",
-            cu_seqlens_q=segments.cu_seqlens_q,
-            cu_seqlens_kv=segments.cu_seqlens_kv,
-            max_seqlen_q=segments.longest_q,
-            max_seqlen_kv=segments.longest_kv,
-            attn_mask_type=MASK,
-            window_size=self.window_size,
-            # One segment's keys follow the other's without gaps.
-            pad_between_seqs=False,
-        )
+        with self._autocast(enabled=False):
+            return self._kernel[0](
+                query.contiguous(),
+                key.contiguous(),
+                value.contiguous(),
+                attention_mask=None,
+                qkv_format="thd",
+                cu_seqlens_q=segments.cu_seqlens_q,
+                cu_seqlens_kv=segments.cu_seqlens_kv,
+                max_seqlen_q=segments.longest_q,
+                max_seqlen_kv=segments.longest_kv,
+                attn_mask_type=MASK,
+                window_size=self.window_size,
+                # One segment's keys follow the other's without gaps.
+                pad_between_seqs=False,
+            )

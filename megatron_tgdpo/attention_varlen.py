@@ -1,9 +1,11 @@
 """Core attention on PyTorch's own variable-length flash attention, for GPUs without Transformer Engine.
 
-``torch.nn.attention.varlen`` came with torch 2.10; the arguments used here (window, scale, grouped heads) are those of
-torch 2.13, and ``capabilities.py`` looks for them. Its kernels are flash attention 2, whose causal mask is aligned to
-the bottom right. Not yet run on a GPU (docs/gpu.md).
+``torch.nn.attention.varlen`` came with torch 2.10, windows and scale with 2.11; ``capabilities.py`` looks for them. Its
+kernels are flash attention 2, whose causal mask is aligned to the bottom right.
 """
+
+import functools
+import inspect
 
 from torch import Tensor
 
@@ -19,6 +21,7 @@ class VarlenAttention(PackedAttention):
         from torch.nn.attention.varlen import varlen_attn
 
         del packing
+        grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_groups() else {}
         if self.softcap is not None:
             raise ValueError("VarlenAttention cannot cap scores")
         out = varlen_attn(
@@ -31,7 +34,15 @@ class VarlenAttention(PackedAttention):
             segments.longest_kv,
             scale=self.scale,
             window_size=self.window_size,
-            enable_gqa=query.shape[1] != key.shape[1],
+            **grouped,
         )
         assert isinstance(out, Tensor)
         return out
+
+
+@functools.cache
+def _asks_for_groups() -> bool:
+    """Whether grouped heads are an argument: torch 2.11 takes them as they are."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

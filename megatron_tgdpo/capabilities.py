@@ -26,7 +26,7 @@ class Capabilities:
         transformer_engine: Version of the importable Transformer Engine, None without one.
         cudnn: Version that torch runs on.
         flash_attn: Whether the flash-attn package is importable, which Transformer Engine prefers to cuDNN.
-        varlen: Whether torch has variable-length flash attention with windows, scale and grouped heads.
+        varlen: Whether torch has variable-length flash attention with windows and scale.
         adam: Package whose Adam megatron-core takes: ``transformer_engine``, ``apex`` or ``torch``.
         multi_tensor: Package whose kernels take norms and scale many tensors at once.
         wgrad_accumulation: Whether apex's kernel that adds weight gradients to the fp32 buffer is importable.
@@ -108,7 +108,7 @@ def _has_varlen() -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return {"window_size", "scale", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+    return {"window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def _package(function: object) -> str:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint_check import find_damage
 from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.fp8_weights import dequantised
 from megatron_tgdpo.overlap import finish_param_gather
 from megatron_tgdpo.setup import policy_chunks
 from megatron_tgdpo.train_step import Engine
@@ -92,4 +93,5 @@ def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     numbered = enumerate(policy_chunks(engine))
     model_state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in numbered}
     optimizer_state = engine.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    return {"model": model_state, "optimizer": optimizer_state}
+    # Only now: the optimizer finds its parameters in the model's state by identity.
+    return {"model": {name: dequantised(state) for name, state in model_state.items()}, "optimizer": optimizer_state}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint import checkpoint_path, training_state
@@ -101,4 +102,6 @@ def _live_storages(engine: Engine) -> set[int]:
     tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    # An FP8 tensor of Transformer Engine has no storage of its own; what a checkpoint has of it is a new tensor.
+    plain = (tensor for tensor in tensors if not is_float8tensor(tensor))
+    return {tensor.untyped_storage().data_ptr() for tensor in plain}

@@ -19,11 +19,24 @@ def write_parameter(parameter: torch.nn.Parameter, value: Tensor) -> None:
     taken its fp32 copy from it; that one is set too, so that training starts from the checkpoint's digits and not from
     FP8's.
     """
+    _scale_for(parameter, value)
     parameter.copy_(value.to(parameter.dtype))
     high_precision = getattr(parameter, "get_high_precision_init_val", None)
     kept = high_precision() if high_precision is not None else None
     if kept is not None:
         kept.copy_(value)
+
+
+def _scale_for(parameter: Any, value: Tensor) -> None:
+    """Delayed scaling: forgets the amax of the memory that the parameter was made from, which nobody initialised, and
+    takes the scale of the value instead of 1."""
+    quantizer = getattr(parameter, "_quantizer", None)
+    if type(quantizer).__name__ != "Float8Quantizer":
+        return
+    amax = value.abs().max().float()
+    quantizer.amax.zero_()
+    if amax > 0:
+        quantizer.scale.fill_(448.0 / amax)
 
 
 def dequantised(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:

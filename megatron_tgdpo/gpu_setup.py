@@ -119,5 +119,6 @@ def _fused_kwargs(config: Config, hf_config: PretrainedConfig, found: Capabiliti
     return {
         # megatron-core's output layer asks for apex's kernel wherever the flag is set, whatever the layer spec.
         "gradient_accumulation_fusion": found.wgrad_accumulation and not frozen,
+        "fused_layer_wgrad": not frozen,
         "bias_activation_fusion": getattr(hf_config, "hidden_act", None) == "silu",
     }

@@ -6,7 +6,7 @@ Engine. Not yet run on a GPU (docs/gpu.md).
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,10 @@ def te_block_spec(
     # Parameters carry the names of checkpoints already.
     layers.sharded_state_dict_keys_map = {}
     layers.input_layernorm = layers.pre_mlp_layernorm = IdentityOp
+    if config.fused_layer_wgrad:
+        parts = replace(
+            parts, column_linear=with_fused_wgrad(parts.column_linear), row_linear=with_fused_wgrad(parts.row_linear)
+        )
     row_linear = row_linear_with_post_norm(parts) if config.post_norms else parts.row_linear
     attention.linear_qkv = layers.mlp.submodules.linear_fc1 = parts.column_linear
     attention.linear_proj = layers.mlp.submodules.linear_fc2 = row_linear
@@ -85,6 +89,21 @@ def te_block_spec(
         attention.q_layernorm = attention.k_layernorm = parts.norm
     chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
     return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=parts.norm)
+
+
+def with_fused_wgrad(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The linear with weight gradients added to ``main_grad`` by the product that computes them.
+
+    It reads ``gradient_accumulation_fusion`` of its config, which only the linears of the layers may see set.
+    """
+
+    class FusedWgradLinear(linear):  # type: ignore[name-defined, misc]
+        def __init__(self, *args: Any, config: LanguageModelConfig, **kwargs: Any) -> None:
+            own = copy.copy(config)
+            own.gradient_accumulation_fusion = True
+            super().__init__(*args, config=own, **kwargs)
+
+    return FusedWgradLinear
 
 
 def row_linear_with_post_norm(parts: TransformerEngineParts) -> type[torch.nn.Module]:

@@ -22,12 +22,15 @@ class LanguageModelConfig(TransformerConfig):
         attn_logit_softcapping: c: attention scores s become c * tanh(s / c); None for no cap.
         final_logit_softcapping: The same for the logits.
         embedding_scale: Factor of the embeddings, rounded to their dtype first, as transformers does.
+        fused_layer_wgrad: Transformer Engine's linears add weight gradients to the fp32 buffer in the product itself.
+            ``gradient_accumulation_fusion`` would ask megatron-core's own layers for apex's kernel too.
     """
 
     post_norms: bool = False
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
+    fused_layer_wgrad: bool = False
 
 
 def transformer_config_kwargs(

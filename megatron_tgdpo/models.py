@@ -102,7 +102,7 @@ class LanguageModel(GPTModel):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """As megatron-core's, with names, shapes and dtypes that do not depend on layer spec and FP8."""
-        return dequantised(without_content(super().sharded_state_dict(prefix, sharded_offsets, metadata)))
+        return without_content(super().sharded_state_dict(prefix, sharded_offsets, metadata))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]
         """Takes a state that :meth:`sharded_state_dict` asked for, from a checkpoint of either layer spec."""

@@ -7,7 +7,7 @@ Signatures: megatron-core 0.16.1 ``extensions/transformer_engine.py`` and Transf
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,6 +113,7 @@ def importable() -> Iterator[None]:
     """``transformer_engine.pytorch.DotProductAttention`` can be imported inside, as this module's."""
     package, pytorch = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
     pytorch.DotProductAttention = DotProductAttention  # type: ignore[attr-defined]
+    pytorch.fp8_autocast = lambda *, enabled: nullcontext(enabled)  # type: ignore[attr-defined]
     package.pytorch = pytorch  # type: ignore[attr-defined]
     modules = {"transformer_engine": package, "transformer_engine.pytorch": pytorch}
     assert not modules.keys() & sys.modules.keys()

@@ -63,6 +63,15 @@ def skipped(part: str, name: str, reason: str) -> Figure:
     return Figure(part, name, None, note=" ".join(reason.split()))
 
 
+def line(figure: Figure) -> str:
+    """One figure in one line."""
+    value = "-" if figure.value is None else f"{figure.value:.4g} {figure.unit}".rstrip()
+    verdict = {True: "ok", False: "FAILED", None: ""}[figure.passed]
+    return "  ".join(
+        part for part in (f"{figure.part}: {figure.name}", value, figure.wanted, verdict, figure.note) if part
+    )
+
+
 def table(figures: Sequence[Figure]) -> str:
     """Aligned columns, one line a figure."""
     header = ("part", "what", "figure", "wanted", "", "note")

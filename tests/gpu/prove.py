@@ -20,8 +20,9 @@ import logging
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from megatron_tgdpo.cpu_backend import resolve_device
 from megatron_tgdpo.parallel import destroy_model_parallel
 from tests.gpu.bench import Bench
-from tests.gpu.figures import Figure, peak_tflops, skipped, table, write_json
+from tests.gpu.figures import Figure, line, peak_tflops, skipped, table, write_json
 from tests.gpu.parts import PARTS
 from tests.gpu.speed import speed
 
@@ -53,27 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
     device = resolve_device(options.device)
-    deadline = time.monotonic() + 60 * options.minutes
+    begin = time.monotonic()
+    deadline = begin + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="prove-") as root:
         bench = Bench(device, Path(root))
         machine = describe(bench, options.peak_tflops)
         print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
-        figures = list(run(bench, chosen, options.tiny, machine["peak_tflops"], deadline))
+        figures: list[Figure] = []
+        for figure in run(bench, chosen, options.tiny, machine["peak_tflops"], deadline):
+            # On disk at once: a run that is cut off keeps what it has measured.
+            figures.append(figure)
+            write_json(options.out, machine, figures)
+            print(f"  {time.monotonic() - begin:5.0f} s  {line(figure)}", flush=True)
         destroy_model_parallel()
         dist.destroy_process_group()
     print(table(figures))
-    write_json(options.out, machine, figures)
     print(f"written to {options.out}")
     return int(any(figure.passed is False for figure in figures))
 
 
-def run(bench: Bench, chosen: Sequence[str], tiny: bool, peak: float | None, deadline: float) -> Sequence[Figure]:
+def run(bench: Bench, chosen: Sequence[str], tiny: bool, peak: float | None, deadline: float) -> Iterator[Figure]:
     """The chosen parts in their order; one that fails is a failed figure, and the others still run."""
-    figures: list[Figure] = []
     for name in (name for name in NAMES if name in chosen):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            figures.append(skipped(name, "the whole part", "no time left: raise --minutes or choose --parts"))
+        if deadline <= time.monotonic():
+            yield skipped(name, "the whole part", "no time left: raise --minutes or choose --parts")
             continue
         try:
             if name == "speed":
@@ -81,13 +85,15 @@ def run(bench: Bench, chosen: Sequence[str], tiny: bool, peak: float | None, dea
             else:
                 part = PARTS[name](bench, tiny)
             for figure in part:
-                print(f"  {figure.part}: {figure.name}", flush=True)
-                figures.append(figure)
+                yield figure
+                if deadline <= time.monotonic():
+                    yield skipped(name, "the rest of the part", "no time left: raise --minutes or choose --parts")
+                    break
         except Exception as error:
+            traceback.print_exc()
             note = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            figures.append(Figure(name, "the part stopped", None, passed=False, note=note))
+            yield Figure(name, "the part stopped", None, passed=False, note=note)
         bench.forget()
-    return figures
 
 
 def describe(bench: Bench, peak: float | None) -> dict[str, Any]:
@@ -97,6 +103,8 @@ def describe(bench: Bench, peak: float | None) -> dict[str, Any]:
         "device": device,
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if bench.device.type == "cuda" else None,
         "fused parts": bench.found.describe(),
         "peak_tflops": peak or peak_tflops(device),
         "command": " ".join(sys.argv),
