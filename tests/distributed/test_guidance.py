@@ -90,7 +90,7 @@ def test_cached_training_repeats_colocated_training(problem: Problem, name: str)
     for got, want in zip(cached, colocated, strict=True):
         for key in SAME:
             if key in want:
-                assert got[key] == pytest.approx(want[key], rel=1e-6, abs=1e-6), f"{key} of step {want['step']}"
+                assert got[key] == pytest.approx(want[key], rel=2e-5, abs=1e-5), f"{key} of step {want['step']}"
     assert "eval/loss" in cached[-1]
 
 
