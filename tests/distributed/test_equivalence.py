@@ -171,7 +171,7 @@ class Inputs:
                 "sequence_parallel": case.sequence_parallel,
                 "context": case.context,
                 "virtual_pipeline": case.virtual,
-                "timeout_minutes": 5,
+                "timeout_minutes": 15,
             },
             "guidance": {"mode": "cached" if case.virtual else "colocated", "cache": str(self.cache(case))},
             "batch": {
@@ -244,7 +244,7 @@ class Runs:
                 cases += [{"config": self._disguised(name), "export": None} for name in DPO_IN_DISGUISE]
             file = self.inputs.root / f"cases{case.processes}.json"
             file.write_text(json.dumps(cases))
-            run_forked("tests.distributed.worker_train", [str(file)], processes=case.processes, timeout=900)
+            run_forked("tests.distributed.worker_train", [str(file)], processes=case.processes)
         return self.inputs.root / "runs" / case.name
 
     def _disguised(self, name: str) -> dict[str, Any]:
