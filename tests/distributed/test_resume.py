@@ -147,10 +147,10 @@ def test_the_torchrun_script_passes_a_stop_on_and_continues(whole: Path, tmp_pat
     saved = newest_checkpoint(tmp_path / "run")
     assert saved is not None
     assert int(saved.name[5:]) == logged_steps(tmp_path / "run")
-    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert again.returncode == 0
-    assert "step 30/30" in again.stdout + again.stderr
-    # What the script starts, without its launcher.
-    finished = run_forked("megatron_tgdpo.train", command[2:], processes=2)
-    assert "finished already" in finished.stdout + finished.stderr
+    for expected in ("step 30/30", "finished already"):
+        again = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        assert again.returncode == 0
+        assert expected in again.stdout + again.stderr
     assert_same_series(tmp_path / "run", whole)
