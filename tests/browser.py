@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.launch import PATIENCE
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NO_CHROMIUM = "no chromium, chromium-browser or google-chrome on this machine"
 _FLAGS = (
@@ -19,9 +21,6 @@ _FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 )  # fmt: skip
-
-
-_PATIENCE = 60.0  # seconds that the browser may take to say anything
 
 
 class Page:
@@ -48,7 +47,7 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._commands, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._receive(_PATIENCE)
+            answer = self._receive(PATIENCE)
             if answer.get("id") == self._number:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
@@ -80,7 +79,7 @@ class Page:
         self._loaded = False
         self.call("Page.navigate", url=url)
         while not self._loaded:
-            self._receive(_PATIENCE)
+            self._receive(PATIENCE)
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression; promises are awaited."""
@@ -88,7 +87,7 @@ class Page:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
-    def wait_for(self, condition: str, seconds: float = _PATIENCE) -> None:
+    def wait_for(self, condition: str, seconds: float = PATIENCE) -> None:
         """Waits until a JavaScript expression is true."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(f"Boolean({condition})"):
@@ -153,6 +152,6 @@ def chromium(profile: Path) -> Iterator[Page]:
         yield Page(command_in, event_out)
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE)
         os.close(command_in)
         os.close(event_out)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+# Seconds after which a test gives up what never comes. It says nothing of how long a thing takes: on a machine that is
+# busy with something else, that may be twenty times as long as usual.
+PATIENCE = 900.0
 
 
 def environment() -> dict[str, str]:
@@ -16,7 +19,7 @@ def environment() -> dict[str, str]:
 
 
 def run_module(
-    module: str, arguments: Sequence[str], *, processes: int = 1, timeout: float = 600, check: bool = True
+    module: str, arguments: Sequence[str], *, processes: int = 1, timeout: float = PATIENCE, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``python -m module`` alone or under torchrun; fails the test with the output's end if it must succeed."""
     launcher = [sys.executable]

@@ -12,13 +12,13 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from tests.forked import Forked
-from tests.launch import checked
+from tests.launch import PATIENCE, checked
 
-_SECONDS_TO_END = 30
+_SECONDS_TO_END = 30  # after which a rank is killed: of others, not of the test
 
 
 def run_forked(
-    module: str, arguments: Sequence[str], *, processes: int = 1, timeout: float = 600, check: bool = True
+    module: str, arguments: Sequence[str], *, processes: int = 1, timeout: float = PATIENCE, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Does what ``launch.run_module`` does, without its seconds of imports; the status is that of the first failure."""
     with tempfile.TemporaryDirectory() as temporary:

@@ -30,7 +30,7 @@ def make_problem(root: Path, **model_options: Any) -> dict[str, Any]:
     return {
         "model": {"policy": str(root / "policy"), "guide": str(root / "guide")},
         "data": {"train": str(root / "pairs.jsonl"), "max_length": 64, "workers": 1},
-        "parallel": {"timeout_minutes": 2},
+        "parallel": {"timeout_minutes": 15},
         "batch": {"global_pairs": 6, "tokens_per_micro_batch": 256},
         "optimizer": {"lr": 1e-3},
         "precision": {"dtype": "fp32"},

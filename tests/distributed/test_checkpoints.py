@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     file = root / "config.json"
     file.write_text(json.dumps(config))
-    run_forked("tests.distributed.worker_checkpoints", [str(file)], processes=2, timeout=400)
+    run_forked("tests.distributed.worker_checkpoints", [str(file)], processes=2)
     return Path(config["output_dir"])
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed.common import assert_same_weights, read_weights
 from tests.distributed.worker_conversion import LENGTHS, row_tokens, upstream_gradient
+from tests.launch import PATIENCE
 from tests.processes import run_forked
 from tests.tiny_models import FAMILY_OPTIONS, make_llama, make_model
 
@@ -70,7 +71,7 @@ def ran(root: Path) -> Iterator[dict[int, Path]]:
             here.mkdir()
             for name in ("hf", "megatron"):
                 (here / name).symlink_to(root / name)
-            run_forked(WORKER, [str(here), *LAYOUTS[processes]], processes=processes, timeout=300)
+            run_forked(WORKER, [str(here), *LAYOUTS[processes]], processes=processes)
             self[processes] = here
             return here
 
@@ -170,7 +171,7 @@ def test_exports_load_without_a_flag_or_a_warning(ran: dict[int, Path]) -> None:
         "    assert 'role' in t.AutoTokenizer.from_pretrained(path).chat_template, path\n"
     )
     command = [sys.executable, "-W", "error::UserWarning", "-W", "error::FutureWarning", "-c", script]
-    done = subprocess.run([*command, *map(str, exports)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*command, *map(str, exports)], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout + done.stderr == ""
 
@@ -209,7 +210,7 @@ def stored_metadata(path: Path) -> Metadata:
 
 
 def test_full_disk_fails_on_all_ranks_and_leaves_nothing(root: Path) -> None:
-    run_forked(WORKER, [str(root), "faults"], processes=2, timeout=300)
+    run_forked(WORKER, [str(root), "faults"], processes=2)
     reports = [json.loads((root / f"faults-{rank}.json").read_text()) for rank in range(2)]
     assert reports[0] == reports[1]
     assert len(reports[0]) == 13

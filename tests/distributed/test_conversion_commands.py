@@ -39,7 +39,7 @@ def test_processes_share_the_work(root: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         out = tmp_path / f"hf{processes}"
         arguments = ["--megatron", str(tmp_path / "megatron"), "--out", str(out), "--max-shard-size", "100KB"]
-        done = run_module("checkpoints_convert.megatron_to_hf", arguments, processes=processes)
+        run_forked("checkpoints_convert.megatron_to_hf", arguments, processes=processes)
     assert_same_weights(tmp_path / "hf1", hf)
     names = sorted(path.name for path in (tmp_path / "hf1").iterdir())
     assert sum(name.endswith(".safetensors") for name in names) > 3
@@ -87,7 +87,7 @@ def test_verify_refuses_one_changed_weight(root: Path, tmp_path: Path) -> None:
         model.model.layers[3].self_attn.k_proj.weight[5, 6] += 1e-6
     model.save_pretrained(hf)
     arguments = ["--hf", str(hf), "--megatron", str(root / "megatron" / "tied")]
-    done = run_module("checkpoints_convert.verify", arguments, check=False)
+    done = run_forked("checkpoints_convert.verify", arguments, check=False)
     assert done.returncode == 1
     assert "1 weights differ" in done.stderr
     assert "model.layers.3.self_attn.k_proj.weight" in done.stderr

@@ -171,7 +171,7 @@ class Inputs:
                 "sequence_parallel": case.sequence_parallel,
                 "context": case.context,
                 "virtual_pipeline": case.virtual,
-                "timeout_minutes": 5,
+                "timeout_minutes": 15,
             },
             "guidance": {"mode": "cached" if case.virtual else "colocated", "cache": str(self.cache(case))},
             "batch": {
@@ -244,7 +244,7 @@ class Runs:
                 cases += [{"config": self._disguised(name), "export": None} for name in DPO_IN_DISGUISE]
             file = self.inputs.root / f"cases{case.processes}.json"
             file.write_text(json.dumps(cases))
-            run_forked("tests.distributed.worker_train", [str(file)], processes=case.processes, timeout=900)
+            run_forked("tests.distributed.worker_train", [str(file)], processes=case.processes)
         return self.inputs.root / "runs" / case.name
 
     def _disguised(self, name: str) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
     steps = read_metrics(output)
     assert [step["step"] for step in steps] == list(range(1, SETTINGS.steps + 1))
     if case.method in ("tgdpo", "dpo"):
-        assert steps[0]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
+        assert steps[0]["train/loss"] == pytest.approx(math.log(2), rel=LIMITS["loss"])
     assert [step["step"] for step in steps if "eval/loss" in step] == [SETTINGS.steps]
     assert abs(steps[-1]["train/loss"] - steps[0]["train/loss"]) > 0.01, "nothing was learned"
     exported = {}
@@ -325,5 +325,5 @@ def test_without_guidance_training_is_dpo(runs: Runs, name: str) -> None:
     steps = read_metrics(runs.inputs.root / "runs" / name)
     assert len(steps) == len(expected) == SETTINGS.steps
     for step, want in zip(steps, expected, strict=True):
-        for key in ("train/loss", "train/grad_norm"):
-            assert step[key] == pytest.approx(want[key], rel=1e-6), f"{key} of step {step['step']}"
+        for key, limit in (("train/loss", LIMITS["loss"]), ("train/grad_norm", LIMITS["gradient norm"])):
+            assert step[key] == pytest.approx(want[key], rel=limit), f"{key} of step {step['step']}"

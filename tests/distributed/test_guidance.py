@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.guidance_cache import GuidanceCache, shard_path, write_manifest, write_shard
 from tests.distributed.common import make_problem, merged, read_metrics
-from tests.launch import ROOT, environment, run_module
+from tests.launch import PATIENCE, ROOT, environment, run_module
 from tests.processes import run_forked
 
 STEPS = 4
@@ -78,7 +78,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     elsewhere = {"parallel": {**LAYOUTS["pp2"], "context": 1}, "guidance": {"cache": str(made.root / "cache-cp2")}}
     cases.append({"config": made.cached("cp2", **elsewhere), "verify": 8})
     (made.root / "cases.json").write_text(json.dumps(cases))
-    run_forked("tests.distributed.worker_train", [str(made.root / "cases.json")], processes=2, timeout=900)
+    run_forked("tests.distributed.worker_train", [str(made.root / "cases.json")], processes=2)
     return made
 
 
@@ -90,7 +90,7 @@ def test_cached_training_repeats_colocated_training(problem: Problem, name: str)
     for got, want in zip(cached, colocated, strict=True):
         for key in SAME:
             if key in want:
-                assert got[key] == pytest.approx(want[key], rel=1e-6, abs=1e-6), f"{key} of step {want['step']}"
+                assert got[key] == pytest.approx(want[key], rel=2e-5, abs=1e-5), f"{key} of step {want['step']}"
     assert "eval/loss" in cached[-1]
 
 
@@ -115,7 +115,7 @@ def test_killed_at_any_moment_it_continues(problem: Problem) -> None:
     config = problem.write("killed.yaml", merged(problem.cached("dp2"), guidance=guidance, data={"validation": None}))
     arguments = [sys.executable, "-m", "tools.precompute_guidance", config, "--block-pairs", "1"]
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment())
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not shard_path(directory / "train", 2).exists():
         assert process.poll() is None, "it ended before it was killed"
         assert time.monotonic() < deadline, "no shards appeared"

@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base: dict[str, Any] = {
         "model": {"policy": str(root / "policy"), "guide": str(root / "guide")},
         "data": {"train": str(root / "pairs.jsonl"), "max_length": 64, "workers": 1},
-        "parallel": {"timeout_minutes": 2},
+        "parallel": {"timeout_minutes": 15},
         "batch": {"global_pairs": 3, "tokens_per_micro_batch": 128, "shared_prompts": False},
         "optimizer": {"lr": 1e-3, "warmup_ratio": 0.0},
         "precision": {"dtype": "fp32"},

@@ -9,7 +9,7 @@ import pytest
 from megatron_tgdpo.config import config_from_dict
 from megatron_tgdpo.errors import UserError
 from tests.distributed.common import make_problem, merged, read_metrics
-from tests.launch import run_module
+from tests.processes import run_forked
 from tests.unit.test_config import VALID
 
 STEPS = 5
@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases += [run("prefetch", name, True) for name in LAYOUTS]
     cases += [run("stopped", "pp4", True, exit_step=3), run("stopped", "pp4", True)]
     (root / "cases.json").write_text(json.dumps(cases))
-    run_module("tests.distributed.worker_train", [str(root / "cases.json")], processes=4, timeout=900)
+    run_forked("tests.distributed.worker_train", [str(root / "cases.json")], processes=4)
     return root
 
 

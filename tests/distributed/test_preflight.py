@@ -11,7 +11,7 @@ from tests.tiny_models import make_llama
 def test_every_rank_is_told_which_node_is_bad(tmp_path: Path) -> None:
     policy = make_llama(tmp_path / "policy", layers=1)
     arguments = [str(policy), str(tmp_path)]
-    done = run_forked("tests.distributed.worker_preflight", arguments, processes=4, timeout=240)
+    done = run_forked("tests.distributed.worker_preflight", arguments, processes=4)
     told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert all(each == told[0] for each in told)
     wanted = {

@@ -14,7 +14,7 @@ import pytest
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint
 from megatron_tgdpo.stopping import STOPPED_STATUS
 from tests.distributed.common import make_problem, merged, read_metrics
-from tests.launch import ROOT, environment
+from tests.launch import PATIENCE, ROOT, environment
 from tests.processes import run_forked, started_ranks
 from tests.series import assert_same_series, logged_steps, wait_for_step
 
@@ -59,7 +59,7 @@ def series(problem: tuple[Path, dict[str, Any]]) -> Path:
         cases.append(merged(ours, parallel=after))
     file = root / "cases.json"
     file.write_text(json.dumps([{"config": case, "export": None} for case in cases]))
-    run_forked("tests.distributed.worker_train", [str(file)], processes=2, timeout=900)
+    run_forked("tests.distributed.worker_train", [str(file)], processes=2)
     return root
 
 
@@ -76,7 +76,7 @@ def test_a_continued_run_repeats_the_uninterrupted_one(series: Path, name: str) 
             if before == after or got["step"] <= stop:
                 assert got[key] == want[key], f"{key} of step {got['step']}"
             else:
-                assert got[key] == pytest.approx(want[key], rel=2e-5, abs=1e-6), f"{key} of step {got['step']}"
+                assert got[key] == pytest.approx(want[key], rel=2e-5, abs=1e-5), f"{key} of step {got['step']}"
 
 
 LONG = {"train": {"steps": 30}, "checkpoint": {"every_steps": 4, "keep": 2}}
@@ -107,7 +107,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(
     wait_for_step(killed, 6, lambda: job.poll() is None)
     victim = max(psutil.Process(job.pid).children(), key=lambda process: process.pid)
     os.kill(victim.pid, signal.SIGKILL)
-    assert job.wait(timeout=120) != 0
+    assert job.wait(timeout=PATIENCE) != 0
     assert logged_steps(killed) < 30
     assert not (killed / "DONE").exists()
     run_forked("megatron_tgdpo.train", arguments, processes=2)
@@ -123,7 +123,7 @@ def test_one_rank_asked_to_stop_stops_all_after_the_same_step(
     with started_ranks(arguments, 2, tmp_path / "logs") as ranks:
         wait_for_step(tmp_path / "run", 2, lambda: ranks[0].poll() is None)
         ranks[1].send_signal(request_to_stop)
-        assert [rank.wait(timeout=60) for rank in ranks] == [STOPPED_STATUS, STOPPED_STATUS]
+        assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [STOPPED_STATUS, STOPPED_STATUS]
     saved = newest_checkpoint(tmp_path / "run")
     assert saved is not None
     reached = logged_steps(tmp_path / "run")
@@ -131,7 +131,7 @@ def test_one_rank_asked_to_stop_stops_all_after_the_same_step(
     assert f"saved after step {reached} of 30" in (tmp_path / "logs" / "0.log").read_text()
     assert not (tmp_path / "run" / "DONE").exists()
     with started_ranks(arguments, 2, tmp_path / "logs") as ranks:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0]
     assert_same_series(tmp_path / "run", whole)
 
 
@@ -141,14 +141,16 @@ def test_the_torchrun_script_passes_a_stop_on_and_continues(whole: Path, tmp_pat
     job = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_step(tmp_path / "run", 2, lambda: job.poll() is None)
     job.send_signal(signal.SIGTERM)
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0
     assert "start the same command again" in output
     saved = newest_checkpoint(tmp_path / "run")
     assert saved is not None
     assert int(saved.name[5:]) == logged_steps(tmp_path / "run")
     for expected in ("step 30/30", "finished already"):
-        again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
+        again = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
         assert again.returncode == 0
         assert expected in again.stdout + again.stderr
     assert_same_series(tmp_path / "run", whole)

@@ -61,7 +61,7 @@ def parse_layout(name: str, world_size: int) -> ParallelLayout:
 
 def run_layout(root: Path, name: str) -> None:
     layout = parse_layout(name, dist.get_world_size())
-    pg = init_model_parallel(layout, seed=1, timeout_minutes=2)
+    pg = init_model_parallel(layout, seed=1, timeout_minutes=15)
     for hf in sorted((root / "hf").iterdir()):
         hf_config = read_hf_config(hf)
         out = root / "out" / name / hf.name
@@ -173,7 +173,7 @@ def optimizer_state(model: LanguageModel) -> dict:
 def run_single(root: Path) -> None:
     """Makes from ROOT/hf: ROOT/megatron without a model, for other layouts to load, and ROOT/live from a model."""
     layout = make_layout(1, 1, 1, False, 1)
-    pg = init_model_parallel(layout, seed=1, timeout_minutes=2)
+    pg = init_model_parallel(layout, seed=1, timeout_minutes=15)
     for hf in sorted((root / "hf").iterdir()):
         hf_config = read_hf_config(hf)
         import_hf(hf, root / "megatron" / hf.name, hf_config)
@@ -230,7 +230,7 @@ def main() -> None:
     torch.set_num_threads(1)
     enable_cpu_backend()
     ranks = read_rank_environment()
-    init_distributed(ranks, CPU, 2, connect_store(ranks))
+    init_distributed(ranks, CPU, 15, connect_store(ranks))
     for name in sys.argv[2:]:
         if name == "faults":
             run_faults(root)

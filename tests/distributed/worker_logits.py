@@ -33,9 +33,9 @@ def main() -> None:
     spec.loader.exec_module(module)
     enable_cpu_backend()
     ranks = read_rank_environment()
-    init_distributed(ranks, CPU, 2, connect_store(ranks))
+    init_distributed(ranks, CPU, 15, connect_store(ranks))
     layout = make_layout(1, 1, 1, False, 1)
-    pg = init_model_parallel(layout, seed=1, timeout_minutes=2)
+    pg = init_model_parallel(layout, seed=1, timeout_minutes=15)
     with mock.patch("checkpoints_convert.families.FAMILIES", (module.FAMILY,)):
         hf_config = read_hf_config(hf)
         model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)

@@ -93,7 +93,7 @@ def measure(config: Config, world_size: int) -> dict[str, Any]:
     """This rank's facts for one config."""
     parallel = config.parallel
     layout = make_layout(parallel.tensor, parallel.pipeline, 1, parallel.sequence_parallel, world_size)
-    pg = init_model_parallel(layout, 0, 5)
+    pg = init_model_parallel(layout, 0, 15)
     engine = build_engine(config, read_model_configs(config), layout, pg, 10, CPU)
     static = static_tensors(engine)
     facts: dict[str, Any] = {"stage": pg.pp.rank(), **storage_bytes(static)}
@@ -113,7 +113,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     enable_cpu_backend()
     ranks = read_rank_environment()
-    init_distributed(ranks, CPU, 5, connect_store(ranks))
+    init_distributed(ranks, CPU, 15, connect_store(ranks))
     measured = {
         name: measure(config_from_dict(values), ranks.world_size)
         for name, values in json.loads(Path(sys.argv[1]).read_text()).items()

@@ -55,7 +55,7 @@ def main() -> None:
     enable_cpu_backend()
     init_distributed(ranks, CPU, 1, connect_store(ranks))
     layout = make_layout(2, 1, 1, False, ranks.world_size)
-    pg = init_model_parallel(layout, seed=0, timeout_minutes=1)
+    pg = init_model_parallel(layout, seed=0, timeout_minutes=15)
     told = {}
     for name in ("none", "version", "blind", "disk", "sum"):
         (out / name).mkdir(exist_ok=True)

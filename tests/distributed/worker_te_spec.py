@@ -106,9 +106,9 @@ def main() -> None:
     root = Path(sys.argv[1])
     enable_cpu_backend()
     ranks = read_rank_environment()
-    init_distributed(ranks, CPU, 2, connect_store(ranks))
+    init_distributed(ranks, CPU, 15, connect_store(ranks))
     layout = make_layout(2, 1, 1, True, dist.get_world_size())
-    pg = init_model_parallel(layout, seed=1, timeout_minutes=2)
+    pg = init_model_parallel(layout, seed=1, timeout_minutes=15)
     if dist.get_rank() == 0:
         (root / "out").mkdir()
         (root / "checkpoints").mkdir()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.launch import ROOT, environment
+from tests.launch import PATIENCE, ROOT, environment
 
 # Two nodes of two tasks, without GPUs: options that a user of a CPU cluster would give.
 SMALL = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0")
@@ -33,7 +33,7 @@ class Cluster:
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(
             command, cwd=cwd, env={**env, "TGDPO_PYTHON": sys.executable, **variables},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE, check=False,
         )  # fmt: skip
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}"
         return done.stdout
@@ -66,12 +66,12 @@ class Job:
     def alive(self) -> bool:
         return self.field("JobState") not in _ENDED
 
-    def wait(self, timeout: float = 300) -> str:
+    def wait(self, timeout: float = PATIENCE) -> str:
         """Waits until the job has ended for good; returns its state."""
         self.wait_until(lambda: not self.alive(), "ended", timeout)
         return self.field("JobState")
 
-    def wait_until(self, true: Callable[[], bool], what: str, timeout: float = 120) -> None:
+    def wait_until(self, true: Callable[[], bool], what: str, timeout: float = PATIENCE) -> None:
         deadline = time.monotonic() + timeout
         while not true():
             assert time.monotonic() < deadline, f"job {self.number} has not {what} in {timeout} s:\n{self.text()}"

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.common import make_problem, merged
-from tests.launch import ROOT
+from tests.launch import PATIENCE, ROOT
 from tests.slurm.cluster import Cluster
 
 _EMULATOR = ROOT / "tests" / "slurm" / "emulator.sh"
-STEPS = 24
+STEPS = 40
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def cluster() -> Iterator[Cluster]:
     # Not pytest's directory: the path of a socket must be short.
     directory = Path(tempfile.mkdtemp(prefix="slurm"))
     started = subprocess.run(
-        ["bash", str(_EMULATOR), "start", str(directory)], capture_output=True, text=True, timeout=300, check=False
+        ["bash", str(_EMULATOR), "start", str(directory)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     if started.returncode == 77:
         shutil.rmtree(directory)
@@ -31,7 +31,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         yield Cluster(directory / "etc" / "slurm.conf")
     finally:
-        subprocess.run(["bash", str(_EMULATOR), "stop", str(directory)], timeout=120, check=True)
+        subprocess.run(["bash", str(_EMULATOR), "stop", str(directory)], timeout=PATIENCE, check=True)
         shutil.rmtree(directory)
 
 
@@ -41,7 +41,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("problem")
     config = merged(
         make_problem(root),
-        parallel={"tensor": 2, "timeout_minutes": 1},
+        parallel={"tensor": 2},
         train={"steps": STEPS},
         checkpoint={"every_steps": 10},
     )

@@ -26,11 +26,17 @@ install() {
     unavailable "installing slurmctld slurmd slurm-client munge failed: $(tail -n 1 "$dir/log/apt.log")"
 }
 
+in_use() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
 write_config() {
   local user host port gpus
   user=$(id -un) host=$(hostname -s)
-  # Two emulators at a time must not meet; below the ports that the system gives out by itself.
-  port=$((31000 + $$ % 400 * 4))
+  # Two emulators at a time must not meet; below the ports that the system gives out by itself, and above those of runs,
+  # which follow from the job's number (launch/train.sbatch).
+  while :; do
+    port=$((30000 + RANDOM % 690 * 4))
+    in_use "$port" || in_use $((port + 1)) || in_use $((port + 2)) || break
+  done
   # GPUs must be character devices, of which a user can make none.
   gpus='/dev/tty[0-7]'
   if [ "$(id -u)" = 0 ] && mknod "$dir/gpu0" c 1 3 2>/dev/null; then
@@ -69,6 +75,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=10
 MinJobAge=3600
+FirstJobId=$((1 + RANDOM % 20000))
 EnforcePartLimits=ALL
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -94,12 +101,12 @@ start() {
     stop
     unavailable "a daemon did not start: $(tail -n 1 "$dir/log/start.log")"
   fi
-  for _ in $(seq 60); do
+  for _ in $(seq 1200); do
     [ "$(sinfo -h -N -p high -o %T 2>/dev/null | grep -c '^idle$')" = 2 ] && return
     sleep 0.5
   done
   stop
-  unavailable "the nodes did not come up in 30 s: $(tail -n 1 "$dir/log/slurmctld.log")"
+  unavailable "the nodes did not come up in 10 minutes: $(tail -n 1 "$dir/log/slurmctld.log")"
 }
 
 stop() {

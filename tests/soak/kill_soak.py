@@ -20,13 +20,13 @@ import psutil
 
 from megatron_tgdpo.checkpoint_directory import complete_checkpoints, is_complete
 from tests.distributed.common import make_problem, merged
-from tests.launch import ROOT, environment
+from tests.launch import PATIENCE, ROOT, environment
 from tests.series import assert_same_series, logged_steps, wait_for_step
 
 KINDS = ("one rank", "during a save", "the launcher", "all ranks", "while starting")
 EVERY = 4  # steps between saves
 STEPS_PER_KILL = 12  # some more than a kill takes, so that the run does not end before the last one
-LEFT_ALONE = 60  # seconds for the rest of a job to end by itself
+LEFT_ALONE = 600  # seconds for the rest of a job to end by itself
 
 
 class Job:
@@ -49,7 +49,7 @@ class Job:
 
     def wait_for_step(self, step: int) -> None:
         """Waits until this start, not an earlier one, has logged a step."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         # Starting cuts the metrics back to the checkpoint, which makes another file of them.
         while self._metrics_file() == self._metrics_before:
             assert self.launcher.poll() is None, "the launcher ended by itself"
@@ -59,7 +59,7 @@ class Job:
 
     def wait_for_save(self) -> None:
         """Waits until a checkpoint is being written."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not any((self.run / "checkpoints").glob("*.tmp")):
             assert time.monotonic() < deadline, "no save began"
             time.sleep(0.001)
@@ -78,7 +78,7 @@ class Job:
     def finish(self) -> None:
         """Waits until the run is finished; whatever happens, nothing of it goes on."""
         try:
-            assert self.launcher.wait(timeout=600) == 0
+            assert self.launcher.wait(timeout=PATIENCE) == 0
         finally:
             self.end()
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.launch import ROOT, environment
+from tests.launch import PATIENCE, ROOT, environment
 
 PROCESSES = 100
 # Each child is a process whose vector functions have not been used, and whose threads are awake when they are. Without
@@ -31,6 +31,6 @@ print(sum(status != 0 for status in statuses), "of", len(statuses))
 def test_the_first_cosines_are_exact() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FORK_AND_COMPARE], cwd=ROOT, env=environment(), capture_output=True, text=True,
-        timeout=300, check=False,
+        timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"0 of {PROCESSES}\n"), done.stderr[-2000:]

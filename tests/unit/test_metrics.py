@@ -39,7 +39,7 @@ def test_figures_do_not_depend_on_packing_and_are_right(single_rank_group: dist.
     whole = reduced(single_rank_group, [joined]).values
     assert split.keys() == whole.keys()
     for name, value in split.items():
-        assert value == pytest.approx(whole[name], rel=1e-6), name
+        assert value == pytest.approx(whole[name], rel=1e-5, abs=1e-5), name
     policy, reference, guide, lengths, _ = joined
     sums = [t.split(lengths.tolist()) for t in (policy, reference, guide)]
     chosen_rewards = [BETA * float((p - r).sum()) for p, r in zip(sums[0][0::2], sums[1][0::2], strict=True)]
@@ -105,7 +105,7 @@ def test_context_ranks_count_their_tokens_and_one_of_them_the_pairs(single_rank_
     parts = [pack_metrics(loss, indices, count_pairs=rank == 0) for rank, loss in enumerate(losses)]
     pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
     joined = reduce_metrics(parts, pg, torch.device("cpu")).values  # type: ignore[arg-type]
-    assert joined == pytest.approx(whole, rel=1e-5)
+    assert joined == pytest.approx(whole, rel=1e-5, abs=1e-5)
 
 
 def test_sft_loss_is_a_mean_over_tokens(single_rank_group: dist.ProcessGroup) -> None:
@@ -114,4 +114,4 @@ def test_sft_loss_is_a_mean_over_tokens(single_rank_group: dist.ProcessGroup) ->
     pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
     values = reduce_metrics(metrics, pg, torch.device("cpu")).values  # type: ignore[arg-type]
     chosen = torch.cat([packs[0][0][:2], packs[0][0][5:9], packs[1][0][:5]])
-    assert values["loss"] == pytest.approx(float(-chosen.mean()), rel=1e-6)
+    assert values["loss"] == pytest.approx(float(-chosen.mean()), rel=1e-5)

@@ -6,14 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from megatron_tgdpo.data.dataset import PreferenceDataset
+from tests.launch import PATIENCE, ROOT
 from tests.unit.data.conftest import plain_record
-
-ROOT = Path(__file__).parents[3]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -77,14 +75,14 @@ def test_killed_run_leaves_no_worker_and_no_dataset(tmp_path, sp_model, write_js
     )
     wait_until(lambda: output.exists() and any(path.stat().st_size for path in output.iterdir()))
     parent.send_signal(number)
-    assert parent.wait(timeout=60) in (128 + number, -number)
+    assert parent.wait(timeout=PATIENCE) in (128 + number, -number)
     wait_until(lambda: not group_is_alive(parent.pid))
     left = [path.suffix for path in output.iterdir()]
     # Nothing can clean up after a SIGKILL; what it leaves has no manifest.
     assert left == ([] if number == signal.SIGTERM else [".bin"])
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

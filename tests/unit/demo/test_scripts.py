@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.launch import PATIENCE, ROOT
 
 
 def run(script: str, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -15,7 +15,7 @@ def run(script: str, *arguments: str, path: str | None = None) -> subprocess.Com
     assert bash is not None
     environment = {**os.environ, "PATH": path or os.environ["PATH"]}
     command = [bash, str(ROOT / "launch" / script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 @pytest.fixture

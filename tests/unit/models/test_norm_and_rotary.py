@@ -40,8 +40,12 @@ def test_zero_centered_norm_equals_gemmas(dtype: torch.dtype) -> None:
     for norm in (ours, theirs):
         norm.weight.data.copy_(weight)
     hidden = (torch.randn(5, 1, 32) * 0.05).to(dtype)
-    assert ours(hidden).dtype == dtype
-    assert torch.allclose(ours(hidden), theirs(hidden), atol=1e-6 if dtype == torch.float32 else 0)
+    out = ours(hidden)
+    assert out.dtype == dtype
+    # Theirs in fp32 with the rounded weights. In bf16 ours is that, rounded once: by at most half a unit, 2 ** -8. The
+    # fp32 sums of the two may round a little differently.
+    once = 2**-8 if dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(out.float(), theirs.float()(hidden.float()), rtol=once + 1e-5, atol=1e-6)
 
 
 def test_norm_has_the_models_dtype() -> None:
@@ -64,8 +68,10 @@ def test_rotary_equals_hf(tmp_path: Path, llama3: bool) -> None:
     cos, sin = LlamaRotaryEmbedding(hf_config)(torch.zeros(1, dtype=torch.float32), positions)
     assert angles.shape == (10, 1, 1, 32)
     assert angles.dtype == torch.float32
-    assert torch.equal(angles.cos()[:, 0, 0], cos[0])
-    assert torch.equal(angles.sin()[:, 0, 0], sin[0])
+    # As exact as angles in fp32 can be: the two make powers and products in tensors of different shapes.
+    limit = 4 * torch.finfo(torch.float32).eps * angles[:, 0, 0].abs().clamp(min=1.0)
+    assert ((angles.cos()[:, 0, 0] - cos[0]).abs() <= limit).all()
+    assert ((angles.sin()[:, 0, 0] - sin[0]).abs() <= limit).all()
 
 
 @pytest.mark.parametrize(

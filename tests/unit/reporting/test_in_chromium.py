@@ -1,7 +1,6 @@
 """The page in a real browser: it loads cleanly, shows the right numbers, sorts, and draws only what is seen."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,7 @@ def test_light_and_dark(page: Page, tmp_path: Path) -> None:
     light = paper()
     page.screenshot(tmp_path / "light.png")
     page.colour_scheme("dark")
-    time.sleep(0.2)
+    page.wait_for(f"getComputedStyle(document.body).backgroundColor !== {json.dumps(light)}")
     dark = paper()
     page.screenshot(tmp_path / "dark.png")
     assert light != dark

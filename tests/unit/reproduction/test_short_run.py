@@ -36,7 +36,7 @@ def test_alpha_0_is_dpo(root: Path) -> None:
     rate = json.loads((root / "results.json").read_text(encoding="utf-8"))["arms"]["dpo"]["rate"]
     runs = [study.directory(1, arm, rate) / "run" / "metrics.jsonl" for arm in (DPO, Arm("tgdpo", "dpo", 0.0))]
     dpo, guided = ([json.loads(line) for line in run.read_text(encoding="utf-8").splitlines()] for run in runs)
-    assert [step["train/loss"] for step in guided] == pytest.approx([step["train/loss"] for step in dpo], rel=1e-6)
+    assert [step["train/loss"] for step in guided] == pytest.approx([step["train/loss"] for step in dpo], rel=1e-5)
     assert len(dpo) > 1
     assert dpo[-1]["train/loss"] != dpo[0]["train/loss"]
 

@@ -16,7 +16,7 @@ from megatron_tgdpo.data.dataset import open_or_preprocess
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.errors import UserError
-from tests.launch import environment
+from tests.launch import PATIENCE, environment
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.tools.scores import even_words
 from tools.build_preferences import build, main, parse_arguments, pick_pair
@@ -82,7 +82,9 @@ def test_a_killed_run_continues_to_the_same_result(model: Path, prompts: Path, t
     build(parse_arguments(arguments(model, prompts, whole, score=score)))
     command = [sys.executable, "-m", "tools.build_preferences", *arguments(model, prompts, resumed, score=score)]
     (tmp_path / "KILL").touch()
-    killed = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, timeout=300, check=False)
+    killed = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, timeout=PATIENCE, check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     assert not resumed.exists()
     journal = resumed.with_name("resumed.jsonl.unfinished")
