@@ -193,9 +193,9 @@ class Config:
 
     @property
     def shared_prompts(self) -> bool:
-        """Whether a pair's prompt is computed once; not possible under context parallelism."""
+        """Whether a pair's prompt is computed once: not under context parallelism, nor for one response."""
         chosen = self.batch.shared_prompts
-        return self.parallel.context == 1 if chosen is None else chosen
+        return not self.method.chosen_only and (self.parallel.context == 1 if chosen is None else chosen)
 
     @property
     def reference_path(self) -> str:

@@ -77,7 +77,7 @@ def check(config: "Config", source: str) -> None:
     _check_method(config, fail)
     if config.guidance.mode == "cached" and config.guidance.cache is None:
         fail("guidance.mode cached needs guidance.cache (a directory): fill it with tools.precompute_guidance")
-    if config.parallel.context > 1 and config.batch.shared_prompts:
+    if config.parallel.context > 1 and config.shared_prompts:
         fail(
             "batch.shared_prompts is true with parallel.context > 1: a prompt that two responses share cannot be split "
             "over context ranks yet, set one of them to its default"

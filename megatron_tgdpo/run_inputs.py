@@ -116,6 +116,7 @@ def preprocess_options(config: Config) -> PreprocessOptions:
         max_prompt_length=config.data.max_prompt_length,
         overlong_prompt=config.data.overlong_prompt,
         workers=config.data.workers,
+        chosen_only=config.method.chosen_only,
     )
 
 
@@ -151,10 +152,10 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
 
 def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
     """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be."""
-    options, single = preprocess_options(config), config.method.chosen_only
+    options = preprocess_options(config)
     paths = {"train": config.data.train, "validation": config.data.validation}
     return {
-        name: str(open_or_preprocess(path, options, str(cache_dir), single_answers=single).prefix)
+        name: str(open_or_preprocess(path, options, str(cache_dir)).prefix)
         for name, path in paths.items()
         if path is not None
     }

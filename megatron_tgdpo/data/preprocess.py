@@ -195,7 +195,12 @@ def _manifest(
             "eos_id": tokenizer.eos_id,
         },
         "max_token_id": tally.max_token_id,
-        "options": {**options.length_rules(), "chat_template": options.chat_template, "strict": options.strict},
+        "options": {
+            **options.length_rules(),
+            "chat_template": options.chat_template,
+            "strict": options.strict,
+            "chosen_only": options.chosen_only,
+        },
         "sources": [asdict(source) for source in sources],
         "files": {suffix: asdict(digest_file(staging + suffix)) for suffix in DATA_SUFFIXES},
     }
@@ -205,7 +210,7 @@ def _encoded(
     sources: Sequence[SourceFile], options: PreprocessOptions, tokenizer: Tokenizer
 ) -> Generator[tuple[int, EncodedBatch, int], None, None]:
     """Yields (index of the file, encoded batch, bytes read of all files) in the order of the input."""
-    batches = _batches(sources)
+    batches = _batches(sources, options.chosen_only)
     if options.workers == 1:
         for file_index, batch, bytes_read in batches:
             yield file_index, encode_batch(batch, tokenizer, options), bytes_read
@@ -233,20 +238,21 @@ def _oldest(waiting: deque[tuple[int, Future[EncodedBatch], int]]) -> tuple[int,
     return file_index, future.result(), bytes_read
 
 
-def _batches(sources: Sequence[SourceFile]) -> Iterator[tuple[int, RecordBatch, int]]:
+def _batches(sources: Sequence[SourceFile], chosen_only: bool) -> Iterator[tuple[int, RecordBatch, int]]:
     """Yields (index of the file, batch, bytes read of all files)."""
     bytes_before = 0
     for file_index, source in enumerate(sources):
         records = read_records(source.path, source.kind)
         layout = ""
         while batch := list(islice(records, BATCH_RECORDS)):
-            layout = layout or _layout_of(source, batch[0])
+            layout = layout or _layout_of(source, batch[0], chosen_only)
             numbers, payloads = tuple(record.number for record in batch), tuple(record.payload for record in batch)
             bytes_read = bytes_before + batch[-1].bytes_read
             yield file_index, RecordBatch(source.path, source.kind, layout, numbers, payloads), bytes_read
         bytes_before += source.size
 
 
-def _layout_of(source: SourceFile, record: RawRecord) -> str:
+def _layout_of(source: SourceFile, record: RawRecord, chosen_only: bool) -> str:
     place = where(source.path, source.kind, record.number)
-    return detect_layout(parse_line(record.payload, place) if source.kind == "jsonl" else record.payload, place)
+    payload = parse_line(record.payload, place) if source.kind == "jsonl" else record.payload
+    return detect_layout(payload, place, chosen_only=chosen_only)
