@@ -36,6 +36,7 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import RawRecord, detect_format, parse_line, read_records, where
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.stopping import leave_if_requested
 
 BATCH_RECORDS = 64
 # Batches on their way per worker: enough to keep it busy, few enough that memory does not grow with the file.
@@ -94,6 +95,7 @@ def preprocess(
     Raises:
         UserError: bad input (names file and record), nothing left, or the output cannot be written. No manifest is
             left by a failed or interrupted run, and a dataset that was complete before stays as it was.
+        StoppedEarly: this process was asked to stop.
     """
     if not overwrite and os.path.exists(prefix + MANIFEST_SUFFIX):
         raise UserError(
@@ -156,6 +158,7 @@ def _fill(
         ) as bar,
     ):
         for file_index, result, bytes_read in results:
+            leave_if_requested("tokenising")
             start = 0
             for lengths in result.lengths.tolist():
                 builder.add_document(result.tokens[start : start + sum(lengths)], lengths)
@@ -220,6 +223,8 @@ def _encoded(
         while waiting:
             yield _oldest(waiting)
     except BrokenProcessPool as error:
+        # The signal may have reached a worker that did not yet ignore it.
+        leave_if_requested("tokenising")
         raise UserError(
             "a preprocessing worker died (killed, or out of memory?); try fewer workers, and start it from a script "
             'guarded by if __name__ == "__main__"'
