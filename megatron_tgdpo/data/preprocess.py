@@ -16,6 +16,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
+from megatron_tgdpo.aside import aside_of, refuse_live, remove_stale
 from megatron_tgdpo.data.encode import (
     EncodedBatch,
     RecordBatch,
@@ -109,9 +110,12 @@ def write_dataset(
     sources: Sequence[SourceFile], prefix: str, options: PreprocessOptions, tokenizer: Tokenizer, progress: bool
 ) -> dict[str, Any]:
     """`preprocess` with the inputs already inspected and the tokenizer open; replaces what is at ``prefix``."""
-    staging = f"{prefix}.partial-{os.getpid()}"
+    refuse_live(Path(prefix))
+    staging = str(aside_of(Path(prefix)))
     try:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        Path(staging + ".bin").touch()
+        remove_stale(Path(prefix), Path(staging + ".bin"))
         manifest = _fill(staging, sources, options, tokenizer, progress)
         commit(staging, prefix, manifest)
     except OSError as error:
