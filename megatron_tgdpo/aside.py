@@ -25,7 +25,7 @@ from megatron_tgdpo.files import sync
 SUFFIX = ".tmp"
 # Files that belong together share a name and have endings of their own behind it.
 _NAME = re.compile(
-    r"(?P<name>.+)\.(?P<host>[\w.]+)-(?P<namespace>\d+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp(?:\..+)?"
+    r"(?P<name>.+)\.(?P<host>\w+)-(?P<namespace>\d+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp(?:\..+)?"
 )
 # Something of another machine that nobody wrote to for so long is nobody's.
 _ABANDONED_SECONDS = 24 * 3600
@@ -139,12 +139,9 @@ def _owner(left: Path) -> _Owner | None:
 
 def _started(pid: int) -> int | None:
     """When a process started, on a clock of this machine that nobody sets; None if it is not there."""
-    try:
-        return int(
-            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
-        )
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        return int(fields.rpartition(")")[2].split()[19])  # the name, in brackets, may hold anything
     try:  # a system without /proc
         return int(psutil.Process(pid).create_time())
     except psutil.NoSuchProcess:
@@ -156,4 +153,4 @@ def _here() -> tuple[str, str]:
     namespace = "0"
     with contextlib.suppress(OSError):
         namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid")) or "0"
-    return re.sub(r"[^\w.]", "_", socket.gethostname())[:64], namespace
+    return re.sub(r"\W", "_", socket.gethostname())[:64], namespace

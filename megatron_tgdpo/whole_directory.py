@@ -36,8 +36,8 @@ class WholeDirectory:
     Attributes:
         path: As given.
         group: As given.
-        aside: The directory to write into, of a name that no other writer has (``aside.py``); made on entering. A killed
-            process leaves it behind, and the next writer of ``path`` removes it.
+        aside: The directory to write into, of a name that no other writer has (``aside.py``); made on entering. What a
+            killed process leaves of it, the next writer of ``path`` removes.
 
     Raises:
         UserError: On entering: ``path`` is not empty or being written by another process of this machine, or ``aside``

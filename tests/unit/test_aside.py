@@ -14,7 +14,7 @@ from megatron_tgdpo.run_directory import write_atomically
 
 
 @pytest.fixture
-def dead(monkeypatch: pytest.MonkeyPatch) -> int:
+def dead() -> int:
     """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
@@ -61,9 +61,14 @@ def test_only_what_dead_writers_left_is_removed(tmp_path: Path, dead: int) -> No
 def test_a_writer_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "out"
     write_atomically(path, "old")
-    with pytest.raises(ZeroDivisionError), aside.replacing(path) as file:
-        file.write_text("half")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with aside.replacing(path) as file:
+            file.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     assert path.read_text() == "old"
 

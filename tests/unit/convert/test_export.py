@@ -237,7 +237,8 @@ def other_export(checkpoint: Path, out: Path, release: Path, host: str | None = 
     """Another process that exports to ``out`` and waits in the middle until ``release`` is there."""
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from checkpoints_convert import command_line, megatron_to_hf, sequential_file\nfrom megatron_tgdpo import aside\n"
+        "from checkpoints_convert import command_line, megatron_to_hf, sequential_file\n"
+        "from megatron_tgdpo import aside\n"
         "write, (release, host) = sequential_file._write, sys.argv[1:3]\n"
         "def later(*arguments):\n"
         "    Path(release + '.reached').touch()\n"
