@@ -139,7 +139,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int | None = None  # save every so many steps; the final step is always saved
+    every_steps: int | None = None  # save every so many steps and at the end; null: 10 times, at least every 30 minutes
     keep: int = 2  # newest checkpoints to keep; 0: all
     background: bool = True  # training goes on while a checkpoint is written; false: it waits
     verify: bool = True  # compare a checkpoint's checksums before continuing from it

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_tgdpo import stopping
-from megatron_tgdpo.errors import AgreedError, BadNodeError, UserError
+from megatron_tgdpo.errors import AgreedError, BadNodeError, StorageError, UserError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -24,8 +24,8 @@ _LAST_WORDS_SECONDS = 1
 def run_and_exit(action: Callable[[int], int]) -> NoReturn:
     """Runs a command on this rank and leaves with its exit status.
 
-    Exit status: what ``action`` returns, or 1 for bad input (one line says which), 76 for a node that preflight named,
-    70 for any other failure (with its traceback).
+    Exit status: what ``action`` returns, or 1 for bad input (one line says which), 74 for storage that failed, 76 for a
+    node that preflight named, 75 where a signal asked to stop, 70 for any other failure (with its traceback).
 
     Args:
         action: Takes this process's rank; returns the exit status.
@@ -43,7 +43,7 @@ def run_and_exit(action: Callable[[int], int]) -> NoReturn:
         raise
     except BaseException as error:
         _report(error, rank)
-        if isinstance(error, UserError) and rank == 0:
+        if isinstance(error, (UserError, stopping.StoppedEarly)) and rank == 0:
             # It may keep the store from which the others learn the same.
             time.sleep(_LAST_WORDS_SECONDS)
         # At once: destructors of process groups may wait for ranks that will never come.
@@ -74,8 +74,14 @@ def on_all_ranks(timeout_minutes: float, action: Callable[["RankEnvironment", "d
 
 
 def _status(error: BaseException) -> int:
+    if isinstance(error, stopping.StoppedEarly):
+        return stopping.STOPPED_STATUS
+    if isinstance(error, KeyboardInterrupt):
+        return stopping.INTERRUPTED_STATUS
     if isinstance(error, BadNodeError):
         return stopping.BAD_NODE_STATUS
+    if isinstance(error, StorageError):
+        return stopping.STORAGE_STATUS
     return 1 if isinstance(error, UserError) else stopping.FAILED_STATUS
 
 
@@ -85,6 +91,10 @@ def _report(error: BaseException, rank: int) -> None:
             print(f"error: {error}", file=sys.stderr)
         elif _joined() and not isinstance(error, AgreedError):
             print(f"error: rank {rank}: {error}", file=sys.stderr)
+    elif isinstance(error, (stopping.StoppedEarly, KeyboardInterrupt)):
+        if rank == 0:
+            what = str(error) or "interrupted"
+            print(f"{what}; start the same command again to continue", file=sys.stderr)
     else:
         lines = traceback.format_exc().splitlines()
         print("\n".join(f"[rank {rank}] {line}" for line in lines), file=sys.stderr)

@@ -11,3 +11,7 @@ class AgreedError(UserError):
 
 class BadNodeError(AgreedError):
     """A machine is not fit for the run; without it the same command may work."""
+
+
+class StorageError(AgreedError):
+    """Storage failed in a way that may pass; the same command may work later."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.stopping import StoppedEarly
 
 T = TypeVar("T")
 
@@ -72,17 +73,21 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
 
     Raises:
         AgreedError: On the other ranks, with rank 0's message, if the action failed there in any way.
+        StoppedEarly: On all ranks, if it ended so.
     """
     if rank == 0:
         try:
             answer = action()
         except BaseException as error:
-            store.set("first_rank", json.dumps({"error": str(error) or type(error).__name__}))
+            kind = "stopped" if isinstance(error, StoppedEarly) else "error"
+            store.set("first_rank", json.dumps({kind: str(error) or type(error).__name__}))
             raise
         store.set("first_rank", json.dumps({"answer": answer}))
         return answer
     store.wait(["first_rank"], timedelta(days=30))
     reply = json.loads(store.get("first_rank"))
+    if "stopped" in reply:
+        raise StoppedEarly(reply["stopped"])
     if "error" in reply:
         raise AgreedError(reply["error"])
     return reply["answer"]

@@ -1,10 +1,10 @@
 """What a run leaves in ``output_dir`` besides checkpoints: config, ``metrics.jsonl``, TensorBoard events, ``DONE``."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tgdpo.aside import replacing
 from megatron_tgdpo.config import Config, load_config, to_dict, to_yaml
 from megatron_tgdpo.errors import UserError
 
@@ -76,12 +76,8 @@ def _check_same_run(theirs: Config, ours: Config) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file aside and renames it, so that it is there whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 class MetricsLog:

@@ -29,6 +29,7 @@ from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.run_lock import RunLock
+from megatron_tgdpo.stopping import leave_if_requested
 from megatron_tgdpo.wandb_log import import_wandb
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
             cache.check_key(guidance_key(config, dataset, models))
             if config.guidance.verify:
                 cache.check_content()
+    leave_if_requested("preparing the data")
     return json.dumps(prefixes)
 
 

@@ -89,9 +89,10 @@ def encode_batch_in_worker(batch: RecordBatch, options: PreprocessOptions) -> En
 
 
 def start_worker() -> None:
-    """Worker initialiser: leaves Ctrl-C to the parent, and ends with the parent however that ends."""
-    # Ctrl-C reaches the whole process group.
+    """Worker initialiser: leaves Ctrl-C and USR1 to the parent, and ends with the parent however that ends."""
+    # Ctrl-C reaches the whole process group, and Slurm's signals every process of a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A pool's workers wait on a pipe of which they hold both ends, so the parent's death does not wake them.
     threading.Thread(target=_follow_parent, daemon=True).start()
 

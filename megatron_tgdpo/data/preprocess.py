@@ -16,6 +16,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
+from megatron_tgdpo.aside import aside_of, refuse_live, remove_stale
 from megatron_tgdpo.data.encode import (
     EncodedBatch,
     RecordBatch,
@@ -36,6 +37,7 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import RawRecord, detect_format, parse_line, read_records, where
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.stopping import leave_if_requested
 
 BATCH_RECORDS = 64
 # Batches on their way per worker: enough to keep it busy, few enough that memory does not grow with the file.
@@ -94,6 +96,7 @@ def preprocess(
     Raises:
         UserError: bad input (names file and record), nothing left, or the output cannot be written. No manifest is
             left by a failed or interrupted run, and a dataset that was complete before stays as it was.
+        StoppedEarly: this process was asked to stop.
     """
     if not overwrite and os.path.exists(prefix + MANIFEST_SUFFIX):
         raise UserError(
@@ -107,9 +110,12 @@ def write_dataset(
     sources: Sequence[SourceFile], prefix: str, options: PreprocessOptions, tokenizer: Tokenizer, progress: bool
 ) -> dict[str, Any]:
     """`preprocess` with the inputs already inspected and the tokenizer open; replaces what is at ``prefix``."""
-    staging = f"{prefix}.partial-{os.getpid()}"
+    refuse_live(Path(prefix))
+    staging = str(aside_of(Path(prefix)))
     try:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        Path(staging + ".bin").touch()
+        remove_stale(Path(prefix), Path(staging + ".bin"))
         manifest = _fill(staging, sources, options, tokenizer, progress)
         commit(staging, prefix, manifest)
     except OSError as error:
@@ -156,6 +162,7 @@ def _fill(
         ) as bar,
     ):
         for file_index, result, bytes_read in results:
+            leave_if_requested("tokenising")
             start = 0
             for lengths in result.lengths.tolist():
                 builder.add_document(result.tokens[start : start + sum(lengths)], lengths)
@@ -225,6 +232,8 @@ def _encoded(
         while waiting:
             yield _oldest(waiting)
     except BrokenProcessPool as error:
+        # The signal may have reached a worker that did not yet ignore it.
+        leave_if_requested("tokenising")
         raise UserError(
             "a preprocessing worker died (killed, or out of memory?); try fewer workers, and start it from a script "
             'guarded by if __name__ == "__main__"'
