@@ -30,7 +30,6 @@ from megatron_tgdpo.guidance_cache import (
     write_manifest,
     write_shard,
 )
-from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.ranks import RankEnvironment, agree, init_distributed, on_first_rank
 from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, layout_of, prepare_data, read_model_configs
@@ -136,7 +135,6 @@ def _on_each_dataset(
         engine = build_frozen_engine(config, configs, layout, pg, device)
         for name, plan in plans.items():
             dataset = PreferenceDataset(plan["prefix"])
-            check_row_fits(dataset, engine.row)
             shards = Shards(dataset.lengths, plan["block_pairs"])
             directory = Path(str(config.guidance.cache)) / name
             action(engine, name, Work(directory, dataset, GuidanceKey(**plan["key"]), shards, plan["missing"]))

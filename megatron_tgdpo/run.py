@@ -73,7 +73,7 @@ def dry_run(config: Config, world_size: int) -> str:
     gathered = layout.context + 0.5 if layout.context > 1 else 2.0 * config.shared_prompts
     dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
     keep = config.train.keep_logits_mib * 2**20
-    row = Row(config.row_tokens // layout.context, config.data.max_length, dtype_bytes, gathered, keep)
+    row = Row(config.row_tokens // layout.context, config.longest_sequence, dtype_bytes, gathered, keep)
     memory = rank_memory(configs["policy"], frozen, layout, row, config.train.recompute)
     lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
     return "\n".join(lines)

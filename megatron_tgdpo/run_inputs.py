@@ -153,14 +153,19 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
 
 
 def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
-    """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be."""
+    """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be.
+
+    Raises:
+        UserError: A file is bad, or a pair does not fit a row.
+    """
     options = preprocess_options(config)
     paths = {"train": config.data.train, "validation": config.data.validation}
-    return {
-        name: str(open_or_preprocess(path, options, str(cache_dir)).prefix)
-        for name, path in paths.items()
-        if path is not None
+    datasets = {
+        name: open_or_preprocess(path, options, str(cache_dir)) for name, path in paths.items() if path is not None
     }
+    for dataset in datasets.values():
+        check_row_fits(dataset, _whole_rows(config), config.row_multiple)
+    return {name: dataset.prefix for name, dataset in datasets.items()}
 
 
 def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> GuidanceCache:
@@ -199,11 +204,10 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
     """Opens the datasets that :func:`prepare_first_rank` named.
 
     Raises:
-        UserError: A pair does not fit a row, or holds a token id that the models do not have.
+        UserError: A pair holds a token id that the models do not have.
     """
     datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
     for name, dataset in datasets.items():
-        check_row_fits(dataset, _whole_rows(config))
         largest = dataset.manifest["max_token_id"]
         if largest >= vocab_size:
             # The embedding would not notice: it is padded, and split over tensor ranks.
