@@ -1,13 +1,16 @@
 """What every command that runs on many ranks does at its start and at its end, so that none of them hangs."""
 
+import contextlib
 import faulthandler
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_tgdpo import stopping
@@ -32,6 +35,7 @@ def run_and_exit(action: Callable[[int], int]) -> NoReturn:
     """
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     faulthandler.enable()
+    threading.excepthook = partial(_report_thread, rank)
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron").setLevel(logging.WARNING)
@@ -88,18 +92,27 @@ def _status(error: BaseException) -> int:
 def _report(error: BaseException, rank: int) -> None:
     if isinstance(error, UserError):
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            stopping.last_words(f"error: {error}")
         elif _joined() and not isinstance(error, AgreedError):
-            print(f"error: rank {rank}: {error}", file=sys.stderr)
+            stopping.last_words(f"error: rank {rank}: {error}")
     elif isinstance(error, (stopping.StoppedEarly, KeyboardInterrupt)):
         if rank == 0:
             what = str(error) or "interrupted"
-            print(f"{what}; start the same command again to continue", file=sys.stderr)
+            stopping.last_words(f"{what}; start the same command again to continue")
     else:
         lines = traceback.format_exc().splitlines()
-        print("\n".join(f"[rank {rank}] {line}" for line in lines), file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        stopping.last_words(*(f"[rank {rank}] {line}" for line in lines))
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+
+
+def _report_thread(rank: int, ended: threading.ExceptHookArgs) -> None:
+    """One line for a library's thread that storage ended: who waits for it sees the same error."""
+    if isinstance(ended.exc_value, OSError):
+        name = ended.thread.name if ended.thread is not None else "a thread"
+        stopping.last_words(f"[rank {rank}] {name}: {ended.exc_value}")
+    else:
+        threading.__excepthook__(ended)
 
 
 def _joined() -> bool:

@@ -1,5 +1,6 @@
 """Stopping early: a signal asks for it, and the run ends at the next step boundary with a checkpoint."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -56,6 +57,12 @@ def leave_if_requested(doing: str) -> None:
         raise StoppedEarly(f"asked to stop while {doing}")
 
 
+def last_words(*lines: str) -> None:
+    """Writes to stderr, if that takes them: a log on a full disk must not change how a process ends."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     global _requested
     _requested = True
@@ -67,7 +74,7 @@ def _watch(read_end: int) -> None:
     while True:
         for number in os.read(read_end, 1):
             if asked and number == signal.SIGINT:
-                print("interrupted again: ended at once, nothing more is saved", file=sys.stderr, flush=True)
+                last_words("interrupted again: ended at once, nothing more is saved")
                 os._exit(INTERRUPTED_STATUS)
             if not asked:
                 name = signal.Signals(number).name

@@ -102,6 +102,7 @@ class TensorBoard:
         assert events is not None, "the writer was just opened"
         for summary in (experiment, session):
             events.add_summary(summary)
+        self._writer.flush()
 
     def write(self, step: int, values: dict[str, float], evaluation: StepMetrics | None) -> None:
         """Writes a step's figures and, where it was followed by an evaluation, the histogram of that."""

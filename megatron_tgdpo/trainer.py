@@ -23,9 +23,11 @@ from megatron_tgdpo.guidance_cache import GuidanceCache
 from megatron_tgdpo.guide_check import GuideWatch
 from megatron_tgdpo.memory import GIB
 from megatron_tgdpo.metrics import StepMetrics
+from megatron_tgdpo.metrics_log import MetricsLog
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.parallel import ParallelLayout
-from megatron_tgdpo.run_directory import MetricsLog, mark_done
+from megatron_tgdpo.ranks import agree
+from megatron_tgdpo.run_directory import mark_done
 from megatron_tgdpo.run_inputs import RunData, hf_directory
 from megatron_tgdpo.setup import DTYPES
 from megatron_tgdpo.stopping import StoppedEarly
@@ -82,7 +84,7 @@ class Trainer:
 
         Raises:
             AgreedError: A loss or gradient is not finite, or the start check fails.
-            StorageError: Checkpoints cannot be saved.
+            AgreedStorageError: Checkpoints, or the metrics up to one, cannot be saved.
             StoppedEarly: Some rank was asked to stop; the step it was in is saved.
         """
         done = self._resume()
@@ -98,12 +100,12 @@ class Trainer:
                 raise
         if done < self.last_step:
             raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
-        if done >= self.data.order.steps and dist.get_rank() == 0:
-            mark_done(self.output_dir, done)
+        if done >= self.data.order.steps:
+            agree(lambda: mark_done(self.output_dir, done) if dist.get_rank() == 0 else None)
 
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
-        log = MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None
+        log = agree(lambda: MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None)
         guide_watch = GuideWatch()
         started = saved = time.monotonic()
         coming = self._step_packs(first)
@@ -137,6 +139,8 @@ class Trainer:
                     logger.warning(warning)
             last = bool(stop) or step == self.last_step
             if last or failed or save_due(step, self.data.order.steps, self.config.checkpoint.every_steps, waited):
+                # The steps of a checkpoint are not made again, so their figures must be there.
+                agree(log.check if log is not None else lambda: None)
                 self._save(step, last)
                 saved = time.monotonic()
             if stop:

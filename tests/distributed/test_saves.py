@@ -96,3 +96,17 @@ def test_without_an_interval_a_run_saves_ten_times(config: dict[str, Any], tmp_p
     unset = merged(config, train={"steps": 25}, checkpoint={"every_steps": None})
     run_forked("megatron_tgdpo.train", [write_config(tmp_path, unset)])
     assert saved_steps(tmp_path) == [3, 6, 9, 12, 15, 18, 21, 24, 25]
+
+
+@pytest.mark.parametrize("pattern", ["metrics.jsonl", "tensorboard/*"])
+def test_a_full_disk_costs_no_step_and_ends_in_one_line(config: dict[str, Any], tmp_path: Path, pattern: str) -> None:
+    """In the middle of a line or an event, before the second save; then the same command once more."""
+    file = write_config(tmp_path, config)
+    done = run_forked("tests.distributed.worker_full_disk", ["6", pattern, file], processes=2, check=False)
+    assert done.returncode == STORAGE_STATUS
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.endswith("run: metrics.jsonl or tensorboard: cannot be written: File too large")
+    assert "Traceback" not in done.stderr
+    assert saved_steps(tmp_path) == [4]
+    run_forked("megatron_tgdpo.train", [file], processes=2)
+    assert [step["step"] for step in read_metrics(tmp_path / "run")] == list(range(1, STEPS + 1))
