@@ -4,8 +4,10 @@ What stops the run names its nodes; their names also go into ``bad_nodes`` of th
 leave them out next time.
 """
 
+import contextlib
 import logging
 import os
+import shutil
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from checkpoints_convert.mapping import parameter_count
 from megatron_tgdpo.checkpoint_directory import complete_checkpoints
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.errors import AgreedError, BadNodeError
+from megatron_tgdpo.files import write_error
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.preflight_facts import RankFacts, gather_facts
 from megatron_tgdpo.preflight_network import GroupResult, bandwidth_report, measure_groups, slow_groups
@@ -169,14 +172,11 @@ def _shared_storage(output_dir: Path, hosts: Sequence[str]) -> list[Problem]:
     """Whether every rank sees at once what the first one writes, and the first one what every rank writes."""
     rank, token = dist.get_rank(), _from_first_rank(uuid.uuid4().hex)
     directory = output_dir / f".canary-{token[:8]}"
+
     try:
-        if rank == 0:
-            directory.mkdir()
-            (directory / "first").write_text(token)
-        dist.barrier()
+        agree(lambda: _write(directory / "first", token) if rank == 0 else None)
         seen = _reads(directory / "first", token)
-        if seen:
-            (directory / f"rank-{rank}").write_text(token)
+        agree(lambda: _write(directory / f"rank-{rank}", token) if seen else None)
         blind = [number for number, sees in enumerate(_all_gather(seen)) if not sees]
         lost = []
         if rank == 0:
@@ -185,13 +185,20 @@ def _shared_storage(output_dir: Path, hosts: Sequence[str]) -> list[Problem]:
         lost = _from_first_rank(lost)
     finally:
         dist.barrier()
-        if rank == 0 and directory.is_dir():
-            for file in directory.iterdir():
-                file.unlink()
-            directory.rmdir()
+        if rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)
     problems = [Problem(hosts[n], f"does not see what node {hosts[0]} writes to {output_dir}") for n in blind]
     problems += [Problem(hosts[n], f"what it writes to {output_dir} is not seen by node {hosts[0]}") for n in lost]
     return list(dict.fromkeys(problems))
+
+
+def _write(file: Path, content: str) -> None:
+    """Writes a file, and its directory where that is not there."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+    except OSError as error:
+        raise write_error(file, error) from error
 
 
 def _reads(file: Path, content: str) -> bool:
@@ -204,8 +211,9 @@ def _reads(file: Path, content: str) -> bool:
 def _report_bad_nodes(output_dir: Path, problems: Sequence[Problem]) -> None:
     bad = {problem.host: problem.message for problem in problems if problem.host}
     if dist.get_rank() == 0 and bad:
-        with (output_dir / BAD_NODES_FILE).open("a", encoding="utf-8") as file:
-            file.writelines(f"{host}\t{message}\n" for host, message in bad.items())
+        # Without it the same nodes may be tried again; the error names them all the same.
+        with contextlib.suppress(OSError), (output_dir / BAD_NODES_FILE).open("a", encoding="utf-8") as file:
+            file.write("".join(f"{host}\t{message}\n" for host, message in bad.items()))
 
 
 def _by_host(facts: Sequence[RankFacts], values: Sequence[str]) -> str:
