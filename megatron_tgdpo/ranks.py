@@ -16,6 +16,8 @@ from megatron_tgdpo.stopping import StoppedEarly
 
 T = TypeVar("T")
 
+_FOR_EVER = timedelta(days=30)
+
 # What ends a run other than bad input, by its name in the store: the exception of the rank that has it, and of others.
 _KINDS: dict[str, tuple[type[Exception], type[Exception]]] = {
     "stopped": (StoppedEarly, StoppedEarly),
@@ -91,7 +93,7 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
             raise
         store.set("first_rank", json.dumps({"answer": answer}))
         return answer
-    store.wait(["first_rank"], timedelta(days=30))
+    store.wait(["first_rank"], _FOR_EVER)
     reply = json.loads(store.get("first_rank"))
     for kind, (_, raised) in _KINDS.items():
         if kind in reply:
@@ -99,6 +101,44 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
     if "error" in reply:
         raise AgreedError(reply["error"])
     return reply["answer"]
+
+
+def on_every_rank(action: Callable[[], str], store: dist.Store, ranks: RankEnvironment) -> list[str]:
+    """Runs a long action on every rank, however long it takes on any, before any process group and its time-out exist.
+
+    Args:
+        action: Returns what all ranks are to know of this one.
+        store: From :func:`connect_store`; the keys ``every_rank`` and ``rank_N`` must be unused.
+        ranks: This process's place.
+
+    Returns:
+        The answers of all ranks, in their order.
+
+    Raises:
+        AgreedError: The action failed on some rank, in any way; the message names the rank if that is not rank 0.
+    """
+    failure: Exception | None = None
+    try:
+        mine = {"answer": action()}
+    except Exception as error:
+        failure, mine = error, {"error": str(error) or type(error).__name__}
+    # Through the first rank, so that each rank reads one key and not one of every other rank.
+    if ranks.rank == 0:
+        others = [f"rank_{rank}" for rank in range(1, ranks.world_size)]
+        for key in others:
+            store.wait([key], _FOR_EVER)
+        replies = [mine, *(json.loads(store.get(key)) for key in others)]
+        store.set("every_rank", json.dumps(replies))
+    else:
+        store.set(f"rank_{ranks.rank}", json.dumps(mine))
+        store.wait(["every_rank"], _FOR_EVER)
+        replies = json.loads(store.get("every_rank"))
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    for rank, reply in enumerate(replies):
+        if "error" in reply:
+            raise AgreedError(reply["error"] if rank == 0 else f"rank {rank}: {reply['error']}")
+    return [reply["answer"] for reply in replies]
 
 
 def agree(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -127,7 +167,10 @@ def agree(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
 
 
 def init_distributed(ranks: RankEnvironment, device: torch.device, timeout_minutes: float, store: dist.Store) -> None:
-    """Joins all ranks in the default process group (gloo on CPU, NCCL plus gloo on GPU); a second call does nothing.
+    """Joins all ranks in the default process group (gloo on CPU, NCCL on GPU); a second call does nothing.
+
+    Groups that are made later have its backend unless they name another. With gloo beside NCCL each of them would be a
+    full mesh of sockets that nothing uses.
 
     Raises:
         UserError: There are fewer GPUs on this node than local ranks.
@@ -142,7 +185,7 @@ def init_distributed(ranks: RankEnvironment, device: torch.device, timeout_minut
                 f"{torch.cuda.device_count()} GPUs are visible: start one task per GPU"
             )
         torch.cuda.set_device(ranks.local_rank)
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "nccl"
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("default_group", store),
