@@ -1,4 +1,4 @@
-"""Counts what process groups open. Usage: ``worker_open_files TP PP CP``; rank 0 prints what is and what was expected."""
+"""Counts what process groups open. Usage: ``worker_open_files TP PP CP``; rank 0 prints what is and what should be."""
 
 import os
 import sys
