@@ -8,7 +8,8 @@
 #   RDZV_ENDPOINT    HOST:PORT of one of them, the same everywhere, and
 #   RDZV_ID          a name of this start, the same everywhere (default: tgdpo)
 #
-# TERM or USR1 to this script (kill PID) saves after the step that is running, and ends. Environment: launch/env.sh.
+# Ctrl-C, or TERM or USR1 to this script (kill PID), saves after the step that is running, and ends; Ctrl-C after that
+# ends at once. Environment: launch/env.sh.
 set -euo pipefail
 
 fail() { echo "train.sh: $*" >&2; exit 1; }
@@ -17,6 +18,17 @@ fail() { echo "train.sh: $*" >&2; exit 1; }
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+# To the ranks and not to torchrun, which would give them no more than 30 seconds; before it has any, it may just end.
+launcher=
+signalled=
+# shellcheck disable=SC2317 # the traps call it
+forward() {
+  signalled=1
+  [ -z "$launcher" ] || pkill "-$1" -P "$launcher" || kill -TERM "$launcher" 2>/dev/null || true
+}
+trap 'forward TERM' TERM USR1 HUP
+trap 'forward INT' INT
+
 status=0
 output_dir=$("$python" -m megatron_tgdpo.restarts "$@") || status=$?
 case $status in
@@ -24,6 +36,7 @@ case $status in
   3) echo "train.sh: finished already: $output_dir/DONE" && exit 0 ;;
   *) exit 1 ;;
 esac
+[ -z "$signalled" ] || fail "asked to stop before it began"
 
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
 rendezvous=(--standalone)
@@ -31,11 +44,12 @@ if [ "${NNODES:-1}" -gt 1 ]; then
   [ -n "${RDZV_ENDPOINT:-}" ] || fail "NNODES is $NNODES but RDZV_ENDPOINT is not set: export HOST:PORT of one node"
   rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-tgdpo}")
 fi
+# In a process group of its own: the terminal's Ctrl-C reaches this script alone.
+set -m
 "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}" \
   -m megatron_tgdpo.train "$@" &
 launcher=$!
-# To the ranks and not to torchrun, which would give them no more than 30 seconds.
-trap 'signalled=1; pkill -TERM -P "$launcher" || true' TERM USR1
+set +m
 while :; do
   signalled=
   status=0

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_tgdpo.aside import SUFFIX as ASIDE_SUFFIX
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.whole_directory import ASIDE_SUFFIX
 
 FORMAT_VERSION = 1
 METADATA_FILE = "tgdpo.json"

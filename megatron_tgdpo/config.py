@@ -4,6 +4,7 @@ A default lives here and nowhere else. Fields without a default are required. Ev
 (1 chosen + 1 rejected) unless it says tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,7 +79,9 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class BatchConfig:
     global_pairs: int = MISSING  # pairs per optimizer step, over all ranks
-    tokens_per_micro_batch: int | None = None  # tokens of one packed row; null: 2 x data.max_length
+    tokens_per_micro_batch: int | None = (
+        None  # tokens of one packed row; null: 2 x data.max_length, which holds any pair
+    )
     shared_prompts: bool | None = None  # compute a pair's prompt once for both responses; null: where that is possible
 
 
@@ -139,7 +142,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int | None = None  # save every so many steps; the final step is always saved
+    every_steps: int | None = None  # save every so many steps and at the end; null: 10 times, at least every 30 minutes
     keep: int = 2  # newest checkpoints to keep; 0: all
     background: bool = True  # training goes on while a checkpoint is written; false: it waits
     verify: bool = True  # compare a checkpoint's checksums before continuing from it
@@ -179,7 +182,23 @@ class Config:
     @property
     def row_tokens(self) -> int:
         """Tokens of one packed row, that is of one micro batch."""
-        return self.batch.tokens_per_micro_batch or 2 * self.data.max_length
+        if self.batch.tokens_per_micro_batch is not None:
+            return self.batch.tokens_per_micro_batch
+        sequence = _round_up(self.data.max_length, 2 * self.parallel.context if self.parallel.context > 1 else 1)
+        return _round_up(2 * sequence, self.row_multiple)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the tokens of a row must be a multiple of: context ranks hold two chunks each, and under sequence
+        parallelism the tensor ranks an equal part."""
+        parallel = self.parallel
+        chunks = 2 * parallel.context if parallel.context > 1 else 1
+        return math.lcm(chunks, parallel.context * parallel.tensor if parallel.sequence_parallel else 1)
+
+    @property
+    def longest_sequence(self) -> int:
+        """The most tokens that a sequence in a row may have."""
+        return min(self.data.max_length, self.row_tokens)
 
     @property
     def method(self) -> Method:
@@ -193,9 +212,9 @@ class Config:
 
     @property
     def shared_prompts(self) -> bool:
-        """Whether a pair's prompt is computed once; not possible under context parallelism."""
+        """Whether a pair's prompt is computed once: not under context parallelism, nor for one response."""
         chosen = self.batch.shared_prompts
-        return self.parallel.context == 1 if chosen is None else chosen
+        return not self.method.chosen_only and (self.parallel.context == 1 if chosen is None else chosen)
 
     @property
     def reference_path(self) -> str:
@@ -260,3 +279,7 @@ def _with_method_defaults(config: Config) -> Config:
         if getattr(config.loss, name) is None
     }
     return replace(config, loss=replace(config.loss, **unset))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

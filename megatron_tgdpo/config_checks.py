@@ -1,6 +1,5 @@
 """What values a configuration may have, and which of them go together."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from megatron_tgdpo.errors import UserError
@@ -77,7 +76,7 @@ def check(config: "Config", source: str) -> None:
     _check_method(config, fail)
     if config.guidance.mode == "cached" and config.guidance.cache is None:
         fail("guidance.mode cached needs guidance.cache (a directory): fill it with tools.precompute_guidance")
-    if config.parallel.context > 1 and config.batch.shared_prompts:
+    if config.parallel.context > 1 and config.shared_prompts:
         fail(
             "batch.shared_prompts is true with parallel.context > 1: a prompt that two responses share cannot be split "
             "over context ranks yet, set one of them to its default"
@@ -128,15 +127,9 @@ def _check_pipeline(config: "Config", fail: Any) -> None:
 
 
 def _check_lengths(config: "Config", fail: Any) -> None:
+    # Whether the longest pair fits a row, the data says: pack_plan.check_row_fits.
     row, parallel = config.row_tokens, config.parallel
     multiple = 2 * parallel.context if parallel.context > 1 else 1  # of each sequence, see packing.py
-    pair = 2 * math.ceil(config.data.max_length / multiple) * multiple
-    if row < pair:
-        fail(
-            f"batch.tokens_per_micro_batch is {row} but a pair may take 2 x data.max_length = {pair} tokens"
-            f"{' (in multiples of 2 x parallel.context)' if multiple > 1 else ''}: raise it to that, or lower "
-            "data.max_length"
-        )
     if row % multiple:
         fail(f"batch.tokens_per_micro_batch {row} is not divisible by 2 x parallel.context = {multiple}")
     if parallel.sequence_parallel and row // parallel.context % parallel.tensor:

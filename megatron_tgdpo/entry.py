@@ -1,17 +1,20 @@
 """What every command that runs on many ranks does at its start and at its end, so that none of them hangs."""
 
+import contextlib
 import faulthandler
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_tgdpo import stopping
-from megatron_tgdpo.errors import AgreedError, BadNodeError, UserError
+from megatron_tgdpo.errors import AgreedError, BadNodeError, StorageError, UserError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -24,14 +27,15 @@ _LAST_WORDS_SECONDS = 1
 def run_and_exit(action: Callable[[int], int]) -> NoReturn:
     """Runs a command on this rank and leaves with its exit status.
 
-    Exit status: what ``action`` returns, or 1 for bad input (one line says which), 76 for a node that preflight named,
-    70 for any other failure (with its traceback).
+    Exit status: what ``action`` returns, or 1 for bad input (one line says which), 74 for storage that failed, 76 for a
+    node that preflight named, 75 where a signal asked to stop, 70 for any other failure (with its traceback).
 
     Args:
         action: Takes this process's rank; returns the exit status.
     """
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     faulthandler.enable()
+    threading.excepthook = partial(_report_thread, rank)
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron").setLevel(logging.WARNING)
@@ -43,7 +47,7 @@ def run_and_exit(action: Callable[[int], int]) -> NoReturn:
         raise
     except BaseException as error:
         _report(error, rank)
-        if isinstance(error, UserError) and rank == 0:
+        if isinstance(error, (UserError, stopping.StoppedEarly)) and rank == 0:
             # It may keep the store from which the others learn the same.
             time.sleep(_LAST_WORDS_SECONDS)
         # At once: destructors of process groups may wait for ranks that will never come.
@@ -74,22 +78,41 @@ def on_all_ranks(timeout_minutes: float, action: Callable[["RankEnvironment", "d
 
 
 def _status(error: BaseException) -> int:
+    if isinstance(error, stopping.StoppedEarly):
+        return stopping.STOPPED_STATUS
+    if isinstance(error, KeyboardInterrupt):
+        return stopping.INTERRUPTED_STATUS
     if isinstance(error, BadNodeError):
         return stopping.BAD_NODE_STATUS
+    if isinstance(error, StorageError):
+        return stopping.STORAGE_STATUS
     return 1 if isinstance(error, UserError) else stopping.FAILED_STATUS
 
 
 def _report(error: BaseException, rank: int) -> None:
     if isinstance(error, UserError):
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            stopping.last_words(f"error: {error}")
         elif _joined() and not isinstance(error, AgreedError):
-            print(f"error: rank {rank}: {error}", file=sys.stderr)
+            stopping.last_words(f"error: rank {rank}: {error}")
+    elif isinstance(error, (stopping.StoppedEarly, KeyboardInterrupt)):
+        if rank == 0:
+            what = str(error) or "interrupted"
+            stopping.last_words(f"{what}; start the same command again to continue")
     else:
         lines = traceback.format_exc().splitlines()
-        print("\n".join(f"[rank {rank}] {line}" for line in lines), file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        stopping.last_words(*(f"[rank {rank}] {line}" for line in lines))
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+
+
+def _report_thread(rank: int, ended: threading.ExceptHookArgs) -> None:
+    """One line for a library's thread that storage ended: who waits for it sees the same error."""
+    if isinstance(ended.exc_value, OSError):
+        name = ended.thread.name if ended.thread is not None else "a thread"
+        stopping.last_words(f"[rank {rank}] {name}: {ended.exc_value}")
+    else:
+        threading.__excepthook__(ended)
 
 
 def _joined() -> bool:

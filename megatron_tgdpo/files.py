@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import StorageError, UserError
 
 _OPEN_FILES = 4
 
@@ -118,3 +118,10 @@ def sync(path: Path) -> None:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def write_error(path: Path | str, error: OSError) -> UserError:
+    """What a failed write means: a wrong place, or storage (a full disk) that may take it later."""
+    wrong_place = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+    kind = UserError if isinstance(error, wrong_place) else StorageError
+    return kind(f"{path}: cannot be written: {error.strerror or error}")

@@ -19,10 +19,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from megatron_tgdpo.aside import replacing
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import sync
 from megatron_tgdpo.fingerprints import weights_fingerprint
 from megatron_tgdpo.precision import frozen_precision
 from megatron_tgdpo.run_directory import write_atomically
@@ -120,12 +120,9 @@ def write_shard(directory: Path, shard: int, key: GuidanceKey, values: Mapping[s
         UserError: The disk is full, or the directory cannot be written.
     """
     path = shard_path(directory, shard)
-    aside = path.with_suffix(".tmp")
     try:
-        save_file(dict(values), aside, {"key": key.digest, "shard": str(shard), "sha256": _digest(values)})
-        sync(aside)
-        aside.replace(path)
-        sync(directory)
+        with replacing(path) as aside:
+            save_file(dict(values), aside, {"key": key.digest, "shard": str(shard), "sha256": _digest(values)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot write the shard: {error}; make room and start again, it continues") from error
 

@@ -30,9 +30,9 @@ from megatron_tgdpo.guidance_cache import (
     write_manifest,
     write_shard,
 )
-from megatron_tgdpo.pack_plan import check_row_fits
+from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
-from megatron_tgdpo.ranks import RankEnvironment, agree, init_distributed, on_first_rank
+from megatron_tgdpo.ranks import RankEnvironment, agree, init_distributed, on_every_rank, on_first_rank
 from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, layout_of, prepare_data, read_model_configs
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,8 @@ def _on_each_dataset(
     layout = replace(layout_of(config, ranks.world_size), virtual=1)
     configs = read_model_configs(config)
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
+    needed = files_needed(layout, device)
+    on_every_rank(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
     plans = json.loads(on_first_rank(lambda: json.dumps(_plans(config, block_pairs)), store, ranks.rank))
     init_distributed(ranks, device, config.parallel.timeout_minutes, store)
     pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
@@ -136,7 +138,6 @@ def _on_each_dataset(
         engine = build_frozen_engine(config, configs, layout, pg, device)
         for name, plan in plans.items():
             dataset = PreferenceDataset(plan["prefix"])
-            check_row_fits(dataset, engine.row)
             shards = Shards(dataset.lengths, plan["block_pairs"])
             directory = Path(str(config.guidance.cache)) / name
             action(engine, name, Work(directory, dataset, GuidanceKey(**plan["key"]), shards, plan["missing"]))

@@ -6,7 +6,6 @@ that dies needs none of this, its launcher sees it.
 
 import os
 import socket
-import sys
 import threading
 from datetime import timedelta
 from typing import NoReturn
@@ -14,7 +13,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megatron_tgdpo.ranks import RankEnvironment
-from megatron_tgdpo.stopping import FAILED_STATUS
+from megatron_tgdpo.stopping import FAILED_STATUS, last_words
 
 _LONGEST_INTERVAL = 5.0
 
@@ -80,7 +79,7 @@ class Heartbeat:
         return self._store.get(f"host{self._next}").decode()
 
     def _end(self, message: str) -> NoReturn:
-        print(f"[rank {self._rank}] {message}", file=sys.stderr, flush=True)
+        last_words(f"[rank {self._rank}] {message}")
         os._exit(FAILED_STATUS)
 
 

@@ -12,14 +12,24 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.packing import RowFormat
 
 
-def check_row_fits(dataset: PreferenceDataset, row: RowFormat) -> None:
-    """Raises a UserError if a pair of the dataset does not fit a row."""
+def check_row_fits(dataset: PreferenceDataset, row: RowFormat, multiple: int) -> None:
+    """Checks that every pair of a dataset fits a row.
+
+    Args:
+        dataset: The pairs; only their lengths are read.
+        row: The format of the rows.
+        multiple: Of which the tokens of a row must be one.
+
+    Raises:
+        UserError: One does not; names the first, and the least row that holds them all.
+    """
     tokens = row.pair_tokens(dataset.lengths)
     too_long = np.flatnonzero(tokens > row.tokens)
     if len(too_long):
+        needed = -(-int(tokens.max()) // multiple) * multiple
         raise UserError(
             f"{dataset.source(int(too_long[0]))}: the pair takes {tokens[too_long[0]]} tokens but a row holds "
-            f"{row.tokens} ({len(too_long)} such pairs): set batch.tokens_per_micro_batch to at least {tokens.max()} "
+            f"{row.tokens} ({len(too_long)} such pairs): set batch.tokens_per_micro_batch to at least {needed} "
             "or preprocess with a smaller data.max_length"
         )
 

@@ -120,6 +120,6 @@ def build_prefetcher(
     channel = FrozenChannel(pg.pp, shape, dtype, device, config.parallel.timeout_minutes)
     # Lengths as the planner assumes them: only the order of passes depends on it.
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, config.shared_prompts)
-    row = Row(tokens, config.data.max_length, dtype.itemsize)
+    row = Row(tokens, config.longest_sequence, dtype.itemsize)
     job = Job(configs["policy"], tuple(configs[role] for role in config.method.frozen), row, batch)
     return Prefetcher(models, channel, stage_costs(job, Cluster(), layout, config.train.recompute), device)

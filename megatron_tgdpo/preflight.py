@@ -4,12 +4,15 @@ What stops the run names its nodes; their names also go into ``bad_nodes`` of th
 leave them out next time.
 """
 
+import contextlib
 import logging
 import os
+import shutil
 import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +25,8 @@ from checkpoints_convert.mapping import parameter_count
 from megatron_tgdpo.checkpoint_directory import complete_checkpoints
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.errors import AgreedError, BadNodeError
+from megatron_tgdpo.files import write_error
+from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.preflight_facts import RankFacts, gather_facts
 from megatron_tgdpo.preflight_network import GroupResult, bandwidth_report, measure_groups, slow_groups
@@ -69,19 +74,38 @@ def preflight(
         BadNodeError: On every rank: a check failed, on the node that the message names.
         AgreedError: On every rank: a check failed, on no node in particular.
     """
+    # Gloo's, on a GPU too: ranks must be able to tell of a machine on which NCCL does not work.
+    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.parallel.timeout_minutes))
+    try:
+        _check_all(config, policy, ranks, layout, pg, device, group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _check_all(
+    config: Config,
+    policy: PretrainedConfig,
+    ranks: RankEnvironment,
+    layout: ParallelLayout,
+    pg: ProcessGroupCollection,
+    device: torch.device,
+    group: dist.ProcessGroup,
+) -> None:
     output_dir = Path(config.output_dir)
-    facts = _all_gather(agree(lambda: gather_facts(config, ranks.rank, ranks.local_rank, device)))
+    facts = _all_gather(agree(lambda: gather_facts(config, ranks.rank, ranks.local_rank, device), group), group)
     hosts = [fact.host for fact in facts]
-    problems = compare_facts(facts) + _shared_storage(output_dir, hosts)
-    results = [result for several in _all_gather(measure_groups(pg, device)) for result in several]
+    problems = compare_facts(facts) + _shared_storage(output_dir, hosts, group)
+    results = [result for several in _all_gather(measure_groups(pg, device), group) for result in several]
     problems += network_problems(results, hosts)
     size = parameter_count(policy) * (_OPTIMIZER_BYTES + (4 if config.precision.dtype == "fp32" else 2))
     room, notes = storage_room(output_dir, size, config.checkpoint.keep, layout.world_size)
     # Storage is asked by one rank only: what others use of it changes meanwhile.
-    problems += [Problem(None, message) for message in _from_first_rank(room)]
+    problems += [Problem(None, message) for message in _from_first_rank(room, group)]
     notes += placement_notes(results, hosts) + [f"node {fact.host}: {note}" for fact in facts for note in fact.notes]
     notes += slow_notes(slow_groups(results, config.preflight.slow_group_ratio), hosts)
     if ranks.rank == 0:
+        limit = allow_open_files(needed := files_needed(layout, device))
+        logger.info("preflight: a rank opens about %d files and sockets at once, %d are allowed", needed, limit)
         for line in bandwidth_report(results):
             logger.info("preflight: %s", line)
         for note in [*notes, *map(str, problems)]:
@@ -165,33 +189,36 @@ def storage_room(output_dir: Path, size: int, keep: int, world_size: int) -> tup
     return [], []
 
 
-def _shared_storage(output_dir: Path, hosts: Sequence[str]) -> list[Problem]:
+def _shared_storage(output_dir: Path, hosts: Sequence[str], group: dist.ProcessGroup) -> list[Problem]:
     """Whether every rank sees at once what the first one writes, and the first one what every rank writes."""
-    rank, token = dist.get_rank(), _from_first_rank(uuid.uuid4().hex)
+    rank, token = dist.get_rank(), _from_first_rank(uuid.uuid4().hex, group)
     directory = output_dir / f".canary-{token[:8]}"
     try:
-        if rank == 0:
-            directory.mkdir()
-            (directory / "first").write_text(token)
-        dist.barrier()
+        agree(lambda: _write(directory / "first", token) if rank == 0 else None, group)
         seen = _reads(directory / "first", token)
-        if seen:
-            (directory / f"rank-{rank}").write_text(token)
-        blind = [number for number, sees in enumerate(_all_gather(seen)) if not sees]
+        agree(lambda: _write(directory / f"rank-{rank}", token) if seen else None, group)
+        blind = [number for number, sees in enumerate(_all_gather(seen, group)) if not sees]
         lost = []
         if rank == 0:
             others = set(range(dist.get_world_size())) - set(blind)
             lost = [number for number in sorted(others) if not _reads(directory / f"rank-{number}", token)]
-        lost = _from_first_rank(lost)
+        lost = _from_first_rank(lost, group)
     finally:
-        dist.barrier()
-        if rank == 0 and directory.is_dir():
-            for file in directory.iterdir():
-                file.unlink()
-            directory.rmdir()
+        dist.barrier(group)
+        if rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)
     problems = [Problem(hosts[n], f"does not see what node {hosts[0]} writes to {output_dir}") for n in blind]
     problems += [Problem(hosts[n], f"what it writes to {output_dir} is not seen by node {hosts[0]}") for n in lost]
     return list(dict.fromkeys(problems))
+
+
+def _write(file: Path, content: str) -> None:
+    """Writes a file, and its directory where that is not there."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+    except OSError as error:
+        raise write_error(file, error) from error
 
 
 def _reads(file: Path, content: str) -> bool:
@@ -204,8 +231,9 @@ def _reads(file: Path, content: str) -> bool:
 def _report_bad_nodes(output_dir: Path, problems: Sequence[Problem]) -> None:
     bad = {problem.host: problem.message for problem in problems if problem.host}
     if dist.get_rank() == 0 and bad:
-        with (output_dir / BAD_NODES_FILE).open("a", encoding="utf-8") as file:
-            file.writelines(f"{host}\t{message}\n" for host, message in bad.items())
+        # Without it the same nodes may be tried again; the error names them all the same.
+        with contextlib.suppress(OSError), (output_dir / BAD_NODES_FILE).open("a", encoding="utf-8") as file:
+            file.write("".join(f"{host}\t{message}\n" for host, message in bad.items()))
 
 
 def _by_host(facts: Sequence[RankFacts], values: Sequence[str]) -> str:
@@ -213,13 +241,13 @@ def _by_host(facts: Sequence[RankFacts], values: Sequence[str]) -> str:
     return ", ".join(f"{value} on {host}" for host, value in pairs)
 
 
-def _all_gather(value: T) -> list[T]:
+def _all_gather(value: T, group: dist.ProcessGroup) -> list[T]:
     values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def _from_first_rank(value: T) -> T:
+def _from_first_rank(value: T, group: dist.ProcessGroup) -> T:
     holder = [value]
-    dist.broadcast_object_list(holder, src=0)
+    dist.broadcast_object_list(holder, src=0, group=group)
     return holder[0]

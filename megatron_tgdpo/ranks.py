@@ -11,9 +11,18 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
+from megatron_tgdpo.stopping import StoppedEarly
 
 T = TypeVar("T")
+
+_FOR_EVER = timedelta(days=30)
+
+# What ends a run other than bad input, by its name in the store: the exception of the rank that has it, and of others.
+_KINDS: dict[str, tuple[type[Exception], type[Exception]]] = {
+    "stopped": (StoppedEarly, StoppedEarly),
+    "storage": (StorageError, AgreedStorageError),
+}
 
 
 @dataclass(frozen=True)
@@ -71,21 +80,65 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
         rank: This process's rank.
 
     Raises:
-        AgreedError: On the other ranks, with rank 0's message, if the action failed there in any way.
+        AgreedError: On the other ranks, with rank 0's message, if the action failed there in any way; a storage failure
+            is an AgreedStorageError.
+        StoppedEarly: On all ranks, if it ended so.
     """
     if rank == 0:
         try:
             answer = action()
         except BaseException as error:
-            store.set("first_rank", json.dumps({"error": str(error) or type(error).__name__}))
+            kind = next((kind for kind, (caught, _) in _KINDS.items() if isinstance(error, caught)), "error")
+            store.set("first_rank", json.dumps({kind: str(error) or type(error).__name__}))
             raise
         store.set("first_rank", json.dumps({"answer": answer}))
         return answer
-    store.wait(["first_rank"], timedelta(days=30))
+    store.wait(["first_rank"], _FOR_EVER)
     reply = json.loads(store.get("first_rank"))
+    for kind, (_, raised) in _KINDS.items():
+        if kind in reply:
+            raise raised(reply[kind])
     if "error" in reply:
         raise AgreedError(reply["error"])
     return reply["answer"]
+
+
+def on_every_rank(action: Callable[[], str], store: dist.Store, ranks: RankEnvironment) -> list[str]:
+    """Runs a long action on every rank, however long it takes on any, before any process group and its time-out exist.
+
+    Args:
+        action: Returns what all ranks are to know of this one.
+        store: From :func:`connect_store`; the keys ``every_rank`` and ``rank_N`` must be unused.
+        ranks: This process's place.
+
+    Returns:
+        The answers of all ranks, in their order.
+
+    Raises:
+        AgreedError: The action failed on some rank, in any way; the message names the rank if that is not rank 0.
+    """
+    failure: Exception | None = None
+    try:
+        mine = {"answer": action()}
+    except Exception as error:
+        failure, mine = error, {"error": str(error) or type(error).__name__}
+    # Through the first rank, so that each rank reads one key and not one of every other rank.
+    if ranks.rank == 0:
+        others = [f"rank_{rank}" for rank in range(1, ranks.world_size)]
+        for key in others:
+            store.wait([key], _FOR_EVER)
+        replies = [mine, *(json.loads(store.get(key)) for key in others)]
+        store.set("every_rank", json.dumps(replies))
+    else:
+        store.set(f"rank_{ranks.rank}", json.dumps(mine))
+        store.wait(["every_rank"], _FOR_EVER)
+        replies = json.loads(store.get("every_rank"))
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    for rank, reply in enumerate(replies):
+        if "error" in reply:
+            raise AgreedError(reply["error"] if rank == 0 else f"rank {rank}: {reply['error']}")
+    return [reply["answer"] for reply in replies]
 
 
 def agree(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -96,23 +149,28 @@ def agree(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         group: Of all ranks; None for the default group.
 
     Raises:
-        AgreedError: The action raised a UserError on some rank; the message names the rank if that is not rank 0.
+        AgreedError: The action raised a UserError on some rank; the message names the rank if that is not rank 0. Of a
+            StorageError it is an AgreedStorageError.
     """
-    result, message = None, None
+    result, failure = None, None
     try:
         result = action()
     except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message, group=group)
-    for rank, text in enumerate(messages):
-        if text is not None:
-            raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
+        failure = str(error), AgreedStorageError if isinstance(error, StorageError) else AgreedError
+    failures: list[tuple[str, type[AgreedError]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure, group=group)
+    for rank, found in enumerate(failures):
+        if found is not None:
+            text, kind = found
+            raise kind(text if rank == 0 else f"rank {rank}: {text}")
     return cast(T, result)
 
 
 def init_distributed(ranks: RankEnvironment, device: torch.device, timeout_minutes: float, store: dist.Store) -> None:
-    """Joins all ranks in the default process group (gloo on CPU, NCCL plus gloo on GPU); a second call does nothing.
+    """Joins all ranks in the default process group (gloo on CPU, NCCL on GPU); a second call does nothing.
+
+    Groups that are made later have its backend unless they name another. With gloo beside NCCL each of them would be a
+    full mesh of sockets that nothing uses.
 
     Raises:
         UserError: There are fewer GPUs on this node than local ranks.
@@ -127,7 +185,7 @@ def init_distributed(ranks: RankEnvironment, device: torch.device, timeout_minut
                 f"{torch.cuda.device_count()} GPUs are visible: start one task per GPU"
             )
         torch.cuda.set_device(ranks.local_rank)
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "nccl"
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("default_group", store),

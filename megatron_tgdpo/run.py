@@ -9,11 +9,12 @@ from megatron_tgdpo.config import Config, to_yaml
 from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.gpu_setup import capabilities, check_gpu_options
 from megatron_tgdpo.memory import rank_memory
+from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.preflight import preflight
-from megatron_tgdpo.ranks import RankEnvironment, init_distributed, on_first_rank
+from megatron_tgdpo.ranks import RankEnvironment, init_distributed, on_every_rank, on_first_rank
 from megatron_tgdpo.run_inputs import (
     check_layout,
     layout_of,
@@ -47,6 +48,8 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     used = models_that_run(config, model_configs)
     check_layout(used, layout)
     check_gpu_options(config, used, layout, capabilities(device))
+    needed = files_needed(layout, device)
+    on_every_rank(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
     lock = RunLock(Path(config.output_dir))
     with ExitStack() as stack:
         stack.callback(lock.release)
@@ -73,7 +76,7 @@ def dry_run(config: Config, world_size: int) -> str:
     gathered = layout.context + 0.5 if layout.context > 1 else 2.0 * config.shared_prompts
     dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
     keep = config.train.keep_logits_mib * 2**20
-    row = Row(config.row_tokens // layout.context, config.data.max_length, dtype_bytes, gathered, keep)
+    row = Row(config.row_tokens // layout.context, config.longest_sequence, dtype_bytes, gathered, keep)
     memory = rank_memory(configs["policy"], frozen, layout, row, config.train.recompute)
     lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
     return "\n".join(lines)

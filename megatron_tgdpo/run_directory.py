@@ -1,15 +1,12 @@
 """What a run leaves in ``output_dir`` besides checkpoints: config, ``metrics.jsonl``, TensorBoard events, ``DONE``."""
 
 import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from megatron_tgdpo.aside import replacing
 from megatron_tgdpo.config import Config, load_config, to_dict, to_yaml
 from megatron_tgdpo.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_tgdpo.metrics import StepMetrics
+from megatron_tgdpo.files import write_error
 
 DONE_FILE = "DONE"
 
@@ -37,12 +34,19 @@ def claim_output_dir(config: Config) -> None:
             return
         write_atomically(saved, to_yaml(config))
     except OSError as error:
-        raise UserError(f"{directory}: cannot write the output directory: {error.strerror}") from error
+        raise write_error(directory, error) from error
 
 
 def mark_done(output_dir: Path, step: int) -> None:
-    """Leaves the only sign that a run is finished: it made its last step and saved it (first rank only)."""
-    write_atomically(output_dir / DONE_FILE, json.dumps({"step": step}) + "\n")
+    """Leaves the only sign that a run is finished: it made its last step and saved it (first rank only).
+
+    Raises:
+        UserError: It cannot be written; a StorageError where that may pass.
+    """
+    try:
+        write_atomically(output_dir / DONE_FILE, json.dumps({"step": step}) + "\n")
+    except OSError as error:
+        raise write_error(output_dir / DONE_FILE, error) from error
 
 
 def is_done(config: Config) -> bool:
@@ -76,67 +80,5 @@ def _check_same_run(theirs: Config, ours: Config) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file aside and renames it, so that it is there whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-class MetricsLog:
-    """Appends one JSON object a step to ``metrics.jsonl``, and the same figures to TensorBoard and perhaps W&B.
-
-    Args:
-        config: The run.
-        step: Last completed step; what an interrupted run logged after it is cut off, so no step appears twice.
-    """
-
-    def __init__(self, config: Config, step: int) -> None:
-        # Here, because it takes seconds, and a launcher that asks is_done needs none of it.
-        from megatron_tgdpo.tensorboard import TensorBoard
-        from megatron_tgdpo.wandb_log import WandbLog
-
-        output_dir = Path(config.output_dir)
-        path = output_dir / "metrics.jsonl"
-        if path.exists():
-            write_atomically(path, "".join(_lines_up_to(path, step)))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - kept open for the run
-        self._board = TensorBoard(output_dir / "tensorboard", config, step)
-        self._wandb = WandbLog(config) if config.log.wandb else None
-
-    def write(self, step: int, values: dict[str, float], evaluation: "StepMetrics | None" = None) -> None:
-        """Logs a step.
-
-        Args:
-            step: Its number.
-            values: Its figures, with those of an evaluation that followed it.
-            evaluation: That evaluation, for its histogram.
-        """
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        self._board.write(step, values, evaluation)
-        if self._wandb is not None:
-            self._wandb.write(step, values)
-
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
-        if self._wandb is not None:
-            self._wandb.close()
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        record = _parse(line)
-        if record is not None and record["step"] <= step:
-            kept.append(line)
-    return kept
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None  # the last line of a run that was killed while writing it
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")

@@ -29,6 +29,7 @@ from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.run_lock import RunLock
+from megatron_tgdpo.stopping import leave_if_requested
 from megatron_tgdpo.wandb_log import import_wandb
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ def preprocess_options(config: Config) -> PreprocessOptions:
         max_prompt_length=config.data.max_prompt_length,
         overlong_prompt=config.data.overlong_prompt,
         workers=config.data.workers,
+        chosen_only=config.method.chosen_only,
     )
 
 
@@ -146,18 +148,24 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
             cache.check_key(guidance_key(config, dataset, models))
             if config.guidance.verify:
                 cache.check_content()
+    leave_if_requested("preparing the data")
     return json.dumps(prefixes)
 
 
 def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
-    """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be."""
-    options, single = preprocess_options(config), config.method.chosen_only
+    """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be.
+
+    Raises:
+        UserError: A file is bad, or a pair does not fit a row.
+    """
+    options = preprocess_options(config)
     paths = {"train": config.data.train, "validation": config.data.validation}
-    return {
-        name: str(open_or_preprocess(path, options, str(cache_dir), single_answers=single).prefix)
-        for name, path in paths.items()
-        if path is not None
+    datasets = {
+        name: open_or_preprocess(path, options, str(cache_dir)) for name, path in paths.items() if path is not None
     }
+    for dataset in datasets.values():
+        check_row_fits(dataset, _whole_rows(config), config.row_multiple)
+    return {name: dataset.prefix for name, dataset in datasets.items()}
 
 
 def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> GuidanceCache:
@@ -196,11 +204,10 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
     """Opens the datasets that :func:`prepare_first_rank` named.
 
     Raises:
-        UserError: A pair does not fit a row, or holds a token id that the models do not have.
+        UserError: A pair holds a token id that the models do not have.
     """
     datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
     for name, dataset in datasets.items():
-        check_row_fits(dataset, _whole_rows(config))
         largest = dataset.manifest["max_token_id"]
         if largest >= vocab_size:
             # The embedding would not notice: it is padded, and split over tensor ranks.

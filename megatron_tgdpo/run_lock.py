@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -18,8 +17,10 @@ from typing import Any
 
 import psutil
 
+from megatron_tgdpo.aside import aside_of, remove_stale
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.stopping import FAILED_STATUS
+from megatron_tgdpo.files import write_error
+from megatron_tgdpo.stopping import FAILED_STATUS, last_words
 
 LOCK_FILE = "running.json"
 _INTERVAL = 5.0
@@ -56,20 +57,21 @@ class RunLock:
         """Makes or takes the directory; waits some intervals where the last run there may still be alive.
 
         Raises:
-            UserError: It is, or the directory cannot be written.
+            UserError: It is, or the directory cannot be written; a StorageError where that may pass.
         """
         owner = self._read()
-        if owner is not None and not self._has_ended(owner) and self._changes():
-            job = f" of job {owner['job']}" if owner.get("job") else ""
+        ended = owner is not None and self._has_ended(owner)
+        if not ended and self._state() is not None and self._changes():
             raise UserError(
-                f"{self._file.parent}: process {owner.get('pid')}{job} on {str(owner.get('host')).split()[0]} is "
-                "writing to it: wait for its end, stop it, or choose another output_dir"
+                f"{self._file.parent}: {_describe(self._read())} is writing to it: wait for its end, stop it, or "
+                "choose another output_dir"
             )
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._write(0)
+            remove_stale(self._file, self._file)
         except OSError as error:
-            raise UserError(f"{self._file.parent}: cannot write the output directory: {error.strerror}") from error
+            raise write_error(self._file.parent, error) from error
         self._thread.start()
 
     def release(self) -> None:
@@ -89,10 +91,10 @@ class RunLock:
         return owner.get("host") == self._owner["host"] and not psutil.pid_exists(int(owner.get("pid", 0)))
 
     def _changes(self) -> bool:
-        before = self._content()
+        before = self._state()
         for _ in range(_WATCHED_INTERVALS):
             time.sleep(self._interval)
-            if self._content() != before:
+            if self._state() not in (None, before):
                 return True
         return False
 
@@ -103,32 +105,52 @@ class RunLock:
             if not self._is_mine():
                 owner = self._read() or {}
                 place = f"process {owner.get('pid')} on {owner.get('host')}"
-                print(f"{self._file.parent}: taken over by {place}: this run ends", file=sys.stderr, flush=True)
+                last_words(f"{self._file.parent}: taken over by {place}: this run ends")
                 os._exit(FAILED_STATUS)
-            # A full disk is for the checkpoints to tell.
-            with contextlib.suppress(OSError):
+            try:
                 self._write(count)
+            except OSError:
+                # A full disk is for the checkpoints to tell; a new time needs no room on it.
+                with contextlib.suppress(OSError):
+                    os.utime(self._file)
 
     def _is_mine(self) -> bool:
-        """Unless somebody else's name is in it; it may also be gone, or be just being written."""
+        """Unless somebody else's name is in it; it may also be gone, or not readable at this moment."""
         owner = self._read()
         return owner is None or owner.get("id") == self._owner["id"]
 
     def _write(self, count: int) -> None:
-        self._file.write_text(json.dumps({**self._owner, "beat": count}) + "\n", encoding="utf-8")
+        # Whoever reads it finds a whole name, whenever this process ends. Not synced: that may take longer than others
+        # watch, and a machine that went down writes nothing.
+        aside = aside_of(self._file)
+        try:
+            aside.write_text(json.dumps({**self._owner, "beat": count}) + "\n", encoding="utf-8")
+            aside.replace(self._file)
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            owner = json.loads(self._content())
+            owner = json.loads((self._state() or (b"", 0))[0])
         except ValueError:
             return None
         return owner if isinstance(owner, dict) else None
 
-    def _content(self) -> bytes:
+    def _state(self) -> tuple[bytes, int] | None:
+        """The file's content and time, one of which every beat changes; None where it cannot be read."""
         try:
-            return self._file.read_bytes()
+            with self._file.open("rb") as file:
+                return file.read(), os.fstat(file.fileno()).st_mtime_ns
         except OSError:
-            return b""
+            return None
+
+
+def _describe(owner: dict[str, Any] | None) -> str:
+    if owner is None:
+        return "another process"
+    job = f" of job {owner['job']}" if owner.get("job") else ""
+    return f"process {owner.get('pid')}{job} on {str(owner.get('host')).split()[0]}"
 
 
 def _host() -> str:

@@ -95,12 +95,14 @@ class TensorBoard:
         self._writer = SummaryWriter(str(directory), purge_step=step + 1)
         self._writer.add_custom_scalars(chart_layout(config.method.without))
         results = (*_RESULTS, *(_EVALUATION_RESULTS if config.data.validation else ()))
-        experiment, session, _ = hparams(hyperparameters(config), dict.fromkeys(results, 0.0))
+        there = [name for name in results if not name.removeprefix("eval/").startswith(tuple(config.method.without))]
+        experiment, session, _ = hparams(hyperparameters(config), dict.fromkeys(there, 0.0))
         # Not SummaryWriter.add_hparams: it would begin a run of its own beside this one.
         events = self._writer.file_writer
         assert events is not None, "the writer was just opened"
         for summary in (experiment, session):
             events.add_summary(summary)
+        self._writer.flush()
 
     def write(self, step: int, values: dict[str, float], evaluation: StepMetrics | None) -> None:
         """Writes a step's figures and, where it was followed by an evaluation, the histogram of that."""

@@ -1,6 +1,6 @@
 """``python -m megatron_tgdpo.train CONFIG.yaml section.key=value ...``, a process per rank, under torchrun or srun.
 
-USR1 or TERM to any rank ends the run at the next step boundary, with a checkpoint.
+USR1, TERM or Ctrl-C to any rank ends the run at the next step boundary, with a checkpoint; a second Ctrl-C at once.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from megatron_tgdpo.entry import on_all_ranks, run_and_exit
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module.
 
-    Exit status: 0 all steps are made (up to ``train.exit_step``), 75 stopped by a signal and saved, else as
-    :func:`~megatron_tgdpo.entry.run_and_exit` says.
+    Exit status: 0 all steps are made (up to ``train.exit_step``), 75 stopped by a signal and saved, 130 ended at once
+    by a second Ctrl-C, else as :func:`~megatron_tgdpo.entry.run_and_exit` says.
     """
     stopping.listen()
     parser = argparse.ArgumentParser(prog="python -m megatron_tgdpo.train", description=__doc__)
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _main(args: argparse.Namespace, rank: int) -> int:
     config = load_config(args.config, args.overrides)
     # Only now: these imports take seconds, a wrong key should not.
+    import torch.distributed as dist
+
     from megatron_tgdpo.ranks import read_rank_environment
     from megatron_tgdpo.run import dry_run, run
 
@@ -43,6 +45,8 @@ def _main(args: argparse.Namespace, rank: int) -> int:
         try:
             run(config, ranks, store)
         except stopping.StoppedEarly as stopped:
+            if not dist.is_initialized():
+                raise
             logging.info("%s; start the same command again to continue", stopped)
             return stopping.STOPPED_STATUS
         return 0

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_tgdpo import stopping
 from megatron_tgdpo.batch import PreferenceBatch, collate
 from megatron_tgdpo.checkpoint import load_checkpoint, newest_undamaged
-from megatron_tgdpo.checkpoint_saver import CheckpointSaver
+from megatron_tgdpo.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import AgreedError
@@ -23,9 +23,11 @@ from megatron_tgdpo.guidance_cache import GuidanceCache
 from megatron_tgdpo.guide_check import GuideWatch
 from megatron_tgdpo.memory import GIB
 from megatron_tgdpo.metrics import StepMetrics
+from megatron_tgdpo.metrics_log import MetricsLog
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.parallel import ParallelLayout
-from megatron_tgdpo.run_directory import MetricsLog, mark_done
+from megatron_tgdpo.ranks import agree
+from megatron_tgdpo.run_directory import mark_done
 from megatron_tgdpo.run_inputs import RunData, hf_directory
 from megatron_tgdpo.setup import DTYPES
 from megatron_tgdpo.stopping import StoppedEarly
@@ -81,24 +83,31 @@ class Trainer:
         """Trains to the last step, and leaves ``DONE`` if that is the schedule's last. Collective over all ranks.
 
         Raises:
-            AgreedError: A loss or gradient is not finite, the start check fails, or a checkpoint cannot be saved.
+            AgreedError: A loss or gradient is not finite, or the start check fails.
+            AgreedStorageError: Checkpoints, or the metrics up to one, cannot be saved.
             StoppedEarly: Some rank was asked to stop; the step it was in is saved.
         """
         done = self._resume()
         if done >= self.last_step:
             logger.info("nothing to do: step %d of %d is done", done, self.last_step)
+        elif self._over_ranks(stopping.requested())[0]:
+            raise StoppedEarly(f"asked to stop before step {done + 1} of {self.data.order.steps}")
         else:
-            done = self._train_from(done + 1)
+            try:
+                done = self._train_from(done + 1)
+            except BaseException:
+                self.saver.leave()
+                raise
         if done < self.last_step:
             raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
-        if done >= self.data.order.steps and dist.get_rank() == 0:
-            mark_done(self.output_dir, done)
+        if done >= self.data.order.steps:
+            agree(lambda: mark_done(self.output_dir, done) if dist.get_rank() == 0 else None)
 
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
-        log = MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None
+        log = agree(lambda: MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None)
         guide_watch = GuideWatch()
-        started = time.monotonic()
+        started = saved = time.monotonic()
         coming = self._step_packs(first)
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
@@ -111,8 +120,14 @@ class Trainer:
             values = {"train/loss": result.metrics.values["loss"], "train/grad_norm": result.grad_norm}
             values |= {"train/lr": result.lr}
             values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
-            performance, stop = self._performance(time.monotonic() - begin, tokens)
-            values |= performance | self.saver.take_figures()
+            seconds = time.monotonic() - begin
+            peak, stop, failed, waited = self._over_ranks(
+                _peak_memory_bytes(self.engine.device) / GIB,
+                stopping.requested(),
+                self.saver.has_failed,
+                time.monotonic() - saved,
+            )
+            values |= self._performance(seconds, tokens, peak) | self.saver.take_figures()
             evaluation = self.evaluate() if self._due(step, self.config.eval.every_steps) else None
             if evaluation is not None:
                 values |= {f"eval/{name}": value for name, value in evaluation.values.items()}
@@ -122,11 +137,14 @@ class Trainer:
                     logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
                 if (warning := guide_watch.count(result.metrics.values, tokens.pairs)) is not None:
                     logger.warning(warning)
-            if stop or self._due(step, self.config.checkpoint.every_steps):
-                self._save(step)
+            last = bool(stop) or step == self.last_step
+            if last or failed or save_due(step, self.data.order.steps, self.config.checkpoint.every_steps, waited):
+                # The steps of a checkpoint are not made again, so their figures must be there.
+                agree(log.check if log is not None else lambda: None)
+                self._save(step, last)
+                saved = time.monotonic()
             if stop:
                 break
-        self.saver.finish()
         if log is not None:
             log.close()
         return step
@@ -192,7 +210,7 @@ class Trainer:
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.last_step or (every is not None and step % every == 0)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, last: bool) -> None:
         self.saver.save(
             step,
             {
@@ -201,19 +219,22 @@ class Trainer:
                 "dtype": self.config.precision.dtype,
                 "config": to_dict(self.config),
             },
+            last=last,
         )
 
-    def _performance(self, seconds: float, tokens: StepTokens) -> tuple[dict[str, float], bool]:
-        """The step's speed and memory, and whether any rank is asked to stop: one reduction serves both.
+    def _over_ranks(self, *mine: float) -> list[float]:
+        """The largest of each figure over all ranks, in one reduction.
 
-        A signal reaches ranks at different moments, even in different steps. All of them see the same maximum, so all
-        stop after the same step, at no cost beyond a number in a reduction that runs anyway.
+        What ranks notice at different moments, even in different steps, such as a signal, becomes one decision: all of
+        them see the same maximum, and act after the same step.
         """
-        mine = (_peak_memory_bytes(self.engine.device) / GIB, float(stopping.requested()))
-        maxima = torch.tensor(mine, device=self.engine.device)
+        maxima = torch.tensor([float(figure) for figure in mine], device=self.engine.device)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        peak, stop = maxima.tolist()
-        values = {
+        return maxima.tolist()
+
+    def _performance(self, seconds: float, tokens: StepTokens, peak: float) -> dict[str, float]:
+        """The step's speed, and memory in GiB."""
+        return {
             "perf/pairs_per_second": tokens.pairs / seconds,
             "perf/tokens_per_second": tokens.real / seconds,
             "perf/tokens_per_second_per_gpu": tokens.real / seconds / self.layout.world_size,
@@ -221,7 +242,6 @@ class Trainer:
             "perf/packing_efficiency": tokens.real / tokens.computed,
             "perf/peak_memory_gib": peak,
         }
-        return values, stop > 0
 
     def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
         eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))

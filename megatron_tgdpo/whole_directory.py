@@ -12,12 +12,12 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_tgdpo.aside import aside_of, refuse_live, remove_stale
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import sync
 from megatron_tgdpo.ranks import agree
 
-ASIDE_SUFFIX = ".tmp"
-# Tells what an interrupted save left from a directory that only has such a name.
+# Says in a directory, by its name, that it is unfinished and whose it is.
 _MARK = ".unfinished"
 
 T = TypeVar("T")
@@ -36,19 +36,24 @@ class WholeDirectory:
     Attributes:
         path: As given.
         group: As given.
-        aside: ``path`` + ``.tmp``, made anew on entering; a killed process leaves it behind.
+        aside: The directory to write into, of a name that no other writer has (``aside.py``); made on entering. What a
+            killed process leaves of it, the next writer of ``path`` removes.
 
     Raises:
-        UserError: On entering: ``path`` is not empty, or ``aside`` cannot be made or is somebody else's.
+        UserError: On entering: ``path`` is not empty or being written by another process of this machine, or ``aside``
+            cannot be made.
     """
 
     def __init__(self, path: Path, group: dist.ProcessGroup | None = None) -> None:
         self.path = path
         self.group = group
-        self.aside = path.with_name(path.name + ASIDE_SUFFIX)
+        self.aside = aside_of(path)
         self._needed = 0
 
     def __enter__(self) -> "WholeDirectory":
+        name = [self.aside]
+        dist.broadcast_object_list(name, src=0, group=self.group)
+        (self.aside,) = name
         self.on_first_rank(self._begin)
         return self
 
@@ -71,7 +76,7 @@ class WholeDirectory:
         """Syncs everything and renames ``aside`` to ``path``.
 
         Raises:
-            UserError: It could not be done.
+            UserError: It could not be done; another process has made ``path`` meanwhile, or taken ``aside`` away.
         """
         self.on_first_rank(self._publish)
 
@@ -98,12 +103,10 @@ class WholeDirectory:
 
     def _begin(self) -> None:
         refuse_existing(self.path)
-        if self.aside.exists():
-            if not (self.aside / _MARK).is_file() and any(self.aside.iterdir()):
-                raise UserError(f"{self.aside}: exists and was not left by an interrupted save: move it away")
-            shutil.rmtree(self.aside)
+        refuse_live(self.path)
         self.aside.mkdir(parents=True)
-        (self.aside / _MARK).touch()
+        (self.aside / _MARK).write_text(self.aside.name, encoding="utf-8")
+        remove_stale(self.path, self.aside)
 
     def _check_space(self) -> None:
         if shutil.disk_usage(self.path.parent).free < self._needed:
@@ -114,9 +117,20 @@ class WholeDirectory:
             for name in names:
                 sync(Path(folder, name))
             sync(Path(folder))
-        self.aside.rename(self.path)  # an existing path is an empty directory, which this replaces
-        (self.path / _MARK).unlink()
-        sync(self.path.parent)
+        if (self.aside / _MARK).read_text(encoding="utf-8") != self.aside.name:
+            raise UserError(f"{self.aside}: another process has written there: start again when it has ended")
+        try:
+            self.aside.rename(self.path)  # an existing path is an empty directory, which this replaces
+        except OSError:
+            refuse_existing(self.path)  # another process was faster
+            raise
+        try:
+            (self.path / _MARK).unlink()
+            sync(self.path.parent)
+        except OSError:
+            # As if nothing had happened, so that the same can be tried again.
+            self.path.rename(self.aside)
+            raise
 
     def _message(self, error: BaseException) -> str:
         text = f"{self.path}: saving failed, nothing was changed: {one_line(error)}"

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from checkpoints_convert.command_line import DTYPES
 from checkpoints_convert.mapping import global_parameters
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from megatron_tgdpo.hf_config import read_hf_config
+from tools.child_processes import run_captured
 
 _Tensor = tuple[str, tuple[int, ...]]
 _FILE_BYTES = 5e9
@@ -136,12 +136,7 @@ def measure(name: str, source: Path, target: Path, arguments: list[str], *, sync
     os.sync()
     code = _CHILD.format(code=_COMMANDS[name])
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(source), str(target), "synced" if synced else "", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_captured([sys.executable, "-c", code, str(source), str(target), "synced" if synced else "", *arguments])
     whole = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stdout}\n{done.stderr[-4000:]}")

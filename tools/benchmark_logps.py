@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.logps import token_logps
+from tools.child_processes import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def main() -> None:
     results = {}
     for side in ("full", "chunked"):
         # A fresh process each: a resident set never shrinks.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with multiprocessing.get_context("spawn").Pool(1, end_with_parent) as pool:
             results[side] = pool.apply(measure, (side, problem))
         result = results[side]
         print(f"{side:>8}: peak {result.peak_bytes / 2**20:8.0f} MiB  {result.seconds:6.2f} s  sum {result.total:.2f}")

@@ -38,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--global-pairs", type=int, default=128, help="batch.global_pairs; default %(default)s")
     batch.add_argument("--max-length", type=int, default=2048, help="data.max_length; default %(default)s")
     batch.add_argument("--row-tokens", type=int, help="batch.tokens_per_micro_batch; default 2 x max-length")
-    batch.add_argument("--pair-tokens", type=int, help="mean tokens of a pair; default max-length")
+    batch.add_argument(
+        "--pair-tokens", type=int, help="mean tokens of a pair (sft: of prompt and answer); default max-length"
+    )
     batch.add_argument(
         "--response-share", type=float, default=0.5, help="part of a pair that is responses; default %(default)s"
     )

@@ -52,6 +52,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--workers", type=int, default=_usable_cores(), help="processes (default: this machine's cores, %(default)s)"
     )
     parser.add_argument("--strict", action="store_true", help="any pair that would be dropped is an error")
+    parser.add_argument(
+        "--chosen-only", action="store_true", help="leave rejected responses out, for training with loss.method sft"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is at PREFIX already")
     return parser.parse_args(arguments)
 
@@ -99,6 +102,7 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         overlong_prompt=given.overlong_prompt,
         workers=given.workers,
         strict=given.strict,
+        chosen_only=given.chosen_only,
     )
     with warnings.catch_warnings():
         # megatron-core warns of missing GPU libraries, which tokenising does not use.

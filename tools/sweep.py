@@ -4,13 +4,13 @@
 
 With ``guidance.mode: cached`` all runs read one cache, which depends on neither. Each run writes to
 ``DIR/alphaA-betaB``; one that is done is not made again, one that was interrupted continues. The first that fails ends
-the sweep. ``DIR/results.json`` has the table's figures.
+the sweep. Ctrl-C, TERM or USR1 has the one that runs save, and ends the sweep. ``DIR/results.json`` has the table's
+figures.
 """
 
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import Any
 
 from megatron_tgdpo.config import Config, load_config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import write_error
 from megatron_tgdpo.run_directory import is_done, write_atomically
+from tools.child_processes import Commands
 
 COLUMNS = (
     "train/loss", "rewards/margins", "eval/loss", "eval/rewards/accuracies", "eval/rewards/margins",
@@ -55,6 +57,13 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     )
 
 
+def _write_results(file: Path, results: dict[str, Any]) -> None:
+    try:
+        write_atomically(file, json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        raise write_error(file, error) from error
+
+
 def _command(config_file: str, overrides: list[str], ranks: int) -> list[str]:
     launcher = [sys.executable]
     if ranks > 1:
@@ -63,7 +72,7 @@ def _command(config_file: str, overrides: list[str], ranks: int) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see the module. Exit status: 0, or that of the run that failed."""
+    """Command line; see the module. Exit status: 0, that of the run that failed, or 75 where it was asked to stop."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,17 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # All of them before the first is trained: a value out of range should not wait for its turn.
         configs = {name: load_config(args.config, [*args.overrides, *own]) for name, own in runs.items()}
         results: dict[str, Any] = {}
-        for number, (name, own) in enumerate(runs.items(), start=1):
-            if not is_done(configs[name]):
-                print(f"=== {number}/{len(runs)} {name}", flush=True)
-                status = subprocess.run(_command(args.config, [*args.overrides, *own], args.ranks), check=False)
-                if status.returncode:
-                    sys.exit(status.returncode)
-            results[name] = last_figures(configs[name])
+        with Commands() as commands:
+            for number, (name, own) in enumerate(runs.items(), start=1):
+                if not is_done(configs[name]):
+                    print(f"=== {number}/{len(runs)} {name}", flush=True)
+                    command = _command(args.config, [*args.overrides, *own], args.ranks)
+                    status = commands.run(command, launches_ranks=args.ranks > 1)
+                    if commands.asked and status:
+                        print("asked to stop; start the same command again to continue", file=sys.stderr)
+                    if status:
+                        sys.exit(status)
+                results[name] = last_figures(configs[name])
+        _write_results(args.out / "results.json", results)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    write_atomically(args.out / "results.json", json.dumps(results, indent=2) + "\n")
     print(format_table(results))
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_tgdpo.data.encode import REASONS_OF_PAIRS
 from megatron_tgdpo.data.manifest import (
     DATA_SUFFIXES,
     FORMAT_VERSION,
@@ -52,6 +53,7 @@ class PreferenceDataset:
         manifest: the content of its manifest.
         fingerprint: sha256 (hex) naming its tokens and their division into pairs.
         lengths: int64 [N, 3], tokens of prompt, chosen and rejected.
+        origin: int64 [N, 2], source file (its place in the manifest) and record number of each pair.
 
     Raises:
         UserError: the manifest is missing (an incomplete dataset), a file is truncated or missing, or files and
@@ -70,11 +72,11 @@ class PreferenceDataset:
             )
         try:
             self._sequences = IndexedDataset(prefix)
-            self._origin = np.load(prefix + ".source.npy", mmap_mode="r", allow_pickle=False)
+            self.origin = np.load(prefix + ".source.npy", mmap_mode="r", allow_pickle=False)
         except (AssertionError, OSError, ValueError, KeyError) as error:
             raise UserError(f"{prefix}: the index is damaged ({error}); preprocess again") from error
         pairs = self.manifest["pairs"]
-        if len(self._sequences) != 3 * pairs or self._origin.shape != (pairs, 2):
+        if len(self._sequences) != 3 * pairs or self.origin.shape != (pairs, 2):
             raise UserError(f"{prefix}: the index does not hold the manifest's {pairs} pairs; preprocess again")
         self.lengths = self._sequences.sequence_lengths.astype(np.int64).reshape(-1, 3)
 
@@ -106,7 +108,7 @@ class PreferenceDataset:
 
     def source(self, index: int) -> str:
         """Where a pair came from, as in error messages: ``pairs.jsonl:17`` or ``pairs.json record 17``."""
-        file_index, number = self._origin[index]
+        file_index, number = self.origin[index]
         source = self.manifest["sources"][file_index]
         return where(source["path"], source["kind"], int(number))
 
@@ -142,7 +144,6 @@ def open_or_preprocess(
     cache_dir: str,
     *,
     progress: bool = True,
-    single_answers: bool = False,
 ) -> PreferenceDataset:
     """Opens a dataset, preprocessing raw files once where need be.
 
@@ -154,10 +155,10 @@ def open_or_preprocess(
         options: what training asks of the data.
         cache_dir: where datasets made from raw files are kept, named by content of files, tokenizer and options.
         progress: show a progress bar, if stderr is a terminal.
-        single_answers: whether prompts with a single answer will do.
 
     Raises:
-        UserError: bad input, or the dataset was made with another tokenizer, template or length limit.
+        UserError: bad input, or the dataset was made with another tokenizer, template or length limit, or lacks the
+            rejected responses that are asked for.
     """
     paths = [path] if isinstance(path, str) else list(path)
     prepared = [prefix for prefix in map(_as_prefix, paths) if prefix]
@@ -168,7 +169,7 @@ def open_or_preprocess(
         _check_match(dataset, options, load_tokenizer(options.tokenizer, options.chat_template))
     else:
         dataset = _cached(paths, options, cache_dir, progress)
-    if not single_answers:
+    if not options.chosen_only:
         dataset.require_pairs()
     return dataset
 
@@ -203,10 +204,42 @@ def _check_match(dataset: PreferenceDataset, options: PreprocessOptions, tokeniz
                 f"{dataset.prefix} was made with {key}={found} and training asks for {wanted}: preprocess again, or "
                 f"set data.{key} to {found}"
             )
+    if options.chosen_only and _rejected_decided(dataset):
+        raise UserError(
+            f"{dataset.prefix} was made for pairs, and its rejected responses decided what else was cut or dropped "
+            f"(cut: {_counts(dataset.manifest['truncated'])}; dropped: {_counts(dataset.manifest['dropped'])}): "
+            "preprocess again with --chosen-only for loss.method sft"
+        )
+    if not options.chosen_only and dataset.manifest["options"].get("chosen_only"):
+        raise UserError(
+            f"{dataset.prefix} was made without rejected responses and training asks for pairs: preprocess again "
+            "without --chosen-only"
+        )
     dropped = dataset.manifest["dropped"]
     if options.strict and dropped:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
-        raise UserError(f"{dataset.prefix} was made by dropping pairs ({reasons}) and strict is on: mend the source")
+        raise UserError(
+            f"{dataset.prefix} was made by dropping pairs ({_counts(dropped)}) and strict is on: mend the source"
+        )
+
+
+def _rejected_decided(dataset: PreferenceDataset) -> bool:
+    """Whether prompts and chosen responses may be others than they would be without the rejected ones.
+
+    They are not where no prompt and no chosen response was cut, and none was dropped for what its pair was.
+    """
+    manifest = dataset.manifest
+    if manifest["options"].get("chosen_only"):
+        return False
+    # A file holds pairs or single answers, never both.
+    files = np.unique(dataset.origin[:, 0])
+    if len(files) == len(manifest["sources"]) and not dataset.lengths[:, 2].any():
+        return False
+    cut, dropped = manifest["truncated"], manifest["dropped"]
+    return any(cut.get(part) for part in ("prompt", "chosen")) or any(dropped.get(why) for why in REASONS_OF_PAIRS)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in counts.items()) or "nothing"
 
 
 def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progress: bool) -> PreferenceDataset:
@@ -221,16 +254,26 @@ def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progre
         "tokenizer": [tokenizer.fingerprint, tokenizer.template_fingerprint],
         "options": options.length_rules(),
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    prefix = str(Path(cache_dir) / f"{Path(paths[0]).stem}-{digest[:16]}")
-    if Path(prefix + MANIFEST_SUFFIX).exists():
+    stem = Path(cache_dir) / Path(paths[0]).stem
+    # Without rejected responses, one made for pairs serves too where they decided nothing.
+    keys = [{**key, "chosen_only": True}, key] if options.chosen_only else [key]
+    prefixes = [f"{stem}-{_short_digest(each)}" for each in keys]
+    for prefix in prefixes:
+        if not Path(prefix + MANIFEST_SUFFIX).exists():
+            continue
         try:
             dataset = PreferenceDataset(prefix)
         except UserError as error:
             logger.warning("making the cached dataset again: %s", error)
-        else:
-            _check_match(dataset, options, tokenizer)
-            logger.info("reusing the preprocessed dataset %s (%d pairs)", prefix, len(dataset))
-            return dataset
-    write_dataset(sources, prefix, options, tokenizer, progress)
-    return PreferenceDataset(prefix)
+            continue
+        if options.chosen_only and _rejected_decided(dataset):
+            continue
+        _check_match(dataset, options, tokenizer)
+        logger.info("reusing the preprocessed dataset %s (%d pairs)", prefix, len(dataset))
+        return dataset
+    write_dataset(sources, prefixes[0], options, tokenizer, progress)
+    return PreferenceDataset(prefixes[0])
+
+
+def _short_digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

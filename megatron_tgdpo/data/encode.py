@@ -31,6 +31,8 @@ DROP_REASONS = (
     "overlong_prompt",
     "identical_after_truncation",
 )
+# Those whose cause may be a rejected response: because of it, the length limits may leave nothing of a chosen one.
+REASONS_OF_PAIRS = ("empty_response", "identical", "identical_after_truncation")
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,10 @@ def encode_batch_in_worker(batch: RecordBatch, options: PreprocessOptions) -> En
 
 
 def start_worker() -> None:
-    """Worker initialiser: leaves Ctrl-C to the parent, and ends with the parent however that ends."""
-    # Ctrl-C reaches the whole process group.
+    """Worker initialiser: leaves Ctrl-C and USR1 to the parent, and ends with the parent however that ends."""
+    # Ctrl-C reaches the whole process group, and Slurm's signals every process of a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A pool's workers wait on a pipe of which they hold both ends, so the parent's death does not wake them.
     threading.Thread(target=_follow_parent, daemon=True).start()
 
@@ -118,7 +121,8 @@ def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: PreprocessOp
     for number, payload in zip(batch.numbers, batch.payloads, strict=True):
         place = where(batch.path, batch.kind, number)
         record = parse_line(payload, place) if batch.kind == "jsonl" else payload
-        pair = encode_example(parse_record(record, batch.layout, place), tokenizer, options, place)
+        example = parse_record(record, batch.layout, place, chosen_only=options.chosen_only)
+        pair = encode_example(example, tokenizer, options, place)
         if isinstance(pair, str):
             if options.strict:
                 raise UserError(f"{place}: this pair would be dropped ({pair}) and strict is on; mend or remove it")

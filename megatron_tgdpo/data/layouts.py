@@ -1,7 +1,7 @@
 """The shapes in which people keep preference pairs and single answers, each turned into the same `Example`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_tgdpo.data.fields import Message, kind_of, message_of, messages_of, need, text_of
@@ -28,12 +28,13 @@ class Example:
     rejected: str | None
 
 
-def detect_layout(record: Any, place: str) -> str:
+def detect_layout(record: Any, place: str, *, chosen_only: bool = False) -> str:
     """Names the layout of a file from its first record.
 
     Args:
         record: the decoded record.
         place: how errors name it.
+        chosen_only: as in `parse_record`.
 
     Returns:
         A key of `LAYOUTS`.
@@ -44,6 +45,8 @@ def detect_layout(record: Any, place: str) -> str:
     single = _single_layout(record)
     if single is not None:
         return single
+    if chosen_only:
+        record = _without_rejected(record)
     _check_sides(record, place)
     responses_are_messages = isinstance(record["chosen"], list)
     if record.get("conversations") is not None:
@@ -60,22 +63,26 @@ def detect_layout(record: Any, place: str) -> str:
     )
 
 
-def parse_record(record: Any, layout: str, place: str) -> Example:
+def parse_record(record: Any, layout: str, place: str, *, chosen_only: bool = False) -> Example:
     """Turns one record into an `Example`.
 
     Args:
         record: the decoded record.
         layout: what `detect_layout` said of the file's first record.
         place: how errors name it, for example ``pairs.jsonl:17``.
+        chosen_only: the rejected response is not looked at, and there is none in the result.
 
     Raises:
         UserError: a key is missing, has the wrong type or an unknown role; starts with ``place``.
     """
     if layout not in _SINGLE:
+        if chosen_only:
+            record = _without_rejected(record)
         _check_sides(record, place)
     elif not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
-    return LAYOUTS[layout](record, place)
+    example = LAYOUTS[layout](record, place)
+    return replace(example, rejected=None) if chosen_only else example
 
 
 def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
@@ -107,6 +114,13 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
         f"{place}: no prompt (keys: {', '.join(map(str, record))}); a record needs 'instruction', 'conversations' or "
         "'prompt', or chosen and rejected lists of messages that share one"
     )
+
+
+def _without_rejected(record: Any) -> Any:
+    """A pair's record with the chosen response on both sides, so that every layout reads it by its one set of rules."""
+    if not isinstance(record, Mapping) or "chosen" not in record:
+        return record
+    return {**record, "rejected": record["chosen"]}
 
 
 def _check_sides(record: Any, place: str) -> None:

@@ -66,9 +66,13 @@ def commit(staging_prefix: str, prefix: str, manifest: Mapping[str, Any]) -> Non
         staging_prefix: where the data files were written, on the same file system.
         prefix: the dataset's prefix.
         manifest: the manifest's content.
+
+    Raises:
+        UserError: another process wrote a dataset there at the same time.
     """
     for suffix in DATA_SUFFIXES:
         fsync_path(staging_prefix + suffix)
+    ours = {suffix: os.stat(staging_prefix + suffix).st_ino for suffix in DATA_SUFFIXES}
     staged_manifest = Path(staging_prefix + MANIFEST_SUFFIX)
     with open(staged_manifest, "w", encoding="utf-8") as stream:
         json.dump(manifest, stream, indent=2, ensure_ascii=False)
@@ -80,8 +84,24 @@ def commit(staging_prefix: str, prefix: str, manifest: Mapping[str, Any]) -> Non
     for suffix in DATA_SUFFIXES:
         os.replace(staging_prefix + suffix, prefix + suffix)
     fsync_path(directory)
+    _check_own(prefix, ours)
+    ours[MANIFEST_SUFFIX] = staged_manifest.stat().st_ino
     os.replace(staged_manifest, prefix + MANIFEST_SUFFIX)
     fsync_path(directory)
+    _check_own(prefix, ours)
+
+
+def _check_own(prefix: str, inodes: Mapping[str, int]) -> None:
+    """Checks that the files are those that this process put there: of two at a time, each may have put some."""
+    for suffix, inode in inodes.items():
+        try:
+            own = os.stat(prefix + suffix).st_ino == inode
+        except FileNotFoundError:
+            own = False
+        if not own:
+            raise UserError(
+                f"{prefix + suffix}: another process writes the same dataset: preprocess again when it has ended"
+            )
 
 
 def read_manifest(prefix: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class PreprocessOptions:
             tokens, ``drop`` drops the pair and counts it, ``error`` stops.
         workers: processes that tokenise; the output does not depend on it.
         strict: make any dropped pair an error that names it.
+        chosen_only: leave rejected responses out, as if a record had none: what they are, or are not, decides nothing.
 
     Raises:
         UserError: a value is out of range.
@@ -32,6 +33,7 @@ class PreprocessOptions:
     overlong_prompt: str = "truncate"
     workers: int = 1
     strict: bool = False
+    chosen_only: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

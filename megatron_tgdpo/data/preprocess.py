@@ -16,6 +16,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
+from megatron_tgdpo.aside import aside_of, refuse_live, remove_stale
 from megatron_tgdpo.data.encode import (
     EncodedBatch,
     RecordBatch,
@@ -36,6 +37,7 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import RawRecord, detect_format, parse_line, read_records, where
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.stopping import leave_if_requested
 
 BATCH_RECORDS = 64
 # Batches on their way per worker: enough to keep it busy, few enough that memory does not grow with the file.
@@ -94,6 +96,7 @@ def preprocess(
     Raises:
         UserError: bad input (names file and record), nothing left, or the output cannot be written. No manifest is
             left by a failed or interrupted run, and a dataset that was complete before stays as it was.
+        StoppedEarly: this process was asked to stop.
     """
     if not overwrite and os.path.exists(prefix + MANIFEST_SUFFIX):
         raise UserError(
@@ -107,9 +110,12 @@ def write_dataset(
     sources: Sequence[SourceFile], prefix: str, options: PreprocessOptions, tokenizer: Tokenizer, progress: bool
 ) -> dict[str, Any]:
     """`preprocess` with the inputs already inspected and the tokenizer open; replaces what is at ``prefix``."""
-    staging = f"{prefix}.partial-{os.getpid()}"
+    refuse_live(Path(prefix))
+    staging = str(aside_of(Path(prefix)))
     try:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        Path(staging + ".bin").touch()
+        remove_stale(Path(prefix), Path(staging + ".bin"))
         manifest = _fill(staging, sources, options, tokenizer, progress)
         commit(staging, prefix, manifest)
     except OSError as error:
@@ -156,6 +162,7 @@ def _fill(
         ) as bar,
     ):
         for file_index, result, bytes_read in results:
+            leave_if_requested("tokenising")
             start = 0
             for lengths in result.lengths.tolist():
                 builder.add_document(result.tokens[start : start + sum(lengths)], lengths)
@@ -195,7 +202,12 @@ def _manifest(
             "eos_id": tokenizer.eos_id,
         },
         "max_token_id": tally.max_token_id,
-        "options": {**options.length_rules(), "chat_template": options.chat_template, "strict": options.strict},
+        "options": {
+            **options.length_rules(),
+            "chat_template": options.chat_template,
+            "strict": options.strict,
+            "chosen_only": options.chosen_only,
+        },
         "sources": [asdict(source) for source in sources],
         "files": {suffix: asdict(digest_file(staging + suffix)) for suffix in DATA_SUFFIXES},
     }
@@ -205,7 +217,7 @@ def _encoded(
     sources: Sequence[SourceFile], options: PreprocessOptions, tokenizer: Tokenizer
 ) -> Generator[tuple[int, EncodedBatch, int], None, None]:
     """Yields (index of the file, encoded batch, bytes read of all files) in the order of the input."""
-    batches = _batches(sources)
+    batches = _batches(sources, options.chosen_only)
     if options.workers == 1:
         for file_index, batch, bytes_read in batches:
             yield file_index, encode_batch(batch, tokenizer, options), bytes_read
@@ -220,6 +232,8 @@ def _encoded(
         while waiting:
             yield _oldest(waiting)
     except BrokenProcessPool as error:
+        # The signal may have reached a worker that did not yet ignore it.
+        leave_if_requested("tokenising")
         raise UserError(
             "a preprocessing worker died (killed, or out of memory?); try fewer workers, and start it from a script "
             'guarded by if __name__ == "__main__"'
@@ -233,20 +247,21 @@ def _oldest(waiting: deque[tuple[int, Future[EncodedBatch], int]]) -> tuple[int,
     return file_index, future.result(), bytes_read
 
 
-def _batches(sources: Sequence[SourceFile]) -> Iterator[tuple[int, RecordBatch, int]]:
+def _batches(sources: Sequence[SourceFile], chosen_only: bool) -> Iterator[tuple[int, RecordBatch, int]]:
     """Yields (index of the file, batch, bytes read of all files)."""
     bytes_before = 0
     for file_index, source in enumerate(sources):
         records = read_records(source.path, source.kind)
         layout = ""
         while batch := list(islice(records, BATCH_RECORDS)):
-            layout = layout or _layout_of(source, batch[0])
+            layout = layout or _layout_of(source, batch[0], chosen_only)
             numbers, payloads = tuple(record.number for record in batch), tuple(record.payload for record in batch)
             bytes_read = bytes_before + batch[-1].bytes_read
             yield file_index, RecordBatch(source.path, source.kind, layout, numbers, payloads), bytes_read
         bytes_before += source.size
 
 
-def _layout_of(source: SourceFile, record: RawRecord) -> str:
+def _layout_of(source: SourceFile, record: RawRecord, chosen_only: bool) -> str:
     place = where(source.path, source.kind, record.number)
-    return detect_layout(parse_line(record.payload, place) if source.kind == "jsonl" else record.payload, place)
+    payload = parse_line(record.payload, place) if source.kind == "jsonl" else record.payload
+    return detect_layout(payload, place, chosen_only=chosen_only)

@@ -52,14 +52,18 @@ def _job(arguments: argparse.Namespace) -> Job:
     roles = METHODS[arguments.method].frozen if arguments.guidance == "colocated" else ()
     paths = [getattr(arguments, role) for role in roles]
     frozen = tuple(_read(path) if path else policy for path in paths)
-    longest = 2 * arguments.max_length
-    share, shared = arguments.response_share, not arguments.no_shared_prompts
+    share = arguments.response_share
+    shared = not (arguments.no_shared_prompts or METHODS[arguments.method].chosen_only)
     batch = Batch(arguments.global_pairs, arguments.pair_tokens or arguments.max_length, share, shared)
     keep = TrainConfig().keep_logits_mib * 2**20
     dtype_bytes = 4 if arguments.dtype == "fp32" else 2
-    row = Row(arguments.row_tokens or longest, arguments.max_length, dtype_bytes, batch.gathered_keys, keep)
-    if row.tokens < longest:
-        raise UserError(f"--row-tokens is {row.tokens} but a pair may take 2 x --max-length = {longest}: raise it")
+    tokens = arguments.row_tokens or 2 * arguments.max_length
+    if tokens < batch.row_pair_tokens:
+        raise UserError(
+            f"--row-tokens is {tokens} but a pair takes {batch.row_pair_tokens:.0f} tokens of a row on average: "
+            "raise it, or lower --pair-tokens"
+        )
+    row = Row(tokens, min(arguments.max_length, tokens), dtype_bytes, batch.gathered_keys, keep)
     return Job(policy, frozen, row, batch)
 
 

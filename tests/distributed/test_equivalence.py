@@ -68,6 +68,10 @@ METHOD_OPTIONS = {
 CASES = (
     Case("tp1", 1, "random"),
     Case("tp1-small-rows", 1, "random", row_tokens=128),
+    # Rows that hold the longest pair and no token more.
+    Case("least-rows", 1, "random", row_tokens=90),
+    Case("sft-least-rows", 1, "random", row_tokens=54, method="sft"),
+    Case("pp2-least-rows", 2, "random", pipeline=2, row_tokens=90),
     Case("tp1-tied", 1, "random", tied=True),
     Case("tp1-dpo", 1, "random", method="dpo"),
     Case("tp1-real", 1, "real"),

@@ -1,25 +1,22 @@
 """Bad input and bad luck: one clear line, nothing lost, nobody left waiting."""
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_tgdpo.checkpoint_directory import is_complete
-from megatron_tgdpo.stopping import FAILED_STATUS
+from megatron_tgdpo.stopping import FAILED_STATUS, STORAGE_STATUS
 from tests.distributed.common import make_problem, merged, read_metrics
-from tests.launch import PATIENCE, ROOT, environment, run_module
+from tests.launch import PATIENCE, run_module
 from tests.processes import run_forked, started_ranks
 from tests.series import wait_for_step
 from tests.tiny_models import make_tokenizer
@@ -38,9 +35,9 @@ def write_config(path: Path, config: dict[str, Any]) -> str:
     return str(path)
 
 
-def error_of(done: subprocess.CompletedProcess[str]) -> str:
+def error_of(done: subprocess.CompletedProcess[str], status: int = 1) -> str:
     """The one error line of a run that failed as it should."""
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return line
@@ -141,17 +138,11 @@ def test_damage_seen_by_one_rank_is_reported_by_it(problem: Problem, tmp_path: P
 def test_an_exception_on_one_rank_ends_all_and_shows_its_traceback(problem: Problem, tmp_path: Path) -> None:
     _, config = problem
     config = merged(config, output_dir=str(tmp_path / "run"), train={"steps": 100000}, parallel={"tensor": 2})
-    job = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "megatron_tgdpo.train", write_config(tmp_path / "c.yaml", config)],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    wait_for_step(tmp_path / "run", 2, lambda: job.poll() is None)
-    os.kill(rank_process(job, 1).pid, signal.SIGINT)
-    output, _ = job.communicate(timeout=PATIENCE)
-    assert job.returncode != 0
-    assert "[rank 1] KeyboardInterrupt" in output
-    assert "[rank 1]   File" in output
+    arguments = [json.dumps({"broken": 3}), write_config(tmp_path / "c.yaml", config)]
+    done = run_module("tests.distributed.worker_saves", arguments, processes=2, check=False)
+    assert done.returncode != 0
+    assert "[rank 1] ZeroDivisionError" in done.stderr
+    assert "[rank 1]   File" in done.stderr
 
 
 def test_a_frozen_rank_is_named_before_collectives_time_out(problem: Problem, tmp_path: Path) -> None:
@@ -174,11 +165,6 @@ def test_a_frozen_rank_is_named_before_collectives_time_out(problem: Problem, tm
         assert re.search(rf"\[rank {1 - frozen}\] rank {frozen}\b.* has not answered for \d+ s", output), output
 
 
-def rank_process(job: subprocess.Popen, rank: int) -> psutil.Process:
-    (found,) = [p for p in psutil.Process(job.pid).children() if p.environ().get("RANK") == str(rank)]
-    return found
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB: one checkpoint of the tiny model fits, two do not."""
@@ -197,7 +183,7 @@ def test_a_full_disk_loses_nothing(problem: Problem, small_disk: Path, tmp_path:
         config, train={"steps": 3}, checkpoint={"every_steps": 1, "keep": 0}, output_dir=str(small_disk / "run")
     )
     file = write_config(tmp_path / "c.yaml", config)
-    line = error_of(run_forked("megatron_tgdpo.train", [file], check=False))
+    line = error_of(run_forked("megatron_tgdpo.train", [file], check=False), STORAGE_STATUS)
     assert "checkpoints/step_" in line
     assert "free" in line
     saved = sorted((small_disk / "run" / "checkpoints").iterdir())

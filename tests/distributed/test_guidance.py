@@ -15,6 +15,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from megatron_tgdpo import aside
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.guidance_cache import GuidanceCache, shard_path, write_manifest, write_shard
 from tests.distributed.common import make_problem, merged, read_metrics
@@ -123,7 +124,9 @@ def test_killed_at_any_moment_it_continues(problem: Problem) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     # As a kill in the middle of a write would leave it.
-    (directory / "train" / "shard-00031.tmp").write_bytes(b"half")
+    host, namespace = aside._here()
+    left = directory / "train" / f"shard-00031.safetensors.{host}-{namespace}-{process.pid}-1-00c0ffee.tmp"
+    left.write_bytes(b"half")
     before = {path.name: path.stat().st_mtime_ns for path in (directory / "train").glob("shard-*.safetensors")}
     assert len(before) < 32, "it was done before it was killed"
     assert not (directory / "train" / "manifest.json").exists()
@@ -132,6 +135,7 @@ def test_killed_at_any_moment_it_continues(problem: Problem) -> None:
     assert "no complete guidance cache" in refused.stderr
     done = precompute(problem, config, "--block-pairs", "1")
     assert done.returncode == 0, done.stderr
+    assert not left.exists()
     after = {path.name: path.stat().st_mtime_ns for path in (directory / "train").glob("shard-*.safetensors")}
     assert len(after) == 32
     assert before.items() <= after.items()

@@ -19,14 +19,17 @@ def test_every_rank_is_told_which_node_is_bad(tmp_path: Path) -> None:
         "version": r"preflight: node node1: \S+ is missing there, \S+ elsewhere \(and .* more problems, see the log\)",
         "blind": rf"preflight: node node1: does not see what node node0 writes to {tmp_path}/blind",
         "disk": rf"preflight: node node1: what it writes to {tmp_path}/disk is not seen by node node0",
+        "full-0": rf"{tmp_path}/full-0/.canary-\w+/first: cannot be written: No space left on device",
+        "full-2": rf"rank 2: {tmp_path}/full-2/.canary-\w+/rank-2: cannot be written: No space left on device",
         "sum": r"preflight: node node1: the all-reduce of tp group \[2, 3\] gave a wrong sum on node1.*",
     }
     assert told[0].keys() == wanted.keys()
     for fault, message in wanted.items():
         assert re.fullmatch(message, told[0][fault]), told[0][fault]
         bad_nodes = tmp_path / fault / "bad_nodes"
-        assert bad_nodes.exists() == (fault != "none")
-        if fault != "none":
+        names_a_node = fault in ("version", "blind", "disk", "sum")
+        assert bad_nodes.exists() == names_a_node
+        if names_a_node:
             assert {line.split("\t")[0] for line in bad_nodes.read_text().splitlines()} == {"node1"}
         assert not list((tmp_path / fault).glob(".canary*"))
     assert len(re.findall(r"preflight: all-reduce tp: 2 groups", done.stderr)) == 1 + 4

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint
 from megatron_tgdpo.stopping import STOPPED_STATUS
-from tests.distributed.common import make_problem, merged, read_metrics
+from tests.distributed.common import make_problem, merged, read_metrics, write_pairs
 from tests.launch import PATIENCE, ROOT, environment
 from tests.processes import run_forked, started_ranks
 from tests.series import assert_same_series, logged_steps, wait_for_step
@@ -115,7 +116,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["step_00000028", "step_00000030"]
 
 
-@pytest.mark.parametrize("request_to_stop", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("request_to_stop", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_one_rank_asked_to_stop_stops_all_after_the_same_step(
     whole: Path, tmp_path: Path, request_to_stop: signal.Signals
 ) -> None:
@@ -135,12 +136,18 @@ def test_one_rank_asked_to_stop_stops_all_after_the_same_step(
     assert_same_series(tmp_path / "run", whole)
 
 
-def test_the_torchrun_script_passes_a_stop_on_and_continues(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("request_to_stop", [signal.SIGTERM, signal.SIGINT])
+def test_the_torchrun_script_passes_a_stop_on_and_continues(
+    whole: Path, tmp_path: Path, request_to_stop: signal.Signals
+) -> None:
     command = ["bash", "launch/train.sh", str(whole.with_suffix(".yaml")), f"output_dir={tmp_path}/run"]
     env = {**environment(), "TGDPO_PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
-    job = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     wait_for_step(tmp_path / "run", 2, lambda: job.poll() is None)
-    job.send_signal(signal.SIGTERM)
+    # A terminal's Ctrl-C goes to the whole foreground process group.
+    os.killpg(job.pid, request_to_stop)
     output, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0
     assert "start the same command again" in output
@@ -154,3 +161,36 @@ def test_the_torchrun_script_passes_a_stop_on_and_continues(whole: Path, tmp_pat
         assert again.returncode == 0
         assert expected in again.stdout + again.stderr
     assert_same_series(tmp_path / "run", whole)
+
+
+def test_ctrl_c_to_torchrun_itself_saves(whole: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = subprocess.Popen(
+        [*launcher, "-m", "megatron_tgdpo.train", str(whole.with_suffix(".yaml")), f"output_dir={tmp_path}/run"],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 2, lambda: job.poll() is None)
+    job.send_signal(signal.SIGINT)
+    output, _ = job.communicate(timeout=PATIENCE)
+    assert "start the same command again" in output
+    saved = newest_checkpoint(tmp_path / "run")
+    assert saved is not None
+    assert int(saved.name[5:]) == logged_steps(tmp_path / "run") < 30
+
+
+def test_a_stop_while_tokenising_is_not_kept_waiting(problem: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, config = problem
+    write_pairs(tmp_path / "many.jsonl", 100_000)
+    config = merged(config, data={"train": str(tmp_path / "many.jsonl")}, output_dir=str(tmp_path / "run"))
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps(config))
+    with started_ranks([str(file)], 2, tmp_path / "logs") as ranks:
+        deadline = time.monotonic() + 120
+        while not any(path.stat().st_size for path in (tmp_path / "run" / "data").glob("*")):
+            assert ranks[0].poll() is None
+            assert time.monotonic() < deadline, "tokenising did not begin"
+            time.sleep(0.01)
+        ranks[0].send_signal(signal.SIGUSR1)
+        assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [STOPPED_STATUS, STOPPED_STATUS]
+    assert "while tokenising; start the same command again" in (tmp_path / "logs" / "0.log").read_text()
+    assert not any((tmp_path / "run" / "data").iterdir())

@@ -3,6 +3,7 @@
 Usage: ``worker_preflight POLICY OUT``; leaves what each rank was told in OUT/rank-N.json.
 """
 
+import errno
 import json
 import logging
 import os
@@ -35,8 +36,12 @@ _all_reduce = dist.all_reduce
 
 
 def fault(name: str, rank: int) -> AbstractContextManager:
-    """What goes wrong on this rank: everything on rank 2, the first of the second node."""
-    if rank != 2 or name == "none":
+    """What goes wrong on this rank: everything on rank 2, the first of the second node, but "full-0" on rank 0."""
+    if (name, rank) in (("full-0", 0), ("full-2", 2)):
+        return mock.patch.object(
+            checks.Path, "write_text", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        )
+    if rank != 2 or name in ("none", "full-0"):
         return nullcontext()
     if name == "version":
         return mock.patch.object(preflight_facts, "package_versions", return_value={"torch": "0.4"})
@@ -57,7 +62,7 @@ def main() -> None:
     layout = make_layout(2, 1, 1, False, ranks.world_size)
     pg = init_model_parallel(layout, seed=0, timeout_minutes=15)
     told = {}
-    for name in ("none", "version", "blind", "disk", "sum"):
+    for name in ("none", "version", "blind", "disk", "full-0", "full-2", "sum"):
         (out / name).mkdir(exist_ok=True)
         config = config_from_dict(
             {

@@ -66,7 +66,7 @@ def test_config_cannot_be_changed() -> None:
         ("loss.gamma=1", "loss.gamma is set but loss.method tgdpo does not use it"),
         ("loss.alpha=-1", "loss.alpha"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline is 2 with one stage"),
-        ("batch.tokens_per_micro_batch=100", "2 x data.max_length"),
+        ("batch.tokens_per_micro_batch=0", "batch.tokens_per_micro_batch is 0: it must be positive"),
         ("data.max_prompt_length=2048", "data.max_prompt_length"),
         ("optimizer.warmup_ratio=1.5", "optimizer.warmup_ratio"),
         ("guidance.mode=cached", "needs guidance.cache"),

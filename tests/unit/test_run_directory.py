@@ -1,15 +1,13 @@
-"""The output directory belongs to one run; its metrics continue without repeated or missing steps."""
+"""The output directory belongs to one run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_tgdpo.config import config_from_dict, load_config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.run_directory import MetricsLog, claim_output_dir
+from megatron_tgdpo.run_directory import claim_output_dir
 from tests.unit.test_config import VALID
 
 
@@ -51,25 +49,3 @@ def test_another_run_is_refused(tmp_path: Path, section: str, changes: dict[str,
     claim_and_step(tmp_path)
     with pytest.raises(UserError, match=named):
         claim_output_dir(config_from_dict(values(tmp_path, **{section: changes})))
-
-
-def test_metrics_are_cut_back_to_the_checkpoint_they_continue_from(tmp_path: Path) -> None:
-    config = config_from_dict({**VALID, "output_dir": str(tmp_path)})
-    log = MetricsLog(config, 0)
-    for step in (1, 2, 3, 4):
-        log.write(step, {"train/loss": float(step)})
-    log.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "train/lo')  # killed while writing
-    log = MetricsLog(config, 2)
-    log.write(3, {"train/loss": 30.0})
-    log.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [
-        {"step": 1, "train/loss": 1.0},
-        {"step": 2, "train/loss": 2.0},
-        {"step": 3, "train/loss": 30.0},
-    ]
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]

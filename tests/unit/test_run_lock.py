@@ -91,3 +91,43 @@ def test_a_run_whose_place_was_taken_ends_and_says_by_whom(tmp_path: Path) -> No
         time.sleep(INTERVAL)
     assert run.returncode == 70
     assert run.communicate()[1] == f"{tmp_path}: taken over by process 1 on far pid:[1]: this run ends\n"
+
+
+def test_a_reader_never_sees_it_half_written(tmp_path: Path) -> None:
+    ours = lock(tmp_path)
+    ours.acquire()
+    with (tmp_path / LOCK_FILE).open() as seen:
+        first = (tmp_path / LOCK_FILE).read_text()
+        deadline = time.monotonic() + 60
+        while (tmp_path / LOCK_FILE).read_text() == first:
+            assert time.monotonic() < deadline
+            time.sleep(INTERVAL)
+        # What was opened before the change is whole still: the new content is another file.
+        assert json.loads(seen.read())["beat"] == json.loads(first)["beat"]
+    ours.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_gives_the_place_to_nobody(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, time, pathlib\nfrom megatron_tgdpo.run_lock import RunLock\n"
+        f"RunLock(pathlib.Path(sys.argv[1]), {INTERVAL}, {{'SLURM_JOB_ID': '5'}}).acquire()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\nprint('full', flush=True)\ntime.sleep(600)"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "full\n"
+        with pytest.raises(UserError, match=rf"process {run.pid} of job 5 on \S+ is writing to it"):
+            RunLock(tmp_path, 1.0, {}).acquire()
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == run.pid
+    finally:
+        run.kill()
+        run.wait()
+    # It is gone, and so is what its last attempt left.
+    ours = lock(tmp_path)
+    ours.acquire()
+    ours.release()
+    assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from megatron_tgdpo.config import Config, config_from_dict
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.methods import METHODS
 from megatron_tgdpo.metrics import WEIGHT_EDGES, StepMetrics
-from megatron_tgdpo.run_directory import MetricsLog
+from megatron_tgdpo.metrics_log import MetricsLog
 from megatron_tgdpo.tensorboard import WEIGHT_HISTOGRAM, chart_layout, hyperparameters
 from megatron_tgdpo.wandb_log import import_wandb
 from tests.browser import CHROMIUM, NO_CHROMIUM, chromium

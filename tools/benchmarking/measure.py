@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from megatron_tgdpo.errors import UserError
 from tools.benchmarking.problem import Problem
 from tools.benchmarking.recorder import SideResult
 from tools.benchmarking.sides import SIDES
+from tools.child_processes import run_captured
 
 ROOT = Path(__file__).resolve().parents[2]
 _ERROR_LINES = 20
@@ -48,9 +48,7 @@ def run_tool(module: str, arguments: Sequence[str], problem: Problem) -> str:
     }
     if problem.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_captured([sys.executable, "-m", module, *arguments], env=environment)
     if done.returncode == 0:
         return done.stdout
     last = done.stderr.strip().splitlines()[-_ERROR_LINES:]

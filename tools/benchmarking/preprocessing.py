@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 from megatron_tgdpo.errors import UserError
 from tools.benchmarking.measure import ROOT
 from tools.benchmarking.pairs import Source
+from tools.child_processes import run_captured
 
 # The tool in a process of its own; the last line is the seconds after imports and the largest resident set.
 _CHILD = """
@@ -79,13 +79,10 @@ def preprocess_once(records: Path, tokenizer: Path, out: Path, workers: int) -> 
         RuntimeError: It failed.
     """
     arguments = ["--input", str(records), "--tokenizer", str(tokenizer), "--output", str(out), "--overwrite"]
-    done = subprocess.run(
+    done = run_captured(
         [sys.executable, "-W", "ignore", "-c", _CHILD, *arguments, "--workers", str(workers)],
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
         cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"tools.preprocess_preferences failed:\n{done.stderr[-4000:]}")

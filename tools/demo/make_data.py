@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
+from megatron_tgdpo.aside import replacing
 from tools.demo.language import draw_answer, draw_prompt, judge
 
 # Two answers nearer to each other than this in quality are not worth a preference, and are drawn again.
@@ -50,12 +50,8 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def _write_jsonl(path: Path, records: Iterable[dict]) -> None:
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
+    with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_tgdpo.aside import aside_of, replacing
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import sync
 
 # Not .jsonl: FastChat and Arena-Hard read every file of that name in the directory of the answers.
 SUFFIX = ".unfinished"
@@ -137,19 +137,12 @@ def write_whole(path: Path, chunks: Iterable[str]) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as file:
+        with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
             file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
@@ -160,7 +153,7 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise UserError(f"{path}: cannot be written: it is a directory")
-    aside = path.with_name(path.name + ".tmp")
+    aside = aside_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.touch()

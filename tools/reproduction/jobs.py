@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tgdpo.errors import UserError
+from tools.child_processes import end_with_parent
 
 # None of them starts a thread on import, which forking would lose.
 _IMPORTED = [
@@ -107,6 +108,8 @@ def _last_line(log: Path) -> str:
 def _run_command(command: Command, log: Path) -> None:
     import torch
 
+    # The fork server, which ends with the command that started it.
+    end_with_parent()
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for stream in (1, 2):

@@ -2,10 +2,11 @@
 
 import json
 import pickle
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -211,8 +212,7 @@ def test_existing_output_is_kept(checkpoint: Path, hf: Path) -> None:
 def test_directory_that_only_looks_like_a_leftover_is_kept(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "notes").write_text("mine")
-    with pytest.raises(UserError, match=r"out\.tmp: exists and was not left by an interrupted save: move it away"):
-        export(checkpoint, tmp_path / "out")
+    export(checkpoint, tmp_path / "out")
     assert (tmp_path / "out.tmp" / "notes").read_text() == "mine"
 
 
@@ -232,21 +232,68 @@ def test_full_disk_is_reported(checkpoint: Path, tmp_path: Path, patch: mock._pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
-def test_killed_in_the_middle(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
+@contextmanager
+def other_export(checkpoint: Path, out: Path, release: Path, host: str | None = None) -> Iterator[subprocess.Popen]:
+    """Another process that exports to ``out`` and waits in the middle until ``release`` is there."""
     code = (
-        "import os\nfrom checkpoints_convert import megatron_to_hf, sequential_file\n"
-        "sequential_file._write = lambda *_: os.kill(os.getpid(), 9)\nmegatron_to_hf.main()"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from checkpoints_convert import command_line, megatron_to_hf, sequential_file\n"
+        "from megatron_tgdpo import aside\n"
+        "write, (release, host) = sequential_file._write, sys.argv[1:3]\n"
+        "def later(*arguments):\n"
+        "    Path(release + '.reached').touch()\n"
+        "    while not Path(release).exists(): time.sleep(0.02)\n"
+        "    write(*arguments)\n"
+        "sequential_file._write = later\n"
+        "if host: aside._here = lambda: (host, '1')\n"
+        "del sys.argv[1:3]\ncommand_line.run(megatron_to_hf.main)"
     )
-    command = [sys.executable, "-c", code, "--megatron", str(checkpoint), "--out", str(tmp_path / "out")]
-    assert subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True).returncode == -signal.SIGKILL
-    left = tmp_path / "out.tmp"
-    assert left.is_dir()
-    assert not (tmp_path / "out").exists()
+    command = [sys.executable, "-c", code, str(release), host or "", "--megatron", str(checkpoint), "--out", str(out)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not release.with_name(f"{release.name}.reached").exists():
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_killed_in_the_middle(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with other_export(checkpoint, out, tmp_path / "release"):
+        pass
+    (left,) = tmp_path.glob("out.*.tmp")
+    assert not out.exists()
     with pytest.raises(UserError, match=r"no config\.json there"):
         read_hf_config(left)
-    export(checkpoint, tmp_path / "out")
+    export(checkpoint, out)
     assert not left.exists()
-    assert_same(tmp_path / "out", hf)
+    assert_same(out, hf)
+
+
+def test_another_process_that_exports_to_the_same_directory_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with other_export(checkpoint, out, tmp_path / "release") as other:
+        with pytest.raises(UserError, match=f"out: process {other.pid} is writing it"):
+            export(checkpoint, out)
+        (tmp_path / "release").touch()
+        assert other.wait() == 0
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
+
+
+def test_of_two_exports_on_two_machines_one_is_whole_and_the_other_says_so(
+    checkpoint: Path, hf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with other_export(checkpoint, out, tmp_path / "release", host="elsewhere") as other:
+        export(checkpoint, out)
+        (tmp_path / "release").touch()
+        _, errors = other.communicate()
+        assert other.returncode == 1
+    assert f"error: {out}: exists and is not empty" in errors
+    assert_same(out, hf)
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
 
 
 def test_command_reports(

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_tgdpo import aside
 from megatron_tgdpo.data import preprocess as module
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX
@@ -197,9 +198,44 @@ def test_full_disk_while_files_are_put_in_place(
         preprocess([source], prefix, options, overwrite=overwrite, progress=False)
     monkeypatch.undo()
     assert not Path(prefix + MANIFEST_SUFFIX).exists()
-    assert not list((tmp_path / "out").glob("*partial*"))
+    assert not list((tmp_path / "out").glob("*.tmp*"))
     with pytest.raises(UserError, match="incomplete"):
         PreferenceDataset(prefix)
+
+
+def test_what_a_killed_run_left_is_removed_and_a_live_one_is_named(tmp_path, hf_directory, write_jsonl):
+    source = write_jsonl([plain_record(index) for index in range(4)])
+    prefix, options = tmp_path / "out" / "pairs", PreprocessOptions(hf_directory)
+    prefix.parent.mkdir()
+    host, namespace = aside._here()
+    live = prefix.with_name(f"pairs.{host}-{namespace}-{os.getppid()}-{aside._started(os.getppid())}-00c0ffee.tmp.bin")
+    dead = [prefix.with_name(f"pairs.{host}-{namespace}-{os.getpid()}-1-00c0ffee.tmp{end}") for end in (".bin", ".idx")]
+    for file in (live, *dead):
+        file.touch()
+    with pytest.raises(UserError, match=rf"pairs: process {os.getppid()} is writing it"):
+        preprocess([source], str(prefix), options, progress=False)
+    live.unlink()
+    preprocess([source], str(prefix), options, progress=False)
+    names = {"pairs.bin", "pairs.idx", "pairs.manifest.json", "pairs.source.npy"}
+    assert {file.name for file in prefix.parent.iterdir()} == names
+
+
+@pytest.mark.parametrize("mixed_at", [3, 4])
+def test_files_of_two_runs_are_never_taken_for_one_dataset(tmp_path, hf_directory, write_jsonl, monkeypatch, mixed_at):
+    """The other one puts a file in place while this one does; with its last rename, or after it."""
+    source = write_jsonl([plain_record(index) for index in range(4)])
+    prefix, replace, calls = str(tmp_path / "out" / "pairs"), os.replace, []
+
+    def meanwhile(old, new):
+        replace(old, new)
+        calls.append(new)
+        if len(calls) == mixed_at:
+            (tmp_path / "theirs").write_bytes(Path(prefix + ".idx").read_bytes())
+            replace(tmp_path / "theirs", prefix + ".idx")
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    with pytest.raises(UserError, match=r"pairs\.idx: another process writes the same dataset"):
+        preprocess([source], prefix, PreprocessOptions(hf_directory), progress=False)
 
 
 def test_interrupt_leaves_nothing(tmp_path, hf_directory, write_jsonl, monkeypatch):
