@@ -67,7 +67,8 @@ class FlexPackedAttention(PackedAttention):
             distance = place_q[q] - place_kv[kv]
             return (segment_q[q] == segment_kv[kv]) & (distance >= 0) & (distance < window)
 
-        make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+        # Compiled for one grad mode: a mask has no gradient in any.
+        make = torch.no_grad()(_compiled(create_block_mask)) if device.type == "cuda" else create_block_mask
         return make(visible, None, None, len(segment_q), len(segment_kv), device=device)
 
 

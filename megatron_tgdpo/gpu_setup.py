@@ -49,7 +49,7 @@ def check_gpu_options(
     Raises:
         UserError: With the key, the reason and the way out.
     """
-    spec = choose_layer_spec(config.model.layer_spec, found)
+    spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
     check_precision(config, found, spec)
     check_overlap(config, layout, found, spec)
     for role, hf_config in configs.items():
@@ -84,7 +84,7 @@ def model_options(
     found = capabilities(device)
     overrides = frozen_transformer_kwargs(config) if frozen else policy_transformer_kwargs(config)
     overrides |= overlap_kwargs(config) | _fused_kwargs(config, hf_config, found, frozen=frozen)
-    spec = choose_layer_spec(config.model.layer_spec, found)
+    spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
     return overrides, partial(_block_spec, spec=spec, found=found)
 
 
@@ -99,7 +99,7 @@ def building(frozen: bool) -> contextlib.AbstractContextManager[Any]:
 def describe_model(config: Config, model_config: LanguageModelConfig, device: torch.device) -> str:
     """Layer spec, core attention and precision of a built model, for the log."""
     found = capabilities(device)
-    spec = choose_layer_spec(config.model.layer_spec, found)
+    spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
     precision = str(model_config.params_dtype).removeprefix("torch.")
     if model_config.fp8:
         held = " with FP8 weights" if model_config.fp8_param else ""

@@ -17,8 +17,10 @@ LayerSpec = Literal["local", "transformer_engine"]
 CoreAttention = Literal["transformer_engine", "varlen", "flex", "blocks"]
 
 
-def choose_layer_spec(requested: str, found: Capabilities) -> LayerSpec:
+def choose_layer_spec(requested: str, found: Capabilities, dtype: str = "bf16") -> LayerSpec:
     """Resolves ``model.layer_spec``: ``auto`` takes Transformer Engine where a supported version is importable on CUDA.
+
+    Not for fp32: Transformer Engine multiplies fp32 in TF32, which keeps ten bits of each factor.
 
     Raises:
         UserError: Transformer Engine was asked for and is not usable here.
@@ -26,7 +28,7 @@ def choose_layer_spec(requested: str, found: Capabilities) -> LayerSpec:
     low, high = TE_VERSIONS
     engine = found.transformer_engine
     supported = engine is not None and low <= engine[:2] < high
-    if requested == "local" or (requested == "auto" and not supported):
+    if requested == "local" or (requested == "auto" and (not supported or dtype == "fp32")):
         return "local"
     if found.device != "cuda":
         raise UserError("model.layer_spec=transformer_engine needs a CUDA GPU: set it to auto or local")

@@ -81,6 +81,7 @@ class Bench:
 
     def losses(self, config: Config, batches: Sequence[Sequence[PreferencePair]]) -> list[float]:
         """Trains on each batch in turn; the loss of every step."""
+        self.forget()
         engine = self.engine(config)
         return [train_step(engine, packs_of(batch, engine.row)).metrics.values["loss"] for batch in batches]
 
@@ -91,6 +92,8 @@ class Bench:
     def forget(self) -> None:
         """Gives back what earlier engines held, and counts peak memory anew."""
         gc.collect()
+        # What was compiled for other models and dtypes would count towards torch's limit for these.
+        torch.compiler.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_tgdpo.capabilities import dotted
 from megatron_tgdpo.cpu_backend import resolve_device
 from megatron_tgdpo.parallel import destroy_model_parallel
 from tests.gpu.bench import Bench
@@ -103,7 +104,7 @@ def describe(bench: Bench, peak: float | None) -> dict[str, Any]:
         "device": device,
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": dotted(bench.found.cudnn),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if bench.device.type == "cuda" else None,
         "fused parts": bench.found.describe(),
         "peak_tflops": peak or peak_tflops(device),
