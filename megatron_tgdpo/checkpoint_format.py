@@ -17,12 +17,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tgdpo.checkpoint_directory import read_metadata, write_description
+from megatron_tgdpo.checkpoint_directory import check_files, write_description
 from megatron_tgdpo.checkpoint_storage import serialise_common, write_common
 from megatron_tgdpo.checkpoint_strategies import SafeLoadCommon, SafeLoadSharded, write_sharded
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.ranks import agree
-from megatron_tgdpo.whole_directory import WholeDirectory, one_line
+from megatron_tgdpo.whole_directory import WholeDirectory, load_error, one_line
+
+_LOADING_ERRORS = (
+    pickle.UnpicklingError, OSError, MemoryError, EOFError, KeyError, TypeError, ValueError, RuntimeError,
+)  # fmt: skip
 
 
 def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata: Mapping[str, Any]) -> None:
@@ -31,7 +35,7 @@ def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata:
     Collective over the default group; ``path`` must be on storage that all ranks share.
 
     Args:
-        path: The checkpoint's directory; it must not exist, or be empty. ``path`` + ``.tmp`` is written first.
+        path: The checkpoint's directory; it must not exist, or be empty. it is written aside first.
         sharded_state_dict: megatron-core's: ShardedTensors, ShardedObjects and factories, and plain values (numbers,
             strings, containers, tensors), which are taken from rank 0. Consumed: do not use it afterwards.
         hf_dir: An HF directory or another Megatron checkpoint, whose config, tokenizer and templates are copied.
@@ -102,8 +106,10 @@ def write(
     with WholeDirectory(path, group) as directory:
         directory.reserve(staged.size)
         directory.on_first_rank(lambda: write_common(staged.common, directory.aside))
-        directory.on_all_ranks(lambda: write_sharded(staged.sharded, directory.aside, group))
-        directory.on_first_rank(lambda: write_description(directory.aside, hf_dir, metadata))
+        digests = directory.collect(
+            directory.on_all_ranks(lambda: write_sharded(staged.sharded, directory.aside, group))
+        )
+        directory.on_first_rank(lambda: write_description(directory.aside, hf_dir, metadata, digests))
         directory.publish()
 
 
@@ -117,23 +123,25 @@ def load(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UserError: The checkpoint is incomplete or corrupt, or lacks a tensor or has it in another shape.
+        StorageError: It cannot be read.
     """
-    read_metadata(path)
+    # Together, since what follows waits for every rank: what one cannot read, none goes on from.
+    common = agree(lambda: _open(path, is_first=dist.get_rank() == 0))
     try:
         return dist_checkpointing.load(
-            sharded_state_dict, str(path), sharded_strategy=SafeLoadSharded(), common_strategy=SafeLoadCommon()
+            sharded_state_dict, str(path), sharded_strategy=SafeLoadSharded(), common_strategy=common
         )
-    except (
-        CheckpointingException,
-        CheckpointException,
-        pickle.UnpicklingError,
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        RuntimeError,
-    ) as error:
-        raise UserError(f"{path}: cannot load: {one_line(error)}") from error
+    except (CheckpointingException, CheckpointException, *_LOADING_ERRORS) as error:
+        raise load_error(path, error) from error
+
+
+def _open(path: Path, *, is_first: bool) -> SafeLoadCommon:
+    if is_first:
+        check_files(path)
+    try:
+        return SafeLoadCommon(path)
+    except _LOADING_ERRORS as error:
+        raise load_error(path, error) from error
 
 
 def _total_bytes(sharded: Any) -> int:

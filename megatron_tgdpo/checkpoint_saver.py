@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint import checkpoint_path, training_state
 from megatron_tgdpo.config import CheckpointConfig
-from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.errors import AgreedStorageError, UserError
 from megatron_tgdpo.setup import policy_chunks
 from megatron_tgdpo.train_step import Engine
 
@@ -80,7 +80,7 @@ class CheckpointSaver:
             last: Training does not go on: waits until it is written.
 
         Raises:
-            StorageError: On every rank: two saves in a row have failed; earlier checkpoints are still there.
+            AgreedStorageError: On every rank: two saves in a row have failed; earlier checkpoints are still there.
         """
         begin = time.monotonic()
         failed = self._outcome() is not None
@@ -88,7 +88,7 @@ class CheckpointSaver:
         self._start(step, metadata)
         while waits and (error := self._outcome()) is not None:
             if failed:
-                raise StorageError(f"{error}; so did the attempt before it")
+                raise AgreedStorageError(f"{error}; so did the attempt before it")
             failed = True
             self._start(step, metadata)
         self._figures["perf/checkpoint_wait_seconds"] = time.monotonic() - begin
@@ -147,9 +147,10 @@ class CheckpointSaver:
         try:
             for old in checkpoint_directory.complete_checkpoints(self._output_dir)[: -self._keep]:
                 checkpoint_directory.remove_checkpoint(old)
-        except OSError as error:
-            # The new checkpoint is whole; what is left is removed after the next save or at the next start.
-            logger.warning("%s: an old checkpoint cannot be removed: %s", error.filename, error.strerror)
+        except (OSError, UserError) as error:
+            # On this rank alone, and the new checkpoint is whole: what is left is removed after the next save or at the
+            # next start.
+            logger.warning("an old checkpoint cannot be removed: %s", error)
 
 
 def _live_storages(engine: Engine) -> set[int]:

@@ -13,5 +13,13 @@ class BadNodeError(AgreedError):
     """A machine is not fit for the run; without it the same command may work."""
 
 
-class StorageError(AgreedError):
+class DamageError(UserError):
+    """Bytes that were read are not those that were written, or a file that was written is not there."""
+
+
+class StorageError(UserError):
     """Storage failed in a way that may pass; the same command may work later."""
+
+
+class AgreedStorageError(StorageError, AgreedError):
+    """A storage failure, raised with the same message on every rank."""

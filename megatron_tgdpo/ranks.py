@@ -11,10 +11,16 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
 from megatron_tgdpo.stopping import StoppedEarly
 
 T = TypeVar("T")
+
+# What ends a run other than bad input, by its name in the store: the exception of the rank that has it, and of others.
+_KINDS: dict[str, tuple[type[Exception], type[Exception]]] = {
+    "stopped": (StoppedEarly, StoppedEarly),
+    "storage": (StorageError, AgreedStorageError),
+}
 
 
 @dataclass(frozen=True)
@@ -72,22 +78,24 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
         rank: This process's rank.
 
     Raises:
-        AgreedError: On the other ranks, with rank 0's message, if the action failed there in any way.
+        AgreedError: On the other ranks, with rank 0's message, if the action failed there in any way; a storage failure
+            is an AgreedStorageError.
         StoppedEarly: On all ranks, if it ended so.
     """
     if rank == 0:
         try:
             answer = action()
         except BaseException as error:
-            kind = "stopped" if isinstance(error, StoppedEarly) else "error"
+            kind = next((kind for kind, (caught, _) in _KINDS.items() if isinstance(error, caught)), "error")
             store.set("first_rank", json.dumps({kind: str(error) or type(error).__name__}))
             raise
         store.set("first_rank", json.dumps({"answer": answer}))
         return answer
     store.wait(["first_rank"], timedelta(days=30))
     reply = json.loads(store.get("first_rank"))
-    if "stopped" in reply:
-        raise StoppedEarly(reply["stopped"])
+    for kind, (_, raised) in _KINDS.items():
+        if kind in reply:
+            raise raised(reply[kind])
     if "error" in reply:
         raise AgreedError(reply["error"])
     return reply["answer"]
@@ -101,18 +109,20 @@ def agree(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         group: Of all ranks; None for the default group.
 
     Raises:
-        AgreedError: The action raised a UserError on some rank; the message names the rank if that is not rank 0.
+        AgreedError: The action raised a UserError on some rank; the message names the rank if that is not rank 0. Of a
+            StorageError it is an AgreedStorageError.
     """
-    result, message = None, None
+    result, failure = None, None
     try:
         result = action()
     except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message, group=group)
-    for rank, text in enumerate(messages):
-        if text is not None:
-            raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
+        failure = str(error), AgreedStorageError if isinstance(error, StorageError) else AgreedError
+    failures: list[tuple[str, type[AgreedError]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure, group=group)
+    for rank, found in enumerate(failures):
+        if found is not None:
+            text, kind = found
+            raise kind(text if rank == 0 else f"rank {rank}: {text}")
     return cast(T, result)
 
 

@@ -82,7 +82,7 @@ class Trainer:
 
         Raises:
             AgreedError: A loss or gradient is not finite, or the start check fails.
-            StorageError: Checkpoints cannot be saved.
+            AgreedStorageError: Checkpoints cannot be saved or read.
             StoppedEarly: Some rank was asked to stop; the step it was in is saved.
         """
         done = self._resume()
