@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tgdpo.aside import SUFFIX as ASIDE_SUFFIX
-from megatron_tgdpo.errors import DamageError, UserError
+from megatron_tgdpo.errors import DamageError, StorageError, UserError
 from megatron_tgdpo.files import FileDigest, file_digest, read_error
 
 logger = logging.getLogger(__name__)
@@ -230,11 +230,17 @@ def remove_incomplete(directory: Path) -> list[Path]:
 
     Returns:
         The directories that were deleted.
+
+    Raises:
+        StorageError: One cannot be deleted, or the directory cannot be read.
     """
     suffixes = (ASIDE_SUFFIX, REMOVING_SUFFIX)
     left = [path for path in _entries(directory) if path.name.endswith(suffixes)]
     for path in left:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise StorageError(f"{path}: left by an interrupted save, cannot be removed: {error.strerror}") from error
     return left
 
 

@@ -20,12 +20,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tgdpo.checkpoint_directory import check_files, write_description
 from megatron_tgdpo.checkpoint_storage import serialise_common, write_common
 from megatron_tgdpo.checkpoint_strategies import SafeLoadCommon, SafeLoadSharded, write_sharded
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
 from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.whole_directory import WholeDirectory, load_error, one_line
 
 _LOADING_ERRORS = (
-    pickle.UnpicklingError, OSError, MemoryError, EOFError, KeyError, TypeError, ValueError, RuntimeError,
+    pickle.UnpicklingError, OSError, MemoryError, EOFError, LookupError, AttributeError, TypeError, ValueError,
+    RuntimeError,
 )  # fmt: skip
 
 
@@ -125,21 +126,24 @@ def load(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
         UserError: The checkpoint is incomplete or corrupt, or lacks a tensor or has it in another shape.
         StorageError: It cannot be read.
     """
-    # Together, since what follows waits for every rank: what one cannot read, none goes on from.
-    common = agree(lambda: _open(path, is_first=dist.get_rank() == 0))
+    # What follows waits for every rank, and DCP does for ever where one of them has no metadata.
+    common, sharded = agree(lambda: _open(path, is_first=dist.get_rank() == 0))
     try:
-        return dist_checkpointing.load(
-            sharded_state_dict, str(path), sharded_strategy=SafeLoadSharded(), common_strategy=common
-        )
-    except (CheckpointingException, CheckpointException, *_LOADING_ERRORS) as error:
+        return dist_checkpointing.load(sharded_state_dict, str(path), sharded_strategy=sharded, common_strategy=common)
+    except CheckpointException as error:
+        # DCP has brought what any rank met to all of them.
+        found = load_error(path, error)
+        kind = AgreedStorageError if isinstance(found, StorageError) else AgreedError
+        raise kind(str(found)) from error
+    except (CheckpointingException, *_LOADING_ERRORS) as error:
         raise load_error(path, error) from error
 
 
-def _open(path: Path, *, is_first: bool) -> SafeLoadCommon:
+def _open(path: Path, *, is_first: bool) -> tuple[SafeLoadCommon, SafeLoadSharded]:
     if is_first:
         check_files(path)
     try:
-        return SafeLoadCommon(path)
+        return SafeLoadCommon(path), SafeLoadSharded(path)
     except _LOADING_ERRORS as error:
         raise load_error(path, error) from error
 

@@ -44,12 +44,22 @@ class _SafeLoadPlanner(MCoreLoadPlanner):
 
 
 class SafeLoadSharded(LoadShardedStrategy):
-    """Loads sharded tensors and objects like TorchDistLoadShardedStrategy, but trusts no pickle."""
+    """Loads sharded tensors and objects like TorchDistLoadShardedStrategy, but trusts no pickle.
+
+    Args:
+        checkpoint: Where they are; its metadata is read at once.
+    """
 
     can_handle_sharded_objects = True  # type: ignore[assignment]
 
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        self._reader = SafeReader(checkpoint)
+        self._reader.read_metadata()
+
     def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
         """Loads in place and returns the plain state dict; collective over the default group."""
+        del checkpoint_dir
         flat, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         tensors = [item for items in flat.values() for item in items if isinstance(item, ShardedTensor)]
         planner = _SafeLoadPlanner(
@@ -60,7 +70,7 @@ class SafeLoadSharded(LoadShardedStrategy):
         with warnings.catch_warnings():
             # The newer dcp.load wants the same keys on every rank, which pipeline stages do not have.
             warnings.simplefilter("ignore", FutureWarning)
-            dcp.load_state_dict(state_dict, SafeReader(Path(checkpoint_dir)), planner=planner)
+            dcp.load_state_dict(state_dict, self._reader, planner=planner)
         plain = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state_dict.items()}
         restored = _replace_sharded_keys_with_state_dict_keys(plain, flat_mapping, rename_mapping)
         _restore_dict_types(restored, sharded_state_dict)

@@ -144,7 +144,7 @@ def test_workers_and_unused_rules_do_not_matter(prefix, tmp_path, hf_directory):
 
 
 def test_missing_path(tmp_path, hf_directory):
-    with pytest.raises(UserError, match=r"cannot read .*nothing: No such file"):
+    with pytest.raises(UserError, match=r"nothing: cannot be read: No such file"):
         open_or_preprocess(str(tmp_path / "nothing"), PreprocessOptions(hf_directory), str(tmp_path))
 
 
