@@ -202,6 +202,9 @@ def _check_format(file: Path) -> None:
         raise DamageError(f"{file}: not readable: {error!r}") from error
     if not isinstance(content, dict) or not content.keys() >= _FORMAT.keys():
         raise DamageError(f"{file}: it does not name the checkpoint's format")
+    for key, known in _FORMAT.items():
+        if content[key] != known:
+            raise UserError(f"{file}: {key} is {content[key]!r}, this version reads {known!r}")
 
 
 def is_megatron_checkpoint(path: Path) -> bool:

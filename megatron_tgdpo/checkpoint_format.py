@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tgdpo.checkpoint_directory import check_files, write_description
@@ -126,17 +127,34 @@ def load(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
         UserError: The checkpoint is incomplete or corrupt, or lacks a tensor or has it in another shape.
         StorageError: It cannot be read.
     """
-    # What follows waits for every rank, and DCP does for ever where one of them has no metadata.
     common, sharded = agree(lambda: _open(path, is_first=dist.get_rank() == 0))
     try:
-        return dist_checkpointing.load(sharded_state_dict, str(path), sharded_strategy=sharded, common_strategy=common)
+        return _load(sharded_state_dict, path, common, sharded)
     except CheckpointException as error:
         # DCP has brought what any rank met to all of them.
         found = load_error(path, error)
         kind = AgreedStorageError if isinstance(found, StorageError) else AgreedError
         raise kind(str(found)) from error
-    except (CheckpointingException, *_LOADING_ERRORS) as error:
-        raise load_error(path, error) from error
+    except CheckpointingException as error:
+        raise UserError(f"{path}: cannot load: {one_line(error)}") from error
+
+
+def _load(
+    sharded_state_dict: dict[str, Any], path: Path, common: SafeLoadCommon, sharded: SafeLoadSharded
+) -> dict[str, Any]:
+    """What ``megatron.core.dist_checkpointing.load`` does once it has read the small files.
+
+    It reads them on every rank for itself, and where one rank cannot, the others wait for it in the collectives below.
+    """
+    force_all_tensors_to_non_fp8(sharded_state_dict)
+    state = common.load_common(path)
+    wanted, not_stored, factories = load_preprocess(sharded_state_dict)
+    merge(state, not_stored)
+    wanted, _ = extract_sharded_base(wanted)
+    _, global_metadata = determine_global_metadata(wanted)
+    validate_sharding_integrity(global_metadata)
+    merge(state, sharded.load(wanted, path))
+    return apply_factory_merges(state, factories)
 
 
 def _open(path: Path, *, is_first: bool) -> tuple[SafeLoadCommon, SafeLoadSharded]:
