@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save_file
 
 from megatron_tgdpo.aside import replacing
 from megatron_tgdpo.config import Config
@@ -137,16 +137,26 @@ def read_whole_shard(directory: Path, shard: int, key: GuidanceKey, tokens: int)
     """
     names = ["reference"] if key.guide is None else ["guide", "reference"]
     try:
-        with safe_open(shard_path(directory, shard), framework="np") as file:
-            stated, found = file.metadata() or {}, sorted(file.keys())
-            values = {name: file.get_tensor(name) for name in found}
-    except (FileNotFoundError, SafetensorError):
+        # The library maps files into memory, and says of any that it cannot open that it is not there.
+        content = shard_path(directory, shard).read_bytes()
+    except FileNotFoundError:
         return None
     except OSError as error:
         raise read_error(shard_path(directory, shard), error) from error
+    try:
+        values, stated = load(content), _stated(content)
+    except (SafetensorError, ValueError, AttributeError):
+        return None
+    found = sorted(values)
     as_written = {"key": key.digest, "shard": str(shard), "sha256": _digest(values)}
     whole = stated == as_written and found == names and all(v.shape == (tokens,) for v in values.values())
     return as_written["sha256"] if whole else None
+
+
+def _stated(content: bytes) -> dict[str, str]:
+    """The metadata in the header of a safetensors file: 8 bytes of length (little-endian), then JSON."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return header.get("__metadata__", {})
 
 
 def _digest(values: Mapping[str, np.ndarray]) -> str:
