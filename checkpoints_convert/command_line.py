@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint, newest_checkpoint, read_metadata
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.checkpoint_directory import check_files, is_megatron_checkpoint, newest_checkpoint
+from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.stopping import STORAGE_STATUS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -51,10 +52,11 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the newest complete one of a training output directory.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or it is damaged.
+        StorageError: It cannot be read.
     """
     if is_megatron_checkpoint(path):
-        read_metadata(path)
+        check_files(path)
         return path
     newest = newest_checkpoint(path)
     if newest is None:
@@ -79,13 +81,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; bad input ends it with one line on stderr and exit code 1."""
+    """Runs a command; bad input ends it with one line on stderr and exit code 1, failing storage with 74."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(STORAGE_STATUS if isinstance(error, StorageError) else 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

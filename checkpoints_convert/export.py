@@ -19,6 +19,7 @@ from checkpoints_convert.mapping import GlobalParameter, Heads, expected_shapes,
 from checkpoints_convert.pieces import Piece, converted, pieces_of, share
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
+from megatron_tgdpo.checkpoint_check import refuse_damage
 from megatron_tgdpo.checkpoint_directory import copy_hf_files
 from megatron_tgdpo.checkpoint_reader import CheckpointReader
 from megatron_tgdpo.direct_io import DirectReader
@@ -65,10 +66,11 @@ def export_hf(
         max_shard_bytes: Largest file's tensors (the tensors of a larger single parameter get a file of their own).
 
     Raises:
-        UserError: On every rank: the checkpoint is not what the template's config asks for, or cannot be read; ``out``
-            is not empty, or could not be written.
+        UserError: On every rank: the checkpoint is damaged, is not what the template's config asks for, or cannot be
+            read; ``out`` is not empty, or could not be written.
     """
     started = time.perf_counter()
+    refuse_damage(checkpoint)
     with WholeDirectory(out) as directory:
         hf_config = directory.on_all_ranks(lambda: _read_config(checkpoint, template))
         reader = directory.on_all_ranks(lambda: _open(checkpoint, hf_config, stored))

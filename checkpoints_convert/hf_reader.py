@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import FileReader
+from megatron_tgdpo.files import FileReader, read_error
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -166,7 +166,9 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise read_error(index, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a readable index: {error!r}") from error
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
@@ -183,7 +185,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             raw = stream.read(length) if length <= _MAX_HEADER_BYTES else b""
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+        raise read_error(file, error) from error
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise UserError(f"{file}: truncated or not a safetensors file: download it again")
     try:

@@ -68,7 +68,8 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
             directory.on_all_ranks(lambda: dcp.save({}, storage_writer=writer, planner=planner))
         count = parameter_count(hf_config)
         metadata = {"dtype": dtype_name(stored), "step": None, "parameters": count}
-        directory.on_first_rank(lambda: write_description(directory.aside, hf, metadata))
+        digests = directory.collect(writer.digests)
+        directory.on_first_rank(lambda: write_description(directory.aside, hf, metadata, digests))
         directory.publish()
     return Summary(out, count, dtype_name(stored), size, time.perf_counter() - started)
 
@@ -135,7 +136,7 @@ class _StreamWriter(Writer):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
-        with system_errors(), SequentialFile(Path(self.path, name)) as stream:
+        with system_errors(), SequentialFile(Path(self.path, name), hashed=True) as stream:
             for item, data in read_ahead(planner.resolve_data, plan.items):
                 start = stream.tell()
                 if isinstance(data, Tensor):
@@ -145,6 +146,7 @@ class _StreamWriter(Writer):
                     stream.write(data.getbuffer())
                 length = stream.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+        self.digests[name] = stream.digest
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

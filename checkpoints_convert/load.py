@@ -12,6 +12,7 @@ from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.mapping import Heads, expected_shapes, read_shard
 from checkpoints_convert.model_mapping import mapped_parameters
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
+from megatron_tgdpo.checkpoint_check import refuse_damage
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.fp8_weights import write_parameter
 from megatron_tgdpo.hf_config import read_hf_config
@@ -39,17 +40,22 @@ def load_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, 
         load_hf_weights(model, path, hf_config, pg)
 
 
-def load_megatron_weights(chunks: Sequence[LanguageModel], path: Path, hf_config: PretrainedConfig) -> None:
+def load_megatron_weights(
+    chunks: Sequence[LanguageModel], path: Path, hf_config: PretrainedConfig, *, verify: bool = True
+) -> None:
     """Loads the model part of a Megatron checkpoint saved at any layout; collective over all ranks.
 
     Args:
         chunks: This rank's slices, all of them; every parameter is overwritten.
         path: The checkpoint.
         hf_config: The config that the model was built from.
+        verify: Whether to read the checkpoint whole first, the ranks sharing the work, and compare checksums.
 
     Raises:
         UserError: The checkpoint is incomplete or corrupt, or its config describes weights of other shapes.
     """
+    if verify:
+        refuse_damage(path)
     # megatron-core fills or cuts the vocabulary silently, and takes no notice of tensors that it is not asked for.
     theirs, ours = expected_shapes(read_hf_config(path)), expected_shapes(hf_config)
     for name in sorted(theirs.keys() | ours.keys()):

@@ -1,5 +1,6 @@
 """Writes a large file from its first byte to its last, past the page cache: a conversion's output is not read soon."""
 
+import hashlib
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from megatron_tgdpo.direct_io import ALIGNMENT, BUFFER_BYTES, attempt, copy_bytes, is_direct, open_direct
-from megatron_tgdpo.files import start_writeback
+from megatron_tgdpo.files import FileDigest, start_writeback
 
 T = TypeVar("T")
 
@@ -21,6 +22,7 @@ class SequentialFile:
 
     Args:
         path: The file, which must not exist.
+        hashed: Whether its sha256 is wanted.
 
     Attributes:
         path: As given.
@@ -29,8 +31,9 @@ class SequentialFile:
         OSError: It cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hashed: bool = False) -> None:
         self.path = path
+        self._sha256 = hashlib.sha256() if hashed else None
         self._descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         self._buffers = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(2)]
         self._filled, self._stored = 0, 0
@@ -70,15 +73,28 @@ class SequentialFile:
                 self._store(BUFFER_BYTES)
         return length
 
+    @property
+    def digest(self) -> FileDigest:
+        """Of the whole file; only after leaving, and if it was asked for."""
+        assert self._sha256 is not None
+        return FileDigest(self._stored, self._sha256.hexdigest())
+
     def flush(self) -> None:
         """Nothing: for writers that expect it of a file."""
 
     def _store(self, count: int) -> None:
         """Has the thread store the filled buffer's first bytes, and goes on with the other one."""
         self._wait()
-        self._storing = self._thread.submit(_write, self._descriptor, self._buffers[0], count, self._stored)
+        self._storing = self._thread.submit(self._keep, self._buffers[0], self._filled, count, self._stored)
         self._stored, self._filled = self._stored + self._filled, 0
         self._buffers.reverse()
+
+    def _keep(self, buffer: mmap.mmap, filled: int, count: int, place: int) -> None:
+        """Stores ``count`` bytes, of which ``filled`` are the file's and the rest is padding."""
+        _write(self._descriptor, buffer, count, place)
+        if self._sha256 is not None:
+            with memoryview(buffer) as view:
+                self._sha256.update(view[:filled])
 
     def _wait(self) -> None:
         if self._storing is not None:

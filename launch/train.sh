@@ -34,7 +34,7 @@ output_dir=$("$python" -m megatron_tgdpo.restarts "$@") || status=$?
 case $status in
   0) ;;
   3) echo "train.sh: finished already: $output_dir/DONE" && exit 0 ;;
-  *) exit 1 ;;
+  *) exit "$status" ;;
 esac
 [ -z "$signalled" ] || fail "asked to stop before it began"
 

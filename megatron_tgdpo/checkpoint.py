@@ -3,8 +3,8 @@
 Only the policy is saved, with its optimizer state; the learning rate and the data order follow from the step.
 """
 
+import itertools
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint_check import find_damage
-from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.errors import AgreedError, StorageError, UserError
 from megatron_tgdpo.fp8_weights import dequantised
 from megatron_tgdpo.overlap import finish_param_gather
+from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.setup import policy_chunks
 from megatron_tgdpo.train_step import Engine
 
@@ -27,33 +28,55 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 
 def newest_undamaged(output_dir: Path, verify: bool) -> Path | None:
-    """The newest complete checkpoint; damaged ones are renamed to ``NAME.damaged``, with a warning. Collective.
+    """The newest checkpoint without damage. Collective.
+
+    Damaged ones that are newer are renamed to ``NAME.damaged``, with a warning: the run will save those steps again.
+    Without one to go on from nothing is renamed.
 
     Args:
         output_dir: The run's directory.
-        verify: Whether to read the checkpoints and compare checksums.
+        verify: Whether to read the checkpoints whole and compare checksums.
 
     Returns:
-        The same on every rank; None if there is no checkpoint.
+        The same on every rank; None if there never was a checkpoint.
 
     Raises:
-        AgreedError: There are checkpoints, and all of them are damaged.
+        AgreedError: There are checkpoints, and all of them are damaged; or one is of another format version.
+        AgreedStorageError: A checkpoint, or the directory, cannot be read.
     """
-    found = [checkpoint_directory.complete_checkpoints(output_dir)]
+    is_first = dist.get_rank() == 0
+    found = [agree(lambda: _checkpoints(output_dir) if is_first else ([], []))]
     dist.broadcast_object_list(found, src=0)
-    damage = None
-    for path in reversed(found[0]):
-        damage = find_damage(path) if verify else None
+    saved, aside = found[0]
+    damages: list[tuple[Path, str]] = []
+    for path in reversed(saved):
+        damage = find_damage(path, content=verify)
         if damage is None:
+            agree(lambda: _set_aside(damages) if is_first else None)
             return path
-        if dist.get_rank() == 0:
-            logger.warning("%s: it is set aside as %s.damaged, and the checkpoint before it is used", damage, path.name)
-            shutil.rmtree(path.with_name(f"{path.name}.damaged"), ignore_errors=True)
-            path.rename(path.with_name(f"{path.name}.damaged"))
-        dist.barrier()
-    if damage is not None:
-        raise AgreedError(f"{damage}: no undamaged checkpoint is left; start again to train from the beginning")
+        damages.append((path, damage))
+    if damages or aside:
+        what = damages[0][1] if damages else f"{aside[-1]}: set aside for its damage"
+        raise AgreedError(
+            f"{what}: no undamaged checkpoint is left in {output_dir / 'checkpoints'}: put one back, or delete the "
+            "damaged ones to train from the beginning"
+        )
     return None
+
+
+def _checkpoints(output_dir: Path) -> tuple[list[Path], list[Path]]:
+    return checkpoint_directory.saved_checkpoints(output_dir), checkpoint_directory.set_aside(output_dir)
+
+
+def _set_aside(damages: list[tuple[Path, str]]) -> None:
+    for path, damage in damages:
+        names = (f"{path.name}{checkpoint_directory.DAMAGED_SUFFIX}{number or ''}" for number in itertools.count())
+        target = next(target for target in map(path.with_name, names) if not target.exists())
+        logger.warning("%s: it is set aside as %s, and an earlier checkpoint is used", damage, target.name)
+        try:
+            path.rename(target)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be renamed to {target.name}: {error.strerror}") from error
 
 
 def load_checkpoint(engine: Engine, path: Path, run_metadata: Mapping[str, Any]) -> int:

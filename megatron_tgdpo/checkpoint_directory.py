@@ -2,19 +2,31 @@
 
     NAME/__R_N.distcp .metadata metadata.json common.pt    megatron-core's torch_dist files
     NAME/hf/                                               HF config, tokenizer, generation config, chat template
-    NAME/tgdpo.json                                        this project's metadata, written last
+    NAME/tgdpo.json                                        this project's metadata and manifest, written last
 
-A save writes to ``NAME.tmp`` and renames it: a directory without that ending and with ``tgdpo.json`` is complete.
+The manifest is what ties the files together: it names each of them with size and sha256, and has a sha256 of itself.
+Whoever reads a checkpoint reads it first. Checkpoints written before there was a manifest are known by the files that
+each must have.
+
+A save writes aside (``aside.py``) and renames: a directory without that ending and with all its files is complete.
 """
 
+import hashlib
 import json
+import logging
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tgdpo.aside import SUFFIX as ASIDE_SUFFIX
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import DamageError, StorageError, UserError
+from megatron_tgdpo.files import FileDigest, file_digest, read_error
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 METADATA_FILE = "tgdpo.json"
@@ -22,6 +34,9 @@ HF_FOLDER = "hf"
 COMMON_FILE = "common.pt"
 TENSORS_FILE = ".metadata"
 REMOVING_SUFFIX = ".removing"
+DAMAGED_SUFFIX = ".damaged"
+# Of a rank's tensors: all but these files are small.
+TENSORS_SUFFIX = ".distcp"
 
 _FORMAT_FILE = "metadata.json"
 # What megatron-core's loader looks for first.
@@ -47,25 +62,149 @@ _HF_FILES = (
 )
 _HF_SUFFIXES = (".model", ".tiktoken")
 _HF_FOLDERS = ("additional_chat_templates",)
+_FILES_WITHOUT_MANIFEST = (METADATA_FILE, _FORMAT_FILE, TENSORS_FILE, COMMON_FILE, f"{HF_FOLDER}/config.json")
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``tgdpo.json``.
+
+    Attributes:
+        metadata: What the checkpoint says of itself.
+        files: Size and sha256 of every other file, by its name in the checkpoint; None in one that was written before
+            there was a manifest.
+    """
+
+    metadata: dict[str, Any]
+    files: dict[str, FileDigest] | None
+
+
+def read_manifest(path: Path) -> Manifest:
     """Reads ``tgdpo.json``.
 
     Raises:
-        UserError: It is missing or malformed, or of a format version that this code does not know.
+        DamageError: It is missing or not as it was written.
+        UserError: It is of a format version that this code does not know.
+        StorageError: It cannot be read.
     """
     file = path / METADATA_FILE
-    if path.name.endswith(ASIDE_SUFFIX) or not file.is_file():
-        raise UserError(f"{path}: not a complete Megatron checkpoint of this project: no {METADATA_FILE}")
+    if path.name.endswith(ASIDE_SUFFIX):
+        raise DamageError(f"{path}: not a complete Megatron checkpoint of this project: its save did not end")
     try:
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-        version = metadata["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not readable: {error!r}") from error
+        text = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamageError(f"{path}: not a complete Megatron checkpoint of this project: no {METADATA_FILE}") from None
+    except (OSError, MemoryError) as error:
+        raise read_error(file, error) from error
+    try:
+        content = json.loads(text)
+        version, files, digest = content["format_version"], content.pop("files", None), content.pop("sha256", None)
+        if files is not None:
+            files = {name: FileDigest(**entry) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamageError(f"{file}: not readable: {error!r}") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: format_version is {version}, this version reads {FORMAT_VERSION}")
-    return metadata
+    if (files is None) != (digest is None) or (files is not None and digest != _own_digest(content, files)):
+        raise DamageError(f"{file}: its content is not what was written: its sha256 is another")
+    return Manifest(content, files)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of :func:`read_manifest`, which see."""
+    return read_manifest(path).metadata
+
+
+def _own_digest(metadata: Mapping[str, Any], files: Mapping[str, FileDigest]) -> str:
+    content = {"metadata": metadata, "files": {name: asdict(digest) for name, digest in files.items()}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(path: Path) -> Manifest:
+    """Checks that every file of a checkpoint is there and has its size, and the content of all small ones.
+
+    What it costs does not depend on the model's size; ``checkpoint_check.py`` reads the tensors as well.
+
+    Raises:
+        DamageError: The checkpoint is incomplete or damaged; the message names the file.
+        UserError: It is of another format version.
+        StorageError: A file cannot be read.
+    """
+    manifest = read_manifest(path)
+    if manifest.files is None:
+        for name in _FILES_WITHOUT_MANIFEST:
+            _size(path / name)
+        _check_format(path / _FORMAT_FILE)
+        return manifest
+    for name, written in manifest.files.items():
+        size = _size(path / name)
+        if size != written.size:
+            raise DamageError(f"{path / name}: {size:,} bytes, {written.size:,} were written")
+    for name, written in manifest.files.items():
+        if not name.endswith(TENSORS_SUFFIX):
+            check_file(path / name, written)
+    return manifest
+
+
+def check_file(file: Path, written: FileDigest) -> None:
+    """Reads a file whole and compares its content with what was written.
+
+    Raises:
+        DamageError: It is another.
+        StorageError: It cannot be read.
+    """
+    with _missing_is_damage(file):
+        found = file_digest(file)
+    if found != written:
+        raise DamageError(f"{file}: its bytes are not those that were written")
+
+
+def check_hf_files(path: Path, name: str | None = None) -> None:
+    """Checks config, tokenizer and templates of a Megatron checkpoint; an HF directory says nothing of its own.
+
+    Args:
+        path: An HF directory or a Megatron checkpoint.
+        name: The only file to check; all of them by default.
+
+    Raises:
+        DamageError: One is missing or damaged.
+        StorageError: One cannot be read.
+    """
+    if is_megatron_checkpoint(path):
+        for found, written in (read_manifest(path).files or {}).items():
+            folder, _, rest = found.partition("/")
+            if folder == HF_FOLDER and name in (None, rest):
+                check_file(path / found, written)
+
+
+def _size(file: Path) -> int:
+    with _missing_is_damage(file):
+        return file.stat().st_size
+
+
+@contextmanager
+def _missing_is_damage(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamageError(f"{file}: missing") from None
+    except (OSError, MemoryError) as error:
+        raise read_error(file, error) from error
+
+
+def _check_format(file: Path) -> None:
+    """Of a checkpoint without a manifest: megatron-core's loader looks for these keys first."""
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise read_error(file, error) from error
+    except ValueError as error:
+        raise DamageError(f"{file}: not readable: {error!r}") from error
+    if not isinstance(content, dict) or not content.keys() >= _FORMAT.keys():
+        raise DamageError(f"{file}: it does not name the checkpoint's format")
+    for key, known in _FORMAT.items():
+        if content[key] != known:
+            raise UserError(f"{file}: {key} is {content[key]!r}, this version reads {known!r}")
 
 
 def is_megatron_checkpoint(path: Path) -> bool:
@@ -74,9 +213,17 @@ def is_megatron_checkpoint(path: Path) -> bool:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a save of this directory ended."""
-    files = (METADATA_FILE, _FORMAT_FILE, TENSORS_FILE, COMMON_FILE, f"{HF_FOLDER}/config.json")
-    return not path.name.endswith(ASIDE_SUFFIX) and all((path / name).is_file() for name in files)
+    """Whether :func:`check_files` finds nothing.
+
+    Raises:
+        UserError: It is of another format version.
+        StorageError: A file cannot be read.
+    """
+    try:
+        check_files(path)
+    except DamageError:
+        return False
+    return True
 
 
 def remove_incomplete(directory: Path) -> list[Path]:
@@ -86,19 +233,61 @@ def remove_incomplete(directory: Path) -> list[Path]:
 
     Returns:
         The directories that were deleted.
+
+    Raises:
+        StorageError: One cannot be deleted, or the directory cannot be read.
     """
     suffixes = (ASIDE_SUFFIX, REMOVING_SUFFIX)
-    left = [path for path in sorted(directory.glob("step_*")) if path.name.endswith(suffixes) and path.is_dir()]
+    left = [path for path in _entries(directory) if path.name.endswith(suffixes)]
     for path in left:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise StorageError(f"{path}: left by an interrupted save, cannot be removed: {error.strerror}") from error
     return left
 
 
+def saved_checkpoints(output_dir: Path) -> list[Path]:
+    """All ``checkpoints/step_XXXXXXXX`` of a training output directory, whatever their state, lowest step first.
+
+    Raises:
+        StorageError: The directory cannot be read.
+    """
+    found = [path for path in _entries(output_dir / "checkpoints") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def set_aside(output_dir: Path) -> list[Path]:
+    """Checkpoints of a training output directory that were renamed for their damage."""
+    return [path for path in _entries(output_dir / "checkpoints") if DAMAGED_SUFFIX in path.name]
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(directory / entry.name for entry in entries if entry.name.startswith("step_"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise read_error(directory, error) from error
+
+
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete ``checkpoints/step_XXXXXXXX`` of a training output directory, lowest step first."""
-    found = (output_dir / "checkpoints").glob("step_*")
-    complete = [path for path in found if path.name[5:].isdigit() and is_complete(path)]
-    return sorted(complete, key=lambda path: int(path.name[5:]))
+    """Those of :func:`saved_checkpoints` in which :func:`check_files` finds nothing; it logs what it finds in others.
+
+    Raises:
+        UserError: One is of another format version.
+        StorageError: The directory or a file cannot be read.
+    """
+    complete = []
+    for path in saved_checkpoints(output_dir):
+        try:
+            check_files(path)
+        except DamageError as error:
+            logger.warning("%s; %s is not used", error, path.name)
+        else:
+            complete.append(path)
+    return complete
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -123,28 +312,67 @@ def copy_hf_files(source: Path, target: Path) -> None:
     Args:
         source: An HF directory, or a Megatron checkpoint.
         target: An existing directory.
+
+    Raises:
+        DamageError: A file is damaged: a checkpoint's manifest says so, or it ends in the middle of its JSON.
+        StorageError: One cannot be read.
+        OSError: One cannot be written.
     """
+    check_hf_files(source)
     source = hf_folder(source)
     files = [source / name for name in _HF_FILES]
     files += [file for file in sorted(source.iterdir()) if file.suffix in _HF_SUFFIXES]
     files += [file for folder in _HF_FOLDERS for file in sorted((source / folder).glob("*.jinja"))]
     for file in files:
         if file.is_file():
+            try:
+                content = file.read_bytes()
+            except OSError as error:
+                raise read_error(file, error) from error
+            if file.suffix == ".json":
+                _check_json(file, content)
             copy = target / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+            copy.write_bytes(content)
 
 
-def write_description(directory: Path, hf_dir: Path, metadata: Mapping[str, Any]) -> None:
+def _check_json(file: Path, content: bytes) -> None:
+    try:
+        json.loads(content)
+    except ValueError as error:
+        raise DamageError(f"{file}: not readable: {error}: truncated or damaged, get it again") from error
+
+
+def write_description(
+    directory: Path, hf_dir: Path, metadata: Mapping[str, Any], digests: Mapping[str, FileDigest]
+) -> None:
     """Adds to a directory of tensors what makes it a checkpoint of this project: ``tgdpo.json`` last.
 
     Args:
         directory: With the tensors, not yet renamed.
         hf_dir: An HF directory or another Megatron checkpoint, whose config, tokenizer and templates are copied.
         metadata: Goes into ``tgdpo.json``.
+        digests: Of the files of tensors, as their writers know them.
+
+    Raises:
+        UserError: A file of tensors is not here as it was written, so not on storage that all ranks share; or a file
+            of ``hf_dir`` is damaged.
+        OSError: Something cannot be written.
     """
     (directory / _FORMAT_FILE).write_text(json.dumps(_FORMAT), encoding="utf-8")
     (directory / HF_FOLDER).mkdir()
     copy_hf_files(hf_dir, directory / HF_FOLDER)
-    text = json.dumps({"format_version": FORMAT_VERSION, "step": None, **metadata}, indent=2) + "\n"
-    (directory / METADATA_FILE).write_text(text, encoding="utf-8")
+    files = dict(digests)
+    for name, written in files.items():
+        size = _size(directory / name)
+        if size != written.size:
+            raise UserError(f"{directory / name}: {size:,} bytes are here, its rank wrote {written.size:,}")
+    small = [directory / _FORMAT_FILE, directory / TENSORS_FILE, directory / COMMON_FILE]
+    for file in [*small, *sorted((directory / HF_FOLDER).rglob("*"))]:
+        if file.is_file():
+            files[str(file.relative_to(directory))] = file_digest(file)
+    # As it will be read: keys are strings there, and tuples lists.
+    content = json.loads(json.dumps({"format_version": FORMAT_VERSION, "step": None, **metadata}))
+    digest = _own_digest(content, files)
+    content |= {"files": {name: asdict(files[name]) for name in sorted(files)}, "sha256": digest}
+    (directory / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

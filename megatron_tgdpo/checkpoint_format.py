@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tgdpo.checkpoint_directory import read_metadata, write_description
+from megatron_tgdpo.checkpoint_directory import check_files, write_description
 from megatron_tgdpo.checkpoint_storage import serialise_common, write_common
 from megatron_tgdpo.checkpoint_strategies import SafeLoadCommon, SafeLoadSharded, write_sharded
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
 from megatron_tgdpo.ranks import agree
-from megatron_tgdpo.whole_directory import WholeDirectory, one_line
+from megatron_tgdpo.whole_directory import WholeDirectory, load_error, one_line
+
+_LOADING_ERRORS = (
+    pickle.UnpicklingError, OSError, MemoryError, EOFError, LookupError, AttributeError, TypeError, ValueError,
+    RuntimeError,
+)  # fmt: skip
 
 
 def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata: Mapping[str, Any]) -> None:
@@ -31,7 +37,7 @@ def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata:
     Collective over the default group; ``path`` must be on storage that all ranks share.
 
     Args:
-        path: The checkpoint's directory; it must not exist, or be empty. ``path`` + ``.tmp`` is written first.
+        path: The checkpoint's directory; it must not exist, or be empty. it is written aside first.
         sharded_state_dict: megatron-core's: ShardedTensors, ShardedObjects and factories, and plain values (numbers,
             strings, containers, tensors), which are taken from rank 0. Consumed: do not use it afterwards.
         hf_dir: An HF directory or another Megatron checkpoint, whose config, tokenizer and templates are copied.
@@ -102,8 +108,10 @@ def write(
     with WholeDirectory(path, group) as directory:
         directory.reserve(staged.size)
         directory.on_first_rank(lambda: write_common(staged.common, directory.aside))
-        directory.on_all_ranks(lambda: write_sharded(staged.sharded, directory.aside, group))
-        directory.on_first_rank(lambda: write_description(directory.aside, hf_dir, metadata))
+        digests = directory.collect(
+            directory.on_all_ranks(lambda: write_sharded(staged.sharded, directory.aside, group))
+        )
+        directory.on_first_rank(lambda: write_description(directory.aside, hf_dir, metadata, digests))
         directory.publish()
 
 
@@ -117,23 +125,45 @@ def load(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UserError: The checkpoint is incomplete or corrupt, or lacks a tensor or has it in another shape.
+        StorageError: It cannot be read.
     """
-    read_metadata(path)
+    common, sharded = agree(lambda: _open(path, is_first=dist.get_rank() == 0))
     try:
-        return dist_checkpointing.load(
-            sharded_state_dict, str(path), sharded_strategy=SafeLoadSharded(), common_strategy=SafeLoadCommon()
-        )
-    except (
-        CheckpointingException,
-        CheckpointException,
-        pickle.UnpicklingError,
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+        return _load(sharded_state_dict, path, common, sharded)
+    except CheckpointException as error:
+        # DCP has brought what any rank met to all of them.
+        found = load_error(path, error)
+        kind = AgreedStorageError if isinstance(found, StorageError) else AgreedError
+        raise kind(str(found)) from error
+    except CheckpointingException as error:
         raise UserError(f"{path}: cannot load: {one_line(error)}") from error
+
+
+def _load(
+    sharded_state_dict: dict[str, Any], path: Path, common: SafeLoadCommon, sharded: SafeLoadSharded
+) -> dict[str, Any]:
+    """What ``megatron.core.dist_checkpointing.load`` does once it has read the small files.
+
+    It reads them on every rank for itself, and where one rank cannot, the others wait for it in the collectives below.
+    """
+    force_all_tensors_to_non_fp8(sharded_state_dict)
+    state = common.load_common(path)
+    wanted, not_stored, factories = load_preprocess(sharded_state_dict)
+    merge(state, not_stored)
+    wanted, _ = extract_sharded_base(wanted)
+    _, global_metadata = determine_global_metadata(wanted)
+    validate_sharding_integrity(global_metadata)
+    merge(state, sharded.load(wanted, path))
+    return apply_factory_merges(state, factories)
+
+
+def _open(path: Path, *, is_first: bool) -> tuple[SafeLoadCommon, SafeLoadSharded]:
+    if is_first:
+        check_files(path)
+    try:
+        return SafeLoadCommon(path), SafeLoadSharded(path)
+    except _LOADING_ERRORS as error:
+        raise load_error(path, error) from error
 
 
 def _total_bytes(sharded: Any) -> int:

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_tgdpo.checkpoint_directory import read_metadata
+from megatron_tgdpo.checkpoint_directory import check_files
 from megatron_tgdpo.checkpoint_storage import SafeReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import FilePart, FileReader
-from megatron_tgdpo.whole_directory import one_line
+from megatron_tgdpo.whole_directory import load_error
 
 _BLOCK_BYTES = 16 << 20
 # A zip entry's local header: 26 bytes, then the lengths of its name and its extra field.
@@ -41,11 +41,12 @@ class CheckpointReader:
         tensors: Size, dtype and saved parts of each, by megatron-core's name.
 
     Raises:
-        UserError: The checkpoint is incomplete, or its metadata cannot be read.
+        UserError: The checkpoint is incomplete, or its metadata cannot be understood.
+        StorageError: It cannot be read.
     """
 
     def __init__(self, path: Path, files: FileReader | None = None) -> None:
-        read_metadata(path)
+        check_files(path)
         self.path = path
         self._files = files or FileReader(path)
         self._places: dict[MetadataIndex, tuple[str, int]] = {}
@@ -110,7 +111,12 @@ class CheckpointReader:
             stored = self._storage[index]
             with (self.path / stored.relative_path).open("rb") as stream:
                 view = FilePart(stream.fileno(), stored.offset, stored.length)
-                tensor = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
+                try:
+                    tensor = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
+                except Exception:
+                    if view.failure is not None:
+                        raise view.failure from None
+                    raise
                 view.seek(0)
                 with zipfile.ZipFile(view) as archive:
                     entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
@@ -135,6 +141,7 @@ class CheckpointReader:
             zipfile.BadZipFile,
             struct.error,
             OSError,
+            MemoryError,
             EOFError,
             LookupError,
             StopIteration,
@@ -143,4 +150,4 @@ class CheckpointReader:
             ValueError,
             RuntimeError,
         ) as error:
-            raise UserError(f"{self.path}: cannot load: {one_line(error)}") from error
+            raise load_error(self.path, error) from error

@@ -148,9 +148,10 @@ class CheckpointSaver:
         try:
             for old in checkpoint_directory.complete_checkpoints(self._output_dir)[: -self._keep]:
                 checkpoint_directory.remove_checkpoint(old)
-        except OSError as error:
-            # The new checkpoint is whole; what is left is removed after the next save or at the next start.
-            logger.warning("%s: an old checkpoint cannot be removed: %s", error.filename, error.strerror)
+        except (OSError, UserError) as error:
+            # On this rank alone, and the new checkpoint is whole: what is left is removed after the next save or at the
+            # next start.
+            logger.warning("an old checkpoint cannot be removed: %s", error)
 
 
 def _live_storages(engine: Engine) -> set[int]:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from megatron_tgdpo.checkpoint_directory import COMMON_FILE
 from megatron_tgdpo.checkpoint_storage import SafeReader, Writer
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import FileDigest
 
 
 class _SafeLoadPlanner(MCoreLoadPlanner):
@@ -43,12 +44,22 @@ class _SafeLoadPlanner(MCoreLoadPlanner):
 
 
 class SafeLoadSharded(LoadShardedStrategy):
-    """Loads sharded tensors and objects like TorchDistLoadShardedStrategy, but trusts no pickle."""
+    """Loads sharded tensors and objects like TorchDistLoadShardedStrategy, but trusts no pickle.
+
+    Args:
+        checkpoint: Where they are; its metadata is read at once.
+    """
 
     can_handle_sharded_objects = True  # type: ignore[assignment]
 
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        self._reader = SafeReader(checkpoint)
+        self._reader.read_metadata()
+
     def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
         """Loads in place and returns the plain state dict; collective over the default group."""
+        del checkpoint_dir
         flat, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         tensors = [item for items in flat.values() for item in items if isinstance(item, ShardedTensor)]
         planner = _SafeLoadPlanner(
@@ -59,7 +70,7 @@ class SafeLoadSharded(LoadShardedStrategy):
         with warnings.catch_warnings():
             # The newer dcp.load wants the same keys on every rank, which pipeline stages do not have.
             warnings.simplefilter("ignore", FutureWarning)
-            dcp.load_state_dict(state_dict, SafeReader(Path(checkpoint_dir)), planner=planner)
+            dcp.load_state_dict(state_dict, self._reader, planner=planner)
         plain = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state_dict.items()}
         restored = _replace_sharded_keys_with_state_dict_keys(plain, flat_mapping, rename_mapping)
         _restore_dict_types(restored, sharded_state_dict)
@@ -89,23 +100,39 @@ class SafeLoadSharded(LoadShardedStrategy):
 
 
 class SafeLoadCommon(TorchCommonLoadStrategy):
-    """Loads ``common.pt`` (plain values of the state dict) with ``weights_only=True`` said, not defaulted."""
+    """Gives ``common.pt`` (plain values of the state dict), read before, with ``weights_only=True`` said.
+
+    Args:
+        checkpoint: Where it is.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        # torch's reader makes errors of its own of those of the system.
+        content = (checkpoint / COMMON_FILE).read_bytes()
+        self._common = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     def load_common(self, checkpoint_dir: str | Path) -> Any:
         """Returns the plain values."""
-        return torch.load(Path(checkpoint_dir) / COMMON_FILE, map_location="cpu", weights_only=True)
+        del checkpoint_dir
+        return self._common
 
 
-def write_sharded(sharded: Any, directory: Path, group: dist.ProcessGroup | None = None) -> None:
+def write_sharded(sharded: Any, directory: Path, group: dist.ProcessGroup | None = None) -> dict[str, FileDigest]:
     """Writes sharded tensors and objects, one file a rank, synced to disk; collective over ``group`` (of all ranks).
+
+    Returns:
+        Size and sha256 of this rank's files, by name.
 
     Raises:
         CheckpointException: On every rank, if any rank failed; its ``failures`` has (exception, traceback) by rank.
     """
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    writer = Writer(directory)
     dcp.save(
         mcore_to_pyt_state_dict(flat),
-        storage_writer=Writer(directory),
+        storage_writer=writer,
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=group,
     )
+    return writer.digests

@@ -145,7 +145,7 @@ class CheckpointConfig:
     every_steps: int | None = None  # save every so many steps and at the end; null: 10 times, at least every 30 minutes
     keep: int = 2  # newest checkpoints to keep; 0: all
     background: bool = True  # training goes on while a checkpoint is written; false: it waits
-    verify: bool = True  # compare a checkpoint's checksums before continuing from it
+    verify: bool = True  # compare a checkpoint's checksums before continuing from it or loading a model from it
 
 
 @dataclass(frozen=True)

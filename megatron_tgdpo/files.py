@@ -2,17 +2,22 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.errors import DamageError, StorageError, UserError
 
 _OPEN_FILES = 4
+_BLOCK_BYTES = 4 << 20
+# What a wrong path or missing rights give; any other error is the storage's.
+_WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 class FileReader:
@@ -30,7 +35,9 @@ class FileReader:
         """Fills a contiguous CPU tensor with the bytes that start at ``offset`` of a file.
 
         Raises:
-            UserError: The file cannot be read, or ends too early.
+            DamageError: The file ends too early.
+            UserError: It is not there.
+            StorageError: It cannot be read.
         """
         view = bytes_of(tensor)
         try:
@@ -38,10 +45,10 @@ class FileReader:
             while view:
                 count = self._read(descriptor, view, offset)
                 if not count:
-                    raise UserError(f"{self._directory / name}: ends at byte {offset:,}: truncated")
+                    raise DamageError(f"{self._directory / name}: ends at byte {offset:,}: truncated")
                 view, offset = view[count:], offset + count
         except OSError as error:
-            raise UserError(f"{self._directory / name}: cannot be read: {error.strerror}") from error
+            raise read_error(self._directory / name, error) from error
 
     def _open(self, name: str) -> int:
         if name not in self._descriptors:
@@ -72,7 +79,12 @@ class FilePart(io.RawIOBase):
         descriptor: Of the open file; it stays open.
         start: The part's first byte.
         size: Its length; more than what the file has left is like a truncated file.
+
+    Attributes:
+        failure: The error of the last read that failed; readers on top of this one turn it into errors of their own.
     """
+
+    failure: OSError | None = None
 
     def __init__(self, descriptor: int, start: int, size: int) -> None:
         super().__init__()
@@ -95,9 +107,43 @@ class FilePart(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Reads up to the part's end into a buffer and returns the number of bytes."""
         view = memoryview(buffer).cast("B")[: max(self._size - self._position, 0)]
-        count = os.preadv(self._descriptor, [view], self._start + self._position) if view else 0
+        try:
+            count = os.preadv(self._descriptor, [view], self._start + self._position) if view else 0
+        except OSError as error:
+            self.failure = error
+            raise
         self._position += count
         return count
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """A file's size in bytes and sha256 (hex)."""
+
+    size: int
+    sha256: str
+
+
+def file_digest(path: Path) -> FileDigest:
+    """Reads a file whole.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as stream:
+        block = bytearray(_BLOCK_BYTES)
+        while count := stream.readinto(block):
+            digest.update(memoryview(block)[:count])
+            size += count
+    return FileDigest(size, digest.hexdigest())
+
+
+def read_error(path: Path | str, error: OSError | MemoryError) -> UserError:
+    """What a failed read means: a wrong path, or storage (or memory) that fails and may work at the next start."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    kind = UserError if isinstance(error, _WRONG_PATH) else StorageError
+    return kind(f"{path}: cannot be read: {reason}")
 
 
 def start_writeback(descriptor: int, offset: int, length: int) -> None:
@@ -122,6 +168,5 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def write_error(path: Path | str, error: OSError) -> UserError:
     """What a failed write means: a wrong place, or storage (a full disk) that may take it later."""
-    wrong_place = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
-    kind = UserError if isinstance(error, wrong_place) else StorageError
+    kind = UserError if isinstance(error, (*_WRONG_PATH, FileExistsError)) else StorageError
     return kind(f"{path}: cannot be written: {error.strerror or error}")

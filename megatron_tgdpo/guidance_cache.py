@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save_file
 
 from megatron_tgdpo.aside import replacing
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.files import read_error
 from megatron_tgdpo.fingerprints import weights_fingerprint
 from megatron_tgdpo.precision import frozen_precision
 from megatron_tgdpo.run_directory import write_atomically
@@ -124,21 +125,38 @@ def write_shard(directory: Path, shard: int, key: GuidanceKey, values: Mapping[s
         with replacing(path) as aside:
             save_file(dict(values), aside, {"key": key.digest, "shard": str(shard), "sha256": _digest(values)})
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot write the shard: {error}; make room and start again, it continues") from error
+        kind = StorageError if isinstance(error, OSError) else UserError
+        raise kind(f"{path}: cannot write the shard: {error}; make room and start again, it continues") from error
 
 
 def read_whole_shard(directory: Path, shard: int, key: GuidanceKey, tokens: int) -> str | None:
-    """The checksum of a shard whose every byte is as written, for this key and of this many tokens; None if not so."""
+    """The checksum of a shard whose every byte is as written, for this key and of this many tokens; None if not so.
+
+    Raises:
+        StorageError: It cannot be read, which says nothing of its bytes.
+    """
     names = ["reference"] if key.guide is None else ["guide", "reference"]
     try:
-        with safe_open(shard_path(directory, shard), framework="np") as file:
-            stated, found = file.metadata() or {}, sorted(file.keys())
-            values = {name: file.get_tensor(name) for name in found}
-    except (OSError, SafetensorError):
+        # The library maps files into memory, and says of any that it cannot open that it is not there.
+        content = shard_path(directory, shard).read_bytes()
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise read_error(shard_path(directory, shard), error) from error
+    try:
+        values, stated = load(content), _stated(content)
+    except (SafetensorError, ValueError, AttributeError):
+        return None
+    found = sorted(values)
     as_written = {"key": key.digest, "shard": str(shard), "sha256": _digest(values)}
     whole = stated == as_written and found == names and all(v.shape == (tokens,) for v in values.values())
     return as_written["sha256"] if whole else None
+
+
+def _stated(content: bytes) -> dict[str, str]:
+    """The metadata in the header of a safetensors file: 8 bytes of length (little-endian), then JSON."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return header.get("__metadata__", {})
 
 
 def _digest(values: Mapping[str, np.ndarray]) -> str:
@@ -259,7 +277,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         sizes = manifest["pairs"], manifest["block_pairs"]
         GuidanceKey(**manifest["key"])
         sound = all(isinstance(size, int) and size > 0 for size in sizes) and len(shards) == -(-sizes[0] // sizes[1])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise read_error(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error!r}): {_AGAIN}") from error
     if version != FORMAT_VERSION or not sound:
         raise UserError(f"{path}: damaged, or of another version than {FORMAT_VERSION}: {_AGAIN}")

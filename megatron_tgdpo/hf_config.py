@@ -9,7 +9,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from checkpoints_convert.families import family_of
 from checkpoints_convert.hf_reader import refuse_adapter
+from megatron_tgdpo.checkpoint_directory import check_hf_files
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import read_error
 from megatron_tgdpo.rotary import RotaryFrequencies
 
 _VOCABULARY_MULTIPLE = 128
@@ -30,9 +32,12 @@ def read_hf_config(path: Path) -> PretrainedConfig:
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(f"{path}: no config.json there, give an HF or a Megatron checkpoint directory")
+    check_hf_files(path, "config.json")
     try:
         architectures = json.loads(file.read_text(encoding="utf-8")).get("architectures")
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
+        raise read_error(file, error) from error
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{file}: not a readable HF config: {error}") from error
     try:
         family = family_of(architectures)

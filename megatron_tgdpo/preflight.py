@@ -22,10 +22,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
 from checkpoints_convert.mapping import parameter_count
-from megatron_tgdpo.checkpoint_directory import complete_checkpoints
+from megatron_tgdpo.checkpoint_directory import saved_checkpoints
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.errors import AgreedError, BadNodeError
-from megatron_tgdpo.files import write_error
+from megatron_tgdpo.files import read_error, write_error
 from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.preflight_facts import RankFacts, gather_facts
@@ -72,7 +72,7 @@ def preflight(
 
     Raises:
         BadNodeError: On every rank: a check failed, on the node that the message names.
-        AgreedError: On every rank: a check failed, on no node in particular.
+        AgreedError: On every rank: a check failed, on no node in particular; as AgreedStorageError, storage did.
     """
     # Gloo's, on a GPU too: ranks must be able to tell of a machine on which NCCL does not work.
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.parallel.timeout_minutes))
@@ -98,8 +98,9 @@ def _check_all(
     results = [result for several in _all_gather(measure_groups(pg, device), group) for result in several]
     problems += network_problems(results, hosts)
     size = parameter_count(policy) * (_OPTIMIZER_BYTES + (4 if config.precision.dtype == "fp32" else 2))
-    room, notes = storage_room(output_dir, size, config.checkpoint.keep, layout.world_size)
     # Storage is asked by one rank only: what others use of it changes meanwhile.
+    keep, first = config.checkpoint.keep, ranks.rank == 0
+    room, notes = agree(lambda: storage_room(output_dir, size, keep, layout.world_size) if first else ([], []), group)
     problems += [Problem(None, message) for message in _from_first_rank(room, group)]
     notes += placement_notes(results, hosts) + [f"node {fact.host}: {note}" for fact in facts for note in fact.notes]
     notes += slow_notes(slow_groups(results, config.preflight.slow_group_ratio), hosts)
@@ -175,15 +176,21 @@ def storage_room(output_dir: Path, size: int, keep: int, world_size: int) -> tup
 
     Returns:
         What stops the run (not even one fits), and what deserves a warning.
+
+    Raises:
+        StorageError: The directory cannot be read.
     """
-    stats = os.statvfs(output_dir)
+    try:
+        stats = os.statvfs(output_dir)
+    except OSError as error:
+        raise read_error(output_dir, error) from error
     free, inodes = stats.f_bavail * stats.f_frsize, stats.f_favail
     if free < size:
         return [f"{output_dir}: a checkpoint needs {size:,} bytes, {free:,} are free"], []
     if stats.f_files and inodes < world_size + _SPARE_INODES:
         return [f"{output_dir}: checkpoints need {world_size + _SPARE_INODES:,} inodes, {inodes:,} are free"], []
     # One more than are kept: the old one goes when the new one is complete.
-    wanted = max(1, (keep or 1) + 1 - len(complete_checkpoints(output_dir)))
+    wanted = max(1, (keep or 1) + 1 - len(saved_checkpoints(output_dir)))
     if free < wanted * size:
         return [], [f"{output_dir}: room for {free // size} of {wanted} checkpoints of {size:,} bytes"]
     return [], []

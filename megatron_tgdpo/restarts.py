@@ -10,11 +10,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint, read_metadata
 from megatron_tgdpo.config import load_config
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.run_directory import is_done, write_atomically
+from megatron_tgdpo.stopping import STORAGE_STATUS
 
 FINISHED_STATUS = 3
 
@@ -27,18 +29,20 @@ def count_restart(output_dir: Path, job: str, limit: int) -> int:
 
     Raises:
         UserError: They are more than ``limit``, or the directory cannot be written.
+        StorageError: Storage failed.
     """
     newest = newest_checkpoint(output_dir)
     step = 0 if newest is None else read_metadata(newest)["step"]
     file = output_dir / "restarts.json"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        before = _read(file)
         same = (before.get("job"), before.get("step")) == (job, step)
-        count = before["without_progress"] + 1 if same else 0
+        count = int(before.get("without_progress", 0)) + 1 if same else 0
         write_atomically(file, json.dumps({"job": job, "step": step, "without_progress": count}) + "\n")
     except OSError as error:
-        raise UserError(f"{output_dir}: cannot write the output directory: {error.strerror}") from error
+        kind = UserError if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) else StorageError
+        raise kind(f"{output_dir}: cannot write the output directory: {error.strerror}") from error
     if count > limit:
         raise UserError(
             f"{output_dir}: job {job} was restarted {limit} times without a new checkpoint (still at step {step}): see "
@@ -47,8 +51,23 @@ def count_restart(output_dir: Path, job: str, limit: int) -> int:
     return count
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """What was noted before; nothing where that was damaged, since a count is not worth a run that does not start."""
+    try:
+        noted = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        print(f"{file}: not readable, counting restarts anew: {error}", file=sys.stderr)
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
 def main() -> int:
-    """Command line; see the module. Exit status: 0 start the ranks, 3 the run is finished, 1 do not start them."""
+    """Command line; see the module.
+
+    Exit status: 0 start the ranks, 3 the run is finished, 74 storage failed and may not the next time, 1 do not start.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_tgdpo.restarts", description=(__doc__ or "").split("\n")[0]
     )
@@ -67,7 +86,7 @@ def main() -> int:
             count_restart(output_dir, args.job, args.limit)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return STORAGE_STATUS if isinstance(error, StorageError) else 1
     return 0
 
 

@@ -43,10 +43,7 @@ def mark_done(output_dir: Path, step: int) -> None:
     Raises:
         UserError: It cannot be written; a StorageError where that may pass.
     """
-    try:
-        write_atomically(output_dir / DONE_FILE, json.dumps({"step": step}) + "\n")
-    except OSError as error:
-        raise write_error(output_dir / DONE_FILE, error) from error
+    write_atomically(output_dir / DONE_FILE, json.dumps({"step": step}) + "\n")
 
 
 def is_done(config: Config) -> bool:
@@ -79,6 +76,13 @@ def _check_same_run(theirs: Config, ours: Config) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file aside and renames it, so that it is there whole or not at all."""
-    with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Writes a file aside and renames it, so that it is there whole or not at all.
+
+    Raises:
+        UserError: It cannot be written; a StorageError where that may pass, as on a full disk.
+    """
+    try:
+        with replacing(path) as aside:
+            aside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise write_error(path, error) from error

@@ -14,7 +14,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint, remove_incomplete
+from megatron_tgdpo.checkpoint_directory import check_hf_files, is_megatron_checkpoint, remove_incomplete
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.options import PreprocessOptions
@@ -105,6 +105,7 @@ def _tokenizer_fingerprint(path: str) -> str | None:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((directory / name).exists() for name in names):
         return None
+    check_hf_files(Path(path))
     return load_tokenizer(str(directory)).fingerprint
 
 

@@ -60,7 +60,7 @@ def load_model(
         chunks = [build_language_model(hf_config, layout, pg, chunk=n, **arguments) for n in range(layout.virtual)]
     directory = Path(path)
     if is_megatron_checkpoint(directory):
-        load_megatron_weights(chunks, directory, hf_config)
+        load_megatron_weights(chunks, directory, hf_config, verify=config.checkpoint.verify)
     else:
         agree(lambda: [load_hf_weights(chunk, directory, hf_config, pg) for chunk in chunks])
     if frozen and config.offload.frozen:

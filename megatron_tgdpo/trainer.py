@@ -84,7 +84,7 @@ class Trainer:
 
         Raises:
             AgreedError: A loss or gradient is not finite, or the start check fails.
-            AgreedStorageError: Checkpoints, or the metrics up to one, cannot be saved.
+            AgreedStorageError: Checkpoints cannot be saved or read, or the metrics up to one cannot be written.
             StoppedEarly: Some rank was asked to stop; the step it was in is saved.
         """
         done = self._resume()

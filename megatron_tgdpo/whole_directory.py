@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tgdpo.aside import aside_of, refuse_live, remove_stale
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.files import sync
 from megatron_tgdpo.ranks import agree
 
@@ -80,6 +80,12 @@ class WholeDirectory:
         """
         self.on_first_rank(self._publish)
 
+    def collect(self, found: Mapping[str, T]) -> dict[str, T]:
+        """What all ranks have found, under names that differ; on every rank."""
+        parts: list[Mapping[str, T]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, found, group=self.group)
+        return {name: value for part in parts for name, value in part.items()}
+
     def on_first_rank(self, action: Callable[[], object]) -> None:
         """Runs a step on rank 0; see :meth:`on_all_ranks`."""
         self.on_all_ranks(action if dist.get_rank() == 0 else lambda: None)
@@ -88,7 +94,7 @@ class WholeDirectory:
         """Runs a step and has all ranks agree that it worked.
 
         Raises:
-            UserError: It failed on some rank, with any error.
+            UserError: It failed on some rank, with any error; a StorageError if that came from storage or memory.
         """
 
         def attempt() -> T:
@@ -97,7 +103,8 @@ class WholeDirectory:
             except UserError:
                 raise
             except (Exception, CheckpointException) as error:  # the latter derives from BaseException
-                raise UserError(self._message(error)) from error
+                kind = StorageError if is_of_storage(error) else UserError
+                raise kind(self._message(error)) from error
 
         return agree(attempt, self.group)
 
@@ -149,6 +156,24 @@ def refuse_existing(path: Path) -> None:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is not empty, delete it or choose another directory")
+
+
+def load_error(path: Path, error: BaseException) -> UserError:
+    """What to raise for an error while reading a checkpoint: one of its content, or of storage that may work later."""
+    kind = StorageError if is_of_storage(error) else UserError
+    return kind(f"{path}: cannot load: {one_line(error)}")
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Whether beneath an error, DCP's of several ranks too, storage or memory has failed."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, CheckpointException):
+            return any(is_of_storage(cause) for cause, _ in seen.failures.values())
+        if isinstance(seen, (OSError, MemoryError, StorageError)):
+            return not isinstance(seen, (FileNotFoundError, NotADirectoryError))
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def one_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ import yaml
 
 from megatron_tgdpo.config import config_from_dict, to_yaml
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.run_directory import write_atomically
 from tools.llamafactory_datasets import dataset_file
 
 # Reference key -> our key, value as it is.
@@ -147,7 +148,7 @@ def main() -> None:
             if validation is None and reference.get("eval_dataset"):
                 validation = dataset_file(args.dataset_info, str(reference["eval_dataset"]))
         config = config_from_dict(convert(reference, args.ranks, train, validation), str(args.reference))
-        args.out.write_text(to_yaml(config), encoding="utf-8")
+        write_atomically(args.out, to_yaml(config))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

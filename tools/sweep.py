@@ -18,7 +18,6 @@ from typing import Any
 
 from megatron_tgdpo.config import Config, load_config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import write_error
 from megatron_tgdpo.run_directory import is_done, write_atomically
 from tools.child_processes import Commands
 
@@ -57,13 +56,6 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     )
 
 
-def _write_results(file: Path, results: dict[str, Any]) -> None:
-    try:
-        write_atomically(file, json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise write_error(file, error) from error
-
-
 def _command(config_file: str, overrides: list[str], ranks: int) -> list[str]:
     launcher = [sys.executable]
     if ranks > 1:
@@ -99,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     if status:
                         sys.exit(status)
                 results[name] = last_figures(configs[name])
-        _write_results(args.out / "results.json", results)
+        write_atomically(args.out / "results.json", json.dumps(results, indent=2) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

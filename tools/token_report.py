@@ -89,10 +89,7 @@ def _report(given: argparse.Namespace, config: Config) -> str:
     facts = {**models, "data": dataset.prefix, "pairs": f"{len(pairs):,} of {len(dataset):,}"}
     alpha, beta = config.loss.options["alpha"], config.loss.options["beta"]
     page = render_page(shown, figures, alpha=alpha, beta=beta, facts=facts, warning=warning)
-    try:
-        write_atomically(given.out, page)
-    except OSError as error:
-        raise UserError(f"{given.out}: cannot be written: {error.strerror}") from error
+    write_atomically(given.out, page)
     if warning:
         print(f"WARNING: {warning}", file=sys.stderr)
     return f"{summary(figures, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"

@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import read_error
 
 # For a raw SentencePiece model, which carries no template: the reference code's template named "default".
 DEFAULT_TEMPLATE = (
@@ -108,7 +109,9 @@ def read_template(path: str) -> str:
     try:
         # Editors end files with a newline that the author did not mean to put after every prompt.
         return Path(path).read_text(encoding="utf-8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise read_error(path, error) from error
+    except UnicodeDecodeError as error:
         raise UserError(f"cannot read the chat template {path}: {error}") from error
 
 

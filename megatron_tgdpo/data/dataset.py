@@ -23,7 +23,8 @@ from megatron_tgdpo.data.manifest import (
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import where
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.files import read_error
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,9 @@ class PreferenceDataset:
         try:
             self._sequences = IndexedDataset(prefix)
             self.origin = np.load(prefix + ".source.npy", mmap_mode="r", allow_pickle=False)
-        except (AssertionError, OSError, ValueError, KeyError) as error:
+        except OSError as error:
+            raise read_error(prefix, error) from error
+        except (AssertionError, ValueError, KeyError) as error:
             raise UserError(f"{prefix}: the index is damaged ({error}); preprocess again") from error
         pairs = self.manifest["pairs"]
         if len(self._sequences) != 3 * pairs or self.origin.shape != (pairs, 2):
@@ -263,6 +266,8 @@ def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progre
             continue
         try:
             dataset = PreferenceDataset(prefix)
+        except StorageError:
+            raise  # what could not be read is not to be replaced
         except UserError as error:
             logger.warning("making the cached dataset again: %s", error)
             continue

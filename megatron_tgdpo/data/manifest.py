@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import FileDigest, file_digest, read_error
 
 FORMAT_VERSION = 1
 MANIFEST_SUFFIX = ".manifest.json"
@@ -22,30 +22,17 @@ DATA_SUFFIXES = (".bin", ".idx", ".source.npy")
 REQUIRED_KEYS = ("files", "pairs", "dropped", "tokenizer", "max_token_id", "options", "sources")
 
 
-@dataclass(frozen=True)
-class FileDigest:
-    """A file's size in bytes and sha256 (hex)."""
-
-    size: int
-    sha256: str
-
-
 def digest_file(path: str) -> FileDigest:
     """Hashes a file in blocks.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it is not there.
+        StorageError: it cannot be read.
     """
-    digest = hashlib.sha256()
-    size = 0
     try:
-        with open(path, "rb") as stream:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                digest.update(block)
-                size += len(block)
+        return file_digest(Path(path))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return FileDigest(size, digest.hexdigest())
+        raise read_error(path, error) from error
 
 
 def fsync_path(path: str | Path) -> None:
@@ -110,6 +97,7 @@ def read_manifest(prefix: str) -> dict[str, Any]:
     Raises:
         UserError: it is missing (the dataset is incomplete), malformed, of another version, or a data file is
             missing or has another size than recorded.
+        StorageError: a file cannot be read.
     """
     path = prefix + MANIFEST_SUFFIX
     try:
@@ -118,7 +106,9 @@ def read_manifest(prefix: str) -> dict[str, Any]:
         raise UserError(
             f"{path} is missing: the dataset {prefix} does not exist or is incomplete; preprocess again"
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise read_error(path, error) from error
+    except ValueError as error:
         raise UserError(f"{path}: cannot read the manifest ({error}); preprocess again") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not a version {FORMAT_VERSION} manifest; preprocess again")
@@ -129,8 +119,10 @@ def read_manifest(prefix: str) -> dict[str, Any]:
         recorded = manifest["files"][suffix]["size"]
         try:
             size = os.stat(prefix + suffix).st_size
-        except OSError as error:
+        except FileNotFoundError as error:
             raise UserError(f"{prefix + suffix} is missing; preprocess again") from error
+        except OSError as error:
+            raise read_error(prefix + suffix, error) from error
         if size != recorded:
             raise UserError(
                 f"{prefix + suffix} has {size} bytes and the manifest says {recorded}: truncated or replaced; "

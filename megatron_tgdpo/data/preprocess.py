@@ -37,6 +37,7 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import RawRecord, detect_format, parse_line, read_records, where
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import write_error
 from megatron_tgdpo.stopping import leave_if_requested
 
 BATCH_RECORDS = 64
@@ -96,6 +97,7 @@ def preprocess(
     Raises:
         UserError: bad input (names file and record), nothing left, or the output cannot be written. No manifest is
             left by a failed or interrupted run, and a dataset that was complete before stays as it was.
+        StorageError: the output cannot be written for a reason that may pass, as a full disk.
         StoppedEarly: this process was asked to stop.
     """
     if not overwrite and os.path.exists(prefix + MANIFEST_SUFFIX):
@@ -119,7 +121,7 @@ def write_dataset(
         manifest = _fill(staging, sources, options, tokenizer, progress)
         commit(staging, prefix, manifest)
     except OSError as error:
-        raise UserError(f"cannot write the dataset {prefix}: {error.strerror or error}") from error
+        raise write_error(f"the dataset {prefix}", error) from error
     finally:
         for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX):
             with suppress(OSError):

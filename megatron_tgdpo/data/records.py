@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import read_error
 
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 256
@@ -49,7 +50,7 @@ def detect_format(path: str) -> str:
                 if text:
                     return _json_kind(path, text[:1])
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise read_error(path, error) from error
     raise UserError(f"{path}: the file is empty; give at least one preference pair")
 
 

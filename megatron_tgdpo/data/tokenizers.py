@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from megatron_tgdpo.data.chat import DEFAULT_TEMPLATE, ChatTemplate, read_template
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import read_error
 
 NO_TEMPLATE = "none"
 
@@ -119,9 +120,12 @@ class SentencePieceTokenizer:
 
         try:
             model = Path(path).read_bytes()
+        except OSError as error:
+            raise read_error(path, error) from error
+        try:
             definition = protobuf.ModelProto.FromString(model)
             pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (OSError, RuntimeError, DecodeError) as error:
+        except (RuntimeError, DecodeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"cannot open {path} as a SentencePiece model: {reason}") from error
         self._pieces = pieces

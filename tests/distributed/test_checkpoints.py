@@ -69,10 +69,23 @@ def test_the_checkpoint_before_a_damaged_one_is_used(base: Path) -> None:
     assert [[step[key] for key in SERIES] for step in damaged] == [[step[key] for key in SERIES] for step in whole]
 
 
-def test_without_an_undamaged_checkpoint_the_run_says_so(base: Path) -> None:
+def errors(base: Path, kind: str) -> set[str]:
+    """What the ranks raised."""
+    return {base.with_name(f"{base.name}-{kind}-{rank}").read_text() for rank in range(2)}
+
+
+def test_a_rank_that_cannot_read_stops_all_of_them_and_nothing_is_renamed(base: Path) -> None:
     directory = base.with_name(f"{base.name}-damaged") / "checkpoints"
-    messages = {base.with_name(f"{base.name}-error-{rank}").read_text() for rank in range(2)}
-    (message,) = messages
-    assert message.startswith(f"{directory}/step_00000002/__1_0.distcp: the bytes of ")
+    (message,) = errors(base, "unreadable")
+    assert message.startswith("AgreedStorageError: rank 1: ")
+    assert f"{directory}/step_00000006/__" in message
+    assert message.endswith("cannot be read: Input/output error")
+
+
+def test_without_an_undamaged_checkpoint_the_run_says_so_at_every_start(base: Path) -> None:
+    directory = base.with_name(f"{base.name}-damaged") / "checkpoints"
+    (message,) = errors(base, "error-0") | errors(base, "error-1")
+    assert message.startswith(f"AgreedError: {directory}/step_00000006/__1_0.distcp: its bytes are not those")
     assert "no undamaged checkpoint is left" in message
-    assert sorted(path.name for path in directory.iterdir()) == [f"step_0000000{step}.damaged" for step in (2, 4, 6)]
+    names = ["step_00000002", "step_00000004", "step_00000004.damaged", "step_00000006"]
+    assert sorted(path.name for path in directory.iterdir()) == names

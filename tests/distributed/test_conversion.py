@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_tgdpo.checkpoint_directory import read_metadata
 from tests.distributed.common import assert_same_weights, read_weights
 from tests.distributed.worker_conversion import LENGTHS, row_tokens, upstream_gradient
 from tests.launch import PATIENCE
@@ -199,7 +200,8 @@ def test_imports_what_megatron_core_would_save(root: Path, model: str) -> None:
             assert ours.state_dict_metadata[key].size == info.size, key
             assert ours.state_dict_metadata[key].properties == info.properties, key
     assert ours.planner_data == theirs.planner_data
-    for name in ("tgdpo.json", "metadata.json", "common.pt", "hf/config.json"):
+    assert read_metadata(root / "megatron" / model) == read_metadata(root / "live" / model)
+    for name in ("metadata.json", "common.pt", "hf/config.json"):
         one, other = (root / folder / model / name for folder in ("megatron", "live"))
         assert one.read_bytes() == other.read_bytes(), name
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_tgdpo.checkpoint_directory import read_metadata
 from tests.distributed.common import assert_same_weights, read_weights
 from tests.launch import run_module
 from tests.processes import run_forked
@@ -63,8 +64,7 @@ def test_dtype_on_the_way(root: Path, tmp_path: Path) -> None:
         assert torch.equal(ours[name], tensor.bfloat16().float()), name
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "float32"
-    metadata = json.loads((tmp_path / "bf16" / "tgdpo.json").read_text())
-    assert metadata == {
+    assert read_metadata(tmp_path / "bf16") == {
         "format_version": 1,
         "step": None,
         "dtype": "bf16",

@@ -1,10 +1,12 @@
 """Trains while checkpoints are written, and from damaged ones: ``worker_checkpoints CONFIG.json``, on two ranks.
 
-Leaves runs in the config's ``output_dir``-foreground, -background and -damaged, and the final error in
-``output_dir``-error.
+Leaves runs in the config's ``output_dir``-foreground, -background and -damaged, and each rank's errors in
+``output_dir``-unreadable and ``output_dir``-error.
 """
 
+import errno
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -13,11 +15,13 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from megatron_tgdpo import checkpoint_format, trainer
+from megatron_tgdpo import checkpoint_directory, checkpoint_format, trainer
 from megatron_tgdpo.config import config_from_dict
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.files import FileDigest, file_digest
 from megatron_tgdpo.ranks import RankEnvironment, connect_store, read_rank_environment
 from megatron_tgdpo.run import run
+from tests.checkpoints import flip
 from tests.distributed.common import merged
 
 ENOUGH = 120
@@ -55,10 +59,25 @@ def train_past_a_write(runner: Runner, config: dict[str, Any]) -> None:
 def flip_a_bit(checkpoint: Path) -> None:
     if dist.get_rank() == 0:
         file = checkpoint / "__1_0.distcp"
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
+        flip(file, file.stat().st_size // 2)
     dist.barrier()
+
+
+def unreadable(file: Path) -> FileDigest:
+    """The second rank's storage fails."""
+    if dist.get_rank() == 1:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return file_digest(file)
+
+
+def write_error(runner: Runner, config: dict[str, Any], file: str) -> None:
+    """Writes how a run ends: the error's type and message."""
+    text = "no error"
+    try:
+        runner(config)
+    except UserError as error:
+        text = f"{type(error).__name__}: {error}"
+    Path(file).write_text(text)
 
 
 def main() -> None:
@@ -73,14 +92,12 @@ def main() -> None:
     checkpoints = Path(f"{base}-damaged") / "checkpoints"
     flip_a_bit(checkpoints / "step_00000004")
     runner(damaged)
-    message = "no error"
-    for step in (2, 4, 6):
-        flip_a_bit(checkpoints / f"step_{step:08d}")
-    try:
-        runner(damaged)
-    except UserError as error:
-        message = str(error)
-    Path(f"{base}-error-{ranks.rank}").write_text(message)
+    with mock.patch.object(checkpoint_directory, "file_digest", unreadable):
+        write_error(runner, damaged, f"{base}-unreadable-{ranks.rank}")
+    for path in checkpoints.glob("step_*[0-9]"):
+        flip_a_bit(path)
+    for attempt in range(2):
+        write_error(runner, damaged, f"{base}-error-{attempt}-{ranks.rank}")
     dist.destroy_process_group()
 
 

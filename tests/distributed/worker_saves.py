@@ -28,13 +28,14 @@ def is_last() -> bool:
 def inject(fail: Sequence[int] = (), slow: float = 0, broken: int = 0) -> None:
     numbers, write = itertools.count(), checkpoint_format.write_sharded
 
-    def faulty(*arguments: Any) -> None:
+    def faulty(*arguments: Any) -> Any:
         number = next(numbers)
         time.sleep(slow)
         if number not in fail:
-            write(*arguments)
-        elif is_last():
+            return write(*arguments)
+        if is_last():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return {}
 
     guard = Trainer._guard
 

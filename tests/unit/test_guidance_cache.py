@@ -1,13 +1,15 @@
 """The cache's files: whole or refused, whatever byte is wrong, and only for what they were made for."""
 
 import json
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.guidance_cache import (
     GuidanceCache,
     GuidanceKey,
@@ -99,6 +101,19 @@ def test_damage_is_named(cache: Path, damage: str) -> None:
         path.write_bytes(content[:-1] if damage == "truncate" else content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"shard-00001\.safetensors: missing or damaged: run tools\.precompute"):
         GuidanceCache(cache, LENGTHS, use_guide=True).check_content()
+
+
+def test_a_shard_that_cannot_be_read_is_not_computed_again(cache: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(cache, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limit[1]))
+    try:
+        with pytest.raises(StorageError) as error:
+            whole_shards(cache, KEY, SHARDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert "shard-00000.safetensors: cannot be read" in str(error.value)
 
 
 def test_an_incomplete_cache_is_refused(tmp_path: Path) -> None:

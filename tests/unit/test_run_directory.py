@@ -1,13 +1,14 @@
 """The output directory belongs to one run."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_tgdpo.config import config_from_dict, load_config
-from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.run_directory import claim_output_dir
+from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.run_directory import claim_output_dir, write_atomically
 from tests.unit.test_config import VALID
 
 
@@ -49,3 +50,16 @@ def test_another_run_is_refused(tmp_path: Path, section: str, changes: dict[str,
     claim_and_step(tmp_path)
     with pytest.raises(UserError, match=named):
         claim_output_dir(config_from_dict(values(tmp_path, **{section: changes})))
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    write_atomically(file, "before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(StorageError, match=r"file\.json: cannot be written: File too large"):
+            write_atomically(file, "after" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file.json": "before"}

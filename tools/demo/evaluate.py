@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from megatron_tgdpo.run_directory import write_atomically
 from tools.demo.language import judge
 from tools.demo.make_data import read_jsonl
 from tools.demo.scoring import Response, auc, encode_response, response_logps, sample_answers
@@ -157,9 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     args = parser.parse_args(argv)
     report = _report(args, AutoTokenizer.from_pretrained(args.base, local_files_only=True))
-    aside = args.out.with_name(args.out.name + ".part")
-    aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    aside.replace(args.out)
+    write_atomically(args.out, json.dumps(report, indent=2) + "\n")
     guide = report["guide"]
     print(f"{report['pairs']} held-out pairs, {report['prompts']} sampled answers a model, beta {report['beta']}")
     print(format_table(report["models"]))

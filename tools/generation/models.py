@@ -12,7 +12,13 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from checkpoints_convert.hf_reader import refuse_adapter
-from megatron_tgdpo.checkpoint_directory import hf_folder, is_megatron_checkpoint, newest_checkpoint, read_metadata
+from megatron_tgdpo.checkpoint_directory import (
+    check_files,
+    hf_folder,
+    is_megatron_checkpoint,
+    newest_checkpoint,
+    read_metadata,
+)
 from megatron_tgdpo.data.encode import encode_sides
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
@@ -118,7 +124,7 @@ def plain_generation(model: PreTrainedModel, stops: list[int]) -> None:
 def _megatron_checkpoint(path: Path) -> Path | None:
     """The Megatron checkpoint that a path means; None for an HF directory."""
     if is_megatron_checkpoint(path):
-        read_metadata(path)
+        check_files(path)
         return path
     refuse_adapter(path)
     if (path / "config.json").is_file():

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from checkpoints_convert.command_line import find_checkpoint
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.errors import UserError
+from tests.checkpoints import without_manifest
 from tests.tiny_models import make_llama
 
 WEIGHT = torch.arange(12.0).view(3, 4)
@@ -121,8 +122,10 @@ def test_another_model_is_refused(saved: Path, wanted: dict, message: str) -> No
 def test_truncated_data_is_refused(saved: Path) -> None:
     file = next(saved.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match=r"distcp: 100 bytes, [\d,]+ were written"):
         checkpoint_format.load(saved, state())
+    with pytest.raises(UserError, match="cannot load"):
+        checkpoint_format.load(without_manifest(saved), state())
 
 
 def test_unknown_version_is_refused(saved: Path) -> None:
@@ -142,14 +145,14 @@ class Payload:
 
 
 def test_metadata_cannot_run_code(saved: Path) -> None:
-    (saved / ".metadata").write_bytes(pickle.dumps(Payload(saved / "executed")))
+    (without_manifest(saved) / ".metadata").write_bytes(pickle.dumps(Payload(saved / "executed")))
     with pytest.raises(UserError, match="does not belong into checkpoint metadata"):
         checkpoint_format.load(saved, state())
     assert not (saved / "executed").exists()
 
 
 def test_plain_values_cannot_run_code(saved: Path) -> None:
-    torch.save({"x": Payload(saved / "executed")}, saved / "common.pt")
+    torch.save({"x": Payload(saved / "executed")}, without_manifest(saved) / "common.pt")
     with pytest.raises(UserError, match="cannot load"):
         checkpoint_format.load(saved, state())
     assert not (saved / "executed").exists()

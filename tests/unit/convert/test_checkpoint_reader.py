@@ -1,8 +1,10 @@
 """Rows of a checkpoint's tensors, however it was divided when it was saved."""
 
+import errno
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_tgdpo import checkpoint_format, checkpoint_reader
 from megatron_tgdpo.checkpoint_reader import CheckpointReader
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import DamageError, StorageError, UserError
 from megatron_tgdpo.files import FilePart
 from tests.tiny_models import make_llama
 
@@ -53,8 +55,26 @@ def test_damaged_file(checkpoint: Path) -> None:
     file.write_bytes(b"x" * len(content))
     with pytest.raises(UserError, match=r"saved: cannot load: "):
         CheckpointReader(checkpoint).rows("vector", None, 0, 7)
+    reader = CheckpointReader(checkpoint)
     file.unlink()
     with pytest.raises(UserError, match=r"saved: cannot load: FileNotFoundError"):
+        reader.rows("vector", None, 0, 7)
+    with pytest.raises(DamageError, match=r"__0_0\.distcp: missing"):
+        CheckpointReader(checkpoint)
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 5])
+def test_a_read_error_is_not_taken_for_damage(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Whichever read fails: torch's reader, zip's or ours."""
+    preadv, calls = os.preadv, itertools.count()
+
+    def failing(*arguments: Any) -> int:
+        if next(calls) == call:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(StorageError, match="Input/output error"):
         CheckpointReader(checkpoint).rows("vector", None, 0, 7)
 
 

@@ -23,6 +23,7 @@ from megatron_tgdpo import checkpoint_format
 from megatron_tgdpo.checkpoint_reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
+from tests.checkpoints import flip, without_manifest
 from tests.launch import ROOT, environment
 from tests.tiny_models import make_llama
 
@@ -158,7 +159,7 @@ def test_optimizer_state_is_not_in_the_way(checkpoint: Path, hf: Path, tmp_path:
     ],
 )
 def test_config_that_lies(checkpoint: Path, tmp_path: Path, key: str, value: object, message: str) -> None:
-    file = checkpoint / "hf" / "config.json"
+    file = without_manifest(checkpoint) / "hf" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(UserError, match=message):
         export(checkpoint, tmp_path / "out")
@@ -181,8 +182,52 @@ def test_template_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) 
 def test_truncated_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     file = next(checkpoint.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match="megatron: cannot load"):
+    with pytest.raises(UserError, match=r"distcp: [\d,]+ bytes, [\d,]+ were written"):
         export(checkpoint, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+
+
+@pytest.mark.parametrize("name", ["hf/tokenizer.json", "hf/tokenizer_config.json", "__0_0.distcp", "metadata.json"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_file_is_named_and_nothing_exported(checkpoint: Path, tmp_path: Path, name: str, cut: bool) -> None:
+    file = checkpoint / name
+    if cut:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        flip(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=rf"{name}: .* written"):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_another_checkpoint_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Same names, shapes and sizes, other values."""
+    other = resave(checkpoint, tmp_path / "other", lambda tensors: tensors["output_layer.weight"].add_(1.0))
+    ours = resave(checkpoint, tmp_path / "ours", lambda tensors: None)
+    (file,) = ours.glob("*.distcp")
+    assert file.stat().st_size == (other / file.name).stat().st_size
+    file.write_bytes((other / file.name).read_bytes())
+    with pytest.raises(UserError, match=r"__0_0\.distcp: its bytes are not those that were written"):
+        export(ours, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["template", "source"])
+def test_a_truncated_tokenizer_of_an_hf_directory_is_named(
+    hf: Path, checkpoint: Path, tmp_path: Path, kind: str
+) -> None:
+    """No manifest tells of it, but what ends in the middle of its JSON is not whole."""
+    file = hf / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:100])
+
+    def convert() -> None:
+        if kind == "source":
+            import_hf(hf, tmp_path / "again", read_hf_config(hf))
+        else:
+            options = {"stored": torch.float32, "dtype": torch.float32, "max_shard_bytes": 10**9}
+            export_hf(checkpoint, tmp_path / "out", template=hf, **options)  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match=r"hf/tokenizer\.json: not readable: .*get it again"):
+        convert()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
@@ -197,7 +242,7 @@ class Payload:
 
 
 def test_checkpoint_cannot_run_code(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    (without_manifest(checkpoint) / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
     with pytest.raises(UserError, match="does not belong into checkpoint metadata"):
         export(checkpoint, tmp_path / "out")
     assert not (tmp_path / "executed").exists()

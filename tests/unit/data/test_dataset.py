@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.manifest import MANIFEST_SUFFIX
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import preprocess
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import StorageError, UserError
 from tests.unit.data.conftest import plain_record
 
 
@@ -144,7 +146,7 @@ def test_workers_and_unused_rules_do_not_matter(prefix, tmp_path, hf_directory):
 
 
 def test_missing_path(tmp_path, hf_directory):
-    with pytest.raises(UserError, match=r"cannot read .*nothing: No such file"):
+    with pytest.raises(UserError, match=r"nothing: cannot be read: No such file"):
         open_or_preprocess(str(tmp_path / "nothing"), PreprocessOptions(hf_directory), str(tmp_path))
 
 
@@ -185,6 +187,25 @@ def test_raw_file_is_preprocessed_once(tmp_path, hf_directory, llama_like_direct
     # The same file under another tokenizer is another dataset.
     assert len(open_or_preprocess(source, PreprocessOptions(llama_like_directory), cache, progress=False)) == 10
     assert len(runs) == 5
+
+
+def test_a_cached_dataset_that_cannot_be_read_is_not_made_again(tmp_path, hf_directory, write_jsonl, monkeypatch):
+    source, options = write_jsonl([plain_record(index) for index in range(3)]), PreprocessOptions(hf_directory)
+    first = open_or_preprocess(source, options, str(tmp_path / "cache"), progress=False)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    read_text = Path.read_text
+
+    def failing(path, *arguments, **keywords):
+        if path.name.endswith(MANIFEST_SUFFIX):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_text(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "read_text", failing)
+    with pytest.raises(StorageError, match=r"manifest\.json: cannot be read: Input/output error"):
+        open_or_preprocess(source, options, str(tmp_path / "cache"), progress=False)
+    monkeypatch.undo()
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == before
+    assert open_or_preprocess(source, options, str(tmp_path / "cache"), progress=False).prefix == first.prefix
 
 
 def test_strict_also_holds_for_a_dataset_made_before(tmp_path, hf_directory, write_jsonl):

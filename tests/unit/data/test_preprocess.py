@@ -19,7 +19,7 @@ from megatron_tgdpo.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import preprocess
 from megatron_tgdpo.data.tokenizers import load_tokenizer
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import StorageError, UserError
 from tests.unit.data.conftest import plain_record
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -194,7 +194,7 @@ def test_full_disk_while_files_are_put_in_place(
         replace(old, new)
 
     monkeypatch.setattr(os, "replace", failing_replace)
-    with pytest.raises(UserError, match=r"cannot write the dataset .*pairs: No space left on device"):
+    with pytest.raises(StorageError, match=r"the dataset .*pairs: cannot be written: No space left on device"):
         preprocess([source], prefix, options, overwrite=overwrite, progress=False)
     monkeypatch.undo()
     assert not Path(prefix + MANIFEST_SUFFIX).exists()
