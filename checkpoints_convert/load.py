@@ -14,7 +14,7 @@ from checkpoints_convert.model_mapping import mapped_parameters
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint_check import refuse_damage
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.fp8_weights import write_parameter
+from megatron_tgdpo.fp8_weights import dequantised, write_parameter
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.models import LanguageModel
 
@@ -64,7 +64,7 @@ def load_megatron_weights(
                 f"{path}: {name} has shape {theirs.get(name)}, the given config.json asks for {ours.get(name)}"
             )
     # Together: every part of every tensor must be asked for by some rank.
-    wanted = {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    wanted = {str(number): dequantised(chunk.sharded_state_dict()) for number, chunk in enumerate(chunks)}
     loaded = checkpoint_format.load(path, {"model": wanted})["model"]
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[str(number)])

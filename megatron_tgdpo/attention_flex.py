@@ -25,8 +25,8 @@ _NO_WINDOW = 2**30
 def _compiled(function: Callable) -> Callable:
     """Compiled once a process: the layers of a model share it.
 
-    Compilation gives up after a few shapes (torch's recompile limit) and then runs unfused, so nothing that changes from
-    row to row or from layer to layer may be a constant to it: rows have one length, keys that or a power of two times
+    Compilation gives up after a few shapes (torch's recompile limit) and then runs unfused, so nothing that changes with
+    the row or the layer may be a constant to it: rows have one length, keys that or a power of two times
     that, and windows are tensors.
     """
     return torch.compile(function, dynamic=False)

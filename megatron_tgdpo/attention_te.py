@@ -45,7 +45,7 @@ class TransformerEngineAttention(PackedAttention):
         )
         # Not a submodule: it has no parameters, and its FP8 state is not the model's.
         self._kernel = (kernel,)
-        # Attention is bf16: inside the layers' FP8 context it would join their amax reductions, on ranks with pairs only.
+        # Attention is bf16; in the layers' FP8 context it would join their amax reductions, on ranks with pairs only.
         self._autocast = te.fp8_autocast
 
     def train(self, mode: bool = True) -> "TransformerEngineAttention":

@@ -6,6 +6,7 @@ kernels are flash attention 2, whose causal mask is aligned to the bottom right.
 
 import functools
 import inspect
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class VarlenAttention(PackedAttention):
         from torch.nn.attention.varlen import varlen_attn
 
         del packing
-        grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_groups() else {}
+        grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_groups() else {}
         if self.softcap is not None:
             raise ValueError("VarlenAttention cannot cap scores")
         out = varlen_attn(

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from packaging.version import Version as PackagingVersion
 
-from megatron_tgdpo.errors import UserError
-
 Version = tuple[int, ...]
 
 # What megatron-core 0.16.1 asks for (its package metadata: transformer-engine >=2.9.0a0,<2.12.0).
@@ -58,9 +56,6 @@ def detect(device: torch.device) -> Capabilities:
     """Looks at the device and tries the imports; no collectives, nothing is left behind but imported packages.
 
     megatron-core decides the same way, on import, which Adam and which multi-tensor kernels it takes.
-
-    Raises:
-        UserError: torch refuses the cuDNN that is loaded.
     """
     from megatron.core.optimizer import Adam, clip_grads
 
@@ -106,9 +101,10 @@ def _transformer_engine_version() -> Version | None:
 def _cudnn_version() -> Version | None:
     # Not torch.backends.cudnn.version(): it refuses a cuDNN older than torch's own, which Transformer Engine may have
     # loaded before and works with.
-    number = torch._C._cudnn.getRuntimeVersion() if torch.backends.cudnn.is_available() else None
-    number = None if number is None else 10000 * number[0] + 100 * number[1] + number[2]
-    return None if number is None else (number // 10000, number % 10000 // 100, number % 100)
+    if not torch.backends.cudnn.is_available():
+        return None
+    version: tuple[int, int, int] = torch._C._cudnn.getRuntimeVersion()  # type: ignore[attr-defined]
+    return version
 
 
 def _has_varlen() -> bool:

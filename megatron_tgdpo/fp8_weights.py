@@ -1,7 +1,7 @@
 """Weights that Transformer Engine holds in FP8, in and out.
 
 Source: TransformerEngine 2.9 ``module/base.py: reset_parameters`` and ``tensor/quantized_tensor.py``, megatron-core
-0.16.1 ``optimizer/distrib_optimizer.py``. Not yet run on a GPU (docs/gpu.md).
+0.16.1 ``optimizer/distrib_optimizer.py``.
 """
 
 from typing import Any
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch import Tensor
+
+# Weights are E4M3 in every format that Transformer Engine offers.
+_LARGEST_E4M3 = 448.0
 
 
 @torch.no_grad()
@@ -28,15 +31,18 @@ def write_parameter(parameter: torch.nn.Parameter, value: Tensor) -> None:
 
 
 def _scale_for(parameter: Any, value: Tensor) -> None:
-    """Delayed scaling: forgets the amax of the memory that the parameter was made from, which nobody initialised, and
-    takes the scale of the value instead of 1."""
+    """Gives a parameter of delayed scaling the scale that its value asks for.
+
+    It was made from memory that nobody initialised, whose largest value would else set the scale for as long as the
+    history of amax goes back.
+    """
     quantizer = getattr(parameter, "_quantizer", None)
-    if type(quantizer).__name__ != "Float8Quantizer":
+    if quantizer is None or type(quantizer).__name__ != "Float8Quantizer":
         return
-    amax = value.abs().max().float()
     quantizer.amax.zero_()
+    amax = value.abs().max().float()
     if amax > 0:
-        quantizer.scale.fill_(448.0 / amax)
+        quantizer.scale.fill_(_LARGEST_E4M3 / amax)
 
 
 def dequantised(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,12 @@ The reference takes the policy's place in the pipeline and the guide rides along
 of co-located training.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -19,6 +18,8 @@ from megatron_tgdpo.batch import PreferenceBatch, collate
 from megatron_tgdpo.colocated import ColocatedCommunicator, ColocatedModel, TokenLogps
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.forward import forward_logps
+from megatron_tgdpo.models import LanguageModel
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout
@@ -37,6 +38,11 @@ class FrozenEngine:
     device: torch.device
 
     @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        """Reference and guide, in the order of their log-probs."""
+        return (self.model.policy, *self.model.frozen.models)
+
+    @property
     def receives(self) -> bool:
         """Whether this rank is the one of its data-parallel replica that gets the results."""
         pg = self.pg
@@ -51,32 +57,15 @@ class FrozenEngine:
         tokens = self.row.pair_tokens(dataset.lengths[list(indices)]).tolist()
         (plan,) = plan_packs(indices, tokens, self.row.tokens, 1)
         packs = [pack for pack in plan if pack]
-        results = self._run(collate([dataset[i] for i in pack], self.row) for pack in packs) if packs else []
+        batches = [collate([dataset[i] for i in pack], self.row).to(self.device) for pack in packs]
+        results = forward_logps([self.model], batches, self.communicator, self.pg, self.row.tokens) if packs else []
         found: dict[int, np.ndarray] = {}
-        for pack, (batch, logps) in zip(packs, results, strict=False):
+        for pack, batch, logps in zip(packs, batches, results, strict=False):
             lengths = dataset.lengths[pack, 1:].sum(axis=1)
             whole = self._whole(batch, logps, int(lengths.sum()))
             if self.receives:
                 found |= zip(pack, np.split(whole.cpu().numpy(), np.cumsum(lengths)[:-1], axis=1), strict=True)
         return found
-
-    def _run(self, batches: Iterator[PreferenceBatch]) -> list[tuple[PreferenceBatch, TokenLogps]]:
-        """Every pack through the pipeline; results on the last stage, in order."""
-        packs = [batch.to(self.device) for batch in batches]
-        pipeline = {} if self.communicator is None else {"p2p_communicator": self.communicator}
-        with torch.no_grad():
-            return get_forward_backward_func(pp_size=self.pg.pp.size(), vp_size=None)(
-                forward_step_func=_forward_step,
-                data_iterator=iter(packs),
-                model=[self.model],
-                num_microbatches=len(packs),
-                seq_length=self.row.tokens,
-                micro_batch_size=1,
-                forward_only=True,
-                collect_non_loss_data=True,
-                pg_collection=self.pg,
-                **pipeline,
-            )
 
     def _whole(self, batch: PreferenceBatch, logps: TokenLogps, tokens: int) -> Tensor:
         """[models, tokens] float32 of all response tokens of a pack, put together over the context-parallel ranks."""
@@ -86,16 +75,6 @@ class FrozenEngine:
         if self.pg.cp.size() > 1:
             dist.all_reduce(whole, group=self.pg.cp)
         return whole
-
-
-def _forward_step(batches: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple:
-    batch = next(batches)
-
-    def collect(logps: TokenLogps, non_loss_data: bool) -> tuple[PreferenceBatch, TokenLogps]:
-        assert non_loss_data
-        return batch, logps
-
-    return model(batch), collect
 
 
 def build_frozen_engine(

@@ -33,12 +33,10 @@ from megatron_tgdpo.guidance_cache import (
 from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.ranks import RankEnvironment, agree, init_distributed, on_every_rank, on_first_rank
+from megatron_tgdpo.rounding import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, layout_of, prepare_data, read_model_configs
 
 logger = logging.getLogger(__name__)
-
-# Largest difference of a log-prob that is computed again, in another pack and perhaps on another layout.
-_TOLERANCES = {"fp32": 1e-4, "bf16": 0.25}
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,11 @@ class Work:
     key: GuidanceKey
     shards: Shards
     missing: list[int]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The models whose log-probs it holds, in the order of the engine's."""
+        return ("reference",) if self.key.guide is None else ("reference", "guide")
 
 
 def precompute_guidance(config: Config, block_pairs: int, ranks: RankEnvironment, store: dist.Store) -> None:
@@ -100,18 +103,33 @@ def verify_guidance(config: Config, sample: int, ranks: RankEnvironment, store: 
         cache = GuidanceCache(work.directory, work.dataset.lengths, use_guide=work.key.guide is not None)
         rng = np.random.default_rng(config.train.seed)
         pairs = sorted(rng.choice(len(work.dataset), min(sample, len(work.dataset)), replace=False).tolist())
-        worst = torch.zeros((), device=engine.device)
-        for index, values in engine.logps(work.dataset, pairs).items():
-            cached = np.stack([logps for logps in cache.logps(index) if logps is not None])
-            worst = torch.maximum(worst, torch.tensor(np.abs(cached - values).max(), device=engine.device))
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        difference, limit = float(worst), _TOLERANCES[config.precision.dtype]
-        if not difference <= limit:
-            raise AgreedError(
-                f"{work.directory}: a log-prob of {len(pairs)} sampled pairs differs by {difference:.3g} nats from the "
-                f"models' ({limit} is allowed): remove the cache and run tools.precompute_guidance again"
-            )
-        logger.info("%s: %d pairs computed again, largest difference %.2g nats", name, len(pairs), difference)
+        values = engine.logps(work.dataset, pairs)
+        noisy = []
+        for draw in range(DRAWS):
+            with rounding_noise(engine.models, engine.device, draw):
+                noisy.append(engine.logps(work.dataset, pairs))
+        cached = {index: np.stack([logps for logps in cache.logps(index) if logps is not None]) for index in values}
+        for number, role in enumerate(work.roles):
+
+            def apart(others: list[dict[int, np.ndarray]], number: int = number) -> LogpDifference:
+                parts = [
+                    (
+                        torch.from_numpy(other[index][number] - values[index][number]),
+                        torch.from_numpy(work.dataset.lengths[index, 1:].astype(np.int64)),
+                    )
+                    for other in others
+                    for index in values
+                ]
+                return logp_difference(parts, engine.device)
+
+            found, allowed = apart([cached]), apart(noisy).allowing()
+            if not found.within(allowed):
+                raise AgreedError(
+                    f"{work.directory}: a log-prob of the {role} in {len(pairs)} sampled pairs differs by {found} nats "
+                    f"from the model's, and rounding explains {allowed}: remove the cache and run "
+                    "tools.precompute_guidance again"
+                )
+            logger.info("%s: %s of %d pairs computed again: differs by up to %s nats", name, role, len(pairs), found)
 
     _on_each_dataset(config, None, ranks, store, verify)
 
@@ -175,14 +193,13 @@ def _compute(engine: FrozenEngine, name: str, work: Work) -> None:
     """This replica's part of the missing shards."""
     mine = work.missing[engine.pg.dp.rank() :: engine.pg.dp.size()]
     pairs = sum(len(work.shards.pairs(shard)) for shard in mine)
-    roles = ("reference",) if work.key.guide is None else ("reference", "guide")
     with tqdm(total=pairs, desc=name, unit="pair", disable=dist.get_rank() != 0) as bar:
         for shard in mine:
             indices = work.shards.pairs(shard)
             found = engine.logps(work.dataset, indices)
             if engine.receives:
                 values = np.concatenate([found[index] for index in indices], axis=1)
-                write_shard(work.directory, shard, work.key, dict(zip(roles, values, strict=True)))
+                write_shard(work.directory, shard, work.key, dict(zip(work.roles, values, strict=True)))
             bar.update(len(indices))
 
 

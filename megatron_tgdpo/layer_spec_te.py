@@ -97,7 +97,7 @@ def with_fused_wgrad(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
     It reads ``gradient_accumulation_fusion`` of its config, which only the linears of the layers may see set.
     """
 
-    class FusedWgradLinear(linear):  # type: ignore[name-defined, misc]
+    class FusedWgradLinear(linear):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, config: LanguageModelConfig, **kwargs: Any) -> None:
             own = copy.copy(config)
             own.gradient_accumulation_fusion = True

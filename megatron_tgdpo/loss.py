@@ -33,6 +33,8 @@ class PreferenceLoss:
         guide_rewards: [B] sum over response tokens of ``token_rewards``.
         token_rewards: [R] beta * (log pi_g - log pi_ref); zeros without a guide.
         token_weights: [R] the factor of each token's log-ratio; ones without a guide.
+        token_logratios: [R] log pi_theta - log pi_ref; zeros without a reference.
+        logratios: [B] their sums over response tokens.
     """
 
     losses: Tensor
@@ -44,6 +46,8 @@ class PreferenceLoss:
     guide_rewards: Tensor
     token_rewards: Tensor
     token_weights: Tensor
+    token_logratios: Tensor
+    logratios: Tensor
 
 
 def sum_per_sequence(values: Tensor, lengths: Tensor) -> Tensor:
@@ -124,6 +128,8 @@ def tgdpo_loss(
         guide_rewards=guide_rewards,
         token_rewards=token_rewards,
         token_weights=token_weights,
+        token_logratios=token_logratios.detach(),
+        logratios=logratios,
     )
 
 
@@ -156,7 +162,8 @@ def dpo_loss(
         over_ranks: See the module.
     """
     reference_logps = reference_logps.detach()
-    tokens = (policy_logps - reference_logps, policy_logps, reference_logps, torch.ones_like(reference_logps))
+    token_logratios = policy_logps - reference_logps
+    tokens = (token_logratios, policy_logps, reference_logps, torch.ones_like(reference_logps))
     logratios, logps, reference, whole_lengths = _sums(over_ranks, lengths, *tokens)
     scores = beta * logratios
     margins = _chosen_minus_rejected(scores)
@@ -173,6 +180,8 @@ def dpo_loss(
         rewards=scores.detach(),
         logps=logps.detach(),
         reference_logps=reference.detach(),
+        token_logratios=token_logratios.detach(),
+        logratios=logratios.detach(),
         **_unguided(policy_logps, logps),
     )
 
@@ -202,8 +211,7 @@ def simpo_loss(
         weighted_margins=margins.detach(),
         rewards=rewards.detach(),
         logps=logps.detach(),
-        reference_logps=torch.zeros_like(logps),
-        **_unguided(policy_logps, logps),
+        **_unreferenced(policy_logps, logps),
     )
 
 
@@ -228,8 +236,7 @@ def sft_loss(policy_logps: Tensor, lengths: Tensor, *, over_ranks: OverRanks = o
         weighted_margins=_chosen_minus_rejected(rewards),
         rewards=rewards,
         logps=logps.detach(),
-        reference_logps=torch.zeros_like(rewards),
-        **_unguided(policy_logps, logps),
+        **_unreferenced(policy_logps, logps),
     )
 
 
@@ -250,3 +257,10 @@ def _unguided(policy_logps: Tensor, sums: Tensor) -> dict[str, Tensor]:
     """What :class:`PreferenceLoss` says of the guide where there is none."""
     zeros = torch.zeros_like(policy_logps)
     return {"guide_rewards": torch.zeros_like(sums), "token_rewards": zeros, "token_weights": zeros + 1.0}
+
+
+def _unreferenced(policy_logps: Tensor, sums: Tensor) -> dict[str, Tensor]:
+    """What :class:`PreferenceLoss` says of reference and guide where there is neither."""
+    zeros = torch.zeros_like(sums)
+    without = {"reference_logps": zeros, "logratios": zeros, "token_logratios": torch.zeros_like(policy_logps)}
+    return {**without, **_unguided(policy_logps, sums)}

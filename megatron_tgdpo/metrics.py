@@ -9,22 +9,22 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_tgdpo.loss import PreferenceLoss
+from megatron_tgdpo.rounding import LogpDifference
 
 _SUMS = (
     "pairs", "count", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen",
     "logps/rejected", "logps/reference_chosen", "logps/reference_rejected", "margins/weighted", "guide_correct",
-    "tokens", "weight", "weight_squared", "weight_negative",
+    "responses_difference", "tokens", "weight", "weight_squared", "weight_negative", "tokens_difference",
 )  # fmt: skip
 # Bounds of the bins in which token weights are counted: finer near 1, as far as 10 from it. 0 is one of them, so that
 # negative weights have bins of their own.
 _OFFSETS = [10 ** (k / 8 - 2.5) for k in range(29)]
 WEIGHT_EDGES = (*(1 - offset for offset in reversed(_OFFSETS)), *(1 + offset for offset in _OFFSETS))
-_MAXIMA = ("weight_max", "negative_weight_min", "start_deviation", "negative_bad_pair")
+_MAXIMA = ("weight_max", "negative_weight_min", "largest_difference", "negative_bad_pair")
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class StepMetrics:
 
     Attributes:
         values: Named figures, without a ``train/`` or ``eval/`` in front of ``loss``.
-        start_deviation: Largest distance from ln 2 of a pair's -log sigmoid(weighted margin).
+        difference: Of the log-probs of policy and reference; zeros without a reference.
         bad_pair: Smallest dataset index of a pair whose loss is not finite, or None.
         weight_counts: Tokens whose weight is below the first of ``WEIGHT_EDGES``, from it up to the next, and so on.
     """
 
     values: dict[str, float]
-    start_deviation: float
+    difference: LogpDifference
     bad_pair: int | None
     weight_counts: list[int]
 
@@ -72,10 +72,11 @@ def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, *, count_pairs: boo
         loss.losses.new_full((), loss.losses.numel()), loss.count, loss.losses.sum(), rewards[0::2].sum(),
         rewards[1::2].sum(), (rewards[0::2] > rewards[1::2]).sum(), logps[0::2].sum(), logps[1::2].sum(),
         reference[0::2].sum(), reference[1::2].sum(), loss.weighted_margins.sum(),
-        (loss.guide_rewards[0::2] > loss.guide_rewards[1::2]).sum(),
+        (loss.guide_rewards[0::2] > loss.guide_rewards[1::2]).sum(), loss.logratios.double().square().sum(),
     ]  # fmt: skip
     of_tokens = [
         weights.new_full((), weights.numel()), weights.sum(), weights.square().sum(), (weights < 0).sum(),
+        loss.token_logratios.double().square().sum(),
     ]  # fmt: skip
     sums = torch.cat([torch.stack([value.double() for value in (*of_pairs, *of_tokens)]), _weight_counts(weights)])
     if not count_pairs:
@@ -83,12 +84,11 @@ def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, *, count_pairs: boo
     lowest = weights.new_full((), float("-inf"))
     maxima = [lowest] * len(_MAXIMA)
     if weights.numel():
-        maxima[:2] = [weights.max(), -weights.min()]
+        maxima[:3] = [weights.max(), -weights.min(), loss.token_logratios.double().abs().max()]
     if pair_indices.numel():
         # Without a boolean index, whose size a GPU would have to tell the host.
         bad = torch.where(torch.isfinite(loss.losses), float("inf"), pair_indices.double())
-        deviations = (-F.logsigmoid(loss.weighted_margins.double()) - math.log(2)).abs()
-        maxima[2:] = [deviations.max(), -bad.min()]
+        maxima[3] = -bad.min()
     return PackMetrics(sums, torch.stack(maxima))
 
 
@@ -143,4 +143,11 @@ def _named(sums: dict[str, float], maxima: dict[str, float]) -> StepMetrics:
         "guidance/guide_accuracy": sums["guide_correct"] / pairs,
     }
     bad = maxima["negative_bad_pair"]
-    return StepMetrics(values, maxima["start_deviation"], int(-bad) if math.isfinite(bad) else None, [])
+    difference = LogpDifference.of_sums(
+        sums["tokens"],
+        sums["tokens_difference"],
+        2 * sums["pairs"],
+        sums["responses_difference"],
+        maxima["largest_difference"],
+    )
+    return StepMetrics(values, difference, int(-bad) if math.isfinite(bad) else None, [])

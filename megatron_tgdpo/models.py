@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.extra_state import load_without, without_content
-from megatron_tgdpo.fp8_weights import dequantised
 from megatron_tgdpo.hf_config import padded_vocab_size
 from megatron_tgdpo.layer_spec import local_block_spec
 from megatron_tgdpo.model_config import LanguageModelConfig, transformer_config_kwargs
@@ -101,7 +100,7 @@ class LanguageModel(GPTModel):
     def sharded_state_dict(  # type: ignore[override]
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's, with names, shapes and dtypes that do not depend on layer spec and FP8."""
+        """As megatron-core's, with names and shapes that do not depend on the layer spec; FP8 weights are in FP8."""
         return without_content(super().sharded_state_dict(prefix, sharded_offsets, metadata))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]

@@ -6,6 +6,7 @@ TransformerEngine 2.9 ``module/base.py: initialize_ub``.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,20 +77,30 @@ def transformer_kwargs(config: Config) -> dict[str, Any]:
     return {"tp_comm_overlap": True} if config.overlap.tensor else {}
 
 
-def wire_overlap(model: DistributedDataParallel, policy: LanguageModel) -> None:
+def wire_overlap(chunks: Sequence[DistributedDataParallel], policy: Sequence[LanguageModel]) -> None:
     """Tells megatron-core's schedule when gradients are final, and gathers the output weight before it is read.
 
-    The schedule reduces gradients once, after the last micro batch, through ``no_sync_func``. Weights are gathered when
-    the module that owns them is called, but the output weight is read without calling its module.
+    The schedule reduces gradients once, after the last micro batch, through ``no_sync_func``. It reads that from the
+    first chunk's config, for all chunks: a chunk that is left out takes every micro batch for the last one. Neither
+    ``grad_sync_func`` nor ``param_sync_func`` is set: they align traffic over stages, and without them each bucket goes
+    out as soon as its gradients are there, or its weights wanted. Weights are gathered when the module that owns them
+    is called, but the output weight is read without calling its module.
+
+    Args:
+        chunks: All chunks of this stage.
+        policy: What they wrap.
     """
-    if model.ddp_config.overlap_grad_reduce:
-        schedule_config = copy.copy(model.config)
-        schedule_config.no_sync_func = model.no_sync
-        model.config = schedule_config
-    if model.ddp_config.overlap_param_gather and policy.post_process:
-        weight = policy.output_weight()
-        group = model.param_to_bucket_group[weight]
-        policy.decoder.register_forward_hook(lambda *_: group.finish_param_sync())
+    first = chunks[0]
+    if first.ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        schedule_config = copy.copy(first.config)
+        # The schedules without chunks take no list.
+        schedule_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        first.config = schedule_config
+    for chunk, part in zip(chunks, policy, strict=True):
+        if chunk.ddp_config.overlap_param_gather and part.post_process:
+            group = chunk.param_to_bucket_group[part.output_weight()]
+            part.decoder.register_forward_hook(lambda *_, group=group: group.finish_param_sync())
 
 
 def finish_param_gather(model: DistributedDataParallel) -> None:

@@ -113,8 +113,7 @@ def build_engine(
     keep_bytes = config.train.keep_logits_mib * 2**20
     modules = [ColocatedModel(chunk, [] if prefetch else frozen, keep_bytes=keep_bytes) for chunk in policy]
     chunks = [DistributedDataParallel(module.config, ddp_config(config), module) for module in modules]
-    for chunk, part in zip(chunks, policy, strict=True):
-        wire_overlap(chunk, part)
+    wire_overlap(chunks, policy)
     fused, dtype = config.train.fused == "auto", DTYPES[config.precision.dtype]
     optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=optimizer_kwargs(config))
     communicator = None

@@ -18,7 +18,6 @@ from torch.profiler import record_function
 from megatron_tgdpo.batch import PreferenceBatch
 from megatron_tgdpo.colocated import ColocatedCommunicator
 from megatron_tgdpo.config import LossConfig
-from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.forward import forward_step
 from megatron_tgdpo.methods import METHODS
 from megatron_tgdpo.metrics import StepMetrics, reduce_metrics
@@ -145,18 +144,3 @@ def evaluate_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int)
     """Metrics of some packs, without gradients. Collective, as :func:`run_packs`."""
     batches = packs if engine.prefetcher is None else engine.prefetcher.alongside(packs)
     return run_packs(engine, batches, count, forward_only=True)
-
-
-def check_start(metrics: StepMetrics, dtype: torch.dtype) -> None:
-    """Checks the identity policy == reference => loss = ln 2 for every pair, whatever guide, alpha and beta.
-
-    Raises:
-        AgreedError: It does not hold, so a checkpoint, mask, pack or layout is wrong, or the policy differs on purpose.
-    """
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-    if not metrics.start_deviation <= tolerance:
-        raise AgreedError(
-            f"step 1: a pair's loss is {metrics.start_deviation:.3g} away from ln 2, so policy and reference disagree "
-            "before training: check model.policy and model.reference, or set train.check_start=false if they differ "
-            "on purpose"
-        )

@@ -29,9 +29,9 @@ from megatron_tgdpo.parallel import ParallelLayout
 from megatron_tgdpo.ranks import agree
 from megatron_tgdpo.run_directory import mark_done
 from megatron_tgdpo.run_inputs import RunData, hf_directory
-from megatron_tgdpo.setup import DTYPES
+from megatron_tgdpo.start_check import check_start
 from megatron_tgdpo.stopping import StoppedEarly
-from megatron_tgdpo.train_step import Engine, StepResult, check_start, evaluate_packs, train_step
+from megatron_tgdpo.train_step import Engine, StepResult, evaluate_packs, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Trainer:
             result = train_step(self.engine, packs, coming[0])
             self._guard(step, result)
             if step == 1 and self.config.train.check_start and self.config.method.frozen:
-                check_start(result.metrics, DTYPES[self.config.precision.dtype])
+                check_start(self.engine, packs, result.metrics)
             values = {"train/loss": result.metrics.values["loss"], "train/grad_norm": result.grad_norm}
             values |= {"train/lr": result.lr}
             values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Makes the tests' own environment and runs them: unit, and distributed on 1, 2 and 4 gloo processes.
 #
-#   bash tests/run.sh [PYTEST_ARGUMENTS]            e.g. bash tests/run.sh tests/unit -k loss
+#   bash tests/run.sh [--full] [PYTEST_ARGUMENTS]   e.g. bash tests/run.sh tests/unit -k loss
+#
+# With --full the layouts that are otherwise tested by example are all run (tests/distributed/test_equivalence.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ "${1:-}" = --full ]; then
+  export TGDPO_TESTS_FULL=1
+  shift
+fi
 bash launch/setup_env.sh .venv-test dev
 python=.venv-test/bin/python
 if [ $# -eq 0 ]; then

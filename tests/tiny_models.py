@@ -42,12 +42,13 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
     seed: int = 0,
+    noise: float = 0.0,
     **options: Any,
 ) -> Path:
     """Writes a random model with a whitespace tokenizer and a chat template; norms and biases are random too.
 
-    With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it. ``options`` go into the HF
-    config, over ``FAMILY_OPTIONS``.
+    With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it. ``noise`` then changes
+    matrices by so much of themselves. ``options`` go into the HF config, over ``FAMILY_OPTIONS``.
 
     Returns:
         ``path``.
@@ -88,6 +89,8 @@ def make_model(
                 else:
                     # Large enough for logits and attention patterns that are far from uniform.
                     parameter.mul_(3.0)
+            for parameter in (p for p in model.parameters() if noise and p.dim() > 1):
+                parameter.mul_(1 + noise * torch.randn_like(parameter))
     model.generation_config.temperature = 0.7
     model.generation_config.do_sample = True
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)

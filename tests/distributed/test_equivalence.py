@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,22 @@ class Case:
     recompute: str = "none"
     context: int = 1
     shared_prompts: bool | None = None
-    virtual: int | None = None  # needs a guidance cache
+    virtual: int | None = None  # needs a guidance cache, where there are frozen models
+    guidance: str = "colocated"  # colocated | prefetch | cached
+    overlap: str = "none"  # none | grad_reduce | both
+    global_pairs: int = SETTINGS.global_pairs
 
     @property
     def settings(self) -> reference.Settings:
         """What the independent implementation is told."""
-        return replace(SETTINGS, method=self.method.removeprefix("smoothed-"), **METHOD_OPTIONS[self.method])
+        method = self.method.removeprefix("smoothed-")
+        return replace(SETTINGS, global_pairs=self.global_pairs, method=method, **METHOD_OPTIONS[self.method])
+
+    @property
+    def cached(self) -> bool:
+        """Whether it reads a guidance cache."""
+        frozen = self.settings.method in ("tgdpo", "dpo")
+        return frozen and (self.virtual is not None or self.guidance == "cached")
 
     @property
     def model(self) -> str:
@@ -134,6 +145,56 @@ CASES = (
 )
 
 
+def _overlapping(name: str, processes: int, **options: Any) -> Case:
+    """A run whose traffic of data ranks is overlapped.
+
+    Eight of the pairs take two or three micro batches on each of two data ranks, now more and now fewer than the step
+    before (four or two where they come in twos, for chunks).
+    """
+    defaults: dict[str, Any] = {"overlap": "both", "row_tokens": 128, "global_pairs": 8}
+    return Case(f"overlap-{name}", processes, "random", **{**defaults, **options})
+
+
+# So that a stage has several buckets; one of megatron-core's own size holds a whole tiny model.
+BUCKET_PARAMETERS = 10_000
+OVERLAP_CASES = (
+    _overlapping("dp2", 2),
+    _overlapping("dp2-cached", 2, guidance="cached"),
+    _overlapping("pp2-dp2", 4, pipeline=2),
+    _overlapping("pp2-dp2-prefetch", 4, pipeline=2, guidance="prefetch", tied=True),
+    _overlapping("vpp2-dp2", 4, pipeline=2, virtual=2),
+    _overlapping("vpp2-dp2-tied-simpo", 4, pipeline=2, virtual=2, tied=True, method="simpo", overlap="grad_reduce"),
+    _overlapping("cp2-dp2", 4, context=2),
+    _overlapping("tp2-sp-dp2", 4, tensor=2, sequence_parallel=True),
+)
+# Every way to have the frozen models' log-probs, on every layout that has data ranks; with --full of tests/run.sh.
+_LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp4": {},
+    "pp2-dp2": {"pipeline": 2},
+    "vpp2-dp2": {"pipeline": 2, "virtual": 2},
+    "cp2-dp2": {"context": 2},
+    "cp2-pp2": {"context": 2, "pipeline": 2},
+    "cp4": {"context": 4},
+    "tp2-dp2": {"tensor": 2},
+    "tp2-sp-dp2": {"tensor": 2, "sequence_parallel": True},
+}
+FULL_OVERLAP_CASES = tuple(
+    _overlapping(f"{layout}-{kind}-{overlap}", 4, overlap=overlap, **options, **_LAYOUTS[layout])
+    for layout in _LAYOUTS
+    for kind, options in {
+        "colocated": {"guidance": "colocated"},
+        "cached": {"guidance": "cached", "tied": True},
+        "prefetch": {"guidance": "prefetch", "tied": True},
+        "dpo": {"method": "dpo", "family": "qwen3", "guidance": "cached"},
+        "simpo": {"method": "simpo"},
+        "sft": {"method": "sft", "recompute": "full"},
+    }.items()
+    for overlap in ("grad_reduce", "both")
+    if not (kind == "colocated" and "virtual" in _LAYOUTS[layout])
+    and not (kind == "prefetch" and (_LAYOUTS[layout].get("pipeline", 1) == 1 or "virtual" in _LAYOUTS[layout]))
+)
+CASES += OVERLAP_CASES + (FULL_OVERLAP_CASES if os.environ.get("TGDPO_TESTS_FULL") else ())
+
 # Identities: each of these runs must repeat the losses and gradient norms of "tp1-dpo".
 DPO_IN_DISGUISE = ("alpha-0", "guide-is-reference")
 
@@ -151,7 +212,7 @@ class Inputs:
         return self.root / f"guide-{case.model}"
 
     def cache(self, case: Case) -> Path:
-        return self.root / f"cache-{case.model}-{case.processes}"
+        return self.root / f"cache-{case.model}-{case.method}-{case.processes}"
 
     def config(self, case: Case) -> dict[str, Any]:
         real = case.data == "real"
@@ -177,9 +238,17 @@ class Inputs:
                 "virtual_pipeline": case.virtual,
                 "timeout_minutes": 15,
             },
-            "guidance": {"mode": "cached" if case.virtual else "colocated", "cache": str(self.cache(case))},
+            "guidance": {
+                "mode": "cached" if case.cached else "colocated",
+                "cache": str(self.cache(case)),
+                "prefetch": case.guidance == "prefetch",
+            },
+            "overlap": {
+                "grad_reduce": case.overlap != "none",
+                "param_gather": case.overlap == "both",
+            },
             "batch": {
-                "global_pairs": SETTINGS.global_pairs,
+                "global_pairs": case.global_pairs,
                 "tokens_per_micro_batch": case.row_tokens,
                 "shared_prompts": case.shared_prompts,
             },
@@ -224,7 +293,7 @@ class Runs:
         self.inputs = inputs
         self.chosen = chosen
         self._launched: set[int] = set()
-        self._expected: dict[tuple[str, str], reference.Result] = {}
+        self._expected: dict[tuple[str, str, int], reference.Result] = {}
 
     def output(self, case: Case) -> Path:
         if case.processes not in self._launched:
@@ -236,11 +305,15 @@ class Runs:
                 and c.name in self.chosen
                 and (c.data == "random" or SHARED_DATA.is_dir())
             ]
-            caches = {self.inputs.cache(c): c for c in ours if c.virtual}
+            caches = {self.inputs.cache(c): c for c in ours if c.cached}
             cases: list[dict[str, Any]] = [
                 *({"config": self.inputs.config(c), "precompute": 8} for c in caches.values()),
                 *(
-                    {"config": self.inputs.config(c), "export": str(self.inputs.root / "runs" / c.name / "hf")}
+                    {
+                        "config": self.inputs.config(c),
+                        "export": str(self.inputs.root / "runs" / c.name / "hf"),
+                        "bucket_parameters": BUCKET_PARAMETERS if c.overlap != "none" else None,
+                    }
                     for c in ours
                 ),
             ]
@@ -260,7 +333,7 @@ class Runs:
         return config
 
     def expected(self, case: Case) -> reference.Result:
-        key = (case.model, case.method)
+        key = (case.model, case.method, case.global_pairs)
         if key not in self._expected:
             policy = self.inputs.policy(case)
             guide = self.inputs.guide(case) if case.method == "tgdpo" else None

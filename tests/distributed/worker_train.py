@@ -3,20 +3,27 @@
     torchrun ... -m tests.distributed.worker_train CASES.json
 
 The file holds a list of ``{"config": {...}, "export": DIR or null}``; with ``"precompute": PAIRS`` a guidance cache is
-computed, in shards of so many pairs, instead of a training, with ``"verify": PAIRS`` one is checked.
+computed, in shards of so many pairs, instead of a training, with ``"verify": PAIRS`` one is checked. With
+``"bucket_parameters": COUNT`` gradients are reduced in buckets of so many parameters.
 """
 
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch.distributed as dist
 
 from checkpoints_convert.export import export_hf
+from megatron_tgdpo import setup
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint
 from megatron_tgdpo.config import Config, config_from_dict
 from megatron_tgdpo.guidance_precompute import precompute_guidance, verify_guidance
+from megatron_tgdpo.overlap import ddp_config
 from megatron_tgdpo.ranks import connect_store, read_rank_environment
 from megatron_tgdpo.run import run
 from megatron_tgdpo.setup import DTYPES
@@ -30,6 +37,13 @@ def export(config: Config, out: Path) -> None:
     export_hf(checkpoint, out, template=checkpoint, stored=stored, dtype=stored, max_shard_bytes=10**9)
 
 
+@contextmanager
+def buckets_of(parameters: int | None) -> Iterator[None]:
+    """Sets the size of megatron-core's gradient buckets, which is no option of the project."""
+    with mock.patch.object(setup, "ddp_config", lambda config: replace(ddp_config(config), bucket_size=parameters)):
+        yield
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     ranks = read_rank_environment()
@@ -41,7 +55,8 @@ def main() -> None:
         elif "verify" in case:
             verify_guidance(config, case["verify"], ranks, own_store)
         else:
-            run(config, ranks, own_store)
+            with buckets_of(case.get("bucket_parameters")):
+                run(config, ranks, own_store)
         if case.get("export"):
             export(config, Path(case["export"]))
         # Every gloo group keeps a thread awake: those of all cases together would slow the later ones down.

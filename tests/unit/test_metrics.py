@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo.loss import PreferenceLoss, sft_loss, tgdpo_loss
 from megatron_tgdpo.metrics import WEIGHT_EDGES, StepMetrics, pack_metrics, reduce_metrics
+from megatron_tgdpo.rounding import LogpDifference
 
 BETA, ALPHA = 0.2, 1.5
 
@@ -68,15 +69,21 @@ def test_figures_do_not_depend_on_packing_and_are_right(single_rank_group: dist.
     assert split["guidance/guide_accuracy"] == pytest.approx(correct / 3)
 
 
-def test_bad_pairs_and_start_deviation(single_rank_group: dist.ProcessGroup) -> None:
+def test_bad_pairs_and_difference_from_the_reference(single_rank_group: dist.ProcessGroup) -> None:
     good, bad = pack(1, [2, 3], [40]), pack(2, [2, 3, 4, 1], [12, 31])
     assert reduced(single_rank_group, [good]).bad_pair is None
     bad[0][6] = math.nan
     bad[0][0] = math.nan
     assert reduced(single_rank_group, [good, bad]).bad_pair == 12
     same = (good[1], *good[1:])
-    assert reduced(single_rank_group, [same]).start_deviation < 1e-6
-    assert reduced(single_rank_group, [good]).start_deviation > 1e-3
+    assert reduced(single_rank_group, [same]).difference == LogpDifference(0.0, 0.0, 0.0)
+    other = pack(3, [4, 1], [7])
+    apart = [found[0] - found[1] for found in (good, other)]
+    sums = [part.sum() for found in zip(apart, ([2, 3], [4, 1]), strict=True) for part in found[0].split(found[1])]
+    difference = reduced(single_rank_group, [good, other]).difference
+    assert difference.token == pytest.approx(float(torch.cat(apart).square().mean().sqrt()), rel=1e-5)
+    assert difference.largest == pytest.approx(float(torch.cat(apart).abs().max()), rel=1e-5)
+    assert difference.response == pytest.approx(float(torch.stack(sums).square().mean().sqrt()), rel=1e-5)
 
 
 def test_without_a_guide_its_figures_are_left_out(single_rank_group: dist.ProcessGroup) -> None:

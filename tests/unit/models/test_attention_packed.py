@@ -81,7 +81,7 @@ def written_out(
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention on the CPU makes whole score matrices."""
-    monkeypatch.setattr("megatron_tgdpo.attention_flex._SHAPE_STEP", 32)
+    monkeypatch.setattr("megatron_tgdpo.attention_flex._BLOCK", 32)
 
 
 @pytest.fixture
