@@ -6,6 +6,7 @@
 # VENV_DIR is relative to the repository's root; EXTRAS is a comma-separated list from pyproject.toml. An environment is
 # reused if it was finished for this pyproject.toml, these extras, this torch and this path, and made anew otherwise.
 # TORCH_SPEC says which torch to install (default: torch==2.13.0 where no NVIDIA GPU is seen, torch>=2.6 where one is).
+# With the extra gpu, Transformer Engine's PyTorch part is compiled for that torch: it needs nvcc and takes a while.
 set -euo pipefail
 
 fail() { echo "setup_env.sh: $*" >&2; exit 1; }
@@ -62,7 +63,40 @@ echo "environment $venv: $("$python" --version), $TORCH_SPEC, this project${extr
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
 # torch in a call of its own, so that the choice of build above is not reopened by what depends on it.
 "${pip[@]}" "$TORCH_SPEC"
-"${pip[@]}" --editable ".${extras:+[$extras]}"
+plain=$(printf '%s' "$extras" | tr ',' '\n' | grep -vx gpu | paste -sd, || true)
+"${pip[@]}" --editable ".${plain:+[$plain]}"
+
+install_transformer_engine() {
+  command -v nvcc >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] ||
+    fail "the extra gpu compiles Transformer Engine: install the CUDA toolkit of torch's version (nvcc), or set CUDA_HOME"
+  # Its build needs this environment's torch, so pip must not make another environment for it, and must find there what
+  # such an environment would get.
+  "${pip[@]}" setuptools wheel pybind11 ninja packaging
+  local requirement includes
+  requirement=$("$venv/bin/python" - <<'PYTHON'
+import importlib.metadata
+import sys
+
+import torch
+from packaging.requirements import Requirement
+
+if torch.version.cuda is None:
+    sys.exit("setup_env.sh: the extra gpu needs a torch with CUDA: set TORCH_SPEC, this one is " + torch.__version__)
+for text in importlib.metadata.requires("megatron-tgdpo") or []:
+    found = Requirement(text)
+    if found.name == "transformer-engine":
+        # The libraries for torch's CUDA; without this extra they are those for CUDA 12.
+        print(f"{found.name}[pytorch,core_cu{torch.version.cuda.partition('.')[0]}]{found.specifier}")
+PYTHON
+  ) || exit 1
+  # Headers of cuDNN and NCCL, where they come with PyPI's torch and not with the toolkit.
+  includes=$("$venv/bin/python" -c 'import glob, site; print(":".join(glob.glob(site.getsitepackages()[0] + "/nvidia/*/include")))')
+  NVTE_FRAMEWORK=pytorch CPATH="$includes${CPATH:+:$CPATH}" "${pip[@]}" --no-build-isolation "$requirement"
+  "$venv/bin/python" -c 'import transformer_engine.pytorch' ||
+    fail "Transformer Engine is installed and cannot be imported, for the reason above"
+}
+case ",$extras," in *,gpu,*) install_transformer_engine ;; esac
+
 printf '%s\n' "$key" >"$stamp.part"
 mv "$stamp.part" "$stamp"
 echo "environment $venv: complete"

@@ -24,6 +24,7 @@ class Capabilities:
         compute_capability: Of the GPU, e.g. (9, 0) for Hopper; None on the CPU.
         cuda: CUDA version that torch was built with.
         transformer_engine: Version of the importable Transformer Engine, None without one.
+        transformer_engine_error: Why an installed Transformer Engine cannot be imported; empty if it can, or is not there.
         cudnn: Version that torch runs on.
         flash_attn: Whether the flash-attn package is importable, which Transformer Engine prefers to cuDNN.
         varlen: Whether torch has variable-length flash attention with windows and scale.
@@ -36,6 +37,7 @@ class Capabilities:
     compute_capability: Version | None = None
     cuda: Version | None = None
     transformer_engine: Version | None = None
+    transformer_engine_error: str = ""
     cudnn: Version | None = None
     flash_attn: bool = False
     varlen: bool = False
@@ -60,12 +62,13 @@ def detect(device: torch.device) -> Capabilities:
     from megatron.core.optimizer import Adam, clip_grads
 
     cuda = device.type == "cuda"
-    engine = _transformer_engine_version() if cuda else None
+    engine, engine_error = _transformer_engine() if cuda else (None, "")
     return Capabilities(
         device=device.type,
         compute_capability=torch.cuda.get_device_capability() if cuda else None,
         cuda=parse_version(torch.version.cuda) if cuda and torch.version.cuda else None,
         transformer_engine=engine,
+        transformer_engine_error=engine_error,
         cudnn=_cudnn_version() if cuda else None,
         flash_attn=cuda and importlib.util.find_spec("flash_attn") is not None,
         varlen=cuda and _has_varlen(),
@@ -88,14 +91,18 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _transformer_engine_version() -> Version | None:
+def _transformer_engine() -> tuple[Version | None, str]:
+    """Its version, and why it cannot be imported although it is installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None, ""
     try:
         engine = importlib.import_module("transformer_engine")
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError):
-        # OSError: a shared library that does not fit this CUDA or torch.
-        return None
-    return parse_version(str(engine.__version__))
+    except Exception as error:
+        # Beside ImportError whatever its loader meets: a library that does not fit this CUDA or torch (OSError), a part
+        # that is not installed (FileNotFoundError, AssertionError).
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return parse_version(str(engine.__version__)), ""
 
 
 def _cudnn_version() -> Version | None:

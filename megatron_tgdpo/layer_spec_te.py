@@ -2,7 +2,7 @@
 
 Source: ``megatron/core/extensions/transformer_engine.py`` and ``transformer_engine_spec_provider.py`` of megatron-core
 0.16.1, Transformer Engine 2.9 to 2.11. Pure functions of their arguments; only :func:`load_parts` needs Transformer
-Engine. Not yet run on a GPU (docs/gpu.md).
+Engine.
 """
 
 import copy

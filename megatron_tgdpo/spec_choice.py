@@ -23,8 +23,13 @@ def choose_layer_spec(requested: str, found: Capabilities, dtype: str = "bf16") 
     Not for fp32: Transformer Engine multiplies fp32 in TF32, which keeps ten bits of each factor.
 
     Raises:
-        UserError: Transformer Engine was asked for and is not usable here.
+        UserError: Transformer Engine was asked for and is not usable here, or is installed and cannot be imported.
     """
+    if requested != "local" and found.transformer_engine_error:
+        raise UserError(
+            f"Transformer Engine is installed but cannot be imported ({found.transformer_engine_error}): mend the "
+            "installation, or set model.layer_spec=local"
+        )
     low, high = TE_VERSIONS
     engine = found.transformer_engine
     supported = engine is not None and low <= engine[:2] < high

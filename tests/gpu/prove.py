@@ -1,6 +1,6 @@
-"""Proves the GPU path on one GPU in under ten minutes, downloads nothing, and leaves a table and a JSON file.
+"""Proves the GPU path on one GPU, downloads nothing, and leaves a table and a JSON file.
 
-    python -m tests.gpu.prove [--parts attention,bf16,spec,fp8,frozen,speed] [--out proof.json] [--minutes 9]
+    python -m tests.gpu.prove [--parts attention,bf16,...] [--out proof.json] [--minutes 9]
 
 Needs PyTorch >= 2.6 with CUDA and this project's requirements; Transformer Engine is optional, and what needs it is
 listed as not taken without it. Exit status 1 if a figure misses its limit. ``--device cpu --tiny`` runs the same code
@@ -11,6 +11,12 @@ on a CPU with toy sizes; its speeds mean nothing.
     spec       the Transformer Engine layer spec beside the local one, every family
     fp8        each recipe's loss curve beside bf16's
     frozen     what FP8 does to token rewards
+    resume     save and load in every precision, FP8 weights too
+    padding    a pack without pairs changes nothing
+    repeat     the same run twice
+    lengths    rows of many lengths through FlexAttention, all of them compiled
+    variants   offloads, overlap and recomputation change no loss
+    ranks      two processes on one GPU, where NCCL takes that
     speed      memory, MFU, pairs/s of a 1B and a 3B shape at 2,048 and 8,192-token rows, beside plain HF
 """
 
@@ -35,9 +41,10 @@ from megatron_tgdpo.parallel import destroy_model_parallel
 from tests.gpu.bench import Bench
 from tests.gpu.figures import Figure, line, peak_tflops, skipped, table, write_json
 from tests.gpu.parts import PARTS
+from tests.gpu.runs import RUNS
 from tests.gpu.speed import speed
 
-NAMES = (*PARTS, "speed")
+NAMES = (*PARTS, *RUNS, "speed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +92,7 @@ def run(bench: Bench, chosen: Sequence[str], tiny: bool, peak: float | None, dea
             if name == "speed":
                 part = speed(bench, tiny, peak, lambda: deadline - time.monotonic())
             else:
-                part = PARTS[name](bench, tiny)
+                part = (PARTS | RUNS)[name](bench, tiny)
             for figure in part:
                 yield figure
                 if deadline <= time.monotonic():

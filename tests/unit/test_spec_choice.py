@@ -1,11 +1,14 @@
 """Which layer spec and core attention is taken where."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_tgdpo import capabilities
 from megatron_tgdpo.capabilities import Capabilities
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.model_config import LanguageModelConfig
@@ -29,6 +32,28 @@ HOPPER = Capabilities("cuda", (9, 0), (12, 9), (2, 11, 0), cudnn=(9, 14, 0), var
 )
 def test_layer_spec(requested: str, found: Capabilities, wanted: str) -> None:
     assert choose_layer_spec(requested, found) == wanted
+
+
+@pytest.mark.parametrize("requested", ["auto", "transformer_engine"])
+def test_a_broken_transformer_engine_is_not_taken_for_none(requested: str) -> None:
+    broken = replace(HOPPER, transformer_engine=None, transformer_engine_error="OSError: libcudart.so.13: no such file")
+    with pytest.raises(UserError, match=r"libcudart.so.13.*model.layer_spec=local"):
+        choose_layer_spec(requested, broken)
+    assert choose_layer_spec("local", broken) == "local"
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted"), [("raise OSError('libcudart.so.13')", "OSError: libcudart.so.13"), (None, "")]
+)
+def test_why_transformer_engine_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str | None, wanted: str
+) -> None:
+    if module is not None:
+        (tmp_path / "transformer_engine").mkdir()
+        (tmp_path / "transformer_engine" / "__init__.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    assert capabilities._transformer_engine() == (None, wanted)
 
 
 def test_fp32_is_not_computed_in_tf32() -> None:
