@@ -15,6 +15,8 @@ from megatron_tgdpo.errors import AgreedError, UserError
 
 T = TypeVar("T")
 
+_FOR_EVER = timedelta(days=30)
+
 
 @dataclass(frozen=True)
 class RankEnvironment:
@@ -81,11 +83,49 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
             raise
         store.set("first_rank", json.dumps({"answer": answer}))
         return answer
-    store.wait(["first_rank"], timedelta(days=30))
+    store.wait(["first_rank"], _FOR_EVER)
     reply = json.loads(store.get("first_rank"))
     if "error" in reply:
         raise AgreedError(reply["error"])
     return reply["answer"]
+
+
+def on_every_rank(action: Callable[[], str], store: dist.Store, ranks: RankEnvironment) -> list[str]:
+    """Runs a long action on every rank, however long it takes on any, before any process group and its time-out exist.
+
+    Args:
+        action: Returns what all ranks are to know of this one.
+        store: From :func:`connect_store`; the keys ``every_rank`` and ``rank_N`` must be unused.
+        ranks: This process's place.
+
+    Returns:
+        The answers of all ranks, in their order.
+
+    Raises:
+        AgreedError: The action failed on some rank, in any way; the message names the rank if that is not rank 0.
+    """
+    failure: Exception | None = None
+    try:
+        mine = {"answer": action()}
+    except Exception as error:
+        failure, mine = error, {"error": str(error) or type(error).__name__}
+    # Through the first rank, so that each rank reads one key and not one of every other rank.
+    if ranks.rank == 0:
+        others = [f"rank_{rank}" for rank in range(1, ranks.world_size)]
+        for key in others:
+            store.wait([key], _FOR_EVER)
+        replies = [mine, *(json.loads(store.get(key)) for key in others)]
+        store.set("every_rank", json.dumps(replies))
+    else:
+        store.set(f"rank_{ranks.rank}", json.dumps(mine))
+        store.wait(["every_rank"], _FOR_EVER)
+        replies = json.loads(store.get("every_rank"))
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    for rank, reply in enumerate(replies):
+        if "error" in reply:
+            raise AgreedError(reply["error"] if rank == 0 else f"rank {rank}: {reply['error']}")
+    return [reply["answer"] for reply in replies]
 
 
 def agree(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

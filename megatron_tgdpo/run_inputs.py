@@ -11,22 +11,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint, remove_incomplete
 from megatron_tgdpo.config import Config
+from megatron_tgdpo.config_changes import INPUTS, Inputs
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.data_order import DataOrder, make_data_order
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
 from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key, model_fingerprints
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.ranks import RankEnvironment
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.run_lock import RunLock
 from megatron_tgdpo.wandb_log import import_wandb
@@ -139,14 +143,48 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
         logger.warning("removed %s, left by a save that was interrupted", left)
     prefixes = prepare_data(config, Path(config.output_dir) / "data")
     if config.guidance.mode == "cached":
-        models = model_fingerprints(config)
         for name, prefix in prefixes.items():
-            dataset = PreferenceDataset(prefix)
-            cache = open_guidance(config, name, dataset)
-            cache.check_key(guidance_key(config, dataset, models))
+            cache = open_guidance(config, name, PreferenceDataset(prefix))
             if config.guidance.verify:
                 cache.check_content()
     return json.dumps(prefixes)
+
+
+def check_inputs(config: Config, prefixes: str, ranks: RankEnvironment, store: dist.Store) -> Inputs:
+    """Fingerprints of all that the run reads, after checking the data, and the guidance cache's key, against them.
+
+    Every rank calls, and reads a share of the files; no process group is needed. Files that are as they were when an
+    earlier start of the run read them are not read again.
+
+    Args:
+        config: The run.
+        prefixes: From :func:`prepare_first_rank`.
+        ranks: This process's place.
+        store: Joins all ranks; its keys must be unused.
+
+    Returns:
+        The same on every rank: a fingerprint for each key of ``config_changes.INPUTS``, None where it is not used.
+
+    Raises:
+        UserError: On every rank: a file cannot be read, the data is damaged, or the cache is of something else.
+    """
+    models = {role: Path(path) for role, path in config.model_paths.items()}
+    datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
+    files = [file for path in models.values() for file in weight_files(path)]
+    files += [Path(file) for dataset in datasets.values() for file in dataset.files]
+    record = Path(config.output_dir) / HASHES_FILE
+    digests = hash_files(files, record, ranks, store, again=config.train.rehash)
+    for dataset in datasets.values():
+        dataset.verify(digests)
+    if config.guidance.mode == "cached":
+        frozen = model_fingerprints(config, digests)
+        for name, dataset in datasets.items():
+            open_guidance(config, name, dataset).check_key(guidance_key(config, dataset, frozen))
+    made_with = datasets["train"].manifest["tokenizer"]
+    found: dict[str, str | None] = dict.fromkeys(INPUTS)
+    found |= {f"model.{role}": weights_fingerprint(path, digests) for role, path in models.items()}
+    found |= {f"data.{name}": dataset.fingerprint for name, dataset in datasets.items()}
+    return found | {"data.tokenizer": made_with["fingerprint"], "data.chat_template": made_with["template_fingerprint"]}
 
 
 def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
@@ -192,8 +230,14 @@ def _whole_rows(config: Config) -> RowFormat:
     return RowFormat(config.row_tokens, shared, context, chosen_only=config.method.chosen_only)
 
 
-def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
+def open_data(config: Config, prefixes: str, vocab_size: int, done: tuple[int, int] = (0, 0)) -> RunData:
     """Opens the datasets that :func:`prepare_first_rank` named.
+
+    Args:
+        config: The run.
+        prefixes: As that returned them.
+        vocab_size: Of the models.
+        done: Steps that were made before, and how many pairs of ``data.train`` they consumed.
 
     Raises:
         UserError: A pair does not fit a row, or holds a token id that the models do not have.
@@ -215,6 +259,7 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
         config.train.epochs,
         config.data.shuffle,
         config.train.seed,
+        *done,
     )
     caches = {}
     if config.guidance.mode == "cached":
