@@ -20,9 +20,9 @@ from megatron_tgdpo.errors import UserError
 class Rule(Enum):
     """When a key may have another value than the run had so far."""
 
-    START = "always: it says how this start goes, and is not compared"
+    START = "each start's own: it says how this start goes, and is not compared"
     FREE = "always: it does not change what is computed, but for rounding"
-    ASKED = "with train.resume=changed: from the next step on"
+    ASKED = "with `train.resume=changed`: from the next step on"
     FIXED = "never: with another value it is another run"
 
 

@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_tgdpo.config import config_from_dict, load_config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.run_directory import MetricsLog, claim_output_dir
+from megatron_tgdpo.run_directory import MetricsLog, claim_output_dir, is_done, mark_done, record_start
+from tests.distributed.common import merged
 from tests.unit.test_config import VALID
 
 
@@ -41,7 +42,6 @@ def test_the_same_run_may_come_back_on_another_layout(tmp_path: Path) -> None:
     ("section", "changes", "named"),
     [
         ("loss", {"alpha": 0.9}, "loss.alpha"),
-        ("model", {"guide": "other"}, "model.guide"),
         ("train", {"seed": 5}, "train.seed"),
         ("batch", {"global_pairs": 16}, "batch.global_pairs"),
         ("optimizer", {"lr": 1e-3}, "optimizer.lr"),
@@ -51,6 +51,30 @@ def test_another_run_is_refused(tmp_path: Path, section: str, changes: dict[str,
     claim_and_step(tmp_path)
     with pytest.raises(UserError, match=named):
         claim_output_dir(config_from_dict(values(tmp_path, **{section: changes})))
+
+
+def test_a_run_that_is_continued_with_other_values_is_done_no_more(tmp_path: Path) -> None:
+    claim_and_step(tmp_path)
+    mark_done(tmp_path / "run", 10)
+    longer = values(tmp_path, train={"steps": 20})
+    with pytest.raises(UserError, match=r"train\.steps 20, was 10"):
+        is_done(config_from_dict(longer))
+    asked = config_from_dict(merged(longer, train={"resume": "changed"}))
+    assert not is_done(asked)
+    claim_output_dir(asked)
+    record_start(asked, {}, 10, 20)
+    assert not (tmp_path / "run" / "DONE").exists()
+    mark_done(tmp_path / "run", 20)
+    assert is_done(config_from_dict(longer)), "config.yaml says what the run is by now"
+    moved = merged(longer, model={"guide": "elsewhere"})
+    assert not is_done(config_from_dict(moved)), "only its content tells whether it is another"
+
+
+def test_an_unreadable_config_of_a_run_is_named(tmp_path: Path) -> None:
+    claim_and_step(tmp_path)
+    (tmp_path / "run" / "config.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match=r"run/config\.yaml: cannot be read"):
+        claim_output_dir(config_from_dict(values(tmp_path)))
 
 
 def test_metrics_are_cut_back_to_the_checkpoint_they_continue_from(tmp_path: Path) -> None:
