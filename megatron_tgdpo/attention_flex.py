@@ -1,7 +1,7 @@
 """Core attention on PyTorch's FlexAttention: a fused kernel that can cap scores, which Transformer Engine cannot.
 
 Source: ``torch.nn.attention.flex_attention`` (torch >= 2.6). Forward runs on the CPU too, for tests; its backward is
-for GPUs only. Not yet run on a GPU (docs/gpu.md).
+for GPUs only.
 """
 
 import functools
@@ -25,9 +25,9 @@ _NO_WINDOW = 2**30
 def _compiled(function: Callable) -> Callable:
     """Compiled once a process: the layers of a model share it.
 
-    Compilation gives up after a few shapes (torch's recompile limit) and then runs unfused, so nothing that changes with
-    the row or the layer may be a constant to it: rows have one length, keys that or a power of two times
-    that, and windows are tensors.
+    Compilation gives up after a few shapes (torch's recompile limit) and then runs unfused. So nothing that changes
+    with the row or the layer may be a constant to it: rows have one length, keys that or a power of two times that, and
+    windows are tensors.
     """
     return torch.compile(function, dynamic=False)
 

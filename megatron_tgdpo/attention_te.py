@@ -2,7 +2,7 @@
 
 Source: ``transformer_engine.pytorch.DotProductAttention`` of versions 2.9 to 2.11. It caps no scores in any of them
 (``dot_product_attention/utils.py`` and ``backends.py`` know no softcap), and its thd format has no unfused path at 2.9,
-so fp32 is out. Nothing here imports Transformer Engine until a layer is built. Not yet run on a GPU (docs/gpu.md).
+so fp32 is out. Nothing here imports Transformer Engine until a layer is built.
 """
 
 from typing import Any

@@ -6,6 +6,7 @@ kernels are flash attention 2, whose causal mask is aligned to the bottom right.
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ class VarlenAttention(PackedAttention):
         from torch.nn.attention.varlen import varlen_attn
 
         del packing
-        grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_groups() else {}
+        grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _takes_groups(varlen_attn) else {}
         if self.softcap is not None:
             raise ValueError("VarlenAttention cannot cap scores")
         out = varlen_attn(
@@ -42,8 +43,6 @@ class VarlenAttention(PackedAttention):
 
 
 @functools.cache
-def _asks_for_groups() -> bool:
-    """Whether grouped heads are an argument: torch 2.11 takes them as they are."""
-    from torch.nn.attention.varlen import varlen_attn
-
+def _takes_groups(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether grouped heads must be asked for: torch 2.11 takes them as they are."""
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -20,8 +20,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 2**21}
 # Vocabulary rows of a chunk at least, however many tokens there are.
 _FEWEST_ROWS = 256
-# Where there is room, rows come in multiples of this: they are the leading dimension of the logits, and a GPU's fast
-# bf16 products want that aligned.
+# On a GPU rows come in multiples of this: they are the leading dimension of the logits, and the fast bf16 products want
+# that aligned.
 _ROW_STEP = 64
 
 _MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
@@ -89,9 +89,11 @@ def token_logps(
 def chunk_rows(tokens: int, rows: int, device_type: str, chunk_elements: int | None = None) -> int:
     """Vocabulary rows of a chunk that holds ``tokens`` tokens, of ``rows`` in all."""
     wanted = (chunk_elements or CHUNK_ELEMENTS[device_type]) // max(tokens, 1)
-    if wanted > _ROW_STEP:
-        wanted -= wanted % _ROW_STEP
-    return min(max(wanted, 1 if chunk_elements else _FEWEST_ROWS), max(rows, 1))
+    found = min(max(wanted, 1 if chunk_elements else _FEWEST_ROWS), max(rows, 1))
+    if device_type == "cuda" and found > _ROW_STEP:
+        # What is left over of the vocabulary is a small chunk of its own.
+        found -= found % _ROW_STEP
+    return found
 
 
 class _Chunks:

@@ -59,8 +59,9 @@ def at_least(part: str, name: str, value: float, limit: float, unit: str = "", n
     return Figure(part, name, value, unit, f">= {limit:g}", bool(value >= limit), note)
 
 
-def skipped(part: str, name: str, reason: str) -> Figure:
-    return Figure(part, name, None, note=" ".join(reason.split()))
+def skipped(part: str, name: str, reason: str, *, judged: bool = False) -> Figure:
+    """A figure that was not taken; ``judged`` if the goals are about it: then the run fails."""
+    return Figure(part, name, None, passed=False if judged else None, note=" ".join(reason.split()))
 
 
 def line(figure: Figure) -> str:

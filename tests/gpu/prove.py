@@ -78,7 +78,8 @@ def run(bench: Bench, chosen: Sequence[str], tiny: bool, peak: float | None, dea
     """The chosen parts in their order; one that fails is a failed figure, and the others still run."""
     for name in (name for name in NAMES if name in chosen):
         if deadline <= time.monotonic():
-            yield skipped(name, "the whole part", "no time left: raise --minutes or choose --parts")
+            reason = "no time left: raise --minutes or choose --parts"
+            yield skipped(name, "the whole part", reason, judged=name == "speed" and not tiny)
             continue
         try:
             if name == "speed":

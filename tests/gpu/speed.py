@@ -22,10 +22,12 @@ def speed(bench: Bench, tiny: bool, peak: float | None, time_left: Callable[[], 
     """Every shape and row length; the 3B shape at 8,192 tokens first, with the limits."""
     cells = [("tiny", 256)] if tiny else [("3B", 8192), ("1B", 8192), ("3B", 2048), ("1B", 2048)]
     for shape, row in cells:
+        judged = (shape, row) == cells[0] and not tiny
         if time_left() < (0 if tiny else 60):
-            yield skipped("speed", f"{shape}, rows of {row}", "no time left: raise --minutes, or --parts speed")
+            reason = "no time left: raise --minutes, or --parts speed"
+            yield skipped("speed", f"{shape}, rows of {row}", reason, judged=judged)
             continue
-        yield from cell(bench, shape, row, peak, judged=(shape, row) == cells[0] and not tiny)
+        yield from cell(bench, shape, row, peak, judged=judged)
 
 
 def cell(bench: Bench, shape: str, row: int, peak: float | None, *, judged: bool) -> Iterator[Figure]:
@@ -35,7 +37,10 @@ def cell(bench: Bench, shape: str, row: int, peak: float | None, *, judged: bool
     pairs = random_pairs(16, row // 4, hf_config.vocab_size, 0)
     lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
     seconds: dict[str, float] = {}
-    for name, precision in (("bf16", {}), ("FP8", {"fp8": "tensorwise", "fp8_params": True})):
+    precisions: dict[str, dict[str, Any]] = {
+        "bf16": {}, "FP8": {"fp8": "tensorwise"}, "FP8 with FP8 weights": {"fp8": "tensorwise", "fp8_params": True},
+    }  # fmt: skip
+    for name, precision in precisions.items():
         for mode in ("cached", "colocated"):
             what = f"{shape}, rows of {row}, {name}, {mode}"
             guidance = {"mode": mode, "cache": "unused" if mode == "cached" else None}
@@ -44,9 +49,9 @@ def cell(bench: Bench, shape: str, row: int, peak: float | None, *, judged: bool
                 with random_weights():
                     engine = bench.engine(config)
                 packs = packs_of(pairs, engine.row, cached=mode == "cached")
-                taken, memory = bench.timed(partial(train_step, engine, packs), 1, 2)
+                taken, memory = bench.timed(partial(train_step, engine, packs), 2, 3)
             except (UserError, torch.cuda.OutOfMemoryError) as error:
-                yield skipped("speed", what, str(error))
+                yield skipped("speed", what, str(error), judged=judged)
                 continue
             finally:
                 engine = None
@@ -68,7 +73,7 @@ def cell(bench: Bench, shape: str, row: int, peak: float | None, *, judged: bool
     try:
         plain = bench.timed(plain_step(hf_config, pairs[:4], bench.device), 1, 1)[0] * len(pairs) / 4
     except torch.cuda.OutOfMemoryError as error:
-        yield skipped("speed", f"{shape}, rows of {row}: plain HF", str(error))
+        yield skipped("speed", f"{shape}, rows of {row}: plain HF", str(error), judged=judged)
         return
     finally:
         bench.forget()

@@ -31,6 +31,12 @@ def test_layer_spec(requested: str, found: Capabilities, wanted: str) -> None:
     assert choose_layer_spec(requested, found) == wanted
 
 
+def test_fp32_is_not_computed_in_tf32() -> None:
+    """Transformer Engine's fp32 products are TF32: its layers are taken where they are asked for alone."""
+    assert choose_layer_spec("auto", HOPPER, "fp32") == "local"
+    assert choose_layer_spec("transformer_engine", HOPPER, "fp32") == "transformer_engine"
+
+
 @pytest.mark.parametrize(
     ("found", "message"),
     [

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from megatron_tgdpo import attention_flex
 from megatron_tgdpo.attention_flex import FlexPackedAttention
 from megatron_tgdpo.attention_packed import PackedAttention, RowCache, Segments
 from megatron_tgdpo.attention_te import TransformerEngineAttention
@@ -99,6 +101,19 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+def test_varlen_of_a_torch_that_takes_grouped_heads_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 has no argument for them."""
+
+    def varlen_attn(q, k, v, cu_q, cu_kv, max_q, max_kv, *, scale, window_size):
+        return fake_te.varlen(q, k, v, cu_q, cu_kv, scale, window_size)
+
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+    tensors, packing = inputs(requires_grad=False), own_keys([0, 5, 14])
+    out = build(VarlenAttention)(*tensors, packed_seq_params=packing)
+    assert torch.allclose(out, written_out(*tensors, packing, ROW, None), atol=1e-12)
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", [TransformerEngineAttention, VarlenAttention, FlexPackedAttention])
 @pytest.mark.parametrize("packing", [shared_prompts, lambda: own_keys([0, 5, 6, 6, 14]), lambda: own_keys([0, ROW])])
@@ -121,6 +136,28 @@ def test_equals_the_definition(kind: type[PackedAttention], packing: Callable, w
         assert mine.grad is not None
         assert reference.grad is not None
         assert torch.allclose(mine.grad, reference.grad, atol=1e-12)
+
+
+def test_flex_is_compiled_for_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch stops compiling a function after eight versions of it, and would go on without a fused kernel."""
+    torch.compiler.reset()
+    versions = CompileCounterWithBackend("eager")
+    for name in ("create_block_mask", "flex_attention"):
+        compiled = torch.compile(getattr(attention_flex, name), dynamic=False, backend=versions)
+        monkeypatch.setattr(attention_flex, name, compiled)
+    # A layer with a window and one without; rows of every fill, with shared prompts and without; with and without
+    # gradients, as the policy and the frozen models.
+    modules = [build(FlexPackedAttention, layer, window_size=(3, 0), window_attn_skip_freq=2) for layer in (1, 2)]
+    assert {module.window for module in modules} == {None, 4}
+    packings = [own_keys([0, *ends]) for ends in ([3], [3, 4, 9], [7, 20], [ROW])] + [shared_prompts()]
+    for packing in packings:
+        for module in modules:
+            for with_grad in (True, False):
+                with torch.set_grad_enabled(with_grad):
+                    module(*inputs(requires_grad=False), packed_seq_params=packing)
+    torch.compiler.reset()
+    # The mask once and the kernel once a grad mode; and for keys that outgrow the row once more.
+    assert versions.frame_count <= 4
 
 
 @pytest.mark.parametrize("window", [None, 4])
