@@ -5,7 +5,6 @@ Only the policy is saved, with its optimizer state; the learning rate and the da
 
 import itertools
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint_check import find_damage
-from megatron_tgdpo.errors import AgreedError, StorageError, UserError
+from megatron_tgdpo.errors import AgreedError, StorageError
 from megatron_tgdpo.fp8_weights import dequantised
 from megatron_tgdpo.overlap import finish_param_gather
 from megatron_tgdpo.ranks import agree
@@ -21,6 +20,9 @@ from megatron_tgdpo.setup import policy_chunks
 from megatron_tgdpo.train_step import Engine
 
 logger = logging.getLogger(__name__)
+
+# What of a parameter group is the optimizer's state; everything else (learning rate, betas, ...) is a setting.
+_GROUP_STATE = ("params", "step")
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -79,25 +81,31 @@ def _set_aside(damages: list[tuple[Path, str]]) -> None:
             raise StorageError(f"{path}: cannot be renamed to {target.name}: {error.strerror}") from error
 
 
-def load_checkpoint(engine: Engine, path: Path, run_metadata: Mapping[str, Any]) -> int:
-    """Restores policy, optimizer and schedule from a training checkpoint, saved on whatever layout. Collective.
+def load_checkpoint(engine: Engine, path: Path, step: int) -> None:
+    """Restores policy and optimizer from a training checkpoint, saved on whatever layout. Collective.
 
-    Returns:
-        The step it was saved after.
+    The checkpoint has the optimizer's state. Its settings are those that the engine was built with, and the schedule
+    is the engine's at ``step``.
+
+    Args:
+        engine: Of the run that continues.
+        path: The checkpoint.
+        step: The step that it was saved after.
 
     Raises:
-        UserError: It belongs to other data, or is damaged.
+        UserError: It is damaged.
     """
-    metadata = checkpoint_directory.read_metadata(path)
-    for name, value in run_metadata.items():
-        if metadata.get(name) != value:
-            raise UserError(f"{path}: saved with {name}={metadata.get(name)}, this run has {name}={value}")
     state = checkpoint_format.load(path, training_state(engine, is_loading=True))
     for number, chunk in enumerate(policy_chunks(engine)):
         chunk.load_state_dict(state["model"][str(number)])
+    settings = [
+        {name: value for name, value in group.items() if name not in _GROUP_STATE}
+        for group in engine.optimizer.param_groups
+    ]
     engine.optimizer.load_state_dict(state["optimizer"])
-    engine.scheduler.step(metadata["step"])
-    return int(metadata["step"])
+    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(ours)
+    engine.scheduler.step(step)
 
 
 def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:

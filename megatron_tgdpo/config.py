@@ -128,6 +128,9 @@ class TrainConfig:
     epochs: float | None = None  # passes over data.train
     seed: int = 0  # of the data order and all random numbers
     exit_step: int | None = None  # stop after this step with a checkpoint; the schedule still spans the whole run
+    resume: str = "same"  # same: a run goes on only as it was | changed: also with other values and inputs, logged
+    branch_from: str | None = None  # training checkpoint with whose weights, optimizer and step a new run begins
+    rehash: bool = False  # read models and data again to tell whether they changed; false: if size, times or inode did
     fused: str = "auto"  # auto (fused Adam, weight gradients and activations where importable) | off
     keep_logits_mib: int = 1024  # MiB for logits of the policy that backward need not compute again
     recompute: str = "none"  # none | selective | full: policy activations computed again in backward, to save memory

@@ -22,6 +22,7 @@ _CHOICES = {
     "precision.fp8_format": ("hybrid", "e4m3"),
     "precision.fp8_amax_algorithm": ("max", "most_recent"),
     "precision.frozen": ("same", "bf16", "fp8"),
+    "train.resume": ("same", "changed"),
     "train.fused": ("auto", "off"),
     "train.recompute": RECOMPUTE_CHOICES,
 }

@@ -17,6 +17,8 @@ class DataOrder:
         total_pairs: Pairs of the whole run; the last step may be smaller.
         shuffle: A new permutation per epoch, else file order.
         seed: Of the permutations.
+        done_steps: Steps that were made before, with perhaps other numbers of pairs; only later ones can be asked for.
+        done_pairs: Pairs that they consumed.
     """
 
     num_pairs: int
@@ -24,14 +26,17 @@ class DataOrder:
     total_pairs: int
     shuffle: bool
     seed: int
+    done_steps: int = 0
+    done_pairs: int = 0
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.total_pairs / self.global_pairs)
+        """Of the whole run; fewer than ``done_steps`` if more pairs were consumed than it has."""
+        return self.done_steps + math.ceil((self.total_pairs - self.done_pairs) / self.global_pairs)
 
     def consumed_pairs(self, steps: int) -> int:
-        """Pairs consumed after ``steps`` steps."""
-        return min(steps * self.global_pairs, self.total_pairs)
+        """Pairs consumed after ``steps`` steps, of which the last ``steps - done_steps`` are of this size."""
+        return min(self.done_pairs + (steps - self.done_steps) * self.global_pairs, self.total_pairs)
 
     def step_indices(self, step: int) -> list[int]:
         """Dataset indices of the pairs of ``step``, counted from 1."""
@@ -49,8 +54,21 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def make_data_order(
-    num_pairs: int, global_pairs: int, steps: int | None, epochs: float | None, shuffle: bool, seed: int
+    num_pairs: int,
+    global_pairs: int,
+    steps: int | None,
+    epochs: float | None,
+    shuffle: bool,
+    seed: int,
+    done_steps: int = 0,
+    done_pairs: int = 0,
 ) -> DataOrder:
-    """The data order of a run of ``steps`` full steps, or of ``epochs`` passes (then the last step may be smaller)."""
-    total = steps * global_pairs if steps is not None else max(1, round((epochs or 0.0) * num_pairs))
-    return DataOrder(num_pairs, global_pairs, total, shuffle, seed)
+    """The data order of a run of ``steps`` steps, or of ``epochs`` passes (then the last step may be smaller).
+
+    Steps that were made before are counted by ``steps``; the pairs that they consumed, by ``epochs``.
+    """
+    if steps is not None:
+        total = done_pairs + (steps - done_steps) * global_pairs
+    else:
+        total = max(1, round((epochs or 0.0) * num_pairs))
+    return DataOrder(num_pairs, global_pairs, total, shuffle, seed, done_steps, done_pairs)

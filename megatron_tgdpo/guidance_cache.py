@@ -59,10 +59,10 @@ class GuidanceKey:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def model_fingerprints(config: Config) -> tuple[str, str | None]:
-    """Fingerprints of reference and guide; reads all their weights, so one rank should do it for all."""
-    guide = config.model_paths.get("guide")
-    return weights_fingerprint(Path(config.reference_path)), None if guide is None else weights_fingerprint(Path(guide))
+def model_fingerprints(config: Config, digests: Mapping[str, str]) -> tuple[str, str | None]:
+    """Fingerprints of reference and guide; ``digests`` of their files are from ``fingerprints.py: hash_files``."""
+    reference, guide = Path(config.reference_path), config.model_paths.get("guide")
+    return weights_fingerprint(reference, digests), None if guide is None else weights_fingerprint(Path(guide), digests)
 
 
 def guidance_key(config: Config, dataset: PreferenceDataset, models: tuple[str, str | None]) -> GuidanceKey:

@@ -5,7 +5,7 @@ Data-parallel replicas work on shards of their own, without waiting for each oth
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megatron_tgdpo.config import Config
 from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import AgreedError
+from megatron_tgdpo.fingerprints import HASHES_FILE, hash_files, weight_files
 from megatron_tgdpo.frozen_engine import FrozenEngine, build_frozen_engine
 from megatron_tgdpo.guidance_cache import (
     MANIFEST_FILE,
@@ -149,7 +150,15 @@ def _on_each_dataset(
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
     needed = files_needed(layout, device)
     on_every_rank(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
-    plans = json.loads(on_first_rank(lambda: json.dumps(_plans(config, block_pairs)), store, ranks.rank))
+    cache, paths = Path(str(config.guidance.cache)), config.model_paths
+    digests = hash_files(
+        lambda: [file for role in config.method.frozen for file in weight_files(Path(paths[role]))],
+        cache / HASHES_FILE,
+        ranks,
+        dist.PrefixStore("hashes", store),
+        again=config.train.rehash,
+    )
+    plans = json.loads(on_first_rank(lambda: json.dumps(_plans(config, block_pairs, digests)), store, ranks.rank))
     init_distributed(ranks, device, config.parallel.timeout_minutes, store)
     pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
     try:
@@ -157,20 +166,21 @@ def _on_each_dataset(
         for name, plan in plans.items():
             dataset = PreferenceDataset(plan["prefix"])
             shards = Shards(dataset.lengths, plan["block_pairs"])
-            directory = Path(str(config.guidance.cache)) / name
+            directory = cache / name
             action(engine, name, Work(directory, dataset, GuidanceKey(**plan["key"]), shards, plan["missing"]))
     finally:
         destroy_model_parallel()
 
 
-def _plans(config: Config, block_pairs: int | None) -> dict[str, dict]:
+def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) -> dict[str, dict]:
     """What is to be done for each dataset; ``block_pairs`` is None where complete caches are wanted. On one rank."""
     check_tokenizers(config)
     cache = Path(str(config.guidance.cache))
-    models = model_fingerprints(config)
+    models = model_fingerprints(config, digests)
     plans = {}
     for name, prefix in prepare_data(config, cache / "data").items():
         dataset, directory = PreferenceDataset(prefix), cache / name
+        dataset.verify()
         key = guidance_key(config, dataset, models)
         directory.mkdir(parents=True, exist_ok=True)
         if block_pairs is None or (directory / MANIFEST_FILE).exists():

@@ -18,10 +18,11 @@ T = TypeVar("T")
 
 _FOR_EVER = timedelta(days=30)
 
-# What ends a run other than bad input, by its name in the store: the exception of the rank that has it, and of others.
-_KINDS: dict[str, tuple[type[Exception], type[Exception]]] = {
+# What ends a run, by its name in the store: the exception of the rank that has it, and of others. The first that fits.
+_KINDS: dict[str, tuple[type[BaseException], type[Exception]]] = {
     "stopped": (StoppedEarly, StoppedEarly),
     "storage": (StorageError, AgreedStorageError),
+    "error": (BaseException, AgreedError),
 }
 
 
@@ -88,18 +89,13 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
         try:
             answer = action()
         except BaseException as error:
-            kind = next((kind for kind, (caught, _) in _KINDS.items() if isinstance(error, caught)), "error")
-            store.set("first_rank", json.dumps({kind: str(error) or type(error).__name__}))
+            store.set("first_rank", json.dumps(_reply_of(error)))
             raise
         store.set("first_rank", json.dumps({"answer": answer}))
         return answer
     store.wait(["first_rank"], _FOR_EVER)
     reply = json.loads(store.get("first_rank"))
-    for kind, (_, raised) in _KINDS.items():
-        if kind in reply:
-            raise raised(reply[kind])
-    if "error" in reply:
-        raise AgreedError(reply["error"])
+    _raise_failure(reply, 0)
     return reply["answer"]
 
 
@@ -115,13 +111,15 @@ def on_every_rank(action: Callable[[], str], store: dist.Store, ranks: RankEnvir
         The answers of all ranks, in their order.
 
     Raises:
-        AgreedError: The action failed on some rank, in any way; the message names the rank if that is not rank 0.
+        AgreedError: The action failed on some rank, in any way; the message names the rank if that is not rank 0. Of a
+            storage failure it is an AgreedStorageError.
+        StoppedEarly: The action ended so on some rank.
     """
     failure: Exception | None = None
     try:
         mine = {"answer": action()}
     except Exception as error:
-        failure, mine = error, {"error": str(error) or type(error).__name__}
+        failure, mine = error, _reply_of(error)
     # Through the first rank, so that each rank reads one key and not one of every other rank.
     if ranks.rank == 0:
         others = [f"rank_{rank}" for rank in range(1, ranks.world_size)]
@@ -133,12 +131,24 @@ def on_every_rank(action: Callable[[], str], store: dist.Store, ranks: RankEnvir
         store.set(f"rank_{ranks.rank}", json.dumps(mine))
         store.wait(["every_rank"], _FOR_EVER)
         replies = json.loads(store.get("every_rank"))
-    if failure is not None and not isinstance(failure, UserError):
+    if failure is not None and not isinstance(failure, (UserError, StoppedEarly)):
         raise failure
     for rank, reply in enumerate(replies):
-        if "error" in reply:
-            raise AgreedError(reply["error"] if rank == 0 else f"rank {rank}: {reply['error']}")
+        _raise_failure(reply, rank)
     return [reply["answer"] for reply in replies]
+
+
+def _reply_of(error: BaseException) -> dict[str, str]:
+    """An error as other ranks are to know it: its message, by its kind."""
+    kind = next(kind for kind, (caught, _) in _KINDS.items() if isinstance(error, caught))
+    return {kind: str(error) or type(error).__name__}
+
+
+def _raise_failure(reply: Mapping[str, str], rank: int) -> None:
+    """Raises the error that a rank's reply tells of, if it does."""
+    for kind, (_, raised) in _KINDS.items():
+        if kind in reply:
+            raise raised(reply[kind] if rank == 0 else f"rank {rank}: {reply[kind]}")
 
 
 def agree(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

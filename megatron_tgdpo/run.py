@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_tgdpo.config import Config, to_yaml
+from megatron_tgdpo.continuing import begin, find_start
 from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.gpu_setup import capabilities, check_gpu_options
 from megatron_tgdpo.memory import rank_memory
@@ -16,6 +17,7 @@ from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.preflight import preflight
 from megatron_tgdpo.ranks import RankEnvironment, init_distributed, on_every_rank, on_first_rank
 from megatron_tgdpo.run_inputs import (
+    check_inputs,
     check_layout,
     layout_of,
     models_that_run,
@@ -54,15 +56,18 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     with ExitStack() as stack:
         stack.callback(lock.release)
         prefixes = on_first_rank(lambda: prepare_first_rank(config, lock), store, ranks.rank)
+        inputs = check_inputs(config, prefixes, ranks, dist.PrefixStore("inputs", store))
         init_distributed(ranks, device, parallel.timeout_minutes, store)
         pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
         stack.callback(destroy_model_parallel)
         if config.preflight.enabled:
             preflight(config, model_configs["policy"], ranks, layout, pg, device)
-        data = open_data(config, prefixes, model_configs["policy"].vocab_size)
+        start = find_start(config, inputs)
+        data = open_data(config, prefixes, model_configs["policy"].vocab_size, (start.step, start.pairs))
+        begin(config, start, data.order)
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
-        Trainer(config, layout, engine, data).train()
+        Trainer(config, layout, engine, data, start).train()
 
 
 def dry_run(config: Config, world_size: int) -> str:

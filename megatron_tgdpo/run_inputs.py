@@ -11,22 +11,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.checkpoint_directory import check_hf_files, is_megatron_checkpoint, remove_incomplete
 from megatron_tgdpo.config import Config
+from megatron_tgdpo.config_changes import INPUTS, Inputs
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.data_order import DataOrder, make_data_order
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
 from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key, model_fingerprints
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.ranks import RankEnvironment, on_first_rank
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.run_lock import RunLock
 from megatron_tgdpo.stopping import leave_if_requested
@@ -142,15 +146,65 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
         logger.warning("removed %s, left by a save that was interrupted", left)
     prefixes = prepare_data(config, Path(config.output_dir) / "data")
     if config.guidance.mode == "cached":
-        models = model_fingerprints(config)
         for name, prefix in prefixes.items():
-            dataset = PreferenceDataset(prefix)
-            cache = open_guidance(config, name, dataset)
-            cache.check_key(guidance_key(config, dataset, models))
+            cache = open_guidance(config, name, PreferenceDataset(prefix))
             if config.guidance.verify:
                 cache.check_content()
     leave_if_requested("preparing the data")
     return json.dumps(prefixes)
+
+
+def check_inputs(config: Config, prefixes: str, ranks: RankEnvironment, store: dist.Store) -> Inputs:
+    """Fingerprints of all that the run reads, after checking the data, and the guidance cache's key, against them.
+
+    Every rank calls, and reads a share of the files; no process group is needed. Files that are as they were when an
+    earlier start of the run read them are not read again.
+
+    Args:
+        config: The run.
+        prefixes: From :func:`prepare_first_rank`.
+        ranks: This process's place.
+        store: Joins all ranks; its keys must be unused.
+
+    Returns:
+        The same on every rank: a fingerprint for each key of ``config_changes.INPUTS``, None where it is not used.
+
+    Raises:
+        UserError: On every rank: a file is not there, the data is damaged, or the cache is of something else; a
+            StorageError where storage failed, which may pass.
+        StoppedEarly: On every rank: some rank was asked to stop.
+    """
+
+    def files() -> list[Path]:
+        weights = [file for path in config.model_paths.values() for file in weight_files(Path(path))]
+        return weights + [Path(file) for dataset in _datasets(prefixes).values() for file in dataset.files]
+
+    record = Path(config.output_dir) / HASHES_FILE
+    digests = hash_files(files, record, ranks, store, again=config.train.rehash)
+    last = dist.PrefixStore("fingerprints", store)
+    return json.loads(on_first_rank(lambda: json.dumps(_fingerprints(config, prefixes, digests)), last, ranks.rank))
+
+
+def _fingerprints(config: Config, prefixes: str, digests: Mapping[str, str]) -> Inputs:
+    """What :func:`check_inputs` finds, from the hashes of all files."""
+    datasets = _datasets(prefixes)
+    for dataset in datasets.values():
+        dataset.verify(digests)
+    if config.guidance.mode == "cached":
+        frozen = model_fingerprints(config, digests)
+        for name, dataset in datasets.items():
+            open_guidance(config, name, dataset).check_key(guidance_key(config, dataset, frozen))
+    made_with = datasets["train"].manifest["tokenizer"]
+    found: dict[str, str | None] = dict.fromkeys(INPUTS)
+    for role, path in config.model_paths.items():
+        found[f"model.{role}"] = weights_fingerprint(Path(path), digests)
+    found |= {f"data.{name}": dataset.fingerprint for name, dataset in datasets.items()}
+    return found | {"data.tokenizer": made_with["fingerprint"], "data.chat_template": made_with["template_fingerprint"]}
+
+
+def _datasets(prefixes: str) -> dict[str, PreferenceDataset]:
+    """The run's datasets by name, from what :func:`prepare_first_rank` returned."""
+    return {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
 
 
 def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
@@ -201,13 +255,19 @@ def _whole_rows(config: Config) -> RowFormat:
     return RowFormat(config.row_tokens, shared, context, chosen_only=config.method.chosen_only)
 
 
-def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
+def open_data(config: Config, prefixes: str, vocab_size: int, done: tuple[int, int] = (0, 0)) -> RunData:
     """Opens the datasets that :func:`prepare_first_rank` named.
+
+    Args:
+        config: The run.
+        prefixes: As that returned them.
+        vocab_size: Of the models.
+        done: Steps that were made before, and how many pairs of ``data.train`` they consumed.
 
     Raises:
         UserError: A pair holds a token id that the models do not have.
     """
-    datasets = {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
+    datasets = _datasets(prefixes)
     for name, dataset in datasets.items():
         largest = dataset.manifest["max_token_id"]
         if largest >= vocab_size:
@@ -223,6 +283,7 @@ def open_data(config: Config, prefixes: str, vocab_size: int) -> RunData:
         config.train.epochs,
         config.data.shuffle,
         config.train.seed,
+        *done,
     )
     caches = {}
     if config.guidance.mode == "cached":

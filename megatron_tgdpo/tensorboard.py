@@ -9,8 +9,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from megatron_tgdpo.config import Config, to_dict
+from megatron_tgdpo.config_changes import RULE_OF, Rule, flatten
 from megatron_tgdpo.metrics import WEIGHT_EDGES, StepMetrics
-from megatron_tgdpo.run_directory import FREE_KEYS
 
 _RESULTS = ("train/loss", "rewards/accuracies", "rewards/margins")
 _EVALUATION_RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
@@ -74,11 +74,9 @@ def chart_layout(without: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
 def hyperparameters(config: Config) -> dict[str, str | float]:
     """Dotted keys that a run's result follows from and that are not null, with their values, for the HParams tab."""
     return {
-        f"{section}.{key}": value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-        for section, values in to_dict(config).items()
-        if section not in FREE_KEYS
-        for key, value in values.items()
-        if value is not None and f"{section}.{key}" not in FREE_KEYS
+        key: value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+        for key, value in flatten(to_dict(config)).items()
+        if value is not None and RULE_OF[key] in (Rule.ASKED, Rule.FIXED)
     }
 
 

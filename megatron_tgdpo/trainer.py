@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from megatron_tgdpo import stopping
 from megatron_tgdpo.batch import PreferenceBatch, collate
-from megatron_tgdpo.checkpoint import load_checkpoint, newest_undamaged
+from megatron_tgdpo.checkpoint import load_checkpoint
 from megatron_tgdpo.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.config import Config, to_dict
+from megatron_tgdpo.continuing import StartPoint
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.guidance_cache import GuidanceCache
@@ -54,22 +55,25 @@ class StepTokens:
 
 
 class Trainer:
-    """Runs the steps of a configured run from its newest checkpoint, or from the start, to its end.
+    """Runs the steps of a configured run from where it goes on to its end.
 
     Args:
         config: The run.
         layout: The rank grid.
         engine: Models and optimizer of this rank.
         data: Datasets and data order.
+        start: Where it goes on.
     """
 
-    def __init__(self, config: Config, layout: ParallelLayout, engine: Engine, data: RunData) -> None:
+    def __init__(
+        self, config: Config, layout: ParallelLayout, engine: Engine, data: RunData, start: StartPoint
+    ) -> None:
         self.config = config
         self.layout = layout
         self.engine = engine
         self.data = data
         self.output_dir = Path(config.output_dir)
-        self.run_metadata = {"data_fingerprint": data.train.fingerprint}
+        self.start = start
         self.last_step = min(config.train.exit_step or data.order.steps, data.order.steps)
         self.saver = CheckpointSaver(
             engine,
@@ -162,13 +166,12 @@ class Trainer:
         return evaluate_packs(self.engine, batches, len(packs))
 
     def _resume(self) -> int:
-        saved = newest_undamaged(self.output_dir, self.config.checkpoint.verify)
-        if saved is None:
+        if self.start.checkpoint is None:
             return 0
-        step = load_checkpoint(self.engine, saved, self.run_metadata)
+        load_checkpoint(self.engine, self.start.checkpoint, self.start.step)
         if dist.get_rank() == 0:
-            logger.info("continuing after step %d from %s", step, saved)
-        return step
+            logger.info("continuing after step %d from %s", self.start.step, self.start.checkpoint)
+        return self.start.step
 
     def _plan(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[list[int]]]:
         row, layout = self.engine.row, self.layout
@@ -214,7 +217,7 @@ class Trainer:
         self.saver.save(
             step,
             {
-                **self.run_metadata,
+                **self.start.record(),
                 "consumed_pairs": self.data.order.consumed_pairs(step),
                 "dtype": self.config.precision.dtype,
                 "config": to_dict(self.config),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,17 +129,25 @@ class PreferenceDataset:
                 f"{len(self)} records are like that): only loss.method sft trains on single answers"
             )
 
-    def verify(self) -> None:
-        """Hashes the data files (reads them whole) and compares with the manifest.
+    @property
+    def files(self) -> list[str]:
+        """Paths of the data files."""
+        return [self.prefix + suffix for suffix in DATA_SUFFIXES]
+
+    def verify(self, digests: Mapping[str, str] | None = None) -> None:
+        """Compares the data files with the manifest.
+
+        Args:
+            digests: sha256 (hex) of :attr:`files`, by absolute path; None to read the files whole for it.
 
         Raises:
             UserError: a file is not what was written.
         """
         for suffix in DATA_SUFFIXES:
-            if digest_file(self.prefix + suffix).sha256 != self.manifest["files"][suffix]["sha256"]:
-                raise UserError(
-                    f"{self.prefix + suffix} is damaged: its sha256 is not the manifest's; preprocess again"
-                )
+            path = self.prefix + suffix
+            found = digest_file(path).sha256 if digests is None else digests[os.path.abspath(path)]
+            if found != self.manifest["files"][suffix]["sha256"]:
+                raise UserError(f"{path} is damaged: its sha256 is not the manifest's; preprocess again")
 
 
 def open_or_preprocess(

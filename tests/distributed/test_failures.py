@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_tgdpo.checkpoint_directory import is_complete
+from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.stopping import FAILED_STATUS, STORAGE_STATUS
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.launch import PATIENCE, run_module
@@ -120,13 +121,17 @@ def test_damage_seen_by_one_rank_is_reported_by_it(problem: Problem, tmp_path: P
     file = write_config(tmp_path / "c.yaml", config)
     run_forked("megatron_tgdpo.train", [file, "train.exit_step=1"])
     (binary,) = (tmp_path / "run" / "data").glob("*.bin")
-    manifest = json.loads(binary.with_suffix(".manifest.json").read_text())
+    manifest_file = binary.with_suffix(".manifest.json")
+    manifest = json.loads(manifest_file.read_text())
     assert manifest["pairs"] == 32
     content = bytearray(binary.read_bytes())
     damaged = merged(config, output_dir=str(tmp_path / "again"), data={"train": str(binary.with_suffix(""))})
     for position in range(0, 4 * 40, 4):  # the first pair, whichever rank it goes to
         content[position : position + 4] = (9999).to_bytes(4, "little")
     binary.write_bytes(bytes(content))
+    # Written so, as far as the checksums tell: otherwise all ranks would know before any reads a pair.
+    manifest["files"][".bin"]["sha256"] = digest_file(str(binary)).sha256
+    manifest_file.write_text(json.dumps(manifest))
     # Nobody waits in a collective for the rank that left: this would outlast the test.
     damaged["parallel"]["timeout_minutes"] = 2 * PATIENCE / 60
     done = run_forked("megatron_tgdpo.train", [write_config(tmp_path / "d.yaml", damaged)], processes=2, check=False)

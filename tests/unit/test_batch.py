@@ -35,6 +35,28 @@ def test_epochs_end_with_a_smaller_step_and_file_order_is_kept() -> None:
     assert [order.consumed_pairs(step) for step in (0, 1, 3)] == [0, 4, 10]
 
 
+def test_a_changed_batch_goes_on_with_the_pairs_that_follow() -> None:
+    before = make_data_order(10, 4, steps=5, epochs=None, shuffle=True, seed=1)
+    seen = [index for step in (1, 2) for index in before.step_indices(step)]
+    after = make_data_order(10, 2, 6, None, True, 1, done_steps=2, done_pairs=before.consumed_pairs(2))
+    assert after.steps == 6
+    later = [index for step in range(3, 7) for index in after.step_indices(step)]
+    assert len(later) == 8
+    stream = [index for step in range(1, 5) for index in before.step_indices(step)]
+    assert seen + later == stream
+    # As it was, it is the same order.
+    same = make_data_order(10, 4, 5, None, True, 1, done_steps=2, done_pairs=8)
+    assert [same.step_indices(step) for step in (3, 4, 5)] == [before.step_indices(step) for step in (3, 4, 5)]
+
+
+def test_more_epochs_after_a_smaller_last_step_skip_nothing() -> None:
+    before = make_data_order(10, 4, None, 1, False, 1)
+    assert (before.steps, before.consumed_pairs(3)) == (3, 10)
+    after = make_data_order(10, 4, None, 2, False, 1, done_steps=3, done_pairs=10)
+    assert after.steps == 6
+    assert [index for step in (4, 5, 6) for index in after.step_indices(step)] == list(range(10))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_plan_holds_every_pair_once_within_the_rows_and_evenly_deep(ranks: int) -> None:
     rng = np.random.default_rng(0)
