@@ -82,9 +82,9 @@ def stage(sharded_state_dict: dict[str, Any], live: Container[int] = ()) -> Stag
     sharded, _ = extract_matching_values(sharded, lambda item: is_main_replica(item.replica_id))
     for item in nested_values(sharded):
         if isinstance(item, ShardedTensor) and item.data is not None:
-            # An accelerator's memory is not held until the state is written.
-            if item.data.device.type != "cpu" or item.data.untyped_storage().data_ptr() in live:
-                item.data = item.data.detach().to("cpu", copy=True)
+            is_live = item.data.untyped_storage().data_ptr() in live
+            # Nor is an accelerator's memory held until the state is written.
+            item.data = item.data.detach().to("cpu", copy=is_live)
     is_first = dist.get_rank() == 0
     return StagedState(sharded, agree(lambda: _serialised(common) if is_first else b""), _total_bytes(sharded))
 

@@ -5,9 +5,9 @@ every parameter that its part of a bucket touches. It writes and reads just thos
 moments, and, saving, of the weights. A run of a matrix's elements is at most three rectangles, which
 ``torch.distributed.checkpoint`` stores as parts of the whole tensor; so any layout can read what any other wrote.
 
-megatron-core 0.16.1's own ``fully_reshardable`` state has the same tensors by the same names, but gathers all of them on
-every data rank (``distrib_optimizer.py: get_parameter_state_dp_zero``), and where a gradient buffer has several buckets
-takes them from the wrong place: the gathered buffer has no padding between buckets, the offsets count it.
+megatron-core 0.16.1's own ``fully_reshardable`` state has the same tensors by the same names, but gathers all of them
+on every data rank (``distrib_optimizer.py: get_parameter_state_dp_zero``), and where a gradient buffer has several
+buckets takes them from the wrong place: the gathered buffer has no padding between buckets, the offsets count it.
 """
 
 import math

@@ -24,6 +24,7 @@ def memory_lines(memory: RankMemory) -> list[str]:
         f"fullest rank: stage {memory.stage}, parameters policy {memory.policy_parameters:,}, "
         f"frozen {memory.frozen_parameters:,}",
         *(f"  {name:<24} {size / GIB:9.3f} GiB" for name, size in parts.items()),
+        f"host memory of a save, each rank: {memory.save / GIB:.3f} GiB",
     ]
 
 
