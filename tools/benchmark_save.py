@@ -70,6 +70,7 @@ def _engine(job: Job) -> Engine:
             "data": {"train": "unused", "max_length": 64},
             "loss": {"method": "simpo"},
             "batch": {"global_pairs": 8},
+            "optimizer": {"lr": 1e-3},
             "precision": {"dtype": job.dtype},
             "train": {"steps": 1},
             "output_dir": "unused",
