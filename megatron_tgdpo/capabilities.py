@@ -24,7 +24,7 @@ class Capabilities:
         compute_capability: Of the GPU, e.g. (9, 0) for Hopper; None on the CPU.
         cuda: CUDA version that torch was built with.
         transformer_engine: Version of the importable Transformer Engine, None without one.
-        transformer_engine_error: Why an installed Transformer Engine cannot be imported; empty if it can, or is not there.
+        transformer_engine_error: Why an installed Transformer Engine cannot be imported; empty if it can, or is absent.
         cudnn: Version that torch runs on.
         flash_attn: Whether the flash-attn package is importable, which Transformer Engine prefers to cuDNN.
         varlen: Whether torch has variable-length flash attention with windows and scale.

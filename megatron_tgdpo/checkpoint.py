@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint_check import find_damage
+from megatron_tgdpo.checkpoint_shards import load_optimizer_shards, optimizer_shards, weight_shards
 from megatron_tgdpo.errors import AgreedError, StorageError
 from megatron_tgdpo.fp8_weights import dequantised
 from megatron_tgdpo.overlap import finish_param_gather
@@ -102,27 +103,29 @@ def load_checkpoint(engine: Engine, path: Path, step: int) -> None:
         {name: value for name, value in group.items() if name not in _GROUP_STATE}
         for group in engine.optimizer.param_groups
     ]
-    engine.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_shards(engine.optimizer, state["optimizer"])
     for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(ours)
     engine.scheduler.step(step)
 
 
 def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    """megatron-core's sharded state dict of policy and optimizer, its names independent of the layout. Collective."""
+    """megatron-core's sharded state dict of policy and optimizer, its names independent of the layout.
+
+    Collective over data ranks. The optimizer's tensors are the part that this rank owns; so are the weights for saving,
+    while for loading they are whole.
+    """
     for chunk in engine.chunks:
         finish_param_gather(chunk)
-    metadata = {
-        # The only format of the distributed optimizer that loads onto another TP, PP and DP.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": engine.pg.dp_cp,
-    }
+    metadata = {"singleton_local_shards": False, "dp_cp_group": engine.pg.dp_cp}
     # A checkpoint has the names of the shards, which count layers through the whole model, not those of this dict.
     numbered = enumerate(policy_chunks(engine))
     model_state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in numbered}
-    optimizer_state = engine.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    # Only now: the optimizer finds its parameters in the model's state by identity.
+    if is_loading:
+        # Where moments come into being with the first step, they are made here.
+        engine.optimizer.load_state_dict(engine.optimizer.state_dict())
+    optimizer_state = optimizer_shards(engine.optimizer, model_state)
+    if not is_loading:
+        return {"model": weight_shards(engine.optimizer, model_state), "optimizer": optimizer_state}
+    # Only now: parameters are found in the model's state by identity.
     return {"model": {name: dequantised(state) for name, state in model_state.items()}, "optimizer": optimizer_state}

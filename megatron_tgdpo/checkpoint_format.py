@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
@@ -56,7 +56,7 @@ class StagedState:
     """What is to be written, apart from what training will change.
 
     Attributes:
-        sharded: This rank's sharded tensors and objects.
+        sharded: The sharded tensors and objects that this rank writes, in host memory.
         common: The content of ``common.pt``.
         size: Bytes of tensor data over all ranks.
     """
@@ -72,17 +72,19 @@ def stage(sharded_state_dict: dict[str, Any], live: Container[int] = ()) -> Stag
     Args:
         sharded_state_dict: See :func:`save`; consumed.
         live: Addresses of the storages that will be written to before the state is: what lies in them is copied to
-            host memory.
+            host memory, if this rank is to write it.
 
     Raises:
         UserError: On every rank: a plain value is not one that could be read back.
     """
     sharded, common = save_preprocess(sharded_state_dict)
+    # Only what this rank writes: of several ranks that have a tensor one does.
+    sharded, _ = extract_matching_values(sharded, lambda item: is_main_replica(item.replica_id))
     for item in nested_values(sharded):
         if isinstance(item, ShardedTensor) and item.data is not None:
-            storage = item.data.untyped_storage().data_ptr()
-            if storage in live:
-                item.data = item.data.detach().to("cpu", copy=True)
+            is_live = item.data.untyped_storage().data_ptr() in live
+            # Nor is an accelerator's memory held until the state is written.
+            item.data = item.data.detach().to("cpu", copy=is_live)
     is_first = dist.get_rank() == 0
     return StagedState(sharded, agree(lambda: _serialised(common) if is_first else b""), _total_bytes(sharded))
 
@@ -167,12 +169,9 @@ def _open(path: Path, *, is_first: bool) -> tuple[SafeLoadCommon, SafeLoadSharde
 
 
 def _total_bytes(sharded: Any) -> int:
-    """Bytes of tensor data over all ranks."""
-    local = sum(
-        item.data.numel() * item.data.element_size()
-        for item in nested_values(sharded)
-        if isinstance(item, ShardedTensor) and item.data is not None and is_main_replica(item.replica_id)
-    )
+    """Bytes of tensor data that all ranks write."""
+    items = [item for item in nested_values(sharded) if isinstance(item, ShardedTensor) and item.data is not None]
+    local = sum(item.data.numel() * item.data.element_size() for item in items)
     sizes: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, local)
     return sum(sizes)

@@ -128,7 +128,7 @@ class CheckpointSaver:
         return None
 
     def _start(self, step: int, metadata: Mapping[str, Any]) -> None:
-        staged = checkpoint_format.stage(training_state(self._engine, is_loading=False), _live_storages(self._engine))
+        staged = checkpoint_format.stage(training_state(self._engine, is_loading=False), live_storages(self._engine))
         self._writing = self._thread.submit(self._write, step, staged, {"step": step, **metadata})
 
     def _write(self, step: int, staged: checkpoint_format.StagedState, metadata: Mapping[str, Any]) -> float:
@@ -154,7 +154,7 @@ class CheckpointSaver:
             logger.warning("an old checkpoint cannot be removed: %s", error)
 
 
-def _live_storages(engine: Engine) -> set[int]:
+def live_storages(engine: Engine) -> set[int]:
     """Addresses of everything that the next step writes to."""
     optimizer = engine.optimizer.optimizer
     tensors: list[torch.Tensor] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 # Weights are E4M3 in every format that Transformer Engine offers.
@@ -49,3 +50,13 @@ def dequantised(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
     """The sharded state dict with FP8 tensors turned into bf16, in place: checkpoints and exports hold no FP8."""
     force_all_tensors_to_non_fp8(sharded_state_dict)
     return sharded_state_dict
+
+
+def plain_part(parameter: Tensor, start: int, end: int) -> Tensor:
+    """Elements [start, end) of a parameter, (end - start,), without FP8.
+
+    A view of the parameter, but of an FP8 tensor bf16 in host memory.
+    """
+    if is_float8tensor(parameter):
+        return dequantize_fp8_tensor(parameter).detach().flatten()[start:end].to("cpu", copy=True)
+    return parameter.detach().flatten()[start:end]

@@ -35,6 +35,8 @@ class RankMemory:
         activations: What the policy's layers keep for backward, for all micro batches in flight.
         carried: Hidden states of one row that travel between stages.
         workspace: What comes and goes within a layer or the log-probs, at its peak.
+        save: Host memory that a checkpoint takes until it is written: this rank's part of weights, fp32 main copy and
+            moments. Not part of the total.
     """
 
     stage: int
@@ -47,6 +49,7 @@ class RankMemory:
     activations: int
     carried: int
     workspace: int
+    save: int
 
     @property
     def static(self) -> int:
@@ -104,6 +107,7 @@ def stage_memory(
         activations=round(stage_activations(policy, layout, row, recompute, stage)),
         carried=round(carried_states(policy, frozen, layout, row)),
         workspace=round(workspace),
+        save=(size + 12) * trained // (layout.data * layout.context),
     )
 
 

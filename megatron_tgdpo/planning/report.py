@@ -24,6 +24,7 @@ def memory_lines(memory: RankMemory) -> list[str]:
         f"fullest rank: stage {memory.stage}, parameters policy {memory.policy_parameters:,}, "
         f"frozen {memory.frozen_parameters:,}",
         *(f"  {name:<24} {size / GIB:9.3f} GiB" for name, size in parts.items()),
+        f"a save takes {memory.save / GIB:.3f} GiB of host memory on each such rank",
     ]
 
 
@@ -33,9 +34,11 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
     verdict = "fits" if plan.fits else "does NOT fit"
     time, sent = plan.time, plan.traffic
     tokens = job.batch.global_pairs * job.batch.pair_tokens
+    on_node = plan.memory.save * min(cluster.gpus_per_node, cluster.gpus) / GIB
     lines = [
         f"{cluster.gpus} GPUs = {plan.layout}, recompute {plan.recompute}",
         *memory_lines(plan.memory),
+        f"and at most {on_node:.1f} GiB on a node",
         f"{verdict} {usable:.1f} GiB ({cluster.gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)",
         f"{plan.micro_batches} rows of {job.row.tokens} tokens per data rank and step",
         f"pipeline bubble {plan.bubble:.0%}",

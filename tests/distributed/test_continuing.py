@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,17 @@ def test_a_branch_has_the_weights_and_the_optimizer(
     assert [step["step"] for step in read_metrics(tmp_path / "fresh")] == list(range(1, STEPS + 1))
     line = problem.refusal(merged(config, output_dir=str(tmp_path / "no"), train={"branch_from": str(tmp_path)}))
     assert f"{tmp_path}: not a complete Megatron checkpoint" in line
+
+
+def test_a_checkpoint_that_is_cut_off_is_not_branched_from(problem: Problem, tmp_path: Path) -> None:
+    """Sizes are compared even where checksums are not."""
+    checkpoint = shutil.copytree(problem.root / "stopped" / "checkpoints" / "step_00000003", tmp_path / "cut")
+    file = next(checkpoint.glob("*.distcp"))
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    config = merged(problem.config, train={"branch_from": str(checkpoint)}, output_dir=str(tmp_path / "run"))
+    line = problem.refusal(config, "checkpoint.verify=false")
+    assert line == f"error: train.branch_from: {file}: {size - 1:,} bytes, {size:,} were written"
 
 
 @pytest.mark.parametrize("role", ["guide", "reference", "policy"])

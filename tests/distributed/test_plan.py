@@ -21,6 +21,8 @@ STATIC_LIMIT = 0.02
 KEPT_LIMIT = 0.05
 # A plan may be too large rather than too small; here Gloo's threads may also hold what they sent for a while.
 PEAK_LIMITS = (-0.2, 0.1)
+# What several tensor ranks have one of them saves; and there are descriptions of the tensors.
+SAVE_LIMITS = (-0.05, 0.1)
 SHAPE: dict[str, Any] = {"hidden_size": 128, "mlp_size": 320, "heads": 8, "kv_heads": 4, "vocab_size": 500}
 LENGTH = 256
 
@@ -154,6 +156,9 @@ def test_memory_is_what_is_allocated(root: Path, measured: Measured, processes: 
         assert all(abs(value) < STATIC_LIMIT for value in static.values()), static
         assert abs(step["kept"]) < KEPT_LIMIT
         assert PEAK_LIMITS[0] < step["peak"] < PEAK_LIMITS[1]
+        save = {name: facts[name] / plan.save - 1 for name in ("save", "save_peak")}
+        print(f"{name} stage {plan.stage}", {kind: f"{value:+.1%}" for kind, value in save.items()})
+        assert SAVE_LIMITS[0] < save["save"] <= save["save_peak"] < SAVE_LIMITS[1]
 
 
 def ends(job: Job, layout: ParallelLayout, stage: int, responses: int) -> float:

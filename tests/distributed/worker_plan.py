@@ -13,7 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_tgdpo import checkpoint_format
 from megatron_tgdpo.batch import PreferenceBatch, collate
+from megatron_tgdpo.checkpoint import training_state
+from megatron_tgdpo.checkpoint_saver import live_storages
 from megatron_tgdpo.config import Config, config_from_dict
 from megatron_tgdpo.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.data.dataset import PreferencePair
@@ -104,6 +107,10 @@ def measure(config: Config, world_size: int) -> dict[str, Any]:
     with LiveStorages(known) as step:
         run_packs(engine, [row] * (2 * layout.pipeline), 2 * layout.pipeline, forward_only=False)
     facts["step_peak"] = step.peak
+    with LiveStorages(known) as save:
+        staged = checkpoint_format.stage(training_state(engine, is_loading=False), live_storages(engine))
+    facts["save"], facts["save_peak"] = save.bytes(), save.peak
+    del staged
     facts |= sent_in_a_step(engine, row, 2 * layout.pipeline)
     destroy_model_parallel()
     return facts

@@ -4,7 +4,8 @@
 
 The file holds a list of ``{"config": {...}, "export": DIR or null}``; with ``"precompute": PAIRS`` a guidance cache is
 computed, in shards of so many pairs, instead of a training, with ``"verify": PAIRS`` one is checked. With
-``"bucket_parameters": COUNT`` gradients are reduced in buckets of so many parameters.
+``"bucket_parameters": COUNT`` gradients are reduced in buckets of so many parameters. With ``"state": "megatron-core"``
+checkpoints are saved and loaded as megatron-core's distributed optimizer does it.
 """
 
 import json
@@ -17,9 +18,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from checkpoints_convert.export import export_hf
-from megatron_tgdpo import setup
+from megatron_tgdpo import checkpoint, checkpoint_saver, setup
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint
 from megatron_tgdpo.config import Config, config_from_dict
 from megatron_tgdpo.guidance_precompute import precompute_guidance, verify_guidance
@@ -27,20 +29,35 @@ from megatron_tgdpo.overlap import ddp_config
 from megatron_tgdpo.ranks import connect_store, read_rank_environment
 from megatron_tgdpo.run import run
 from megatron_tgdpo.setup import DTYPES
+from tools.benchmark_save import gathered_state
 
 
 def export(config: Config, out: Path) -> None:
     """Writes the run's newest checkpoint as HF."""
-    checkpoint = newest_checkpoint(Path(config.output_dir))
-    assert checkpoint is not None
+    newest = newest_checkpoint(Path(config.output_dir))
+    assert newest is not None
     stored = DTYPES[config.precision.dtype]
-    export_hf(checkpoint, out, template=checkpoint, stored=stored, dtype=stored, max_shard_bytes=10**9)
+    export_hf(newest, out, template=newest, stored=stored, dtype=stored, max_shard_bytes=10**9)
 
 
 @contextmanager
 def buckets_of(parameters: int | None) -> Iterator[None]:
     """Sets the size of megatron-core's gradient buckets, which is no option of the project."""
     with mock.patch.object(setup, "ddp_config", lambda config: replace(ddp_config(config), bucket_size=parameters)):
+        yield
+
+
+@contextmanager
+def state_of(kind: str | None) -> Iterator[None]:
+    """Who makes the state of checkpoints."""
+    if kind != "megatron-core":
+        yield
+        return
+    with (
+        mock.patch.object(checkpoint, "training_state", gathered_state),
+        mock.patch.object(checkpoint_saver, "training_state", gathered_state),
+        mock.patch.object(checkpoint, "load_optimizer_shards", DistributedOptimizer.load_state_dict),
+    ):
         yield
 
 
@@ -55,7 +72,7 @@ def main() -> None:
         elif "verify" in case:
             verify_guidance(config, case["verify"], ranks, own_store)
         else:
-            with buckets_of(case.get("bucket_parameters")):
+            with buckets_of(case.get("bucket_parameters")), state_of(case.get("state")):
                 run(config, ranks, own_store)
         if case.get("export"):
             export(config, Path(case["export"]))

@@ -90,7 +90,7 @@ def repeat(bench: Bench, tiny: bool) -> Iterator[Figure]:
 
 
 def lengths(bench: Bench, tiny: bool) -> Iterator[Figure]:
-    """Rows of many lengths through FlexAttention: each is fused, and the losses are those of the block-wise attention."""
+    """Rows of many lengths through FlexAttention: all are fused, with the losses of the block-wise attention."""
     policy, guide = models(bench, "gemma2", tiny)
     what = "gemma2: graphs that torch compiled for rows of 24 lengths"
     if bench.device.type != "cuda":

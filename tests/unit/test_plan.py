@@ -84,6 +84,13 @@ def test_optimizer_state_is_split_over_data_ranks(llama: PretrainedConfig) -> No
     assert one.static - one.optimizer == eight.static - eight.optimizer == (2 + 4 + 2) * parameter_count(llama)
 
 
+def test_what_a_save_holds_is_split_over_data_and_context_ranks(llama: PretrainedConfig) -> None:
+    one = stage_memory(llama, [], make_layout(1, 1, 1, False, 1), ROW, "none", 0)
+    eight = stage_memory(llama, [], make_layout(1, 1, 2, False, 8), ROW, "none", 0)
+    assert one.save == 14 * parameter_count(llama) == 8 * eight.save
+    assert one.total == one.static + one.activations + one.carried + one.workspace
+
+
 def test_flops_are_two_a_weight_and_attention(llama: PretrainedConfig) -> None:
     norms, embeddings = 65 * 4096, 2 * 128256 * 4096
     assert 32 * layer_flops(llama, 0) == 2 * (parameter_count(llama) - norms - embeddings)

@@ -54,7 +54,7 @@ class Recorder:
     _begun: float = 0.0
 
     def __post_init__(self) -> None:
-        self.imported_bytes = 0 if self.device.type == "cuda" else _resident_bytes("VmRSS")
+        self.imported_bytes = 0 if self.device.type == "cuda" else resident_bytes("VmRSS")
 
     def built(self, weights: Iterable[Tensor]) -> None:
         """To be called once, when models and optimizer are there: what loading needed for a moment is forgotten."""
@@ -64,7 +64,7 @@ class Recorder:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+            reset_peak()
 
     def begin(self) -> None:
         """A step begins."""
@@ -78,7 +78,7 @@ class Recorder:
         self.losses.append(loss)
 
     def result(self) -> SideResult:
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _resident_bytes("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident_bytes("VmHWM")
         return SideResult(self.losses, self.seconds[1:], self.imported_bytes, self.weight_bytes, peak)
 
     def _wait(self) -> None:
@@ -86,7 +86,12 @@ class Recorder:
             torch.cuda.synchronize()
 
 
-def _resident_bytes(field_name: str) -> int:
+def reset_peak() -> None:
+    """Sets ``VmHWM`` back to ``VmRSS``."""
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+
+
+def resident_bytes(field_name: str) -> int:
     """A field of /proc/self/status. Not ``ru_maxrss``: a child begins with its parent's."""
     if not _STATUS.exists():
         raise OSError(f"memory is read from {_STATUS}, which {os.uname().sysname} does not have")
