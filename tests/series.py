@@ -29,14 +29,20 @@ def wait_for_step(output_dir: Path, step: int, alive: Callable[[], bool], timeou
         time.sleep(0.02)
 
 
-def assert_same_series(got: Path, want: Path) -> None:
-    """Both runs logged the same steps once each with the same figures to the last bit, and TensorBoard shows them."""
+def assert_same_series(got: Path, want: Path, last: int | None = None) -> None:
+    """Both runs logged the same steps once each with the same figures to the last bit, and TensorBoard shows them.
+
+    Args:
+        got: Output directory of a run.
+        want: That of another.
+        last: The last step of ``got``, where ``want`` may go on.
+    """
     series = []
     for output_dir in (got, want):
         records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
         series.append([{k: v for k, v in record.items() if not k.startswith("perf/")} for record in records])
-    assert [record["step"] for record in series[0]] == list(range(1, len(series[0]) + 1))
-    assert series[0] == series[1]
+    assert [record["step"] for record in series[0]] == list(range(1, (last or len(series[1])) + 1))
+    assert series[0] == series[1][:last]
     board = EventAccumulator(str(got / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     events = [(event.step, event.value) for event in board.Scalars("train/loss")]

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from tests import reference
 from tests.distributed.common import read_metrics, write_pairs
-from tests.launch import SHARED_DATA
+from tests.launch import PATIENCE, SHARED_DATA
 from tests.processes import run_forked
 from tests.tiny_models import make_model, make_tokenizer
 
@@ -321,7 +321,9 @@ class Runs:
                 cases += [{"config": self._disguised(name), "export": None} for name in DPO_IN_DISGUISE]
             file = self.inputs.root / f"cases{case.processes}.json"
             file.write_text(json.dumps(cases))
-            run_forked("tests.distributed.worker_train", [str(file)], processes=case.processes)
+            # A rank that hangs ends its case long before, by the time-out of its process groups.
+            patience = PATIENCE * len(cases)
+            run_forked("tests.distributed.worker_train", [str(file)], processes=case.processes, timeout=patience)
         return self.inputs.root / "runs" / case.name
 
     def _disguised(self, name: str) -> dict[str, Any]:

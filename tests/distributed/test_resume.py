@@ -80,102 +80,145 @@ def test_a_continued_run_repeats_the_uninterrupted_one(series: Path, name: str) 
                 assert got[key] == pytest.approx(want[key], rel=2e-5, abs=1e-5), f"{key} of step {got['step']}"
 
 
-LONG = {"train": {"steps": 30}, "checkpoint": {"every_steps": 4, "keep": 2}}
+# Far more steps than a busy machine makes before a signal arrives.
+LONG = {"train": {"steps": 2000}, "checkpoint": {"every_steps": 4, "keep": 2}}
+FOLLOWED = 20
+
+
+class Whole:
+    """Longer runs on two data ranks; what was stopped is compared with one that nothing disturbed.
+
+    Attributes:
+        config: Config file of them all; ``output_dir`` and the last step are to be added.
+    """
+
+    def __init__(self, root: Path, config: dict[str, Any]) -> None:
+        self.config = root / "whole.yaml"
+        self.config.write_text(json.dumps(merged(config, **LONG)))
+        self._steps, self._run = 0, root
+        self._follow(FOLLOWED)
+
+    def arguments(self, run: Path) -> list[str]:
+        return [str(self.config), f"output_dir={run}"]
+
+    def assert_same(self, run: Path) -> None:
+        """Lets a run that was stopped go on for some steps, and compares them all."""
+        last = logged_steps(run) + 5
+        run_forked("megatron_tgdpo.train", [*self.arguments(run), f"train.exit_step={last}"], processes=2)
+        self.assert_same_steps(run, last)
+
+    def assert_same_steps(self, run: Path, last: int) -> None:
+        """Compares the steps of a run that was stopped, up to its last."""
+        if last > self._steps:
+            self._follow(last)
+        assert_same_series(run, self._run, last)
+
+    def _follow(self, steps: int) -> None:
+        self._steps, self._run = steps, self.config.parent / f"whole-{steps}"
+        arguments = [*self.arguments(self._run), f"train.exit_step={steps}"]
+        run_forked("megatron_tgdpo.train", arguments, processes=2)
 
 
 @pytest.fixture(scope="module")
-def whole(problem: tuple[Path, dict[str, Any]]) -> Path:
-    """A longer run that nothing disturbed, on two data ranks."""
-    root, config = problem
-    file = root / "whole.yaml"
-    file.write_text(json.dumps(merged(config, **LONG, output_dir=str(root / "whole"))))
-    run_forked("megatron_tgdpo.train", [str(file)], processes=2)
-    assert (root / "whole" / "DONE").exists()
-    return root / "whole"
+def whole(problem: tuple[Path, dict[str, Any]]) -> Whole:
+    return Whole(*problem)
 
 
-def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(
-    problem: tuple[Path, dict[str, Any]], whole: Path
-) -> None:
-    root, _ = problem
-    killed = root / "killed"
-    arguments = [str(root / "whole.yaml"), f"output_dir={killed}"]
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(whole: Whole, tmp_path: Path) -> None:
+    killed = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = subprocess.Popen(
-        [*command, "-m", "megatron_tgdpo.train", *arguments],
+        [*command, "-m", "megatron_tgdpo.train", *whole.arguments(killed)],
         cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for_step(killed, 6, lambda: job.poll() is None)
     victim = max(psutil.Process(job.pid).children(), key=lambda process: process.pid)
     os.kill(victim.pid, signal.SIGKILL)
     assert job.wait(timeout=PATIENCE) != 0
-    assert logged_steps(killed) < 30
-    assert not (killed / "DONE").exists()
-    run_forked("megatron_tgdpo.train", arguments, processes=2)
-    assert_same_series(killed, whole)
-    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["step_00000028", "step_00000030"]
+    whole.assert_same(killed)
+    last = logged_steps(killed)
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [
+        f"step_{(last - 1) // 4 * 4:08d}",
+        f"step_{last:08d}",
+    ]
 
 
 @pytest.mark.parametrize("request_to_stop", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_one_rank_asked_to_stop_stops_all_after_the_same_step(
-    whole: Path, tmp_path: Path, request_to_stop: signal.Signals
+    whole: Whole, tmp_path: Path, request_to_stop: signal.Signals
 ) -> None:
-    arguments = [str(whole.with_suffix(".yaml")), f"output_dir={tmp_path}/run"]
-    with started_ranks(arguments, 2, tmp_path / "logs") as ranks:
-        wait_for_step(tmp_path / "run", 2, lambda: ranks[0].poll() is None)
+    run = tmp_path / "run"
+    with started_ranks(whole.arguments(run), 2, tmp_path / "logs") as ranks:
+        wait_for_step(run, 2, lambda: ranks[0].poll() is None)
         ranks[1].send_signal(request_to_stop)
         assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [STOPPED_STATUS, STOPPED_STATUS]
-    saved = newest_checkpoint(tmp_path / "run")
+    saved = newest_checkpoint(run)
     assert saved is not None
-    reached = logged_steps(tmp_path / "run")
-    assert int(saved.name[5:]) == reached < 30
-    assert f"saved after step {reached} of 30" in (tmp_path / "logs" / "0.log").read_text()
-    assert not (tmp_path / "run" / "DONE").exists()
-    with started_ranks(arguments, 2, tmp_path / "logs") as ranks:
-        assert [rank.wait(timeout=PATIENCE) for rank in ranks] == [0, 0]
-    assert_same_series(tmp_path / "run", whole)
+    reached = logged_steps(run)
+    assert int(saved.name[5:]) == reached
+    assert f"saved after step {reached} of 2000" in (tmp_path / "logs" / "0.log").read_text()
+    assert not (run / "DONE").exists()
+    whole.assert_same(run)
 
 
 @pytest.mark.parametrize("request_to_stop", [signal.SIGTERM, signal.SIGINT])
 def test_the_torchrun_script_passes_a_stop_on_and_continues(
-    whole: Path, tmp_path: Path, request_to_stop: signal.Signals
+    whole: Whole, tmp_path: Path, request_to_stop: signal.Signals
 ) -> None:
-    command = ["bash", "launch/train.sh", str(whole.with_suffix(".yaml")), f"output_dir={tmp_path}/run"]
+    run = tmp_path / "run"
+    command = ["bash", "launch/train.sh", *whole.arguments(run)]
     env = {**environment(), "TGDPO_PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
     job = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    wait_for_step(tmp_path / "run", 2, lambda: job.poll() is None)
+    wait_for_step(run, 2, lambda: job.poll() is None)
     # A terminal's Ctrl-C goes to the whole foreground process group.
     os.killpg(job.pid, request_to_stop)
     output, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0
     assert "start the same command again" in output
-    saved = newest_checkpoint(tmp_path / "run")
+    saved = newest_checkpoint(run)
     assert saved is not None
-    assert int(saved.name[5:]) == logged_steps(tmp_path / "run")
-    for expected in ("step 30/30", "finished already"):
-        again = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False
-        )
-        assert again.returncode == 0
-        assert expected in again.stdout + again.stderr
-    assert_same_series(tmp_path / "run", whole)
+    reached = logged_steps(run)
+    assert int(saved.name[5:]) == reached
+    last = reached + 5
+    again = subprocess.run(
+        [*command, f"train.exit_step={last}"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0
+    assert f"step {last}/2000" in again.stdout + again.stderr
+    whole.assert_same_steps(run, last)
 
 
-def test_ctrl_c_to_torchrun_itself_saves(whole: Path, tmp_path: Path) -> None:
+def test_the_torchrun_script_leaves_a_finished_run_alone(whole: Whole, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_forked("megatron_tgdpo.train", [*whole.arguments(run), "train.steps=2"], processes=2)
+    metrics = (run / "metrics.jsonl").read_bytes()
+    again = subprocess.run(
+        ["bash", "launch/train.sh", *whole.arguments(run), "train.steps=2"],
+        cwd=ROOT, env={**environment(), "TGDPO_PYTHON": sys.executable, "NPROC_PER_NODE": "2"},
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0
+    assert "finished already" in again.stdout + again.stderr
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_ctrl_c_to_torchrun_itself_saves(whole: Whole, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = tmp_path / "run"
     job = subprocess.Popen(
-        [*launcher, "-m", "megatron_tgdpo.train", str(whole.with_suffix(".yaml")), f"output_dir={tmp_path}/run"],
+        [*launcher, "-m", "megatron_tgdpo.train", *whole.arguments(run)],
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    wait_for_step(tmp_path / "run", 2, lambda: job.poll() is None)
+    wait_for_step(run, 2, lambda: job.poll() is None)
     job.send_signal(signal.SIGINT)
     output, _ = job.communicate(timeout=PATIENCE)
     assert "start the same command again" in output
-    saved = newest_checkpoint(tmp_path / "run")
+    saved = newest_checkpoint(run)
     assert saved is not None
-    assert int(saved.name[5:]) == logged_steps(tmp_path / "run") < 30
+    assert int(saved.name[5:]) == logged_steps(run)
 
 
 def test_a_stop_while_tokenising_is_not_kept_waiting(problem: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

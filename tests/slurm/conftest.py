@@ -14,7 +14,7 @@ from tests.launch import PATIENCE, ROOT
 from tests.slurm.cluster import Cluster
 
 _EMULATOR = ROOT / "tests" / "slurm" / "emulator.sh"
-STEPS = 40
+STEPS = 4
 
 
 @pytest.fixture(scope="session")

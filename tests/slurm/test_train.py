@@ -1,13 +1,16 @@
 """The very script that users submit, on a real Slurm: a run that is stopped in any way ends as if it never was."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.common import merged
 from tests.launch import ROOT
-from tests.series import assert_same_series, wait_for_step
+from tests.processes import run_forked
+from tests.series import assert_same_series, logged_steps, wait_for_step
 from tests.slurm.cluster import SMALL, Cluster, Job
 
 slow = pytest.mark.skipif("TGDPO_SLOW_TESTS" not in os.environ, reason="slow: bash tests/slurm/run_all.sh")
@@ -55,11 +58,15 @@ def lose_a_node(job: Job) -> None:
 
 
 def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(
-    cluster: Cluster, uninterrupted: Path, config_file: Path, tmp_path: Path
+    cluster: Cluster, config_file: Path, tmp_path: Path
 ) -> None:
     """One run: a user cancels its first job, and what may happen to a job happens to the second, one after another."""
-    run = tmp_path / "run"
-    arguments = [str(config_file), f"output_dir={run}"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    # Far more steps than a busy machine makes before the last event.
+    config = merged(json.loads(config_file.read_text()), train={"steps": 2000})
+    endless = tmp_path / "endless.yaml"
+    endless.write_text(json.dumps(config))
+    arguments = [str(endless), f"output_dir={run}"]
     cancelled = cluster.train(tmp_path, arguments)
     wait_for_step(run, 2, cancelled.alive)
     cluster.run("scancel", cancelled.number)
@@ -73,6 +80,9 @@ def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(
     logs = [run / "logs" / f"{job.number}.{restart}" / "rank_0.log" for restart in range(len(events) + 1)]
     for restart, event in enumerate(events):
         job.wait_until(lambda log=logs[restart]: log.exists() and log.read_text().count(" s/step ") >= 2, "trained")
+        if event is events[-1]:
+            # For the next start, which reads the file anew, and may be beyond it.
+            endless.write_text(json.dumps(merged(config, train={"exit_step": logged_steps(run) + 10})))
         event(job)
         job.wait_until(lambda restart=restart: job.field("Restarts") == str(restart + 1), "been requeued")
         assert job.text().count("stopped early and saved") == restart + (event is not lose_a_node)
@@ -80,7 +90,9 @@ def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(
     assert job.field("Restarts") == str(len(events))
     for log in logs[1:]:
         assert "continuing after step" in log.read_text()
-    assert_same_series(run, uninterrupted)
+    last = logged_steps(run)
+    run_forked("megatron_tgdpo.train", [str(endless), f"output_dir={whole}", f"train.exit_step={last}"], processes=4)
+    assert_same_series(run, whole)
 
 
 def test_a_node_that_fails_preflight_is_left_out(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:

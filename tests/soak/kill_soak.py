@@ -9,6 +9,7 @@ are lost. At the end: the metrics are those of a run that was never killed, step
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,11 +22,11 @@ import psutil
 from megatron_tgdpo.checkpoint_directory import complete_checkpoints, is_complete
 from tests.distributed.common import make_problem, merged
 from tests.launch import PATIENCE, ROOT, environment
-from tests.series import assert_same_series, logged_steps, wait_for_step
+from tests.series import assert_same_series, logged_steps
 
 KINDS = ("one rank", "during a save", "the launcher", "all ranks", "while starting")
 EVERY = 4  # steps between saves
-STEPS_PER_KILL = 12  # some more than a kill takes, so that the run does not end before the last one
+STEPS = 100_000  # far more than are made before the last kill
 LEFT_ALONE = 600  # seconds for the rest of a job to end by itself
 
 
@@ -37,25 +38,30 @@ class Job:
         run: Its output directory.
     """
 
-    def __init__(self, config: Path, run: Path) -> None:
+    def __init__(self, config: Path, run: Path, *arguments: str) -> None:
         self.run = run
-        self._metrics_before = self._metrics_file()
+        self._log = run.parent / "soak.log"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        with open(run.parent / "soak.log", "ab") as log:
+        with open(self._log, "ab") as log:
+            self._logged_before = log.tell()
             self.launcher = subprocess.Popen(
-                [*launcher, "-m", "megatron_tgdpo.train", str(config), f"output_dir={run}"],
+                [*launcher, "-m", "megatron_tgdpo.train", str(config), f"output_dir={run}", *arguments],
                 cwd=ROOT, env=environment(), stdout=log, stderr=log,
             )  # fmt: skip
 
     def wait_for_step(self, step: int) -> None:
         """Waits until this start, not an earlier one, has logged a step."""
         deadline = time.monotonic() + PATIENCE
-        # Starting cuts the metrics back to the checkpoint, which makes another file of them.
-        while self._metrics_file() == self._metrics_before:
-            assert self.launcher.poll() is None, "the launcher ended by itself"
-            assert time.monotonic() < deadline, "the run did not start"
+        # Before this start has cut what follows the checkpoint, metrics.jsonl has the steps of the one before.
+        while not any(int(made) >= step for made in re.findall(r" step (\d+)/", self._output())):
+            assert self.launcher.poll() is None, f"the launcher ended by itself:\n{self._output()[-4000:]}"
+            assert time.monotonic() < deadline, f"step {step} was not reached"
             time.sleep(0.02)
-        wait_for_step(self.run, step, lambda: self.launcher.poll() is None)
+
+    def _output(self) -> str:
+        with open(self._log, "rb") as log:
+            log.seek(self._logged_before)
+            return log.read().decode(errors="replace")
 
     def wait_for_save(self) -> None:
         """Waits until a checkpoint is being written."""
@@ -86,10 +92,6 @@ class Job:
         """Kills what is left, after a failure of this script."""
         if self.launcher.poll() is None:
             self.kill(lambda everyone: everyone)
-
-    def _metrics_file(self) -> int | None:
-        file = self.run / "metrics.jsonl"
-        return file.stat().st_ino if file.exists() else None
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -134,16 +136,16 @@ def soak(directory: Path, kills: int, seed: int) -> None:
     config = merged(
         make_problem(directory),
         parallel={"timeout_minutes": 1},
-        train={"steps": STEPS_PER_KILL * (kills + 1)},
+        train={"steps": STEPS},
+        optimizer={"warmup_ratio": 0.0},
         checkpoint={"every_steps": EVERY},
     )
     file = directory / "config.yaml"
     file.write_text(json.dumps(config))
-    Job(file, directory / "whole").finish()
-    run, lost, torn = directory / "killed", [], 0
+    run, whole, lost, torn = directory / "killed", directory / "whole", [], 0
+    saved = 0
     for number in range(kills):
         kind = KINDS[number % len(KINDS)]
-        _, saved = check(run)
         job = Job(file, run)
         try:
             kill_once(job, kind, rng, saved)
@@ -153,10 +155,13 @@ def soak(directory: Path, kills: int, seed: int) -> None:
         lost.append(logged - saved)
         torn += any((run / "checkpoints").glob("*.tmp"))
         print(f"kill {number + 1}/{kills}: {kind}, at step {logged}, saved {saved}", flush=True)
-    Job(file, run).finish()
-    assert_same_series(run, directory / "whole")
+    last = f"train.exit_step={saved + EVERY}"
+    for output_dir in (run, whole):
+        Job(file, output_dir, last).finish()
+    assert_same_series(run, whole)
     print(f"{kills} kills: {max(lost)} steps lost at most (saves every {EVERY}), {sum(lost)} in all")
-    print(f"{torn} kills left a half-written save, none was taken for whole; the series is the uninterrupted one")
+    print(f"{torn} kills left a half-written save, none was taken for whole")
+    print(f"the series of {saved + EVERY} steps is the uninterrupted one")
 
 
 def main() -> None:
