@@ -1,6 +1,6 @@
 """Proves the GPU path on one GPU, downloads nothing, and leaves a table and a JSON file.
 
-    python -m tests.gpu.prove [--parts attention,bf16,...] [--out proof.json] [--minutes 9]
+    python -m tests.gpu.prove [--parts attention,bf16,...] [--out proof.json] [--minutes 30]
 
 Needs PyTorch >= 2.6 with CUDA and this project's requirements; Transformer Engine is optional, and what needs it is
 listed as not taken without it. Exit status 1 if a figure misses its limit. ``--device cpu --tiny`` runs the same code
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", default=",".join(NAMES), help=f"of {', '.join(NAMES)}; default: all")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="toy sizes, for trying the script itself")
-    parser.add_argument("--minutes", type=float, default=9.0, help="parts that do not fit are skipped; default: 9")
+    parser.add_argument("--minutes", type=float, default=30.0, help="parts that do not fit are skipped; default: 30")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak, for MFU of a GPU that is not known here")
     parser.add_argument("--out", type=Path, default=Path("proof.json"))
     options = parser.parse_args(arguments)
