@@ -1,7 +1,8 @@
 """Ends the job, with the rank named, when a process is frozen or a node is lost without a word.
 
 To a collective such a rank looks like a slow one: it waits for its whole time-out, and then cannot say for whom. A rank
-that dies needs none of this, its launcher sees it.
+that dies needs none of this if its launcher sees it; where none does, its silence ends the others. So does that of one
+that never comes: ranks wait for one another without a time-out before they meet in process groups.
 """
 
 import os
@@ -54,11 +55,12 @@ class Heartbeat:
         heard, silence = 0, 0.0
         while not self._stop.wait(self._interval):
             count = self._exchange()
-            # 0: the next rank has not come so far yet.
-            silence = silence + self._interval if count == heard != 0 else 0.0
+            silence = silence + self._interval if count == heard else 0.0
             heard = count
-            if silence >= self._limit:
+            if silence >= self._limit and heard:
                 self._end(f"rank {self._next} on {self._host()} has not answered for {silence:.0f} s: frozen or lost")
+            if silence >= self._limit:
+                self._end(f"rank {self._next} has not started within {silence:.0f} s of this rank: lost")
 
     def _exchange(self) -> int:
         # A request to a frozen server has no time-out.

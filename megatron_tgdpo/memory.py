@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -79,6 +79,14 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage:
     return total
 
 
+def _copied_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
+    """Parameters of :func:`stage_parameters` that another stage saves: the last stage's copy of tied embeddings."""
+    if not hf_config.tie_word_embeddings or stage == 0 or stage < layout.pipeline - 1:
+        return 0
+    (embedding,) = [one for one in global_parameters(hf_config, layout.tensor) if one.key == EMBEDDING]
+    return math.prod(embedding.shape) // layout.tensor
+
+
 def stage_memory(
     policy: PretrainedConfig,
     frozen: Sequence[PretrainedConfig],
@@ -89,6 +97,7 @@ def stage_memory(
 ) -> RankMemory:
     """Memory of a rank of one stage; the arguments are those of :func:`rank_memory`."""
     trained = stage_parameters(policy, layout, stage)
+    saved = trained - _copied_parameters(policy, layout, stage)
     held = sum(stage_parameters(config, layout, stage) for config in frozen)
     size = row.dtype_bytes
     state = (2 if size == 4 else 3) * 4
@@ -107,7 +116,7 @@ def stage_memory(
         activations=round(stage_activations(policy, layout, row, recompute, stage)),
         carried=round(carried_states(policy, frozen, layout, row)),
         workspace=round(workspace),
-        save=(size + 12) * trained // (layout.data * layout.context),
+        save=(size + 12) * saved // (layout.data * layout.context),
     )
 
 
@@ -115,6 +124,8 @@ def rank_memory(
     policy: PretrainedConfig, frozen: Sequence[PretrainedConfig], layout: ParallelLayout, row: Row, recompute: str
 ) -> RankMemory:
     """The fullest rank's memory: on the first stage, with most micro batches in flight, or on the last.
+
+    ``save`` is that of the stage that saves most.
 
     Args:
         policy: Config of the policy.
@@ -124,4 +135,5 @@ def rank_memory(
         recompute: ``train.recompute``.
     """
     stages = {0, layout.pipeline - 1}
-    return max((stage_memory(policy, frozen, layout, row, recompute, s) for s in stages), key=lambda m: m.total)
+    ends = [stage_memory(policy, frozen, layout, row, recompute, stage) for stage in stages]
+    return replace(max(ends, key=lambda memory: memory.total), save=max(memory.save for memory in ends))

@@ -24,7 +24,7 @@ def memory_lines(memory: RankMemory) -> list[str]:
         f"fullest rank: stage {memory.stage}, parameters policy {memory.policy_parameters:,}, "
         f"frozen {memory.frozen_parameters:,}",
         *(f"  {name:<24} {size / GIB:9.3f} GiB" for name, size in parts.items()),
-        f"a save takes {memory.save / GIB:.3f} GiB of host memory on each such rank",
+        f"a save takes {memory.save / GIB:.3f} GiB of host memory on a rank",
     ]
 
 

@@ -170,6 +170,17 @@ def test_a_frozen_rank_is_named_before_collectives_time_out(problem: Problem, tm
         assert re.search(rf"\[rank {1 - frozen}\] rank {frozen}\b.* has not answered for \d+ s", output), output
 
 
+def test_a_rank_that_never_comes_ends_the_others(problem: Problem, tmp_path: Path) -> None:
+    """Where no launcher sees that it died, as one that a signal reached before it listened."""
+    _, config = problem
+    config = merged(config, parallel={"timeout_minutes": 0.1})
+    file = write_config(tmp_path / "c.yaml", config)
+    with started_ranks([file, f"output_dir={tmp_path / 'run'}"], 2, tmp_path / "logs") as ranks:
+        ranks[1].send_signal(signal.SIGKILL)
+        assert ranks[0].wait(timeout=PATIENCE) == FAILED_STATUS
+    assert re.search(r"\[rank 0\] rank 1 has not started within \d s", (tmp_path / "logs" / "0.log").read_text())
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB: one checkpoint of the tiny model fits, two do not."""
