@@ -2,8 +2,8 @@
 
     python -m tests.soak.kill_soak --kills 30 [--seed 0] [--directory DIR]
 
-Checked after every kill: all processes are gone, every checkpoint is whole, and at most the steps since the last save
-are lost. At the end: the metrics are those of a run that was never killed, step for step, to the last bit.
+Checked after every kill: all processes are gone, every checkpoint is whole, and at most the steps since the last
+finished save are lost. At the end: the metrics are those of a run that was never killed, step for step, to the last bit.
 """
 
 import argparse
@@ -124,7 +124,8 @@ def check(run: Path) -> tuple[int, int]:
     """Checks what a kill left; returns the last step that was logged and the last that is saved."""
     logged, complete = logged_steps(run), complete_checkpoints(run)
     saved = int(complete[-1].name[5:]) if complete else 0
-    assert logged - saved <= EVERY, f"step {logged} was made, but only {saved} is saved"
+    # On a busy machine steps are made while the last save is written; the next one waits for it.
+    assert logged - saved < 2 * EVERY, f"step {logged} was made, but only {saved} is saved"
     for path in (run / "checkpoints").glob("step_*"):
         assert is_complete(path) or path.suffix in (".tmp", ".removing"), f"{path} is half a checkpoint"
     return logged, saved
