@@ -59,7 +59,7 @@ def check(run: Path, before: int, status: int, output: str) -> tuple[int, int]:
     assert not list((run / "checkpoints").glob("*.damaged*")), "a checkpoint was taken for damaged"
     logged, saved = logged_steps(run), int(complete[-1].name[5:]) if complete else 0
     assert saved >= before, f"step {before} was saved, and now {saved} is the last"
-    # A save that fails is tried again after the next step, or when the next is due if a busy machine fails it that late.
+    # A failed save is tried again after the step in which that is noticed: on a busy machine when the next is due.
     assert logged - saved <= 2 * EVERY + 1, f"step {logged} was made, but only {saved} is saved"
     return logged, saved
 

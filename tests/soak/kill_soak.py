@@ -3,7 +3,8 @@
     python -m tests.soak.kill_soak --kills 30 [--seed 0] [--directory DIR]
 
 Checked after every kill: all processes are gone, every checkpoint is whole, and at most the steps since the last
-finished save are lost. At the end: the metrics are those of a run that was never killed, step for step, to the last bit.
+finished save are lost. At the end: the metrics are those of a run that was never killed, step for step, to the last
+bit.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 Signals go to one rank of two, to both, or to torchrun; while the run starts, between steps and during saves; some are
 followed by others, and by a second Ctrl-C, which ends the run at once. Checked every time: the run ends by itself, with
 the status of a stop, and what it logged is saved; after a second Ctrl-C, or a signal before anybody listens, at most
-the steps since the last finished save are lost; every checkpoint is whole. In the end the metrics are those of a run that nobody
-stopped, to the last bit.
+the steps since the last finished save are lost; every checkpoint is whole. In the end the metrics are those of a run
+that nobody stopped, to the last bit.
 """
 
 import argparse
