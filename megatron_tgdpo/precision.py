@@ -6,6 +6,7 @@ Everything here is a pure function of its arguments. Sources of the refusals: me
 check_*_support``, ``pytorch/utils.py: assert_dim_for_fp8_exec`` and ``assert_dim_for_all_gather``.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -167,6 +168,23 @@ def _check_gpu(recipe: str, found: Capabilities) -> None:
         raise UserError(f"{name} needs compute capability 10.x (Blackwell), this GPU has {dotted(capability)}")
 
 
+def fp8_row_multiple(config: Config) -> int:
+    """What the tokens of a row, over all its ranks, must be a multiple of for FP8; 1 without it."""
+    parallel = config.parallel
+    ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    recipes = {policy_recipe(config), frozen_recipe(config)} - {None}
+    return math.lcm(*(ranks * _local_tokens(str(recipe), parallel.sequence_parallel) for recipe in recipes))
+
+
+def _local_tokens(recipe: str, sequence_parallel: bool) -> int:
+    """What the tokens on one rank must be a multiple of; blocks are gathered whole over the tensor ranks."""
+    return 128 if recipe == "blockwise" and sequence_parallel else _step(recipe)
+
+
+def _step(recipe: str) -> int:
+    return 32 if recipe == "mxfp8" else 16
+
+
 def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, row_tokens: int, layout: ParallelLayout) -> None:
     """Checks that every product of a model has sizes that FP8 kernels take.
 
@@ -179,10 +197,8 @@ def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, row_tokens: int, lay
     Raises:
         UserError: A size is not a multiple of what the recipe asks.
     """
-    step = 32 if recipe == "mxfp8" else 16
+    step, gathered = _step(recipe), _local_tokens(recipe, layout.sequence_parallel)
     parts = layout.context * (layout.tensor if layout.sequence_parallel else 1)
-    # Blocks are gathered whole over the tensor ranks.
-    gathered = 128 if recipe == "blockwise" and layout.sequence_parallel else step
     head, groups = kwargs["kv_channels"], kwargs["num_query_groups"]
     query = kwargs["num_attention_heads"] * head
     sizes = {
