@@ -10,9 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from megatron_tgdpo.capabilities import TE_VERSIONS, Capabilities, Version, dotted
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.memory import LinearBytes
 from megatron_tgdpo.parallel import ParallelLayout
 
 # Scaling without a memory: what a weight or activation becomes depends on nothing but itself.
@@ -47,9 +50,28 @@ def frozen_precision(config: Config) -> str:
 
 
 def frozen_params_fp8(config: Config) -> bool:
-    """Whether reference and guide hold their layers' weights in FP8."""
+    """Whether reference and guide hold their layers' weights in FP8: where they compute in it, quantised once.
+
+    Only those that ``offload.frozen`` moves are held in the plain dtype, and quantised whenever they come.
+    """
     precision = config.precision
-    return precision.frozen == "fp8" or (precision.frozen == "same" and precision.fp8_params)
+    asked = precision.frozen == "fp8" or precision.fp8_params
+    return frozen_recipe(config) is not None and (asked or not config.offload.frozen)
+
+
+def linear_bytes(config: Config) -> LinearBytes:
+    """What a weight of the layers' linears takes on the device.
+
+    The policy's products read an FP8 copy, and its transpose in backward; Transformer Engine keeps both beside bf16
+    weights, and FP8 weights are just these. Frozen models need no transpose.
+    """
+    copies = 2
+    policy = copies if config.precision.fp8_params else copies + torch.bfloat16.itemsize
+    return LinearBytes(
+        policy=None if policy_recipe(config) is None else policy,
+        frozen=1 if frozen_params_fp8(config) else None,
+        plain_ends=config.precision.first_last_layers_bf16,
+    )
 
 
 def policy_transformer_kwargs(config: Config) -> dict[str, Any]:
@@ -59,7 +81,10 @@ def policy_transformer_kwargs(config: Config) -> dict[str, Any]:
 
 def frozen_transformer_kwargs(config: Config) -> dict[str, Any]:
     """What FP8 adds to the LanguageModelConfig of reference and guide."""
-    return _transformer_kwargs(config, frozen_recipe(config), frozen_params_fp8(config))
+    recipe, held = frozen_recipe(config), frozen_params_fp8(config)
+    # Else Transformer Engine keeps what it quantised, and all layers would be on the device after all.
+    streamed = {"disable_parameter_transpose_cache": True} if recipe is not None and not held else {}
+    return _transformer_kwargs(config, recipe, held) | streamed
 
 
 def _transformer_kwargs(config: Config, recipe: str | None, params: bool) -> dict[str, Any]:

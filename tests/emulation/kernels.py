@@ -5,7 +5,7 @@ float8 dtypes, saturated), products are exact in fp32. Layouts are Hopper's, whe
 row-wise, so that a weight whose transposed copy is missing or stale fails here too. What nothing here needs raises
 NotImplementedError when it is called.
 
-``calls`` counts calls by kernel and operands.
+``calls`` counts calls by kernel and operands; a tensor may say by its attribute ``counted_as`` what it is counted as.
 """
 
 import enum
@@ -161,7 +161,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     assert noop is None
     assert tensor.is_contiguous(), "the kernel takes contiguous tensors"
     kind = type(quantizer).__name__
-    calls[f"quantize {kind}{' ' + name if (name := getattr(tensor, 'counted_as', '')) else ''}"] += 1
+    calls[f"quantize {getattr(tensor, 'counted_as', kind)}"] += 1
     if output is None:
         output = _internal(quantizer, tensor) if quantizer.internal else _empty_like(quantizer, tensor)
     x = tensor.detach()

@@ -102,10 +102,13 @@ class Runs:
         after = self.steps(engine, DATA[BEFORE:])
         saver.leave()
         assert not saver.has_failed
-        fresh = self.engine(config)
-        load_checkpoint(fresh, checkpoint_path(out, BEFORE), BEFORE)
-        again = self.steps(fresh, DATA[BEFORE:])
-        return {"before": before, "after": after, "again": again}
+        return {"before": before, "after": after, "again": self.continued(out, **sections)}
+
+    def continued(self, out: Path, **sections: Any) -> Series:
+        """The steps after the save, from what was saved, maybe with other settings or on another layout."""
+        engine = self.engine(self.config(**sections))
+        load_checkpoint(engine, checkpoint_path(out, BEFORE), BEFORE)
+        return self.steps(engine, DATA[BEFORE:])
 
 
 @contextmanager

@@ -34,6 +34,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     @cache
     def by_layout(name: str) -> dict[str, Any]:
         tensor, pipeline, data = LAYOUTS[name]
+        if tensor * pipeline * data > 1:
+            by_layout("one rank")
         arguments = [str(root), str(tensor), str(pipeline)]
         run_module("tests.emulation.worker", arguments, processes=tensor * pipeline * data)
         path = root / f"tensor{tensor}-pipeline{pipeline}-data{data}" / "found.json"
@@ -48,11 +50,24 @@ def every_case(*words: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("layout", "case"), [pair for pair in pairs if any(w in pair[1] for w in words)])
 
 
-@every_case("tensorwise", "blockwise")
+@every_case("tensorwise", "blockwise", "delayed")
 def test_a_run_that_continues_makes_the_same_steps(found: Found, layout: str, case: str) -> None:
     """The save goes on beside the steps after it."""
     run = found(layout)[case]
     assert run["again"] == run["after"]
+
+
+def test_the_history_of_delayed_scaling_goes_to_another_layout(found: Found) -> None:
+    """Stages compute what one rank does, so a scale that did not come along would show."""
+    there, here = found("pipeline 2")["elsewhere"]["same"], found("one rank")["delayed, FP8 weights"]["after"]
+    for ours, alone in zip(there, here, strict=True):
+        assert ours == pytest.approx(alone, rel=2e-3)
+
+
+@pytest.mark.parametrize("other", ["shorter history", "none before", "bf16"])
+def test_a_run_continues_without_a_history_that_fits(found: Found, other: str) -> None:
+    losses = [loss for loss, _ in found("one rank")["elsewhere"][other]]
+    assert losses == pytest.approx([loss for loss, _ in found("one rank")["tensorwise"]["after"]], rel=0.1)
 
 
 @pytest.mark.parametrize("layout", ["pipeline 2", "data 2"])
@@ -82,3 +97,18 @@ def test_what_a_run_with_fp8_weights_leaves_is_what_it_computed_with(found: Foun
 def test_memory_that_nobody_wrote_sets_no_scale(found: Found) -> None:
     runs = found("one rank")["uninitialised"]
     assert runs["0"] == runs["10000"]
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frozen_weights_are_quantised_once(found: Found, layout: str, recipe: str) -> None:
+    """When they are loaded. Those that come from host memory are each time, to the same result, and none is kept."""
+    results = found(layout)["frozen"]
+    held, streamed = results[f"{recipe} held"], results[f"{recipe} streamed"]
+    assert held["quantised"] == 0
+    assert streamed["quantised"] > 0
+    assert streamed["kept"] == 0
+    assert held["steps"] == streamed["steps"]
+    prefetched = results.get(f"{recipe} prefetched", held)
+    assert prefetched["quantised"] == 0
+    assert prefetched["steps"] == held["steps"]

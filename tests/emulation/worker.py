@@ -1,6 +1,6 @@
 """Trains on the emulated GPU with every FP8 recipe: ``worker ROOT TENSOR PIPELINE``, on any number of ranks.
 
-Leaves ``ROOT/LAYOUT/found.json`` for the tests to judge.
+Leaves ``ROOT/LAYOUT/found.json`` for the tests to judge. One rank goes first: the others continue its runs too.
 """
 
 from tests.emulation.emulated import install
@@ -21,8 +21,9 @@ from megatron_tgdpo.checkpoint import checkpoint_path  # noqa: E402
 from megatron_tgdpo.cpu_backend import enable_cpu_backend  # noqa: E402
 from megatron_tgdpo.parallel import init_model_parallel, make_layout  # noqa: E402
 from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment  # noqa: E402
-from megatron_tgdpo.setup import policy_chunks  # noqa: E402
+from megatron_tgdpo.setup import colocated_model, policy_chunks  # noqa: E402
 from megatron_tgdpo.train_step import Engine  # noqa: E402
+from tests.emulation import kernels  # noqa: E402
 from tests.emulation.cases import cases  # noqa: E402
 from tests.emulation.runs import BEFORE, CPU, DATA, Runs, dirty_memory  # noqa: E402
 
@@ -66,6 +67,39 @@ def uninitialised(runs: Runs) -> dict[str, Any]:
     return found
 
 
+def frozen(runs: Runs) -> dict[str, Any]:
+    """How often weights of the frozen models are quantised, in all steps together, and what the steps give."""
+    found = {}
+    ways: dict[str, dict[str, Any]] = {"held": {}, "streamed": {"offload": {"frozen": True}}}
+    if runs.layout.pipeline > 1:
+        ways["prefetched"] = {"guidance": {"prefetch": True}}
+    for name, sections in ways.items():
+        for recipe in ("tensorwise", "blockwise"):
+            engine = runs.engine(runs.config(precision={"fp8": recipe}, **sections))
+            models = engine.prefetcher.models if engine.prefetcher else colocated_model(engine).frozen
+            for weight in models.parameters():
+                weight.counted_as = "frozen weight"
+            kernels.calls.clear()
+            steps = runs.steps(engine, DATA)
+            kept = [m._fp8_workspaces for m in models.modules() if getattr(m, "_fp8_workspaces", None)]
+            found[f"{recipe} {name}"] = {
+                "steps": steps, "quantised": kernels.calls["quantize frozen weight"], "kept": len(kept),
+            }  # fmt: skip
+    return found
+
+
+def elsewhere(runs: Runs, saved: Path, pipeline: int) -> dict[str, Any]:
+    """Continues a run with delayed scaling, saved on one rank, on this layout; there also as another kind of run."""
+    name = "delayed, FP8 weights"
+    found = {"same": runs.continued(saved / name, **cases(1, pipeline)[name])}
+    if runs.layout.world_size == 1:
+        delayed = {"fp8": "delayed", "frozen": "bf16"}
+        found["shorter history"] = runs.continued(saved / name, precision={**delayed, "fp8_amax_history": 16})
+        found["none before"] = runs.continued(saved / "tensorwise", precision=delayed)
+        found["bf16"] = runs.continued(saved / name)
+    return found
+
+
 def main() -> None:
     root, tensor, pipeline = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     enable_cpu_backend()
@@ -73,11 +107,12 @@ def main() -> None:
     init_distributed(ranks, CPU, 15, connect_store(ranks))
     layout = make_layout(tensor, pipeline, 1, tensor > 1, dist.get_world_size())
     runs = Runs(root, layout, init_model_parallel(layout, seed=1, timeout_minutes=15))
-    out = root / f"tensor{tensor}-pipeline{pipeline}-data{layout.data}"
+    out, one_rank = root / f"tensor{tensor}-pipeline{pipeline}-data{layout.data}", root / "tensor1-pipeline1-data1"
     found: dict[str, Any] = {
-        name: runs.resumed(out / str(number), **sections)
-        for number, (name, sections) in enumerate(cases(layout.data, pipeline).items())
+        name: runs.resumed(out / name, **sections) for name, sections in cases(layout.data, pipeline).items()
     }
+    found["frozen"] = frozen(runs)
+    found["elsewhere"] = elsewhere(runs, one_rank, pipeline)
     if layout.world_size == 1:
         found |= {"exported": exported(runs, out / "exported"), "uninitialised": uninitialised(runs)}
     if dist.get_rank() == 0:

@@ -163,6 +163,7 @@ def test_what_megatron_core_rejects_is_refused() -> None:
         ("none", "same", False, None, None, False),
         ("none", "fp8", False, None, "tensorwise", True),
         ("tensorwise", "same", True, "tensorwise", "tensorwise", True),
+        ("tensorwise", "same", False, "tensorwise", "tensorwise", True),
         ("tensorwise", "bf16", True, "tensorwise", None, False),
         ("delayed", "fp8", False, "delayed", "tensorwise", True),
         ("blockwise", "fp8", False, "blockwise", "blockwise", True),
