@@ -1,6 +1,7 @@
 """A run's checkpoints: ``checkpoints/step_XXXXXXXX``, saved complete or not at all, loaded onto any layout.
 
-Only the policy is saved, with its optimizer state; the learning rate and the data order follow from the step.
+Only the policy is saved, with its optimizer state and what delayed scaling remembers; the learning rate and the data
+order follow from the step.
 """
 
 import itertools
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint_check import find_damage
+from megatron_tgdpo.checkpoint_reader import CheckpointReader
 from megatron_tgdpo.checkpoint_shards import load_optimizer_shards, optimizer_shards, weight_shards
 from megatron_tgdpo.errors import AgreedError, StorageError
+from megatron_tgdpo.fp8_history import history_shards, restore_history
 from megatron_tgdpo.fp8_weights import dequantised
 from megatron_tgdpo.overlap import finish_param_gather
 from megatron_tgdpo.ranks import agree
@@ -96,9 +101,15 @@ def load_checkpoint(engine: Engine, path: Path, step: int) -> None:
     Raises:
         UserError: It is damaged.
     """
-    state = checkpoint_format.load(path, training_state(engine, is_loading=True))
+    wanted = training_state(engine, is_loading=True)
+    has_history = "fp8" in wanted and agree(lambda: _has_history(path, wanted["fp8"]))
+    if not has_history:
+        wanted.pop("fp8", None)
+    state = checkpoint_format.load(path, wanted)
     for number, chunk in enumerate(policy_chunks(engine)):
         chunk.load_state_dict(state["model"][str(number)])
+        if has_history:
+            restore_history(chunk, state["fp8"][str(number)], state["model"][str(number)])
     settings = [
         {name: value for name, value in group.items() if name not in _GROUP_STATE}
         for group in engine.optimizer.param_groups
@@ -109,23 +120,37 @@ def load_checkpoint(engine: Engine, path: Path, step: int) -> None:
     engine.scheduler.step(step)
 
 
-def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    """megatron-core's sharded state dict of policy and optimizer, its names independent of the layout.
+def _has_history(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the checkpoint has the histories of delayed scaling that are asked for."""
+    shards: list[ShardedTensor] = list(nested_values(wanted))
+    stored = CheckpointReader(path).tensors
+    if all(shard.key in stored and stored[shard.key].size == shard.global_shape for shard in shards):
+        return True
+    if dist.get_rank() == 0:
+        logger.info("%s has no history for precision.fp8=delayed of this length: it begins anew", path)
+    return False
 
-    Collective over data ranks. The optimizer's tensors are the part that this rank owns; so are the weights for saving,
-    while for loading they are whole.
+
+def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
+    """megatron-core's sharded state dict of policy and optimizer, and where there is any the history of FP8 scales.
+
+    Its names are independent of the layout. Collective over the ranks of a stage. The optimizer's tensors are the part
+    that this rank owns; so are the weights for saving, while for loading they are whole.
     """
     for chunk in engine.chunks:
         finish_param_gather(chunk)
     metadata = {"singleton_local_shards": False, "dp_cp_group": engine.pg.dp_cp}
     # A checkpoint has the names of the shards, which count layers through the whole model, not those of this dict.
-    numbered = enumerate(policy_chunks(engine))
-    model_state = {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in numbered}
+    chunks = {str(number): chunk for number, chunk in enumerate(policy_chunks(engine))}
+    model_state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in chunks.items()}
+    history = {name: history_shards(chunk, model_state[name], engine.pg) for name, chunk in chunks.items()}
+    others = {"fp8": history} if any(history.values()) else {}
     if is_loading:
         # Where moments come into being with the first step, they are made here.
         engine.optimizer.load_state_dict(engine.optimizer.state_dict())
     optimizer_state = optimizer_shards(engine.optimizer, model_state)
     if not is_loading:
-        return {"model": weight_shards(engine.optimizer, model_state), "optimizer": optimizer_state}
+        return {"model": weight_shards(engine.optimizer, model_state), "optimizer": optimizer_state, **others}
     # Only now: parameters are found in the model's state by identity.
-    return {"model": {name: dequantised(state) for name, state in model_state.items()}, "optimizer": optimizer_state}
+    plain = {name: dequantised(state) for name, state in model_state.items()}
+    return {"model": plain, "optimizer": optimizer_state, **others}

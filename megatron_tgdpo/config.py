@@ -106,7 +106,7 @@ class PrecisionConfig:
     fp8_amax_algorithm: str = "max"  # max | most_recent, over that history
     fp8_params: bool = False  # the policy's layer weights are held, and gathered over data ranks, in FP8
     first_last_layers_bf16: bool = False  # the first and the last layer of every model stay in bf16
-    frozen: str = "same"  # same (as the policy) | bf16 | fp8 (weights held in FP8), of reference and guide
+    frozen: str = "same"  # same (as the policy) | bf16 | fp8, of reference and guide
 
 
 @dataclass(frozen=True)

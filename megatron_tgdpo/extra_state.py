@@ -2,8 +2,7 @@
 
 megatron-core's local linears save an empty object under that name. Transformer Engine's modules save one each, FP8
 history pickled into a tensor, and unpickle what they load. Here they neither write that nor get it: a checkpoint holds
-the local spec's empty objects whatever the spec. What is lost is the amax history of delayed scaling, which a continued
-run collects anew.
+the local spec's empty objects whatever the spec. The history is saved as tensors (``fp8_history.py``).
 """
 
 from collections.abc import Mapping

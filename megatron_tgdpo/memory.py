@@ -28,7 +28,7 @@ class RankMemory:
         stage: Its pipeline stage, from 0.
         policy_parameters: Policy parameters on that rank.
         frozen_parameters: Reference and guide parameters on that rank.
-        weights: Policy weights.
+        weights: Policy weights, with FP8 copies of them.
         gradients: fp32 gradient buffer.
         optimizer: Adam moments, and the fp32 main copy of bf16 weights, split over data and context ranks.
         frozen: Weights of reference and guide.
@@ -59,6 +59,30 @@ class RankMemory:
     @property
     def total(self) -> int:
         return self.static + self.activations + self.carried + self.workspace
+
+
+@dataclass(frozen=True)
+class LinearBytes:
+    """What a weight of the layers' linears takes on the device where they compute in FP8.
+
+    Attributes:
+        policy: Bytes in the policy, with the copies that its products read; None where it does not compute in FP8.
+        frozen: The same of reference and guide.
+        plain_ends: The first and the last layer do not compute in FP8.
+    """
+
+    policy: int | None = None
+    frozen: int | None = None
+    plain_ends: bool = False
+
+
+def stage_linears(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, *, plain_ends: bool) -> int:
+    """Weights of the layers' linears that one rank of a pipeline stage holds, of those that may compute in FP8."""
+    layers = set(stage_layers(hf_config, layout, stage))
+    if plain_ends:
+        layers -= {0, hf_config.num_hidden_layers - 1}
+    held = (parameter for parameter in global_parameters(hf_config) if parameter.layer in layers)
+    return sum(math.prod(parameter.shape) for parameter in held if len(parameter.shape) == 2) // layout.tensor
 
 
 def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
@@ -94,13 +118,20 @@ def stage_memory(
     row: Row,
     recompute: str,
     stage: int,
+    fp8: LinearBytes = LinearBytes(),
 ) -> RankMemory:
     """Memory of a rank of one stage; the arguments are those of :func:`rank_memory`."""
     trained = stage_parameters(policy, layout, stage)
     saved = trained - _copied_parameters(policy, layout, stage)
-    held = sum(stage_parameters(config, layout, stage) for config in frozen)
+    held = [stage_parameters(config, layout, stage) for config in frozen]
     size = row.dtype_bytes
     state = (2 if size == 4 else 3) * 4
+
+    def weights(hf_config: PretrainedConfig, parameters: int, linear: int | None) -> int:
+        if linear is None:
+            return parameters * size
+        return parameters * size + (linear - size) * stage_linears(hf_config, layout, stage, plain_ends=fp8.plain_ends)
+
     workspace = max(layer_workspace(policy, layout, row, recompute), frozen_workspace(frozen, layout, row))
     if stage == layout.pipeline - 1:
         logprobs = [logprob_workspace(config, layout, row) for config in (policy, *frozen)]
@@ -108,11 +139,11 @@ def stage_memory(
     return RankMemory(
         stage=stage,
         policy_parameters=trained,
-        frozen_parameters=held,
-        weights=trained * size,
+        frozen_parameters=sum(held),
+        weights=weights(policy, trained, fp8.policy),
         gradients=4 * trained,
         optimizer=state * trained // (layout.data * layout.context),
-        frozen=held * size,
+        frozen=sum(weights(config, count, fp8.frozen) for config, count in zip(frozen, held, strict=True)),
         activations=round(stage_activations(policy, layout, row, recompute, stage)),
         carried=round(carried_states(policy, frozen, layout, row)),
         workspace=round(workspace),
@@ -121,7 +152,12 @@ def stage_memory(
 
 
 def rank_memory(
-    policy: PretrainedConfig, frozen: Sequence[PretrainedConfig], layout: ParallelLayout, row: Row, recompute: str
+    policy: PretrainedConfig,
+    frozen: Sequence[PretrainedConfig],
+    layout: ParallelLayout,
+    row: Row,
+    recompute: str,
+    fp8: LinearBytes = LinearBytes(),
 ) -> RankMemory:
     """The fullest rank's memory: on the first stage, with most micro batches in flight, or on the last.
 
@@ -133,7 +169,8 @@ def rank_memory(
         layout: The rank grid.
         row: The micro batch.
         recompute: ``train.recompute``.
+        fp8: What weights take where layers compute in FP8.
     """
     stages = {0, layout.pipeline - 1}
-    ends = [stage_memory(policy, frozen, layout, row, recompute, stage) for stage in stages]
+    ends = [stage_memory(policy, frozen, layout, row, recompute, stage, fp8) for stage in stages]
     return replace(max(ends, key=lambda memory: memory.total), save=max(memory.save for memory in ends))

@@ -6,12 +6,16 @@ Everything here is a pure function of its arguments. Sources of the refusals: me
 check_*_support``, ``pytorch/utils.py: assert_dim_for_fp8_exec`` and ``assert_dim_for_all_gather``.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from megatron_tgdpo.capabilities import TE_VERSIONS, Capabilities, Version, dotted
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.memory import LinearBytes
 from megatron_tgdpo.parallel import ParallelLayout
 
 # Scaling without a memory: what a weight or activation becomes depends on nothing but itself.
@@ -46,9 +50,28 @@ def frozen_precision(config: Config) -> str:
 
 
 def frozen_params_fp8(config: Config) -> bool:
-    """Whether reference and guide hold their layers' weights in FP8."""
+    """Whether reference and guide hold their layers' weights in FP8: where they compute in it, quantised once.
+
+    Only those that ``offload.frozen`` moves are held in the plain dtype, and quantised whenever they come.
+    """
     precision = config.precision
-    return precision.frozen == "fp8" or (precision.frozen == "same" and precision.fp8_params)
+    asked = precision.frozen == "fp8" or precision.fp8_params
+    return frozen_recipe(config) is not None and (asked or not config.offload.frozen)
+
+
+def linear_bytes(config: Config) -> LinearBytes:
+    """What a weight of the layers' linears takes on the device.
+
+    The policy's products read an FP8 copy, and its transpose in backward; Transformer Engine keeps both beside bf16
+    weights, and FP8 weights are just these. Frozen models need no transpose.
+    """
+    copies = 2
+    policy = copies if config.precision.fp8_params else copies + torch.bfloat16.itemsize
+    return LinearBytes(
+        policy=None if policy_recipe(config) is None else policy,
+        frozen=1 if frozen_params_fp8(config) else None,
+        plain_ends=config.precision.first_last_layers_bf16,
+    )
 
 
 def policy_transformer_kwargs(config: Config) -> dict[str, Any]:
@@ -58,7 +81,10 @@ def policy_transformer_kwargs(config: Config) -> dict[str, Any]:
 
 def frozen_transformer_kwargs(config: Config) -> dict[str, Any]:
     """What FP8 adds to the LanguageModelConfig of reference and guide."""
-    return _transformer_kwargs(config, frozen_recipe(config), frozen_params_fp8(config))
+    recipe, held = frozen_recipe(config), frozen_params_fp8(config)
+    # Else Transformer Engine keeps what it quantised, and all layers would be on the device after all.
+    streamed = {"disable_parameter_transpose_cache": True} if recipe is not None and not held else {}
+    return _transformer_kwargs(config, recipe, held) | streamed
 
 
 def _transformer_kwargs(config: Config, recipe: str | None, params: bool) -> dict[str, Any]:
@@ -167,6 +193,23 @@ def _check_gpu(recipe: str, found: Capabilities) -> None:
         raise UserError(f"{name} needs compute capability 10.x (Blackwell), this GPU has {dotted(capability)}")
 
 
+def fp8_row_multiple(config: Config) -> int:
+    """What the tokens of a row, over all its ranks, must be a multiple of for FP8; 1 without it."""
+    parallel = config.parallel
+    ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    recipes = {policy_recipe(config), frozen_recipe(config)} - {None}
+    return math.lcm(*(ranks * _local_tokens(str(recipe), parallel.sequence_parallel) for recipe in recipes))
+
+
+def _local_tokens(recipe: str, sequence_parallel: bool) -> int:
+    """What the tokens on one rank must be a multiple of; blocks are gathered whole over the tensor ranks."""
+    return 128 if recipe == "blockwise" and sequence_parallel else _step(recipe)
+
+
+def _step(recipe: str) -> int:
+    return 32 if recipe == "mxfp8" else 16
+
+
 def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, row_tokens: int, layout: ParallelLayout) -> None:
     """Checks that every product of a model has sizes that FP8 kernels take.
 
@@ -179,10 +222,8 @@ def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, row_tokens: int, lay
     Raises:
         UserError: A size is not a multiple of what the recipe asks.
     """
-    step = 32 if recipe == "mxfp8" else 16
+    step, gathered = _step(recipe), _local_tokens(recipe, layout.sequence_parallel)
     parts = layout.context * (layout.tensor if layout.sequence_parallel else 1)
-    # Blocks are gathered whole over the tensor ranks.
-    gathered = 128 if recipe == "blockwise" and layout.sequence_parallel else step
     head, groups = kwargs["kv_channels"], kwargs["num_query_groups"]
     query = kwargs["num_attention_heads"] * head
     sizes = {

@@ -14,6 +14,7 @@ from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.report import memory_lines
+from megatron_tgdpo.precision import linear_bytes
 from megatron_tgdpo.preflight import preflight
 from megatron_tgdpo.ranks import RankEnvironment, init_distributed, on_every_rank, on_first_rank
 from megatron_tgdpo.run_inputs import (
@@ -82,6 +83,6 @@ def dry_run(config: Config, world_size: int) -> str:
     dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
     keep = config.train.keep_logits_mib * 2**20
     row = Row(config.row_tokens // layout.context, config.longest_sequence, dtype_bytes, gathered, keep)
-    memory = rank_memory(configs["policy"], frozen, layout, row, config.train.recompute)
+    memory = rank_memory(configs["policy"], frozen, layout, row, config.train.recompute, linear_bytes(config))
     lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
     return "\n".join(lines)

@@ -30,6 +30,7 @@ from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.precision import fp8_row_multiple
 from megatron_tgdpo.ranks import RankEnvironment, on_first_rank
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.run_lock import RunLock
@@ -244,8 +245,8 @@ def layout_of(config: Config, world_size: int) -> ParallelLayout:
 
 def row_format(config: Config, pg: ProcessGroupCollection) -> RowFormat:
     """The format of this run's rows on this rank."""
-    # Divisible by what splits a row, and by what matrix units like.
-    multiple = math.lcm(64, 2 * pg.cp.size() * pg.tp.size()) if pg.pp.size() == 1 else None
+    # Divisible by what splits a row, and by what matrix units like or, in FP8, insist on.
+    multiple = math.lcm(64, 2 * pg.cp.size() * pg.tp.size(), fp8_row_multiple(config)) if pg.pp.size() == 1 else None
     return replace(_whole_rows(config), context_rank=pg.cp.rank(), multiple=multiple)
 
 

@@ -10,7 +10,7 @@ from megatron_tgdpo import attention
 from megatron_tgdpo.config import config_from_dict
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.memory import stage_memory, stage_parameters
+from megatron_tgdpo.memory import LinearBytes, stage_memory, stage_parameters
 from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, Row, layer_activations, stage_activations
 from megatron_tgdpo.planning.cluster import Cluster
@@ -19,6 +19,7 @@ from megatron_tgdpo.planning.layouts import all_plans, make_plan
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
+from megatron_tgdpo.precision import linear_bytes
 from megatron_tgdpo.run import dry_run
 from tests.processes import run_forked
 from tests.published_configs import PUBLISHED, write_config
@@ -82,6 +83,37 @@ def test_optimizer_state_is_split_over_data_ranks(llama: PretrainedConfig) -> No
     one, eight = (stage_memory(llama, [llama], make_layout(1, 1, 1, False, n), ROW, "none", 0) for n in (1, 8))
     assert one.optimizer == 12 * parameter_count(llama) == 8 * eight.optimizer
     assert one.static - one.optimizer == eight.static - eight.optimizer == (2 + 4 + 2) * parameter_count(llama)
+
+
+def test_weights_of_linears_in_fp8(llama: PretrainedConfig) -> None:
+    grid = make_layout(2, 2, 1, True, 4)
+    plain, fp8 = (
+        stage_memory(llama, [llama, llama], grid, ROW, "none", 0, fp8) for fp8 in (LinearBytes(), LinearBytes(4, 1))
+    )
+    # Half of 32 layers, of each half: attention's two linears and the MLP's two.
+    linears = 8 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
+    assert fp8.weights - plain.weights == 2 * linears
+    assert plain.frozen - fp8.frozen == 2 * linears
+    ends = stage_memory(llama, [llama, llama], grid, ROW, "none", 0, LinearBytes(4, 1, plain_ends=True))
+    assert plain.frozen - ends.frozen == 2 * linears * 15 // 16
+    assert (plain.optimizer, plain.gradients, plain.save) == (fp8.optimizer, fp8.gradients, fp8.save)
+
+
+@pytest.mark.parametrize(
+    ("precision", "offload", "wanted"),
+    [
+        ({}, False, LinearBytes()),
+        ({"fp8": "tensorwise"}, False, LinearBytes(4, 1)),
+        ({"fp8": "tensorwise", "fp8_params": True}, False, LinearBytes(2, 1)),
+        ({"fp8": "tensorwise"}, True, LinearBytes(4, None)),
+        ({"fp8": "delayed", "frozen": "bf16"}, False, LinearBytes(4, None)),
+        ({"frozen": "fp8", "first_last_layers_bf16": True}, False, LinearBytes(None, 1, plain_ends=True)),
+    ],
+)
+def test_what_a_precision_makes_of_weights(precision: dict, offload: bool, wanted: LinearBytes) -> None:
+    train = {**VALID["train"], "check_start": False}
+    sections = {"precision": precision, "offload": {"frozen": offload}, "train": train}
+    assert linear_bytes(config_from_dict({**VALID, **sections})) == wanted
 
 
 def test_what_a_save_holds_is_split_over_data_and_context_ranks(llama: PretrainedConfig) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from megatron_tgdpo.precision import (
     policy_recipe,
     policy_transformer_kwargs,
 )
+from megatron_tgdpo.run_inputs import row_format
 from tests.unit.test_config import VALID
 
 # Ampere, Ada, Hopper, Blackwell, and the Blackwell of workstations; the CUDA of each is new enough or too old.
@@ -161,6 +163,7 @@ def test_what_megatron_core_rejects_is_refused() -> None:
         ("none", "same", False, None, None, False),
         ("none", "fp8", False, None, "tensorwise", True),
         ("tensorwise", "same", True, "tensorwise", "tensorwise", True),
+        ("tensorwise", "same", False, "tensorwise", "tensorwise", True),
         ("tensorwise", "bf16", True, "tensorwise", None, False),
         ("delayed", "fp8", False, "delayed", "tensorwise", True),
         ("blockwise", "fp8", False, "blockwise", "blockwise", True),
@@ -203,6 +206,25 @@ def test_sizes_that_fp8_kernels_do_not_take(
         return
     with pytest.raises(UserError, match=message):
         check_fp8_sizes({**SIZES, **changes}, recipe, row, grid)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize(("tensor", "context"), [(1, 1), (2, 1), (8, 1), (8, 4)])
+def test_rows_are_cut_to_sizes_that_fp8_kernels_take(recipe: str, tensor: int, context: int) -> None:
+    parallel = {"tensor": tensor, "context": context, "sequence_parallel": tensor > 1}
+    precision = {"fp8": recipe, "frozen": "bf16"}
+    batch = {"global_pairs": 1, "tokens_per_micro_batch": 65536}
+    train = {**VALID["train"], "check_start": False}
+    sections = {"parallel": parallel, "precision": precision, "batch": batch, "train": train}
+    config = config_from_dict({**VALID, **sections})
+    grid = make_layout(tensor, 1, context, tensor > 1, tensor * context)
+    group = SimpleNamespace
+    pg: Any = group(
+        cp=group(rank=lambda: 0, size=lambda: context), tp=group(size=lambda: tensor), pp=group(size=lambda: 1)
+    )
+    row = row_format(config, pg)
+    for used in range(1, 4096, 61):
+        check_fp8_sizes(SIZES, recipe, row.cut(used), grid)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,24 @@
+"""What is trained on the emulated GPU: precisions, and what else goes with them on a layout."""
+
+from typing import Any
+
+_FP8 = {
+    "tensorwise": {"fp8": "tensorwise"},
+    "tensorwise, FP8 weights": {"fp8": "tensorwise", "fp8_params": True},
+    "blockwise, FP8 weights": {"fp8": "blockwise", "fp8_params": True},
+    "delayed": {"fp8": "delayed", "frozen": "bf16"},
+    "delayed, FP8 weights": {"fp8": "delayed", "fp8_params": True, "frozen": "bf16"},
+}
+
+
+def cases(data: int, pipeline: int) -> dict[str, dict[str, Any]]:
+    """Sections of the config, by name."""
+    found: dict[str, dict[str, Any]] = {name: {"precision": precision} for name, precision in _FP8.items()}
+    if data > 1:
+        overlap = {"grad_reduce": True, "param_gather": True}
+        for name in ("tensorwise, FP8 weights", "delayed"):
+            found[f"{name}, overlap"] = {**found[name], "overlap": overlap}
+    if pipeline > 1:
+        for name in ("tensorwise", "delayed"):
+            found[f"{name}, prefetch"] = {**found[name], "guidance": {"prefetch": True}}
+    return found

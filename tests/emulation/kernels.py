@@ -1,0 +1,490 @@
+"""Transformer Engine's compiled module in plain torch: what its Python calls, by the names it calls it.
+
+Stands in for ``transformer_engine_torch`` of 2.11.0. FP8 values are rounded as the kernels round them (torch's own
+float8 dtypes, saturated), products are exact in fp32. Layouts are Hopper's, where a product needs its operands
+row-wise, so that a weight whose transposed copy is missing or stale fails here too. What nothing here needs raises
+NotImplementedError when it is called.
+
+``calls`` counts calls by kernel and operands; a tensor may say by its attribute ``counted_as`` what it is counted as.
+"""
+
+import enum
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+calls: Counter[str] = Counter()
+
+
+def _enum(name: str, members: str, start: int = 0) -> Any:
+    return enum.IntEnum(name, members, start=start)
+
+
+DType = _enum(
+    "DType",
+    "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 kFloat4E2M1",
+)
+_GEMMS = "GEMM{0}_INPUT GEMM{0}_WEIGHT GEMM{0}_OUTPUT"
+FP8FwdTensors = _enum("FP8FwdTensors", " ".join(_GEMMS.format(n) for n in (1, 2, 3)))
+FP8BwdTensors = _enum("FP8BwdTensors", " ".join(f"GRAD_OUTPUT{n} GRAD_INPUT{n}" for n in (1, 2, 3)))
+Float8BlockScaleTensorFormat = _enum("Float8BlockScaleTensorFormat", "GEMM_READY COMPACT")
+CommOverlapType = _enum("CommOverlapType", "RS AG")
+CommOverlapAlgo = _enum("CommOverlapAlgo", "NONE")
+NVTE_Fused_Attn_Backend = _enum(
+    "NVTE_Fused_Attn_Backend",
+    "NVTE_No_Backend NVTE_F16_max512_seqlen NVTE_F16_arbitrary_seqlen NVTE_FP8",
+    start=-1,
+)
+NVTE_QKV_Layout = _enum(
+    "NVTE_QKV_Layout",
+    "NVTE_SB3HD NVTE_SBH3D NVTE_SBHD_SB2HD NVTE_SBHD_SBH2D NVTE_SBHD_SBHD_SBHD NVTE_BS3HD NVTE_BSH3D NVTE_BSHD_BS2HD "
+    "NVTE_BSHD_BSH2D NVTE_BSHD_BSHD_BSHD NVTE_T3HD NVTE_TH3D NVTE_THD_T2HD NVTE_THD_TH2D NVTE_THD_THD_THD "
+    "NVTE_SBHD_BSHD_BSHD NVTE_BSHD_SBHD_SBHD NVTE_THD_BSHD_BSHD NVTE_THD_SBHD_SBHD NVTE_Paged_KV_BSHD_BSHD_BSHD "
+    "NVTE_Paged_KV_BSHD_SBHD_SBHD NVTE_Paged_KV_SBHD_BSHD_BSHD NVTE_Paged_KV_SBHD_SBHD_SBHD "
+    "NVTE_Paged_KV_THD_BSHD_BSHD NVTE_Paged_KV_THD_SBHD_SBHD",
+)
+NVTE_Bias_Type = _enum("NVTE_Bias_Type", "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI")
+NVTE_Mask_Type = _enum(
+    "NVTE_Mask_Type",
+    "NVTE_NO_MASK NVTE_PADDING_MASK NVTE_CAUSAL_MASK NVTE_PADDING_CAUSAL_MASK NVTE_CAUSAL_BOTTOM_RIGHT_MASK "
+    "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
+)
+NVTE_Softmax_Type = _enum("NVTE_Softmax_Type", "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX")
+NVTE_QKV_Format = _enum(
+    "NVTE_QKV_Format",
+    "NVTE_SBHD NVTE_BSHD NVTE_THD NVTE_BSHD_2SBHD NVTE_SBHD_2BSHD NVTE_THD_2BSHD NVTE_THD_2SBHD",
+)
+
+
+class FP8TensorMeta:
+    def __init__(self) -> None:
+        self.scale = self.scale_inv = self.amax_history = None
+
+
+class CommOverlapHelper:
+    pass
+
+
+class CommOverlap:
+    pass
+
+
+class CommOverlapP2P:
+    pass
+
+
+def _missing(name: str) -> Any:
+    def missing(*args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+        raise NotImplementedError(f"transformer_engine_torch.{name} is not emulated")
+
+    return missing
+
+
+def __getattr__(name: str) -> Any:
+    """Other kernels: Transformer Engine's Python takes hold of many when it is imported."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _missing(name)
+
+
+# Those that its Python takes by way of a star import.
+globals().update({name: _missing(name) for name in ("layernorm_fwd", "layernorm_bwd", "rmsnorm_bwd_add")})
+
+
+def get_cublasLt_version() -> int:
+    return 130100
+
+
+def get_cudnn_version() -> int:
+    return 91900
+
+
+def get_num_cublas_streams() -> int:
+    return 4
+
+
+def device_supports_multicast() -> bool:
+    return False
+
+
+def get_stream_priority_range() -> tuple[int, int]:
+    return 0, -5
+
+
+def get_fused_attn_backend(*args: Any, **kwargs: Any) -> Any:
+    del args, kwargs
+    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+
+
+# ---- casts to FP8 and back
+
+_TORCH = {
+    DType.kFloat32: torch.float32, DType.kBFloat16: torch.bfloat16, DType.kFloat16: torch.float16,
+    DType.kByte: torch.uint8, DType.kFloat8E4M3: torch.float8_e4m3fn, DType.kFloat8E5M2: torch.float8_e5m2,
+}  # fmt: skip
+_LARGEST = {DType.kFloat8E4M3: 448.0, DType.kFloat8E5M2: 57344.0}
+_BLOCK = 128
+
+
+def _cast(x: Tensor, scale: Tensor, dtype: Any) -> Tensor:
+    """The bytes of FP8 values."""
+    largest = _LARGEST[dtype]
+    return (x.float() * scale).clamp(-largest, largest).to(_TORCH[dtype]).view(torch.uint8)
+
+
+def _values(data: Tensor, dtype: Any) -> Tensor:
+    return data.view(_TORCH[dtype]).float()
+
+
+def _transposed(data: Tensor) -> Tensor:
+    """[..., K] -> [K, ...], in memory."""
+    flat = data.reshape(-1, data.shape[-1])
+    return flat.t().contiguous().view([data.shape[-1], *data.shape[:-1]])
+
+
+def _scale(amax: Tensor, largest: float, power_of_2: bool, epsilon: float) -> Tensor:
+    amax = amax.float().clamp(min=epsilon)
+    scale = torch.where((amax == 0) | ~torch.isfinite(amax), torch.ones_like(amax), largest / amax)
+    return torch.exp2(torch.floor(torch.log2(scale))) if power_of_2 else scale
+
+
+def _largest_value(x: Tensor) -> Tensor:
+    return x.float().abs().max() if x.numel() else torch.zeros(())
+
+
+def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
+    assert noop is None
+    assert tensor.is_contiguous(), "the kernel takes contiguous tensors"
+    kind = type(quantizer).__name__
+    calls[f"quantize {getattr(tensor, 'counted_as', kind)}"] += 1
+    if output is None:
+        output = _internal(quantizer, tensor) if quantizer.internal else _empty_like(quantizer, tensor)
+    x = tensor.detach()
+    if kind == "Float8BlockQuantizer":
+        return _quantize_blocks(x, quantizer, output)
+    if kind == "Float8Quantizer":
+        if quantizer.amax.numel():
+            quantizer.amax.copy_(torch.maximum(quantizer.amax.view(()), _largest_value(x)).view(quantizer.amax.shape))
+        scale = quantizer.scale
+    else:
+        assert kind == "Float8CurrentScalingQuantizer", kind
+        amax = _largest_value(x)
+        if quantizer.with_amax_reduction:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+        scale = _scale(amax, _LARGEST[quantizer.dtype], quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+        quantizer.scale.copy_(scale.view(1))
+        quantizer.amax.copy_(amax.view(1))
+    data = _cast(x, scale, quantizer.dtype)
+    if output._data is not None:
+        output._data.copy_(data.view(output._data.shape))
+    output._scale_inv.copy_((1 / scale).view(output._scale_inv.shape))
+    if output._transpose is not None:
+        if quantizer.columnwise_usage:
+            output._transpose.copy_(_transposed(data).view(output._transpose.shape))
+        output._transpose_invalid = not quantizer.columnwise_usage
+    output._fp8_dtype = quantizer.dtype
+    return output
+
+
+def _empty_like(quantizer: Any, tensor: Tensor) -> Any:
+    return quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _internal(quantizer: Any, tensor: Tensor) -> Any:
+    """A storage without being a tensor, as the module makes for what only its own products read."""
+    whole = _empty_like(quantizer, tensor)
+    if type(quantizer).__name__ == "Float8BlockQuantizer":
+        from transformer_engine.pytorch import Float8BlockwiseQTensorStorage
+
+        return Float8BlockwiseQTensorStorage(**whole.get_metadata())
+    from transformer_engine.pytorch import Float8TensorStorage
+
+    return Float8TensorStorage(
+        data=whole._data,
+        fp8_scale_inv=whole._scale_inv,
+        fp8_dtype=quantizer.dtype,
+        data_transpose=whole._transpose,
+        quantizer=quantizer,
+    )
+
+
+def _block_scales(x: Tensor, quantizer: Any, columnwise: bool) -> tuple[Tensor, Tensor]:
+    """[M, K] -> the scale of each element [M, K], and the inverse of each block's as the tensor holds it."""
+    rows, columns = x.shape
+    down, right = -rows % _BLOCK, -columns % _BLOCK
+    padded = torch.nn.functional.pad(x.float().abs(), (0, right, 0, down))
+    options = (_LARGEST[quantizer.dtype], quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+    if quantizer.block_scaling_dim == 2:
+        blocks = padded.view((rows + down) // _BLOCK, _BLOCK, (columns + right) // _BLOCK, _BLOCK)
+        scale = _scale(blocks.amax(dim=(1, 3)), *options)
+        return _over_blocks(scale, rows, columns), 1 / scale
+    if columnwise:
+        scale = _scale(padded[:, :columns].view((rows + down) // _BLOCK, _BLOCK, columns).amax(dim=1), *options)
+        return scale.repeat_interleave(_BLOCK, 0)[:rows], 1 / scale
+    scale = _scale(padded[:rows].view(rows, (columns + right) // _BLOCK, _BLOCK).amax(dim=2), *options)
+    return scale.repeat_interleave(_BLOCK, 1)[:, :columns], (1 / scale).t()
+
+
+def _over_blocks(scale: Tensor, rows: int, columns: int) -> Tensor:
+    return scale.repeat_interleave(_BLOCK, 0).repeat_interleave(_BLOCK, 1)[:rows, :columns]
+
+
+def _quantize_blocks(x: Tensor, quantizer: Any, output: Any) -> Any:
+    flat = x.reshape(-1, x.shape[-1])
+    # To be gathered over ranks: nothing is transposed yet.
+    compact = output._data_format == Float8BlockScaleTensorFormat.COMPACT
+    if quantizer.rowwise_usage and output._rowwise_data is not None:
+        scale, inverse = _block_scales(flat, quantizer, False)
+        output._rowwise_data.copy_(_cast(flat, scale, quantizer.dtype).view(output._rowwise_data.shape))
+        _put(output._rowwise_scale_inv, inverse.t() if compact else inverse)
+    if quantizer.columnwise_usage and output._columnwise_data is not None:
+        scale, inverse = _block_scales(flat, quantizer, True)
+        data = _cast(flat, scale, quantizer.dtype)
+        output._columnwise_data.copy_((data if compact else _transposed(data)).view(output._columnwise_data.shape))
+        _put(output._columnwise_scale_inv, inverse.t() if quantizer.block_scaling_dim == 2 else inverse)
+    return output
+
+
+def _put(target: Tensor, source: Tensor) -> None:
+    """Scales are padded to what the products read."""
+    target.zero_()
+    target[tuple(slice(0, n) for n in source.shape)].copy_(source)
+
+
+def _block_values(tensor: Any, columnwise: bool) -> Tensor:
+    """fp32 values in the tensor's own orientation, from either copy."""
+    scale = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
+    data = tensor._columnwise_data if columnwise else tensor._rowwise_data
+    if not columnwise:
+        values = _values(data.reshape(-1, data.shape[-1]), tensor._fp8_dtype)
+        rows, columns = values.shape
+        spread = (
+            _over_blocks(scale, rows, columns)
+            if tensor._is_2D_scaled
+            else scale.t().repeat_interleave(_BLOCK, 1)[:rows, :columns]
+        )
+        return (values * spread).view(data.shape)
+    values = _values(data.reshape(data.shape[0], -1), tensor._fp8_dtype)
+    rows, columns = values.shape
+    if tensor._is_2D_scaled:
+        return (values * _over_blocks(scale, rows, columns)).t()
+    return (values * scale.repeat_interleave(_BLOCK, 0)[:columns, :rows].t()).t()
+
+
+def dequantize(tensor: Any, dtype: Any) -> Tensor:
+    if hasattr(tensor, "_rowwise_data"):
+        return _block_values(tensor, tensor._rowwise_data is None).to(_TORCH[dtype])
+    return (_values(tensor._data, tensor._fp8_dtype) * tensor._scale_inv).to(_TORCH[dtype])
+
+
+def fp8_transpose(data: Tensor, dtype: Any, out: Tensor | None = None) -> Tensor:
+    del dtype
+    result = _transposed(data)
+    return result if out is None else out.copy_(result.view(out.shape))
+
+
+def compute_amax(tensor: Tensor, amax: Tensor) -> None:
+    amax.copy_(_largest_value(tensor).view(amax.shape))
+
+
+def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    bias = gradient.reshape(-1, gradient.shape[-1]).float().sum(0).to(gradient.dtype)
+    return bias, quantize(gradient, quantizer)
+
+
+def fp8_block_scaling_compute_partial_amax(
+    tensor: Tensor, amax: Tensor, height: int, width: int, start: int, block: int
+) -> None:
+    whole = torch.zeros(height * width)
+    whole[start : start + tensor.numel()] = tensor.float().flatten().abs()
+    down, right = -height % block, -width % block
+    padded = torch.nn.functional.pad(whole.view(height, width), (0, right, 0, down))
+    blocks = padded.view((height + down) // block, block, (width + right) // block, block).amax(dim=(1, 3))
+    amax[: blocks.shape[0], : blocks.shape[1]].copy_(blocks)
+
+
+def fp8_block_scaling_partial_cast(
+    tensor: Tensor, out: Tensor, scale: Tensor, height: int, width: int, start: int, block: int, dtype: Any
+) -> None:
+    assert block == _BLOCK
+    own = _over_blocks(scale, height, width).reshape(-1)[start : start + tensor.numel()]
+    out.copy_(_cast(tensor.flatten(), own, dtype))
+
+
+# ---- scales of many tensors
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], largest: float, power_of_2: bool, epsilon: float
+) -> None:
+    del chunk, noop
+    for amax, scale, inverse in zip(*lists, strict=True):
+        value = _scale(amax, largest, power_of_2, epsilon)
+        scale.copy_(value.view(scale.shape))
+        inverse.copy_((1 / value).view(inverse.shape))
+
+
+def fused_amax_and_scale_update_after_reduction(
+    reduced: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor], algorithm: str, dtype: Any, margin: float
+) -> None:
+    """Delayed scaling: [history length, tensors] and [tensors] of each module."""
+    calls["amax update"] += 1
+    at = 0
+    for history, scale in zip(histories, scales, strict=True):
+        count = history.shape[1]
+        history[0] = reduced[at : at + count]
+        at += count
+        amax = history.amax(0) if algorithm == "max" else history[0].clone()
+        history.copy_(torch.roll(history, -1, 0))
+        history[0].zero_()
+        wanted = _LARGEST[dtype] / amax / 2**margin
+        scale.copy_(torch.where((amax > 0) & torch.isfinite(amax), wanted, scale))
+
+
+# ---- products, norms, attention
+
+
+def _operand(tensor: Any, columnwise: bool) -> Tensor:
+    """fp32 values of what a product reads: FP8 products on Hopper read row-wise data, so the other way round the
+    transposed copy."""
+    if hasattr(tensor, "_rowwise_data"):
+        there = tensor._columnwise_data if columnwise else tensor._rowwise_data
+        assert there is not None, "the product needs the other copy"
+        return _block_values(tensor, columnwise)
+    if not hasattr(tensor, "_scale_inv"):
+        return tensor.float()
+    if columnwise:
+        copy = tensor._transpose
+        assert copy is not None, "the product needs the transposed copy"
+        assert not tensor._transpose_invalid, "the transposed copy is stale"
+        return (_values(copy.reshape(copy.shape[0], -1), tensor._fp8_dtype) * tensor._scale_inv).t()
+    assert tensor._data is not None, "the product needs row-wise data"
+    return _values(tensor._data, tensor._fp8_dtype) * tensor._scale_inv
+
+
+def generic_gemm(
+    A: Any, transa: bool, B: Any, transb: bool, out: Tensor | None, quantizer: Any, out_dtype: Any,
+    bias: Tensor | None, bias_dtype: Any, gelu: bool, gelu_in: Tensor | None, grad: bool, workspace: Tensor,
+    workspace_size: int, accumulate: bool, split: bool, comm_overlap: Any = None, comm_type: Any = None,
+    extra_output: Any = None, bulk_overlap: bool = False, alpha: float = 1.0, beta: float | None = None,
+) -> tuple[Tensor, Tensor | None, None, None]:  # fmt: skip
+    del bias_dtype, gelu_in, workspace, workspace_size, split, comm_type, extra_output, bulk_overlap, beta
+    assert quantizer is None, "outputs are not quantised"
+    assert not gelu
+    assert comm_overlap is None
+    calls[f"gemm {type(A).__name__} {type(B).__name__}"] += 1
+    a, b = _operand(A, not transa), _operand(B, transb)
+    shape = b.shape
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    if hasattr(A, "_scale_inv") or hasattr(A, "_rowwise_data"):
+        assert not any(n % 16 for n in (*a.shape, *b.shape)), f"FP8 kernels take multiples of 16: {a.shape}, {b.shape}"
+    result = (b.t() if transb else b) @ (a.t() if transa else a) * alpha
+    if not transb:
+        result = result.view(*shape[:-1], result.shape[-1])
+    bias_gradient = None
+    if bias is not None:
+        if grad:
+            bias_gradient = b.sum(0).to(bias.dtype)
+        else:
+            result = result + bias.float()
+    if out is not None:
+        assert out.shape == result.shape, (out.shape, result.shape)
+        out.add_(result.to(out.dtype)) if accumulate else out.copy_(result)
+        return out, bias_gradient, None, None
+    dtype = getattr(A, "dtype", torch.bfloat16) if out_dtype is None else _TORCH[out_dtype]
+    return result.to(dtype), bias_gradient, None, None
+
+
+def rmsnorm_fwd(
+    x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, dtype: Any, margin: int, zero_centered: bool
+) -> tuple[Any, None, Tensor]:
+    del margin
+    exact = x.float()
+    inverse = torch.rsqrt(exact.pow(2).mean(-1) + eps)
+    scale = weight.float() + (1 if zero_centered else 0)
+    y: Any = (exact * inverse[..., None] * scale).to(_TORCH.get(dtype, dtype))
+    if quantizer is not None:
+        y = quantize(y, quantizer, out)
+    elif out is not None:
+        y = out.copy_(y)
+    return y, None, inverse
+
+
+def rmsnorm_bwd(
+    dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, margin: int, zero_centered: bool
+) -> tuple[Tensor, Tensor]:
+    del margin
+    exact, gradient = x.float(), dy.float()
+    inverse = inverse.view(*x.shape[:-1], 1)
+    normal, scaled = exact * inverse, gradient * (weight.float() + (1 if zero_centered else 0))
+    dx = (scaled - normal * (scaled * normal).mean(-1, keepdim=True)) * inverse
+    return dx.to(x.dtype), (gradient * normal).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_kv: Tensor, scale: float, window: Any) -> Tensor:
+    from tests.fake_te import varlen
+
+    return varlen(q.float(), k.float(), v.float(), cu_q, cu_kv, scale, tuple(window)).to(q.dtype)
+
+
+def fused_attn_fwd(
+    max_q: int, max_kv: int, training: bool, scale: float, dropout: float, fast_fill: bool, layout: Any, bias: Any,
+    mask: Any, softmax: Any, window: Any, cu_q: Tensor, cu_kv: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any,
+    **options: Any,
+) -> list[Tensor]:  # fmt: skip
+    del max_q, max_kv, dropout, fast_fill, bias, softmax, rest, options
+    assert layout == NVTE_QKV_Layout.NVTE_THD_THD_THD
+    assert mask == NVTE_Mask_Type.NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK
+    out = _attend(q, k, v, cu_q, cu_kv, scale, window)
+    # What backward is given: softmax statistics and the generator's state, unused here.
+    return [out, torch.zeros(*q.shape[:2], 1), torch.zeros(2, dtype=torch.int64)] if training else [out]
+
+
+def fused_attn_bwd(
+    max_q: int, max_kv: int, scale: float, dropout: float, fast_fill: bool, layout: Any, bias: Any, mask: Any,
+    softmax: Any, window: Any, deterministic: bool, cu_q: Tensor, cu_kv: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    out: Tensor, gradient: Tensor, *rest: Any, **options: Any,
+) -> list[Tensor | None]:  # fmt: skip
+    del max_q, max_kv, dropout, fast_fill, layout, bias, mask, softmax, deterministic, out, rest, options
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        again = _attend(*inputs, cu_q, cu_kv, scale, window)
+        return [*torch.autograd.grad(again, inputs, gradient), None, None]
+
+
+# ---- the optimizer
+
+
+def multi_tensor_scale(chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], scale: Any) -> None:
+    del chunk, noop
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source.float() * scale)
+
+
+def multi_tensor_l2norm(
+    chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], per_tensor: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    del chunk, noop
+    norms = torch.stack([tensor.float().norm() for tensor in lists[0]])
+    return norms.norm().view(1), norms if per_tensor else None
+
+
+def multi_tensor_adam(
+    chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], lr: float, beta1: float, beta2: float, eps: float,
+    step: int, mode: int, bias_correction: int, weight_decay: float,
+) -> None:  # fmt: skip
+    del chunk, noop
+    assert mode == 1, "AdamW"
+    first = 1 - beta1**step if bias_correction else 1
+    second = 1 - beta2**step if bias_correction else 1
+    for given, parameter, mean, square in zip(*lists[:4], strict=True):
+        gradient = given.float()
+        assert parameter.dtype == torch.float32
+        mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        parameter.add_((mean / first) / ((square / second).sqrt() + eps) + weight_decay * parameter, alpha=-lr)

@@ -1,0 +1,125 @@
+"""Trains on the emulated GPU with every FP8 recipe: ``worker ROOT TENSOR PIPELINE``, on any number of ranks.
+
+Leaves ``ROOT/LAYOUT/found.json`` for the tests to judge. One rank goes first: the others continue its runs too.
+"""
+
+from tests.emulation.emulated import install
+
+install()
+
+import json  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor  # noqa: E402
+
+from checkpoints_convert.export import export_hf  # noqa: E402
+from megatron_tgdpo.checkpoint import checkpoint_path  # noqa: E402
+from megatron_tgdpo.cpu_backend import enable_cpu_backend  # noqa: E402
+from megatron_tgdpo.parallel import init_model_parallel, make_layout  # noqa: E402
+from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment  # noqa: E402
+from megatron_tgdpo.setup import colocated_model, policy_chunks  # noqa: E402
+from megatron_tgdpo.train_step import Engine  # noqa: E402
+from tests.emulation import kernels  # noqa: E402
+from tests.emulation.cases import cases  # noqa: E402
+from tests.emulation.runs import BEFORE, CPU, DATA, Runs, dirty_memory  # noqa: E402
+
+
+def weights(engine: Engine) -> list[torch.Tensor]:
+    """The policy's, as it computes with them."""
+    found = [parameter for chunk in policy_chunks(engine) for parameter in chunk.parameters()]
+    return [dequantize_fp8_tensor(w).detach() if is_float8tensor(w) else w.detach() for w in found]
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a.float(), b.float()) for a, b in zip(one, other, strict=True))
+
+
+def exported(runs: Runs, out: Path) -> dict[str, Any]:
+    """What a run with FP8 weights saved, read as a checkpoint and as the HF directory that is exported from it."""
+    precision = {"fp8": "tensorwise", "fp8_params": True}
+    config = runs.config(precision=precision)
+    engine = runs.engine(config)
+    runs.steps(engine, DATA[:BEFORE])
+    trained = weights(engine)
+    runs.save(engine, config, out).leave()
+    checkpoint, hf = checkpoint_path(out, BEFORE), out / "hf"
+    bf16 = torch.bfloat16
+    export_hf(checkpoint, hf, template=checkpoint, stored=bf16, dtype=bf16, max_shard_bytes=10**9)
+    found: dict[str, Any] = {}
+    for name, path in (("checkpoint", checkpoint), ("export", hf)):
+        found[f"{name} in bf16"] = equal(weights(runs.engine(runs.config(path))), trained)
+        found[f"{name} in FP8"] = runs.steps(runs.engine(runs.config(path, precision=precision)), DATA[:1])
+    return found
+
+
+def uninitialised(runs: Runs) -> dict[str, Any]:
+    """Delayed scaling with FP8 weights that were made from memory with nothing or something in it."""
+    config = runs.config(precision={"fp8": "delayed", "fp8_params": True, "frozen": "bf16"})
+    found = {}
+    for value in (0.0, 1e4):
+        with dirty_memory(value):
+            engine = runs.engine(config)
+        found[f"{value:g}"] = runs.steps(engine, DATA)
+    return found
+
+
+def frozen(runs: Runs) -> dict[str, Any]:
+    """How often weights of the frozen models are quantised, in all steps together, and what the steps give."""
+    found = {}
+    ways: dict[str, dict[str, Any]] = {"held": {}, "streamed": {"offload": {"frozen": True}}}
+    if runs.layout.pipeline > 1:
+        ways["prefetched"] = {"guidance": {"prefetch": True}}
+    for name, sections in ways.items():
+        for recipe in ("tensorwise", "blockwise"):
+            engine = runs.engine(runs.config(precision={"fp8": recipe}, **sections))
+            models = engine.prefetcher.models if engine.prefetcher else colocated_model(engine).frozen
+            for weight in models.parameters():
+                weight.counted_as = "frozen weight"
+            kernels.calls.clear()
+            steps = runs.steps(engine, DATA)
+            kept = [m._fp8_workspaces for m in models.modules() if getattr(m, "_fp8_workspaces", None)]
+            found[f"{recipe} {name}"] = {
+                "steps": steps, "quantised": kernels.calls["quantize frozen weight"], "kept": len(kept),
+            }  # fmt: skip
+    return found
+
+
+def elsewhere(runs: Runs, saved: Path, pipeline: int) -> dict[str, Any]:
+    """Continues a run with delayed scaling, saved on one rank, on this layout; there also as another kind of run."""
+    name = "delayed, FP8 weights"
+    found = {"same": runs.continued(saved / name, **cases(1, pipeline)[name])}
+    if runs.layout.world_size == 1:
+        delayed = {"fp8": "delayed", "frozen": "bf16"}
+        found["shorter history"] = runs.continued(saved / name, precision={**delayed, "fp8_amax_history": 16})
+        found["none before"] = runs.continued(saved / "tensorwise", precision=delayed)
+        found["bf16"] = runs.continued(saved / name)
+    return found
+
+
+def main() -> None:
+    root, tensor, pipeline = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    enable_cpu_backend()
+    ranks = read_rank_environment()
+    init_distributed(ranks, CPU, 15, connect_store(ranks))
+    layout = make_layout(tensor, pipeline, 1, tensor > 1, dist.get_world_size())
+    runs = Runs(root, layout, init_model_parallel(layout, seed=1, timeout_minutes=15))
+    out, one_rank = root / f"tensor{tensor}-pipeline{pipeline}-data{layout.data}", root / "tensor1-pipeline1-data1"
+    found: dict[str, Any] = {
+        name: runs.resumed(out / name, **sections) for name, sections in cases(layout.data, pipeline).items()
+    }
+    found["frozen"] = frozen(runs)
+    found["elsewhere"] = elsewhere(runs, one_rank, pipeline)
+    if layout.world_size == 1:
+        found |= {"exported": exported(runs, out / "exported"), "uninitialised": uninitialised(runs)}
+    if dist.get_rank() == 0:
+        (out / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
