@@ -6,13 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from megatron_tgdpo.aside import replacing
 from megatron_tgdpo.checkpoint_directory import check_files, saved_checkpoints
-from megatron_tgdpo.config import Config, to_dict, to_yaml
+from megatron_tgdpo.config import Config, read_recorded, to_dict, to_yaml
 from megatron_tgdpo.config_changes import (
     INPUTS,
     RULE_OF,
@@ -138,11 +134,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """The config that a run wrote, of whatever version."""
     file = directory / CONFIG_FILE
     try:
-        return OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[return-value]
+        return read_recorded(file)
     except OSError as error:
         raise read_error(file, error) from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _read_inputs(file: Path) -> Inputs:
