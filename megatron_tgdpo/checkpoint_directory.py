@@ -25,6 +25,7 @@ from typing import Any
 from megatron_tgdpo.aside import SUFFIX as ASIDE_SUFFIX
 from megatron_tgdpo.errors import DamageError, StorageError, UserError
 from megatron_tgdpo.files import FileDigest, file_digest, read_error
+from megatron_tgdpo.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, MemoryError) as error:
         raise read_error(file, error) from error
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         version, files, digest = content["format_version"], content.pop("files", None), content.pop("sha256", None)
         if files is not None:
             files = {name: FileDigest(**entry) for name, entry in files.items()}
@@ -195,7 +196,7 @@ def _missing_is_damage(file: Path) -> Iterator[None]:
 def _check_format(file: Path) -> None:
     """Of a checkpoint without a manifest: megatron-core's loader looks for these keys first."""
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except OSError as error:
         raise read_error(file, error) from error
     except ValueError as error:
@@ -338,7 +339,7 @@ def copy_hf_files(source: Path, target: Path) -> None:
 
 def _check_json(file: Path, content: bytes) -> None:
     try:
-        json.loads(content)
+        parse_json(content)
     except ValueError as error:
         raise DamageError(f"{file}: not readable: {error}: truncated or damaged, get it again") from error
 

@@ -1,5 +1,6 @@
 """What values a configuration may have, and which of them go together."""
 
+import unicodedata
 from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,7 @@ def _check_one(name: str, value: Any, fail: Any) -> None:
             fail(f"{name} is empty: leave it out, or give a value")
         if "${" in value:
             fail(f"{name} is '{value}': a value cannot contain ${{, which stands for another value")
-        if not value.isprintable():
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
             fail(f"{name} is {value!r}: a value cannot contain control characters, nor bytes that are not UTF-8")
 
 

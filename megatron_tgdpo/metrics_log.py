@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.files import write_error
+from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.metrics import StepMetrics
 from megatron_tgdpo.tensorboard import TensorBoard
 from megatron_tgdpo.wandb_log import WandbLog
@@ -167,6 +168,6 @@ def _end_of(path: Path, step: int) -> int:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A line's content; None for the last one of a run that ended while writing it."""
     try:
-        return json.loads(line) if line.endswith(b"\n") else None
+        return parse_json(line) if line.endswith(b"\n") else None
     except ValueError:
         return None

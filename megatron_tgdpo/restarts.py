@@ -15,6 +15,7 @@ from typing import Any
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint, read_metadata
 from megatron_tgdpo.config import load_config
 from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.run_directory import is_done, write_atomically
 from megatron_tgdpo.stopping import STORAGE_STATUS
 
@@ -54,7 +55,7 @@ def count_restart(output_dir: Path, job: str, limit: int) -> int:
 def _read(file: Path) -> dict[str, Any]:
     """What was noted before; nothing where that was damaged, since a count is not worth a run that does not start."""
     try:
-        noted = json.loads(file.read_text(encoding="utf-8"))
+        noted = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -21,6 +21,7 @@ from megatron_tgdpo.config_changes import (
 )
 from megatron_tgdpo.errors import DamageError, UserError
 from megatron_tgdpo.files import read_error, write_error
+from megatron_tgdpo.json_text import parse_json
 
 DONE_FILE = "DONE"
 CONFIG_FILE = "config.yaml"
@@ -141,7 +142,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _read_inputs(file: Path) -> Inputs:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(parse_json(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except OSError as error:

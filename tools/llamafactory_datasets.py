@@ -1,12 +1,12 @@
 """Finds the file behind a dataset's name in LLaMA-Factory's ``dataset_info.json``."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_tgdpo.data.records import detect_format, parse_line, read_records, where
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.json_text import parse_json
 
 # Its columns, and what this project's data layouts call them.
 _COLUMNS = {
@@ -38,10 +38,10 @@ def dataset_file(info_file: Path, name: str) -> str:
             project's data layouts do not have.
     """
     try:
-        entries = json.loads(info_file.read_text(encoding="utf-8"))
+        entries = parse_json(info_file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{info_file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{info_file}: cannot be read: {error}") from error
     if "," in name:
         raise UserError(f"dataset: {name} are several datasets: join their files and give the path with --train")

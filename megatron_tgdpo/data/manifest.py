@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import FileDigest, file_digest, read_error
+from megatron_tgdpo.json_text import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_SUFFIX = ".manifest.json"
@@ -101,7 +102,7 @@ def read_manifest(prefix: str) -> dict[str, Any]:
     """
     path = prefix + MANIFEST_SUFFIX
     try:
-        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        manifest = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: the dataset {prefix} does not exist or is incomplete; preprocess again"
