@@ -276,12 +276,13 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         manifest = parse_json(path.read_text(encoding="utf-8"))
         version, shards = manifest["format_version"], manifest["shards"]
         sizes = manifest["pairs"], manifest["block_pairs"]
-        GuidanceKey(**manifest["key"])
+        key = asdict(GuidanceKey(**manifest["key"]))
+        named = all(isinstance(value, str) or (name == "guide" and value is None) for name, value in key.items())
         sound = all(isinstance(size, int) and size > 0 for size in sizes) and len(shards) == -(-sizes[0] // sizes[1])
     except OSError as error:
         raise read_error(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error!r}): {_AGAIN}") from error
-    if version != FORMAT_VERSION or not sound:
+    if version != FORMAT_VERSION or not (sound and named and isinstance(shards, list)):
         raise UserError(f"{path}: damaged, or of another version than {FORMAT_VERSION}: {_AGAIN}")
     return manifest

@@ -39,7 +39,7 @@ def count_restart(output_dir: Path, job: str, limit: int) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
         before = _read(file)
         same = (before.get("job"), before.get("step")) == (job, step)
-        count = int(before.get("without_progress", 0)) + 1 if same else 0
+        count = before["without_progress"] + 1 if same else 0
         write_atomically(file, json.dumps({"job": job, "step": step, "without_progress": count}) + "\n")
     except OSError as error:
         kind = UserError if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) else StorageError
@@ -61,7 +61,7 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError as error:
         print(f"{file}: not readable, counting restarts anew: {error}", file=sys.stderr)
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return noted if isinstance(noted, dict) and isinstance(noted.get("without_progress"), int) else {}
 
 
 def main() -> int:

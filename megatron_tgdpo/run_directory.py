@@ -75,8 +75,8 @@ def recorded_run(directory: Path) -> Recorded | None:
 def recorded_by(checkpoint: Path, metadata: Mapping[str, Any]) -> Recorded:
     """What a run was when it saved a checkpoint, whose ``tgdpo.json`` has this content."""
     # Checkpoints of versions that did not name all inputs have the data's fingerprint alone.
-    inputs = metadata.get("inputs", {"data.train": metadata.get("data_fingerprint")})
-    return Recorded(checkpoint, metadata.get("config", {}), {key: inputs[key] for key in inputs if key in RULE_OF})
+    inputs = metadata.get("inputs") or {"data.train": metadata.get("data_fingerprint")}
+    return Recorded(checkpoint, metadata.get("config") or {}, {key: inputs[key] for key in inputs if key in RULE_OF})
 
 
 def record_start(config: Config, inputs: Inputs, step: int, steps: int) -> None:
@@ -142,13 +142,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _read_inputs(file: Path) -> Inputs:
     try:
-        return dict(parse_json(file.read_text(encoding="utf-8")))
+        inputs = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise read_error(file, error) from error
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(inputs, dict) or not all(isinstance(value, str | None) for value in inputs.values()):
+        raise UserError(f"{file}: not a mapping of keys to fingerprints")
+    return inputs
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ import yaml
 from hypothesis import strategies as st
 
 from checkpoints_convert.hf_reader import HfCheckpoint
+from megatron_tgdpo import checkpoint_directory, metrics_log
 from megatron_tgdpo.checkpoint_directory import check_hf_files, read_manifest
 from megatron_tgdpo.config import config_from_dict, load_config, to_dict, to_yaml
 from megatron_tgdpo.config_changes import INPUTS, check_changes, find_changes
@@ -22,9 +23,9 @@ from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import inspect_sources, preprocess, write_dataset
 from megatron_tgdpo.data.tokenizers import load_tokenizer
+from megatron_tgdpo.files import FileDigest
 from megatron_tgdpo.guidance_cache import GuidanceCache
 from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.metrics_log import MetricsLog
 from megatron_tgdpo.restarts import count_restart
 from megatron_tgdpo.run_directory import is_done, recorded_run
 from tests.fuzzing import fuzz, jsons, one_line_or_result, texts, to_bytes
@@ -103,7 +104,9 @@ def test_dataset_infos(place: Path, info: str, pairs: str) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tokenizer_directory.__wrapped__(tmp_path_factory)  # type: ignore[attr-defined]
+    directory = Path(tokenizer_directory.__wrapped__(tmp_path_factory))  # type: ignore[attr-defined]
+    (directory / "chat_template.jinja").write_text(chat_template("chatml"))
+    return str(directory)
 
 
 @fuzz(
@@ -141,8 +144,23 @@ METADATA: dict[str, Any] = {
 }  # fmt: skip
 
 
-@fuzz(text=jsons([METADATA, {**METADATA, "files": {"hf/config.json": DIGEST, ".metadata": DIGEST}, "sha256": "0"}]))
-def test_checkpoint_manifests(place: Path, text: str) -> None:
+def _with_its_digest(text: str) -> str:
+    """Behind the checksum: as somebody could write it on purpose."""
+    try:
+        content = json.loads(text)
+        files = {name: FileDigest(**entry) for name, entry in content.pop("files").items()}
+        content.pop("sha256", None)
+        own = checkpoint_directory._own_digest(content, files)
+        return json.dumps({**content, "files": {name: vars(entry) for name, entry in files.items()}, "sha256": own})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return text
+
+
+@fuzz(
+    text=jsons([METADATA, {**METADATA, "files": {"hf/config.json": DIGEST, ".metadata": DIGEST}, "sha256": "0"}]),
+    right_digest=st.booleans(),
+)
+def test_checkpoint_manifests(place: Path, text: str, right_digest: bool) -> None:
     checkpoint = place / "run" / "checkpoints" / "step_00000004"
     (checkpoint / "hf").mkdir(parents=True, exist_ok=True)
     for name in (".metadata", "common.pt", "hf/config.json"):
@@ -151,7 +169,7 @@ def test_checkpoint_manifests(place: Path, text: str) -> None:
     (checkpoint / "metadata.json").write_text(
         json.dumps({**formats, "common_backend": "torch", "common_backend_version": 1})
     )
-    (checkpoint / "tgdpo.json").write_bytes(to_bytes(text))
+    (checkpoint / "tgdpo.json").write_bytes(to_bytes(_with_its_digest(text) if right_digest else text))
 
     def compare() -> None:
         recorded = recorded_run(place / "run")
@@ -186,7 +204,7 @@ def test_what_a_run_left(place: Path, config: str, inputs: str, log: str, restar
     one_line_or_result(compare)
     one_line_or_result(lambda: is_done(mine))
     one_line_or_result(lambda: count_restart(left, "7", 10**9))
-    one_line_or_result(lambda: MetricsLog(mine, 2).close())
+    one_line_or_result(lambda: metrics_log._end_of(left / "metrics.jsonl", 2))
 
 
 @pytest.fixture(scope="module")
