@@ -25,6 +25,7 @@ from megatron_tgdpo.checkpoint_reader import CheckpointReader
 from megatron_tgdpo.direct_io import DirectReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.whole_directory import WholeDirectory
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -155,7 +156,7 @@ def _finish(aside: Path, template: Path, files: list[_File], dtype: torch.dtype,
 
 def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
     """Makes config.json say the dtype that was written, under the key that it uses (transformers 5: ``dtype``)."""
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = parse_json(config_file.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     name = str(dtype).removeprefix("torch.")
     if config.get(key) != name:

@@ -1,6 +1,5 @@
 """Reads slices of an HF checkpoint's safetensors files, after checking from their headers that all of it is there."""
 
-import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import FileReader, read_error
+from megatron_tgdpo.json_text import parse_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -164,7 +164,7 @@ def _read_files(path: Path) -> dict[str, TensorInfo]:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         files = set(weight_map.values())
     except OSError as error:
         raise read_error(index, error) from error
@@ -189,7 +189,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise UserError(f"{file}: truncated or not a safetensors file: download it again")
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         header.pop("__metadata__", None)
         infos, end = _parse(file, header, 8 + length)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -19,12 +19,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_tgdpo.aside import SUFFIX as ASIDE_SUFFIX
 from megatron_tgdpo.errors import DamageError, StorageError, UserError
 from megatron_tgdpo.files import FileDigest, file_digest, read_error
+from megatron_tgdpo.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,17 @@ _HF_FILES = (
 )
 _HF_SUFFIXES = (".model", ".tiktoken")
 _HF_FOLDERS = ("additional_chat_templates",)
+_NONE = type(None)
+# Of the metadata that is read again; none may be missing from an older checkpoint.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int, _NONE),
+    "consumed_pairs": (int, _NONE),
+    "config": (dict, _NONE),
+    "inputs": (dict, _NONE),
+    "changes": (list, _NONE),
+    "data_fingerprint": (str, _NONE),
+    "dtype": (str, _NONE),
+}
 _FILES_WITHOUT_MANIFEST = (METADATA_FILE, _FORMAT_FILE, TENSORS_FILE, COMMON_FILE, f"{HF_FOLDER}/config.json")
 
 
@@ -97,10 +109,11 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, MemoryError) as error:
         raise read_error(file, error) from error
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         version, files, digest = content["format_version"], content.pop("files", None), content.pop("sha256", None)
         if files is not None:
             files = {name: FileDigest(**entry) for name, entry in files.items()}
+        _check_types(content, files or {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(f"{file}: not readable: {error!r}") from error
     if version != FORMAT_VERSION:
@@ -108,6 +121,23 @@ def read_manifest(path: Path) -> Manifest:
     if (files is None) != (digest is None) or (files is not None and digest != _own_digest(content, files)):
         raise DamageError(f"{file}: its content is not what was written: its sha256 is another")
     return Manifest(content, files)
+
+
+def _check_types(metadata: Mapping[str, Any], files: Mapping[str, FileDigest]) -> None:
+    """Raises TypeError for what this project does not write, as what reads the manifest relies on it."""
+    for key, kinds in _TYPES.items():
+        if not isinstance(metadata.get(key), kinds):
+            raise TypeError(f"{key} is {metadata[key]!r}")
+    if not all(isinstance(value, str | None) for value in (metadata.get("inputs") or {}).values()):
+        raise TypeError("inputs are not fingerprints")
+    if not all(isinstance(change, dict) for change in metadata.get("changes") or []):
+        raise TypeError("changes are not changes")
+    for name, digest in files.items():
+        path = PurePosixPath(name)
+        if not name.isprintable() or path.is_absolute() or not path.parts or ".." in path.parts:
+            raise TypeError(f"file name {name!r} leads out of the checkpoint")
+        if type(digest.size) is not int or not isinstance(digest.sha256, str):
+            raise TypeError(f"{name} has the digest {digest}")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -195,7 +225,7 @@ def _missing_is_damage(file: Path) -> Iterator[None]:
 def _check_format(file: Path) -> None:
     """Of a checkpoint without a manifest: megatron-core's loader looks for these keys first."""
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except OSError as error:
         raise read_error(file, error) from error
     except ValueError as error:
@@ -338,7 +368,7 @@ def copy_hf_files(source: Path, target: Path) -> None:
 
 def _check_json(file: Path, content: bytes) -> None:
     try:
-        json.loads(content)
+        parse_json(content)
     except ValueError as error:
         raise DamageError(f"{file}: not readable: {error}: truncated or damaged, get it again") from error
 

@@ -6,7 +6,7 @@ A default lives here and nowhere else. Fields without a default are required. Ev
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_tgdpo.config_checks import check
+from megatron_tgdpo.config_values import known, merged, typed, typed_override
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.methods import METHODS, Method
+from megatron_tgdpo.yaml_text import read_yaml_file
 
 
 @dataclass(frozen=True)
@@ -227,44 +229,56 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies ``section.key=value`` overrides and checks every value.
 
+    Values have the types of their fields, however they look: ``output_dir: 2026_11_27`` is text. ``${oc.env:NAME}`` is
+    replaced by an environment variable.
+
     Raises:
-        UserError: The file cannot be read, a key is unknown, missing or of the wrong type, or values contradict.
+        UserError: The file cannot be read, a key is unknown, missing, repeated or of the wrong type, or values
+            contradict.
     """
     try:
-        file_values = OmegaConf.create(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+        written = read_yaml_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    values = typed(Config, written, "", str(path))
     for override in overrides:
-        if "=" not in override:
-            raise UserError(f"override '{override}' is not of the form section.key=value")
-    return _build(OmegaConf.merge(file_values, OmegaConf.from_dotlist(list(overrides))), str(path))
+        values = merged(values, typed_override(Config, override))
+    return _build(values, str(path))
 
 
 def config_from_dict(values: dict[str, Any], source: str = "config") -> Config:
     """Builds a checked :class:`Config` from nested plain values, as :func:`load_config` does from a file."""
-    return _build(OmegaConf.create(values), source)
+    return _build(typed(Config, values, "", source), source)
+
+
+def read_recorded(path: Path) -> dict[str, Any]:
+    """The values in a ``config.yaml`` that a run wrote, of whatever version: keys that there are no more are left out.
+
+    Raises:
+        UserError: It cannot be read.
+        OSError: Reading fails.
+    """
+    return typed(Config, known(Config, read_yaml_file(path)), "", str(path))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The resolved config as nested plain values."""
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)  # type: ignore[return-value]
+    return asdict(config)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that :func:`load_config` reads back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _build(values: Any, source: str) -> Config:
+def _build(values: dict[str, Any], source: str) -> Config:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
-        missing = sorted(OmegaConf.missing_keys(merged))
+        combined = OmegaConf.merge(OmegaConf.structured(Config), values)
+        missing = sorted(OmegaConf.missing_keys(combined))
         if missing:
             raise UserError(f"{source}: required key {missing[0]} is not set")
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+        config = OmegaConf.to_object(combined)
+    except (OmegaConfBaseException, RecursionError) as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None)
         what = str(error).splitlines()[0]
         raise UserError(f"{source}: {key}: {what}" if key else f"{source}: {what}") from error

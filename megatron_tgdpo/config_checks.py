@@ -1,5 +1,8 @@
 """What values a configuration may have, and which of them go together."""
 
+import unicodedata
+from dataclasses import asdict
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from megatron_tgdpo.errors import UserError
@@ -42,7 +45,18 @@ _NOT_NEGATIVE = (
     "optimizer.clip_grad",
     "checkpoint.keep",
     "train.seed",
+    "train.keep_logits_mib",
 )
+# Above these a value is a slip, and would end in a library's error or never. Others: _LARGEST.
+_AT_MOST = {
+    "data.max_length": 1 << 29,  # rows are indexed by int32
+    "data.workers": 1 << 12,
+    "parallel.timeout_minutes": 525_600,  # a year
+    "precision.fp8_amax_history": 1 << 20,
+    "train.seed": (1 << 63) - (1 << 20),  # room for what is added for each rank
+}
+_LARGEST = {int: (1 << 31) - 1, float: 1e12}
+_LEAST_EPS = 1.2e-38  # the least that fp32 holds
 _FRACTIONS = ("optimizer.warmup_ratio", "optimizer.beta1", "optimizer.beta2", "preflight.slow_group_ratio")
 
 
@@ -60,6 +74,9 @@ def check(config: "Config", source: str) -> None:
     def fail(message: str) -> None:
         raise UserError(f"{source}: {message}")
 
+    for section, values in asdict(config).items():
+        for key, one in values.items() if isinstance(values, dict) else [("", values)]:
+            _check_one(f"{section}.{key}".removesuffix("."), one, fail)
     for name, choices in _CHOICES.items():
         if value(name) not in choices:
             fail(f"{name} is '{value(name)}': choose one of {', '.join(choices)}")
@@ -72,6 +89,8 @@ def check(config: "Config", source: str) -> None:
     for name in _FRACTIONS:
         if not 0 <= value(name) < 1:
             fail(f"{name} is {value(name)}: it must be in [0, 1)")
+    if config.optimizer.eps < _LEAST_EPS:
+        fail(f"optimizer.eps is {config.optimizer.eps}, zero in fp32: it must be at least {_LEAST_EPS}")
     if (config.train.steps is None) == (config.train.epochs is None):
         fail("set exactly one of train.steps and train.epochs")
     _check_method(config, fail)
@@ -90,6 +109,21 @@ def check(config: "Config", source: str) -> None:
         fail("overlap.tensor needs parallel.sequence_parallel=true: it hides the traffic of that")
     _check_pipeline(config, fail)
     _check_lengths(config, fail)
+
+
+def _check_one(name: str, value: Any, fail: Any) -> None:
+    """What holds of any value of its kind."""
+    if isinstance(value, float) and not isfinite(value):
+        fail(f"{name} is {value}: it must be a finite number")
+    if isinstance(value, (int, float)) and abs(value) > (most := _AT_MOST.get(name, _LARGEST.get(type(value), value))):
+        fail(f"{name} is {value:.6g}: it must be at most {most:,}")
+    if isinstance(value, str):
+        if not value.strip():
+            fail(f"{name} is empty: leave it out, or give a value")
+        if "${" in value:
+            fail(f"{name} is '{value}': a value cannot contain ${{, which stands for another value")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+            fail(f"{name} is {value!r}: a value cannot contain control characters, nor bytes that are not UTF-8")
 
 
 def _check_method(config: "Config", fail: Any) -> None:

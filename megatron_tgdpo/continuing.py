@@ -81,7 +81,7 @@ def _start_at(path: Path | None, config: Config, inputs: Inputs, *, asked: bool)
     changes = _changes(recorded_by(path, metadata), config, inputs, step, asked=asked)
     if any(change["key"] == "data.train" for change in changes):
         pairs = 0
-    return StartPoint(inputs, path, step, pairs, [*metadata.get("changes", []), *changes])
+    return StartPoint(inputs, path, step, pairs, [*(metadata.get("changes") or []), *changes])
 
 
 def _changes(recorded: Recorded, config: Config, inputs: Inputs, step: int, *, asked: bool) -> list[dict[str, Any]]:

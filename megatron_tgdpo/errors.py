@@ -2,7 +2,13 @@
 
 
 class UserError(Exception):
-    """Bad input or an impossible request; the message is one line that names the culprit and the fix."""
+    """Bad input or an impossible request; the message is one line that names the culprit and the fix.
+
+    Names and values in it come from outside: what would break the line, or cannot be printed, is shown escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class AgreedError(UserError):

@@ -20,6 +20,7 @@ from megatron_tgdpo.checkpoint_directory import hf_folder
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import read_error, write_error
+from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.ranks import RankEnvironment, on_every_rank, on_first_rank
 from megatron_tgdpo.run_directory import write_atomically
 from megatron_tgdpo.stopping import leave_if_requested
@@ -161,7 +162,7 @@ def _hash(paths: list[str]) -> dict[str, str]:
 def _read(record: Path) -> _Record:
     """What a record says; nothing if there is none, or if it is no record: then files are read again."""
     try:
-        entries = json.loads(record.read_text(encoding="utf-8")).items()
+        entries = parse_json(record.read_text(encoding="utf-8")).items()
         return {path: (FileState(**state), str(digest)) for path, (state, digest) in entries}
     except FileNotFoundError:
         return {}

@@ -25,6 +25,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.files import read_error
 from megatron_tgdpo.fingerprints import weights_fingerprint
+from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.precision import frozen_precision
 from megatron_tgdpo.run_directory import write_atomically
 
@@ -155,7 +156,7 @@ def read_whole_shard(directory: Path, shard: int, key: GuidanceKey, tokens: int)
 
 def _stated(content: bytes) -> dict[str, str]:
     """The metadata in the header of a safetensors file: 8 bytes of length (little-endian), then JSON."""
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return header.get("__metadata__", {})
 
 
@@ -272,15 +273,16 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{directory}: no complete guidance cache ({MANIFEST_FILE} is missing): {_AGAIN}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         version, shards = manifest["format_version"], manifest["shards"]
         sizes = manifest["pairs"], manifest["block_pairs"]
-        GuidanceKey(**manifest["key"])
+        key = asdict(GuidanceKey(**manifest["key"]))
+        named = all(isinstance(value, str) or (name == "guide" and value is None) for name, value in key.items())
         sound = all(isinstance(size, int) and size > 0 for size in sizes) and len(shards) == -(-sizes[0] // sizes[1])
     except OSError as error:
         raise read_error(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error!r}): {_AGAIN}") from error
-    if version != FORMAT_VERSION or not sound:
+    if version != FORMAT_VERSION or not (sound and named and isinstance(shards, list)):
         raise UserError(f"{path}: damaged, or of another version than {FORMAT_VERSION}: {_AGAIN}")
     return manifest

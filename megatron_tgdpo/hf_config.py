@@ -1,6 +1,5 @@
 """The HF config of a model directory, read and checked."""
 
-import json
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from checkpoints_convert.hf_reader import refuse_adapter
 from megatron_tgdpo.checkpoint_directory import check_hf_files
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import read_error
+from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.rotary import RotaryFrequencies
 
 _VOCABULARY_MULTIPLE = 128
@@ -34,7 +34,7 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raise UserError(f"{path}: no config.json there, give an HF or a Megatron checkpoint directory")
     check_hf_files(path, "config.json")
     try:
-        architectures = json.loads(file.read_text(encoding="utf-8")).get("architectures")
+        architectures = parse_json(file.read_text(encoding="utf-8")).get("architectures")
     except OSError as error:
         raise read_error(file, error) from error
     except (ValueError, AttributeError) as error:

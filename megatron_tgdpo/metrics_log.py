@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.files import write_error
+from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.metrics import StepMetrics
 from megatron_tgdpo.tensorboard import TensorBoard
 from megatron_tgdpo.wandb_log import WandbLog
@@ -165,8 +166,9 @@ def _end_of(path: Path, step: int) -> int:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line's content; None for the last one of a run that ended while writing it."""
+    """A line's content; None for the last one of a run that ended while writing it, and for what no run writes."""
     try:
-        return json.loads(line) if line.endswith(b"\n") else None
+        content = parse_json(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
+    return content if isinstance(content, dict) and isinstance(content.get("step"), int) else None

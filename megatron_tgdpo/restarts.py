@@ -15,6 +15,7 @@ from typing import Any
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint, read_metadata
 from megatron_tgdpo.config import load_config
 from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.run_directory import is_done, write_atomically
 from megatron_tgdpo.stopping import STORAGE_STATUS
 
@@ -38,7 +39,7 @@ def count_restart(output_dir: Path, job: str, limit: int) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
         before = _read(file)
         same = (before.get("job"), before.get("step")) == (job, step)
-        count = int(before.get("without_progress", 0)) + 1 if same else 0
+        count = before["without_progress"] + 1 if same else 0
         write_atomically(file, json.dumps({"job": job, "step": step, "without_progress": count}) + "\n")
     except OSError as error:
         kind = UserError if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) else StorageError
@@ -54,13 +55,13 @@ def count_restart(output_dir: Path, job: str, limit: int) -> int:
 def _read(file: Path) -> dict[str, Any]:
     """What was noted before; nothing where that was damaged, since a count is not worth a run that does not start."""
     try:
-        noted = json.loads(file.read_text(encoding="utf-8"))
+        noted = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         print(f"{file}: not readable, counting restarts anew: {error}", file=sys.stderr)
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return noted if isinstance(noted, dict) and isinstance(noted.get("without_progress"), int) else {}
 
 
 def main() -> int:

@@ -6,13 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from megatron_tgdpo.aside import replacing
 from megatron_tgdpo.checkpoint_directory import check_files, saved_checkpoints
-from megatron_tgdpo.config import Config, to_dict, to_yaml
+from megatron_tgdpo.config import Config, read_recorded, to_dict, to_yaml
 from megatron_tgdpo.config_changes import (
     INPUTS,
     RULE_OF,
@@ -25,6 +21,7 @@ from megatron_tgdpo.config_changes import (
 )
 from megatron_tgdpo.errors import DamageError, UserError
 from megatron_tgdpo.files import read_error, write_error
+from megatron_tgdpo.json_text import parse_json
 
 DONE_FILE = "DONE"
 CONFIG_FILE = "config.yaml"
@@ -78,8 +75,8 @@ def recorded_run(directory: Path) -> Recorded | None:
 def recorded_by(checkpoint: Path, metadata: Mapping[str, Any]) -> Recorded:
     """What a run was when it saved a checkpoint, whose ``tgdpo.json`` has this content."""
     # Checkpoints of versions that did not name all inputs have the data's fingerprint alone.
-    inputs = metadata.get("inputs", {"data.train": metadata.get("data_fingerprint")})
-    return Recorded(checkpoint, metadata.get("config", {}), {key: inputs[key] for key in inputs if key in RULE_OF})
+    inputs = metadata.get("inputs") or {"data.train": metadata.get("data_fingerprint")}
+    return Recorded(checkpoint, metadata.get("config") or {}, {key: inputs[key] for key in inputs if key in RULE_OF})
 
 
 def record_start(config: Config, inputs: Inputs, step: int, steps: int) -> None:
@@ -138,22 +135,23 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """The config that a run wrote, of whatever version."""
     file = directory / CONFIG_FILE
     try:
-        return OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[return-value]
+        return read_recorded(file)
     except OSError as error:
         raise read_error(file, error) from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _read_inputs(file: Path) -> Inputs:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        inputs = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise read_error(file, error) from error
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(inputs, dict) or not all(isinstance(value, str | None) for value in inputs.values()):
+        raise UserError(f"{file}: not a mapping of keys to fingerprints")
+    return inputs
 
 
 def write_atomically(path: Path, text: str) -> None:

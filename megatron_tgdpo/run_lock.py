@@ -20,6 +20,7 @@ import psutil
 from megatron_tgdpo.aside import aside_of, remove_stale
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import write_error
+from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.stopping import FAILED_STATUS, last_words
 
 LOCK_FILE = "running.json"
@@ -132,7 +133,7 @@ class RunLock:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            owner = json.loads((self._state() or (b"", 0))[0])
+            owner = parse_json((self._state() or (b"", 0))[0])
         except ValueError:
             return None
         return owner if isinstance(owner, dict) else None

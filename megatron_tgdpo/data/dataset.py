@@ -80,7 +80,12 @@ class PreferenceDataset:
         except (AssertionError, ValueError, KeyError) as error:
             raise UserError(f"{prefix}: the index is damaged ({error}); preprocess again") from error
         pairs = self.manifest["pairs"]
-        if len(self._sequences) != 3 * pairs or self.origin.shape != (pairs, 2):
+        sources = len(self.manifest["sources"])
+        if (
+            len(self._sequences) != 3 * pairs
+            or self.origin.shape != (pairs, 2)
+            or not 0 <= self.origin[:, 0].max(initial=0) < max(sources, 1)
+        ):
             raise UserError(f"{prefix}: the index does not hold the manifest's {pairs} pairs; preprocess again")
         self.lengths = self._sequences.sequence_lengths.astype(np.int64).reshape(-1, 3)
 

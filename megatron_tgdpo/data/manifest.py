@@ -15,10 +15,21 @@ import numpy as np
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import FileDigest, file_digest, read_error
+from megatron_tgdpo.json_text import check_shape, parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_SUFFIX = ".manifest.json"
 DATA_SUFFIXES = (".bin", ".idx", ".source.npy")
+# What is read of a manifest.
+_SHAPE = {
+    "files": {suffix: {"size": int, "sha256": str} for suffix in DATA_SUFFIXES},
+    "pairs": int,
+    "dropped": dict,
+    "tokenizer": {"path": str, "fingerprint": str, "template_fingerprint": str, "vocab_size": int},
+    "max_token_id": int,
+    "options": {"max_length": object, "max_prompt_length": object, "overlong_prompt": object},
+    "sources": [{"path": str, "kind": str}],
+}
 REQUIRED_KEYS = ("files", "pairs", "dropped", "tokenizer", "max_token_id", "options", "sources")
 
 
@@ -101,7 +112,7 @@ def read_manifest(prefix: str) -> dict[str, Any]:
     """
     path = prefix + MANIFEST_SUFFIX
     try:
-        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        manifest = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: the dataset {prefix} does not exist or is incomplete; preprocess again"
@@ -115,6 +126,10 @@ def read_manifest(prefix: str) -> dict[str, Any]:
     lacking = [key for key in REQUIRED_KEYS if key not in manifest]
     if lacking:
         raise UserError(f"{path}: the manifest lacks '{lacking[0]}'; preprocess again")
+    try:
+        check_shape(manifest, _SHAPE, "the manifest")
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; preprocess again") from error
     for suffix in DATA_SUFFIXES:
         recorded = manifest["files"][suffix]["size"]
         try:

@@ -97,7 +97,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1")
-    with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
+    with pytest.raises(UserError, match=r"bad\.yaml:1: not valid YAML"):
         load_config(tmp_path / "bad.yaml")
 
 

@@ -90,7 +90,7 @@ def test_a_run_that_is_continued_with_other_values_is_done_no_more(tmp_path: Pat
 def test_an_unreadable_config_of_a_run_is_named(tmp_path: Path) -> None:
     claim_and_step(tmp_path)
     (tmp_path / "run" / "config.yaml").write_text("a: [1")
-    with pytest.raises(UserError, match=r"run/config\.yaml: cannot be read"):
+    with pytest.raises(UserError, match=r"run/config\.yaml:1: not valid YAML"):
         claim_output_dir(config_from_dict(values(tmp_path)))
 
 

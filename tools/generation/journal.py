@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_tgdpo.aside import aside_of, replacing
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.json_text import parse_json
 
 # Not .jsonl: FastChat and Arena-Hard read every file of that name in the directory of the answers.
 SUFFIX = ".unfinished"
@@ -82,7 +83,7 @@ class Journal:
         with open(self.path, "rb") as file:
             next(file)
             for line in file:
-                yield json.loads(line)
+                yield parse_json(line)
 
     def remove(self) -> None:
         """Deletes the file: the job is done and its results are elsewhere."""
@@ -176,7 +177,7 @@ def finished_summary(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
     if not out.exists() or out.with_name(out.name + SUFFIX).exists():
         return None
     try:
-        summary = json.loads(summary_path(out).read_text(encoding="utf-8"))
+        summary = parse_json(summary_path(out).read_text(encoding="utf-8"))
         theirs = summary["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out}: exists and is not a result of this command; choose another file") from error
@@ -193,6 +194,6 @@ def _parse(line: bytes) -> Any:
     if not line.endswith(b"\n"):
         return None
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
