@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_tgdpo.config_checks import check
+from megatron_tgdpo.data.sources import Source, read_sets, read_sources
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.methods import METHODS, Method
 
@@ -29,8 +30,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = MISSING  # JSON, JSONL or Parquet file of pairs, or the prefix of a preprocessed dataset
-    validation: str | None = None  # same, for evaluation; null: no evaluation
+    # A file of pairs, a directory, a glob, or the prefix of a preprocessed dataset; {path, split, subset, weight}; or a
+    # list of these, one after another (data/sources.py).
+    train: Any = MISSING
+    validation: Any = None  # same, for evaluation, or several sets by name; null: no evaluation
     shuffle: bool = True  # new order every epoch from train.seed; false: file order
     max_length: int = 2048  # tokens of prompt plus response, per sequence
     max_prompt_length: int | None = None  # tokens of the prompt; null: no limit of its own
@@ -202,6 +205,17 @@ class Config:
     def longest_sequence(self) -> int:
         """The most tokens that a sequence in a row may have."""
         return min(self.data.max_length, self.row_tokens)
+
+    @property
+    def datasets(self) -> dict[str, tuple[Source, ...]]:
+        """What the run's datasets are made of, by name: ``train`` and ``validation`` or ``validation/NAME``."""
+        named = {f"validation/{name}" if name else "validation": found for name, found in self.validation_sets.items()}
+        return {"train": read_sources(self.data.train, "data.train"), **named}
+
+    @property
+    def validation_sets(self) -> dict[str, tuple[Source, ...]]:
+        """Validation sets by the names that they are given; a single one without a name has ``""``."""
+        return read_sets(self.data.validation, "data.validation")
 
     @property
     def method(self) -> Method:

@@ -72,6 +72,10 @@ def check(config: "Config", source: str) -> None:
     for name in _FRACTIONS:
         if not 0 <= value(name) < 1:
             fail(f"{name} is {value(name)}: it must be in [0, 1)")
+    try:
+        _ = config.datasets
+    except UserError as error:
+        fail(str(error))
     if (config.train.steps is None) == (config.train.epochs is None):
         fail("set exactly one of train.steps and train.epochs")
     _check_method(config, fail)

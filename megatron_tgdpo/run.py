@@ -55,15 +55,15 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     lock = RunLock(Path(config.output_dir))
     with ExitStack() as stack:
         stack.callback(lock.release)
-        prefixes = on_first_rank(lambda: prepare_first_rank(config, lock), store, ranks.rank)
-        inputs = check_inputs(config, prefixes, ranks, dist.PrefixStore("inputs", store))
+        prepared = on_first_rank(lambda: prepare_first_rank(config, lock), store, ranks.rank)
+        inputs = check_inputs(config, prepared, ranks, dist.PrefixStore("inputs", store))
         init_distributed(ranks, device, parallel.timeout_minutes, store)
         pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
         stack.callback(destroy_model_parallel)
         if config.preflight.enabled:
             preflight(config, model_configs["policy"], ranks, layout, pg, device)
         start = find_start(config, inputs)
-        data = open_data(config, prefixes, model_configs["policy"].vocab_size, (start.step, start.pairs))
+        data = open_data(config, prepared, model_configs["policy"].vocab_size, (start.step, start.pairs))
         begin(config, start, data.order)
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)

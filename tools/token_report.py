@@ -37,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reference", help="HF directory; default: the config's reference")
     parser.add_argument("--guide", help="HF directory; default: model.guide")
     parser.add_argument("--policy", help="HF directory whose log-ratios are added")
-    parser.add_argument("--split", choices=("train", "validation"), default="train", help="default %(default)s")
+    parser.add_argument("--split", default="train", help="train, validation or validation/NAME; default %(default)s")
     parser.add_argument("--pairs", type=int, default=200, help="spread evenly over the data; default %(default)s")
     parser.add_argument("--device", help="of the models; default: a GPU if there is one")
     given = parser.parse_intermixed_args(arguments)

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_tgdpo.data.manifest import (
 )
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import where
+from megatron_tgdpo.data.sources import Source, find_files
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.files import read_error
@@ -150,8 +152,81 @@ class PreferenceDataset:
                 raise UserError(f"{path} is damaged: its sha256 is not the manifest's; preprocess again")
 
 
+class JoinedDataset(PreferenceDataset):
+    """Several datasets one after another as a single one. Attributes as in `PreferenceDataset`.
+
+    Args:
+        parts: the datasets, made with one tokenizer, template and set of length limits.
+
+    Attributes:
+        parts: as given.
+    """
+
+    def __init__(self, parts: Sequence[PreferenceDataset]) -> None:
+        self.parts = tuple(parts)
+        self.prefix = ", ".join(part.prefix for part in parts)
+        self.manifest = {
+            "pairs": sum(len(part) for part in parts),
+            "tokenizer": parts[0].manifest["tokenizer"],
+            "max_token_id": max(part.manifest["max_token_id"] for part in parts),
+        }
+        self.fingerprint = hashlib.sha256("\n".join(part.fingerprint for part in parts).encode()).hexdigest()
+        self.lengths = np.concatenate([part.lengths for part in parts])
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        part, place = self._locate(index)
+        return replace(part[place], index=int(index))
+
+    def _locate(self, index: int) -> tuple[PreferenceDataset, int]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.parts[number], int(index - self._starts[number])
+
+    def source(self, index: int) -> str:
+        part, place = self._locate(index)
+        return part.source(place)
+
+    def require_pairs(self) -> None:
+        for part in self.parts:
+            part.require_pairs()
+
+    @property
+    def files(self) -> list[str]:
+        return [file for part in self.parts for file in part.files]
+
+    def verify(self, digests: Mapping[str, str] | None = None) -> None:
+        for part in self.parts:
+            part.verify(digests)
+
+
+def join(parts: Sequence[PreferenceDataset]) -> PreferenceDataset:
+    """Datasets as one, which has their pairs one after another."""
+    return parts[0] if len(parts) == 1 else JoinedDataset(parts)
+
+
+def open_sources(
+    sources: Sequence[Source], options: PreprocessOptions, cache_dir: str
+) -> list[tuple[PreferenceDataset, float]]:
+    """Opens what an entry of the configuration names, as `open_or_preprocess` does, with the weight of each.
+
+    Neighbouring raw files of the same weight become one dataset. In order, and on one rank, as there.
+
+    Raises:
+        UserError: as there.
+    """
+    opened: list[tuple[PreferenceDataset, float]] = []
+    for (prefix, weight), group in groupby(sources, lambda source: (_as_prefix(source.path), source.weight)):
+        if prefix is None:
+            opened.append((open_or_preprocess(list(group), options, cache_dir), weight))
+        else:
+            opened += [(open_or_preprocess(prefix, options, cache_dir), weight) for _ in group]
+    return opened
+
+
 def open_or_preprocess(
-    path: str | Sequence[str],
+    path: str | Sequence[str | Source],
     options: PreprocessOptions,
     cache_dir: str,
     *,
@@ -163,7 +238,7 @@ def open_or_preprocess(
     ranks open what it returns with ``PreferenceDataset(dataset.prefix)``. Runs no collectives.
 
     Args:
-        path: a dataset's prefix or manifest, or JSON, JSONL or Parquet file(s).
+        path: a dataset's prefix or manifest, or raw files, directories and globs (`sources.find_files`).
         options: what training asks of the data.
         cache_dir: where datasets made from raw files are kept, named by content of files, tokenizer and options.
         progress: show a progress bar, if stderr is a terminal.
@@ -172,15 +247,17 @@ def open_or_preprocess(
         UserError: bad input, or the dataset was made with another tokenizer, template or length limit, or lacks the
             rejected responses that are asked for.
     """
-    paths = [path] if isinstance(path, str) else list(path)
-    prepared = [prefix for prefix in map(_as_prefix, paths) if prefix]
-    if prepared and len(paths) > 1:
+    entries = [path] if isinstance(path, str) else path
+    sources = [Source(entry) if isinstance(entry, str) else entry for entry in entries]
+    prepared = [prefix for prefix in (_as_prefix(source.path) for source in sources) if prefix]
+    if prepared and len(sources) > 1:
         raise UserError(f"{prepared[0]} is a preprocessed dataset: give it alone, or give raw files only")
     if prepared:
         dataset = PreferenceDataset(prepared[0])
         _check_match(dataset, options, load_tokenizer(options.tokenizer, options.chat_template))
     else:
-        dataset = _cached(paths, options, cache_dir, progress)
+        files = [file for source in sources for file in find_files(source)]
+        dataset = _cached(files, options, cache_dir, progress)
     if not options.chosen_only:
         dataset.require_pairs()
     return dataset
