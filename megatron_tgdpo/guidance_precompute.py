@@ -33,16 +33,10 @@ from megatron_tgdpo.guidance_cache import (
 )
 from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
+from megatron_tgdpo.prepared_data import Prepared
 from megatron_tgdpo.ranks import RankEnvironment, agree, init_distributed, on_every_rank, on_first_rank
 from megatron_tgdpo.rounding import DRAWS, LogpDifference, logp_difference, rounding_noise
-from megatron_tgdpo.run_inputs import (
-    Prepared,
-    check_layout,
-    check_tokenizers,
-    layout_of,
-    prepare_data,
-    read_model_configs,
-)
+from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, layout_of, prepare_data, read_model_configs
 
 logger = logging.getLogger(__name__)
 

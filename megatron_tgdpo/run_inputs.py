@@ -20,7 +20,8 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.checkpoint_directory import check_hf_files, is_megatron_checkpoint, remove_incomplete
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.config_changes import INPUTS, Inputs
-from megatron_tgdpo.data.dataset import JoinedDataset, PreferenceDataset, join, open_sources
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.data.joined import JoinedDataset, open_sources
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.data_order import DataOrder, DatasetPart, make_data_order
@@ -32,6 +33,7 @@ from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.prepared_data import Prepared, log_summary, write_summary
 from megatron_tgdpo.ranks import RankEnvironment, on_first_rank
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.run_lock import RunLock
@@ -55,28 +57,6 @@ class RunData:
     order: DataOrder
     train_guidance: GuidanceCache | None = None
     validation_guidance: dict[str, GuidanceCache] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A dataset of the run as :func:`prepare_data` leaves it: prefixes of its parts, and the weight of each."""
-
-    prefixes: list[str]
-    weights: list[float]
-
-    def open(self) -> PreferenceDataset:
-        """Its parts as one dataset.
-
-        Raises:
-            UserError: One is incomplete or damaged.
-        """
-        return join([PreferenceDataset(prefix) for prefix in self.prefixes])
-
-    def fingerprint(self, dataset: PreferenceDataset) -> str:
-        """sha256 (hex) of its tokens and, unless all are 1, weights; ``dataset`` is what :meth:`open` returned."""
-        if set(self.weights) == {1.0}:
-            return dataset.fingerprint
-        return sha256(json.dumps([dataset.fingerprint, self.weights]).encode()).hexdigest()
 
 
 def hf_directory(path: str) -> Path:
@@ -179,6 +159,7 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
             cache = open_guidance(config, name, each.open())
             if config.guidance.verify:
                 cache.check_content()
+    write_summary(Path(config.output_dir), prepared)
     leave_if_requested("preparing the data")
     return json.dumps({name: asdict(each) for name, each in prepared.items()})
 
@@ -255,6 +236,7 @@ def prepare_data(config: Config, cache_dir: Path) -> dict[str, Prepared]:
     opened = {name: open_sources(sources, options, str(cache_dir)) for name, sources in config.datasets.items()}
     for name, parts in opened.items():
         for dataset, weight in parts:
+            log_summary(f"data.{name.replace('/', '.')}: {dataset.prefix}", dataset)
             check_row_fits(dataset, _whole_rows(config), config.row_multiple)
             if name == "train" and not DatasetPart(len(dataset), weight).draws:
                 raise UserError(

@@ -5,8 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +131,11 @@ class PreferenceDataset:
             )
 
     @property
+    def responses(self) -> int:
+        """Two a pair, one of a single answer."""
+        return int(np.count_nonzero(self.lengths[:, 1:]))
+
+    @property
     def files(self) -> list[str]:
         """Paths of the data files."""
         return [self.prefix + suffix for suffix in DATA_SUFFIXES]
@@ -150,79 +154,6 @@ class PreferenceDataset:
             found = digest_file(path).sha256 if digests is None else digests[os.path.abspath(path)]
             if found != self.manifest["files"][suffix]["sha256"]:
                 raise UserError(f"{path} is damaged: its sha256 is not the manifest's; preprocess again")
-
-
-class JoinedDataset(PreferenceDataset):
-    """Several datasets one after another as a single one. Attributes as in `PreferenceDataset`.
-
-    Args:
-        parts: the datasets, made with one tokenizer, template and set of length limits.
-
-    Attributes:
-        parts: as given.
-    """
-
-    def __init__(self, parts: Sequence[PreferenceDataset]) -> None:
-        self.parts = tuple(parts)
-        self.prefix = ", ".join(part.prefix for part in parts)
-        self.manifest = {
-            "pairs": sum(len(part) for part in parts),
-            "tokenizer": parts[0].manifest["tokenizer"],
-            "max_token_id": max(part.manifest["max_token_id"] for part in parts),
-        }
-        self.fingerprint = hashlib.sha256("\n".join(part.fingerprint for part in parts).encode()).hexdigest()
-        self.lengths = np.concatenate([part.lengths for part in parts])
-        self._starts = np.cumsum([0, *(len(part) for part in parts)])
-
-    def __getitem__(self, index: int) -> PreferencePair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        part, place = self._locate(index)
-        return replace(part[place], index=int(index))
-
-    def _locate(self, index: int) -> tuple[PreferenceDataset, int]:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.parts[number], int(index - self._starts[number])
-
-    def source(self, index: int) -> str:
-        part, place = self._locate(index)
-        return part.source(place)
-
-    def require_pairs(self) -> None:
-        for part in self.parts:
-            part.require_pairs()
-
-    @property
-    def files(self) -> list[str]:
-        return [file for part in self.parts for file in part.files]
-
-    def verify(self, digests: Mapping[str, str] | None = None) -> None:
-        for part in self.parts:
-            part.verify(digests)
-
-
-def join(parts: Sequence[PreferenceDataset]) -> PreferenceDataset:
-    """Datasets as one, which has their pairs one after another."""
-    return parts[0] if len(parts) == 1 else JoinedDataset(parts)
-
-
-def open_sources(
-    sources: Sequence[Source], options: PreprocessOptions, cache_dir: str
-) -> list[tuple[PreferenceDataset, float]]:
-    """Opens what an entry of the configuration names, as `open_or_preprocess` does, with the weight of each.
-
-    Neighbouring raw files of the same weight become one dataset. In order, and on one rank, as there.
-
-    Raises:
-        UserError: as there.
-    """
-    opened: list[tuple[PreferenceDataset, float]] = []
-    for (prefix, weight), group in groupby(sources, lambda source: (_as_prefix(source.path), source.weight)):
-        if prefix is None:
-            opened.append((open_or_preprocess(list(group), options, cache_dir), weight))
-        else:
-            opened += [(open_or_preprocess(prefix, options, cache_dir), weight) for _ in group]
-    return opened
 
 
 def open_or_preprocess(
@@ -249,7 +180,7 @@ def open_or_preprocess(
     """
     entries = [path] if isinstance(path, str) else path
     sources = [Source(entry) if isinstance(entry, str) else entry for entry in entries]
-    prepared = [prefix for prefix in (_as_prefix(source.path) for source in sources) if prefix]
+    prepared = [prefix for prefix in (prepared_prefix(source.path) for source in sources) if prefix]
     if prepared and len(sources) > 1:
         raise UserError(f"{prepared[0]} is a preprocessed dataset: give it alone, or give raw files only")
     if prepared:
@@ -263,7 +194,7 @@ def open_or_preprocess(
     return dataset
 
 
-def _as_prefix(path: str) -> str | None:
+def prepared_prefix(path: str) -> str | None:
     """The dataset prefix that ``path`` means, None if it is a raw file."""
     if path.endswith(MANIFEST_SUFFIX):
         return path.removesuffix(MANIFEST_SUFFIX)

@@ -194,6 +194,7 @@ def _manifest(
     return {
         "format_version": FORMAT_VERSION,
         "pairs": len(lengths),
+        "responses": int(np.count_nonzero(lengths[:, 1:])),
         "dropped": dict(sorted(tally.dropped.items())),
         "truncated": dict(sorted(tally.truncated.items())),
         "lengths": length_summary(lengths),

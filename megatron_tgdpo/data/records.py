@@ -7,24 +7,19 @@ import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from megatron_tgdpo.data.compression import CountedReads, compression_of, decompressed
+from megatron_tgdpo.data.tables import KINDS as TABLE_KINDS
+from megatron_tgdpo.data.tables import read_rows, table_kind
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import read_error
 
 CHUNK_BYTES = 1 << 20
-TABLE_ROWS = 256
 # An error this close to the end of the buffer may only mean that the rest of the token has not been read yet;
 # the longest token that the JSON scanner takes as one is an escaped surrogate pair, 12 characters.
 TOKEN_MARGIN = 16
 WHITESPACE = " \t\r\n"
-PARQUET_START = b"PAR1"
-# Arrow's file format, and its stream format (what the datasets library writes) with the mark of the stream's end.
-ARROW_FILE_START = b"ARROW1"
-ARROW_STREAM_START = b"\xff\xff\xff\xff"
-ARROW_STREAM_END = ARROW_STREAM_START + bytes(4)
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ def detect_format(path: str) -> str:
             compression = compression_of(file)
             stream = file if compression is None else decompressed(path, file, compression)
             for number, chunk in enumerate(iter(lambda: stream.read(CHUNK_BYTES), b"")):
-                if number == 0 and (kind := _table_kind(chunk)) is not None:
+                if number == 0 and (kind := table_kind(chunk)) is not None:
                     if compression is not None:
                         raise UserError(f"{path}: a {kind.capitalize()} file inside {compression}: decompress it")
                     return kind
@@ -64,12 +59,6 @@ def detect_format(path: str) -> str:
     except OSError as error:
         raise read_error(path, error) from error
     raise UserError(f"{path}: the file is empty; give at least one preference pair")
-
-
-def _table_kind(head: bytes) -> str | None:
-    if head.startswith(PARQUET_START):
-        return "parquet"
-    return "arrow" if head.startswith((ARROW_FILE_START, ARROW_STREAM_START)) else None
 
 
 def _json_kind(path: str, first: bytes) -> str:
@@ -100,8 +89,9 @@ def read_records(path: str, kind: str) -> Iterator[RawRecord]:
         StorageError: it cannot be read.
     """
     try:
-        if kind in _TABLES:
-            yield from _read_table(path, kind)
+        if kind in TABLE_KINDS:
+            for number, (row, bytes_read) in enumerate(read_rows(path, kind), start=1):
+                yield RawRecord(number, row, bytes_read)
             return
         with open(path, "rb") as file:
             compression = compression_of(file)
@@ -228,103 +218,3 @@ def _decode_object(buffer: _ArrayBuffer) -> Any:
         else:
             buffer.drop(end)
             return payload
-
-
-class _Table(Protocol):
-    """A Parquet or Arrow file, open: its rows, the names of its columns, and its rows in batches of some columns."""
-
-    rows: int
-    schema: Any
-
-    def batches(self, columns: list[str]) -> Iterator[Any]: ...
-
-
-class _ParquetTable:
-    def __init__(self, path: str) -> None:
-        import pyarrow.parquet
-
-        self._file = pyarrow.parquet.ParquetFile(path)
-        self.rows = self._file.metadata.num_rows
-        self.schema = self._file.schema_arrow
-
-    def batches(self, columns: list[str]) -> Iterator[Any]:
-        return self._file.iter_batches(batch_size=TABLE_ROWS, columns=columns)
-
-
-class _ArrowTable:
-    """Arrow's stream format has no count of its rows, so they are counted first, without reading their text."""
-
-    def __init__(self, path: str) -> None:
-        import pyarrow
-
-        source = pyarrow.memory_map(path)
-        size, head = source.size(), source.read(len(ARROW_FILE_START))
-        self._source, self._is_file = source, head == ARROW_FILE_START
-        if not self._is_file:
-            # A stream that was cut between two batches would read well.
-            source.seek(max(size - len(ARROW_STREAM_END), 0))
-            if source.read() != ARROW_STREAM_END:
-                raise UserError(f"{path}: the Arrow stream has no end mark: the file is truncated, write it again")
-        reader = self._open()
-        self.schema = reader.schema
-        self.rows = sum(batch.num_rows for batch in self._raw_batches())
-
-    def _open(self) -> Any:
-        import pyarrow
-
-        self._source.seek(0)
-        return pyarrow.ipc.open_file(self._source) if self._is_file else pyarrow.ipc.open_stream(self._source)
-
-    def _raw_batches(self) -> Iterator[Any]:
-        reader = self._open()
-        return map(reader.get_batch, range(reader.num_record_batches)) if self._is_file else iter(reader)
-
-    def batches(self, columns: list[str]) -> Iterator[Any]:
-        for batch in self._raw_batches():
-            chosen = batch.select(columns)
-            for start in range(0, chosen.num_rows, TABLE_ROWS):
-                yield chosen.slice(start, TABLE_ROWS)
-
-
-_TABLES: dict[str, type] = {"parquet": _ParquetTable, "arrow": _ArrowTable}
-
-
-def _read_table(path: str, kind: str) -> Iterator[RawRecord]:
-    import pyarrow
-
-    from megatron_tgdpo.data.layouts import KEYS
-
-    size = Path(path).stat().st_size
-    number = 0
-    try:
-        table: _Table = _TABLES[kind](path)
-        columns = [name for name in table.schema.names if name in KEYS]
-        if table.rows and not columns:
-            raise UserError(f"{path}: no column of a known layout (columns: {', '.join(table.schema.names)})")
-        decode = _decoder(table.schema, columns)
-        for batch in table.batches(columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield RawRecord(number, decode(row) if decode else row, size * number // table.rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{where(path, kind, number + 1)}: cannot read the {kind.capitalize()} file: {reason}"
-        ) from error
-
-
-def _decoder(schema: Any, columns: list[str]) -> Any:
-    """What turns a row into the objects that the datasets library had stored in it; None where it is them already.
-
-    It stores objects of varying keys, such as a tool's arguments, as JSON text, and says so in the schema.
-    """
-    if b"huggingface" not in (schema.metadata or {}):
-        return None
-    from datasets import Features
-    from datasets.features.features import require_decoding
-
-    features = Features.from_arrow_schema(schema)
-    features = Features({name: features[name] for name in columns})
-    return features.decode_example if any(map(require_decoding, features.values())) else None

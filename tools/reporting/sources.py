@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from megatron_tgdpo.config import Config
-from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair, join, open_sources
+from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair
+from megatron_tgdpo.data.joined import join, open_sources
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key
 from megatron_tgdpo.run_inputs import open_guidance, preprocess_options
