@@ -17,28 +17,30 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_tgdpo.config_checks import check
 from megatron_tgdpo.data.sources import Source, read_sets, read_sources
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hub import local_path
 from megatron_tgdpo.methods import METHODS, Method
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    policy: str = MISSING  # HF or Megatron checkpoint directory the policy starts from
-    reference: str | None = None  # HF or Megatron checkpoint directory of the reference; null: same as policy
-    guide: str | None = None  # HF or Megatron checkpoint directory of the guide; required by method tgdpo
+    # Each an HF or Megatron checkpoint directory, or a model of the Hub, OWNER/NAME or OWNER/NAME@REVISION.
+    policy: str = MISSING  # what the policy starts from
+    reference: str | None = None  # null: same as policy
+    guide: str | None = None  # required by method tgdpo
     layer_spec: str = "auto"  # auto | local | transformer_engine; auto: Transformer Engine where usable on CUDA
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    # A file of pairs, a directory, a glob, or the prefix of a preprocessed dataset; {path, split, subset, weight}; or a
-    # list of these, one after another (data/sources.py).
+    # A file of pairs, a directory, a glob, a dataset of the Hub, or the prefix of a preprocessed dataset; {path, split,
+    # subset, weight}; or a list of these, one after another (data/sources.py).
     train: Any = MISSING
     validation: Any = None  # same, for evaluation, or several sets by name; null: no evaluation
     shuffle: bool = True  # new order every epoch from train.seed; false: file order
     max_length: int = 2048  # tokens of prompt plus response, per sequence
     max_prompt_length: int | None = None  # tokens of the prompt; null: no limit of its own
     overlong_prompt: str = "truncate"  # a prompt past max_prompt_length: truncate | drop | error
-    tokenizer: str | None = None  # HF directory or SentencePiece .model; null: the policy's directory
+    tokenizer: str | None = None  # HF directory, model of the Hub, or SentencePiece .model; null: the policy's
     chat_template: str | None = None  # Jinja file; null: the tokenizer's own
     workers: int = 4  # processes that tokenise when train or validation is a raw file
 
@@ -224,8 +226,9 @@ class Config:
     @property
     def model_paths(self) -> dict[str, str]:
         """Directories of the models that the method uses, by role, whether they run along or are read from a cache."""
-        paths = {"policy": self.model.policy, "reference": self.reference_path, "guide": self.model.guide}
-        return {role: path for role, path in paths.items() if path and role in ("policy", *self.method.frozen)}
+        paths = {"policy": self.model.policy, "reference": self.model.reference or self.model.policy}
+        paths |= {"guide": self.model.guide} if self.model.guide else {}
+        return {role: str(local_path(path)) for role, path in paths.items() if role in ("policy", *self.method.frozen)}
 
     @property
     def shared_prompts(self) -> bool:
@@ -235,7 +238,7 @@ class Config:
 
     @property
     def reference_path(self) -> str:
-        return self.model.reference or self.model.policy
+        return str(local_path(self.model.reference or self.model.policy))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

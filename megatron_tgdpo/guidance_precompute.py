@@ -31,6 +31,7 @@ from megatron_tgdpo.guidance_cache import (
     write_manifest,
     write_shard,
 )
+from megatron_tgdpo.hub_inputs import pin_inputs
 from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.prepared_data import Prepared
@@ -147,6 +148,7 @@ def _on_each_dataset(
     if device.type == "cpu":
         enable_cpu_backend()
     layout = replace(layout_of(config, ranks.world_size), virtual=1)
+    config, _ = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     configs = read_model_configs(config)
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
     needed = files_needed(layout, device)

@@ -29,6 +29,8 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
 from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key, model_fingerprints
 from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.hub import local_path
+from megatron_tgdpo.hub_inputs import Pins, record_pins
 from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.packing import RowFormat
@@ -61,7 +63,8 @@ class RunData:
 
 def hf_directory(path: str) -> Path:
     """Where a model directory keeps its config and tokenizer: itself, or ``hf/`` in a Megatron checkpoint."""
-    return Path(path) / "hf" if is_megatron_checkpoint(Path(path)) else Path(path)
+    directory = local_path(path)
+    return directory / "hf" if is_megatron_checkpoint(directory) else directory
 
 
 def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
@@ -118,14 +121,16 @@ def _tokenizer_fingerprint(path: str) -> str | None:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((directory / name).exists() for name in names):
         return None
-    check_hf_files(Path(path))
+    check_hf_files(local_path(path))
     return load_tokenizer(str(directory)).fingerprint
 
 
 def preprocess_options(config: Config) -> PreprocessOptions:
     """What the run asks of its data."""
     return PreprocessOptions(
-        tokenizer=config.data.tokenizer or str(hf_directory(config.model.policy)),
+        tokenizer=str(
+            local_path(config.data.tokenizer) if config.data.tokenizer else hf_directory(config.model.policy)
+        ),
         chat_template=config.data.chat_template,
         max_length=config.data.max_length,
         max_prompt_length=config.data.max_prompt_length,
@@ -135,13 +140,14 @@ def preprocess_options(config: Config) -> PreprocessOptions:
     )
 
 
-def prepare_first_rank(config: Config, lock: RunLock) -> str:
+def prepare_first_rank(config: Config, lock: RunLock, pins: Pins | None = None) -> str:
     """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
     process group exists.
 
     Args:
         config: The run.
         lock: Of its output directory; taken here.
+        pins: Of its names of the Hub, from ``hub_inputs.py``.
 
     Returns:
         JSON of the datasets, for :func:`open_data` on every rank.
@@ -151,6 +157,7 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
         import_wandb()
     lock.acquire()
     claim_output_dir(config)
+    record_pins(Path(config.output_dir), pins or {})
     for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
         logger.warning("removed %s, left by a save that was interrupted", left)
     prepared = prepare_data(config, Path(config.output_dir) / "data")

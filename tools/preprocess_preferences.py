@@ -17,6 +17,7 @@ from typing import Any
 from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions
 from megatron_tgdpo.data.summary import lost_ends_warning, summary
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hub import MODEL, fetch, hub_name, local_path
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,12 +30,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="+",
         required=True,
         metavar="PATH",
-        help="JSON, JSONL, Parquet or Arrow files, directories of them, globs",
+        help="JSON, JSONL, Parquet or Arrow files, directories of them, globs, datasets of the Hub",
     )
-    parser.add_argument("--split", help="of a directory that holds several")
-    parser.add_argument("--subset", help="of a directory whose README declares several")
+    parser.add_argument("--split", help="of a directory or dataset of the Hub that holds several")
+    parser.add_argument("--subset", help="of one whose README declares several")
     parser.add_argument(
-        "--tokenizer", required=True, help="Hugging Face tokenizer directory or SentencePiece .model file"
+        "--tokenizer", required=True, help="Hugging Face directory, model of the Hub, or SentencePiece .model file"
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja file replacing the tokenizer's own template")
@@ -88,8 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> dict[str, Any]:
+    name = hub_name(given.tokenizer)
+    tokenizer = given.tokenizer if name is None else str(local_path(str(fetch(name, MODEL, weights=False))))
     options = PreprocessOptions(
-        tokenizer=given.tokenizer,
+        tokenizer=tokenizer,
         chat_template=given.chat_template,
         max_length=given.max_length,
         max_prompt_length=given.max_prompt_length,

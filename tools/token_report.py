@@ -72,12 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(given: argparse.Namespace, config: Config) -> str:
     # Here, not above: these imports take seconds, a wrong key should not.
     from megatron_tgdpo.data.tokenizers import load_tokenizer
+    from megatron_tgdpo.hub_inputs import pin_here
     from megatron_tgdpo.run_directory import write_atomically
     from megatron_tgdpo.run_inputs import preprocess_options
     from tools.reporting.build import chance_warning, report_figures, report_pairs, summary
     from tools.reporting.page import render_page
     from tools.reporting.sources import check_finite, choose_pairs, open_split
 
+    config = pin_here(config, weights=config.guidance.mode != "cached")
     dataset = open_split(config, given.split)
     pairs = choose_pairs(dataset, given.pairs)
     logps, models = _logps(given, config, dataset, pairs)

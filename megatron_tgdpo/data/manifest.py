@@ -19,7 +19,7 @@ from megatron_tgdpo.files import FileDigest, file_digest, read_error
 FORMAT_VERSION = 1
 MANIFEST_SUFFIX = ".manifest.json"
 DATA_SUFFIXES = (".bin", ".idx", ".source.npy")
-REQUIRED_KEYS = ("files", "pairs", "dropped", "tokenizer", "max_token_id", "options", "sources")
+REQUIRED_KEYS = ("files", "pairs", "dropped", "truncated", "lengths", "tokenizer", "max_token_id", "options", "sources")
 
 
 def digest_file(path: str) -> FileDigest:

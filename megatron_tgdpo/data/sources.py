@@ -2,7 +2,6 @@
 
 import glob
 import json
-import logging
 import math
 import os
 import re
@@ -14,8 +13,7 @@ from typing import Any
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import read_error
-
-logger = logging.getLogger(__name__)
+from megatron_tgdpo.hub import DATASET, fetch, hub_name, local_path
 
 MAX_WEIGHT = 1000.0
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -33,9 +31,9 @@ class Source:
     """One entry of ``data.train`` or of a validation set.
 
     Attributes:
-        path: a file, a directory, a glob, or the prefix of a preprocessed dataset.
-        split: of a directory that holds several; None where there is one.
-        subset: of a directory whose README declares several (its ``configs``); None for the default one.
+        path: a file, a directory, a glob, a dataset of the Hub (``hub.py``), or the prefix of a preprocessed dataset.
+        split: of a directory or dataset of the Hub that holds several; None where there is one.
+        subset: of one whose README declares several (its ``configs``); None for the default one.
         weight: how often an epoch takes each of its pairs.
     """
 
@@ -116,6 +114,9 @@ def find_files(source: Source) -> list[str]:
     path = source.path
     if os.path.isdir(path):
         return _files_of_directory(path, source)
+    name = hub_name(path)
+    if name is not None:
+        return _files_of_directory(str(local_path(str(fetch(name, DATASET)), DATASET)), source)
     chosen = next((name for name in ("split", "subset") if getattr(source, name)), None)
     if chosen is not None:
         raise UserError(f"{path}: {chosen} {getattr(source, chosen)!r} is given, but this is no directory: remove it")
@@ -132,11 +133,11 @@ def _files_of_directory(path: str, source: Source) -> list[str]:
         splits = {"": _saved_files(path)}
     elif os.path.exists(os.path.join(path, _SPLITS_FILE)):
         names = _read_json(os.path.join(path, _SPLITS_FILE)).get("splits", [])
-        chosen = _choose(path, {str(name): [] for name in names}, source.split)
+        chosen = _choose(source.path, {str(name): [] for name in names}, source.split)
         return _saved_files(os.path.join(path, chosen))
     else:
         splits = _declared_files(path, source.subset)
-    return splits[_choose(path, splits, source.split)]
+    return splits[_choose(source.path, splits, source.split)]
 
 
 def _choose(path: str, splits: Mapping[str, Sequence[str]], split: str | None) -> str:
