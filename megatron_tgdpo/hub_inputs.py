@@ -63,6 +63,15 @@ def pin_here(config: Config, *, weights: bool) -> Config:
     return with_pins(config, _fetch_all(config, weights=weights))
 
 
+def as_recorded(config: Config) -> Config:
+    """The config with those names pinned that were pinned in the output directory, without asking the Hub.
+
+    Raises:
+        UserError: What was left there cannot be read; a StorageError where that may pass.
+    """
+    return with_pins(config, _recorded_pins(Path(config.output_dir)))
+
+
 def record_pins(output_dir: Path, pins: Pins) -> None:
     """Leaves in the output directory which commits names stand for there. First rank only.
 
@@ -144,7 +153,7 @@ def _check_there(models: Mapping[str, str]) -> str:
     for pinned in models.values():
         path = local_path(pinned)
         if not path.is_dir():
-            raise UserError(f"{path}: not there: HF_HOME must be the same on all ranks, and every node has a rank 0")
+            raise UserError(f"{path}: not there: HF_HOME must be the same on all nodes, and each needs a local rank 0")
     return ""
 
 

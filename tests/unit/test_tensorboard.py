@@ -92,6 +92,11 @@ def test_layout_leaves_out_what_the_method_does_not_have() -> None:
     assert layout[QUESTIONS[1]]["log-probs of chosen"] == ["Multiline", ["logps/chosen$"]]
 
 
+def test_layout_has_each_validation_set() -> None:
+    charts = chart_layout((), ("short", "long"))[QUESTIONS[0]]
+    assert charts["loss (nats)"] == ["Multiline", ["train/loss$", "eval/short/loss$", "eval/long/loss$"]]
+
+
 def documented_metrics() -> set[str]:
     """Names in the first column of the table, ``{a,b}`` spelled out."""
     rows = DOCUMENT.read_text().split("## Metrics")[1].splitlines()
