@@ -30,15 +30,24 @@ import sys
 
 from megatron_tgdpo.config import load_config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hub import hub_name, local_path
 
 try:
     config = load_config(sys.argv[1], sys.argv[2:])
+    for name, value in (("train", config.data.train), ("validation", config.data.validation)):
+        if not isinstance(value, (str, type(None))):
+            raise UserError(f"data.{name}: a pipeline preprocesses one path: a file, a directory, or a glob")
+    if any(name and hub_name(name) for name in (config.model.policy, config.data.tokenizer)):
+        from megatron_tgdpo.hub_inputs import pin_here
+
+        config = pin_here(config, weights=True)
 except UserError as error:
     sys.exit(f"error: {error}")
 data = config.data
-print(config.model.policy, data.train, data.validation or "", sep="\n")
+policy = str(local_path(config.model.policy))
+print(policy, data.train, data.validation or "", sep="\n")
 options = {
-    "--tokenizer": data.tokenizer or config.model.policy,
+    "--tokenizer": local_path(data.tokenizer) if data.tokenizer else policy,
     "--chat-template": data.chat_template,
     "--max-length": data.max_length,
     "--max-prompt-length": data.max_prompt_length,

@@ -16,28 +16,37 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_tgdpo.config_checks import check
 from megatron_tgdpo.config_values import known, merged, typed, typed_override
+from megatron_tgdpo.data.sources import Source, read_sets, read_sources
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hub import local_path
 from megatron_tgdpo.methods import METHODS, Method
 from megatron_tgdpo.yaml_text import read_yaml_file
+
+# OmegaConf has no such union.
+_SOURCES = str | dict[str, Any] | list[Any]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    policy: str = MISSING  # HF or Megatron checkpoint directory the policy starts from
-    reference: str | None = None  # HF or Megatron checkpoint directory of the reference; null: same as policy
-    guide: str | None = None  # HF or Megatron checkpoint directory of the guide; required by method tgdpo
+    # Each an HF or Megatron checkpoint directory, or a model of the Hub, OWNER/NAME or OWNER/NAME@REVISION.
+    policy: str = MISSING  # what the policy starts from
+    reference: str | None = None  # null: same as policy
+    guide: str | None = None  # required by method tgdpo
     layer_spec: str = "auto"  # auto | local | transformer_engine; auto: Transformer Engine where usable on CUDA
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = MISSING  # JSON, JSONL or Parquet file of pairs, or the prefix of a preprocessed dataset
-    validation: str | None = None  # same, for evaluation; null: no evaluation
+    # A file of pairs, a directory, a glob, a dataset of the Hub, or the prefix of a preprocessed dataset; {path, split,
+    # subset, weight}; or a list of these, one after another (data/sources.py).
+    train: Any = field(default=MISSING, metadata={"type": _SOURCES})
+    # The same for evaluation, or several sets by name; null: no evaluation.
+    validation: Any = field(default=None, metadata={"type": _SOURCES | None})
     shuffle: bool = True  # new order every epoch from train.seed; false: file order
     max_length: int = 2048  # tokens of prompt plus response, per sequence
     max_prompt_length: int | None = None  # tokens of the prompt; null: no limit of its own
     overlong_prompt: str = "truncate"  # a prompt past max_prompt_length: truncate | drop | error
-    tokenizer: str | None = None  # HF directory or SentencePiece .model; null: the policy's directory
+    tokenizer: str | None = None  # HF directory, model of the Hub, or SentencePiece .model; null: the policy's
     chat_template: str | None = None  # Jinja file; null: the tokenizer's own
     workers: int = 4  # processes that tokenise when train or validation is a raw file
 
@@ -206,14 +215,26 @@ class Config:
         return min(self.data.max_length, self.row_tokens)
 
     @property
+    def datasets(self) -> dict[str, tuple[Source, ...]]:
+        """What the run's datasets are made of, by name: ``train`` and ``validation`` or ``validation/NAME``."""
+        named = {f"validation/{name}" if name else "validation": found for name, found in self.validation_sets.items()}
+        return {"train": read_sources(self.data.train, "data.train"), **named}
+
+    @property
+    def validation_sets(self) -> dict[str, tuple[Source, ...]]:
+        """Validation sets by the names that they are given; a single one without a name has ``""``."""
+        return read_sets(self.data.validation, "data.validation")
+
+    @property
     def method(self) -> Method:
         return METHODS[self.loss.method]
 
     @property
     def model_paths(self) -> dict[str, str]:
         """Directories of the models that the method uses, by role, whether they run along or are read from a cache."""
-        paths = {"policy": self.model.policy, "reference": self.reference_path, "guide": self.model.guide}
-        return {role: path for role, path in paths.items() if path and role in ("policy", *self.method.frozen)}
+        paths = {"policy": self.model.policy, "reference": self.model.reference or self.model.policy}
+        paths |= {"guide": self.model.guide} if self.model.guide else {}
+        return {role: str(local_path(path)) for role, path in paths.items() if role in ("policy", *self.method.frozen)}
 
     @property
     def shared_prompts(self) -> bool:
@@ -223,7 +244,7 @@ class Config:
 
     @property
     def reference_path(self) -> str:
-        return self.model.reference or self.model.policy
+        return str(local_path(self.model.reference or self.model.policy))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -91,6 +91,10 @@ def check(config: "Config", source: str) -> None:
             fail(f"{name} is {value(name)}: it must be in [0, 1)")
     if config.optimizer.eps < _LEAST_EPS:
         fail(f"optimizer.eps is {config.optimizer.eps}, zero in fp32: it must be at least {_LEAST_EPS}")
+    try:
+        _ = config.datasets
+    except UserError as error:
+        fail(str(error))
     if (config.train.steps is None) == (config.train.epochs is None):
         fail("set exactly one of train.steps and train.epochs")
     _check_method(config, fail)

@@ -1,18 +1,41 @@
-"""In which order a run takes its pairs: a pure function of the dataset's size, seed and step."""
+"""In which order a run takes its pairs: a pure function of the datasets' sizes and weights, seed and step."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 
 @dataclass(frozen=True)
+class DatasetPart:
+    """One of the datasets that lie one after another in ``data.train``.
+
+    Attributes:
+        pairs: How many it has.
+        weight: How often an epoch takes each of them.
+    """
+
+    pairs: int
+    weight: float = 1.0
+
+    @property
+    def draws(self) -> int:
+        """Pairs that an epoch takes of it: ``weight * pairs``, rounded."""
+        return round(self.weight * self.pairs)
+
+
+@dataclass(frozen=True)
 class DataOrder:
     """The endless stream of pairs that steps consume: epoch after epoch, each in its own order.
 
+    A dataset is a stream of its own, pass after pass; an epoch takes the next ``weight * pairs`` of it, so that over
+    the epochs each of its pairs comes as often as any other. With a weight of 1 that is each pair once, and with such
+    weights alone the order is that of one dataset with all the pairs.
+
     Attributes:
-        num_pairs: Pairs in the dataset.
+        parts: The datasets, as they lie one after another.
         global_pairs: Pairs per step.
         total_pairs: Pairs of the whole run; the last step may be smaller.
         shuffle: A new permutation per epoch, else file order.
@@ -21,13 +44,18 @@ class DataOrder:
         done_pairs: Pairs that they consumed.
     """
 
-    num_pairs: int
+    parts: tuple[DatasetPart, ...]
     global_pairs: int
     total_pairs: int
     shuffle: bool
     seed: int
     done_steps: int = 0
     done_pairs: int = 0
+
+    @property
+    def epoch_pairs(self) -> int:
+        """Pairs that an epoch takes, counted as often as it takes them."""
+        return sum(part.draws for part in self.parts)
 
     @property
     def steps(self) -> int:
@@ -44,17 +72,43 @@ class DataOrder:
         return [self._index(position) for position in stream]
 
     def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, self.num_pairs)
-        return int(_permutation(self.num_pairs, self.seed, epoch)[offset]) if self.shuffle else offset
+        epoch, offset = divmod(position, self.epoch_pairs)
+        return int(_epoch(self.parts, self.shuffle, self.seed, epoch)[offset])
 
 
 @lru_cache(maxsize=2)
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
+def _epoch(parts: tuple[DatasetPart, ...], shuffle: bool, seed: int, epoch: int) -> np.ndarray:
+    """[epoch_pairs] int64, the indices that an epoch takes, in its order."""
+    start, taken = 0, []
+    for number, part in enumerate(parts):
+        drawn = _drawn(part, number, shuffle, seed, epoch)
+        taken.append(start + (np.sort(drawn) if shuffle else drawn))
+        start += part.pairs
+    order = np.concatenate(taken)
+    return order[_generator(seed, epoch).permutation(len(order))] if shuffle else order
+
+
+def _drawn(part: DatasetPart, number: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
+    """[draws] int64, the places in a dataset of the pairs that an epoch takes: a piece of its stream of passes."""
+    first, end = epoch * part.draws, (epoch + 1) * part.draws
+    pieces = []
+    for turn in range(first // part.pairs, -(-end // part.pairs)):
+        # A whole pass has every pair, in whatever order: the epoch has one of its own.
+        whole = first <= turn * part.pairs and (turn + 1) * part.pairs <= end
+        places = np.arange(part.pairs)
+        if shuffle and not whole:
+            # Not 0 at the end of the seed: that would be the seed without it.
+            places = _generator(seed, turn, number + 1).permutation(part.pairs)
+        pieces.append(places[max(first - turn * part.pairs, 0) : end - turn * part.pairs])
+    return np.concatenate(pieces)
+
+
+def _generator(*seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(list(seed)))
 
 
 def make_data_order(
-    num_pairs: int,
+    parts: Sequence[DatasetPart],
     global_pairs: int,
     steps: int | None,
     epochs: float | None,
@@ -67,8 +121,9 @@ def make_data_order(
 
     Steps that were made before are counted by ``steps``; the pairs that they consumed, by ``epochs``.
     """
+    order = DataOrder(tuple(parts), global_pairs, 0, shuffle, seed, done_steps, done_pairs)
     if steps is not None:
         total = done_pairs + (steps - done_steps) * global_pairs
     else:
-        total = max(1, round((epochs or 0.0) * num_pairs))
-    return DataOrder(num_pairs, global_pairs, total, shuffle, seed, done_steps, done_pairs)
+        total = max(1, round((epochs or 0.0) * order.epoch_pairs))
+    return replace(order, total_pairs=total)

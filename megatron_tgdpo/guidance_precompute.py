@@ -31,8 +31,10 @@ from megatron_tgdpo.guidance_cache import (
     write_manifest,
     write_shard,
 )
+from megatron_tgdpo.hub_inputs import pin_inputs
 from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
+from megatron_tgdpo.prepared_data import Prepared
 from megatron_tgdpo.ranks import RankEnvironment, agree, init_distributed, on_every_rank, on_first_rank
 from megatron_tgdpo.rounding import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, layout_of, prepare_data, read_model_configs
@@ -146,6 +148,7 @@ def _on_each_dataset(
     if device.type == "cpu":
         enable_cpu_backend()
     layout = replace(layout_of(config, ranks.world_size), virtual=1)
+    config, _ = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     configs = read_model_configs(config)
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
     needed = files_needed(layout, device)
@@ -164,7 +167,7 @@ def _on_each_dataset(
     try:
         engine = build_frozen_engine(config, configs, layout, pg, device)
         for name, plan in plans.items():
-            dataset = PreferenceDataset(plan["prefix"])
+            dataset = Prepared(**plan["data"]).open()
             shards = Shards(dataset.lengths, plan["block_pairs"])
             directory = cache / name
             action(engine, name, Work(directory, dataset, GuidanceKey(**plan["key"]), shards, plan["missing"]))
@@ -178,8 +181,8 @@ def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) 
     cache = Path(str(config.guidance.cache))
     models = model_fingerprints(config, digests)
     plans = {}
-    for name, prefix in prepare_data(config, cache / "data").items():
-        dataset, directory = PreferenceDataset(prefix), cache / name
+    for name, prepared in prepare_data(config, cache / "data").items():
+        dataset, directory = prepared.open(), cache / name
         dataset.verify()
         key = guidance_key(config, dataset, models)
         directory.mkdir(parents=True, exist_ok=True)
@@ -194,7 +197,7 @@ def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) 
         missing = sorted(set(range(shards.count)) - whole_shards(directory, key, shards).keys())
         logger.info("%s: %d pairs, %d of %d shards to compute", name, len(dataset), len(missing), shards.count)
         plans[name] = {
-            "prefix": prefix, "key": asdict(key), "block_pairs": shards.block_pairs, "missing": missing,
+            "data": asdict(prepared), "key": asdict(key), "block_pairs": shards.block_pairs, "missing": missing,
         }  # fmt: skip
     return plans
 

@@ -27,6 +27,11 @@ WEIGHT_EDGES = (*(1 - offset for offset in reversed(_OFFSETS)), *(1 + offset for
 _MAXIMA = ("weight_max", "negative_weight_min", "largest_difference", "negative_bad_pair")
 
 
+def eval_group(name: str) -> str:
+    """In front of the metrics of a validation set; one without a name has ``""``."""
+    return f"eval/{name}" if name else "eval"
+
+
 @dataclass(frozen=True)
 class PackMetrics:
     """One pack's contribution, float64.

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ _RETRY_SECONDS = 60.0
 class _Step:
     number: int
     values: dict[str, float]
-    evaluation: StepMetrics | None
+    evaluations: Mapping[str, StepMetrics]
 
 
 class MetricsLog:
@@ -57,15 +58,15 @@ class MetricsLog:
             raise write_error(self._directory, error) from error
         self._try()
 
-    def write(self, step: int, values: dict[str, float], evaluation: StepMetrics | None = None) -> None:
+    def write(self, step: int, values: dict[str, float], evaluations: Mapping[str, StepMetrics] | None = None) -> None:
         """Logs a step.
 
         Args:
             step: Its number.
-            values: Its figures, with those of an evaluation that followed it.
-            evaluation: That evaluation, for its histogram.
+            values: Its figures, with those of evaluations that followed it.
+            evaluations: Those, by the group of their figures, for their histograms.
         """
-        self._unwritten.append(_Step(step, values, evaluation))
+        self._unwritten.append(_Step(step, values, evaluations or {}))
         # Each attempt begins an event file.
         if self._failure is None or time.monotonic() - self._failed_at > _RETRY_SECONDS:
             self._try()
@@ -144,7 +145,7 @@ class _Files:
         line = memoryview((json.dumps({"step": step.number, **step.values}) + "\n").encode())
         while line:
             line = line[self._lines.write(line) :]
-        self._board.write(step.number, step.values, step.evaluation)
+        self._board.write(step.number, step.values, step.evaluations)
 
     def close(self) -> None:
         try:

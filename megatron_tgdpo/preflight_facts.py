@@ -13,6 +13,7 @@ import torch
 
 from megatron_tgdpo.checkpoint_directory import hf_folder
 from megatron_tgdpo.config import Config, to_yaml
+from megatron_tgdpo.hub import local_path
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "numpy", "transformer-engine", "apex")
 _WEIGHT_ENDINGS = (".safetensors", ".distcp")
@@ -46,7 +47,9 @@ def gather_facts(config: Config, rank: int, local_rank: int, device: torch.devic
     models = {"policy": config.model.policy, "reference": config.model.reference, "guide": config.model.guide}
     compared = package_versions()
     compared["config"] = _short(to_yaml(config))
-    compared |= {f"model.{role}": model_fingerprint(Path(path)) for role, path in models.items() if path is not None}
+    compared |= {
+        f"model.{role}": model_fingerprint(local_path(path)) for role, path in models.items() if path is not None
+    }
     faults: list[str] = []
     notes: list[str] = []
     on_gpu = device.type == "cuda"

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_tgdpo.checkpoint_directory import newest_checkpoint, read_metadata
 from megatron_tgdpo.config import load_config
 from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.hub_inputs import as_recorded
 from megatron_tgdpo.json_text import parse_json
 from megatron_tgdpo.run_directory import is_done, write_atomically
 from megatron_tgdpo.stopping import STORAGE_STATUS
@@ -81,7 +82,7 @@ def main() -> int:
         config = load_config(args.config, args.overrides)
         output_dir = Path(config.output_dir).absolute()
         print(output_dir)
-        if is_done(config):
+        if is_done(as_recorded(config)):
             return FINISHED_STATUS
         if args.job:
             count_restart(output_dir, args.job, args.limit)

@@ -9,6 +9,7 @@ from megatron_tgdpo.config import Config, to_yaml
 from megatron_tgdpo.continuing import begin, find_start
 from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.gpu_setup import capabilities, check_gpu_options
+from megatron_tgdpo.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.memory import rank_memory
 from megatron_tgdpo.open_files import allow_open_files, files_needed
 from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel
@@ -47,6 +48,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
         enable_cpu_backend()
     parallel = config.parallel
     layout = layout_of(config, ranks.world_size)
+    config, pins = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     model_configs = read_model_configs(config)
     used = models_that_run(config, model_configs)
     check_layout(used, layout)
@@ -56,15 +58,15 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     lock = RunLock(Path(config.output_dir))
     with ExitStack() as stack:
         stack.callback(lock.release)
-        prefixes = on_first_rank(lambda: prepare_first_rank(config, lock), store, ranks.rank)
-        inputs = check_inputs(config, prefixes, ranks, dist.PrefixStore("inputs", store))
+        prepared = on_first_rank(lambda: prepare_first_rank(config, lock, pins), store, ranks.rank)
+        inputs = check_inputs(config, prepared, ranks, dist.PrefixStore("inputs", store))
         init_distributed(ranks, device, parallel.timeout_minutes, store)
         pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
         stack.callback(destroy_model_parallel)
         if config.preflight.enabled:
             preflight(config, model_configs["policy"], ranks, layout, pg, device)
         start = find_start(config, inputs)
-        data = open_data(config, prefixes, model_configs["policy"].vocab_size, (start.step, start.pairs))
+        data = open_data(config, prepared, model_configs["policy"].vocab_size, (start.step, start.pairs))
         begin(config, start, data.order)
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
@@ -74,6 +76,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
 def dry_run(config: Config, world_size: int) -> str:
     """The resolved config, the rank grid, and parameters and memory per rank, without loading anything."""
     layout = layout_of(config, world_size)
+    config = pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
     check_layout(configs, layout)
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]

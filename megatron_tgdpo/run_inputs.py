@@ -7,8 +7,10 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,19 +20,23 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.checkpoint_directory import check_hf_files, is_megatron_checkpoint, remove_incomplete
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.config_changes import INPUTS, Inputs
-from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.data.joined import JoinedDataset, open_sources
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizers import load_tokenizer
-from megatron_tgdpo.data_order import DataOrder, make_data_order
+from megatron_tgdpo.data_order import DataOrder, DatasetPart, make_data_order
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
 from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key, model_fingerprints
 from megatron_tgdpo.hf_config import read_hf_config
+from megatron_tgdpo.hub import local_path
+from megatron_tgdpo.hub_inputs import Pins, record_pins
 from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
 from megatron_tgdpo.precision import fp8_row_multiple
+from megatron_tgdpo.prepared_data import Prepared, log_summary, write_summary
 from megatron_tgdpo.ranks import RankEnvironment, on_first_rank
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.run_lock import RunLock
@@ -39,21 +45,27 @@ from megatron_tgdpo.wandb_log import import_wandb
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class RunData:
-    """The run's datasets, the order in which training takes its pairs, and the guidance caches where they are used."""
+    """The run's datasets, the order in which training takes its pairs, and the guidance caches where they are used.
+
+    Validation sets go by the name that the configuration gives them; a single one without a name has ``""``.
+    """
 
     train: PreferenceDataset
-    validation: PreferenceDataset | None
+    validation: dict[str, PreferenceDataset]
     order: DataOrder
     train_guidance: GuidanceCache | None = None
-    validation_guidance: GuidanceCache | None = None
+    validation_guidance: dict[str, GuidanceCache] = field(default_factory=dict)
 
 
 def hf_directory(path: str) -> Path:
     """Where a model directory keeps its config and tokenizer: itself, or ``hf/`` in a Megatron checkpoint."""
-    return Path(path) / "hf" if is_megatron_checkpoint(Path(path)) else Path(path)
+    directory = local_path(path)
+    return directory / "hf" if is_megatron_checkpoint(directory) else directory
 
 
 def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
@@ -110,14 +122,16 @@ def _tokenizer_fingerprint(path: str) -> str | None:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((directory / name).exists() for name in names):
         return None
-    check_hf_files(Path(path))
+    check_hf_files(local_path(path))
     return load_tokenizer(str(directory)).fingerprint
 
 
 def preprocess_options(config: Config) -> PreprocessOptions:
     """What the run asks of its data."""
     return PreprocessOptions(
-        tokenizer=config.data.tokenizer or str(hf_directory(config.model.policy)),
+        tokenizer=str(
+            local_path(config.data.tokenizer) if config.data.tokenizer else hf_directory(config.model.policy)
+        ),
         chat_template=config.data.chat_template,
         max_length=config.data.max_length,
         max_prompt_length=config.data.max_prompt_length,
@@ -127,35 +141,38 @@ def preprocess_options(config: Config) -> PreprocessOptions:
     )
 
 
-def prepare_first_rank(config: Config, lock: RunLock) -> str:
+def prepare_first_rank(config: Config, lock: RunLock, pins: Pins | None = None) -> str:
     """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
     process group exists.
 
     Args:
         config: The run.
         lock: Of its output directory; taken here.
+        pins: Of its names of the Hub, from ``hub_inputs.py``.
 
     Returns:
-        JSON of the dataset prefixes, for :func:`open_data` on every rank.
+        JSON of the datasets, for :func:`open_data` on every rank.
     """
     check_tokenizers(config)
     if config.log.wandb:
         import_wandb()
     lock.acquire()
     claim_output_dir(config)
+    record_pins(Path(config.output_dir), pins or {})
     for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
         logger.warning("removed %s, left by a save that was interrupted", left)
-    prefixes = prepare_data(config, Path(config.output_dir) / "data")
+    prepared = prepare_data(config, Path(config.output_dir) / "data")
     if config.guidance.mode == "cached":
-        for name, prefix in prefixes.items():
-            cache = open_guidance(config, name, PreferenceDataset(prefix))
+        for name, each in prepared.items():
+            cache = open_guidance(config, name, each.open())
             if config.guidance.verify:
                 cache.check_content()
+    write_summary(Path(config.output_dir), prepared)
     leave_if_requested("preparing the data")
-    return json.dumps(prefixes)
+    return json.dumps({name: asdict(each) for name, each in prepared.items()})
 
 
-def check_inputs(config: Config, prefixes: str, ranks: RankEnvironment, store: dist.Store) -> Inputs:
+def check_inputs(config: Config, prepared: str, ranks: RankEnvironment, store: dist.Store) -> Inputs:
     """Fingerprints of all that the run reads, after checking the data, and the guidance cache's key, against them.
 
     Every rank calls, and reads a share of the files; no process group is needed. Files that are as they were when an
@@ -163,7 +180,7 @@ def check_inputs(config: Config, prefixes: str, ranks: RankEnvironment, store: d
 
     Args:
         config: The run.
-        prefixes: From :func:`prepare_first_rank`.
+        prepared: From :func:`prepare_first_rank`.
         ranks: This process's place.
         store: Joins all ranks; its keys must be unused.
 
@@ -178,17 +195,17 @@ def check_inputs(config: Config, prefixes: str, ranks: RankEnvironment, store: d
 
     def files() -> list[Path]:
         weights = [file for path in config.model_paths.values() for file in weight_files(Path(path))]
-        return weights + [Path(file) for dataset in _datasets(prefixes).values() for file in dataset.files]
+        return weights + [Path(file) for dataset in _datasets(prepared).values() for file in dataset.files]
 
     record = Path(config.output_dir) / HASHES_FILE
     digests = hash_files(files, record, ranks, store, again=config.train.rehash)
     last = dist.PrefixStore("fingerprints", store)
-    return json.loads(on_first_rank(lambda: json.dumps(_fingerprints(config, prefixes, digests)), last, ranks.rank))
+    return json.loads(on_first_rank(lambda: json.dumps(_fingerprints(config, prepared, digests)), last, ranks.rank))
 
 
-def _fingerprints(config: Config, prefixes: str, digests: Mapping[str, str]) -> Inputs:
+def _fingerprints(config: Config, prepared: str, digests: Mapping[str, str]) -> Inputs:
     """What :func:`check_inputs` finds, from the hashes of all files."""
-    datasets = _datasets(prefixes)
+    datasets = _datasets(prepared)
     for dataset in datasets.values():
         dataset.verify(digests)
     if config.guidance.mode == "cached":
@@ -199,33 +216,49 @@ def _fingerprints(config: Config, prefixes: str, digests: Mapping[str, str]) -> 
     found: dict[str, str | None] = dict.fromkeys(INPUTS)
     for role, path in config.model_paths.items():
         found[f"model.{role}"] = weights_fingerprint(Path(path), digests)
-    found |= {f"data.{name}": dataset.fingerprint for name, dataset in datasets.items()}
+    of_data = {name: each.fingerprint(datasets[name]) for name, each in _prepared(prepared).items()}
+    found["data.train"] = of_data.pop("train")
+    if of_data:
+        # Of a single set without a name, its own.
+        whole = sha256(json.dumps(of_data, sort_keys=True).encode()).hexdigest()
+        found["data.validation"] = of_data.get("validation", whole)
     return found | {"data.tokenizer": made_with["fingerprint"], "data.chat_template": made_with["template_fingerprint"]}
 
 
-def _datasets(prefixes: str) -> dict[str, PreferenceDataset]:
+def _prepared(answer: str) -> dict[str, Prepared]:
     """The run's datasets by name, from what :func:`prepare_first_rank` returned."""
-    return {name: PreferenceDataset(prefix) for name, prefix in json.loads(prefixes).items()}
+    return {name: Prepared(**each) for name, each in json.loads(answer).items()}
 
 
-def prepare_data(config: Config, cache_dir: Path) -> dict[str, str]:
-    """Prefixes of the run's datasets by name, preprocessing raw files into ``cache_dir`` where need be.
+def _datasets(prepared: str) -> dict[str, PreferenceDataset]:
+    return {name: each.open() for name, each in _prepared(prepared).items()}
+
+
+def prepare_data(config: Config, cache_dir: Path) -> dict[str, Prepared]:
+    """The run's datasets by their names in ``config.datasets``, after preprocessing raw files into ``cache_dir``.
 
     Raises:
         UserError: A file is bad, or a pair does not fit a row.
     """
     options = preprocess_options(config)
-    paths = {"train": config.data.train, "validation": config.data.validation}
-    datasets = {
-        name: open_or_preprocess(path, options, str(cache_dir)) for name, path in paths.items() if path is not None
+    opened = {name: open_sources(sources, options, str(cache_dir)) for name, sources in config.datasets.items()}
+    for name, parts in opened.items():
+        for dataset, weight in parts:
+            log_summary(f"data.{name.replace('/', '.')}: {dataset.prefix}", dataset)
+            check_row_fits(dataset, _whole_rows(config), config.row_multiple)
+            if name == "train" and not DatasetPart(len(dataset), weight).draws:
+                raise UserError(
+                    f"data.train: a weight of {weight:g} takes none of the {len(dataset)} pairs of {dataset.prefix}: "
+                    "raise it, or leave the dataset out"
+                )
+    return {
+        name: Prepared([dataset.prefix for dataset, _ in parts], [weight for _, weight in parts])
+        for name, parts in opened.items()
     }
-    for dataset in datasets.values():
-        check_row_fits(dataset, _whole_rows(config), config.row_multiple)
-    return {name: dataset.prefix for name, dataset in datasets.items()}
 
 
 def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> GuidanceCache:
-    """The guidance cache of a dataset of the run, ``train`` or ``validation``."""
+    """The guidance cache of a dataset of the run, by its name in ``config.datasets``."""
     directory = Path(str(config.guidance.cache)) / name
     return GuidanceCache(directory, dataset.lengths, use_guide=config.loss.method == "tgdpo")
 
@@ -256,19 +289,19 @@ def _whole_rows(config: Config) -> RowFormat:
     return RowFormat(config.row_tokens, shared, context, chosen_only=config.method.chosen_only)
 
 
-def open_data(config: Config, prefixes: str, vocab_size: int, done: tuple[int, int] = (0, 0)) -> RunData:
+def open_data(config: Config, prepared: str, vocab_size: int, done: tuple[int, int] = (0, 0)) -> RunData:
     """Opens the datasets that :func:`prepare_first_rank` named.
 
     Args:
         config: The run.
-        prefixes: As that returned them.
+        prepared: As that returned them.
         vocab_size: Of the models.
         done: Steps that were made before, and how many pairs of ``data.train`` they consumed.
 
     Raises:
         UserError: A pair holds a token id that the models do not have.
     """
-    datasets = _datasets(prefixes)
+    datasets = _datasets(prepared)
     for name, dataset in datasets.items():
         largest = dataset.manifest["max_token_id"]
         if largest >= vocab_size:
@@ -277,8 +310,10 @@ def open_data(config: Config, prefixes: str, vocab_size: int, done: tuple[int, i
                 f"data.{name}: holds token id {largest} but the models' vocabulary has {vocab_size} entries: "
                 "preprocess with the policy's tokenizer"
             )
+    train = datasets.pop("train")
+    sizes = [len(part) for part in (train.parts if isinstance(train, JoinedDataset) else [train])]
     order = make_data_order(
-        len(datasets["train"]),
+        [DatasetPart(*part) for part in zip(sizes, _prepared(prepared)["train"].weights, strict=True)],
         config.batch.global_pairs,
         config.train.steps,
         config.train.epochs,
@@ -288,5 +323,11 @@ def open_data(config: Config, prefixes: str, vocab_size: int, done: tuple[int, i
     )
     caches = {}
     if config.guidance.mode == "cached":
-        caches = {name: open_guidance(config, name, dataset) for name, dataset in datasets.items()}
-    return RunData(datasets["train"], datasets.get("validation"), order, caches.get("train"), caches.get("validation"))
+        caches = {name: open_guidance(config, name, dataset) for name, dataset in {"train": train, **datasets}.items()}
+    guidance = caches.pop("train", None)
+    return RunData(train, _by_set(datasets), order, guidance, _by_set(caches))
+
+
+def _by_set(by_name: Mapping[str, T]) -> dict[str, T]:
+    """By the name that the configuration gives a validation set."""
+    return {name.removeprefix("validation").removeprefix("/"): each for name, each in by_name.items()}

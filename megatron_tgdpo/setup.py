@@ -107,7 +107,9 @@ def build_engine(
     """
     if config.overlap.tensor:
         start_user_buffers(config, configs["policy"].hidden_size, layout)
-    policy = load_model(config.model.policy, configs["policy"], layout, pg, config, device, config.train.recompute)
+    policy = load_model(
+        config.model_paths["policy"], configs["policy"], layout, pg, config, device, config.train.recompute
+    )
     cached, prefetch = config.guidance.mode == "cached", config.guidance.prefetch
     frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device)
     keep_bytes = config.train.keep_logits_mib * 2**20

@@ -1,7 +1,7 @@
 """What TensorBoard shows of a run, in the order in which a person asks: is it learning, is it drifting, what does the
 guide do, how fast is it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch.utils.tensorboard.summary import hparams
 
 from megatron_tgdpo.config import Config, to_dict
 from megatron_tgdpo.config_changes import RULE_OF, Rule, flatten
-from megatron_tgdpo.metrics import WEIGHT_EDGES, StepMetrics
+from megatron_tgdpo.metrics import WEIGHT_EDGES, StepMetrics, eval_group
 
 _RESULTS = ("train/loss", "rewards/accuracies", "rewards/margins")
 _EVALUATION_RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
-WEIGHT_HISTOGRAM = "eval/guidance/weights"
+# In the group of a validation set's metrics.
+WEIGHT_HISTOGRAM = "guidance/weights"
 
 # Charts of the Custom Scalars tab, by question and title, each with the metrics that it draws.
 _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -55,20 +56,32 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def chart_layout(without: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+def chart_layout(without: Sequence[str], sets: Sequence[str] = ("",)) -> dict[str, dict[str, list[Any]]]:
     """Charts by question and title, as ``SummaryWriter.add_custom_scalars`` takes them.
 
     Args:
         without: Beginnings of the names of metrics that the run does not have.
+        sets: Names of its validation sets.
     """
     layout: dict[str, dict[str, list[Any]]] = {}
     for question, charts in _CHARTS.items():
         for title, names in charts.items():
-            there = [name for name in names if not name.removeprefix("eval/").startswith(tuple(without))]
+            there = _of_run(names, without, sets)
             if there:
                 # Regular expressions, matched with the beginning of a name.
                 layout.setdefault(question, {})[title] = ["Multiline", [f"{name}$" for name in there]]
     return layout
+
+
+def _of_run(names: Iterable[str], without: Sequence[str], sets: Iterable[str]) -> list[str]:
+    """The metrics that a run has, with those of ``eval`` once for each validation set."""
+    there = [name for name in names if not name.removeprefix("eval/").startswith(tuple(without))]
+    groups = [eval_group(name) for name in sets]
+    return [
+        each
+        for name in there
+        for each in ([name.replace("eval", group, 1) for group in groups] if name.startswith("eval/") else [name])
+    ]
 
 
 def hyperparameters(config: Config) -> dict[str, str | float]:
@@ -91,9 +104,9 @@ class TensorBoard:
 
     def __init__(self, directory: Path, config: Config, step: int) -> None:
         self._writer = SummaryWriter(str(directory), purge_step=step + 1)
-        self._writer.add_custom_scalars(chart_layout(config.method.without))
-        results = (*_RESULTS, *(_EVALUATION_RESULTS if config.data.validation else ()))
-        there = [name for name in results if not name.removeprefix("eval/").startswith(tuple(config.method.without))]
+        without, sets = config.method.without, tuple(config.validation_sets)
+        self._writer.add_custom_scalars(chart_layout(without, sets or ("",)))
+        there = _of_run((*_RESULTS, *_EVALUATION_RESULTS), without, sets)
         experiment, session, _ = hparams(hyperparameters(config), dict.fromkeys(there, 0.0))
         # Not SummaryWriter.add_hparams: it would begin a run of its own beside this one.
         events = self._writer.file_writer
@@ -102,21 +115,23 @@ class TensorBoard:
             events.add_summary(summary)
         self._writer.flush()
 
-    def write(self, step: int, values: dict[str, float], evaluation: StepMetrics | None) -> None:
-        """Writes a step's figures and, where it was followed by an evaluation, the histogram of that."""
+    def write(self, step: int, values: dict[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
+        """Writes a step's figures and, where it was followed by evaluations, the histograms of those, by group."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        if evaluation is not None and "guidance/weight_mean" in evaluation.values:
-            self._write_weights(step, evaluation.values, evaluation.weight_counts)
+        for group, evaluation in evaluations.items():
+            if "guidance/weight_mean" in evaluation.values:
+                name = f"{group}/{WEIGHT_HISTOGRAM}"
+                self._write_weights(name, step, evaluation.values, evaluation.weight_counts)
         self._writer.flush()
 
-    def _write_weights(self, step: int, values: dict[str, float], counts: list[int]) -> None:
+    def _write_weights(self, name: str, step: int, values: dict[str, float], counts: list[int]) -> None:
         tokens, mean = sum(counts), values["guidance/weight_mean"]
         least, most = values["guidance/weight_min"], values["guidance/weight_max"]
         filled = [k for k, count in enumerate(counts) if count]
         first, last = filled[0], filled[-1]
         self._writer.add_histogram_raw(
-            WEIGHT_HISTOGRAM,
+            name,
             min=least,
             max=most,
             num=tokens,

@@ -23,7 +23,7 @@ from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.guidance_cache import GuidanceCache
 from megatron_tgdpo.guide_check import GuideWatch
 from megatron_tgdpo.memory import GIB
-from megatron_tgdpo.metrics import StepMetrics
+from megatron_tgdpo.metrics import StepMetrics, eval_group
 from megatron_tgdpo.metrics_log import MetricsLog
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.parallel import ParallelLayout
@@ -42,7 +42,7 @@ _PROGRESS = (
     ("train/loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".4f"),
     ("train/grad_norm", "grad_norm", ".3f"), ("train/lr", "lr", ".3g"),
 )  # fmt: skip
-_EVAL_PROGRESS = (("eval/loss", "loss", ".4f"), ("eval/rewards/accuracies", "accuracy", ".3f"))
+_EVAL_PROGRESS = (("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"))
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,11 @@ class Trainer:
                 time.monotonic() - saved,
             )
             values |= self._performance(seconds, tokens, peak) | self.saver.take_figures()
-            evaluation = self.evaluate() if self._due(step, self.config.eval.every_steps) else None
-            if evaluation is not None:
-                values |= {f"eval/{name}": value for name, value in evaluation.values.items()}
+            evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
+            for group, evaluation in evaluations.items():
+                values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
             if log is not None:
-                log.write(step, values, evaluation)
+                log.write(step, values, evaluations)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
                     logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
                 if (warning := guide_watch.count(result.metrics.values, tokens.pairs)) is not None:
@@ -153,16 +153,17 @@ class Trainer:
             log.close()
         return step
 
-    def evaluate(self) -> StepMetrics | None:
-        """Metrics of the whole validation set; None without one. Collective over all ranks."""
-        dataset = self.data.validation
-        if dataset is None:
-            return None
+    def evaluate(self) -> dict[str, StepMetrics]:
+        """Metrics of every whole validation set, by the group that they are logged in. Collective over all ranks."""
+        return {eval_group(name): self._evaluate(name) for name in self.data.validation}
+
+    def _evaluate(self, name: str) -> StepMetrics:
+        dataset = self.data.validation[name]
         indices = list(range(len(dataset)))
         # Planned in parts: the time to plan grows with the square of the pairs.
         parts = (indices[start : start + _EVAL_PLAN_PAIRS] for start in range(0, len(indices), _EVAL_PLAN_PAIRS))
         packs = [pack for part in parts for pack in self._plan(dataset, part)[self.engine.pg.dp.rank()]]
-        batches = self._collated(dataset, packs, self.data.validation_guidance)
+        batches = self._collated(dataset, packs, self.data.validation_guidance.get(name))
         return evaluate_packs(self.engine, batches, len(packs))
 
     def _resume(self) -> int:
@@ -253,8 +254,11 @@ class Trainer:
             f"step {step}/{self.data.order.steps} {' '.join(figures)} | "
             f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.2f} s/step ETA {eta}"
         )
-        evaluated = [f"{text} {values[name]:{form}}" for name, text, form in _EVAL_PROGRESS if name in values]
-        return f"{line} | eval {' '.join(evaluated)}" if evaluated else line
+        for group in map(eval_group, self.data.validation):
+            there = [(f"{group}/{name}", text, form) for name, text, form in _EVAL_PROGRESS]
+            evaluated = [f"{text} {values[name]:{form}}" for name, text, form in there if name in values]
+            line += f" | {group} {' '.join(evaluated)}" if evaluated else ""
+        return line
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Tokenises preference pairs (JSON, JSONL, Parquet) into a Megatron-Core dataset for TGDPO and DPO training.
+"""Tokenises preference pairs (JSON, JSONL, Parquet, Arrow) into a Megatron-Core dataset for TGDPO and DPO training.
 
     python -m tools.preprocess_preferences --input pairs.jsonl --tokenizer hf_model_dir --output data/pairs
 
@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions
+from megatron_tgdpo.data.summary import lost_ends_warning, summary
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hub import MODEL, fetch, hub_name, local_path
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -23,9 +25,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="python -m tools.preprocess_preferences", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON, JSONL or Parquet files")
     parser.add_argument(
-        "--tokenizer", required=True, help="Hugging Face tokenizer directory or SentencePiece .model file"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="JSON, JSONL, Parquet or Arrow files, directories of them, globs, datasets of the Hub",
+    )
+    parser.add_argument("--split", help="of a directory or dataset of the Hub that holds several")
+    parser.add_argument("--subset", help="of one whose README declares several")
+    parser.add_argument(
+        "--tokenizer", required=True, help="Hugging Face directory, model of the Hub, or SentencePiece .model file"
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja file replacing the tokenizer's own template")
@@ -59,23 +69,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def summary(prefix: str, manifest: dict[str, Any]) -> str:
-    """The manifest in a few readable lines."""
-    dropped = manifest["dropped"]
-    reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
-    cuts = ", ".join(f"{what} {count}" for what, count in manifest["truncated"].items())
-    lines = [
-        f"{prefix}: {manifest['pairs']:,} pairs, {manifest['lengths']['pair']['total']:,} tokens in pairs",
-        f"dropped: {sum(dropped.values()):,}" + (f" ({reasons})" if reasons else ""),
-        f"truncated: {cuts or 'nothing'}",
-        f"{'tokens':<10}{'min':>8}{'median':>9}{'mean':>9}{'p95':>9}{'max':>8}",
-    ]
-    for name, column in manifest["lengths"].items():
-        middle = f"{column['median']:>9.0f}{column['mean']:>9.1f}{column['p95']:>9.0f}"
-        lines.append(f"{name:<10}{column['min']:>8}{middle}{column['max']:>8}")
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status."""
     given = parse_arguments(arguments)
@@ -90,12 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted: no dataset was written", file=sys.stderr)
         return 130
     print(summary(given.output, manifest))
+    if (warning := lost_ends_warning(given.output, manifest, manifest["responses"])) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 
 def _run(given: argparse.Namespace) -> dict[str, Any]:
+    name = hub_name(given.tokenizer)
+    tokenizer = given.tokenizer if name is None else str(local_path(str(fetch(name, MODEL, weights=False))))
     options = PreprocessOptions(
-        tokenizer=given.tokenizer,
+        tokenizer=tokenizer,
         chat_template=given.chat_template,
         max_length=given.max_length,
         max_prompt_length=given.max_prompt_length,
@@ -109,7 +106,9 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         # Here, not above: spawned workers import this module again, and need neither torch nor megatron.
         from megatron_tgdpo.data.preprocess import preprocess
-    return preprocess(given.input, given.output, options, overwrite=given.overwrite)
+        from megatron_tgdpo.data.sources import Source
+    sources = [Source(path, given.split, given.subset) for path in given.input]
+    return preprocess(sources, given.output, options, overwrite=given.overwrite)
 
 
 def _usable_cores() -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_tgdpo.config import Config, load_config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.hub_inputs import as_recorded
 from megatron_tgdpo.run_directory import is_done, write_atomically
 from tools.child_processes import Commands
 
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results: dict[str, Any] = {}
         with Commands() as commands:
             for number, (name, own) in enumerate(runs.items(), start=1):
-                if not is_done(configs[name]):
+                if not is_done(as_recorded(configs[name])):
                     print(f"=== {number}/{len(runs)} {name}", flush=True)
                     command = _command(args.config, [*args.overrides, *own], args.ranks)
                     status = commands.run(command, launches_ranks=args.ranks > 1)

@@ -37,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reference", help="HF directory; default: the config's reference")
     parser.add_argument("--guide", help="HF directory; default: model.guide")
     parser.add_argument("--policy", help="HF directory whose log-ratios are added")
-    parser.add_argument("--split", choices=("train", "validation"), default="train", help="default %(default)s")
+    parser.add_argument("--split", default="train", help="train, validation or validation/NAME; default %(default)s")
     parser.add_argument("--pairs", type=int, default=200, help="spread evenly over the data; default %(default)s")
     parser.add_argument("--device", help="of the models; default: a GPU if there is one")
     given = parser.parse_intermixed_args(arguments)
@@ -72,12 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(given: argparse.Namespace, config: Config) -> str:
     # Here, not above: these imports take seconds, a wrong key should not.
     from megatron_tgdpo.data.tokenizers import load_tokenizer
+    from megatron_tgdpo.hub_inputs import pin_here
     from megatron_tgdpo.run_directory import write_atomically
     from megatron_tgdpo.run_inputs import preprocess_options
     from tools.reporting.build import chance_warning, report_figures, report_pairs, summary
     from tools.reporting.page import render_page
     from tools.reporting.sources import check_finite, choose_pairs, open_split
 
+    config = pin_here(config, weights=config.guidance.mode != "cached")
     dataset = open_split(config, given.split)
     pairs = choose_pairs(dataset, given.pairs)
     logps, models = _logps(given, config, dataset, pairs)

@@ -23,6 +23,7 @@ from megatron_tgdpo.data.manifest import (
 )
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import where
+from megatron_tgdpo.data.sources import Source, find_files
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.files import read_error
@@ -135,6 +136,11 @@ class PreferenceDataset:
             )
 
     @property
+    def responses(self) -> int:
+        """Two a pair, one of a single answer."""
+        return int(np.count_nonzero(self.lengths[:, 1:]))
+
+    @property
     def files(self) -> list[str]:
         """Paths of the data files."""
         return [self.prefix + suffix for suffix in DATA_SUFFIXES]
@@ -156,7 +162,7 @@ class PreferenceDataset:
 
 
 def open_or_preprocess(
-    path: str | Sequence[str],
+    path: str | Sequence[str | Source],
     options: PreprocessOptions,
     cache_dir: str,
     *,
@@ -168,7 +174,7 @@ def open_or_preprocess(
     ranks open what it returns with ``PreferenceDataset(dataset.prefix)``. Runs no collectives.
 
     Args:
-        path: a dataset's prefix or manifest, or JSON, JSONL or Parquet file(s).
+        path: a dataset's prefix or manifest, or raw files, directories and globs (`sources.find_files`).
         options: what training asks of the data.
         cache_dir: where datasets made from raw files are kept, named by content of files, tokenizer and options.
         progress: show a progress bar, if stderr is a terminal.
@@ -177,21 +183,23 @@ def open_or_preprocess(
         UserError: bad input, or the dataset was made with another tokenizer, template or length limit, or lacks the
             rejected responses that are asked for.
     """
-    paths = [path] if isinstance(path, str) else list(path)
-    prepared = [prefix for prefix in map(_as_prefix, paths) if prefix]
-    if prepared and len(paths) > 1:
+    entries = [path] if isinstance(path, str) else path
+    sources = [Source(entry) if isinstance(entry, str) else entry for entry in entries]
+    prepared = [prefix for prefix in (prepared_prefix(source.path) for source in sources) if prefix]
+    if prepared and len(sources) > 1:
         raise UserError(f"{prepared[0]} is a preprocessed dataset: give it alone, or give raw files only")
     if prepared:
         dataset = PreferenceDataset(prepared[0])
         _check_match(dataset, options, load_tokenizer(options.tokenizer, options.chat_template))
     else:
-        dataset = _cached(paths, options, cache_dir, progress)
+        files = [file for source in sources for file in find_files(source)]
+        dataset = _cached(files, options, cache_dir, progress)
     if not options.chosen_only:
         dataset.require_pairs()
     return dataset
 
 
-def _as_prefix(path: str) -> str | None:
+def prepared_prefix(path: str) -> str | None:
     """The dataset prefix that ``path`` means, None if it is a raw file."""
     if path.endswith(MANIFEST_SUFFIX):
         return path.removesuffix(MANIFEST_SUFFIX)

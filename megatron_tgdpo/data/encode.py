@@ -41,7 +41,7 @@ class RecordBatch:
 
     Attributes:
         path: the file.
-        kind: json, jsonl or parquet.
+        kind: json, jsonl, parquet or arrow.
         layout: name of the file's layout.
         numbers: line or record number of each payload.
         payloads: undecoded lines (jsonl) or decoded objects.

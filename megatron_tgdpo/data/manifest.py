@@ -25,12 +25,14 @@ _SHAPE = {
     "files": {suffix: {"size": int, "sha256": str} for suffix in DATA_SUFFIXES},
     "pairs": int,
     "dropped": dict,
+    "truncated": object,
+    "lengths": object,
     "tokenizer": {"path": str, "fingerprint": str, "template_fingerprint": str, "vocab_size": int},
     "max_token_id": int,
     "options": {"max_length": object, "max_prompt_length": object, "overlong_prompt": object},
     "sources": [{"path": str, "kind": str}],
 }
-REQUIRED_KEYS = ("files", "pairs", "dropped", "tokenizer", "max_token_id", "options", "sources")
+REQUIRED_KEYS = ("files", "pairs", "dropped", "truncated", "lengths", "tokenizer", "max_token_id", "options", "sources")
 
 
 def digest_file(path: str) -> FileDigest:

@@ -35,6 +35,7 @@ from megatron_tgdpo.data.manifest import (
 )
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import RawRecord, detect_format, parse_line, read_records, where
+from megatron_tgdpo.data.sources import Source, find_files
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import write_error
@@ -47,7 +48,7 @@ BATCHES_IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class SourceFile:
-    """An input file: path, format (json, jsonl, parquet), size in bytes and sha256 (hex)."""
+    """An input file: path, format (json, jsonl, parquet, arrow), size in bytes and sha256 (hex)."""
 
     path: str
     kind: str
@@ -71,7 +72,7 @@ def inspect_sources(paths: Sequence[str]) -> list[SourceFile]:
 
 
 def preprocess(
-    paths: Sequence[str],
+    paths: Sequence[str | Source],
     prefix: str,
     options: PreprocessOptions,
     *,
@@ -85,7 +86,7 @@ def preprocess(
     One caller at a time; no collectives, no CUDA.
 
     Args:
-        paths: JSON, JSONL or Parquet files, read in this order.
+        paths: raw files, directories and globs (`sources.find_files`), read in this order.
         prefix: where the dataset goes; its directory is created.
         options: tokenizer and length rules.
         overwrite: replace a complete dataset at ``prefix``.
@@ -104,7 +105,8 @@ def preprocess(
         raise UserError(
             f"{prefix + MANIFEST_SUFFIX} exists: a dataset is there already; give --overwrite to replace it"
         )
-    sources = inspect_sources(paths)
+    named = [Source(path) if isinstance(path, str) else path for path in paths]
+    sources = inspect_sources([file for source in named for file in find_files(source)])
     return write_dataset(sources, prefix, options, load_tokenizer(options.tokenizer, options.chat_template), progress)
 
 
@@ -192,6 +194,7 @@ def _manifest(
     return {
         "format_version": FORMAT_VERSION,
         "pairs": len(lengths),
+        "responses": int(np.count_nonzero(lengths[:, 1:])),
         "dropped": dict(sorted(tally.dropped.items())),
         "truncated": dict(sorted(tally.truncated.items())),
         "lengths": length_summary(lengths),

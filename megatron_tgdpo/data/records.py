@@ -1,17 +1,21 @@
-"""Streams raw records out of JSON, JSONL and Parquet files, one at a time: memory does not grow with the file."""
+"""Streams raw records out of JSON, JSONL, Parquet and Arrow files, one at a time: memory does not grow with the file.
+
+JSON and JSONL files may be compressed; formats and compression are told by content.
+"""
 
 import codecs
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
+from megatron_tgdpo.data.compression import CountedReads, compression_of, decompressed
+from megatron_tgdpo.data.tables import KINDS as TABLE_KINDS
+from megatron_tgdpo.data.tables import read_rows, table_kind
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import read_error
 
 CHUNK_BYTES = 1 << 20
-PARQUET_ROWS = 256
 # An error this close to the end of the buffer may only mean that the rest of the token has not been read yet;
 # the longest token that the JSON scanner takes as one is an escaped surrogate pair, 12 characters.
 TOKEN_MARGIN = 16
@@ -34,18 +38,21 @@ class RawRecord:
 
 
 def detect_format(path: str) -> str:
-    """Tells ``json`` (top-level array), ``jsonl`` and ``parquet`` apart by content, not by name.
+    """Tells ``json`` (top-level array), ``jsonl``, ``parquet`` and ``arrow`` apart by content, not by name.
 
     Raises:
         UserError: no such file, an empty file, or something else altogether.
+        StorageError: it cannot be read.
     """
     try:
-        with open(path, "rb") as stream:
-            head = stream.read(4)
-            if head == b"PAR1":
-                return "parquet"
-            stream.seek(0)
-            for chunk in iter(lambda: stream.read(CHUNK_BYTES), b""):
+        with open(path, "rb") as file:
+            compression = compression_of(file)
+            stream = file if compression is None else decompressed(path, file, compression)
+            for number, chunk in enumerate(iter(lambda: stream.read(CHUNK_BYTES), b"")):
+                if number == 0 and (kind := table_kind(chunk)) is not None:
+                    if compression is not None:
+                        raise UserError(f"{path}: a {kind.capitalize()} file inside {compression}: decompress it")
+                    return kind
                 text = chunk.removeprefix(codecs.BOM_UTF8).lstrip()
                 if text:
                     return _json_kind(path, text[:1])
@@ -60,8 +67,8 @@ def _json_kind(path: str, first: bytes) -> str:
     if first == b"{":
         return "jsonl"
     raise UserError(
-        f"{path}: not JSON, JSONL or Parquet (starts with {first!r}); "
-        "give a top-level JSON array, one JSON object a line, or a Parquet file"
+        f"{path}: not JSON, JSONL, Parquet or Arrow (starts with {first!r}); "
+        "give a top-level JSON array, one JSON object a line, or a Parquet or Arrow file"
     )
 
 
@@ -79,12 +86,28 @@ def read_records(path: str, kind: str) -> Iterator[RawRecord]:
 
     Raises:
         UserError: the file is malformed; names the line or record.
+        StorageError: it cannot be read.
     """
-    if kind == "parquet":
-        yield from _read_parquet(path)
-        return
-    with open(path, "rb") as stream:
-        yield from _read_jsonl(stream) if kind == "jsonl" else _read_json_array(path, stream)
+    try:
+        if kind in TABLE_KINDS:
+            for number, (row, bytes_read) in enumerate(read_rows(path, kind), start=1):
+                yield RawRecord(number, row, bytes_read)
+            return
+        with open(path, "rb") as file:
+            compression = compression_of(file)
+            if compression is None:
+                yield from _read_json(path, kind, file)
+                return
+            # Progress is measured in bytes of the file, whatever they become.
+            counted = CountedReads(file)
+            for record in _read_json(path, kind, decompressed(path, counted, compression)):
+                yield replace(record, bytes_read=counted.count)
+    except OSError as error:
+        raise read_error(path, error) from error
+
+
+def _read_json(path: str, kind: str, stream: BinaryIO) -> Iterator[RawRecord]:
+    return _read_jsonl(stream) if kind == "jsonl" else _read_json_array(path, stream)
 
 
 def parse_line(line: bytes, place: str) -> Any:
@@ -195,26 +218,3 @@ def _decode_object(buffer: _ArrayBuffer) -> Any:
         else:
             buffer.drop(end)
             return payload
-
-
-def _read_parquet(path: str) -> Iterator[RawRecord]:
-    import pyarrow
-    import pyarrow.parquet
-
-    from megatron_tgdpo.data.layouts import KEYS
-
-    size = Path(path).stat().st_size
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            total = table.metadata.num_rows
-            columns = [name for name in table.schema_arrow.names if name in KEYS]
-            if total and not columns:
-                raise UserError(f"{path}: no column of a known layout (columns: {', '.join(table.schema_arrow.names)})")
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawRecord(number, row, size * number // total)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{where(path, 'parquet', number + 1)}: cannot read the Parquet file: {reason}") from error

@@ -6,7 +6,7 @@ import torch
 
 from megatron_tgdpo.batch import collate
 from megatron_tgdpo.data.dataset import PreferencePair
-from megatron_tgdpo.data_order import make_data_order
+from megatron_tgdpo.data_order import DatasetPart, make_data_order
 from megatron_tgdpo.pack_plan import plan_packs
 from megatron_tgdpo.packing import RowFormat
 
@@ -16,43 +16,43 @@ def pair(index: int, prompt: list[int], chosen: list[int], rejected: list[int]) 
 
 
 def test_every_pair_is_seen_once_per_epoch_in_a_new_order() -> None:
-    order = make_data_order(10, 4, steps=5, epochs=None, shuffle=True, seed=1)
+    order = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
     stream = [i for step in range(1, 6) for i in order.step_indices(step)]
     assert len(stream) == 20
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:]
     assert stream[:10] != list(range(10))
-    again = make_data_order(10, 4, steps=5, epochs=None, shuffle=True, seed=1)
+    again = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
     assert [again.step_indices(step) for step in (3, 1)] == [stream[8:12], stream[:4]]
-    other = make_data_order(10, 4, steps=5, epochs=None, shuffle=True, seed=2)
+    other = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=2)
     assert other.step_indices(1) != stream[:4]
 
 
 def test_epochs_end_with_a_smaller_step_and_file_order_is_kept() -> None:
-    order = make_data_order(10, 4, steps=None, epochs=1, shuffle=False, seed=1)
+    order = make_data_order([DatasetPart(10)], 4, steps=None, epochs=1, shuffle=False, seed=1)
     assert order.steps == 3
     assert [order.step_indices(step) for step in (1, 2, 3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [order.consumed_pairs(step) for step in (0, 1, 3)] == [0, 4, 10]
 
 
 def test_a_changed_batch_goes_on_with_the_pairs_that_follow() -> None:
-    before = make_data_order(10, 4, steps=5, epochs=None, shuffle=True, seed=1)
+    before = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
     seen = [index for step in (1, 2) for index in before.step_indices(step)]
-    after = make_data_order(10, 2, 6, None, True, 1, done_steps=2, done_pairs=before.consumed_pairs(2))
+    after = make_data_order([DatasetPart(10)], 2, 6, None, True, 1, done_steps=2, done_pairs=before.consumed_pairs(2))
     assert after.steps == 6
     later = [index for step in range(3, 7) for index in after.step_indices(step)]
     assert len(later) == 8
     stream = [index for step in range(1, 5) for index in before.step_indices(step)]
     assert seen + later == stream
     # As it was, it is the same order.
-    same = make_data_order(10, 4, 5, None, True, 1, done_steps=2, done_pairs=8)
+    same = make_data_order([DatasetPart(10)], 4, 5, None, True, 1, done_steps=2, done_pairs=8)
     assert [same.step_indices(step) for step in (3, 4, 5)] == [before.step_indices(step) for step in (3, 4, 5)]
 
 
 def test_more_epochs_after_a_smaller_last_step_skip_nothing() -> None:
-    before = make_data_order(10, 4, None, 1, False, 1)
+    before = make_data_order([DatasetPart(10)], 4, None, 1, False, 1)
     assert (before.steps, before.consumed_pairs(3)) == (3, 10)
-    after = make_data_order(10, 4, None, 2, False, 1, done_steps=3, done_pairs=10)
+    after = make_data_order([DatasetPart(10)], 4, None, 2, False, 1, done_steps=3, done_pairs=10)
     assert after.steps == 6
     assert [index for step in (4, 5, 6) for index in after.step_indices(step)] == list(range(10))
 

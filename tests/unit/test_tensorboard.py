@@ -42,7 +42,7 @@ def log_steps(config: Config, done: int, steps: range, evaluated: StepMetrics) -
     for step in steps:
         values = {"train/loss": float(step), **evaluated.values}
         values |= {f"eval/{name}": value for name, value in evaluated.values.items()}
-        log.write(step, values, evaluated if step % 2 == 0 else None)
+        log.write(step, values, {"eval": evaluated} if step % 2 == 0 else None)
     log.close()
 
 
@@ -60,7 +60,7 @@ def test_weight_histograms_are_the_counts_and_steps_appear_once(
     log_steps(config, 3, range(4, 9), evaluated)  # killed after step 6, its newest checkpoint was of step 3
     board = read(tmp_path)
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
-    histograms = board.Histograms(WEIGHT_HISTOGRAM)
+    histograms = board.Histograms(f"eval/{WEIGHT_HISTOGRAM}")
     assert [event.step for event in histograms] == [2, 4, 6, 8]
     shown = histograms[0].histogram_value
     least, most = (evaluated.values[f"guidance/weight_{name}"] for name in ("min", "max"))
@@ -90,6 +90,11 @@ def test_layout_leaves_out_what_the_method_does_not_have() -> None:
     assert list(layout) == [QUESTIONS[0], QUESTIONS[1], QUESTIONS[3]]
     assert list(layout[QUESTIONS[0]].values()) == [["Multiline", ["train/loss$", "eval/loss$"]]]
     assert layout[QUESTIONS[1]]["log-probs of chosen"] == ["Multiline", ["logps/chosen$"]]
+
+
+def test_layout_has_each_validation_set() -> None:
+    charts = chart_layout((), ("short", "long"))[QUESTIONS[0]]
+    assert charts["loss (nats)"] == ["Multiline", ["train/loss$", "eval/short/loss$", "eval/long/loss$"]]
 
 
 def documented_metrics() -> set[str]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from megatron_tgdpo.config import Config
-from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair, open_or_preprocess
+from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair
+from megatron_tgdpo.data.joined import join, open_sources
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance_cache import GuidanceCache, guidance_key
 from megatron_tgdpo.run_inputs import open_guidance, preprocess_options
@@ -25,15 +26,21 @@ class GuidanceLogps(Protocol):
 
 
 def open_split(config: Config, split: str) -> PreferenceDataset:
-    """Opens ``data.train`` or ``data.validation`` as the run does; a raw file is tokenised once, in ``output_dir``.
+    """Opens one of ``config.datasets`` as the run does; raw files are tokenised once, in ``output_dir``.
+
+    Args:
+        config: The run.
+        split: ``train``, ``validation`` or ``validation/NAME``.
 
     Raises:
         UserError: The config has no such data, or it cannot be read.
     """
-    path = config.data.train if split == "train" else config.data.validation
-    if path is None:
-        raise UserError(f"data.{split} is not set in the config: choose the other --split")
-    return open_or_preprocess(path, preprocess_options(config), str(Path(config.output_dir) / "data"))
+    datasets = config.datasets
+    if split not in datasets:
+        there, key = ", ".join(datasets), split.replace("/", ".")
+        raise UserError(f"data.{key} is not set in the config: choose another --split ({there})")
+    opened = open_sources(datasets[split], preprocess_options(config), str(Path(config.output_dir) / "data"))
+    return join([dataset for dataset, _ in opened])
 
 
 def choose_pairs(dataset: PreferenceDataset, count: int) -> list[PreferencePair]:

@@ -1,13 +1,17 @@
+import bz2
+import errno
+import gzip
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from megatron_tgdpo.data import records
 from megatron_tgdpo.data.records import detect_format, parse_line, read_records, where
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import StorageError, UserError
 
 RECORDS = [
     {"text": 'brackets ]}, quotes " and \\ and a newline\n', "n": 1},
@@ -135,6 +139,99 @@ def test_truncated_parquet(tmp_path):
     Path(path).write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"pairs\.parquet record 1: cannot read the Parquet file"):
         list(read_records(str(path), detect_format(str(path))))
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zstd}
+LINES = "".join(json.dumps({"n": n, "text": f"é {n}" * 30}) + "\n" for n in range(3000)).encode()
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_files_are_read_as_what_is_in_them(tmp_path, ending):
+    path, compress = tmp_path / "pairs.any", COMPRESS[ending]
+    # Two members, of which the second begins inside a record.
+    path.write_bytes(compress(LINES[:100]) + compress(LINES[100:]))
+    assert detect_format(str(path)) == "jsonl"
+    read = list(read_records(str(path), "jsonl"))
+    assert b"".join(record.payload for record in read) == LINES
+    assert read[-1].number == 3000
+    assert read[-1].bytes_read == path.stat().st_size
+    path.write_bytes(compress(json.dumps(RECORDS).encode()))
+    assert detect_format(str(path)) == "json"
+    assert [record.payload for record in read_records(str(path), "json")] == RECORDS
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_truncated_compressed_file_is_named(tmp_path, ending):
+    path = tmp_path / "pairs.jsonl.any"
+    whole = COMPRESS[ending](LINES)
+    for kept in (len(whole) - 3, len(whole) // 2):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(UserError, match=r"pairs\.jsonl\.any: cannot be decompressed .* is the file truncated\?"):
+            list(read_records(str(path), "jsonl"))
+
+
+def test_compressed_nothing_and_compressed_tables(tmp_path):
+    path = tmp_path / "pairs.gz"
+    path.write_bytes(gzip.compress(b" \n"))
+    with pytest.raises(UserError, match="is empty"):
+        detect_format(str(path))
+    path.write_bytes(gzip.compress(b"PAR1..."))
+    with pytest.raises(UserError, match="a Parquet file inside gzip: decompress it"):
+        detect_format(str(path))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "gz"])
+def test_storage_that_fails_is_no_bad_file(tmp_path, monkeypatch, ending):
+    path = tmp_path / "pairs"
+    path.write_bytes(LINES if ending == "jsonl" else gzip.compress(LINES))
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(records, "_read_json", broken)
+    with pytest.raises(StorageError, match="pairs: cannot be read: Input/output error"):
+        list(read_records(str(path), "jsonl"))
+
+
+@pytest.mark.parametrize("style", ["stream", "file"])
+def test_arrow_rows(tmp_path, style):
+    path = tmp_path / "data.arrow"
+    table = pyarrow.table({"chosen": [f"c{n}" for n in range(600)], "score": list(range(600))})
+    opened = {"stream": pyarrow.ipc.new_stream, "file": pyarrow.ipc.new_file}[style]
+    with opened(str(path), table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=400):
+            writer.write_batch(batch)
+    assert detect_format(str(path)) == "arrow"
+    read = list(read_records(str(path), "arrow"))
+    assert [record.payload for record in read] == [{"chosen": f"c{n}"} for n in range(600)]
+    assert [read[0].number, read[-1].number, read[-1].bytes_read] == [1, 600, path.stat().st_size]
+    # Between two batches, and inside one.
+    content = path.read_bytes()
+    for kept in (content.index(b"c400") - 600, len(content) // 2):
+        path.write_bytes(content[:kept])
+        with pytest.raises(UserError, match=r"data\.arrow"):
+            list(read_records(str(path), "arrow"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_objects_that_the_datasets_library_stores_as_text(tmp_path, kind):
+    answers = [[{"role": "assistant", "content": "c", "args": {"n": 1}}], [{"role": "assistant", "args": {"n": "one"}}]]
+    table = datasets.Dataset.from_dict({"chosen": answers}, on_mixed_types="use_json")
+    if kind == "parquet":
+        path = tmp_path / "data.parquet"
+        table.to_parquet(path)
+    else:
+        table.save_to_disk(tmp_path / "saved")
+        path = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    read = [record.payload["chosen"][0]["args"] for record in read_records(str(path), kind)]
+    assert read == [{"n": 1}, {"n": "one"}]
 
 
 def test_where():
