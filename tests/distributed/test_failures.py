@@ -51,16 +51,15 @@ def test_unknown_key(problem: Problem) -> None:
 
 
 def test_token_ids_beyond_the_vocabulary(problem: Problem, tmp_path: Path) -> None:
-    """A tokenizer of 140 words for models of 131: padding and sharding would hide it from the embedding."""
+    """Tokenizers of 140 words for a policy of 131: padding and sharding would hide it from the embedding."""
     root, config = problem
-    make_tokenizer(140).save_pretrained(tmp_path / "tokenizer")
+    policy = tmp_path / "policy"
+    copy_model(Path(config["model"]["policy"]), policy)
+    make_tokenizer(140).save_pretrained(policy)
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"prompt": "w9", "chosen": "w8", "rejected": "w139"}\n' * 2)
-    config = merged(
-        config,
-        data={"train": str(data), "tokenizer": str(tmp_path / "tokenizer")},
-        output_dir=str(tmp_path / "run"),
-    )
+    config = merged(config, data={"train": str(data)}, loss={"method": "dpo"}, output_dir=str(tmp_path / "run"))
+    config = {**config, "model": {"policy": str(policy)}}
     line = error_of(run_forked("megatron_tgdpo.train", [write_config(root / "b.yaml", config)], check=False))
     assert "token id 139" in line
     assert "131" in line

@@ -27,20 +27,44 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("setup") / "policy", vocab_size=131)
 
 
-def test_a_guide_with_another_vocabulary_size(policy: Path, tmp_path: Path) -> None:
-    guide = make_llama(tmp_path / "guide", vocab_size=128)
-    with pytest.raises(UserError, match=r"guide.*vocabulary of 128"):
-        read_model_configs(config_of(policy, guide))
+def test_a_guide_with_other_padding_rows(policy: Path, tmp_path: Path) -> None:
+    """Rows of an embedding that no token has are no difference, but only a tokenizer tells which these are."""
+    guide = make_llama(tmp_path / "guide", vocab_size=140)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (guide / file).write_bytes((policy / file).read_bytes())
+    config = config_of(policy, guide)
+    assert {role: found.vocab_size for role, found in read_model_configs(config).items()} == {
+        "policy": 131, "reference": 131, "guide": 140
+    }  # fmt: skip
+    assert not any(lacking.tokens for lacking in check_tokenizers(config))
+    for file in guide.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"guide.*vocabulary of 140.*put them into the directories"):
+        read_model_configs(config)
 
 
-def test_a_guide_with_another_tokenizer_of_the_same_size(policy: Path, tmp_path: Path) -> None:
+def test_a_guide_with_another_tokenizer(policy: Path, tmp_path: Path) -> None:
     guide = make_llama(tmp_path / "guide", vocab_size=131)
     check_tokenizers(config_of(policy, guide))
-    tokenizer = make_tokenizer(131)
-    text = tokenizer.backend_tokenizer.to_str().replace('"w10"', '"tmp"').replace('"w11"', '"w10"')
-    (guide / "tokenizer.json").write_text(text.replace('"tmp"', '"w11"'))
-    with pytest.raises(UserError, match="another tokenizer"):
+    swap_ids(guide)
+    with pytest.raises(UserError, match=r"model.guide .* another tokenizer than the policy .*'w10' is 11 there and 10"):
         check_tokenizers(config_of(policy, guide))
+
+
+def test_data_is_not_tokenised_with_other_ids_than_the_policy_has(policy: Path, tmp_path: Path) -> None:
+    make_tokenizer(131).save_pretrained(tmp_path / "tokenizer")
+    data = {**VALID["data"], "tokenizer": str(tmp_path / "tokenizer")}
+    values = {**VALID, "model": {"policy": str(policy)}, "data": data, "loss": {"method": "dpo"}}
+    config = config_from_dict(values)
+    check_tokenizers(config)
+    swap_ids(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"model.policy .* than data.tokenizer .*: 'w11' is 11 there and 10 here"):
+        check_tokenizers(config)
+
+
+def swap_ids(directory: Path) -> None:
+    text = make_tokenizer(131).backend_tokenizer.to_str().replace('"w10"', '"tmp"').replace('"w11"', '"w10"')
+    (directory / "tokenizer.json").write_text(text.replace('"tmp"', '"w11"'))
 
 
 def test_a_guide_that_is_not_there(policy: Path, tmp_path: Path) -> None:
