@@ -7,8 +7,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from checkpoints_convert.check import check_hf
-from checkpoints_convert.hf_reader import HfCheckpoint
+from checkpoints_convert.check import open_hf
 from checkpoints_convert.mapping import Heads, expected_shapes, read_shard
 from checkpoints_convert.model_mapping import mapped_parameters
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
@@ -85,8 +84,7 @@ def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfi
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such directory")
-    checkpoint = HfCheckpoint(path)
-    check_hf(checkpoint, hf_config)
+    checkpoint = open_hf(path, hf_config)
     heads, rank = Heads.of(hf_config), pg.tp.rank()
     for mapped in mapped_parameters(model, hf_config):
         shard = read_shard(checkpoint, mapped.kind, mapped.hf_names, mapped.parameter.shape, heads, rank)
