@@ -32,6 +32,7 @@ from megatron_tgdpo.pack_plan import check_row_fits
 from megatron_tgdpo.packing import RowFormat
 from megatron_tgdpo.parallel import ParallelLayout, make_layout
 from megatron_tgdpo.ranks import RankEnvironment, on_first_rank
+from megatron_tgdpo.rotary import longest_exact
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.run_lock import RunLock
 from megatron_tgdpo.stopping import leave_if_requested
@@ -60,7 +61,8 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
     """HF configs of the policy and of the frozen models that the method uses.
 
     Raises:
-        UserError: A directory holds no supported model, or vocabulary sizes differ without tokenizers to compare.
+        UserError: A directory holds no supported model, or one that sequences of this length are too long for, or
+            vocabulary sizes differ without tokenizers to compare.
     """
     paths = config.model_paths
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
@@ -72,6 +74,12 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
                 f"model.{role} {paths[role]} has a vocabulary of {configs[role].vocab_size}, the policy "
                 f"{configs['policy'].vocab_size}, and both tokenizers are needed to see that the ids are the same: put "
                 "them into the directories"
+            )
+        longest = longest_exact(configs[role])
+        if longest is not None and config.longest_sequence > longest:
+            raise UserError(
+                f"model.{role} {paths[role]}: config.json has dynamic rope scaling, which beyond "
+                f"max_position_embeddings {longest} depends on the longest sequence of a batch: set data.max_length to at most {longest}"
             )
     return configs
 

@@ -53,7 +53,7 @@ def test_reads_the_config_of_a_megatron_checkpoint(hf: Path, tmp_path: Path) -> 
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "su", "factor": 2.0}}, "'su'"),
     ],
 )
 def test_what_would_change_the_maths_is_refused(hf: Path, tmp_path: Path, changes: dict, message: str) -> None:
