@@ -79,7 +79,8 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
         if longest is not None and config.longest_sequence > longest:
             raise UserError(
                 f"model.{role} {paths[role]}: config.json has dynamic rope scaling, which beyond "
-                f"max_position_embeddings {longest} depends on the longest sequence of a batch: set data.max_length to at most {longest}"
+                f"max_position_embeddings ({longest}) depends on the longest sequence of a batch: set data.max_length "
+                f"to at most {longest}"
             )
     return configs
 
