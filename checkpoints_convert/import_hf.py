@@ -32,7 +32,7 @@ from checkpoints_convert.pieces import (
 )
 from checkpoints_convert.sequential_file import SequentialFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
-from megatron_tgdpo.checkpoint_directory import write_description
+from megatron_tgdpo.checkpoint_directory import hf_files, write_description
 from megatron_tgdpo.checkpoint_storage import Writer, serialise_common, system_errors, write_common
 from megatron_tgdpo.whole_directory import WholeDirectory
 
@@ -55,6 +55,7 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
     """
     started = time.perf_counter()
     with WholeDirectory(out) as directory:
+        directory.on_all_ranks(lambda: hf_files(hf))  # before the weights take their time
         checkpoint = directory.on_all_ranks(lambda: open_hf(hf, hf_config))
         stored = dtype or _common_dtype(checkpoint, hf_config)
         pieces = all_pieces(hf_config, stored.itemsize)

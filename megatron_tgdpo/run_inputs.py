@@ -15,7 +15,12 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoint_directory import check_hf_files, is_megatron_checkpoint, remove_incomplete
+from megatron_tgdpo.checkpoint_directory import (
+    check_hf_files,
+    hf_files,
+    is_megatron_checkpoint,
+    remove_incomplete,
+)
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.config_changes import INPUTS, Inputs
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
@@ -169,6 +174,7 @@ def prepare_first_rank(config: Config, lock: RunLock) -> str:
     Returns:
         JSON of the dataset prefixes, for :func:`open_data` on every rank.
     """
+    hf_files(Path(config.model.policy))  # every checkpoint gets a copy of them
     lacking = check_tokenizers(config)
     if config.log.wandb:
         import_wandb()

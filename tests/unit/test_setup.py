@@ -12,7 +12,8 @@ from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.memory import stage_parameters
 from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.run import dry_run
-from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, read_model_configs
+from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, prepare_first_rank, read_model_configs
+from megatron_tgdpo.run_lock import RunLock
 from megatron_tgdpo.setup import RECOMPUTE
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.test_config import VALID
@@ -65,6 +66,17 @@ def test_data_is_not_tokenised_with_other_ids_than_the_policy_has(policy: Path, 
 def swap_ids(directory: Path) -> None:
     text = make_tokenizer(131).backend_tokenizer.to_str().replace('"w10"', '"tmp"').replace('"w11"', '"w10"')
     (directory / "tokenizer.json").write_text(text.replace('"tmp"', '"w11"'))
+
+
+def test_a_linked_file_of_the_policy_is_refused_before_the_first_save(tmp_path: Path) -> None:
+    policy = make_llama(tmp_path / "policy", layers=1)
+    (tmp_path / "secret").write_text("{}")
+    (policy / "vocab.json").symlink_to(tmp_path / "secret")
+    out = tmp_path / "out"
+    values = {**VALID, "model": {"policy": str(policy)}, "loss": {"method": "dpo"}, "output_dir": str(out)}
+    with pytest.raises(UserError, match=r"vocab.json: a link to .*/secret"):
+        prepare_first_rank(config_from_dict(values), RunLock(out))
+    assert not out.exists()
 
 
 def test_dynamic_rope_scaling_holds_up_to_its_original_length(tmp_path: Path) -> None:
