@@ -320,12 +320,12 @@ def hf_files(source: Path) -> dict[str, Path]:
         UserError: One is a link out of the directory.
         StorageError: One cannot be read.
     """
-    source = hf_folder(source)
+    folder = hf_folder(source)
     try:
-        files = [source / name for name in _HF_FILES]
-        files += [file for file in sorted(source.iterdir()) if file.suffix in _HF_SUFFIXES]
-        files += [file for folder in _HF_FOLDERS for file in sorted((source / folder).glob("*.jinja"))]
-        return {str(file.relative_to(source)): real_file(file, source) for file in files if file.is_file()}
+        files = [folder / name for name in _HF_FILES]
+        files += [file for file in sorted(folder.iterdir()) if file.suffix in _HF_SUFFIXES]
+        files += [file for name in _HF_FOLDERS for file in sorted((folder / name).glob("*.jinja"))]
+        return {str(file.relative_to(folder)): real_file(file, source) for file in files if file.is_file()}
     except OSError as error:
         raise read_error(source, error) from error
 

@@ -54,6 +54,12 @@ def test_a_linked_folder_of_templates_is_not_followed(model: Path, secret: Path,
     refuse(model, tmp_path, "id_rsa.jinja")
 
 
+def test_a_linked_folder_of_a_megatron_checkpoint_is_not_followed(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "step_00000001").mkdir()
+    (tmp_path / "step_00000001" / "hf").symlink_to(model)
+    refuse(tmp_path / "step_00000001", tmp_path, "hf/config.json")
+
+
 def test_a_link_to_another_link_is_followed_to_its_end(model: Path, secret: Path, tmp_path: Path) -> None:
     (model / "other").symlink_to(secret)
     (model / "vocab.txt").symlink_to("other")
