@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.check import check_checkpoint
+from checkpoints_convert.check import check_checkpoint, tie
 from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.mapping import Heads
 from checkpoints_convert.pieces import Piece, all_pieces, share
@@ -45,6 +45,7 @@ def _different(
     stored_dtype: torch.dtype,
 ) -> set[str]:
     check_checkpoint(ours, hf_config, stored_dtype)
+    tie(theirs, hf_config)
     heads = Heads.of(hf_config)
     different = set()
     for piece in pieces:

@@ -20,7 +20,7 @@ from checkpoints_convert.pieces import Piece, converted, pieces_of, share
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoint_check import refuse_damage
-from megatron_tgdpo.checkpoint_directory import copy_hf_files
+from megatron_tgdpo.checkpoint_directory import copy_hf_files, hf_files
 from megatron_tgdpo.checkpoint_reader import CheckpointReader
 from megatron_tgdpo.direct_io import DirectReader
 from megatron_tgdpo.errors import UserError
@@ -86,6 +86,7 @@ def export_hf(
 
 
 def _read_config(checkpoint: Path, template: Path) -> PretrainedConfig:
+    hf_files(template)  # which are copied at the end
     theirs, ours = read_hf_config(template), read_hf_config(checkpoint)
     given, own = expected_shapes(theirs), expected_shapes(ours)
     for name in sorted(given.keys() | own.keys()):

@@ -1,8 +1,15 @@
-"""Reads slices of an HF checkpoint's safetensors files, after checking from their headers that all of it is there."""
+"""Reads slices of an HF checkpoint's safetensors files, after checking from their headers that all of it is there.
 
+Which file is read, and which tensor is which, is decided as transformers 5.24 does: ``modeling_utils.py:
+_get_resolved_checkpoint_files`` and ``_adjust_missing_and_unexpected_keys``, ``core_model_loading.py:
+rename_source_key``.
+"""
+
+import logging
 import math
+import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +21,8 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import FileReader, read_error
 from megatron_tgdpo.json_text import parse_json
 
+logger = logging.getLogger(__name__)
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -21,6 +30,15 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 16 << 20
 _PICKLED = ("*.bin", "*.pt", "*.pth")
+# What other software, and transformers before 4.31, saved beside weights, and what follows from the config: rotary
+# frequencies, causal masks, positions, Transformer Engine's empty state.
+_BUFFER = re.compile(
+    r"(^|\.)(rotary_emb\.(original_)?inv_freq|rotary_emb\.(cos|sin)_cached|masked_bias|attn\.bias|position_ids"
+    r"|_extra_state)$"
+)
+# The model inside, saved without its head, has names without ``model.``; wrappers of it have one too many.
+_PREFIX = "model."
+_EXTRA_PREFIX, _NO_PREFIX = re.compile(r"model\.(model|lm_head)\."), re.compile(r"(layers|embed_tokens|norm)\.")
 _ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -49,11 +67,12 @@ class HfCheckpoint:
 
     Attributes:
         path: As given.
-        tensors: What is there, by name.
+        tensors: What is there, by the name that transformers takes it for; buffers that carry no weights are left out.
 
     Raises:
         UserError: No safetensors, a LoRA adapter, a file that the index names is missing, a truncated or corrupt file,
-            a tensor that the index names is not in its file, or a tensor's type is not bf16, fp16 or fp32.
+            a tensor that the index names is not in its file, a tensor's type is not bf16, fp16 or fp32, or two tensors
+            are taken for the same.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,12 +80,17 @@ class HfCheckpoint:
         self.tensors = _read_headers(path)
         self._files = FileReader(path)
 
-    def check(self, expected: Mapping[str, Sequence[int]], ignored: tuple[str, ...] = ()) -> None:
+    def take_for(self, name: str, other: str) -> None:
+        """Lets a tensor that is not there be another one, if that is there."""
+        if name not in self.tensors and other in self.tensors:
+            self.tensors[name] = self.tensors[other]
+
+    def check(self, expected: Mapping[str, Sequence[int]], allowed: Collection[str] = ()) -> None:
         """Compares the tensors that are there with those that the config asks for.
 
         Args:
             expected: Shape by HF name.
-            ignored: Endings of names that may be there as well.
+            allowed: Names that may be there as well.
 
         Raises:
             UserError: A tensor is missing, not expected, or of another shape.
@@ -74,7 +98,7 @@ class HfCheckpoint:
         missing = sorted(set(expected) - set(self.tensors))
         if missing:
             raise UserError(f"{self.path}: {_some(missing)} missing, config.json asks for it")
-        extra = sorted(name for name in set(self.tensors) - set(expected) if not name.endswith(ignored))
+        extra = sorted(set(self.tensors) - set(expected) - set(allowed))
         if extra:
             raise UserError(f"{self.path}: {_some(extra)} not expected, config.json describes another model")
         for name, shape in expected.items():
@@ -134,13 +158,29 @@ def refuse_adapter(path: Path, tensors: Iterable[str] = ()) -> None:
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
     refuse_adapter(path)
-    tensors = _read_files(path)
-    refuse_adapter(path, tensors)
+    stored = _read_files(path)
+    refuse_adapter(path, stored)
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in stored.items():
+        taken_for = _canonical(name)
+        if taken_for in tensors:
+            raise UserError(f"{path}: {taken_for} is there twice, with and without the prefix {_PREFIX!r}")
+        tensors[taken_for] = info
     return tensors
+
+
+def _canonical(name: str) -> str:
+    if _EXTRA_PREFIX.match(name):
+        return name.removeprefix(_PREFIX)
+    return _PREFIX + name if _NO_PREFIX.match(name) else name
 
 
 def _read_files(path: Path) -> dict[str, TensorInfo]:
     index = path / _INDEX
+    if (path / _SINGLE).is_file():
+        if index.is_file():
+            logger.warning("%s: %s is read, as transformers does; %s beside it is not", path, _SINGLE, _INDEX)
+        return _read_header(path / _SINGLE)
     if index.is_file():
         weight_map = _read_index(index)
         tensors: dict[str, TensorInfo] = {}
@@ -148,18 +188,28 @@ def _read_files(path: Path) -> dict[str, TensorInfo]:
             if not (path / file).is_file():
                 raise UserError(f"{path}: {file} is missing, {_INDEX} names it: download it again")
             tensors.update(_read_header(path / file))
-        absent = sorted(name for name in weight_map if name not in tensors)
+        absent = sorted(name for name in weight_map if name not in tensors and not _BUFFER.search(name))
         if absent:
             raise UserError(f"{index}: {_some(absent)} not found in the files it names")
         return tensors
-    if (path / _SINGLE).is_file():
-        return _read_header(path / _SINGLE)
-    if any(file for pattern in _PICKLED for file in path.glob(pattern)):
-        raise UserError(
-            f"{path}: only pickled weights (.bin), which are not read: load them with transformers and "
-            "save_pretrained(..., safe_serialization=True)"
+    raise UserError(f"{path}: {_why_unread(path)}")
+
+
+def _why_unread(path: Path) -> str:
+    """What a directory without the two files that are read has instead, and what to do."""
+    if any(path.glob("consolidated*")):
+        return (
+            "only consolidated files, in the format of the model's authors: get the safetensors files of the Hugging "
+            "Face format, or convert with the script of transformers' model folder (convert_..._weights_to_hf.py)"
         )
-    raise UserError(f"{path}: neither {_SINGLE} nor {_INDEX} there")
+    if any(file for pattern in _PICKLED for file in path.glob(pattern)):
+        return (
+            "only pickled weights (.bin), which are not read: where you trust them, load them with transformers "
+            '(AutoModelForCausalLM.from_pretrained(DIR, dtype="auto")) and save_pretrained to another directory, which '
+            "writes safetensors"
+        )
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    return f"neither {_SINGLE} nor {_INDEX} there" + (f", only {others[0]}: rename it if it is that" if others else "")
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -205,6 +255,11 @@ def _parse(file: Path, header: dict[str, Any], data: int) -> tuple[dict[str, Ten
     for name, entry in header.items():
         shape, dtype = tuple(entry["shape"]), entry["dtype"]
         start, end = entry["data_offsets"]
+        if _BUFFER.search(name):
+            if not all(type(number) is int and number >= 0 for number in (start, end)):
+                raise ValueError(name)
+            last = max(last, data + end)
+            continue
         if dtype not in _DTYPES:
             raise UserError(f"{file}: {name} is stored as {dtype}, only {', '.join(_DTYPES)} are supported")
         if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):

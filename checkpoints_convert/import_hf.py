@@ -17,10 +17,10 @@ from torch.futures import Future
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from checkpoints_convert.check import check_hf
+from checkpoints_convert.check import open_hf
 from checkpoints_convert.command_line import dtype_name
 from checkpoints_convert.hf_reader import HfCheckpoint
-from checkpoints_convert.mapping import Heads, parameter_count
+from checkpoints_convert.mapping import Heads, expected_shapes, parameter_count
 from checkpoints_convert.pieces import (
     Piece,
     all_pieces,
@@ -32,7 +32,7 @@ from checkpoints_convert.pieces import (
 )
 from checkpoints_convert.sequential_file import SequentialFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
-from megatron_tgdpo.checkpoint_directory import write_description
+from megatron_tgdpo.checkpoint_directory import hf_files, write_description
 from megatron_tgdpo.checkpoint_storage import Writer, serialise_common, system_errors, write_common
 from megatron_tgdpo.whole_directory import WholeDirectory
 
@@ -55,8 +55,9 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
     """
     started = time.perf_counter()
     with WholeDirectory(out) as directory:
-        checkpoint = directory.on_all_ranks(lambda: _open(hf, hf_config))
-        stored = dtype or _common_dtype(checkpoint)
+        directory.on_all_ranks(lambda: hf_files(hf))  # before the weights take their time
+        checkpoint = directory.on_all_ranks(lambda: open_hf(hf, hf_config))
+        stored = dtype or _common_dtype(checkpoint, hf_config)
         pieces = all_pieces(hf_config, stored.itemsize)
         size = sum(piece.numel for piece in pieces) * stored.itemsize
         directory.reserve(size)
@@ -74,14 +75,8 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
     return Summary(out, count, dtype_name(stored), size, time.perf_counter() - started)
 
 
-def _open(hf: Path, hf_config: PretrainedConfig) -> HfCheckpoint:
-    checkpoint = HfCheckpoint(hf)
-    check_hf(checkpoint, hf_config)
-    return checkpoint
-
-
-def _common_dtype(checkpoint: HfCheckpoint) -> torch.dtype:
-    dtypes = {info.torch_dtype for info in checkpoint.tensors.values()}
+def _common_dtype(checkpoint: HfCheckpoint, hf_config: PretrainedConfig) -> torch.dtype:
+    dtypes = {checkpoint.tensors[name].torch_dtype for name in expected_shapes(hf_config)}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 

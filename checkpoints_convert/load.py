@@ -1,16 +1,18 @@
 """Weights into this rank's slice of a model, from an HF directory or a Megatron checkpoint."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from checkpoints_convert.check import check_hf
+from checkpoints_convert.check import open_hf
 from checkpoints_convert.hf_reader import HfCheckpoint
 from checkpoints_convert.mapping import Heads, expected_shapes, read_shard
-from checkpoints_convert.model_mapping import mapped_parameters
+from checkpoints_convert.model_mapping import MappedParameter, mapped_parameters
 from megatron_tgdpo import checkpoint_directory, checkpoint_format
 from megatron_tgdpo.checkpoint_check import refuse_damage
 from megatron_tgdpo.errors import UserError
@@ -85,11 +87,42 @@ def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfi
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such directory")
-    checkpoint = HfCheckpoint(path)
-    check_hf(checkpoint, hf_config)
+    checkpoint = open_hf(path, hf_config)
     heads, rank = Heads.of(hf_config), pg.tp.rank()
     for mapped in mapped_parameters(model, hf_config):
         shard = read_shard(checkpoint, mapped.kind, mapped.hf_names, mapped.parameter.shape, heads, rank)
         if shard.shape != mapped.parameter.shape:
             raise ValueError(f"{mapped.name}: {list(shard.shape)} read for {list(mapped.parameter.shape)}")
         write_parameter(mapped.parameter, shard)
+
+
+@torch.no_grad()
+def refuse_non_finite(chunks: Sequence[LanguageModel], path: Path, hf_config: PretrainedConfig) -> None:
+    """Looks through loaded weights for NaN and infinity, which would make every loss NaN; no collectives.
+
+    Args:
+        chunks: This rank's slices.
+        path: That they were loaded from.
+        hf_config: The config that the model was built from.
+
+    Raises:
+        UserError: There is one; it names the HF tensor.
+    """
+    for chunk in chunks:
+        for mapped in mapped_parameters(chunk, hf_config):
+            weight = mapped.parameter.detach()
+            weight = dequantize_fp8_tensor(weight) if is_float8tensor(weight) else weight
+            if not all(math.isfinite(float(bound)) for bound in torch.aminmax(weight)):
+                raise UserError(f"{path}: {_non_finite(path, mapped, weight.dtype)}: get or make these weights again")
+
+
+def _non_finite(path: Path, mapped: MappedParameter, dtype: torch.dtype) -> str:
+    """Which of a parameter's tensors holds NaN or infinity, as far as the files tell."""
+    names = list(mapped.hf_names)
+    if not checkpoint_directory.is_megatron_checkpoint(path):
+        files = HfCheckpoint(path)
+        stored = [name for name in names if name in files.tensors]
+        names = [name for name in stored if not files.whole(name).isfinite().all()]
+        if not names:
+            return f"{' or '.join(stored)} has values beyond what {str(dtype).removeprefix('torch.')} holds"
+    return f"{' or '.join(names)} has values that are not finite"

@@ -26,6 +26,7 @@ from megatron_tgdpo.aside import SUFFIX as ASIDE_SUFFIX
 from megatron_tgdpo.errors import DamageError, StorageError, UserError
 from megatron_tgdpo.files import FileDigest, file_digest, read_error
 from megatron_tgdpo.json_text import parse_json
+from megatron_tgdpo.links import real_file
 
 logger = logging.getLogger(__name__)
 
@@ -336,8 +337,31 @@ def hf_folder(path: Path) -> Path:
     return path / HF_FOLDER if (path / HF_FOLDER / "config.json").is_file() else path
 
 
+def hf_files(source: Path) -> dict[str, Path]:
+    """Config, tokenizer, generation config and chat templates of a model directory, no weights and no code.
+
+    Args:
+        source: An HF directory, or a Megatron checkpoint.
+
+    Returns:
+        The file to read, by its name relative to the HF files.
+
+    Raises:
+        UserError: One is a link out of the directory.
+        StorageError: One cannot be read.
+    """
+    folder = hf_folder(source)
+    try:
+        files = [folder / name for name in _HF_FILES]
+        files += [file for file in sorted(folder.iterdir()) if file.suffix in _HF_SUFFIXES]
+        files += [file for name in _HF_FOLDERS for file in sorted((folder / name).glob("*.jinja"))]
+        return {str(file.relative_to(folder)): real_file(file, source) for file in files if file.is_file()}
+    except OSError as error:
+        raise read_error(source, error) from error
+
+
 def copy_hf_files(source: Path, target: Path) -> None:
-    """Copies config, tokenizer, generation config and chat templates, no weights and no code.
+    """Copies :func:`hf_files`.
 
     Args:
         source: An HF directory, or a Megatron checkpoint.
@@ -345,25 +369,21 @@ def copy_hf_files(source: Path, target: Path) -> None:
 
     Raises:
         DamageError: A file is damaged: a checkpoint's manifest says so, or it ends in the middle of its JSON.
+        UserError: One is a link out of the directory.
         StorageError: One cannot be read.
         OSError: One cannot be written.
     """
     check_hf_files(source)
-    source = hf_folder(source)
-    files = [source / name for name in _HF_FILES]
-    files += [file for file in sorted(source.iterdir()) if file.suffix in _HF_SUFFIXES]
-    files += [file for folder in _HF_FOLDERS for file in sorted((source / folder).glob("*.jinja"))]
-    for file in files:
-        if file.is_file():
-            try:
-                content = file.read_bytes()
-            except OSError as error:
-                raise read_error(file, error) from error
-            if file.suffix == ".json":
-                _check_json(file, content)
-            copy = target / file.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(content)
+    for name, file in hf_files(source).items():
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise read_error(file, error) from error
+        if name.endswith(".json"):
+            _check_json(hf_folder(source) / name, content)
+        copy = target / name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(content)
 
 
 def _check_json(file: Path, content: bytes) -> None:

@@ -71,7 +71,7 @@ def guidance_key(config: Config, dataset: PreferenceDataset, models: tuple[str, 
     made_with = dataset.manifest["tokenizer"]
     return GuidanceKey(
         dataset.fingerprint,
-        made_with["fingerprint"],
+        dataset.ids_fingerprint,
         made_with["template_fingerprint"],
         *models,
         frozen_precision(config),

@@ -177,11 +177,11 @@ def _on_each_dataset(
 
 def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) -> dict[str, dict]:
     """What is to be done for each dataset; ``block_pairs`` is None where complete caches are wanted. On one rank."""
-    check_tokenizers(config)
+    lacking = check_tokenizers(config)
     cache = Path(str(config.guidance.cache))
     models = model_fingerprints(config, digests)
     plans = {}
-    for name, prepared in prepare_data(config, cache / "data").items():
+    for name, prepared in prepare_data(config, cache / "data", lacking).items():
         dataset, directory = prepared.open(), cache / name
         dataset.verify()
         key = guidance_key(config, dataset, models)

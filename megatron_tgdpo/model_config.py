@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.families import family_of
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.rotary import rope_frequencies
 
 
 @dataclass
@@ -57,6 +58,10 @@ def transformer_config_kwargs(
     family.check(hf_config)
     kwargs = family.config_kwargs(hf_config)
     _check_divides(kwargs, layout)
+    _, factor = rope_frequencies(hf_config)
+    if factor != 1.0:
+        # Rotated queries and keys have the factor each, and nothing but their products is used.
+        kwargs["softmax_scale"] = factor**2 * (kwargs.get("softmax_scale") or kwargs["kv_channels"] ** -0.5)
     return {
         **kwargs,
         "tensor_model_parallel_size": layout.tensor,

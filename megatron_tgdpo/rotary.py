@@ -3,6 +3,7 @@
 megatron-core hard-codes the constants of llama3 scaling, so its rotary embedding is not used.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_tgdpo.errors import UserError
 
-SUPPORTED_ROPE_TYPES = ("default", "llama3")
+SUPPORTED_ROPE_TYPES = ("default", "llama3", "linear", "yarn", "dynamic")
 
 
 def rope_settings(hf_config: PretrainedConfig) -> tuple[str, float, dict[str, Any]]:
@@ -33,34 +34,60 @@ def head_dim(hf_config: PretrainedConfig) -> int:
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
+def rope_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
+    """What rotary positions are made of.
+
+    Returns:
+        Radians a position, [D / 2] float32 on the CPU, and the factor by which YaRN multiplies rotated queries and keys
+        (1 for all other types). With dynamic scaling they hold for sequences up to :func:`longest_exact`.
+
+    Raises:
+        UserError: The rope type is unknown here, its values give no frequencies, or it rotates only part of a head.
+    """
+    rope_type, theta, settings = rope_settings(hf_config)
+    partial = settings.get("partial_rotary_factor", getattr(hf_config, "partial_rotary_factor", None))
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise UserError(
+            f"config.json: rope type {rope_type!r} is not supported, only {', '.join(SUPPORTED_ROPE_TYPES)}: take a "
+            "model with one of these"
+        )
+    if partial not in (None, 1, 1.0):
+        raise UserError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
+    if rope_type == "default":
+        dim = head_dim(hf_config)
+        inv_freq, factor = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+    else:
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+    if not inv_freq.isfinite().all() or not 0 < factor < math.inf:
+        raise UserError(f"config.json: the rope scaling {settings} gives no finite frequencies")
+    return inv_freq.float(), float(factor)
+
+
+def longest_exact(hf_config: PretrainedConfig) -> int | None:
+    """Tokens up to which the angles of a sequence are its own; None if they always are.
+
+    Beyond it, dynamic scaling gives each batch the frequencies of the longest sequence that was seen so far.
+    """
+    return hf_config.max_position_embeddings if rope_settings(hf_config)[0] == "dynamic" else None
+
+
 class RotaryFrequencies:
     """Angles by position id.
 
-    Not a module on purpose: a buffer would be cast to bf16 with the rest of the model, and angles need fp32.
+    Not a module on purpose: a buffer would be cast to bf16 with the rest of the model, and angles need fp32. YaRN's
+    factor is part of the softmax's scale (``model_config.py``).
 
     Args:
         hf_config: The model's HF config.
         device: Where position ids will be.
 
     Raises:
-        UserError: The rope type is unknown here, or it scales the angles' amplitude or rotates only part of a head.
+        UserError: As :func:`rope_frequencies`.
     """
 
     def __init__(self, hf_config: PretrainedConfig, device: torch.device) -> None:
-        rope_type, theta, settings = rope_settings(hf_config)
-        partial = settings.get("partial_rotary_factor", getattr(hf_config, "partial_rotary_factor", None))
-        if rope_type not in SUPPORTED_ROPE_TYPES:
-            raise UserError(f"config.json: rope type {rope_type!r} is not supported, only {SUPPORTED_ROPE_TYPES}")
-        if partial not in (None, 1, 1.0):
-            raise UserError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
-        if rope_type == "default":
-            dim = head_dim(hf_config)
-            inv_freq, attention_factor = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
-        else:
-            inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
-        if attention_factor != 1.0:
-            raise UserError(f"config.json: rope attention_factor {attention_factor} is not supported, only 1")
-        self.inv_freq: Tensor = inv_freq.to(device=device, dtype=torch.float32)
+        inv_freq, _ = rope_frequencies(hf_config)
+        self.inv_freq: Tensor = inv_freq.to(device=device)
 
     def __call__(self, position_ids: Tensor) -> Tensor:
         """Gathers the angles of each token.

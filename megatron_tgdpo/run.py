@@ -66,7 +66,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
         if config.preflight.enabled:
             preflight(config, model_configs["policy"], ranks, layout, pg, device)
         start = find_start(config, inputs)
-        data = open_data(config, prepared, model_configs["policy"].vocab_size, (start.step, start.pairs))
+        data = open_data(config, prepared, model_configs, (start.step, start.pairs))
         begin(config, start, data.order)
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)

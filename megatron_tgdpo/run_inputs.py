@@ -6,7 +6,7 @@ In the order in which failures are cheapest.
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,13 +17,19 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoint_directory import check_hf_files, is_megatron_checkpoint, remove_incomplete
+from megatron_tgdpo.checkpoint_directory import (
+    check_hf_files,
+    hf_files,
+    is_megatron_checkpoint,
+    remove_incomplete,
+)
 from megatron_tgdpo.config import Config
 from megatron_tgdpo.config_changes import INPUTS, Inputs
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.joined import JoinedDataset, open_sources
 from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.tokenizers import load_tokenizer
+from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
+from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.data_order import DataOrder, DatasetPart, make_data_order
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
@@ -38,6 +44,7 @@ from megatron_tgdpo.parallel import ParallelLayout, make_layout
 from megatron_tgdpo.precision import fp8_row_multiple
 from megatron_tgdpo.prepared_data import Prepared, log_summary, write_summary
 from megatron_tgdpo.ranks import RankEnvironment, on_first_rank
+from megatron_tgdpo.rotary import longest_exact
 from megatron_tgdpo.run_directory import claim_output_dir
 from megatron_tgdpo.run_lock import RunLock
 from megatron_tgdpo.stopping import leave_if_requested
@@ -69,18 +76,29 @@ def hf_directory(path: str) -> Path:
 
 
 def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
-    """HF configs of the policy and of the frozen models that the method uses, checked to share one vocabulary.
+    """HF configs of the policy and of the frozen models that the method uses.
 
     Raises:
-        UserError: A directory holds no supported model, or vocabulary sizes differ.
+        UserError: A directory holds no supported model, or one that sequences of this length are too long for, or
+            vocabulary sizes differ without tokenizers to compare.
     """
     paths = config.model_paths
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
     for role in configs:
-        if configs[role].vocab_size != configs["policy"].vocab_size:
+        # An embedding may have rows that no token has; without a tokenizer beside it nobody can tell.
+        told = _has_tokenizer(paths[role]) and _has_tokenizer(paths["policy"])
+        if configs[role].vocab_size != configs["policy"].vocab_size and not told:
             raise UserError(
                 f"model.{role} {paths[role]} has a vocabulary of {configs[role].vocab_size}, the policy "
-                f"{configs['policy'].vocab_size}: all models must share one tokenizer"
+                f"{configs['policy'].vocab_size}, and both tokenizers are needed to see that the ids are the same: put "
+                "them into the directories"
+            )
+        longest = longest_exact(configs[role])
+        if longest is not None and config.longest_sequence > longest:
+            raise UserError(
+                f"model.{role} {paths[role]}: config.json has dynamic rope scaling, which beyond "
+                f"max_position_embeddings ({longest}) depends on the longest sequence of a batch: set data.max_length "
+                f"to at most {longest}"
             )
     return configs
 
@@ -104,26 +122,46 @@ def check_layout(configs: Mapping[str, PretrainedConfig], layout: ParallelLayout
             raise UserError(f"model.{role}: {error}") from error
 
 
-def check_tokenizers(config: Config) -> None:
-    """Checks that reference and guide, where they carry a tokenizer, map text to ids as the policy does.
+def check_tokenizers(config: Config) -> list[LackingTokens]:
+    """Checks that policy, reference and guide, where they carry a tokenizer, map text to ids as the data's does.
+
+    Returns:
+        What data must not hold, see :func:`prepare_data`.
 
     Raises:
         UserError: One does not.
     """
-    ours = _tokenizer_fingerprint(config.model.policy)
-    for role, path in (("reference", config.model.reference), ("guide", config.model.guide)):
-        theirs = _tokenizer_fingerprint(path) if path is not None else None
-        if ours is not None and theirs is not None and ours != theirs:
-            raise UserError(f"model.{role} {path} has another tokenizer than the policy {config.model.policy}")
+    models = {"policy": config.model.policy, "reference": config.model.reference, "guide": config.model.guide}
+    return compare_with_data(config, {role: path for role, path in models.items() if path is not None})
 
 
-def _tokenizer_fingerprint(path: str) -> str | None:
-    directory = hf_directory(path)
+def compare_with_data(config: Config, models: Mapping[str, str]) -> list[LackingTokens]:
+    """As :func:`check_tokenizers`, for other models of a run's data: directories by role."""
+    path = config.data.tokenizer or config.model.policy
+    if not (config.data.tokenizer or _has_tokenizer(path)):
+        return []
+    others = {role: model for role, model in models.items() if model != path and _has_tokenizer(model)}
+    data = f"data.tokenizer {path}" if config.data.tokenizer else f"the policy {path}"
+    if not others:
+        return []
+    ours = _tokenizer(path, config.data.chat_template)
+    return [
+        compare_tokenizers(f"model.{role} {model}", _tokenizer(model), data, ours) for role, model in others.items()
+    ]
+
+
+def _tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
+    """That of a model directory, HF or Megatron, or of a path of its own."""
+    directory = local_path(path)
+    if directory.is_dir():
+        check_hf_files(directory)
+        return load_tokenizer(str(hf_directory(path)), chat_template)
+    return load_tokenizer(path, chat_template)
+
+
+def _has_tokenizer(path: str) -> bool:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((directory / name).exists() for name in names):
-        return None
-    check_hf_files(local_path(path))
-    return load_tokenizer(str(directory)).fingerprint
+    return any((hf_directory(path) / name).exists() for name in names)
 
 
 def preprocess_options(config: Config) -> PreprocessOptions:
@@ -153,7 +191,8 @@ def prepare_first_rank(config: Config, lock: RunLock, pins: Pins | None = None) 
     Returns:
         JSON of the datasets, for :func:`open_data` on every rank.
     """
-    check_tokenizers(config)
+    hf_files(local_path(config.model.policy))  # every checkpoint gets a copy of them
+    lacking = check_tokenizers(config)
     if config.log.wandb:
         import_wandb()
     lock.acquire()
@@ -161,7 +200,7 @@ def prepare_first_rank(config: Config, lock: RunLock, pins: Pins | None = None) 
     record_pins(Path(config.output_dir), pins or {})
     for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
         logger.warning("removed %s, left by a save that was interrupted", left)
-    prepared = prepare_data(config, Path(config.output_dir) / "data")
+    prepared = prepare_data(config, Path(config.output_dir) / "data", lacking)
     if config.guidance.mode == "cached":
         for name, each in prepared.items():
             cache = open_guidance(config, name, each.open())
@@ -212,7 +251,6 @@ def _fingerprints(config: Config, prepared: str, digests: Mapping[str, str]) -> 
         frozen = model_fingerprints(config, digests)
         for name, dataset in datasets.items():
             open_guidance(config, name, dataset).check_key(guidance_key(config, dataset, frozen))
-    made_with = datasets["train"].manifest["tokenizer"]
     found: dict[str, str | None] = dict.fromkeys(INPUTS)
     for role, path in config.model_paths.items():
         found[f"model.{role}"] = weights_fingerprint(Path(path), digests)
@@ -222,7 +260,8 @@ def _fingerprints(config: Config, prepared: str, digests: Mapping[str, str]) -> 
         # Of a single set without a name, its own.
         whole = sha256(json.dumps(of_data, sort_keys=True).encode()).hexdigest()
         found["data.validation"] = of_data.get("validation", whole)
-    return found | {"data.tokenizer": made_with["fingerprint"], "data.chat_template": made_with["template_fingerprint"]}
+    template = datasets["train"].manifest["tokenizer"]["template_fingerprint"]
+    return found | {"data.tokenizer": datasets["train"].ids_fingerprint, "data.chat_template": template}
 
 
 def _prepared(answer: str) -> dict[str, Prepared]:
@@ -234,11 +273,16 @@ def _datasets(prepared: str) -> dict[str, PreferenceDataset]:
     return {name: each.open() for name, each in _prepared(prepared).items()}
 
 
-def prepare_data(config: Config, cache_dir: Path) -> dict[str, Prepared]:
+def prepare_data(config: Config, cache_dir: Path, lacking: Sequence[LackingTokens]) -> dict[str, Prepared]:
     """The run's datasets by their names in ``config.datasets``, after preprocessing raw files into ``cache_dir``.
 
+    Args:
+        config: The run.
+        cache_dir: For datasets made from raw files.
+        lacking: From :func:`check_tokenizers`.
+
     Raises:
-        UserError: A file is bad, or a pair does not fit a row.
+        UserError: A file is bad, a pair does not fit a row, or holds a token that some model's tokenizer lacks.
     """
     options = preprocess_options(config)
     opened = {name: open_sources(sources, options, str(cache_dir)) for name, sources in config.datasets.items()}
@@ -246,6 +290,8 @@ def prepare_data(config: Config, cache_dir: Path) -> dict[str, Prepared]:
         for dataset, weight in parts:
             log_summary(f"data.{name.replace('/', '.')}: {dataset.prefix}", dataset)
             check_row_fits(dataset, _whole_rows(config), config.row_multiple)
+            for tokens in lacking:
+                tokens.check(dataset)
             if name == "train" and not DatasetPart(len(dataset), weight).draws:
                 raise UserError(
                     f"data.train: a weight of {weight:g} takes none of the {len(dataset)} pairs of {dataset.prefix}: "
@@ -289,25 +335,28 @@ def _whole_rows(config: Config) -> RowFormat:
     return RowFormat(config.row_tokens, shared, context, chosen_only=config.method.chosen_only)
 
 
-def open_data(config: Config, prepared: str, vocab_size: int, done: tuple[int, int] = (0, 0)) -> RunData:
+def open_data(
+    config: Config, prepared: str, configs: Mapping[str, PretrainedConfig], done: tuple[int, int] = (0, 0)
+) -> RunData:
     """Opens the datasets that :func:`prepare_first_rank` named.
 
     Args:
         config: The run.
         prepared: As that returned them.
-        vocab_size: Of the models.
+        configs: Of the models, by role.
         done: Steps that were made before, and how many pairs of ``data.train`` they consumed.
 
     Raises:
-        UserError: A pair holds a token id that the models do not have.
+        UserError: A pair holds a token id that a model does not have.
     """
+    role, vocab_size = min(((role, found.vocab_size) for role, found in configs.items()), key=lambda item: item[1])
     datasets = _datasets(prepared)
     for name, dataset in datasets.items():
         largest = dataset.manifest["max_token_id"]
         if largest >= vocab_size:
             # The embedding would not notice: it is padded, and split over tensor ranks.
             raise UserError(
-                f"data.{name}: holds token id {largest} but the models' vocabulary has {vocab_size} entries: "
+                f"data.{name}: holds token id {largest} but the vocabulary of model.{role} has {vocab_size} entries: "
                 "preprocess with the policy's tokenizer"
             )
     train = datasets.pop("train")

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from checkpoints_convert.load import load_hf_weights, load_megatron_weights
+from checkpoints_convert.load import load_hf_weights, load_megatron_weights, refuse_non_finite
 from megatron_tgdpo.checkpoint_directory import is_megatron_checkpoint
 from megatron_tgdpo.colocated import ColocatedCommunicator, ColocatedModel
 from megatron_tgdpo.config import Config
@@ -42,7 +42,11 @@ def load_model(
     path: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, config: Config,
     device: torch.device, recompute: str = "none", frozen: bool = False,
 ) -> list[LanguageModel]:  # fmt: skip
-    """Builds this rank's chunks of one model and fills them from an HF or Megatron directory. Collective."""
+    """Builds this rank's chunks of one model and fills them from an HF or Megatron directory. Collective.
+
+    Raises:
+        UserError: On every rank: it cannot be loaded, or a weight is not finite.
+    """
     overrides, block_spec = model_options(config, hf_config, device, frozen=frozen)
     arguments: dict[str, Any] = {
         "dtype": DTYPES[config.precision.dtype],
@@ -63,6 +67,7 @@ def load_model(
         load_megatron_weights(chunks, directory, hf_config, verify=config.checkpoint.verify)
     else:
         agree(lambda: [load_hf_weights(chunk, directory, hf_config, pg) for chunk in chunks])
+    agree(lambda: refuse_non_finite(chunks, directory, hf_config))
     if frozen and config.offload.frozen:
         for chunk in chunks:
             LayerStreamer(chunk.requires_grad_(False).decoder.layers, device)

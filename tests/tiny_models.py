@@ -39,6 +39,7 @@ def make_model(
     mlp_size: int = 96,
     layers: int = 4,
     llama3_rope: bool = False,
+    rope: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
     seed: int = 0,
@@ -47,13 +48,14 @@ def make_model(
 ) -> Path:
     """Writes a random model with a whitespace tokenizer and a chat template; norms and biases are random too.
 
-    With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it. ``noise`` then changes
-    matrices by so much of themselves. ``options`` go into the HF config, over ``FAMILY_OPTIONS``.
+    With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it; ``rope`` gives other
+    settings. ``noise`` changes matrices by so much of themselves. ``options`` go into the HF config, over
+    ``FAMILY_OPTIONS``.
 
     Returns:
         ``path``.
     """
-    rope: dict = {"rope_type": "default", "rope_theta": 10000.0}
+    rope = {"rope_theta": 10000.0, **(rope or {"rope_type": "default"})}
     if llama3_rope:
         rope = {
             "rope_type": "llama3",

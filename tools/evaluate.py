@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions
+from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from tools.generation.command import add_precision_arguments, positive, run
@@ -83,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     """Scores every model and returns the report that goes into the JSON file."""
     models = _models(given)
-    tokenizer = _shared_tokenizer(given, models)
+    tokenizer, lacking = _shared_tokenizer(given, models)
     check_writable(given.out)
     options = PreprocessOptions(
         tokenizer=str(tokenizer_directory(given.reference)),
@@ -92,7 +93,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
         max_prompt_length=given.max_prompt_length,
         overlong_prompt=given.overlong_prompt,
     )
-    rows, dropped = _read_pairs(given, options)
+    rows, dropped = _read_pairs(given, options, lacking)
     prompts = distinct_prompts(rows, given.prompts)
     figures = _all_figures(given, models, tokenizer, rows, prompts)
     return {
@@ -110,7 +111,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_pairs(
-    given: argparse.Namespace, options: PreprocessOptions
+    given: argparse.Namespace, options: PreprocessOptions, lacking: Sequence[LackingTokens]
 ) -> tuple[list[PromptAndResponse], dict[str, int]]:
     """The pairs as training has them, and how many it would drop, by reason."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="tgdpo-pairs-") as cache:
@@ -119,6 +120,8 @@ def _read_pairs(
         from megatron_tgdpo.data.dataset import open_or_preprocess
 
         dataset = open_or_preprocess(given.pairs, options, cache)
+        for tokens in lacking:
+            tokens.check(dataset)
         return pair_rows(dataset, given.limit), dataset.manifest["dropped"]
 
 
@@ -176,13 +179,15 @@ def _models(given: argparse.Namespace) -> dict[str, Path]:
     return models
 
 
-def _shared_tokenizer(given: argparse.Namespace, models: dict[str, Path]) -> Tokenizer:
-    """The reference's tokenizer, once all models are known to have the same."""
+def _shared_tokenizer(given: argparse.Namespace, models: dict[str, Path]) -> tuple[Tokenizer, list[LackingTokens]]:
+    """The reference's tokenizer, once all models are known to give text the same ids; and what pairs must not hold."""
     tokenizer = load_tokenizer(str(tokenizer_directory(given.reference)), given.chat_template)
-    for name, path in models.items():
-        if load_tokenizer(str(tokenizer_directory(path))).fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{path}: {name} has another tokenizer than the reference: token ids mean other words")
-    return tokenizer
+    others = {name: path for name, path in models.items() if name != REFERENCE}
+    told = f"the reference {given.reference}"
+    return tokenizer, [
+        compare_tokenizers(f"{name} {path}", load_tokenizer(str(tokenizer_directory(path))), told, tokenizer)
+        for name, path in others.items()
+    ]
 
 
 def _table(figures: dict[str, dict[str, Any]]) -> str:

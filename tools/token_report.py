@@ -104,6 +104,7 @@ def _logps(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from megatron_tgdpo.run_inputs import compare_with_data
     from megatron_tgdpo.setup import DTYPES
     from tools.reporting.sources import cached_logps, model_logps, open_cache
 
@@ -113,11 +114,15 @@ def _logps(
     policy = {"policy": given.policy} if given.policy else {}
     named = given.reference or given.guide
     if given.cache or (config.guidance.mode == "cached" and not named):
+        for tokens in compare_with_data(config, policy):
+            tokens.check(dataset)
         directory = str(config.guidance.cache)
         found = cached_logps(open_cache(config, given.split, dataset), directory, pairs)
         return {**found, **model_logps(policy, pairs, dtype, device)}, {"guidance": directory, **policy}
     of_config = config.model_paths
     models = {role: getattr(given, role) or of_config[role] for role in ("reference", "guide")} | policy
+    for tokens in compare_with_data(config, models):
+        tokens.check(dataset)
     return model_logps(models, pairs, dtype, device), models
 
 

@@ -61,14 +61,12 @@ class Family:
             that transformers' config class declares must have its default value.
         config_kwargs: The family's part of LanguageModelConfig's arguments, from the HF config.
         weights: By megatron-core name; names of a layer's parameters are relative to ``decoder.layers.N.``.
-        ignored: Endings of HF tensor names that carry no weights.
     """
 
     architecture: str
     config_keys: frozenset[str]
     config_kwargs: Callable[[PretrainedConfig], dict[str, Any]]
     weights: Mapping[str, Weight]
-    ignored: tuple[str, ...] = ()
 
     def check(self, hf_config: PretrainedConfig) -> None:
         """Refuses, by name, every setting that the family does not know of and that is not the default.

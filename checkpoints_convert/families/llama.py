@@ -8,6 +8,4 @@ FAMILY = Family(
     config_keys=dense.CONFIG_KEYS,
     config_kwargs=dense.config_kwargs,
     weights=dense.WEIGHTS,
-    # Written by transformers before 4.31; the frequencies follow from the config.
-    ignored=(".self_attn.rotary_emb.inv_freq",),
 )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class PreferenceDataset:
         prefix: its path without suffix.
         manifest: the content of its manifest.
         fingerprint: sha256 (hex) naming its tokens and their division into pairs.
+        ids_fingerprint: of the tokenizer that made its ids (`Tokenizer.ids_fingerprint`; of datasets made before there
+            was that, `Tokenizer.fingerprint`).
         lengths: int64 [N, 3], tokens of prompt, chosen and rejected.
         origin: int64 [N, 2], source file (its place in the manifest) and record number of each pair.
 
@@ -67,6 +69,8 @@ class PreferenceDataset:
         self.prefix = prefix
         self.manifest: dict[str, Any] = read_manifest(prefix)
         self.fingerprint = content_fingerprint(self.manifest)
+        made_with = self.manifest["tokenizer"]
+        self.ids_fingerprint: str = made_with.get("ids_fingerprint", made_with["fingerprint"])
         self._vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
         if self.manifest["max_token_id"] >= self._vocab_size:
             raise UserError(
@@ -121,6 +125,17 @@ class PreferenceDataset:
         file_index, number = self.origin[index]
         source = self.manifest["sources"][file_index]
         return where(source["path"], source["kind"], int(number))
+
+    def first_use(self, ids: Collection[int]) -> tuple[int, int] | None:
+        """Finds the first token that is one of ``ids``, reading all: (index of the pair, id); None if there is none."""
+        wanted = np.array([number for number in ids if number <= self.manifest["max_token_id"]], dtype=np.int64)
+        for index in range(len(self) if len(wanted) else 0):
+            for column in range(3):
+                tokens = self._sequence(index, column)
+                (found,) = np.nonzero(np.isin(tokens, wanted))
+                if len(found):
+                    return index, int(tokens[found[0]])
+        return None
 
     def require_pairs(self) -> None:
         """Checks that every prompt has two responses.
@@ -213,6 +228,8 @@ def prepared_prefix(path: str) -> str | None:
 
 def _check_match(dataset: PreferenceDataset, options: PreprocessOptions, tokenizer: Tokenizer) -> None:
     made_with = dataset.manifest["tokenizer"]
+    if _same_ids(made_with, tokenizer):
+        made_with = {**made_with, "fingerprint": tokenizer.fingerprint}
     for key, name, asked in (
         ("fingerprint", "tokenizer", tokenizer.fingerprint),
         ("template_fingerprint", "chat template", tokenizer.template_fingerprint),
@@ -245,6 +262,12 @@ def _check_match(dataset: PreferenceDataset, options: PreprocessOptions, tokeniz
         raise UserError(
             f"{dataset.prefix} was made by dropping pairs ({_counts(dropped)}) and strict is on: mend the source"
         )
+
+
+def _same_ids(made_with: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer gives the ids of the one that a manifest describes, BOS and EOS too."""
+    names = ("ids_fingerprint", "bos_id", "eos_id", "adds_bos")
+    return [made_with.get(name) for name in names] == [getattr(tokenizer, name) for name in names]
 
 
 def _rejected_decided(dataset: PreferenceDataset) -> bool:

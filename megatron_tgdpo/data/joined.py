@@ -1,7 +1,7 @@
 """Several datasets as one, and the way from an entry of the configuration to them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -31,6 +31,7 @@ class JoinedDataset(PreferenceDataset):
             "max_token_id": max(part.manifest["max_token_id"] for part in parts),
         }
         self.fingerprint = hashlib.sha256("\n".join(part.fingerprint for part in parts).encode()).hexdigest()
+        self.ids_fingerprint = parts[0].ids_fingerprint
         self.lengths = np.concatenate([part.lengths for part in parts])
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
@@ -47,6 +48,12 @@ class JoinedDataset(PreferenceDataset):
     def source(self, index: int) -> str:
         part, place = self._locate(index)
         return part.source(place)
+
+    def first_use(self, ids: Collection[int]) -> tuple[int, int] | None:
+        for start, part in zip(self._starts, self.parts, strict=False):
+            if (found := part.first_use(ids)) is not None:
+                return int(start) + found[0], found[1]
+        return None
 
     def require_pairs(self) -> None:
         for part in self.parts:

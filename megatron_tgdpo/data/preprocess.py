@@ -201,6 +201,8 @@ def _manifest(
         "tokenizer": {
             "path": options.tokenizer,
             "fingerprint": tokenizer.fingerprint,
+            "ids_fingerprint": tokenizer.ids_fingerprint,
+            "adds_bos": tokenizer.adds_bos,
             "template_fingerprint": tokenizer.template_fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id,

@@ -25,7 +25,9 @@ class Tokenizer(Protocol):
         adds_bos: whether plain text gets a BOS in front by default.
         special_tokens: texts that become one id each, never text; where an end-of-turn token is looked for.
         template: the chat template, None if there is none.
-        fingerprint: sha256 (hex) of what determines the ids.
+        fingerprint: sha256 (hex) of what determines the ids, BOS and EOS.
+        ids_fingerprint: sha256 (hex) of what determines the ids of a text alone. Two that differ may still encode alike
+            (`same_ids.py`).
         template_fingerprint: sha256 (hex) of the template's source, ``none`` without one.
     """
 
@@ -36,7 +38,12 @@ class Tokenizer(Protocol):
     special_tokens: tuple[str, ...]
     template: ChatTemplate | None
     fingerprint: str
+    ids_fingerprint: str
     template_fingerprint: str
+
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all tokens, special ones too, by the text in which the tokenizer's own files write them."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written in it become their ids, none is added."""
@@ -87,11 +94,16 @@ class HuggingFaceTokenizer:
         self.adds_bos = self.bos_id is not None and hf("a")["input_ids"][:1] == [self.bos_id]
         added = [token.content for token in hf.added_tokens_decoder.values()]
         self.special_tokens = tuple(sorted({token for token in [*added, *hf.all_special_tokens] if _is_visible(token)}))
-        self.fingerprint = _sha256(_ids_definition(hf))
+        self.fingerprint = _sha256(_definition(hf))
+        self.ids_fingerprint = _sha256(_ids_definition(hf))
         source = template if template is not None else _own_template(hf)
         tokens = {key: value for key, value in hf.special_tokens_map.items() if isinstance(value, str)}
         self.template = None if source is None else ChatTemplate(source, tokens, template_name)
         self.template_fingerprint = NO_TEMPLATE if source is None else _sha256(source)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all tokens."""
+        return dict(self._hf.get_vocab())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without added BOS or EOS."""
@@ -142,7 +154,7 @@ class SentencePieceTokenizer:
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         user_defined = [entry.piece for entry in definition.pieces if entry.type == kinds.USER_DEFINED]
         self.special_tokens = tuple(sorted({*self._control_ids, *filter(_is_visible, user_defined)}))
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.fingerprint = self.ids_fingerprint = hashlib.sha256(model).hexdigest()
         source = DEFAULT_TEMPLATE if template is None else template
         tokens = {
             "bos_token": "" if self.bos_id is None else pieces.id_to_piece(self.bos_id),
@@ -150,6 +162,10 @@ class SentencePieceTokenizer:
         }
         self.template: ChatTemplate | None = ChatTemplate(source, tokens, template_name)
         self.template_fingerprint = _sha256(source)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all pieces."""
+        return {self._pieces.id_to_piece(index): index for index in range(self.vocab_size)}
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without added BOS or EOS."""
@@ -188,17 +204,32 @@ def _own_template(hf: Any) -> str | None:
         ) from error
 
 
-def _ids_definition(hf: Any) -> str:
-    """Vocabulary, merges, normalisation and special tokens as one string; padding and truncation do not matter."""
+def _backend_definition(hf: Any) -> dict[str, Any]:
+    """The tokenizer as a mapping; padding and truncation, which any call may leave in it, do not matter."""
     backend = getattr(hf, "backend_tokenizer", None)
     if backend is None:
         added = {index: token.content for index, token in hf.added_tokens_decoder.items()}
-        definition: dict[str, Any] = {"vocabulary": hf.get_vocab(), "added": added, "class": type(hf).__name__}
-    else:
-        definition = json.loads(backend.to_str())
-        definition.pop("padding", None)
-        definition.pop("truncation", None)
-    definition["special"] = [hf.bos_token_id, hf.eos_token_id]
+        return {"vocabulary": hf.get_vocab(), "added": added, "class": type(hf).__name__}
+    definition = json.loads(backend.to_str())
+    definition.pop("padding", None)
+    definition.pop("truncation", None)
+    return definition
+
+
+def _definition(hf: Any) -> str:
+    """All that determines ids, with BOS and EOS, as one string."""
+    return json.dumps({**_backend_definition(hf), "special": [hf.bos_token_id, hf.eos_token_id]}, sort_keys=True)
+
+
+def _ids_definition(hf: Any) -> str:
+    """Vocabulary, merges, normalisation and added tokens as one string: what the ids of a text follow from."""
+    definition = _backend_definition(hf)
+    for key in ("version", "post_processor", "decoder"):
+        definition.pop(key, None)
+    # Whether a token is special matters to decoding, and to encoding only through ``normalized``.
+    definition["added_tokens"] = [
+        {key: value for key, value in token.items() if key != "special"} for token in definition.get("added_tokens", [])
+    ]
     return json.dumps(definition, sort_keys=True)
 
 

@@ -35,6 +35,19 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "untied": lambda path: make_llama(path, llama3_rope=True, head_dim=32, max_shard_size="60KB", seed=1),
     "tied": lambda path: make_llama(path, tied=True, seed=2),
     "bf16-tied": lambda path: make_llama(path, tied=True, llama3_rope=True, dtype=torch.bfloat16, seed=3),
+    "linear-rope": lambda path: make_llama(path, rope={"rope_type": "linear", "factor": 3.0}, layers=4, seed=8),
+    "yarn": partial(
+        make_model,
+        family="qwen2",
+        rope={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+        seed=9,
+    ),
+    "gemma2-yarn": partial(
+        make_model,
+        family="gemma2",
+        rope={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+        seed=10,
+    ),
     "heads": lambda path: make_llama(path, vocab_size=128, heads=8, kv_heads=4, seed=4),
     "llama3-vocabulary": lambda path: make_llama(
         path, vocab_size=128_256, hidden_size=16, dtype=torch.bfloat16, seed=5

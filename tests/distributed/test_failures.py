@@ -51,16 +51,15 @@ def test_unknown_key(problem: Problem) -> None:
 
 
 def test_token_ids_beyond_the_vocabulary(problem: Problem, tmp_path: Path) -> None:
-    """A tokenizer of 140 words for models of 131: padding and sharding would hide it from the embedding."""
+    """Tokenizers of 140 words for a policy of 131: padding and sharding would hide it from the embedding."""
     root, config = problem
-    make_tokenizer(140).save_pretrained(tmp_path / "tokenizer")
+    policy = tmp_path / "policy"
+    copy_model(Path(config["model"]["policy"]), policy)
+    make_tokenizer(140).save_pretrained(policy)
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"prompt": "w9", "chosen": "w8", "rejected": "w139"}\n' * 2)
-    config = merged(
-        config,
-        data={"train": str(data), "tokenizer": str(tmp_path / "tokenizer")},
-        output_dir=str(tmp_path / "run"),
-    )
+    config = merged(config, data={"train": str(data)}, loss={"method": "dpo"}, output_dir=str(tmp_path / "run"))
+    config = {**config, "model": {"policy": str(policy)}}
     line = error_of(run_forked("megatron_tgdpo.train", [write_config(root / "b.yaml", config)], check=False))
     assert "token id 139" in line
     assert "131" in line
@@ -71,7 +70,9 @@ def test_a_loss_that_is_not_finite_names_the_pair_and_saves_nothing(problem: Pro
     bad_guide = tmp_path / "guide"
     copy_model(Path(config["model"]["guide"]), bad_guide)
     weights = load_file(bad_guide / "model.safetensors")
-    weights["model.embed_tokens.weight"][3] = float("nan")  # the word w3
+    # Finite weights that give the word w3 the logit -inf after any other.
+    weights["model.embed_tokens.weight"][:, 0] = 100.0
+    weights["lm_head.weight"][3, 0] = -3e38
     save_file(weights, bad_guide / "model.safetensors", metadata={"format": "pt"})
     records = [{"prompt": "w9 w8", "chosen": "w7", "rejected": "w6 w5"} for _ in range(12)]
     records[8]["rejected"] = "w6 w3 w5"  # line 9, in the second step of six
@@ -95,6 +96,23 @@ def copy_model(source: Path, target: Path) -> None:
     target.mkdir()
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("role", ["policy", "guide"])
+def test_a_weight_that_is_not_finite_is_named_before_training(problem: Problem, tmp_path: Path, role: str) -> None:
+    """It lies in the second rank's half of the rows, and both ranks say the same."""
+    _, config = problem
+    bad = tmp_path / "bad"
+    copy_model(Path(config["model"][role]), bad)
+    weights = load_file(bad / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][-1, 5] = float("inf")
+    save_file(weights, bad / "model.safetensors", metadata={"format": "pt"})
+    config = merged(
+        config, model={role: str(bad)}, parallel={"tensor": 2, "timeout_minutes": 1}, output_dir=str(tmp_path / "run")
+    )
+    done = run_forked("megatron_tgdpo.train", [write_config(tmp_path / "c.yaml", config)], processes=2, check=False)
+    assert f"{bad}: model.layers.1.mlp.up_proj.weight has values that are not finite" in error_of(done)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_policy_that_differs_from_its_reference_is_stopped_unless_meant(problem: Problem, tmp_path: Path) -> None:

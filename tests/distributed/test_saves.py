@@ -65,7 +65,8 @@ def test_a_bad_step_does_not_cost_the_save_before_it(config: dict[str, Any], tmp
     for file in Path(config["model"]["guide"]).iterdir():
         (guide / file.name).write_bytes(file.read_bytes())
     weights = load_file(guide / "model.safetensors")
-    weights["model.embed_tokens.weight"][3] = float("nan")  # the word w3
+    weights["model.embed_tokens.weight"][:, 0] = 100.0
+    weights["lm_head.weight"][3, 0] = -3e38  # the word w3 gets the logit -inf
     save_file(weights, guide / "model.safetensors", metadata={"format": "pt"})
     records = [{"prompt": "w9 w8", "chosen": "w7", "rejected": "w6 w5"} for _ in range(12)]
     records[8]["rejected"] = "w6 w3 w5"

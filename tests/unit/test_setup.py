@@ -12,7 +12,8 @@ from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.memory import stage_parameters
 from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.run import dry_run
-from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, read_model_configs
+from megatron_tgdpo.run_inputs import check_layout, check_tokenizers, prepare_first_rank, read_model_configs
+from megatron_tgdpo.run_lock import RunLock
 from megatron_tgdpo.setup import RECOMPUTE
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.test_config import VALID
@@ -27,20 +28,63 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("setup") / "policy", vocab_size=131)
 
 
-def test_a_guide_with_another_vocabulary_size(policy: Path, tmp_path: Path) -> None:
-    guide = make_llama(tmp_path / "guide", vocab_size=128)
-    with pytest.raises(UserError, match=r"guide.*vocabulary of 128"):
-        read_model_configs(config_of(policy, guide))
+def test_a_guide_with_other_padding_rows(policy: Path, tmp_path: Path) -> None:
+    """Rows of an embedding that no token has are no difference, but only a tokenizer tells which these are."""
+    guide = make_llama(tmp_path / "guide", vocab_size=140)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (guide / file).write_bytes((policy / file).read_bytes())
+    config = config_of(policy, guide)
+    assert {role: found.vocab_size for role, found in read_model_configs(config).items()} == {
+        "policy": 131, "reference": 131, "guide": 140
+    }  # fmt: skip
+    assert not any(lacking.tokens for lacking in check_tokenizers(config))
+    for file in guide.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"guide.*vocabulary of 140.*put them into the directories"):
+        read_model_configs(config)
 
 
-def test_a_guide_with_another_tokenizer_of_the_same_size(policy: Path, tmp_path: Path) -> None:
+def test_a_guide_with_another_tokenizer(policy: Path, tmp_path: Path) -> None:
     guide = make_llama(tmp_path / "guide", vocab_size=131)
     check_tokenizers(config_of(policy, guide))
-    tokenizer = make_tokenizer(131)
-    text = tokenizer.backend_tokenizer.to_str().replace('"w10"', '"tmp"').replace('"w11"', '"w10"')
-    (guide / "tokenizer.json").write_text(text.replace('"tmp"', '"w11"'))
-    with pytest.raises(UserError, match="another tokenizer"):
+    swap_ids(guide)
+    with pytest.raises(UserError, match=r"model.guide .* another tokenizer than the policy .*'w10' is 11 there and 10"):
         check_tokenizers(config_of(policy, guide))
+
+
+def test_data_is_not_tokenised_with_other_ids_than_the_policy_has(policy: Path, tmp_path: Path) -> None:
+    make_tokenizer(131).save_pretrained(tmp_path / "tokenizer")
+    data = {**VALID["data"], "tokenizer": str(tmp_path / "tokenizer")}
+    values = {**VALID, "model": {"policy": str(policy)}, "data": data, "loss": {"method": "dpo"}}
+    config = config_from_dict(values)
+    check_tokenizers(config)
+    swap_ids(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"model.policy .* than data.tokenizer .*: 'w11' is 11 there and 10 here"):
+        check_tokenizers(config)
+
+
+def swap_ids(directory: Path) -> None:
+    text = make_tokenizer(131).backend_tokenizer.to_str().replace('"w10"', '"tmp"').replace('"w11"', '"w10"')
+    (directory / "tokenizer.json").write_text(text.replace('"tmp"', '"w11"'))
+
+
+def test_a_linked_file_of_the_policy_is_refused_before_the_first_save(tmp_path: Path) -> None:
+    policy = make_llama(tmp_path / "policy", layers=1)
+    (tmp_path / "secret").write_text("{}")
+    (policy / "vocab.json").symlink_to(tmp_path / "secret")
+    out = tmp_path / "out"
+    values = {**VALID, "model": {"policy": str(policy)}, "loss": {"method": "dpo"}, "output_dir": str(out)}
+    with pytest.raises(UserError, match=r"vocab.json: a link to .*/secret"):
+        prepare_first_rank(config_from_dict(values), RunLock(out))
+    assert not out.exists()
+
+
+def test_dynamic_rope_scaling_holds_up_to_its_original_length(tmp_path: Path) -> None:
+    policy = make_llama(tmp_path / "dynamic", rope={"rope_type": "dynamic", "factor": 2.0}, layers=1)
+    values = {**VALID, "model": {"policy": str(policy)}, "loss": {"method": "dpo"}}
+    read_model_configs(config_from_dict({**values, "data": {**VALID["data"], "max_length": 2048}}))
+    with pytest.raises(UserError, match=r"model.policy .* dynamic rope scaling.* data.max_length to at most 2048"):
+        read_model_configs(config_from_dict({**values, "data": {**VALID["data"], "max_length": 2049}}))
 
 
 def test_a_guide_that_is_not_there(policy: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class OurStep:
         prefixes = prepare_first_rank(config, RunLock(Path(config.output_dir)))
         init_distributed(ranks, device, config.parallel.timeout_minutes, connect_store(ranks))
         pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
-        self.data = open_data(config, prefixes, model_configs["policy"].vocab_size)
+        self.data = open_data(config, prefixes, model_configs)
         self.engine = build_engine(config, model_configs, layout, pg, self.data.order.steps, device)
 
     def packs(self, step: int) -> list[PreferenceBatch]:

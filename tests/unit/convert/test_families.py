@@ -62,7 +62,7 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
         ("gemma-2-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma-2-2b", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
         ("Qwen3-8B", {"attention_bias": True}, "attention_bias is True"),
-        ("Qwen2.5-7B", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ("Qwen2.5-7B", {"rope_scaling": {"type": "su", "factor": 4.0}}, "rope type 'su'"),
         ("Qwen2.5-7B", {"layer_types": ["chunked_attention"] * 28}, "chunked_attention"),
         ("Qwen2.5-7B", {"layer_types": ["sliding_attention"] * 28}, "sliding_window is None"),
         ("Mistral-7B-v0.1", {"architectures": ["MixtralForCausalLM"]}, "mixture of experts"),

@@ -208,7 +208,14 @@ def test_config_that_lies(single: Path, key: str, value: object, message: str) -
 
 def test_only_pickled_weights(single: Path) -> None:
     (single / "model.safetensors").rename(single / "pytorch_model.bin")
-    refused(single, r"only pickled weights .* safe_serialization=True")
+    refused(single, r"only pickled weights .* save_pretrained to another directory")
+    (single / "consolidated.00.pth").touch()
+    refused(single, r"only consolidated files, .* get the safetensors files")
+
+
+def test_weights_under_another_name(single: Path) -> None:
+    (single / "model.safetensors").rename(single / "model.fp16.safetensors")
+    refused(single, r"neither model.safetensors nor .* there, only model.fp16.safetensors: rename it")
 
 
 def test_adapter_is_refused(single: Path, tmp_path: Path) -> None:

@@ -157,6 +157,27 @@ def test_config_that_lies(hf: Path, tmp_path: Path, key: str, value: int) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_tied_embedding_under_the_name_of_the_head(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", tied=True, layers=2)
+    rewrite(hf, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    convert(hf, tmp_path / "out")
+    assert_same(hf, tmp_path / "out", torch.float32)
+    stored = CheckpointReader(tmp_path / "out").rows(EMBEDDING, None, 0, 131)
+    assert torch.equal(stored, load_file(hf / "model.safetensors")["lm_head.weight"])
+
+
+def test_a_linked_tokenizer_is_refused_before_the_work(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (hf / "tokenizer.json").unlink()
+    (hf / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with (
+        mock.patch("checkpoints_convert.import_hf.open_hf", side_effect=AssertionError),
+        pytest.raises(UserError, match=r"tokenizer.json: a link to .*/secret"),
+    ):
+        convert(hf, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_existing_output_is_kept(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_convert.load import load_hf_weights
+from checkpoints_convert.load import load_hf_weights, refuse_non_finite
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hf_config import read_hf_config
 from megatron_tgdpo.models import LanguageModel
@@ -53,6 +53,29 @@ def test_tied_model_with_another_head_is_refused(tmp_path: Path) -> None:
     add_head(path, 1e-3)
     with pytest.raises(UserError, match="set tie_word_embeddings to false"):
         load(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    path = make_llama(tmp_path, tied=True)
+    model = cast(LanguageModel, load(path))
+    refuse_non_finite([model], path, read_hf_config(path))
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7, 3] = value
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    model = cast(LanguageModel, load(path))
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight has values that are not finite: get or make"):
+        refuse_non_finite([model], path, read_hf_config(path))
+
+
+def test_weights_beyond_a_runs_dtype(tmp_path: Path) -> None:
+    path = make_llama(tmp_path, tied=True)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7, 3] = 70000.0
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    model = cast(LanguageModel, load(path).half())
+    with pytest.raises(UserError, match=r"embed_tokens.weight has values beyond what float16 holds"):
+        refuse_non_finite([model], path, read_hf_config(path))
 
 
 def test_missing_directory_is_refused(tmp_path: Path) -> None:

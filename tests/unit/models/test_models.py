@@ -45,12 +45,15 @@ def test_reads_the_config_of_a_megatron_checkpoint(hf: Path, tmp_path: Path) -> 
     ("changes", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, r"architectures is \['GPT2LMHeadModel'\]"),
-        ({"architectures": None}, "architectures is None"),
+        ({"architectures": None, "model_type": "gpt2"}, r"architectures is \['GPT2LMHeadModel'\]"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures is \['LlamaForSequenceClass"),
+        ({"model_type": "mistral"}, r"architectures is \['LlamaForCausalLM'\], but model_type is 'mistral'"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights is 'other.safetensors'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "su", "factor": 2.0}}, "'su'"),
     ],
 )
 def test_what_would_change_the_maths_is_refused(hf: Path, tmp_path: Path, changes: dict, message: str) -> None:

@@ -10,7 +10,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.model_config import transformer_config_kwargs
 from megatron_tgdpo.norm import RMSNorm
+from megatron_tgdpo.parallel import make_layout
 from megatron_tgdpo.rotary import RotaryFrequencies, head_dim
 from tests.tiny_models import make_llama
 
@@ -60,9 +62,28 @@ def test_norm_is_marked_for_sequence_parallelism(sequence_parallel: bool) -> Non
     assert made.weight.sequence_parallel is sequence_parallel
 
 
-@pytest.mark.parametrize("llama3", [True, False])
-def test_rotary_equals_hf(tmp_path: Path, llama3: bool) -> None:
-    hf_config = AutoConfig.from_pretrained(make_llama(tmp_path, llama3_rope=llama3, head_dim=32, layers=1))
+ROPES: dict[str, dict | None] = {
+    "default": None,
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    "yarn with its own factor": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": 0.7,
+        "beta_fast": 20.0, "beta_slow": 2.0,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", [*ROPES, "llama3"])
+def test_rotary_equals_hf(tmp_path: Path, rope: str) -> None:
+    """To the last position that the config promises; YaRN's factor is in the softmax's scale instead."""
+    path = make_llama(tmp_path, llama3_rope=rope == "llama3", rope=ROPES.get(rope), head_dim=32, layers=1)
+    hf_config = AutoConfig.from_pretrained(path)
+    layout, scale = make_layout(1, 1, 1, False, 1), 32**-0.5
+    kwargs = transformer_config_kwargs(hf_config, layout, dtype=torch.float32, device=CPU)
+    factor = LlamaRotaryEmbedding(hf_config).attention_scaling
+    assert kwargs.get("softmax_scale", scale) == pytest.approx(scale * factor**2)
+    assert (factor != 1.0) == rope.startswith("yarn")
     positions = torch.tensor([[0, 1, 2, 0, 1, 63, 64, 65, 500, 2000]])
     angles = RotaryFrequencies(hf_config, CPU)(positions)
     cos, sin = LlamaRotaryEmbedding(hf_config)(torch.zeros(1, dtype=torch.float32), positions)
@@ -70,15 +91,15 @@ def test_rotary_equals_hf(tmp_path: Path, llama3: bool) -> None:
     assert angles.dtype == torch.float32
     # As exact as angles in fp32 can be: the two make powers and products in tensors of different shapes.
     limit = 4 * torch.finfo(torch.float32).eps * angles[:, 0, 0].abs().clamp(min=1.0)
-    assert ((angles.cos()[:, 0, 0] - cos[0]).abs() <= limit).all()
-    assert ((angles.sin()[:, 0, 0] - sin[0]).abs() <= limit).all()
+    assert ((angles.cos()[:, 0, 0] - cos[0] / factor).abs() <= limit).all()
+    assert ((angles.sin()[:, 0, 0] - sin[0] / factor).abs() <= limit).all()
 
 
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "linear", "factor": 2.0}, "rope type 'linear'"),
-        ({"rope_type": "yarn", "factor": 2.0}, "rope type 'yarn'"),
+        ({"rope_type": "longrope", "factor": 2.0}, "rope type 'longrope' .* linear, yarn, dynamic"),
+        ({"rope_type": "linear", "factor": 0.0}, "gives no finite frequencies"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ],
 )

@@ -169,7 +169,7 @@ def test_bad_input_is_one_line(models: dict[str, Path], tmp_path: Path, capsys: 
     (tmp_path / "file").touch()
     reference = models["reference"]
     cases = [
-        ({"reference": reference, "guide": other}, "guide has another tokenizer than the reference"),
+        ({"reference": reference, "guide": other}, f"guide {other} has another tokenizer than the reference"),
         ({"reference": reference}, "nothing to compare"),
         ({"reference": reference, "guide": models["guide"]}, f"{pairs}:1: key 'rejected' is missing"),
         ({"reference": reference, "guide": tmp_path}, "neither an HF directory"),
