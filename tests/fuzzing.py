@@ -1,11 +1,12 @@
 """Mutations of texts and of JSON, for tests that no input ends in a traceback."""
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from megatron_tgdpo.errors import UserError
@@ -71,6 +72,7 @@ def jsons(draw: st.DrawFn, originals: list[Any]) -> str:
     for place, new, kind in draw(
         st.lists(st.tuples(st.integers(0, 10_000), _json, st.sampled_from(["set", "drop", "add"])), max_size=3)
     ):
+        new = copy.deepcopy(new)
         holders = list(_places(value))
         if not holders:
             value = new
@@ -109,8 +111,11 @@ def one_line_or_result(action: Callable[[], Any]) -> Any:
         What it returns; None if it refuses.
     """
     try:
-        return action()
+        result = action()
+        event("taken")
+        return result
     except UserError as error:
+        event("refused")
         message = str(error)
         assert message.strip()
         assert len(message.splitlines()) == 1, message
