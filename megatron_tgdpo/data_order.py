@@ -81,8 +81,7 @@ def _epoch(parts: tuple[DatasetPart, ...], shuffle: bool, seed: int, epoch: int)
     """[epoch_pairs] int64, the indices that an epoch takes, in its order."""
     start, taken = 0, []
     for number, part in enumerate(parts):
-        drawn = _drawn(part, number, shuffle, seed, epoch)
-        taken.append(start + (np.sort(drawn) if shuffle else drawn))
+        taken.append(start + _drawn(part, number, shuffle, seed, epoch))
         start += part.pairs
     order = np.concatenate(taken)
     return order[_generator(seed, epoch).permutation(len(order))] if shuffle else order

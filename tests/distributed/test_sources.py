@@ -98,6 +98,23 @@ def test_validation_sets_have_metrics_of_their_own(problem: tuple[Path, dict[str
     assert "| eval/second loss" in done.stderr
 
 
+def test_caches_of_several_datasets(problem: tuple[Path, dict[str, Any]]) -> None:
+    root, config = problem
+    first, second = f"{root}/shards/train-0.jsonl", f"{root}/shards/train-1.jsonl.gz"
+    data = {"train": [{"path": first, "weight": 0.5}, {"path": second, "weight": 2}]}
+    config = merged(config, data={**data, "validation": {"first": first, "second": second}}, train={"steps": 2})
+    train(root, config, "colocated")
+    cached = merged(config, guidance={"mode": "cached", "cache": str(root / "cache")})
+    file = root / "precompute.json"
+    file.write_text(json.dumps(cached))
+    run_forked("tools.precompute_guidance", [str(file)])
+    train(root, cached, "cached")
+    for ours, theirs in zip(read_metrics(root / "cached"), read_metrics(root / "colocated"), strict=True):
+        for name in ours:
+            if not name.startswith("perf/"):
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-5), name
+
+
 def test_the_user_is_told_what_became_of_the_data(problem: tuple[Path, dict[str, Any]]) -> None:
     root, config = problem
     told = train(root, merged(config, data={"max_length": 30}, train={"steps": 1}), "told").stderr

@@ -205,8 +205,9 @@ def test_arrow_rows(tmp_path, style):
     path = tmp_path / "data.arrow"
     table = pyarrow.table({"chosen": [f"c{n}" for n in range(600)], "score": list(range(600))})
     opened = {"stream": pyarrow.ipc.new_stream, "file": pyarrow.ipc.new_file}[style]
-    with opened(str(path), table.schema) as writer:
+    with open(path, "wb") as file, opened(file, table.schema) as writer:
         for batch in table.to_batches(max_chunksize=400):
+            between = file.tell()
             writer.write_batch(batch)
     assert detect_format(str(path)) == "arrow"
     read = list(read_records(str(path), "arrow"))
@@ -214,7 +215,7 @@ def test_arrow_rows(tmp_path, style):
     assert [read[0].number, read[-1].number, read[-1].bytes_read] == [1, 600, path.stat().st_size]
     # Between two batches, and inside one.
     content = path.read_bytes()
-    for kept in (content.index(b"c400") - 600, len(content) // 2):
+    for kept in (between, len(content) // 2):
         path.write_bytes(content[:kept])
         with pytest.raises(UserError, match=r"data\.arrow"):
             list(read_records(str(path), "arrow"))
