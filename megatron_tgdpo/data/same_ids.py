@@ -32,7 +32,8 @@ _TEXTS = (
     "aaaaaaaaaaaaaaaa ======== -------- ........ ____ !!!??? 'LL 'Re I'M",
 )
 _DIALOGUE = Message("user", "Which is it, 7 or 12?\n"), Message("assistant", " Neither."), Message("user", "Why?")
-_CHUNK = 32  # tokens in a text
+_CHUNK = 64  # tokens in a text
+_JOINED = 16384  # tokens that are joined; all of a large vocabulary take too long
 _EXCERPT = 40  # characters of a text in a message
 
 
@@ -86,7 +87,7 @@ def compare_tokenizers(model: str, theirs: Tokenizer, data: str, ours: Tokenizer
 
 
 def _probes(ours: Tokenizer, theirs: Tokenizer, here: Mapping[str, int], there: Mapping[str, int]) -> Iterator[str]:
-    """Texts: fixed ones, a dialogue, those around declared tokens, and all tokens by themselves and joined."""
+    """Texts: fixed ones, a dialogue, those around declared tokens, and all tokens, a line each, and many joined."""
     yield from _TEXTS
     if ours.template is not None:
         yield _rendered(ours)
@@ -101,12 +102,13 @@ def _probes(ours: Tokenizer, theirs: Tokenizer, here: Mapping[str, int], there: 
             for token, number in own.items()
             if token not in declared and (tokenizer is ours or token not in others)
         )
-        for _ in range(2):
-            shuffled.shuffle(ids)
-            for start in range(0, len(ids), _CHUNK):
-                yield tokenizer.decode(ids[start : start + _CHUNK])
+        shuffled.shuffle(ids)
+        line = tokenizer.encode("\n")
         for start in range(0, len(ids), _CHUNK):
-            yield "\n".join(tokenizer.decode([number]) for number in ids[start : start + _CHUNK])
+            chunk = ids[start : start + _CHUNK]
+            if start < _JOINED:
+                yield tokenizer.decode(chunk)
+            yield tokenizer.decode([part for number in chunk for part in (number, *line)])
 
 
 def _rendered(tokenizer: Tokenizer) -> str:
