@@ -2,7 +2,7 @@
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,18 +70,19 @@ def where(path: str, kind: str, number: int) -> str:
     return f"{path}:{number}" if kind == "jsonl" else f"{path} record {number}"
 
 
-def read_records(path: str, kind: str) -> Iterator[RawRecord]:
+def read_records(path: str, kind: str, columns: Collection[str] = ()) -> Iterator[RawRecord]:
     """Yields the records of one file in order.
 
     Args:
         path: the file.
         kind: what ``detect_format`` said.
+        columns: of a Parquet file, those that are read beside the ones that layouts name.
 
     Raises:
         UserError: the file is malformed; names the line or record.
     """
     if kind == "parquet":
-        yield from _read_parquet(path)
+        yield from _read_parquet(path, columns)
         return
     with open(path, "rb") as stream:
         yield from _read_jsonl(stream) if kind == "jsonl" else _read_json_array(path, stream)
@@ -197,18 +198,18 @@ def _decode_object(buffer: _ArrayBuffer) -> Any:
             return payload
 
 
-def _read_parquet(path: str) -> Iterator[RawRecord]:
+def _read_parquet(path: str, more: Collection[str]) -> Iterator[RawRecord]:
     import pyarrow
     import pyarrow.parquet
 
-    from megatron_tgdpo.data.layouts import KEYS
+    from megatron_tgdpo.data.layouts import is_known_key
 
     size = Path(path).stat().st_size
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             total = table.metadata.num_rows
-            columns = [name for name in table.schema_arrow.names if name in KEYS]
+            columns = [name for name in table.schema_arrow.names if is_known_key(name) or name in more]
             if total and not columns:
                 raise UserError(f"{path}: no column of a known layout (columns: {', '.join(table.schema_arrow.names)})")
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
