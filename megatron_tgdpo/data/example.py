@@ -137,12 +137,15 @@ def text_prompt(record: Mapping[str, Any], key: str, place: str) -> tuple[Messag
 
 def chat_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...] | None:
     """The prompt as messages from whichever key of a known layout holds it; None without one."""
-    for key in ("conversations", "messages", "prompt", "context"):
+    for key in ("conversations", "prompt"):
         if isinstance(record.get(key), list):
             return messages_prompt(record, key, place)
     if record.get("instruction") is not None:
         return instruction_prompt(record, place)
-    for key in ("question", "prompt"):
+    for key in ("messages", "context"):
+        if record.get(key) is not None:
+            return messages_prompt(record, key, place)
+    for key in ("prompt", "question"):
         if record.get(key) is not None:
             return text_prompt(record, key, place)
     return None

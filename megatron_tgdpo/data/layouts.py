@@ -153,31 +153,21 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
-    prompt = record.get("prompt")
-    if scored_layouts.scored_layout(record) or scored_layouts.is_scored_row(record):
-        found = chat_prompt(record, place)
-        if found is not None:
-            return found
-    if isinstance(record.get("conversations"), list) or isinstance(record.get("messages"), list):
-        key = "conversations" if isinstance(record.get("conversations"), list) else "messages"
-        return _open_dialogue(record, key, place)
-    if record.get("conversations") is not None:
-        return messages_prompt(record, "conversations", place)
-    if record.get("instruction") is not None:
-        return instruction_prompt(record, place)
-    if not isinstance(prompt, list):
-        sides = record.get("chosen"), record.get("rejected")
-        if isinstance(sides[0], list) and (prompt is None or not _starts_with_answer(sides[0])):
-            return parse_record(record, "trl_implicit", place).prompt
-        if prompt is None and record.get("question") is None and all(isinstance(side, str) for side in sides):
-            return parse_record(record, "hh" if is_hh(sides[0]) else "plain_implicit", place).prompt
-        if isinstance(prompt, str):
-            # Plain beside plain responses, or without any.
-            return (
-                text_prompt(record, "prompt", place)
-                if sides[0] and not isinstance(sides[0], str)
-                else text_of(prompt, "prompt", place)
-            )
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if chosen is not None:
+        both = record if rejected is not None else {**record, "rejected": chosen}
+        layout = _pair_layout(both, place)
+        # Their prompt is in their responses.
+        if layout in ("trl_implicit", "hh", "plain_implicit"):
+            return parse_record(both, layout, place).prompt
+    elif scored_layouts.scored_layout(record) or scored_layouts.is_scored_row(record):
+        layout = "scored"
+    else:
+        layout = _single_layout(record) or "trl_plain"
+    if layout in ("single_messages", "single_sharegpt"):
+        return _open_dialogue(record, "messages" if layout == "single_messages" else "conversations", place)
+    if layout in ("trl_plain", "single_completion") and isinstance(record.get("prompt"), str):
+        return text_of(record["prompt"], "prompt", place)
     found = chat_prompt(record, place)
     if found is None:
         raise UserError(
@@ -190,7 +180,7 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
 def _open_dialogue(record: Mapping[str, Any], key: str, place: str) -> tuple[Message, ...]:
     """A dialogue without the answer that it may end with."""
     messages = messages_of(record[key], key, place)
-    if len(messages) > 1 and messages[-1].role == "assistant" and record.get("chosen") is None:
+    if messages and messages[-1].role == "assistant":
         messages = messages[:-1]
     return checked_prompt(with_system(record, messages, place), place)
 
