@@ -1,7 +1,7 @@
 """The tensors of one pack, from its pairs.
 
-Legend: P pairs in the pack, B = 2P sequences, R response tokens, S tokens of a row; under context parallelism R and S
-are those of this rank's part.
+Legend: P pairs in the pack, B = 2P sequences, R response tokens that are trained on, S tokens of a row; under context
+parallelism R and S are those of this rank's part.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,8 @@ class CachedGuidance(Protocol):
         ...
 
     def logps(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Reference's and guide's of a pair: [chosen + rejected tokens] float32 each; no guide's if not ``guided``."""
+        """Reference's and guide's of a pair, of the tokens trained on: [chosen + rejected] float32 each; no guide's if
+        not ``guided``."""
         ...
 
 
@@ -87,13 +88,13 @@ def collate(pairs: Sequence[PreferencePair], row: RowFormat, guidance: CachedGui
     filled = _FilledRow(row)
     for pair in pairs:
         if row.chosen_only:
-            filled.add_sequence(pair.prompt, pair.chosen)
+            filled.add_sequence(pair.prompt, pair.chosen, pair.chosen_trained)
             filled.skip_response()
         elif row.shared_prompts:
             filled.add_pair(pair)
         else:
-            filled.add_sequence(pair.prompt, pair.chosen)
-            filled.add_sequence(pair.prompt, pair.rejected)
+            filled.add_sequence(pair.prompt, pair.chosen, pair.chosen_trained)
+            filled.add_sequence(pair.prompt, pair.rejected, pair.rejected_trained)
     row_tokens = row.cut(filled.bounds[-1])
     tokens, positions = filled.tokens[:row_tokens], filled.positions[:row_tokens]
     logit_positions, targets = _joined(filled.logit_positions), _joined(filled.targets)
@@ -134,38 +135,41 @@ class _FilledRow:
         self.logit_positions: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
 
-    def add_sequence(self, prompt: np.ndarray, response: np.ndarray) -> Segment:
-        """A prompt and its response, which attend to nothing else."""
+    def add_sequence(self, prompt: np.ndarray, response: np.ndarray, trained: np.ndarray | None) -> Segment:
+        """A prompt and its response, which attend to nothing else; ``trained`` as in `PreferencePair`."""
         start = self.bounds[-1]
         middle, end = start + len(prompt), start + len(prompt) + len(response)
         self.tokens[start:middle] = prompt
         self.tokens[middle:end] = response
         self.positions[start:end] = np.arange(end - start)
         # The hidden state at position t predicts token t + 1.
-        return self._added(Segment(start, end), np.arange(middle - 1, end - 1), response)
+        return self._added(Segment(start, end), np.arange(middle - 1, end - 1), response, trained)
 
     def add_pair(self, pair: PreferencePair) -> None:
         """Prompt, chosen, rejected: rejected sees the prompt and itself, at the positions after the prompt."""
         prompt = len(pair.prompt)
-        whole = self.add_sequence(pair.prompt, pair.chosen)
+        whole = self.add_sequence(pair.prompt, pair.chosen, pair.chosen_trained)
         start, end = whole.end, whole.end + len(pair.rejected)
         prompt_end = whole.start + prompt
         self.tokens[start:end] = pair.rejected
         self.positions[start:end] = np.arange(prompt, prompt + end - start)
         # Its first token follows the prompt's last.
         predicting = np.concatenate([[prompt_end - 1], np.arange(start, end - 1)])
-        self._added(Segment(start, end, whole.start, prompt_end), predicting, pair.rejected)
+        segment = Segment(start, end, whole.start, prompt_end)
+        self._added(segment, predicting, pair.rejected, pair.rejected_trained)
 
     def skip_response(self) -> None:
         """A response without tokens, in the place of one that is left out."""
         self.logit_positions.append(np.zeros(0, dtype=np.int64))
         self.targets.append(np.zeros(0, dtype=np.int64))
 
-    def _added(self, segment: Segment, predicting: np.ndarray, response: np.ndarray) -> Segment:
+    def _added(
+        self, segment: Segment, predicting: np.ndarray, response: np.ndarray, trained: np.ndarray | None
+    ) -> Segment:
         self.segments.append(segment)
         self.bounds.append(segment.start + self.row.padded(segment.end - segment.start))
-        self.logit_positions.append(predicting)
-        self.targets.append(response)
+        self.logit_positions.append(predicting if trained is None else predicting[trained])
+        self.targets.append(response if trained is None else response[trained])
         return segment
 
 

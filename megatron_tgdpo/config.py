@@ -48,6 +48,8 @@ class DataConfig:
     overlong_prompt: str = "truncate"  # a prompt past max_prompt_length: truncate | drop | error
     tokenizer: str | None = None  # HF directory, model of the Hub, or SentencePiece .model; null: the policy's
     chat_template: str | None = None  # Jinja file; null: the tokenizer's own
+    template_kwargs: dict[str, Any] | None = None  # variables for the chat template, as enable_thinking: false
+    columns: dict[str, str] | None = None  # by a layout's key, the records' own: {prompt: question}
     workers: int = 4  # processes that tokenise when train or validation is a raw file
 
 

@@ -30,7 +30,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
     Rule.START: ("train.resume", "train.branch_from", "train.rehash", "train.exit_step"),
     Rule.FREE: (
         "model.layer_spec",
-        "data.validation", "data.workers",
+        "data.validation", "data.columns", "data.workers",
         "guidance.mode", "guidance.cache", "guidance.verify", "guidance.prefetch",
         "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.virtual_pipeline",
         "parallel.sequence_parallel", "parallel.device", "parallel.timeout_minutes",
@@ -47,6 +47,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
     Rule.ASKED: (
         "model.reference", "model.guide",
         "data.train", "data.max_length", "data.max_prompt_length", "data.overlong_prompt", "data.chat_template",
+        "data.template_kwargs",
         "loss.beta", "loss.alpha", "loss.label_smoothing", "loss.sft_weight", "loss.gamma",
         "batch.global_pairs",
         "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay",

@@ -61,7 +61,7 @@ class FrozenEngine:
         results = forward_logps([self.model], batches, self.communicator, self.pg, self.row.tokens) if packs else []
         found: dict[int, np.ndarray] = {}
         for pack, batch, logps in zip(packs, batches, results, strict=False):
-            lengths = dataset.lengths[pack, 1:].sum(axis=1)
+            lengths = dataset.trained_lengths[pack, 1:].sum(axis=1)
             whole = self._whole(batch, logps, int(lengths.sum()))
             if self.receives:
                 found |= zip(pack, np.split(whole.cpu().numpy(), np.cumsum(lengths)[:-1], axis=1), strict=True)

@@ -3,8 +3,9 @@
     CACHE/manifest.json               written last: what the cache is of, and its shards
     CACHE/shard-00000.safetensors     pairs [0, block): ``reference`` and, with a guide, ``guide``, [tokens] float32
 
-The tokens of a shard are the response tokens of its pairs, chosen then rejected, pair after pair. Each shard names the
-key of the cache and carries a checksum, so that an interrupted computation can tell whole shards from others.
+The tokens of a shard are the response tokens that are trained on of its pairs, chosen then rejected, pair after pair.
+Each shard names the key of the cache and carries a checksum, so that an interrupted computation can tell whole shards
+from others.
 """
 
 import hashlib
@@ -83,7 +84,7 @@ class Shards:
     """How a dataset's pairs lie in shards.
 
     Attributes:
-        lengths: [N, 3] int64, prompt, chosen and rejected tokens of each pair.
+        lengths: [N, 3] int64, prompt, chosen and rejected tokens of each pair, of the responses those trained on.
         block_pairs: Pairs of a shard; the last may have fewer.
     """
 
@@ -204,7 +205,7 @@ class GuidanceCache:
 
     Args:
         directory: Of the cache.
-        lengths: [N, 3] int64 token counts of the dataset that it is of.
+        lengths: [N, 3] int64 ``trained_lengths`` of the dataset that it is of.
         use_guide: Whether the guide's values are wanted; a cache made for TGDPO serves DPO too.
 
     Raises:

@@ -103,7 +103,7 @@ def verify_guidance(config: Config, sample: int, ranks: RankEnvironment, store: 
     """
 
     def verify(engine: FrozenEngine, name: str, work: Work) -> None:
-        cache = GuidanceCache(work.directory, work.dataset.lengths, use_guide=work.key.guide is not None)
+        cache = GuidanceCache(work.directory, work.dataset.trained_lengths, use_guide=work.key.guide is not None)
         rng = np.random.default_rng(config.train.seed)
         pairs = sorted(rng.choice(len(work.dataset), min(sample, len(work.dataset)), replace=False).tolist())
         values = engine.logps(work.dataset, pairs)
@@ -118,7 +118,7 @@ def verify_guidance(config: Config, sample: int, ranks: RankEnvironment, store: 
                 parts = [
                     (
                         torch.from_numpy(other[index][number] - values[index][number]),
-                        torch.from_numpy(work.dataset.lengths[index, 1:].astype(np.int64)),
+                        torch.from_numpy(work.dataset.trained_lengths[index, 1:].astype(np.int64)),
                     )
                     for other in others
                     for index in values
@@ -168,7 +168,7 @@ def _on_each_dataset(
         engine = build_frozen_engine(config, configs, layout, pg, device)
         for name, plan in plans.items():
             dataset = Prepared(**plan["data"]).open()
-            shards = Shards(dataset.lengths, plan["block_pairs"])
+            shards = Shards(dataset.trained_lengths, plan["block_pairs"])
             directory = cache / name
             action(engine, name, Work(directory, dataset, GuidanceKey(**plan["key"]), shards, plan["missing"]))
     finally:
@@ -187,13 +187,13 @@ def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) 
         key = guidance_key(config, dataset, models)
         directory.mkdir(parents=True, exist_ok=True)
         if block_pairs is None or (directory / MANIFEST_FILE).exists():
-            whole = GuidanceCache(directory, dataset.lengths, use_guide=key.guide is not None)
+            whole = GuidanceCache(directory, dataset.trained_lengths, use_guide=key.guide is not None)
             whole.check_key(key)
             if block_pairs is None:
                 whole.check_content()
             shards, key = whole.shards, whole.key
         else:
-            shards = Shards(dataset.lengths, block_pairs)
+            shards = Shards(dataset.trained_lengths, block_pairs)
         missing = sorted(set(range(shards.count)) - whole_shards(directory, key, shards).keys())
         logger.info("%s: %d pairs, %d of %d shards to compute", name, len(dataset), len(missing), shards.count)
         plans[name] = {

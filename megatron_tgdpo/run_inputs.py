@@ -171,6 +171,8 @@ def preprocess_options(config: Config) -> PreprocessOptions:
             local_path(config.data.tokenizer) if config.data.tokenizer else hf_directory(config.model.policy)
         ),
         chat_template=config.data.chat_template,
+        template_kwargs=config.data.template_kwargs or {},
+        columns=config.data.columns or {},
         max_length=config.data.max_length,
         max_prompt_length=config.data.max_prompt_length,
         overlong_prompt=config.data.overlong_prompt,
@@ -306,7 +308,7 @@ def prepare_data(config: Config, cache_dir: Path, lacking: Sequence[LackingToken
 def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> GuidanceCache:
     """The guidance cache of a dataset of the run, by its name in ``config.datasets``."""
     directory = Path(str(config.guidance.cache)) / name
-    return GuidanceCache(directory, dataset.lengths, use_guide=config.loss.method == "tgdpo")
+    return GuidanceCache(directory, dataset.trained_lengths, use_guide=config.loss.method == "tgdpo")
 
 
 def layout_of(config: Config, world_size: int) -> ParallelLayout:

@@ -20,10 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tgdpo.data.encode import encode_prompt
+from megatron_tgdpo.data.example import as_keys
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
-from tools.generation.command import add_model_arguments, open_sampler, positive, print_json, run, sampling_settings
+from tools.generation.command import (
+    add_columns_argument,
+    add_model_arguments,
+    open_sampler,
+    positive,
+    print_json,
+    run,
+    sampling_settings,
+)
 from tools.generation.journal import SUFFIX, Journal, finished_summary, summary_path, write_whole
 from tools.generation.models import default_device, dtype_of, fingerprint, tokenizer_directory
 from tools.generation.prompts import Prompt, read_prompts
@@ -42,6 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file of pairs to write")
     parser.add_argument("--samples", type=positive, default=5, help="answers a prompt (default: %(default)s)")
     parser.add_argument("--max-prompt-length", type=positive, help="longer prompts are skipped (default: no limit)")
+    add_columns_argument(parser)
     add_model_arguments(parser, temperature=0.8, max_new_tokens=1024)
     return parser.parse_args(arguments)
 
@@ -69,9 +79,10 @@ def build(given: argparse.Namespace) -> dict[str, Any]:
     """Runs the whole job, or what is left of it, and returns the summary."""
     device = default_device()
     dtype = dtype_of(given.dtype, device)
-    tokenizer = load_tokenizer(str(tokenizer_directory(given.model)), given.chat_template)
+    tokenizer = load_tokenizer(str(tokenizer_directory(given.model)), given.chat_template, given.template_kwargs)
     settings = {
         "prompts": digest_file(given.prompts).sha256,
+        **({"columns": given.columns} if given.columns else {}),
         "score": given.score if ":" in given.score else fingerprint(Path(given.score)),
         "samples": given.samples,
         "max_prompt_length": given.max_prompt_length,
@@ -80,7 +91,7 @@ def build(given: argparse.Namespace) -> dict[str, Any]:
     summary = finished_summary(given.out, settings)
     if summary is not None:
         return summary
-    prompts, encoded, overlong = _encode(read_prompts(given.prompts), tokenizer, given.max_prompt_length)
+    prompts, encoded, overlong = _encode(read_prompts(given.prompts, given.columns), tokenizer, given.max_prompt_length)
     with Journal(given.out.with_name(given.out.name + SUFFIX), settings, created=time.time()) as journal:
         if journal.done < math.ceil(len(prompts) / given.batch):
             scorer = _scorer(given.score, dtype, device)
@@ -103,7 +114,7 @@ def _encode(
 ) -> tuple[list[Prompt], list[list[int]], int]:
     kept, encoded = [], []
     for prompt in prompts:
-        ids = encode_prompt(prompt.content, tokenizer, prompt.place)
+        ids = encode_prompt(prompt.content, tokenizer, prompt.place, prompt.variables)
         if limit is None or len(ids) <= limit:
             kept.append(prompt)
             encoded.append(ids)
@@ -194,7 +205,7 @@ def _record(prompt: Prompt, pair: tuple[int, int], result: dict[str, Any]) -> di
         text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
         for text in (result["samples"][index] for index in pair)
     )
-    record = {"prompt": as_plain(prompt.content), "chosen": chosen, "rejected": rejected}
+    record = {"prompt": as_plain(prompt.content), **as_keys(prompt.variables), "chosen": chosen, "rejected": rejected}
     return {**record, **{key: result[key] for key in ("samples", "scores", "finished")}, "source": prompt.number}
 
 

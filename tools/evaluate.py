@@ -22,7 +22,13 @@ from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions
 from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
-from tools.generation.command import add_precision_arguments, positive, run
+from tools.generation.command import (
+    add_columns_argument,
+    add_precision_arguments,
+    add_template_arguments,
+    positive,
+    run,
+)
 from tools.generation.evaluation import (
     answer_figures,
     as_json,
@@ -71,7 +77,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--temperature", type=float, default=1.0, help="of the answers (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the answers (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=16, help="answers made together (default: %(default)s)")
-    parser.add_argument("--chat-template", metavar="FILE", help="Jinja file replacing the tokenizer's own template")
+    add_template_arguments(parser)
+    add_columns_argument(parser)
     parser.add_argument("--max-length", type=int, default=PreprocessOptions.max_length, help="as in training")
     parser.add_argument("--max-prompt-length", type=int, help="as in training")
     parser.add_argument(
@@ -89,6 +96,8 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     options = PreprocessOptions(
         tokenizer=str(tokenizer_directory(given.reference)),
         chat_template=given.chat_template,
+        template_kwargs=given.template_kwargs,
+        columns=given.columns,
         max_length=given.max_length,
         max_prompt_length=given.max_prompt_length,
         overlong_prompt=given.overlong_prompt,
@@ -181,7 +190,7 @@ def _models(given: argparse.Namespace) -> dict[str, Path]:
 
 def _shared_tokenizer(given: argparse.Namespace, models: dict[str, Path]) -> tuple[Tokenizer, list[LackingTokens]]:
     """The reference's tokenizer, once all models are known to give text the same ids; and what pairs must not hold."""
-    tokenizer = load_tokenizer(str(tokenizer_directory(given.reference)), given.chat_template)
+    tokenizer = load_tokenizer(str(tokenizer_directory(given.reference)), given.chat_template, given.template_kwargs)
     others = {name: path for name, path in models.items() if name != REFERENCE}
     told = f"the reference {given.reference}"
     return tokenizer, [

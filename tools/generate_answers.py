@@ -56,7 +56,7 @@ def answer(given: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--out {given.out}: {given.benchmark} takes names from files: call it {given.name}.jsonl")
     device = default_device()
     dtype = dtype_of(given.dtype, device)
-    tokenizer = load_tokenizer(str(tokenizer_directory(given.model)), given.chat_template)
+    tokenizer = load_tokenizer(str(tokenizer_directory(given.model)), given.chat_template, given.template_kwargs)
     settings = {
         "benchmark": given.benchmark,
         "questions": digest_file(given.questions).sha256,

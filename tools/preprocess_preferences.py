@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions
+from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions, json_object
 from megatron_tgdpo.data.summary import lost_ends_warning, summary
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.hub import MODEL, fetch, hub_name, local_path
@@ -39,6 +39,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja file replacing the tokenizer's own template")
+    parser.add_argument(
+        "--template-kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="variables for the template, such as '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument(
+        "--columns",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="by a layout's key, the records' own, such as '{\"prompt\": \"question\"}'",
+    )
     parser.add_argument(
         "--max-length",
         type=int,
@@ -94,6 +108,8 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     options = PreprocessOptions(
         tokenizer=tokenizer,
         chat_template=given.chat_template,
+        template_kwargs=given.template_kwargs,
+        columns=given.columns,
         max_length=given.max_length,
         max_prompt_length=given.max_prompt_length,
         overlong_prompt=given.overlong_prompt,

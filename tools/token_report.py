@@ -87,7 +87,8 @@ def _report(given: argparse.Namespace, config: Config) -> str:
     figures = report_figures(pairs, logps)
     warning = chance_warning(figures)
     options = preprocess_options(config)
-    shown = report_pairs(dataset, pairs, logps, load_tokenizer(options.tokenizer, options.chat_template))
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.template_kwargs)
+    shown = report_pairs(dataset, pairs, logps, tokenizer)
     facts = {**models, "data": dataset.prefix, "pairs": f"{len(pairs):,} of {len(dataset):,}"}
     alpha, beta = config.loss.options["alpha"], config.loss.options["beta"]
     page = render_page(shown, figures, alpha=alpha, beta=beta, facts=facts, warning=warning)

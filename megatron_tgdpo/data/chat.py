@@ -1,19 +1,16 @@
-"""Chat templates: from messages to the prompt's text and the response's text, and where exactly one ends."""
+"""Chat templates: from messages to text."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.sandbox import compile_template, run_template, split_marks
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import read_error
 
@@ -25,20 +22,12 @@ DEFAULT_TEMPLATE = (
     "{% else %}Human: {{ message.content }}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# Some templates print today's date; data must not depend on the day, and this is what Llama 3's falls back to.
-TEMPLATE_DATE = datetime(2024, 7, 26)
-# Stands in for the answer, to see what the template puts around it.
-ANSWER_SLOT = "f1c04b9e7a52ANSWERd83e6"
-
-
-class _GenerationTag(Extension):
-    """Accepts Hugging Face's ``{% generation %}`` blocks, which mark the assistant's text, as plain blocks."""
-
-    tags = frozenset({"generation"})  # type: ignore[assignment]  # Jinja only asks what is in it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+# Names under which templates read a message's reasoning; transformers passes each as the others.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# Keys of a message that name it and are no part of what is said: they may be lost.
+LABEL_KEYS = frozenset({"id", "index", "timestamp", "tool_call_id"})
+RESERVED_VARIABLES = frozenset({"messages", "add_generation_prompt"})
+NO_VARIABLES: Mapping[str, Any] = {}
 
 
 class ChatTemplate:
@@ -48,56 +37,159 @@ class ChatTemplate:
         source: the template.
         tokens: special tokens by variable name (``bos_token``, ``eos_token``, ...).
         name: how errors call it.
+        variables: further variables that it reads, such as ``enable_thinking``.
+
+    Attributes:
+        names: every word in the source: what a template can read, it names.
+        has_generation_prompt: whether it reads ``add_generation_prompt``.
+        marks_answers: whether it has ``{% generation %}`` blocks.
 
     Raises:
-        UserError: the template does not compile.
+        UserError: the template does not compile, or does not read one of the variables.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str], name: str) -> None:
+    def __init__(
+        self, source: str, tokens: Mapping[str, str], name: str, variables: Mapping[str, Any] = NO_VARIABLES
+    ) -> None:
         self.source = source
         self.name = name
-        self._tokens = dict(tokens)
+        self.names = frozenset(re.findall(r"\w+", source))
+        self.has_generation_prompt = "add_generation_prompt" in self.names
+        self.marks_answers = re.search(r"{%[-+]?\s*generation\b", source) is not None
+        for key in variables:
+            if key in RESERVED_VARIABLES or key not in self.names:
+                raise UserError(f"template_kwargs: '{key}' is no variable that the chat template of {name} reads")
+        self._variables = {"tools": None, "documents": None, **tokens, **variables}
+        self._prompted: set[str] = set()
         try:
-            self._template = _compile(source)
+            self._template = compile_template(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}:{error.lineno}: the chat template does not compile: {error.message}") from error
+        except Exception as error:  # too deep for the parser, too large for Python's compiler, ...
+            raise UserError(f"{name}: the chat template does not compile: {_one_line(error)}") from error
 
-    def render(self, messages: Sequence[Message], place: str, *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        place: str,
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> str:
         """Renders messages to text.
 
         Args:
             messages: the conversation.
             place: the record, for errors.
             add_generation_prompt: end with the header of an assistant turn.
+            variables: the record's own, such as ``tools``.
 
         Raises:
-            UserError: the template refuses these messages.
+            UserError: the template refuses these messages, or does not end.
         """
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        return self._rendered(messages, place, add_generation_prompt, variables)[0]
+
+    def render_marked(
+        self, messages: Sequence[Message], place: str, variables: Mapping[str, Any] = NO_VARIABLES
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """`render`, and the [start, end) of the text that stands in ``{% generation %}`` blocks."""
+        return self._rendered(messages, place, False, variables)
+
+    def _rendered(
+        self, messages: Sequence[Message], place: str, prompting: bool, variables: Mapping[str, Any]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        turns = [
+            self._turn(message) if message.extra else {"role": message.role, "content": message.content}
+            for message in messages
+        ]
+        values = {**self._variables, **variables, "messages": turns, "add_generation_prompt": prompting}
         try:
-            return self._template.render(
-                messages=turns, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._tokens
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
-            raise UserError(f"{place}: the chat template of {self.name} refuses this record: {error}") from error
+            return split_marks(run_template(self._template, values))
+        except Exception as error:  # what a template does may raise anything
+            reason = _one_line(error)
+            raise UserError(f"{place}: the chat template of {self.name} refuses this record: {reason}") from error
 
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """A message with its tool calls and its reasoning as this template reads them."""
+        turn = message.as_dict()
+        reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
+        if reasoning is not None:
+            turn |= {key: reasoning for key in REASONING_KEYS if key in self.names}
+        if isinstance(turn.get("tool_calls"), list):
+            turn["tool_calls"] = [self._call(call) for call in turn["tool_calls"]]
+        return turn
 
-@lru_cache(maxsize=4)
-def _compile(source: str) -> jinja2.Template:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
+    def _call(self, call: Any) -> Any:
+        """A tool call with its arguments as an object or as JSON text, whichever the template writes whole."""
+        if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
+            return call
+        function = call["function"]
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and self._argument_kinds == {"object"}:
+            try:
+                return {**call, "function": {**function, "arguments": json.loads(arguments)}}
+            except (ValueError, RecursionError):
+                return call
+        if isinstance(arguments, Mapping) and self._argument_kinds == {"text"}:
+            return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+        return call
 
-    def tojson(value: Any, indent: int | None = None, **keywords: Any) -> str:
-        # Jinja's own filter escapes HTML, Hugging Face's does not.
-        return json.dumps(value, ensure_ascii=False, indent=indent, **keywords)
+    @cached_property
+    def _argument_kinds(self) -> set[str]:
+        """Of ``object`` and ``text``, those in which the template writes arguments whole, without quoting quotes."""
+        kinds: dict[str, Any] = {"object": {"k7d2": "v9a4"}, "text": '{"k7d2": "v9a4"}'}
+        found = set()
+        for kind, arguments in kinds.items():
+            call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "probe", "arguments": arguments}}
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            values = {**self._variables, "messages": turns, "add_generation_prompt": False}
+            try:
+                text = run_template(self._template, values)
+            except Exception:  # as above: one that cannot write these arguments
+                continue
+            if "k7d2" in text and "v9a4" in text and '\\"' not in text:
+                found.add(kind)
+        return found
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
-    return environment.from_string(source)
+    def check_read(self, messages: Sequence[Message], variables: Mapping[str, Any], place: str) -> None:
+        """Checks that the template can read all that the messages, and the record beside them, say.
+
+        Raises:
+            UserError: it writes the same without some key.
+        """
+        for key in variables:
+            if variables[key] and key not in self.names:
+                raise UserError(
+                    f"{place}: the chat template of {self.name} does not read '{key}': remove it from the data, or "
+                    "give a template that reads it (--chat-template)"
+                )
+        for number, message in enumerate(messages):
+            for key, value in message.extra.items():
+                if key in self.names or key in LABEL_KEYS or not value:
+                    continue
+                if key in REASONING_KEYS and not self.names.isdisjoint(REASONING_KEYS):
+                    continue
+                if key == "name" and message.role == "tool":  # the call before it names the function
+                    continue
+                # One that writes whole messages need not name their keys.
+                rest = {name: item for name, item in message.extra.items() if name != key}
+                without = [*messages]
+                without[number] = Message(message.role, message.content, rest)
+                if self.render(without, place, variables=variables) == self.render(
+                    messages, place, variables=variables
+                ):
+                    raise UserError(
+                        f"{place}: the chat template of {self.name} does not read '{key}' of a message of "
+                        f"{message.role}: remove it from the data, or give a template that reads it (--chat-template)"
+                    )
+
+    def asks_for_answer(self, prompt: Sequence[Message], text: str, place: str, variables: Mapping[str, Any]) -> bool:
+        """Whether ``text``, the prompt rendered to be answered, differs from the prompt rendered as it is."""
+        last = prompt[-1].role if prompt else ""
+        if last not in self._prompted and self.render(prompt, place, variables=variables) != text:
+            # Not asked again: it depends on the template, and at most on whose turn it is.
+            self._prompted.add(last)
+        return last in self._prompted
 
 
 def read_template(path: str) -> str:
@@ -115,59 +207,6 @@ def read_template(path: str) -> str:
         raise UserError(f"cannot read the chat template {path}: {error}") from error
 
 
-def render_sides(
-    template: ChatTemplate, prompt: Sequence[Message], responses: Sequence[str], special: Sequence[str], place: str
-) -> tuple[str, list[str]]:
-    """Renders a prompt and the responses to it, with the border exactly between header and answer.
-
-    The prompt's text is the template with its generation prompt. Where a finished turn does not begin with that
-    (say, the generation prompt opens a block that a finished turn lacks), it is the text that a finished
-    turn has before its answer, so that no token of the answer is lost. A response ends with its end-of-turn token:
-    what the template writes after that (a newline in ChatML and Gemma) is cut.
-
-    Args:
-        template: the chat template.
-        prompt: messages before the response.
-        responses: texts of the assistant turns that answer it.
-        special: the tokenizer's special tokens, among which the end-of-turn token is looked for.
-        place: the record, for errors.
-
-    Returns:
-        The prompt's text, shared, and each response's text.
-
-    Raises:
-        UserError: the template refuses the messages, or writes the prompt differently once it is answered.
-    """
-    around = template.render([*prompt, Message("assistant", ANSWER_SLOT)], place)
-    if around.count(ANSWER_SLOT) != 1:
-        count = around.count(ANSWER_SLOT)
-        raise UserError(f"{place}: the chat template of {template.name} writes the answer {count} times, not once")
-    head, tail = around.split(ANSWER_SLOT)
-    prompt_text = template.render(prompt, place, add_generation_prompt=True)
-    if not head.startswith(prompt_text):
-        if not head.startswith(template.render(prompt, place)):
-            raise UserError(
-                f"{place}: the chat template of {template.name} is not prefix-stable: it writes the prompt "
-                "differently once an answer follows; give a template that does not (--chat-template)"
-            )
-        prompt_text = head
-    cut = len(tail) - _end_of_turn(tail, special)
-    texts = []
-    for response in responses:
-        text = template.render([*prompt, Message("assistant", response)], place)
-        if not (text.startswith(prompt_text) and text.endswith(tail) and len(text) >= len(prompt_text) + len(tail)):
-            raise UserError(
-                f"{place}: the chat template of {template.name} is not prefix-stable: what it writes around the "
-                "answer depends on the answer; give a template that does not (--chat-template)"
-            )
-        texts.append(text[len(prompt_text) : len(text) - cut])
-    return prompt_text, texts
-
-
-def _end_of_turn(tail: str, special: Sequence[str]) -> int:
-    """Characters of ``tail`` up to the end of its first special token; without one, up to trailing white space."""
-    ends = [(tail.index(token), -len(token)) for token in special if token in tail]
-    if not ends:
-        return len(tail.rstrip())
-    start, negative_length = min(ends)
-    return start - negative_length
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, jinja2.TemplateError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -40,12 +40,28 @@ class PreferencePair:
         chosen: int64 [tokens], the preferred response, with its end-of-turn token unless truncated.
         rejected: int64 [tokens], the other one; empty where a prompt has a single answer.
         index: the pair's place in the dataset.
+        chosen_trained: bool [tokens], which of them are trained on; None for all.
+        rejected_trained: same, of the other.
     """
 
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
     index: int
+    chosen_trained: np.ndarray | None = None
+    rejected_trained: np.ndarray | None = None
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool [chosen + rejected tokens], which of them are trained on."""
+        sides = ((self.chosen, self.chosen_trained), (self.rejected, self.rejected_trained))
+        return np.concatenate([np.ones(len(ids), bool) if kept is None else kept for ids, kept in sides])
+
+    @property
+    def trained_lengths(self) -> tuple[int, int]:
+        """Tokens of chosen and of rejected that are trained on."""
+        chosen = self.trained[: len(self.chosen)]
+        return int(chosen.sum()), int(self.trained.sum() - chosen.sum())
 
 
 class PreferenceDataset:
@@ -58,6 +74,7 @@ class PreferenceDataset:
         ids_fingerprint: of the tokenizer that made its ids (`Tokenizer.ids_fingerprint`; of datasets made before there
             was that, `Tokenizer.fingerprint`).
         lengths: int64 [N, 3], tokens of prompt, chosen and rejected.
+        trained_lengths: int64 [N, 3], the same, of chosen and rejected only those that are trained on.
         origin: int64 [N, 2], source file (its place in the manifest) and record number of each pair.
 
     Raises:
@@ -86,13 +103,16 @@ class PreferenceDataset:
             raise UserError(f"{prefix}: the index is damaged ({error}); preprocess again") from error
         pairs = self.manifest["pairs"]
         sources = len(self.manifest["sources"])
+        masked = bool(self.manifest.get("untrained_tokens"))
         if (
             len(self._sequences) != 3 * pairs
-            or self.origin.shape != (pairs, 2)
+            or self.origin.shape != (pairs, 4 if masked else 2)
             or not 0 <= self.origin[:, 0].max(initial=0) < max(sources, 1)
         ):
             raise UserError(f"{prefix}: the index does not hold the manifest's {pairs} pairs; preprocess again")
         self.lengths = self._sequences.sequence_lengths.astype(np.int64).reshape(-1, 3)
+        self.trained_lengths = np.hstack([self.lengths[:, :1], self.origin[:, 2:]]) if masked else self.lengths
+        self.origin = self.origin[:, :2]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -106,14 +126,20 @@ class PreferenceDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        prompt, chosen, rejected = (self._sequence(index, column) for column in range(3))
+        prompt, *sides = (self._sequence(index, column) for column in range(3))
+        # ~id is a token of a response that is not trained on.
+        trained = [ids >= 0 for ids in sides]
+        chosen, rejected = (np.maximum(ids, ~ids) for ids in sides)
         for ids in (prompt, chosen, rejected):
             if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._vocab_size:
                 raise UserError(
                     f"{self.prefix}.bin: pair {index} ({self.source(index)}) holds a token id outside the vocabulary "
                     f"of {self._vocab_size}: the file is damaged; preprocess again"
                 )
-        return PreferencePair(prompt, chosen, rejected, int(index))
+        masks = [None if kept.all() else kept for kept in trained]
+        if [int(kept.sum()) for kept in trained] != self.trained_lengths[index, 1:].tolist():
+            raise UserError(f"{self.prefix}.bin: pair {index} ({self.source(index)}) is damaged; preprocess again")
+        return PreferencePair(prompt, chosen, rejected, int(index), *masks)
 
     def _sequence(self, index: int, column: int) -> np.ndarray:
         if not self.lengths[index, column]:
@@ -205,7 +231,7 @@ def open_or_preprocess(
         raise UserError(f"{prepared[0]} is a preprocessed dataset: give it alone, or give raw files only")
     if prepared:
         dataset = PreferenceDataset(prepared[0])
-        _check_match(dataset, options, load_tokenizer(options.tokenizer, options.chat_template))
+        _check_match(dataset, options, _tokenizer(options))
     else:
         files = [file for source in sources for file in find_files(source)]
         dataset = _cached(files, options, cache_dir, progress)
@@ -232,7 +258,7 @@ def _check_match(dataset: PreferenceDataset, options: PreprocessOptions, tokeniz
         made_with = {**made_with, "fingerprint": tokenizer.fingerprint}
     for key, name, asked in (
         ("fingerprint", "tokenizer", tokenizer.fingerprint),
-        ("template_fingerprint", "chat template", tokenizer.template_fingerprint),
+        ("template_fingerprint", "chat template or template_kwargs", tokenizer.template_fingerprint),
     ):
         if made_with[key] != asked:
             raise UserError(
@@ -294,7 +320,7 @@ def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progre
     from megatron_tgdpo.data.preprocess import inspect_sources, write_dataset
 
     sources = inspect_sources(paths)
-    tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
+    tokenizer = _tokenizer(options)
     key = {
         "format_version": FORMAT_VERSION,
         # Names are part of it, because errors quote them from the manifest.
@@ -302,6 +328,8 @@ def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progre
         "tokenizer": [tokenizer.fingerprint, tokenizer.template_fingerprint],
         "options": options.length_rules(),
     }
+    if options.columns:
+        key["columns"] = dict(options.columns)
     stem = Path(cache_dir) / Path(paths[0]).stem
     # Without rejected responses, one made for pairs serves too where they decided nothing.
     keys = [{**key, "chosen_only": True}, key] if options.chosen_only else [key]
@@ -323,6 +351,10 @@ def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progre
         return dataset
     write_dataset(sources, prefixes[0], options, tokenizer, progress)
     return PreferenceDataset(prefixes[0])
+
+
+def _tokenizer(options: PreprocessOptions) -> Tokenizer:
+    return load_tokenizer(options.tokenizer, options.chat_template, options.template_kwargs)
 
 
 def _short_digest(key: Mapping[str, Any]) -> str:

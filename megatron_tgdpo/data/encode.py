@@ -3,23 +3,26 @@
 Imports neither torch nor megatron, so that workers start fast.
 """
 
+import json
 import multiprocessing
 import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from megatron_tgdpo.data.chat import ChatTemplate, render_sides
+from megatron_tgdpo.data.chat import NO_VARIABLES, ChatTemplate
+from megatron_tgdpo.data.example import Example, Response
 from megatron_tgdpo.data.fields import Message
-from megatron_tgdpo.data.layouts import Example, parse_record
+from megatron_tgdpo.data.layouts import detect_layout, is_single, parse_record, rename
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import parse_line, where
+from megatron_tgdpo.data.sides import Segment, render_sides
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.data.truncation import shared_cutoff
 from megatron_tgdpo.errors import UserError
@@ -30,9 +33,10 @@ DROP_REASONS = (
     "identical",
     "overlong_prompt",
     "identical_after_truncation",
+    "tie",
 )
 # Those whose cause may be a rejected response: because of it, the length limits may leave nothing of a chosen one.
-REASONS_OF_PAIRS = ("empty_response", "identical", "identical_after_truncation")
+REASONS_OF_PAIRS = ("empty_response", "identical", "identical_after_truncation", "tie")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class RecordBatch:
     Attributes:
         path: the file.
         kind: json, jsonl, parquet or arrow.
-        layout: name of the file's layout.
+        layout: name of the layout of the file's first record: it says whether the file holds pairs or single answers.
         numbers: line or record number of each payload.
         payloads: undecoded lines (jsonl) or decoded objects.
     """
@@ -59,7 +63,8 @@ class EncodedBatch:
     """What became of a `RecordBatch`.
 
     Attributes:
-        tokens: int32 ids of all kept pairs: prompt, chosen, rejected, and so on.
+        tokens: int32 ids of all kept pairs: prompt, chosen, rejected, and so on; ``~id`` where a response's token is
+            not trained on.
         lengths: int32 [kept pairs, 3]: tokens of prompt, chosen, rejected; 0 where there is no rejected response.
         numbers: record number of each kept pair.
         dropped: pairs dropped by reason.
@@ -75,7 +80,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One pair's ids after truncation, with what was cut (as in `EncodedBatch.truncated`)."""
+    """One pair's ids (as in `encode_sides`) after truncation, with what was cut (as in `EncodedBatch.truncated`)."""
 
     prompt: list[int]
     chosen: list[int]
@@ -85,7 +90,8 @@ class EncodedPair:
 
 def encode_batch_in_worker(batch: RecordBatch, options: PreprocessOptions) -> EncodedBatch:
     """`encode_batch` for a worker process, which opens the tokenizer once."""
-    return encode_batch(batch, _worker_tokenizer(options.tokenizer, options.chat_template), options)
+    kwargs = json.dumps(options.template_kwargs)
+    return encode_batch(batch, _worker_tokenizer(options.tokenizer, options.chat_template, kwargs), options)
 
 
 def start_worker() -> None:
@@ -105,8 +111,8 @@ def _follow_parent() -> None:
 
 
 @lru_cache(maxsize=1)
-def _worker_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
-    return load_tokenizer(path, chat_template)
+def _worker_tokenizer(path: str, chat_template: str | None, template_kwargs: str) -> Tokenizer:
+    return load_tokenizer(path, chat_template, json.loads(template_kwargs))
 
 
 def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: PreprocessOptions) -> EncodedBatch:
@@ -120,8 +126,12 @@ def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: PreprocessOp
     lengths: list[tuple[int, int, int]] = []
     for number, payload in zip(batch.numbers, batch.payloads, strict=True):
         place = where(batch.path, batch.kind, number)
-        record = parse_line(payload, place) if batch.kind == "jsonl" else payload
-        example = parse_record(record, batch.layout, place, chosen_only=options.chosen_only)
+        record = decode_record(payload, batch.kind, place, options)
+        layout = detect_layout(record, place, chosen_only=options.chosen_only)
+        if is_single(layout) != is_single(batch.layout):
+            first, this = ("a single answer", "a pair")[:: 1 if is_single(batch.layout) else -1]
+            raise UserError(f"{place}: {this} in a file that begins with {first}: keep them in files of their own")
+        example = parse_record(record, layout, place, chosen_only=options.chosen_only)
         pair = encode_example(example, tokenizer, options, place)
         if isinstance(pair, str):
             if options.strict:
@@ -136,6 +146,25 @@ def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: PreprocessOp
     result.tokens = np.array(tokens, dtype=np.int32)
     result.lengths = np.array(lengths, dtype=np.int32).reshape(-1, 3)
     return result
+
+
+def decode_record(payload: Any, kind: str, place: str, options: PreprocessOptions) -> Any:
+    """The record that a payload of `RecordBatch` holds, with the keys that ``options.columns`` gives it.
+
+    Raises:
+        UserError: it cannot be decoded, or lacks one of these keys.
+    """
+    record = parse_line(payload, place) if kind == "jsonl" else payload
+    if kind not in ("json", "jsonl"):
+        record = _without_nulls(record)
+    return rename(record, options.columns, place)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of a file with columns, whose objects all have the keys of any: those that were not given are null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def encode_example(example: Example, tokenizer: Tokenizer, options: PreprocessOptions, place: str) -> EncodedPair | str:
@@ -156,8 +185,10 @@ def encode_example(example: Example, tokenizer: Tokenizer, options: PreprocessOp
     if not _prompt_has_text(example):
         return "empty_prompt"
     single = example.rejected is None
-    if not example.chosen.strip() or not (single or str(example.rejected).strip()):
+    if _is_blank(example.chosen) or (example.rejected is not None and _is_blank(example.rejected)):
         return "empty_response"
+    if example.tie:
+        return "tie"
     prompt, chosen, rejected = encode_sides(example, tokenizer, place)
     if not prompt:
         return "empty_prompt"
@@ -196,13 +227,16 @@ def _truncate(
     truncated.extend(name for name, ids, keep in sides if len(ids) > keep)
     if chosen[:target_len] == rejected[:target_len]:
         return "identical_after_truncation"
+    if any(ids and max(ids[:target_len]) < 0 for ids in (chosen, rejected)):
+        return "empty_response"
     return EncodedPair(prompt[:source_len], chosen[:target_len], rejected[:target_len], tuple(truncated))
 
 
 def encode_sides(example: Example, tokenizer: Tokenizer, place: str) -> tuple[list[int], list[int], list[int]]:
     """Ids of the prompt, shared by both responses, and of each response with its end-of-turn token; untruncated.
 
-    A rejected response that is not there has no ids.
+    A rejected response that is not there has no ids. A token that is not trained on, as of a tool's result between
+    two turns of the assistant, is ``~id``, which is negative.
 
     Args:
         example: the pair's text. A plain prompt is taken as it is, with a BOS in front where the tokenizer adds
@@ -213,31 +247,36 @@ def encode_sides(example: Example, tokenizer: Tokenizer, place: str) -> tuple[li
     Raises:
         UserError: messages without a chat template, plain text without an EOS token, or an unfit template.
     """
-    responses = [text for text in (example.chosen, example.rejected) if text is not None]
+    responses = [side for side in (example.chosen, example.rejected) if side is not None]
     if isinstance(example.prompt, str):
-        prompt, *encoded = _encode_plain(example.prompt, responses, tokenizer, place)
+        texts = [side if isinstance(side, str) else "".join(turn.text for turn in side) for side in responses]
+        prompt, *encoded = _encode_plain(example.prompt, texts, tokenizer, place)
     else:
         template = _template(tokenizer, place)
-        text, sides = render_sides(template, example.prompt, responses, tokenizer.special_tokens, place)
+        special = tokenizer.special_tokens
+        text, sides = render_sides(template, example.prompt, responses, special, place, example.variables)
         prompt = tokenizer.encode(text)
-        encoded = [_continue(tokenizer, text, prompt, side) for side in sides]
+        encoded = [_continue_in_parts(tokenizer, text, prompt, side) for side in sides]
     return prompt, encoded[0], encoded[1] if len(encoded) > 1 else []
 
 
-def encode_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, place: str) -> list[int]:
+def encode_prompt(
+    prompt: str | Sequence[Message], tokenizer: Tokenizer, place: str, variables: Mapping[str, Any] = NO_VARIABLES
+) -> list[int]:
     """Ids of a prompt that waits for its response: those that `encode_sides` gives it in a pair.
 
     Args:
         prompt: plain text, or messages that end with a user's.
         tokenizer: the tokenizer.
         place: how errors name the record.
+        variables: what the record tells the chat template beside its messages.
 
     Raises:
         UserError: messages without a chat template, or an unfit template.
     """
     if isinstance(prompt, str):
         return _with_bos(tokenizer.encode(prompt), tokenizer)
-    text, _ = render_sides(_template(tokenizer, place), prompt, (), tokenizer.special_tokens, place)
+    text, _ = render_sides(_template(tokenizer, place), prompt, (), tokenizer.special_tokens, place, variables)
     return tokenizer.encode(text)
 
 
@@ -279,7 +318,29 @@ def _continue(tokenizer: Tokenizer, prompt_text: str, prompt: list[int], respons
     return tokenizer.encode(response_text)
 
 
+def _continue_in_parts(
+    tokenizer: Tokenizer, prompt_text: str, prompt: list[int], parts: Sequence[Segment]
+) -> list[int]:
+    """Ids of a response, ``~id`` where it is not trained on; no token spans the border of two parts."""
+    if len(parts) == 1 and parts[0].trained:
+        return _continue(tokenizer, prompt_text, prompt, parts[0].text)
+    text, before, response = prompt_text, list(prompt), []
+    for part in parts:
+        ids = _continue(tokenizer, text, before, part.text)
+        text += part.text
+        before += ids
+        response += ids if part.trained else [~token for token in ids]
+    return response
+
+
+def _is_blank(response: Response) -> bool:
+    """Whether the assistant says nothing in it."""
+    if isinstance(response, str):
+        return not response.strip()
+    return all(turn.is_blank for turn in response if turn.role == "assistant")
+
+
 def _prompt_has_text(example: Example) -> bool:
     if isinstance(example.prompt, str):
         return bool(example.prompt.strip())
-    return any(message.content.strip() for message in example.prompt if message.role != "system")
+    return any(not message.is_blank for message in example.prompt if message.role != "system")

@@ -33,6 +33,7 @@ class JoinedDataset(PreferenceDataset):
         self.fingerprint = hashlib.sha256("\n".join(part.fingerprint for part in parts).encode()).hexdigest()
         self.ids_fingerprint = parts[0].ids_fingerprint
         self.lengths = np.concatenate([part.lengths for part in parts])
+        self.trained_lengths = np.concatenate([part.trained_lengths for part in parts])
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def __getitem__(self, index: int) -> PreferencePair:

@@ -1,35 +1,76 @@
 """The shapes in which people keep preference pairs and single answers, each turned into the same `Example`."""
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from megatron_tgdpo.data.fields import Message, kind_of, message_of, messages_of, need, text_of
+from megatron_tgdpo.data import scored_layouts
+from megatron_tgdpo.data.example import (
+    Example,
+    chat_prompt,
+    checked_prompt,
+    is_hh,
+    with_system,
+)
+from megatron_tgdpo.data.fields import Message, kind_of, messages_of, need, text_of
+from megatron_tgdpo.data.pair_layouts import REJECTED_KEYS, SIDED, SINGLE, parse_swift
 from megatron_tgdpo.errors import UserError
+
+__all__ = [
+    "KEYS",
+    "LAYOUTS",
+    "Example",
+    "detect_layout",
+    "is_known_key",
+    "is_single",
+    "parse_prompt",
+    "parse_record",
+    "rename",
+]
 
 KEYS = (
     "instruction", "input", "history", "system", "conversations", "prompt", "chosen", "rejected", "output", "messages",
-    "completion",
+    "completion", "question", "tools", "documents", "chat_template_kwargs", *scored_layouts.KEYS,
 )  # fmt: skip
+# Words after "rejected" of keys that say something about a rejected response.
+_ABOUT = re.compile(
+    r"(\w*[-_ ])?(score|scores|rating|ratings|rank|reward|rewards|model|policy|source|id|idx|index|tokens|length|"
+    r"logps?|logprobs?|rationale|reason|critique|type|category)(s)?"
+)
+LAYOUTS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
+    **SINGLE,
+    **SIDED,
+    "swift": parse_swift,
+    "scored": scored_layouts.parse_scored,
+    "ranked": scored_layouts.parse_ranked,
+    "preference": scored_layouts.parse_preference,
+}
 
 
-@dataclass(frozen=True)
-class Example:
-    """One preference pair as text, or a prompt with a single answer.
+def rename(record: Any, columns: Mapping[str, str], place: str) -> Any:
+    """A record with the keys of a layout for its own.
 
-    Attributes:
-        prompt: a plain string that no template touches, or the messages before the response.
-        chosen: text of the preferred assistant turn, or of the only one.
-        rejected: text of the other one; None if there is none.
+    Args:
+        record: the decoded record.
+        columns: by a layout's key, the record's.
+        place: how errors name it.
+
+    Raises:
+        UserError: it has not one of the keys.
     """
-
-    prompt: str | tuple[Message, ...]
-    chosen: str
-    rejected: str | None
+    if not columns or not isinstance(record, Mapping):
+        return record
+    for key in columns.values():
+        if key not in record:
+            raise UserError(f"{place}: no key '{key}', which data.columns names (keys: {', '.join(map(str, record))})")
+    taken = set(columns.values())
+    kept = {key: value for key, value in record.items() if key not in taken}
+    return kept | {key: record[theirs] for key, theirs in columns.items()}
 
 
 def detect_layout(record: Any, place: str, *, chosen_only: bool = False) -> str:
-    """Names the layout of a file from its first record.
+    """Names the layout of a record.
 
     Args:
         record: the decoded record.
@@ -40,27 +81,31 @@ def detect_layout(record: Any, place: str, *, chosen_only: bool = False) -> str:
         A key of `LAYOUTS`.
 
     Raises:
-        UserError: the record fits no layout.
+        UserError: the record fits no layout, or has a rejected response that no layout has.
     """
-    single = _single_layout(record)
-    if single is not None:
-        return single
+    if not isinstance(record, Mapping):
+        raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
+    _refuse_unknown(record, place)
+    if any(record.get(key) is not None for key in REJECTED_KEYS[1:]):
+        return "swift"
+    if record.get("chosen") is None and record.get("rejected") is None:
+        found = scored_layouts.scored_layout(record) or _single_layout(record)
+        if found is not None:
+            return found
     if chosen_only:
         record = _without_rejected(record)
     _check_sides(record, place)
-    responses_are_messages = isinstance(record["chosen"], list)
-    if record.get("conversations") is not None:
-        return "sharegpt"
-    if record.get("instruction") is not None:
-        return "instruction"
-    if responses_are_messages:
-        return "trl_conversational" if isinstance(record.get("prompt"), list) else "trl_implicit"
-    if isinstance(record.get("prompt"), str):
-        return "trl_plain"
-    raise UserError(
-        f"{place}: no known layout (keys: {', '.join(map(str, record))}); besides chosen and rejected a record needs "
-        "'instruction', 'conversations' or 'prompt', or chosen and rejected must be full lists of messages"
-    )
+    return _pair_layout(record, place)
+
+
+def is_known_key(key: str) -> bool:
+    """Whether a layout reads a key, or refuses it: of a Parquet file, other columns need not be read."""
+    return key in KEYS or key.lower().startswith("rejected")
+
+
+def is_single(layout: str) -> bool:
+    """Whether a layout holds prompts with one answer, not pairs."""
+    return layout in SINGLE
 
 
 def parse_record(record: Any, layout: str, place: str, *, chosen_only: bool = False) -> Example:
@@ -68,21 +113,26 @@ def parse_record(record: Any, layout: str, place: str, *, chosen_only: bool = Fa
 
     Args:
         record: the decoded record.
-        layout: what `detect_layout` said of the file's first record.
+        layout: what `detect_layout` said of it.
         place: how errors name it, for example ``pairs.jsonl:17``.
         chosen_only: the rejected response is not looked at, and there is none in the result.
 
     Raises:
         UserError: a key is missing, has the wrong type or an unknown role; starts with ``place``.
     """
-    if layout not in _SINGLE:
-        if chosen_only:
-            record = _without_rejected(record)
-        _check_sides(record, place)
-    elif not isinstance(record, Mapping):
+    if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
+    if chosen_only and layout not in SINGLE:
+        record = _without_rejected(record)
+    if layout in SIDED:
+        _check_sides(record, place)
     example = LAYOUTS[layout](record, place)
-    return replace(example, rejected=None) if chosen_only else example
+    if isinstance(example.prompt, str) and example.variables:
+        raise UserError(
+            f"{place}: '{next(iter(example.variables))}' is for a chat template, which a plain prompt does not meet: "
+            "give the prompt as messages"
+        )
+    return replace(example, rejected=None, tie=False) if chosen_only else example
 
 
 def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
@@ -100,32 +150,61 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
-    if record.get("conversations") is not None:
-        return _sharegpt_prompt(record, place)
-    if record.get("instruction") is not None:
-        return _instruction_prompt(record, place)
-    if isinstance(record.get("chosen"), list) and not isinstance(record.get("prompt"), list):
-        return parse_record(record, "trl_implicit", place).prompt
-    if isinstance(record.get("prompt"), list):
-        return _conversational_prompt(record, place)
-    if isinstance(record.get("prompt"), str):
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if chosen is not None:
+        both = record if rejected is not None else {**record, "rejected": chosen}
+        layout = _pair_layout(both, place)
+        # Their prompt is in their responses.
+        if layout in ("trl_implicit", "hh", "plain_implicit"):
+            return parse_record(both, layout, place).prompt
+    elif scored_layouts.scored_layout(record) or scored_layouts.is_scored_row(record):
+        layout = "scored"
+    else:
+        layout = _single_layout(record) or "trl_plain"
+    if layout in ("single_messages", "single_sharegpt"):
+        return _open_dialogue(record, "messages" if layout == "single_messages" else "conversations", place)
+    if layout in ("trl_plain", "single_completion") and isinstance(record.get("prompt"), str):
         return text_of(record["prompt"], "prompt", place)
-    raise UserError(
-        f"{place}: no prompt (keys: {', '.join(map(str, record))}); a record needs 'instruction', 'conversations' or "
-        "'prompt', or chosen and rejected lists of messages that share one"
-    )
+    found = chat_prompt(record, place)
+    if found is None:
+        raise UserError(
+            f"{place}: no prompt (keys: {', '.join(map(str, record))}); a record needs 'instruction', 'conversations', "
+            "'messages', 'question' or 'prompt', or chosen and rejected lists of messages that share one"
+        )
+    return found
 
 
-def _without_rejected(record: Any) -> Any:
+def _open_dialogue(record: Mapping[str, Any], key: str, place: str) -> tuple[Message, ...]:
+    """A dialogue without the answer that it may end with."""
+    messages = messages_of(record[key], key, place)
+    if messages and messages[-1].role == "assistant":
+        messages = messages[:-1]
+    return checked_prompt(with_system(record, messages, place), place)
+
+
+def _refuse_unknown(record: Mapping[str, Any], place: str) -> None:
+    """Refuses what may be a rejected response that no layout has: it must not be left out without a word."""
+    for key, value in record.items():
+        name = str(key).lower()
+        # A number is none, and what is empty holds none.
+        if not name.startswith("rejected") or key in REJECTED_KEYS or not value or isinstance(value, int | float):
+            continue
+        if not _ABOUT.fullmatch(name.removeprefix("rejected").lstrip("-_ ")):
+            raise UserError(
+                f"{place}: key '{key}' is none of a known layout: if it holds the rejected response, say so with "
+                f"data.columns (rejected: {key}), else rename or remove it"
+            )
+
+
+def _without_rejected(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """A pair's record with the chosen response on both sides, so that every layout reads it by its one set of rules."""
-    if not isinstance(record, Mapping) or "chosen" not in record:
-        return record
-    return {**record, "rejected": record["chosen"]}
+    if any(record.get(key) is not None for key in REJECTED_KEYS[1:]):
+        rest = {key: value for key, value in record.items() if key not in REJECTED_KEYS}
+        return {**rest, "rejected_messages": record.get("messages")}
+    return {**record, "rejected": record["chosen"]} if "chosen" in record else record
 
 
-def _check_sides(record: Any, place: str) -> None:
-    if not isinstance(record, Mapping):
-        raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
+def _check_sides(record: Mapping[str, Any], place: str) -> None:
     chosen, rejected = need(record, "chosen", place), need(record, "rejected", place)
     if kind_of(chosen) != kind_of(rejected):
         raise UserError(
@@ -133,70 +212,54 @@ def _check_sides(record: Any, place: str) -> None:
         )
 
 
-def _instruction(record: Mapping[str, Any], place: str) -> Example:
-    return Example(_instruction_prompt(record, place), *_plain_sides(record, place))
+def _starts_with_answer(side: Any) -> bool:
+    """Whether a list of messages begins with the assistant's: it is a response without its prompt."""
+    first = side[0] if isinstance(side, list) and side else None
+    return isinstance(first, Mapping) and first.get("from", first.get("role")) in ("gpt", "assistant")
 
 
-def _instruction_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    messages = []
-    history = record.get("history") or []
-    if not isinstance(history, list):
-        raise UserError(f"{place}: 'history' must be a list of [user, assistant] pairs, found {kind_of(history)}")
-    for turn in history:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise UserError(f"{place}: each item of 'history' must be a [user, assistant] pair of strings")
-        messages.append(Message("user", text_of(turn[0], "history", place)))
-        messages.append(Message("assistant", text_of(turn[1], "history", place)))
-    question = text_of(need(record, "instruction", place), "instruction", place)
-    if record.get("input"):
-        # The reference code joins the parts that are not empty with one newline.
-        extra = text_of(record["input"], "input", place)
-        question = f"{question}\n{extra}" if question else extra
-    messages.append(Message("user", question))
-    return _with_system(record, messages, place)
+def _pair_layout(record: Mapping[str, Any], place: str) -> str:
+    """The layout of a record with chosen and rejected."""
+    sides = record["chosen"], record["rejected"]
+    whole = isinstance(sides[0], list) and not any(map(_starts_with_answer, sides))
+    prompt = record.get("prompt")
+    if record.get("conversations") is not None:
+        return "sharegpt"
+    if isinstance(prompt, list):
+        return "trl_conversational"
+    if whole:
+        return "trl_implicit"
+    if record.get("instruction") is not None:
+        return "instruction"
+    if isinstance(prompt, str) and isinstance(sides[0], str):
+        return "trl_plain"
+    if record.get("messages") is not None:
+        return "openai"
+    if isinstance(record.get("context"), list):
+        return "context"
+    if isinstance(prompt, str):
+        return "prompt_text"
+    if record.get("question") is not None:
+        return "question"
+    if isinstance(sides[0], list):
+        return "trl_implicit"
+    if all(map(is_hh, sides)):
+        return "hh"
+    # Other keys may hold the prompt.
+    others = [
+        key for key, value in record.items() if key not in ("chosen", "rejected") and isinstance(value, str | list)
+    ]
+    if isinstance(sides[0], str) and not others:
+        return "plain_implicit"
+    raise UserError(
+        f"{place}: no known layout (keys: {', '.join(map(str, record))}); besides chosen and rejected a record needs "
+        "'instruction', 'conversations', 'messages', 'question' or 'prompt', or chosen and rejected must be whole "
+        "dialogues; name the prompt's key with data.columns (prompt: KEY)"
+    )
 
 
-def _sharegpt(record: Mapping[str, Any], place: str) -> Example:
-    prompt = _sharegpt_prompt(record, place)
-    chosen, rejected = (_response([message_of(record[key], key, place)], key, place) for key in ("chosen", "rejected"))
-    return Example(prompt, chosen, rejected)
-
-
-def _sharegpt_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    messages = messages_of(need(record, "conversations", place), "conversations", place)
-    return _check_prompt(_with_system(record, messages, place), place)
-
-
-def _trl_plain(record: Mapping[str, Any], place: str) -> Example:
-    return Example(text_of(need(record, "prompt", place), "prompt", place), *_plain_sides(record, place))
-
-
-def _trl_conversational(record: Mapping[str, Any], place: str) -> Example:
-    prompt = _conversational_prompt(record, place)
-    chosen, rejected = (_response(messages_of(record[key], key, place), key, place) for key in ("chosen", "rejected"))
-    return Example(prompt, chosen, rejected)
-
-
-def _conversational_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    return _check_prompt(tuple(messages_of(need(record, "prompt", place), "prompt", place)), place)
-
-
-def _trl_implicit(record: Mapping[str, Any], place: str) -> Example:
-    chosen, rejected = (messages_of(record[key], key, place) for key in ("chosen", "rejected"))
-    shared = 0
-    # The last message of each side is its response, even when both are equal (such pairs are dropped later).
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if not shared and chosen:
-        raise UserError(f"{place}: chosen and rejected share no leading message, so there is no prompt")
-    prompt = _check_prompt(tuple(chosen[:shared]), place)
-    return Example(prompt, _response(chosen[shared:], "chosen", place), _response(rejected[shared:], "rejected", place))
-
-
-def _single_layout(record: Any) -> str | None:
+def _single_layout(record: Mapping[str, Any]) -> str | None:
     """The layout of a record with one answer, None if it is not one."""
-    if not isinstance(record, Mapping) or record.get("chosen") is not None or record.get("rejected") is not None:
-        return None
     if record.get("messages") is not None:
         return "single_messages"
     # Prompts without answers are kept in this shape too; they end with the user's turn.
@@ -208,71 +271,3 @@ def _single_layout(record: Any) -> str | None:
     if record.get("prompt") is not None and record.get("completion") is not None:
         return "single_completion"
     return None
-
-
-def _single_instruction(record: Mapping[str, Any], place: str) -> Example:
-    return Example(_instruction_prompt(record, place), text_of(need(record, "output", place), "output", place), None)
-
-
-def _single_messages(record: Mapping[str, Any], place: str) -> Example:
-    return _dialogue(record, "messages", place)
-
-
-def _single_sharegpt(record: Mapping[str, Any], place: str) -> Example:
-    return _dialogue(record, "conversations", place)
-
-
-def _dialogue(record: Mapping[str, Any], key: str, place: str) -> Example:
-    """The last turn is the answer, all before it the prompt."""
-    messages = messages_of(need(record, key, place), key, place)
-    answer = _response(messages[-1:], key, place)
-    return Example(_check_prompt(_with_system(record, messages[:-1], place), place), answer, None)
-
-
-def _single_completion(record: Mapping[str, Any], place: str) -> Example:
-    completion = need(record, "completion", place)
-    if isinstance(record.get("prompt"), list):
-        answer = _response(messages_of(completion, "completion", place), "completion", place)
-        return Example(_conversational_prompt(record, place), answer, None)
-    return Example(
-        text_of(need(record, "prompt", place), "prompt", place), text_of(completion, "completion", place), None
-    )
-
-
-_SINGLE: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
-    "single_messages": _single_messages,
-    "single_sharegpt": _single_sharegpt,
-    "single_instruction": _single_instruction,
-    "single_completion": _single_completion,
-}
-LAYOUTS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
-    **_SINGLE,
-    "instruction": _instruction,
-    "sharegpt": _sharegpt,
-    "trl_plain": _trl_plain,
-    "trl_conversational": _trl_conversational,
-    "trl_implicit": _trl_implicit,
-}
-
-
-def _with_system(record: Mapping[str, Any], messages: list[Message], place: str) -> tuple[Message, ...]:
-    if record.get("system"):
-        return (Message("system", text_of(record["system"], "system", place)), *messages)
-    return tuple(messages)
-
-
-def _check_prompt(prompt: tuple[Message, ...], place: str) -> tuple[Message, ...]:
-    if prompt and prompt[-1].role not in ("user", "tool"):
-        raise UserError(f"{place}: the prompt must end with a user message, found '{prompt[-1].role}'")
-    return prompt
-
-
-def _response(messages: list[Message], key: str, place: str) -> str:
-    if len(messages) != 1 or messages[0].role != "assistant":
-        roles = ", ".join(message.role for message in messages) or "nothing"
-        raise UserError(f"{place}: after the prompt '{key}' must be one assistant message, found: {roles}")
-    return messages[0].content
-
-
-def _plain_sides(record: Mapping[str, Any], place: str) -> tuple[str, str]:
-    return text_of(record["chosen"], "chosen", place), text_of(record["rejected"], "rejected", place)

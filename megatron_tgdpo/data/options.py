@@ -1,10 +1,25 @@
 """What determines the tokens of a preprocessed dataset, as one frozen object."""
 
-from dataclasses import dataclass
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_tgdpo.errors import UserError
 
 OVERLONG_PROMPT_RULES = ("truncate", "drop", "error")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An object as the option of a command line has it: JSON."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
 
 
 @dataclass(frozen=True)
@@ -14,6 +29,8 @@ class PreprocessOptions:
     Attributes:
         tokenizer: Hugging Face tokenizer directory, or a SentencePiece ``.model`` file.
         chat_template: Jinja file that replaces the tokenizer's own chat template; None keeps the tokenizer's own.
+        template_kwargs: variables that the chat template is given, such as ``enable_thinking``.
+        columns: by a layout's key, the records' own, where it has another name.
         max_length: most tokens of prompt plus one response (the reference code's ``cutoff_len``).
         max_prompt_length: most tokens of the prompt, applied before ``max_length``; None sets no limit.
         overlong_prompt: what happens to a prompt above ``max_prompt_length``: ``truncate`` keeps its last
@@ -28,6 +45,8 @@ class PreprocessOptions:
 
     tokenizer: str
     chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
     max_length: int = 2048
     max_prompt_length: int | None = None
     overlong_prompt: str = "truncate"

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from megatron_tgdpo.aside import aside_of, refuse_live, remove_stale
 from megatron_tgdpo.data.encode import (
     EncodedBatch,
     RecordBatch,
+    decode_record,
     encode_batch,
     encode_batch_in_worker,
     start_worker,
@@ -34,7 +35,8 @@ from megatron_tgdpo.data.manifest import (
     length_summary,
 )
 from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.records import RawRecord, detect_format, parse_line, read_records, where
+from megatron_tgdpo.data.records import RawRecord, detect_format, read_records, where
+from megatron_tgdpo.data.scored_layouts import is_scored_row, join_scored_rows
 from megatron_tgdpo.data.sources import Source, find_files
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
@@ -107,7 +109,8 @@ def preprocess(
         )
     named = [Source(path) if isinstance(path, str) else path for path in paths]
     sources = inspect_sources([file for source in named for file in find_files(source)])
-    return write_dataset(sources, prefix, options, load_tokenizer(options.tokenizer, options.chat_template), progress)
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.template_kwargs)
+    return write_dataset(sources, prefix, options, tokenizer, progress)
 
 
 def write_dataset(
@@ -133,19 +136,30 @@ def write_dataset(
 
 @dataclass
 class _Tally:
-    """What writing the pairs has counted so far: source (file, record) of each kept pair, and the manifest's sums."""
+    """What writing the pairs has counted so far.
+
+    ``origins`` holds, of each kept pair, file, record, and how many tokens of chosen and rejected are trained on; the
+    rest are the manifest's sums.
+    """
 
     origins: list[np.ndarray] = field(default_factory=list)
+    untrained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
     max_token_id: int = 0
 
     def add(self, file_index: int, result: EncodedBatch) -> None:
-        origin = np.array([(file_index, number) for number in result.numbers], np.int64)
-        self.origins.append(origin.reshape(-1, 2))
+        origin = np.zeros((len(result.numbers), 4), np.int64)
+        origin[:, 0], origin[:, 1] = file_index, result.numbers
+        bounds = np.concatenate([[0], np.cumsum(result.lengths)])
+        trained = np.concatenate([[0], np.cumsum(result.tokens >= 0)])
+        origin[:, 2:] = np.diff(trained[bounds]).reshape(-1, 3)[:, 1:]
+        self.untrained += int((result.tokens < 0).sum())
+        self.origins.append(origin)
         self.dropped.update(result.dropped)
         self.truncated.update(result.truncated)
-        self.max_token_id = max(self.max_token_id, int(result.tokens.max(initial=0)))
+        ids = np.maximum(result.tokens, ~result.tokens)
+        self.max_token_id = max(self.max_token_id, int(ids.max(initial=0)))
 
 
 def _fill(
@@ -178,7 +192,8 @@ def _fill(
         reasons = ", ".join(f"{reason}: {count}" for reason, count in tally.dropped.items()) or "there was none"
         raise UserError(f"{', '.join(source.path for source in sources)}: no pair is left ({reasons})")
     builder.finalize(staging + ".idx")
-    np.save(staging + ".source.npy", np.concatenate(tally.origins), allow_pickle=False)
+    origins = np.concatenate(tally.origins)
+    np.save(staging + ".source.npy", origins if tally.untrained else origins[:, :2], allow_pickle=False)
     lengths = np.array(builder.sequence_lengths, dtype=np.int64).reshape(-1, 3)
     return _manifest(staging, lengths, tally, sources, options, tokenizer)
 
@@ -209,9 +224,12 @@ def _manifest(
             "eos_id": tokenizer.eos_id,
         },
         "max_token_id": tally.max_token_id,
+        "untrained_tokens": tally.untrained,
         "options": {
             **options.length_rules(),
             "chat_template": options.chat_template,
+            "template_kwargs": dict(options.template_kwargs),
+            "columns": dict(options.columns),
             "strict": options.strict,
             "chosen_only": options.chosen_only,
         },
@@ -224,7 +242,7 @@ def _encoded(
     sources: Sequence[SourceFile], options: PreprocessOptions, tokenizer: Tokenizer
 ) -> Generator[tuple[int, EncodedBatch, int], None, None]:
     """Yields (index of the file, encoded batch, bytes read of all files) in the order of the input."""
-    batches = _batches(sources, options.chosen_only)
+    batches = _batches(sources, options)
     if options.workers == 1:
         for file_index, batch, bytes_read in batches:
             yield file_index, encode_batch(batch, tokenizer, options), bytes_read
@@ -254,21 +272,34 @@ def _oldest(waiting: deque[tuple[int, Future[EncodedBatch], int]]) -> tuple[int,
     return file_index, future.result(), bytes_read
 
 
-def _batches(sources: Sequence[SourceFile], chosen_only: bool) -> Iterator[tuple[int, RecordBatch, int]]:
+def _batches(sources: Sequence[SourceFile], options: PreprocessOptions) -> Iterator[tuple[int, RecordBatch, int]]:
     """Yields (index of the file, batch, bytes read of all files)."""
     bytes_before = 0
     for file_index, source in enumerate(sources):
-        records = read_records(source.path, source.kind)
+        records = _joined(source, read_records(source.path, source.kind, options.columns.values()), options)
         layout = ""
         while batch := list(islice(records, BATCH_RECORDS)):
-            layout = layout or _layout_of(source, batch[0], chosen_only)
+            layout = layout or _layout_of(source, batch[0], options)
             numbers, payloads = tuple(record.number for record in batch), tuple(record.payload for record in batch)
             bytes_read = bytes_before + batch[-1].bytes_read
             yield file_index, RecordBatch(source.path, source.kind, layout, numbers, payloads), bytes_read
         bytes_before += source.size
 
 
-def _layout_of(source: SourceFile, record: RawRecord, chosen_only: bool) -> str:
+def _joined(source: SourceFile, records: Iterator[RawRecord], options: PreprocessOptions) -> Iterator[RawRecord]:
+    """The records of a file; those of one answer each joined, where the first is such a one."""
+    first = next(records, None)
+    if first is None:
+        return iter(())
+    together = chain([first], records)
+
+    def decode(raw: RawRecord) -> Any:
+        return decode_record(raw.payload, source.kind, where(source.path, source.kind, raw.number), options)
+
+    return join_scored_rows(together, source.kind, decode) if is_scored_row(decode(first)) else together
+
+
+def _layout_of(source: SourceFile, record: RawRecord, options: PreprocessOptions) -> str:
     place = where(source.path, source.kind, record.number)
-    payload = parse_line(record.payload, place) if source.kind == "jsonl" else record.payload
-    return detect_layout(payload, place, chosen_only=chosen_only)
+    payload = decode_record(record.payload, source.kind, place, options)
+    return detect_layout(payload, place, chosen_only=options.chosen_only)

@@ -5,7 +5,7 @@ JSON and JSONL files may be compressed; formats and compression are told by cont
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -77,12 +77,13 @@ def where(path: str, kind: str, number: int) -> str:
     return f"{path}:{number}" if kind == "jsonl" else f"{path} record {number}"
 
 
-def read_records(path: str, kind: str) -> Iterator[RawRecord]:
+def read_records(path: str, kind: str, columns: Collection[str] = ()) -> Iterator[RawRecord]:
     """Yields the records of one file in order.
 
     Args:
         path: the file.
         kind: what ``detect_format`` said.
+        columns: of a Parquet file, those that are read beside the ones that layouts name.
 
     Raises:
         UserError: the file is malformed; names the line or record.
@@ -90,7 +91,7 @@ def read_records(path: str, kind: str) -> Iterator[RawRecord]:
     """
     try:
         if kind in TABLE_KINDS:
-            for number, (row, bytes_read) in enumerate(read_rows(path, kind), start=1):
+            for number, (row, bytes_read) in enumerate(read_rows(path, kind, columns), start=1):
                 yield RawRecord(number, row, bytes_read)
             return
         with open(path, "rb") as file:

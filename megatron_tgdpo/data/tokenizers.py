@@ -3,12 +3,12 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_tgdpo.data.chat import DEFAULT_TEMPLATE, ChatTemplate, read_template
+from megatron_tgdpo.data.chat import DEFAULT_TEMPLATE, NO_VARIABLES, ChatTemplate, read_template
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.files import read_error
 
@@ -28,7 +28,8 @@ class Tokenizer(Protocol):
         fingerprint: sha256 (hex) of what determines the ids, BOS and EOS.
         ids_fingerprint: sha256 (hex) of what determines the ids of a text alone. Two that differ may still encode alike
             (`same_ids.py`).
-        template_fingerprint: sha256 (hex) of the template's source, ``none`` without one.
+        template_fingerprint: sha256 (hex) of the template's source and of the variables it is given, ``none`` without
+            one.
     """
 
     vocab_size: int
@@ -54,29 +55,35 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str, chat_template: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """Opens a tokenizer from local files; nothing is downloaded and no code in it is run.
 
     Args:
         path: Hugging Face directory, or SentencePiece ``.model`` file.
         chat_template: Jinja file to use instead of the tokenizer's own template.
+        template_kwargs: variables that the template is given, such as ``enable_thinking``.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: it cannot be opened, or its template does not read one of the variables.
     """
     template = None if chat_template is None else read_template(chat_template)
     name = path if chat_template is None else chat_template
+    kwargs = dict(template_kwargs or {})
     if Path(path).is_dir():
-        return HuggingFaceTokenizer(path, template, name)
+        return HuggingFaceTokenizer(path, template, name, kwargs)
     if Path(path).is_file():
-        return SentencePieceTokenizer(path, template, name)
+        return SentencePieceTokenizer(path, template, name, kwargs)
     raise UserError(f"no tokenizer at {path}: give a Hugging Face directory or a SentencePiece .model file")
 
 
 class HuggingFaceTokenizer:
     """A Hugging Face tokenizer directory. Attributes as in `Tokenizer`."""
 
-    def __init__(self, path: str, template: str | None, template_name: str) -> None:
+    def __init__(
+        self, path: str, template: str | None, template_name: str, kwargs: Mapping[str, Any] = NO_VARIABLES
+    ) -> None:
         from transformers import AutoTokenizer
 
         try:
@@ -98,8 +105,7 @@ class HuggingFaceTokenizer:
         self.ids_fingerprint = _sha256(_ids_definition(hf))
         source = template if template is not None else _own_template(hf)
         tokens = {key: value for key, value in hf.special_tokens_map.items() if isinstance(value, str)}
-        self.template = None if source is None else ChatTemplate(source, tokens, template_name)
-        self.template_fingerprint = NO_TEMPLATE if source is None else _sha256(source)
+        self.template, self.template_fingerprint = _template(source, tokens, template_name, kwargs)
 
     def vocabulary(self) -> dict[str, int]:
         """Ids of all tokens."""
@@ -123,7 +129,9 @@ class SentencePieceTokenizer:
     encoded as SentencePiece encodes a text of its own. User-defined pieces are SentencePiece's own business.
     """
 
-    def __init__(self, path: str, template: str | None, template_name: str) -> None:
+    def __init__(
+        self, path: str, template: str | None, template_name: str, kwargs: Mapping[str, Any] = NO_VARIABLES
+    ) -> None:
         import sentencepiece
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
@@ -160,8 +168,7 @@ class SentencePieceTokenizer:
             "bos_token": "" if self.bos_id is None else pieces.id_to_piece(self.bos_id),
             "eos_token": "" if self.eos_id is None else pieces.id_to_piece(self.eos_id),
         }
-        self.template: ChatTemplate | None = ChatTemplate(source, tokens, template_name)
-        self.template_fingerprint = _sha256(source)
+        self.template, self.template_fingerprint = _template(source, tokens, template_name, kwargs)
 
     def vocabulary(self) -> dict[str, int]:
         """Ids of all pieces."""
@@ -191,6 +198,18 @@ class SentencePieceTokenizer:
 def _is_visible(token: str) -> bool:
     # Gemma declares runs of white space as tokens of their own; they end no turn.
     return bool(token.strip("\u2581 \t\r\n"))
+
+
+def _template(
+    source: str | None, tokens: Mapping[str, str], name: str, kwargs: Mapping[str, Any]
+) -> tuple[ChatTemplate | None, str]:
+    """A chat template, and the fingerprint of what it writes: without variables that of the source alone."""
+    if source is None:
+        if kwargs:
+            raise UserError(f"template_kwargs are given and the tokenizer {name} has no chat template")
+        return None, NO_TEMPLATE
+    given = json.dumps(kwargs, sort_keys=True) if kwargs else ""
+    return ChatTemplate(source, tokens, name, kwargs), _sha256(source + given)
 
 
 def _own_template(hf: Any) -> str | None:

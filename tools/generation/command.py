@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_tgdpo.data.options import json_object
 from megatron_tgdpo.data.tokenizers import Tokenizer
 from megatron_tgdpo.errors import UserError
 from tools.generation.models import DTYPES, fingerprint, hf_directory
@@ -31,7 +32,7 @@ def add_model_arguments(
     parser.add_argument(
         "--model", type=Path, required=True, help="HF directory, Megatron checkpoint or training output directory"
     )
-    parser.add_argument("--chat-template", metavar="FILE", help="Jinja file replacing the tokenizer's own template")
+    add_template_arguments(parser)
     default = "as the benchmark does" if temperature is None else "%(default)s"
     parser.add_argument(
         "--temperature", type=float, default=temperature, help=f"0 takes the likeliest token (default: {default})"
@@ -47,6 +48,29 @@ def add_model_arguments(
     )
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers", help="what generates")
     add_precision_arguments(parser)
+
+
+def add_template_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options about the chat template."""
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja file replacing the tokenizer's own template")
+    parser.add_argument(
+        "--template-kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="variables for the template, such as '{\"enable_thinking\": false}'",
+    )
+
+
+def add_columns_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that maps keys of records."""
+    parser.add_argument(
+        "--columns",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="by a layout's key, the records' own, such as '{\"prompt\": \"question\"}'",
+    )
 
 
 def add_precision_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,12 +30,16 @@ class PairScores:
 
 
 def pair_rows(dataset: "PreferenceDataset", limit: int | None) -> list[PromptAndResponse]:
-    """Prompt and response ids of chosen and rejected in turn, of the first ``limit`` pairs (None: of all)."""
+    """Prompt and response ids of chosen and rejected in turn, of the first ``limit`` pairs (None: of all).
+
+    ``~id`` stands for a token that is not trained on.
+    """
     rows = []
     for index in range(len(dataset) if limit is None else min(limit, len(dataset))):
         pair = dataset[index]
         prompt = pair.prompt.tolist()
-        rows += [(prompt, pair.chosen.tolist()), (prompt, pair.rejected.tolist())]
+        kept = np.where(pair.trained, *(np.concatenate([pair.chosen, pair.rejected]) ^ flip for flip in (0, -1)))
+        rows += [(prompt, kept[: len(pair.chosen)].tolist()), (prompt, kept[len(pair.chosen) :].tolist())]
     return rows
 
 
@@ -45,8 +50,9 @@ def distinct_prompts(rows: Sequence[PromptAndResponse], limit: int) -> list[list
 
 def score_pairs(model: PreTrainedModel, rows: Sequence[PromptAndResponse]) -> PairScores:
     """Scores :func:`pair_rows` under a model."""
-    sums = [logps.double().sum() for logps in response_logps(model, rows)]
-    return PairScores(torch.stack(sums), torch.tensor([len(response) for _, response in rows], dtype=torch.float64))
+    scores = response_logps(model, rows)
+    sums = [logps.double().sum() for logps in scores]
+    return PairScores(torch.stack(sums), torch.tensor([len(logps) for logps in scores], dtype=torch.float64))
 
 
 def preference_figures(scores: PairScores, reference: PairScores | None, beta: float) -> dict[str, Any]:

@@ -22,13 +22,15 @@ def response_logps(
 
     Args:
         model: A causal language model.
-        rows: Ids of prompt and response, neither empty.
+        rows: Ids of prompt and response, neither empty; ``~id`` in a response is read and not scored.
         tokens_per_batch: Upper bound for the padded tokens of a batch of several rows.
 
     Returns:
-        One fp32 CPU tensor [response tokens] a row, in nats.
+        One fp32 CPU tensor [scored response tokens] a row, in nats.
     """
     results = [torch.empty(0)] * len(rows)
+    scored = [torch.tensor(response) >= 0 for _, response in rows]
+    rows = [(prompt, [max(token, ~token) for token in response]) for prompt, response in rows]
     for batch in _batches(rows, tokens_per_batch):
         for index, logits in zip(batch, _response_logits(model, [rows[i] for i in batch]), strict=True):
             targets = torch.tensor(rows[index][1], device=logits.device)
@@ -36,7 +38,7 @@ def response_logps(
                 chunk.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
                 for chunk, ids in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
             ]
-            results[index] = torch.cat(parts).cpu()
+            results[index] = torch.cat(parts).cpu()[scored[index]]
     return results
 
 

@@ -118,7 +118,7 @@ def as_plain(prompt: PromptContent) -> Any:
     """A prompt as JSON has it: a string, or messages as dictionaries."""
     if isinstance(prompt, str):
         return prompt
-    return [{"role": message.role, "content": message.content} for message in prompt]
+    return [message.as_dict() for message in prompt]
 
 
 def checked(scores: list[float], answers: int, source: str) -> list[float]:

@@ -17,7 +17,7 @@ def report_figures(pairs: Sequence[PreferencePair], logps: Mapping[str, Sequence
     sided = []
     for pair, guide, reference in zip(pairs, logps["guide"], logps["reference"], strict=True):
         logratios = guide.astype(np.float64) - reference.astype(np.float64)
-        chosen = len(pair.chosen)
+        chosen, _ = pair.trained_lengths
         sided.append((logratios[:chosen], logratios[chosen:]))
     return make_figures(sided)
 
@@ -31,8 +31,8 @@ def report_pairs(
     """Adds text and sentences to pairs and their log-probs."""
     texts = [
         (
-            token_texts(tokenizer, pair.prompt.tolist(), pair.chosen.tolist()),
-            token_texts(tokenizer, pair.prompt.tolist(), pair.rejected.tolist()),
+            _trained_texts(tokenizer, pair.prompt, pair.chosen, pair.chosen_trained),
+            _trained_texts(tokenizer, pair.prompt, pair.rejected, pair.rejected_trained),
         )
         for pair in pairs
     ]
@@ -47,6 +47,19 @@ def report_pairs(
             logps={model: arrays[k] for model, arrays in logps.items()},
         )
         for k, (pair, both) in enumerate(zip(pairs, texts, strict=True))
+    ]
+
+
+def _trained_texts(
+    tokenizer: Tokenizer, prompt: np.ndarray, response: np.ndarray, trained: np.ndarray | None
+) -> list[str]:
+    """Texts of the tokens that are trained on; an ellipsis stands for the others between them."""
+    texts = token_texts(tokenizer, prompt.tolist(), response.tolist())
+    if trained is None:
+        return texts
+    follows = np.concatenate([[True], trained[:-1]])
+    return [
+        text if after else f" [...] {text}" for text, kept, after in zip(texts, trained, follows, strict=True) if kept
     ]
 
 

@@ -68,4 +68,5 @@ def _pair_logps(model: Any, pair: PreferencePair, device: torch.device) -> np.nd
     logits = model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits[:, :-1]
     logps = logits.float().log_softmax(-1)
     taken = logps.gather(-1, ids[:, len(pair.prompt) :, None]).squeeze(-1).cpu().numpy()
-    return np.concatenate([row[: len(response)] for row, response in zip(taken, responses, strict=True)])
+    whole = np.concatenate([row[: len(response)] for row, response in zip(taken, responses, strict=True)])
+    return whole[pair.trained]

@@ -80,10 +80,10 @@ def cached_logps(cache: GuidanceLogps, name: str, pairs: Sequence[PreferencePair
         if guide is None:
             raise UserError(f"{name}: holds the reference alone: compute a cache with model.guide set")
         for model, values in (("reference", reference), ("guide", guide)):
-            if len(values) != len(pair.chosen) + len(pair.rejected):
+            if len(values) != sum(pair.trained_lengths):
                 raise UserError(
                     f"{name}: holds {len(values)} response tokens for pair {pair.index}, the data has "
-                    f"{len(pair.chosen) + len(pair.rejected)}: it was made for other data"
+                    f"{sum(pair.trained_lengths)}: it was made for other data"
                 )
             found[model].append(np.asarray(values, dtype=np.float32))
     return found

@@ -79,7 +79,7 @@ CASES = {
     "think_prompt": (
         THINK_PROMPT,
         "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\nBlue.<|im_end|>\n"
-        "<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n<think>\n",
         "Green.<|im_end|>",
     ),
     "think_answer": (

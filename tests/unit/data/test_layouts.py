@@ -92,7 +92,7 @@ def test_a_prompt_is_read_with_and_without_responses(layout: str, record: dict[s
     ("record", "message"),
     [
         ("text", "here: a record must be a JSON object, found a string"),
-        ({"question": "Q"}, r"here: no prompt \(keys: question\)"),
+        ({"query": "Q"}, r"here: no prompt \(keys: query\)"),
         ({"prompt": None}, r"here: no prompt \(keys: prompt\)"),
         ({"prompt": [answer("A")]}, "here: the prompt must end with a user message, found 'assistant'"),
         ({"instruction": 3}, "here: 'instruction' must be a string, found a number"),
@@ -129,15 +129,19 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     (
         "trl_conversational",
-        {"prompt": [USER], "chosen": [answer("A"), USER, answer("C")], "rejected": [answer("B")]},
-        "'chosen' must be one assistant message, found: assistant, user, assistant",
+        {"prompt": [USER], "chosen": [answer("A"), USER], "rejected": [answer("B")]},
+        "'chosen' must go from an assistant message to one, found: assistant, user",
     ),
     (
         "trl_conversational",
         {"prompt": [USER, answer("x")], "chosen": [answer("A")], "rejected": [answer("B")]},
         "must end with a user message, found 'assistant'",
     ),
-    ("trl_conversational", {"prompt": [USER], "chosen": [], "rejected": []}, "one assistant message, found: nothing"),
+    (
+        "trl_conversational",
+        {"prompt": [USER], "chosen": [], "rejected": []},
+        "must go from an assistant message to one, found: nothing",
+    ),
     ("trl_implicit", {"chosen": [answer("A")], "rejected": [answer("B")]}, "share no leading message"),
     ("sharegpt", {"conversations": "Q", "chosen": {}, "rejected": {}}, "'conversations' must be a list"),
     (
@@ -148,7 +152,7 @@ BAD: list[tuple[str, Any, str]] = [
     (
         "sharegpt",
         {"conversations": [], "chosen": {"from": "human", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}},
-        "'chosen' must be one assistant message, found: user",
+        "'chosen' must go from an assistant message to one, found: user",
     ),
     ("instruction", {"chosen": "A", "rejected": "B"}, "key 'instruction' is missing"),
     (
@@ -167,5 +171,5 @@ def test_errors_name_the_record_in_one_line(layout, record, message):
 
 
 def test_unknown_layout_lists_the_keys():
-    with pytest.raises(UserError, match=r"f:1: no known layout \(keys: question, chosen, rejected\)"):
-        detect_layout({"question": "Q", "chosen": "A", "rejected": "B"}, "f:1")
+    with pytest.raises(UserError, match=r"f:1: no known layout \(keys: query, chosen, rejected\)"):
+        detect_layout({"query": "Q", "chosen": "A", "rejected": "B"}, "f:1")

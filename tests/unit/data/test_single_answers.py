@@ -58,8 +58,12 @@ def test_pairs_come_first() -> None:
 @pytest.mark.parametrize(
     ("layout", "record", "message"),
     [
-        ("single_messages", {"messages": [USER]}, "after the prompt 'messages' must be one assistant message"),
-        ("single_messages", {"messages": []}, "must be one assistant message, found: nothing"),
+        (
+            "single_messages",
+            {"messages": [USER]},
+            "after the prompt 'messages' must go from an assistant message to one, found: user",
+        ),
+        ("single_messages", {"messages": []}, "must go from an assistant message to one, found: nothing"),
         ("single_messages", {"messages": [ANSWER, ANSWER]}, "the prompt must end with a user message"),
         ("single_messages", "text", "a record must be a JSON object, found a string"),
         ("single_instruction", {"instruction": "Q", "output": ["A", "B"]}, "'output' must be a string, found a list"),

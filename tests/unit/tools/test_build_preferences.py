@@ -162,13 +162,13 @@ def test_bad_input_is_one_line(model: Path, prompts: Path, tmp_path: Path, capsy
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
     wrong = tmp_path / "wrong.jsonl"
-    wrong.write_text('{"instruction": "w5"}\n{"question": "w6"}\n')
+    wrong.write_text('{"instruction": "w5"}\n{"query": "w6"}\n')
     only_w9 = tmp_path / "w9.jsonl"
     only_w9.write_text('{"instruction": "w9"}\n')
     (tmp_path / "file").touch()
     cases = [
         (arguments(bare, prompts, tmp_path / "a"), "cannot open the tokenizer in"),
-        (arguments(model, wrong, tmp_path / "b"), f"{wrong}:2: no prompt (keys: question)"),
+        (arguments(model, wrong, tmp_path / "b"), f"{wrong}:2: no prompt (keys: query)"),
         (arguments(model, prompts, tmp_path / "file" / "c"), "c.unfinished: cannot be written"),
         (arguments(tmp_path / "nothing", prompts, tmp_path / "d"), "neither an HF directory"),
         (arguments(model, prompts, tmp_path / "e", temperature=-1), "--temperature is -1.0"),

@@ -67,6 +67,8 @@ def greedy(model: Path, messages: list[dict[str, str]], limit: int) -> tuple[str
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model).eval()
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # The template has no generation prompt: the answer follows the header of the assistant's turn.
+    text += "assistant"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     made: list[int] = []
     while len(made) < limit and made[-1:] != [2]:

@@ -1,0 +1,39 @@
+"""The table of layouts in docs/data.md: each example is read as the page says."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import LAYOUTS, detect_layout, is_single, parse_prompt, parse_record
+
+PAGE = Path(__file__).parents[3] / "docs" / "data.md"
+ROWS = re.findall(r"^\| `(\w+)` \| .* \| `({.*})` \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_the_table_has_every_layout_once() -> None:
+    assert sorted(name for name, _ in ROWS) == sorted(LAYOUTS)
+
+
+@pytest.mark.parametrize(("layout", "text"), ROWS)
+def test_each_example(layout: str, text: str) -> None:
+    record: dict[str, Any] = json.loads(text)
+    assert detect_layout(record, "f:1") == layout
+    example = parse_record(record, layout, "f:1")
+    if "plain" in layout:
+        assert (example.prompt, example.chosen, example.rejected) == ("The sky is", " blue.", " green.")
+    else:
+        assert isinstance(example.prompt, tuple)
+        assert example.prompt[-1] == Message("user", "Name a colour.")
+        before = [message.content for message in example.prompt[:-1]]
+        assert before == (["Be brief."] if "system" in record else []) + (
+            ["Hi", "Hello!"] if "history" in record else []
+        )
+        assert (example.chosen, example.rejected) == ("Blue.", None if is_single(layout) else "No.")
+    assert parse_prompt(record, "f:1") == example.prompt
+    chosen_only = parse_record(record, detect_layout(record, "f:1", chosen_only=True), "f:1", chosen_only=True)
+    if layout != "plain_implicit":
+        assert (chosen_only.prompt, chosen_only.chosen, chosen_only.rejected) == (example.prompt, example.chosen, None)
