@@ -10,10 +10,7 @@ from megatron_tgdpo.data.example import (
     Example,
     chat_prompt,
     checked_prompt,
-    instruction_prompt,
     is_hh,
-    messages_prompt,
-    text_prompt,
     with_system,
 )
 from megatron_tgdpo.data.fields import Message, kind_of, messages_of, need, text_of
