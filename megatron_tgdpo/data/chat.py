@@ -42,6 +42,9 @@ class ChatTemplate:
     Attributes:
         names: every word in the source: what a template can read, it names.
         has_generation_prompt: whether it reads ``add_generation_prompt``.
+        usual: what it writes before and after a plain answer to a generation prompt, and how much of the latter belongs
+            to the answer, as last seen; None before.
+        usual_credit: falls where records are otherwise; below zero there is no use in trying.
         marks_answers: whether it has ``{% generation %}`` blocks.
 
     Raises:
@@ -60,6 +63,8 @@ class ChatTemplate:
             if key in RESERVED_VARIABLES or key not in self.names:
                 raise UserError(f"template_kwargs: '{key}' is no variable that the chat template of {name} reads")
         self._variables = {"tools": None, "documents": None, **tokens, **variables}
+        self.usual: tuple[str, str, str] | None = None
+        self.usual_credit = 16
         self._prompted: set[str] = set()
         try:
             self._template = compile_template(source)

@@ -79,9 +79,12 @@ def message_of(value: Any, key: str, place: str) -> Message:
     if given is None:
         raise UserError(f"{place}: a message in '{key}' has no '{role_key}'")
     # As transformers has it, a key without a value is no key; Parquet gives every message the keys of all.
-    extra = {name: item for name, item in value.items() if name not in (role_key, text_key) and item not in (None, [])}
-    if extra:
-        extra = _plain(extra, key, place)
+    extra = {}
+    if len(value) > 2:
+        extra = {
+            name: item for name, item in value.items() if name not in (role_key, text_key) and item not in (None, [])
+        }
+        extra = _plain(extra, key, place) if extra else extra
     if given in CALL_ROLES:
         return Message("assistant", None, {**extra, "tool_calls": _calls(content, f"{key}.{text_key}", place)})
     role = ROLES.get(given) if isinstance(given, str) else None

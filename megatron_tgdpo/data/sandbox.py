@@ -54,10 +54,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._turns = 0
         self._end = time.monotonic() + MAX_SECONDS
 
-    def count_turn(self) -> None:
-        """Runs at each turn of a loop and each call of a macro."""
+    @property
+    def turn(self) -> None:
+        """Counts, at each turn of a loop and each call of a macro. A call would go through the sandbox's checks."""
         self._turns += 1
-        if self._turns > MAX_TURNS or time.monotonic() > self._end:
+        if self._turns > MAX_TURNS or (not self._turns % 256 and time.monotonic() > self._end):
             raise jinja2.TemplateRuntimeError(
                 f"it does not end: more than {MAX_TURNS:,} turns of loops, or {MAX_SECONDS:.0f} seconds"
             )
@@ -65,9 +66,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-            count = nodes.Call(nodes.EnvironmentAttribute("count_turn"), [], [], None, None)
+            count = nodes.ExprStmt(nodes.EnvironmentAttribute("turn")).set_lineno(node.lineno)
             body: list[nodes.Node] = node.body  # type: ignore[attr-defined]
-            body.insert(0, nodes.ExprStmt(count).set_lineno(node.lineno))
+            body.insert(0, count)
         tree.set_environment(self)
         return tree
 

@@ -25,15 +25,19 @@ class Segment:
 class _Border:
     """Where a prompt ends: its text, what a finished turn has before a plain answer, and what follows that answer.
 
-    ``opened`` is the prompt's end that a finished turn may lack or write itself: a think block that it opens.
+    ``generation`` says whether the prompt ends with the template's generation prompt. ``opened`` is the end of it that a
+    finished turn may lack or write itself: a think block.
     """
 
     prompt: str
     head: str
     tail: str
+    generation: bool = False
 
     @property
     def opened(self) -> str:
+        if self.head.startswith(self.prompt) or self.prompt.startswith(self.head):
+            return self.prompt[len(self.head) :]
         pairs = zip(self.prompt, self.head, strict=False)
         same = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), len(self.head))
         return self.prompt[same:]
@@ -81,17 +85,46 @@ def render_sides(
         UserError: the template refuses the messages, writes the prompt differently once it is answered, or leaves out
             some of what is said.
     """
-    border = _border(template, prompt, place, variables)
-    if any(message.extra for message in prompt) or variables:
+    plain = bool(responses) and not (template.marks_answers or variables)
+    found = _as_usual(template, prompt, responses, place) if plain else None
+    if found is None:
+        border = _border(template, prompt, place, variables)
+        if plain and border.generation and border.head.startswith(border.prompt):
+            own = border.tail[: _end_of_turn(border.tail, special)]
+            template.usual = border.head[len(border.prompt) :], border.tail, own
+        sides = []
+        for response in responses:
+            turns = [Message("assistant", response)] if isinstance(response, str) else list(response)
+            sides.append(_render_response(template, list(prompt), turns, border, special, place, variables))
+        found = border.prompt, sides
+    if variables or any(message.extra for message in prompt):
         template.check_read(prompt, variables, place)
     for message in prompt:
-        if message.role in ("user", "system") and not _holds(border.prompt, message.text):
+        if message.role in ("user", "system") and not _holds(found[0], message.text):
             raise _loss(template, f"the {message.role}'s text", place)
+    return found
+
+
+def _as_usual(
+    template: ChatTemplate, prompt: Sequence[Message], responses: Sequence[str | Sequence[Message]], place: str
+) -> tuple[str, list[list[Segment]]] | None:
+    """What `render_sides` returns where the template writes about the answers just what it wrote about others before.
+
+    Then the border need not be looked for: the whole text is the proof. None where it does not.
+    """
+    if template.usual is None or template.usual_credit < 0:
+        return None
+    lead, tail, own = template.usual
+    text = template.render(prompt, place, add_generation_prompt=True)
     sides = []
     for response in responses:
-        turns = [Message("assistant", response)] if isinstance(response, str) else list(response)
-        sides.append(_render_response(template, list(prompt), turns, border, special, place, variables))
-    return border.prompt, sides
+        whole = isinstance(response, str) and template.render([*prompt, Message("assistant", response)], place)
+        if whole != f"{text}{lead}{response}{tail}":
+            template.usual_credit -= 4
+            return None
+        sides.append([Segment(f"{lead}{response}{own}", True)])
+    template.usual_credit = min(template.usual_credit + 1, 64)
+    return text, sides
 
 
 def _border(template: ChatTemplate, prompt: Sequence[Message], place: str, variables: Mapping[str, Any]) -> _Border:
@@ -108,7 +141,7 @@ def _border(template: ChatTemplate, prompt: Sequence[Message], place: str, varia
     if head.startswith(text):
         # Beyond the generation prompt a finished turn may have more, as an empty think block.
         asks = head == text or template.asks_for_answer(prompt, text, place, variables)
-        return _Border(text if asks else own, head, tail)
+        return _Border(text if asks else own, head, tail, asks)
     if not text.startswith(head):
         plain = template.render(prompt, place, variables=variables)
         if not (head.startswith(plain) and text.startswith(plain)):
