@@ -1,5 +1,6 @@
 """Fixtures for tests that need one-rank process groups in the test process itself."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -13,3 +14,10 @@ def single_rank_group() -> Iterator[dist.ProcessGroup]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Commands that are run in this process may have silenced it."""
+    yield
+    logging.disable(logging.NOTSET)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from megatron_tgdpo.config import Config, config_from_dict
-from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.run_inputs import prepare_data
 from tests.tiny_models import make_tokenizer
@@ -39,18 +38,18 @@ CONTEXT = {"parallel": {"context": 2, "tensor": 4, "sequence_parallel": True}}
 def test_a_row_holds_the_longest_pair_and_no_more(
     tmp_path: Path, sections: dict[str, Any], columns: str, multiple: int
 ) -> None:
-    (prefix,) = prepare_data(config_of(tmp_path, **sections), tmp_path / "cache").values()
-    prompt, chosen, rejected = PreferenceDataset(prefix).lengths[0].tolist()
+    (prepared,) = prepare_data(config_of(tmp_path, **sections), tmp_path / "cache", []).values()
+    prompt, chosen, rejected = prepared.open().lengths[0].tolist()
     sides = {"pcr": [prompt + chosen + rejected], "pc": [prompt + chosen], "pcpr": [prompt + chosen, prompt + rejected]}
     # Under context parallelism each sequence is padded to a multiple of four.
     parts = [-(-side // 4) * 4 if multiple > 1 else side for side in sides[columns]]
     least = -(-sum(parts) // multiple) * multiple
     batch = {"global_pairs": 2, **sections.get("batch", {})}
     fitting = {**sections, "batch": {**batch, "tokens_per_micro_batch": least}}
-    assert prepare_data(config_of(tmp_path, **fitting), tmp_path / "cache") == {"train": prefix}
+    assert prepare_data(config_of(tmp_path, **fitting), tmp_path / "cache", []) == {"train": prepared}
     short = {**sections, "batch": {**batch, "tokens_per_micro_batch": least - multiple}}
     with pytest.raises(UserError, match=rf"pairs\.jsonl:1: the pair takes .* at least {least} "):
-        prepare_data(config_of(tmp_path, **short), tmp_path / "cache")
+        prepare_data(config_of(tmp_path, **short), tmp_path / "cache", [])
 
 
 @pytest.mark.parametrize(
