@@ -25,8 +25,8 @@ class Segment:
 class _Border:
     """Where a prompt ends: its text, what a finished turn has before a plain answer, and what follows that answer.
 
-    ``generation`` says whether the prompt ends with the template's generation prompt. ``opened`` is the end of it that a
-    finished turn may lack or write itself: a think block.
+    ``generation`` says whether the prompt ends with the template's generation prompt. ``opened`` is the end of it that
+    a finished turn may lack or write itself: a think block.
     """
 
     prompt: str
