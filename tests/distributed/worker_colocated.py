@@ -59,7 +59,7 @@ def main() -> None:
     pg = init_model_parallel(layout, 0, 5)
     model_configs = read_model_configs(config)
     engine = build_engine(config, model_configs, layout, pg, 10, device)
-    dataset: PreferenceDataset = open_data(config, prefixes, model_configs["policy"].vocab_size).train
+    dataset: PreferenceDataset = open_data(config, prefixes, model_configs).train
     packs = [collate([dataset[i], dataset[i + 1]], engine.row) for i in range(0, 6, 2)]
     engine.chunks[0].zero_grad_buffer()
     run_packs(engine, packs, len(packs), forward_only=False)
