@@ -57,6 +57,17 @@ def test_a_count_of_restarts_that_is_none_begins_anew(tmp_path: Path, count: Any
     assert count_restart(tmp_path, "7", 5) == 1
 
 
+def test_a_checkpoint_that_names_no_step_counts_as_any_other(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step_00000004"
+    (checkpoint / "hf").mkdir(parents=True)
+    for name in (".metadata", "common.pt", "hf/config.json"):
+        (checkpoint / name).write_text("{}")
+    (checkpoint / "metadata.json").write_text(json.dumps(checkpoint_directory._FORMAT))
+    (checkpoint / "tgdpo.json").write_text('{"format_version": 1}')
+    assert checkpoint_directory.newest_checkpoint(tmp_path) == checkpoint
+    assert [count_restart(tmp_path, "7", 5) for _ in range(3)] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
