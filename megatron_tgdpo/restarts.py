@@ -34,7 +34,7 @@ def count_restart(output_dir: Path, job: str, limit: int) -> int:
         StorageError: Storage failed.
     """
     newest = newest_checkpoint(output_dir)
-    step = 0 if newest is None else read_metadata(newest)["step"]
+    step = 0 if newest is None else read_metadata(newest).get("step")
     file = output_dir / "restarts.json"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ _json = st.one_of(
 def texts(draw: st.DrawFn, originals: list[str]) -> str:
     """One of some texts, with a few places changed."""
     text = draw(st.sampled_from(originals))
-    for kind, place, length, token in draw(st.lists(_edit, min_size=1, max_size=4)):
+    for kind, place, length, token in draw(st.lists(_edit, min_size=1, max_size=2)):
         start = place % (len(text) + 1)
         end = min(start + length, len(text))
         text = {
@@ -70,7 +70,7 @@ def jsons(draw: st.DrawFn, originals: list[Any]) -> str:
     """The text of one of some JSON values, with a few of the inner ones replaced, or the text itself changed."""
     value = json.loads(json.dumps(draw(st.sampled_from(originals))))
     for place, new, kind in draw(
-        st.lists(st.tuples(st.integers(0, 10_000), _json, st.sampled_from(["set", "drop", "add"])), max_size=3)
+        st.lists(st.tuples(st.integers(0, 10_000), _json, st.sampled_from(["set", "drop", "add"])), max_size=2)
     ):
         new = copy.deepcopy(new)
         holders = list(_places(value))
