@@ -277,8 +277,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
             small = {"vocab_size": 32000, "hidden_size": 16, "heads": 2, "layers": 2}
             make_model(made.policy(case), case.family, seed=3, **small)
             make_model(made.guide(case), case.family, seed=4, **small)
-    # Not the models' own, which are not those of the real data, and which transformers reads as byte pairs next to a Qwen2
-    # model: a run would refuse them.
+    # Not the models' own, which are not those of the real data, and which transformers reads as byte pairs next to a
+    # Qwen2 model: a run would refuse them.
     for file in made.root.glob("*/*token*.json"):
         file.unlink()
     make_tokenizer(VOCABULARY).save_pretrained(made.root / "tokenizer")
