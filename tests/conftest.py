@@ -1,10 +1,14 @@
 """Fixtures for tests that need one-rank process groups in the test process itself."""
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+
+# A shell ignores it in what it starts in the background, and what tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Not for the session: commands that other modules run in this process end with destroying the default group.
