@@ -128,6 +128,8 @@ def test_a_dataset_s_manifest_says_what_is_read_of_it(tmp_path: Path, changes: d
         "files": {suffix: {"size": 0, "sha256": ""} for suffix in DATA_SUFFIXES},
         "pairs": 1,
         "dropped": {},
+        "truncated": {},
+        "lengths": {},
         "tokenizer": {"path": "", "fingerprint": "", "template_fingerprint": "", "vocab_size": 1},
         "max_token_id": 0,
         "options": {"max_length": 2, "max_prompt_length": None, "overlong_prompt": None},
