@@ -91,6 +91,8 @@ class HuggingFaceTokenizer:
         except Exception as error:  # a broken file raises anything from KeyError to the Rust library's own type
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"cannot open the tokenizer in {path}: {reason}") from error
+        # A text is cut by the run's own limits; a directory may say anything here, also what is no number.
+        hf.model_max_length = int(1e30)
         self._hf = hf
         vocabulary = hf.get_vocab()
         if not vocabulary:

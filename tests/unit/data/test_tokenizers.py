@@ -11,6 +11,7 @@ from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import NO_TEMPLATE, load_tokenizer
 from megatron_tgdpo.errors import UserError
+from tests.tiny_models import make_tokenizer
 from tools.generation.sampling import make_answer
 
 
@@ -163,3 +164,10 @@ def test_tokenizers_that_do_not_open(tmp_path):
 def test_missing_template_file(sp_model, tmp_path):
     with pytest.raises(UserError, match=r"none\.jinja: cannot be read: No such file"):
         load_tokenizer(sp_model, str(tmp_path / "none.jinja"))
+
+
+def test_a_length_limit_of_the_tokenizer_is_not_asked_for(tmp_path: Path) -> None:
+    make_tokenizer(131).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": ""}))
+    assert load_tokenizer(str(tmp_path)).encode("w3 w4")
