@@ -39,13 +39,13 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "yarn": partial(
         make_model,
         family="qwen2",
-        rope={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+        rope={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256},
         seed=9,
     ),
     "gemma2-yarn": partial(
         make_model,
         family="gemma2",
-        rope={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+        rope={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256},
         seed=10,
     ),
     "heads": lambda path: make_llama(path, vocab_size=128, heads=8, kv_heads=4, seed=4),
