@@ -63,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     preprocess.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     for command in (compare, profile, preprocess):
         command.add_argument(
-            "--pairs-from", type=Path, metavar="DIR", help="of the real pairs (default: ../shared/data)"
+            "--pairs-from",
+            type=Path,
+            metavar="DIR",
+            help="of real pairs (default: those beside the checkout, else the demonstration's)",
         )
     for command in (compare, profile, lengths, preprocess):
         command.add_argument("--directory", type=Path, help="for scratch files (default: the system's)")

@@ -22,6 +22,21 @@ CALL_ROLES = ("function_call", "tool_call")
 
 
 @dataclass(frozen=True)
+class RawRecord:
+    """One record as read.
+
+    Attributes:
+        number: line in a JSONL file, else the record's place in the file; both count from 1.
+        payload: the undecoded line of a JSONL file (parsed by the worker), else the decoded object.
+        bytes_read: bytes of the file read when this record was complete; for progress only.
+    """
+
+    number: int
+    payload: Any
+    bytes_read: int
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn.
 

@@ -25,6 +25,7 @@ from megatron_tgdpo.data.encode import (
     encode_batch_in_worker,
     start_worker,
 )
+from megatron_tgdpo.data.fields import RawRecord
 from megatron_tgdpo.data.layouts import detect_layout
 from megatron_tgdpo.data.manifest import (
     DATA_SUFFIXES,
@@ -35,7 +36,7 @@ from megatron_tgdpo.data.manifest import (
     length_summary,
 )
 from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.records import RawRecord, detect_format, read_records, where
+from megatron_tgdpo.data.records import detect_format, read_records, where
 from megatron_tgdpo.data.scored_layouts import is_scored_row, join_scored_rows
 from megatron_tgdpo.data.sources import Source, find_files
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer

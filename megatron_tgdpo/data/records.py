@@ -6,10 +6,11 @@ JSON and JSONL files may be compressed; formats and compression are told by cont
 import codecs
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from megatron_tgdpo.data.compression import CountedReads, compression_of, decompressed
+from megatron_tgdpo.data.fields import RawRecord
 from megatron_tgdpo.data.tables import KINDS as TABLE_KINDS
 from megatron_tgdpo.data.tables import read_rows, table_kind
 from megatron_tgdpo.errors import UserError
@@ -20,21 +21,6 @@ CHUNK_BYTES = 1 << 20
 # the longest token that the JSON scanner takes as one is an escaped surrogate pair, 12 characters.
 TOKEN_MARGIN = 16
 WHITESPACE = " \t\r\n"
-
-
-@dataclass(frozen=True)
-class RawRecord:
-    """One record as read.
-
-    Attributes:
-        number: line in a JSONL file, else the record's place in the file; both count from 1.
-        payload: the undecoded line of a JSONL file (parsed by the worker), else the decoded object.
-        bytes_read: bytes of the file read when this record was complete; for progress only.
-    """
-
-    number: int
-    payload: Any
-    bytes_read: int
 
 
 def detect_format(path: str) -> str:

@@ -6,8 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from megatron_tgdpo.data.example import Example, chat_prompt, template_variables
-from megatron_tgdpo.data.fields import kind_of, need, text_of
-from megatron_tgdpo.data.records import RawRecord
+from megatron_tgdpo.data.fields import RawRecord, kind_of, need, text_of
 from megatron_tgdpo.errors import UserError
 
 _ANSWERS = ("responses", "completions", "answers", "generations")
