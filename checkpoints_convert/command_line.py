@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoint_directory import check_files, is_megatron_checkpoint, newest_checkpoint
+from megatron_tgdpo.checkpoints.directory import check_files, is_megatron_checkpoint, newest_checkpoint
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.errors import StorageError, UserError
-from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
-from megatron_tgdpo.stopping import STORAGE_STATUS
+from megatron_tgdpo.signals import STORAGE_STATUS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -7,12 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.check import check_checkpoint, tie
-from checkpoints_convert.hf_reader import HfCheckpoint
-from checkpoints_convert.mapping import Heads
+from checkpoints_convert.check import check_checkpoint
 from checkpoints_convert.pieces import Piece, all_pieces, share
-from megatron_tgdpo.checkpoint_reader import CheckpointReader
-from megatron_tgdpo.ranks import agree
+from megatron_tgdpo.checkpoints.reader import CheckpointReader
+from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.models.hf_weights.check import tie
+from megatron_tgdpo.models.hf_weights.mapping import Heads
+from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 
 
 def different_weights(hf: Path, checkpoint: Path, hf_config: PretrainedConfig, stored_dtype: torch.dtype) -> list[str]:

@@ -15,18 +15,24 @@ from transformers import PretrainedConfig
 
 from checkpoints_convert.check import check_checkpoint
 from checkpoints_convert.command_line import dtype_name
-from checkpoints_convert.mapping import GlobalParameter, Heads, expected_shapes, global_parameters, parameter_count
 from checkpoints_convert.pieces import Piece, converted, pieces_of, share
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
-from megatron_tgdpo.checkpoint_check import refuse_damage
-from megatron_tgdpo.checkpoint_directory import copy_hf_files, hf_files
-from megatron_tgdpo.checkpoint_reader import CheckpointReader
+from megatron_tgdpo.checkpoints.directory import copy_hf_files, hf_files
+from megatron_tgdpo.checkpoints.integrity import refuse_damage
+from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.direct_io import DirectReader
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.json_text import parse_json
-from megatron_tgdpo.whole_directory import WholeDirectory
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.mapping import (
+    GlobalParameter,
+    Heads,
+    expected_shapes,
+    global_parameters,
+    parameter_count,
+)
+from megatron_tgdpo.storage.atomic_directory import WholeDirectory
+from megatron_tgdpo.storage.json_text import parse_json
 
 DEFAULT_SHARD_SIZE = "5GB"
 _INDEX = "model.safetensors.index.json"

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from checkpoints_convert.command_line import DTYPES, join_ranks, run, timeout_argument
 from checkpoints_convert.import_hf import import_hf
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.whole_directory import refuse_existing
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.storage.atomic_directory import refuse_existing
 
 
 def main() -> None:

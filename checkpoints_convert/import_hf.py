@@ -17,10 +17,7 @@ from torch.futures import Future
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from checkpoints_convert.check import open_hf
 from checkpoints_convert.command_line import dtype_name
-from checkpoints_convert.hf_reader import HfCheckpoint
-from checkpoints_convert.mapping import Heads, expected_shapes, parameter_count
 from checkpoints_convert.pieces import (
     Piece,
     all_pieces,
@@ -32,9 +29,12 @@ from checkpoints_convert.pieces import (
 )
 from checkpoints_convert.sequential_file import SequentialFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
-from megatron_tgdpo.checkpoint_directory import hf_files, write_description
-from megatron_tgdpo.checkpoint_storage import Writer, serialise_common, system_errors, write_common
-from megatron_tgdpo.whole_directory import WholeDirectory
+from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, system_errors, write_common
+from megatron_tgdpo.checkpoints.directory import hf_files, write_description
+from megatron_tgdpo.models.hf_weights.check import open_hf
+from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, parameter_count
+from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
+from megatron_tgdpo.storage.atomic_directory import WholeDirectory
 
 
 def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> Summary:

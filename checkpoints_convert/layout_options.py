@@ -8,9 +8,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from checkpoints_convert.command_line import timeout_argument
-from megatron_tgdpo.cpu_backend import enable_cpu_backend, resolve_device
-from megatron_tgdpo.parallel import ParallelLayout, init_model_parallel, make_layout
-from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
+from megatron_tgdpo.distributed.layout import ParallelLayout, init_model_parallel, make_layout
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 
 
 @dataclass(frozen=True)

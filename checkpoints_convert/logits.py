@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_tgdpo.logps import token_logps
-from megatron_tgdpo.models import LanguageModel
-from megatron_tgdpo.packing import RowPacking, Segment, pack_segments
+from megatron_tgdpo.batching.packed_sequence import RowPacking, Segment, pack_segments
+from megatron_tgdpo.loss.token_logps import token_logps
+from megatron_tgdpo.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

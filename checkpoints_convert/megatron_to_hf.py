@@ -23,8 +23,8 @@ from checkpoints_convert.command_line import (
     timeout_argument,
 )
 from checkpoints_convert.export import DEFAULT_SHARD_SIZE, export_hf
-from megatron_tgdpo.checkpoint_directory import read_metadata
-from megatron_tgdpo.whole_directory import refuse_existing
+from megatron_tgdpo.checkpoints.directory import read_metadata
+from megatron_tgdpo.storage.atomic_directory import refuse_existing
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.hf_reader import HfCheckpoint
-from checkpoints_convert.mapping import GlobalParameter, Heads, global_parameters, join_shards, read_shard
-from checkpoints_convert.spec_names import FUSED_NORMS
-from megatron_tgdpo.checkpoint_reader import CheckpointReader
+from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.hf_weights.mapping import GlobalParameter, Heads, global_parameters, join_shards, read_shard
+from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
+from megatron_tgdpo.models.hf_weights.spec_names import FUSED_NORMS
 
 # Blocks of up to 32 MiB are used again by the allocator; the first touch of larger, fresh ones costs more than reading.
 PIECE_BYTES = 16 << 20

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from checkpoints_convert.families import family_of
-from megatron_tgdpo.checkpoint_directory import hf_folder
+from megatron_tgdpo.checkpoints.directory import hf_folder
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.rotary import rope_settings
+from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.rotary import rope_settings
 
 _TEXT = "The quick brown fox jumps over the lazy dog, then sleeps until the morning comes. "
 _USUAL_LENGTH = 512

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.sequential_file import SequentialFile
-from megatron_tgdpo.files import bytes_of
+from megatron_tgdpo.storage.files import bytes_of
 
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _ALIGNMENT = 8

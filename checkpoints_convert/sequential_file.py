@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from megatron_tgdpo.direct_io import ALIGNMENT, BUFFER_BYTES, attempt, copy_bytes, is_direct, open_direct
-from megatron_tgdpo.files import FileDigest, start_writeback
+from megatron_tgdpo.storage.files import FileDigest, start_writeback
 
 T = TypeVar("T")
 

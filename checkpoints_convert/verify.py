@@ -19,15 +19,15 @@ from transformers import PretrainedConfig
 from checkpoints_convert.command_line import dtype_of, find_checkpoint, run
 from checkpoints_convert.compare import different_weights
 from checkpoints_convert.layout_options import Session, layout_arguments, open_session
-from checkpoints_convert.load import load_megatron_weights
 from checkpoints_convert.logits import RowOutputs, packed_outputs
-from checkpoints_convert.mapping import expected_shapes
 from checkpoints_convert.probes import Probe, Reference, long_length, make_probes, reference_outputs, spans
-from megatron_tgdpo.checkpoint_directory import read_metadata
+from megatron_tgdpo.checkpoints.directory import read_metadata
+from megatron_tgdpo.distributed.ranks import agree
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.models import build_language_model
-from megatron_tgdpo.ranks import agree
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.load import load_megatron_weights
+from megatron_tgdpo.models.hf_weights.mapping import expected_shapes
+from megatron_tgdpo.models.language_model import build_language_model
 
 LOGIT_LIMIT = 1e-4  # of the largest logit
 LOGP_LIMIT = 1e-3  # nats

@@ -28,9 +28,9 @@ shift 2
 settings=$("${prefix[@]}" "$python" - "$config" model.guide="$out/dpo_hf" output_dir="$out/tgdpo" "$@" <<'PYTHON'
 import sys
 
-from megatron_tgdpo.config import load_config
+from megatron_tgdpo.config.schema import load_config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.hub import hub_name, local_path
+from megatron_tgdpo.storage.hub import hub_name, local_path
 
 try:
     config = load_config(sys.argv[1], sys.argv[2:])
@@ -38,7 +38,7 @@ try:
         if not isinstance(value, (str, type(None))):
             raise UserError(f"data.{name}: a pipeline preprocesses one path: a file, a directory, or a glob")
     if any(name and hub_name(name) for name in (config.model.policy, config.data.tokenizer)):
-        from megatron_tgdpo.hub_inputs import pin_here
+        from megatron_tgdpo.setup.hub_inputs import pin_here
 
         config = pin_here(config, weights=True)
 except UserError as error:
@@ -61,7 +61,7 @@ PYTHON
 mapfile -t words <<<"$settings"
 policy=${words[0]} train=${words[1]} validation=${words[2]}
 [ -n "$validation" ] || fail "$config: data.validation is not set: name a file of pairs, the models are compared on it"
-preprocess=(PYTHON -m tools.preprocess_preferences "${words[@]:3}")
+preprocess=(PYTHON -m tgdpo.preprocess "${words[@]:3}")
 
 read -ra stage_options <<<"${TGDPO_STAGE_OPTIONS:-}"
 read -ra train_options <<<"${TGDPO_TRAIN_OPTIONS:-}"

@@ -49,7 +49,7 @@ ranks() { # COUNT MODULE ARGS...
 
 preprocess() {
   for name in train validation; do
-    single -m tools.preprocess_preferences --input "$out/data/$name.jsonl" --tokenizer "$out/base" \
+    single -m tgdpo.preprocess --input "$out/data/$name.jsonl" --tokenizer "$out/base" \
       --output "$out/pairs/$name" --max-length 128 --max-prompt-length 32 --workers 2
   done
 }
@@ -74,8 +74,8 @@ case $gpus in
 esac
 echo "$gpus GPUs, $cores cores: $workers ranks a training, $dtype"
 
-stage "language: text and preference pairs" single -m tools.demo.make_data --out "$out/data"
-stage "base model: SentencePiece tokenizer and a small Llama" single -m tools.demo.make_base \
+stage "language: text and preference pairs" single -m tools.examples.quickstart.make_data --out "$out/data"
+stage "base model: SentencePiece tokenizer and a small Llama" single -m tools.examples.quickstart.make_base \
   --data "$out/data" --out "$out/base"
 stage "preference pairs to a Megatron-Core dataset" preprocess
 stage "base model from HF to Megatron" single -m checkpoints_convert.hf_to_megatron \
@@ -85,7 +85,7 @@ stage "guide to HF" single -m checkpoints_convert.megatron_to_hf --megatron "$ou
 stage "policy: TGDPO with the guide, pipeline parallel over $workers" train tgdpo "$workers" \
   model.guide="$out/dpo_hf" parallel.pipeline="$workers"
 stage "policy to HF" single -m checkpoints_convert.megatron_to_hf --megatron "$out/tgdpo" --out "$out/tgdpo_hf"
-stage "comparison" single -m tools.demo.evaluate --base "$out/base" --model dpo="$out/dpo_hf" \
+stage "comparison" single -m tools.examples.quickstart.evaluate --base "$out/base" --model dpo="$out/dpo_hf" \
   --model tgdpo="$out/tgdpo_hf" --guide "$out/dpo_hf" --pairs "$out/data/heldout.jsonl" --beta 0.5 --out "$out/results.json"
 
 cat >"$out/generate.py" <<PYTHON

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_tgdpo.files import FileReader
+from megatron_tgdpo.storage.files import FileReader
 
 BUFFER_BYTES = 8 << 20
 # Addresses, places and lengths must be multiples of it; no disk asks for a larger one.

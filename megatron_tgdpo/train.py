@@ -7,18 +7,18 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from megatron_tgdpo import stopping
-from megatron_tgdpo.config import load_config
-from megatron_tgdpo.entry import on_all_ranks, run_and_exit
+from megatron_tgdpo import signals
+from megatron_tgdpo.config.loading import load_config
+from megatron_tgdpo.resilience.entry import on_all_ranks, run_and_exit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module.
 
     Exit status: 0 all steps are made (up to ``train.exit_step``), 75 stopped by a signal and saved, 130 ended at once
-    by a second Ctrl-C, else as :func:`~megatron_tgdpo.entry.run_and_exit` says.
+    by a second Ctrl-C, else as :func:`~megatron_tgdpo.resilience.entry.run_and_exit` says.
     """
-    stopping.listen()
+    signals.listen()
     parser = argparse.ArgumentParser(prog="python -m megatron_tgdpo.train", description=__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -33,8 +33,8 @@ def _main(args: argparse.Namespace, rank: int) -> int:
     # Only now: these imports take seconds, a wrong key should not.
     import torch.distributed as dist
 
-    from megatron_tgdpo.ranks import read_rank_environment
-    from megatron_tgdpo.run import dry_run, run
+    from megatron_tgdpo.distributed.ranks import read_rank_environment
+    from megatron_tgdpo.training.run import dry_run, run
 
     if args.dry_run:
         if rank == 0:
@@ -44,11 +44,11 @@ def _main(args: argparse.Namespace, rank: int) -> int:
     def train(ranks, store) -> int:  # type: ignore[no-untyped-def]
         try:
             run(config, ranks, store)
-        except stopping.StoppedEarly as stopped:
+        except signals.StoppedEarly as stopped:
             if not dist.is_initialized():
                 raise
             logging.info("%s; start the same command again to continue", stopped)
-            return stopping.STOPPED_STATUS
+            return signals.STOPPED_STATUS
         return 0
 
     return on_all_ranks(config.parallel.timeout_minutes, train)

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_tgdpo.layer_spec_te import TransformerEngineParts
+from megatron_tgdpo.models.layer_spec_te import TransformerEngineParts
 
 
 class _ExtraState:

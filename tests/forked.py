@@ -11,7 +11,12 @@ from pathlib import Path
 from tests.launch import ROOT, environment
 
 # None of them starts a thread on import, which forking would lose.
-_IMPORTED = ["megatron_tgdpo.heartbeat", "megatron_tgdpo.run", "checkpoints_convert.verify", "pytest"]
+_IMPORTED = [
+    "megatron_tgdpo.resilience.heartbeat",
+    "megatron_tgdpo.training.run",
+    "checkpoints_convert.verify",
+    "pytest",
+]
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(_IMPORTED)
 

@@ -12,7 +12,7 @@ import jinja2
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.sandbox import compile_template, run_template, split_marks
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import read_error
+from megatron_tgdpo.storage.files import read_error
 
 # For a raw SentencePiece model, which carries no template: the reference code's template named "default".
 DEFAULT_TEMPLATE = (

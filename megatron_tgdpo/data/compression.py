@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import read_error
+from megatron_tgdpo.storage.files import read_error
 
 _BUFFER_BYTES = 1 << 20
 

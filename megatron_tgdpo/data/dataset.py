@@ -26,7 +26,7 @@ from megatron_tgdpo.data.records import where
 from megatron_tgdpo.data.sources import Source, find_files
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import StorageError, UserError
-from megatron_tgdpo.files import read_error
+from megatron_tgdpo.storage.files import read_error
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_tgdpo.data import scored_layouts
-from megatron_tgdpo.data.example import (
-    Example,
-    chat_prompt,
-    checked_prompt,
-    is_hh,
-    with_system,
-)
+from megatron_tgdpo.data.example import Example, chat_prompt, checked_prompt, is_hh, with_system
 from megatron_tgdpo.data.fields import Message, kind_of, messages_of, need, text_of
 from megatron_tgdpo.data.pair_layouts import REJECTED_KEYS, SIDED, SINGLE, parse_swift
 from megatron_tgdpo.errors import UserError

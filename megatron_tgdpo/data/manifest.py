@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import FileDigest, file_digest, read_error
-from megatron_tgdpo.json_text import check_shape, parse_json
+from megatron_tgdpo.storage.files import FileDigest, file_digest, read_error
+from megatron_tgdpo.storage.json_text import check_shape, parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_SUFFIX = ".manifest.json"

@@ -16,7 +16,6 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
-from megatron_tgdpo.aside import aside_of, refuse_live, remove_stale
 from megatron_tgdpo.data.encode import (
     EncodedBatch,
     RecordBatch,
@@ -41,8 +40,9 @@ from megatron_tgdpo.data.scored_layouts import is_scored_row, join_scored_rows
 from megatron_tgdpo.data.sources import Source, find_files
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import write_error
-from megatron_tgdpo.stopping import leave_if_requested
+from megatron_tgdpo.signals import leave_if_requested
+from megatron_tgdpo.storage.atomic_file import aside_of, refuse_live, remove_stale
+from megatron_tgdpo.storage.files import write_error
 
 BATCH_RECORDS = 64
 # Batches on their way per worker: enough to keep it busy, few enough that memory does not grow with the file.

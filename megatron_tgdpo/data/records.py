@@ -14,7 +14,7 @@ from megatron_tgdpo.data.fields import RawRecord
 from megatron_tgdpo.data.tables import KINDS as TABLE_KINDS
 from megatron_tgdpo.data.tables import read_rows, table_kind
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import read_error
+from megatron_tgdpo.storage.files import read_error
 
 CHUNK_BYTES = 1 << 20
 # An error this close to the end of the buffer may only mean that the rest of the token has not been read yet;

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import read_error
-from megatron_tgdpo.hub import DATASET, fetch, hub_name, local_path
+from megatron_tgdpo.storage.files import read_error
+from megatron_tgdpo.storage.hub import DATASET, fetch, hub_name, local_path
 
 MAX_WEIGHT = 1000.0
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -31,7 +31,8 @@ class Source:
     """One entry of ``data.train`` or of a validation set.
 
     Attributes:
-        path: a file, a directory, a glob, a dataset of the Hub (``hub.py``), or the prefix of a preprocessed dataset.
+        path: a file, a directory, a glob, a dataset of the Hub (``storage/hub.py``), or the prefix of a preprocessed
+            dataset.
         split: of a directory or dataset of the Hub that holds several; None where there is one.
         subset: of one whose README declares several (its ``configs``); None for the default one.
         weight: how often an epoch takes each of its pairs.

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from megatron_tgdpo.data.chat import DEFAULT_TEMPLATE, NO_VARIABLES, ChatTemplate, read_template
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import read_error
+from megatron_tgdpo.storage.files import read_error
 
 NO_TEMPLATE = "none"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from checkpoints_convert.families import family_of
-from checkpoints_convert.mapping import Heads
-from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.hf_weights.mapping import Heads
 
-# Query rows that attention.py masks at a time where SDPA's causal kernel does not apply.
+# Query rows that models/attention/sdpa.py masks at a time where SDPA's causal kernel does not apply.
 QUERY_BLOCK = 1024
 _FP32 = 4
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.config import Config
+from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.memory import GIB
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans
+from megatron_tgdpo.planning.memory import GIB
 
 
 def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: Cluster) -> Plan:
@@ -39,5 +39,5 @@ def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: C
         raise UserError(f"no layout of {cluster.gpus} GPUs divides the model")
     raise UserError(
         f"no layout of {cluster.gpus} GPUs fits: the smallest takes {least / GIB:.0f} GiB a GPU, with {usable} usable; "
-        "take more GPUs, or look for another way with tools.plan (shorter rows, guidance.mode cached)"
+        "take more GPUs, or look for another way with tgdpo.plan (shorter rows, guidance.mode cached)"
     )

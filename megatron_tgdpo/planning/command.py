@@ -1,4 +1,4 @@
-"""From the planner's parsed arguments to its text (``tools/plan.py`` says what they are)."""
+"""From the planner's parsed arguments to its text (``tgdpo/plan.py`` says what they are)."""
 
 import argparse
 from dataclasses import fields
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.config import TrainConfig
+from megatron_tgdpo.config.methods import METHODS
+from megatron_tgdpo.config.schema import TrainConfig
+from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.methods import METHODS
-from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job

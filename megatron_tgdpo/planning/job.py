@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.planning.activations import Row
 
 

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from megatron_tgdpo.config_checks import RECOMPUTE_CHOICES
+from megatron_tgdpo.config.checks import RECOMPUTE_CHOICES
+from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.memory import RankMemory, rank_memory
-from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
+from megatron_tgdpo.planning.memory import RankMemory, rank_memory
 from megatron_tgdpo.planning.step_time import StepTime, step_time
 from megatron_tgdpo.planning.traffic import Traffic, traffic
-from megatron_tgdpo.run_inputs import check_layout
 
 
 @dataclass(frozen=True)

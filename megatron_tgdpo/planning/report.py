@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from megatron_tgdpo.memory import GIB, RankMemory
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan
+from megatron_tgdpo.planning.memory import GIB, RankMemory
 
 
 def memory_lines(memory: RankMemory) -> list[str]:

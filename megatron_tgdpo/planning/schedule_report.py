@@ -1,13 +1,13 @@
 """The pipeline schedules beside each other, as text."""
 
+from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.prefetch import plan_prefetch
 from megatron_tgdpo.planning.schedule import interleaved, one_f_one_b
 from megatron_tgdpo.planning.step_time import stage_costs
-from megatron_tgdpo.run_inputs import check_layout
 
 _STAGES = (2, 4, 8)
 _MICRO_BATCHES = (8, 16, 32, 64)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from checkpoints_convert.mapping import Heads
-from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.hf_weights.mapping import Heads
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.schedule import StageCosts, one_f_one_b

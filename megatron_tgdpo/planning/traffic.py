@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.memory import stage_parameters
-from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.planning.job import Job
+from megatron_tgdpo.planning.memory import stage_parameters
 
 
 @dataclass(frozen=True)

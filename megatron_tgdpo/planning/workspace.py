@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.hf_config import padded_vocab_size
-from megatron_tgdpo.logps import chunk_rows
-from megatron_tgdpo.parallel import ParallelLayout
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.loss.token_logps import chunk_rows
+from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, LayerWidths, Row, layer_activations
 
 _FP32 = 4
@@ -26,7 +26,7 @@ def layer_workspace(hf_config: PretrainedConfig, layout: ParallelLayout, row: Ro
 
 
 def _scores(hf_config: PretrainedConfig, width: LayerWidths, row: Row) -> float:
-    """Peak of softcapped attention: attention.py makes the scores of a block of queries, five fp32 tensors of them."""
+    """Peak of softcapped attention: five fp32 tensors of a block's scores (``models/attention/sdpa.py``)."""
     if getattr(hf_config, "attn_logit_softcapping", None) is None:
         return 0.0
     return 5 * width.heads * min(QUERY_BLOCK, row.sequence_tokens) * row.sequence_tokens * _FP32

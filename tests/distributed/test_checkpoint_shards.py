@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tgdpo.checkpoint_directory import newest_checkpoint
-from megatron_tgdpo.checkpoint_reader import CheckpointReader
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked
 from tests.series import assert_same_series

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.memory import stage_parameters
-from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.distributed.layout import make_layout
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.planning.memory import stage_parameters
 from tests.distributed.common import make_problem
 from tests.processes import run_forked
 

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from megatron_tgdpo import aside
 from megatron_tgdpo.data.dataset import PreferenceDataset
-from megatron_tgdpo.guidance_cache import GuidanceCache, shard_path, write_manifest, write_shard
+from megatron_tgdpo.guidance.cache import GuidanceCache, shard_path, write_manifest, write_shard
+from megatron_tgdpo.storage import atomic_file
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.launch import PATIENCE, ROOT, environment, run_module
 from tests.processes import run_forked
@@ -106,7 +106,7 @@ def test_the_layout_that_made_a_cache_does_not_matter(problem: Problem) -> None:
 
 
 def precompute(problem: Problem, config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_forked("tools.precompute_guidance", [config, *arguments], check=False)
+    return run_forked("tgdpo.guidance", [config, *arguments], check=False)
 
 
 def test_killed_at_any_moment_it_continues(problem: Problem) -> None:
@@ -114,7 +114,7 @@ def test_killed_at_any_moment_it_continues(problem: Problem) -> None:
     directory = problem.root / "cache-killed"
     guidance = {"mode": "cached", "cache": str(directory)}
     config = problem.write("killed.yaml", merged(problem.cached("dp2"), guidance=guidance, data={"validation": None}))
-    arguments = [sys.executable, "-m", "tools.precompute_guidance", config, "--block-pairs", "1"]
+    arguments = [sys.executable, "-m", "tgdpo.guidance", config, "--block-pairs", "1"]
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment())
     deadline = time.monotonic() + PATIENCE
     while not shard_path(directory / "train", 2).exists():
@@ -124,7 +124,7 @@ def test_killed_at_any_moment_it_continues(problem: Problem) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     # As a kill in the middle of a write would leave it.
-    host, namespace = aside._here()
+    host, namespace = atomic_file._here()
     left = directory / "train" / f"shard-00031.safetensors.{host}-{namespace}-{process.pid}-1-00c0ffee.tmp"
     left.write_bytes(b"half")
     before = {path.name: path.stat().st_mtime_ns for path in (directory / "train").glob("shard-*.safetensors")}
@@ -184,13 +184,13 @@ def test_a_wrong_value_is_found_by_computing_it_again(problem: Problem, tmp_path
 def test_a_sweep_uses_one_cache(problem: Problem, tmp_path: Path) -> None:
     config = problem.write("sweep.yaml", problem.cached("dp2", train={"steps": 2}))
     arguments = [config, "--alpha", "0", "0.5", "--beta", "0.1", "--out", str(tmp_path / "sweep")]
-    first = run_module("tools.sweep", arguments)
+    first = run_module("tgdpo.sweep", arguments)
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert results.keys() == {"alpha0-beta0.1", "alpha0.5-beta0.1"}
     assert {f"{run['eval/loss']:.4f}" for run in results.values()} <= set(first.stdout.split())
     alphas = [results[name]["guidance/weight_std"] for name in ("alpha0-beta0.1", "alpha0.5-beta0.1")]
     assert alphas[0] == 0.0 < alphas[1]
     # Nothing is trained again.
-    again = run_module("tools.sweep", arguments)
+    again = run_module("tgdpo.sweep", arguments)
     assert "===" not in again.stdout
     assert json.loads((tmp_path / "sweep" / "results.json").read_text()) == results

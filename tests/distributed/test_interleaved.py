@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.checkpoint_directory import newest_checkpoint
-from megatron_tgdpo.checkpoint_reader import CheckpointReader
-from megatron_tgdpo.config import config_from_dict
+from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.reader import CheckpointReader
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.memory import stage_parameters
-from megatron_tgdpo.pack_plan import plan_packs
-from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import Row, layer_activations, stage_activations
-from megatron_tgdpo.run_inputs import check_layout
+from megatron_tgdpo.planning.memory import stage_parameters
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked
 from tests.tiny_models import make_llama
-from tests.unit.test_config import VALID
+from tests.unit.config.test_config import VALID
 
 STEPS = 4
 SERIES = ("train/loss", "train/grad_norm", "rewards/margins", "eval/loss")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints_convert.families import family_of
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.families import family_of
 from tests.distributed.worker_logits import LENGTHS, row_tokens
 from tests.launch import ROOT
 from tests.processes import run_forked

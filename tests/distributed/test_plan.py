@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.memory import RankMemory, stage_memory
-from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
+from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import LayerWidths, Row
 from megatron_tgdpo.planning.job import Batch, Job
+from megatron_tgdpo.planning.memory import RankMemory, stage_memory
 from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, ring, tensor_bytes
 from tests.distributed.common import merged
 from tests.processes import run_forked

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.config import config_from_dict
+from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.errors import UserError
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked
-from tests.unit.test_config import VALID
+from tests.unit.config.test_config import VALID
 
 STEPS = 5
 LAYOUTS: dict[str, dict[str, Any]] = {

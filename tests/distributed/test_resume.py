@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_tgdpo.checkpoint_directory import newest_checkpoint
-from megatron_tgdpo.stopping import STOPPED_STATUS
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.signals import STOPPED_STATUS
 from tests.distributed.common import make_problem, merged, read_metrics, write_pairs
 from tests.launch import PATIENCE, ROOT, environment
 from tests.processes import run_forked, started_ranks

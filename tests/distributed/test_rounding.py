@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from megatron_tgdpo.data.dataset import PreferenceDataset
-from megatron_tgdpo.guidance_cache import GuidanceCache, write_manifest, write_shard
-from megatron_tgdpo.rounding import NEGLIGIBLE
+from megatron_tgdpo.guidance.cache import GuidanceCache, write_manifest, write_shard
+from megatron_tgdpo.models.rounding import NEGLIGIBLE
 from tests.distributed.common import merged, read_metrics, write_pairs
 from tests.processes import run_forked
 from tests.tiny_models import make_model
@@ -123,7 +123,7 @@ def test_a_wrong_cache_is_told_from_rounding(problem: Problem, fault: str) -> No
     file = problem.root / f"{fault}.yaml"
     file.write_text(yaml.safe_dump(problem.config(f"run-{fault}", guidance=guidance, parallel=LAYOUTS["tp2"])))
     trained = run_forked("megatron_tgdpo.train", [str(file)], processes=2, check=False)
-    verified = run_forked("tools.precompute_guidance", [str(file), "--verify", str(PAIRS)], processes=2, check=False)
+    verified = run_forked("tgdpo.guidance", [str(file), "--verify", str(PAIRS)], processes=2, check=False)
     for done, message in ((trained, "the loss is not ln 2"), (verified, "a log-prob of the reference")):
         assert done.returncode == 1
         (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.prepared_data import SUMMARY_FILE
+from megatron_tgdpo.setup.prepared_data import SUMMARY_FILE
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.hub import Hub, serving
 from tests.launch import run_module
@@ -107,7 +107,7 @@ def test_caches_of_several_datasets(problem: tuple[Path, dict[str, Any]]) -> Non
     cached = merged(config, guidance={"mode": "cached", "cache": str(root / "cache")})
     file = root / "precompute.json"
     file.write_text(json.dumps(cached))
-    run_forked("tools.precompute_guidance", [str(file)])
+    run_forked("tgdpo.guidance", [str(file)])
     train(root, cached, "cached")
     for ours, theirs in zip(read_metrics(root / "cached"), read_metrics(root / "colocated"), strict=True):
         for name in ours:
@@ -128,7 +128,7 @@ def test_the_user_is_told_what_became_of_the_data(problem: tuple[Path, dict[str,
     # As preprocessing says it, line by line.
     arguments = ["--input", f"{root}/pairs.jsonl", "--tokenizer", f"{root}/policy", "--output", f"{root}/by/hand",
                  "--max-length", "30", "--workers", "1"]  # fmt: skip
-    done = run_forked("tools.preprocess_preferences", arguments)
+    done = run_forked("tgdpo.preprocess", arguments)
     for line in done.stdout.splitlines()[1:]:
         assert line in told
     assert f"({cut} of 64) are cut and lose their end token" in done.stderr

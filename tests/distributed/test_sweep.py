@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_tgdpo.checkpoint_directory import complete_checkpoints
-from megatron_tgdpo.stopping import STOPPED_STATUS
+from megatron_tgdpo.checkpoints.directory import complete_checkpoints
+from megatron_tgdpo.signals import STOPPED_STATUS
 from tests.distributed.common import make_problem, merged
 from tests.launch import ROOT, environment
 
@@ -22,7 +22,7 @@ def test_a_sweep_that_is_asked_to_stop_leaves_nothing_running(tmp_path: Path) ->
     arguments = [str(config), "--alpha", "0", "0.5", "--beta", "0.1", "--out", str(out), "--ranks", "2"]
     with (tmp_path / "log").open("w") as log:
         sweep = subprocess.Popen(
-            [sys.executable, "-m", "tools.sweep", *arguments], cwd=ROOT, env=environment(), stdout=log, stderr=log
+            [sys.executable, "-m", "tgdpo.sweep", *arguments], cwd=ROOT, env=environment(), stdout=log, stderr=log
         )
     started: list[psutil.Process] = []
     try:

@@ -15,12 +15,14 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from megatron_tgdpo import checkpoint_directory, checkpoint_format, trainer
-from megatron_tgdpo.config import config_from_dict
+from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.distributed.ranks import RankEnvironment, connect_store, read_rank_environment
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.files import FileDigest, file_digest
-from megatron_tgdpo.ranks import RankEnvironment, connect_store, read_rank_environment
-from megatron_tgdpo.run import run
+from megatron_tgdpo.storage.files import FileDigest, file_digest
+from megatron_tgdpo.training import trainer
+from megatron_tgdpo.training.run import run
 from tests.checkpoints import flip
 from tests.distributed.common import merged
 
@@ -38,7 +40,7 @@ class Runner:
 
 def train_past_a_write(runner: Runner, config: dict[str, Any]) -> None:
     """The checkpoint of step 3 is not written before step 5 is made."""
-    write, train_step = checkpoint_format.write, trainer.train_step
+    write, train_step = sharded.write, trainer.train_step
     steps = iter(range(1, 100))
     fifth = threading.Event()
 
@@ -52,7 +54,7 @@ def train_past_a_write(runner: Runner, config: dict[str, Any]) -> None:
             fifth.set()
         return result
 
-    with mock.patch.object(checkpoint_format, "write", later), mock.patch.object(trainer, "train_step", counted):
+    with mock.patch.object(sharded, "write", later), mock.patch.object(trainer, "train_step", counted):
         runner(config)
 
 

@@ -15,16 +15,18 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_tgdpo.batch import PreferenceBatch, collate
-from megatron_tgdpo.config import config_from_dict
-from megatron_tgdpo.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.batching.collate import PreferenceBatch, collate
+from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
-from megatron_tgdpo.parallel import init_model_parallel, make_layout
-from megatron_tgdpo.ranks import connect_store, init_distributed, on_first_rank, read_rank_environment
-from megatron_tgdpo.run_inputs import open_data, prepare_first_rank, read_model_configs
-from megatron_tgdpo.run_lock import RunLock
-from megatron_tgdpo.setup import build_engine, colocated_model, load_model
-from megatron_tgdpo.train_step import run_packs
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, on_first_rank, read_rank_environment
+from megatron_tgdpo.resilience.run_lock import RunLock
+from megatron_tgdpo.setup.engine import build_engine, unwrapped
+from megatron_tgdpo.setup.inputs import read_model_configs
+from megatron_tgdpo.setup.models import load_model
+from megatron_tgdpo.training.run_data import open_data, prepare_first_rank
+from megatron_tgdpo.training.step import run_packs
 
 
 class CountingCommunicator(P2PCommunicator):
@@ -63,7 +65,7 @@ def main() -> None:
     packs = [collate([dataset[i], dataset[i + 1]], engine.row) for i in range(0, 6, 2)]
     engine.chunks[0].zero_grad_buffer()
     run_packs(engine, packs, len(packs), forward_only=False)
-    model, communicator = colocated_model(engine), engine.communicator
+    model, communicator = unwrapped(engine.chunks[0]), engine.communicator
     assert communicator is not None
 
     (policy,) = load_model(config.model.policy, model_configs["policy"], layout, pg, config, device)

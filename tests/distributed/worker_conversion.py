@@ -25,17 +25,18 @@ from checkpoints_convert import export as export_module
 from checkpoints_convert.command_line import dtype_name
 from checkpoints_convert.export import export_hf
 from checkpoints_convert.import_hf import import_hf
-from checkpoints_convert.load import load_weights
 from checkpoints_convert.logits import packed_outputs, packing_of
-from checkpoints_convert.mapping import Heads, join_shards, parameter_count
-from checkpoints_convert.model_mapping import mapped_parameters
-from megatron_tgdpo import checkpoint_directory, checkpoint_format
-from megatron_tgdpo.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.models import LanguageModel, build_language_model
-from megatron_tgdpo.parallel import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
-from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.load import load_weights
+from megatron_tgdpo.models.hf_weights.mapping import Heads, join_shards, parameter_count
+from megatron_tgdpo.models.hf_weights.model_mapping import mapped_parameters
+from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
 
 CPU = torch.device("cpu")
 ROW, LENGTHS = 200, [90, 70, 30]
@@ -145,13 +146,13 @@ def convert(
     saved = out / "checkpoints" / "step_00000005"
     state = {"model": model.sharded_state_dict(), "optimizer": optimizer_state(model), "step": 5}
     metadata = {"dtype": dtype_name(dtype), "parameters": parameter_count(hf_config)}
-    checkpoint_format.save(saved, state, hf, {**metadata, "step": 5})
+    sharded.save(saved, state, hf, {**metadata, "step": 5})
     export(saved, out / "exported", dtype, max_shard_bytes=40_000)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     load_weights(model, root / "megatron" / hf.name, hf_config, pg)
-    checkpoint_format.save(out / "resharded-megatron", {"model": model.sharded_state_dict()}, hf, metadata)
+    sharded.save(out / "resharded-megatron", {"model": model.sharded_state_dict()}, hf, metadata)
     export(out / "resharded-megatron", out / "resharded", dtype)
 
 
@@ -180,7 +181,7 @@ def run_single(root: Path) -> None:
         model = build_language_model(hf_config, layout, pg, dtype=hf_config.dtype, device=CPU)
         load_weights(model, hf, hf_config, pg)
         metadata = {"dtype": dtype_name(hf_config.dtype), "parameters": parameter_count(hf_config)}
-        checkpoint_format.save(root / "live" / hf.name, {"model": model.sharded_state_dict()}, hf, metadata)
+        sharded.save(root / "live" / hf.name, {"model": model.sharded_state_dict()}, hf, metadata)
     destroy_model_parallel()
 
 
@@ -195,7 +196,7 @@ def run_faults(root: Path) -> None:
     report = {}
     no_space = OSError(errno.ENOSPC, "No space left on device")
     actions = {
-        "save": lambda path: checkpoint_format.save(path, {"model": model.sharded_state_dict()}, hf, {"dtype": "fp32"}),
+        "save": lambda path: sharded.save(path, {"model": model.sharded_state_dict()}, hf, {"dtype": "fp32"}),
         "import": lambda path: import_hf(hf, path, hf_config),
         "export": lambda path: export(root / "megatron" / "untied", path, torch.float32, max_shard_bytes=100_000),
     }
@@ -205,7 +206,7 @@ def run_faults(root: Path) -> None:
         target = root / "faults" / f"{action}-{fault}"
         copied = {"export": export_module}.get(action, checkpoint_directory)
         patches = {
-            "common": mock.patch.object(checkpoint_format, "write_common", side_effect=no_space),
+            "common": mock.patch.object(sharded, "write_common", side_effect=no_space),
             "space": mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),
             "finish": mock.patch.object(copied, "copy_hf_files", side_effect=no_space),
         }

@@ -6,7 +6,7 @@ Arguments: the step, and a pattern of the files, then those of training.
 import resource
 import sys
 
-from megatron_tgdpo import metrics_log
+from megatron_tgdpo.output import metrics_log
 from megatron_tgdpo.train import main
 
 

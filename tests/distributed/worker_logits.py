@@ -8,13 +8,13 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_convert.load import load_hf_weights
 from checkpoints_convert.logits import packed_outputs
-from megatron_tgdpo.cpu_backend import enable_cpu_backend
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.models import build_language_model
-from megatron_tgdpo.parallel import init_model_parallel, make_layout
-from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.load import load_hf_weights
+from megatron_tgdpo.models.language_model import build_language_model
 
 CPU = torch.device("cpu")
 LENGTHS = [60, 40]

@@ -7,10 +7,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.cpu_backend import enable_cpu_backend
-from megatron_tgdpo.open_files import files_needed, mcore_group_sizes
-from megatron_tgdpo.parallel import init_model_parallel, make_layout
-from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.resilience.open_files import files_needed, mcore_group_sizes
 
 CPU = torch.device("cpu")
 

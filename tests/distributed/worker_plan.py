@@ -13,19 +13,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo import checkpoint_format
-from megatron_tgdpo.batch import PreferenceBatch, collate
-from megatron_tgdpo.checkpoint import training_state
-from megatron_tgdpo.checkpoint_saver import live_storages
-from megatron_tgdpo.config import Config, config_from_dict
-from megatron_tgdpo.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.batching.collate import PreferenceBatch, collate
+from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferencePair
-from megatron_tgdpo.packing import RowFormat
-from megatron_tgdpo.parallel import destroy_model_parallel, init_model_parallel, make_layout
-from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
-from megatron_tgdpo.run_inputs import read_model_configs
-from megatron_tgdpo.setup import build_engine, colocated_model
-from megatron_tgdpo.train_step import Engine, run_packs
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.layout import destroy_model_parallel, init_model_parallel, make_layout
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
+from megatron_tgdpo.setup.inputs import read_model_configs
+from megatron_tgdpo.training.checkpoint import training_state
+from megatron_tgdpo.training.saver import live_storages
+from megatron_tgdpo.training.step import run_packs
 from tests.live_storages import LiveStorages
 from tests.sent_bytes import SentBytes
 
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 
 def static_tensors(engine: Engine) -> dict[str, list[torch.Tensor]]:
     """All that an engine holds between steps, by kind."""
-    model, optimizer = colocated_model(engine), engine.optimizer
+    model, optimizer = unwrapped(engine.chunks[0]), engine.optimizer
     return {
         "weights": list(model.policy.parameters()),
         "frozen": list(model.frozen.parameters()),
@@ -68,7 +69,7 @@ def full_row(config: Config) -> PreferenceBatch:
 
 def kept_by_forward(engine: Engine, row: PreferenceBatch, known: list[torch.Tensor]) -> int:
     """Bytes that the policy's forward leaves alive on this stage, its input and output included."""
-    policy = colocated_model(engine).policy
+    policy = unwrapped(engine.chunks[0]).policy
     tokens = engine.row.tokens // (engine.pg.tp.size() if policy.config.sequence_parallel else 1)
     with LiveStorages(known) as live:
         if not policy.pre_process:
@@ -108,7 +109,7 @@ def measure(config: Config, world_size: int) -> dict[str, Any]:
         run_packs(engine, [row] * (2 * layout.pipeline), 2 * layout.pipeline, forward_only=False)
     facts["step_peak"] = step.peak
     with LiveStorages(known) as save:
-        staged = checkpoint_format.stage(training_state(engine, is_loading=False), live_storages(engine))
+        staged = sharded.stage(training_state(engine, is_loading=False), live_storages(engine))
     facts["save"], facts["save_peak"] = save.bytes(), save.peak
     del staged
     facts |= sent_in_a_step(engine, row, 2 * layout.pipeline)

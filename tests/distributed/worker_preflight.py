@@ -15,14 +15,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo import preflight as checks
-from megatron_tgdpo import preflight_facts, preflight_network
-from megatron_tgdpo.config import config_from_dict
-from megatron_tgdpo.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.parallel import init_model_parallel, make_layout
-from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.resilience import preflight as checks
+from megatron_tgdpo.resilience import preflight_facts, preflight_network
 
 CPU = torch.device("cpu")
 

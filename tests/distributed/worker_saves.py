@@ -15,10 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tgdpo import checkpoint_format
+from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.train import main
-from megatron_tgdpo.train_step import StepResult
-from megatron_tgdpo.trainer import Trainer
+from megatron_tgdpo.training.step import StepResult
+from megatron_tgdpo.training.trainer import Trainer
 
 
 def is_last() -> bool:
@@ -26,7 +26,7 @@ def is_last() -> bool:
 
 
 def inject(fail: Sequence[int] = (), slow: float = 0, broken: int = 0) -> None:
-    numbers, write = itertools.count(), checkpoint_format.write_sharded
+    numbers, write = itertools.count(), sharded.write_sharded
 
     def faulty(*arguments: Any) -> Any:
         number = next(numbers)
@@ -44,7 +44,7 @@ def inject(fail: Sequence[int] = (), slow: float = 0, broken: int = 0) -> None:
             raise ZeroDivisionError
         guard(trainer, step, result)
 
-    checkpoint_format.write_sharded = faulty
+    sharded.write_sharded = faulty
     Trainer._guard = broken_guard  # type: ignore[method-assign]
 
 

@@ -21,15 +21,17 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from checkpoints_convert.export import export_hf
-from megatron_tgdpo import checkpoint, checkpoint_saver, setup
-from megatron_tgdpo.checkpoint_directory import newest_checkpoint
-from megatron_tgdpo.config import Config, config_from_dict
-from megatron_tgdpo.guidance_precompute import precompute_guidance, verify_guidance
-from megatron_tgdpo.overlap import ddp_config
-from megatron_tgdpo.ranks import connect_store, read_rank_environment
-from megatron_tgdpo.run import run
-from megatron_tgdpo.setup import DTYPES
-from tools.benchmark_save import gathered_state
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.ranks import connect_store, read_rank_environment
+from megatron_tgdpo.gpu.overlap import ddp_config
+from megatron_tgdpo.guidance.precompute import precompute_guidance, verify_guidance
+from megatron_tgdpo.setup import engine
+from megatron_tgdpo.setup.models import DTYPES
+from megatron_tgdpo.training import checkpoint, saver
+from megatron_tgdpo.training.run import run
+from tools.benchmarks.save import gathered_state
 
 
 def export(config: Config, out: Path) -> None:
@@ -43,7 +45,7 @@ def export(config: Config, out: Path) -> None:
 @contextmanager
 def buckets_of(parameters: int | None) -> Iterator[None]:
     """Sets the size of megatron-core's gradient buckets, which is no option of the project."""
-    with mock.patch.object(setup, "ddp_config", lambda config: replace(ddp_config(config), bucket_size=parameters)):
+    with mock.patch.object(engine, "ddp_config", lambda config: replace(ddp_config(config), bucket_size=parameters)):
         yield
 
 
@@ -55,7 +57,7 @@ def state_of(kind: str | None) -> Iterator[None]:
         return
     with (
         mock.patch.object(checkpoint, "training_state", gathered_state),
-        mock.patch.object(checkpoint_saver, "training_state", gathered_state),
+        mock.patch.object(saver, "training_state", gathered_state),
         mock.patch.object(checkpoint, "load_optimizer_shards", DistributedOptimizer.load_state_dict),
     ):
         yield

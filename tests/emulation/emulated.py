@@ -133,8 +133,9 @@ def _one_collective_at_a_time() -> None:
 
 def _present_a_gpu() -> None:
     """What the project finds on an H100; models are still made and kept on the CPU."""
-    from megatron_tgdpo import gpu_setup, setup
-    from megatron_tgdpo.capabilities import Capabilities
+    from megatron_tgdpo.gpu import options as gpu_setup
+    from megatron_tgdpo.gpu.capabilities import Capabilities
+    from megatron_tgdpo.setup import engine
 
     found = Capabilities(
         device="cuda", compute_capability=CAPABILITY, cuda=(13, 0), transformer_engine=(2, 11, 0), cudnn=(9, 19, 0),
@@ -147,5 +148,5 @@ def _present_a_gpu() -> None:
         # Else megatron-core takes weights for made on the CPU first, and Transformer Engine makes none in FP8.
         return {**overrides, "use_cpu_initialization": False}, spec
 
-    gpu_setup.capabilities = setup.capabilities = lambda device: found
-    gpu_setup.model_options = setup.model_options = model_options
+    gpu_setup.capabilities = engine.capabilities = lambda device: found
+    gpu_setup.model_options = engine.model_options = model_options

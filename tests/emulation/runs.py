@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_tgdpo import gpu_setup
-from megatron_tgdpo.batch import PreferenceBatch, collate
-from megatron_tgdpo.checkpoint import checkpoint_path, load_checkpoint
-from megatron_tgdpo.checkpoint_saver import CheckpointSaver
-from megatron_tgdpo.config import Config, config_from_dict
+from megatron_tgdpo.batching.collate import PreferenceBatch, collate
+from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferencePair
-from megatron_tgdpo.pack_plan import plan_packs
-from megatron_tgdpo.parallel import ParallelLayout
-from megatron_tgdpo.run_inputs import read_model_configs
-from megatron_tgdpo.setup import build_engine
-from megatron_tgdpo.train_step import Engine, train_step
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.gpu import options
+from megatron_tgdpo.setup.engine import Engine, build_engine
+from megatron_tgdpo.setup.inputs import read_model_configs
+from megatron_tgdpo.training.checkpoint import checkpoint_path, load_checkpoint
+from megatron_tgdpo.training.saver import CheckpointSaver
+from megatron_tgdpo.training.step import train_step
 from tests.gpu.figures import random_pairs
 
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ class Runs:
         }
         config = config_from_dict(values)
         configs = read_model_configs(config)
-        gpu_setup.check_gpu_options(config, configs, self.layout, gpu_setup.capabilities(CPU))
+        options.check_gpu_options(config, configs, self.layout, options.capabilities(CPU))
         return config
 
     def engine(self, config: Config) -> Engine:

@@ -17,12 +17,15 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor  # noqa: E402
 
 from checkpoints_convert.export import export_hf  # noqa: E402
-from megatron_tgdpo.checkpoint import checkpoint_path  # noqa: E402
-from megatron_tgdpo.cpu_backend import enable_cpu_backend  # noqa: E402
-from megatron_tgdpo.parallel import init_model_parallel, make_layout  # noqa: E402
-from megatron_tgdpo.ranks import connect_store, init_distributed, read_rank_environment  # noqa: E402
-from megatron_tgdpo.setup import colocated_model, policy_chunks  # noqa: E402
-from megatron_tgdpo.train_step import Engine  # noqa: E402
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend  # noqa: E402
+from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout  # noqa: E402
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment  # noqa: E402
+from megatron_tgdpo.setup.engine import (  # noqa: E402
+    Engine,
+    policy_chunks,
+    unwrapped,
+)
+from megatron_tgdpo.training.checkpoint import checkpoint_path  # noqa: E402
 from tests.emulation import kernels  # noqa: E402
 from tests.emulation.cases import cases  # noqa: E402
 from tests.emulation.runs import BEFORE, CPU, DATA, Runs, dirty_memory  # noqa: E402
@@ -76,7 +79,7 @@ def frozen(runs: Runs) -> dict[str, Any]:
     for name, sections in ways.items():
         for recipe in ("tensorwise", "blockwise"):
             engine = runs.engine(runs.config(precision={"fp8": recipe}, **sections))
-            models = engine.prefetcher.models if engine.prefetcher else colocated_model(engine).frozen
+            models = engine.prefetcher.models if engine.prefetcher else unwrapped(engine.chunks[0]).frozen
             for weight in models.parameters():
                 weight.counted_as = "frozen weight"
             kernels.calls.clear()

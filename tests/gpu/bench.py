@@ -13,19 +13,20 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.batch import PreferenceBatch, collate
-from megatron_tgdpo.config import Config, config_from_dict
-from megatron_tgdpo.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.batching.collate import PreferenceBatch, collate
+from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferencePair
-from megatron_tgdpo.fp8_weights import write_parameter
-from megatron_tgdpo.gpu_setup import capabilities, check_gpu_options
-from megatron_tgdpo.models import LanguageModel
-from megatron_tgdpo.pack_plan import plan_packs
-from megatron_tgdpo.packing import RowFormat
-from megatron_tgdpo.parallel import init_model_parallel, make_layout
-from megatron_tgdpo.run_inputs import read_model_configs
-from megatron_tgdpo.setup import build_engine
-from megatron_tgdpo.train_step import Engine, train_step
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
+from megatron_tgdpo.gpu.options import capabilities, check_gpu_options
+from megatron_tgdpo.models.fp8_weights import write_parameter
+from megatron_tgdpo.models.language_model import LanguageModel
+from megatron_tgdpo.setup.engine import Engine, build_engine
+from megatron_tgdpo.setup.inputs import read_model_configs
+from megatron_tgdpo.training.step import train_step
 
 
 class Zeros:
@@ -130,5 +131,5 @@ def random_weights() -> Iterator[None]:
             value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
             write_parameter(parameter, value.normal_(0.0, 0.02) if value.dim() > 1 else value.fill_(1.0))
 
-    with mock.patch("megatron_tgdpo.setup.load_hf_weights", fill):
+    with mock.patch("megatron_tgdpo.setup.engine.load_hf_weights", fill):
         yield

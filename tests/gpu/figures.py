@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_tgdpo.data.dataset import PreferencePair
-from megatron_tgdpo.parallel import make_layout
+from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.step_time import row_flops

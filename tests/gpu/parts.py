@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_tgdpo.colocated import ColocatedModel
-from megatron_tgdpo.config import Config
-from megatron_tgdpo.config_checks import FP8_RECIPES
+from megatron_tgdpo.batching.packed_sequence import Segment, pack_segments
+from megatron_tgdpo.config.checks import FP8_RECIPES
+from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.model_config import LanguageModelConfig
-from megatron_tgdpo.packing import Segment, pack_segments
-from megatron_tgdpo.setup import load_frozen_models
-from megatron_tgdpo.spec_choice import core_attention_spec
+from megatron_tgdpo.frozen.colocated import ColocatedModel
+from megatron_tgdpo.gpu.kernel_choice import core_attention_spec
+from megatron_tgdpo.models.config import LanguageModelConfig
+from megatron_tgdpo.setup.models import load_frozen_models
 from tests import reference
 from tests.gpu.bench import Bench, packs_of
 from tests.gpu.figures import (
@@ -151,7 +151,7 @@ def fp8(bench: Bench, tiny: bool) -> Iterator[Figure]:
 @torch.no_grad()
 def token_rewards(bench: Bench, config: Config, data: list[PreferencePair]) -> torch.Tensor:
     """beta * (log pi_g - log pi_ref) of every response token, fp32 on the CPU."""
-    from megatron_tgdpo.run_inputs import read_model_configs, row_format
+    from megatron_tgdpo.setup.inputs import read_model_configs, row_format
 
     found = load_frozen_models(config, read_model_configs(config), bench.layout, bench.pg, bench.device)
     model = ColocatedModel(found[0], found[1:])

@@ -35,9 +35,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.capabilities import dotted
-from megatron_tgdpo.cpu_backend import resolve_device
-from megatron_tgdpo.parallel import destroy_model_parallel
+from megatron_tgdpo.distributed.cpu_backend import resolve_device
+from megatron_tgdpo.distributed.layout import destroy_model_parallel
+from megatron_tgdpo.gpu.capabilities import dotted
 from tests.gpu.bench import Bench
 from tests.gpu.figures import Figure, line, peak_tflops, skipped, table, write_json
 from tests.gpu.parts import PARTS

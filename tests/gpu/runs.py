@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from megatron_tgdpo.batch import PreferenceBatch, collate
-from megatron_tgdpo.checkpoint import checkpoint_path, load_checkpoint
-from megatron_tgdpo.checkpoint_saver import CheckpointSaver
-from megatron_tgdpo.config import Config
+from megatron_tgdpo.batching.collate import PreferenceBatch, collate
+from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.train_step import Engine, train_step
+from megatron_tgdpo.setup.engine import Engine
+from megatron_tgdpo.training.checkpoint import checkpoint_path, load_checkpoint
+from megatron_tgdpo.training.saver import CheckpointSaver
+from megatron_tgdpo.training.step import train_step
 from tests.gpu.bench import Bench, packs_of
 from tests.gpu.figures import Figure, at_most, largest_relative_difference, random_pairs, skipped
 from tests.gpu.parts import LONGEST, ROW, VOCABULARY, batches, models

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.train_step import train_step
+from megatron_tgdpo.training.step import train_step
 from tests.gpu.bench import Bench, packs_of, random_weights
 from tests.gpu.figures import Figure, at_least, at_most, mfu, random_pairs, skipped, step_flops, write_shape
 

@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_tgdpo.checkpoint_directory import complete_checkpoints, is_complete
-from megatron_tgdpo.stopping import FAILED_STATUS, INTERRUPTED_STATUS, STOPPED_STATUS
+from megatron_tgdpo.checkpoints.directory import complete_checkpoints, is_complete
+from megatron_tgdpo.signals import FAILED_STATUS, INTERRUPTED_STATUS, STOPPED_STATUS
 from tests.distributed.common import make_problem, merged
 from tests.forked import Forked
 from tests.launch import PATIENCE

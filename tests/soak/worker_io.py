@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo import checkpoint_storage
+from megatron_tgdpo.checkpoints import dcp_io
 from megatron_tgdpo.train import main
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.scandir", "os.rmdir")
@@ -56,7 +56,7 @@ class Faults:
     def install(self) -> None:
         """From now on."""
         sys.addaudithook(lambda event, arguments: self.strike(event, arguments[0]) if event in EVENTS else None)
-        fsync, write, read = os.fsync, checkpoint_storage.HashingStream.write, checkpoint_storage._NotingFile.readinto
+        fsync, write, read = os.fsync, dcp_io.HashingStream.write, dcp_io._NotingFile.readinto
 
         def faulty_fsync(descriptor: int) -> None:
             self.strike("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -75,8 +75,8 @@ class Faults:
             return read(stream, buffer)
 
         os.fsync = faulty_fsync
-        checkpoint_storage.HashingStream.write = faulty_write  # type: ignore[method-assign]
-        checkpoint_storage._NotingFile.readinto = faulty_read  # type: ignore[method-assign]
+        dcp_io.HashingStream.write = faulty_write  # type: ignore[method-assign]
+        dcp_io._NotingFile.readinto = faulty_read  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from launch.container.check_image import TRANSFORMER_ENGINE, problems
-from megatron_tgdpo.capabilities import TE_VERSIONS
+from megatron_tgdpo.gpu.capabilities import TE_VERSIONS
 
 ROOT = Path(__file__).parents[2]
 CONTAINER = ROOT / "launch" / "container"

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 import omegaconf
 import pytest
 
-from megatron_tgdpo.config import Config
+from megatron_tgdpo.config.schema import Config
 
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
 

@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints_convert.hf_reader import HfCheckpoint
-from megatron_tgdpo import checkpoint_directory, metrics_log
-from megatron_tgdpo.checkpoint_directory import read_manifest
+from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints.directory import read_manifest
 from megatron_tgdpo.data.manifest import DATA_SUFFIXES
 from megatron_tgdpo.data.manifest import read_manifest as read_dataset_manifest
 from megatron_tgdpo.errors import DamageError, UserError
-from megatron_tgdpo.files import FileDigest
-from megatron_tgdpo.guidance_cache import MANIFEST_FILE, GuidanceCache
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.json_text import parse_json
-from megatron_tgdpo.restarts import count_restart
-from megatron_tgdpo.run_directory import recorded_run
+from megatron_tgdpo.guidance.cache import MANIFEST_FILE, GuidanceCache
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
+from megatron_tgdpo.output import metrics_log
+from megatron_tgdpo.output.directory import recorded_run
+from megatron_tgdpo.resilience.restarts import count_restart
+from megatron_tgdpo.storage.files import FileDigest
+from megatron_tgdpo.storage.json_text import parse_json
 
 DEEP = "[" * 100_000
 

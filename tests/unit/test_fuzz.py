@@ -14,29 +14,30 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from checkpoints_convert.hf_reader import HfCheckpoint
-from megatron_tgdpo import checkpoint_directory, metrics_log
-from megatron_tgdpo.checkpoint_directory import check_hf_files, read_manifest
-from megatron_tgdpo.config import config_from_dict, load_config, to_dict, to_yaml
-from megatron_tgdpo.config_changes import INPUTS, check_changes, find_changes
+from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints.directory import check_hf_files, read_manifest
+from megatron_tgdpo.config.changes import INPUTS, check_changes, find_changes
+from megatron_tgdpo.config.loading import config_from_dict, load_config, to_dict, to_yaml
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import inspect_sources, preprocess, write_dataset
 from megatron_tgdpo.data.tokenizers import load_tokenizer
-from megatron_tgdpo.files import FileDigest
-from megatron_tgdpo.guidance_cache import GuidanceCache
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.restarts import count_restart
-from megatron_tgdpo.run_directory import is_done, recorded_run
+from megatron_tgdpo.guidance.cache import GuidanceCache
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
+from megatron_tgdpo.output import metrics_log
+from megatron_tgdpo.output.directory import is_done, recorded_run
+from megatron_tgdpo.resilience.restarts import count_restart
+from megatron_tgdpo.storage.files import FileDigest
 from tests.fuzzing import fuzz, jsons, one_line_or_result, texts, to_bytes
 from tests.published_configs import PUBLISHED
 from tests.tiny_models import make_llama
+from tests.unit.commands.test_import_config import ENTRY, REFERENCE
+from tests.unit.config.test_config import VALID
 from tests.unit.data.conftest import hf_directory as tokenizer_directory
-from tests.unit.test_config import VALID
-from tests.unit.test_import_llamafactory_config import ENTRY, REFERENCE
-from tools.import_llamafactory_config import convert
-from tools.llamafactory_datasets import dataset_file
-from tools.llamafactory_templates import NAMES, chat_template
+from tgdpo.import_config import convert
+from tgdpo.llamafactory.datasets import dataset_file
+from tgdpo.llamafactory.templates import NAMES, chat_template
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [
@@ -87,7 +88,7 @@ def test_overrides(place: Path, override: str) -> None:
 
 @fuzz(text=texts([yaml.safe_dump(REFERENCE)]))
 def test_reference_configs(place: Path, text: str) -> None:
-    from tools.import_llamafactory_config import _read
+    from tgdpo.import_config import _read
 
     (place / "lf.yaml").write_bytes(to_bytes(text))
     one_line_or_result(lambda: config_from_dict(convert(_read(place / "lf.yaml"), 8, "pairs", None), "lf.yaml"))
@@ -270,7 +271,7 @@ KEY = dict.fromkeys(("data", "tokenizer", "template", "reference", "guide", "dty
 def test_cache_manifests(place: Path, text: str) -> None:
     import numpy as np
 
-    from megatron_tgdpo.guidance_cache import MANIFEST_FILE, GuidanceKey
+    from megatron_tgdpo.guidance.cache import MANIFEST_FILE, GuidanceKey
 
     (place / "cache").mkdir(exist_ok=True)
     (place / "cache" / MANIFEST_FILE).write_bytes(to_bytes(text))

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from megatron_tgdpo.guide_check import GuideWatch, guide_warning
+from megatron_tgdpo.guidance.monitor import GuideWatch, guide_warning
 from megatron_tgdpo.intervals import Estimate, mean_interval, ratio_interval, wilson
 
 

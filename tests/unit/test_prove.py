@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints_convert.mapping import parameter_count
+from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from tests.gpu.figures import (
     Figure,
     at_least,

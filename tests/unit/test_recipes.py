@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tgdpo.config import Config, load_config
-from megatron_tgdpo.hf_config import read_hf_config
-from megatron_tgdpo.parallel import ParallelLayout, make_layout
+from megatron_tgdpo.config.loading import load_config
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
+from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job

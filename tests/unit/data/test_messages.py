@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.batch import collate
+from megatron_tgdpo.batching.collate import collate
+from megatron_tgdpo.batching.packed_sequence import RowFormat
 from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.encode import EncodedPair, encode_example, encode_prompt, encode_sides
@@ -17,7 +18,6 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import preprocess
 from megatron_tgdpo.data.tokenizers import HuggingFaceTokenizer
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.packing import RowFormat
 from tests.unit.data.test_chat import CHATML, with_template
 
 PLAIN = (

@@ -12,7 +12,6 @@ import pyarrow.parquet
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_tgdpo import aside
 from megatron_tgdpo.data import preprocess as module
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX
@@ -20,6 +19,7 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import preprocess
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.storage import atomic_file
 from tests.unit.data.conftest import plain_record
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -207,8 +207,10 @@ def test_what_a_killed_run_left_is_removed_and_a_live_one_is_named(tmp_path, hf_
     source = write_jsonl([plain_record(index) for index in range(4)])
     prefix, options = tmp_path / "out" / "pairs", PreprocessOptions(hf_directory)
     prefix.parent.mkdir()
-    host, namespace = aside._here()
-    live = prefix.with_name(f"pairs.{host}-{namespace}-{os.getppid()}-{aside._started(os.getppid())}-00c0ffee.tmp.bin")
+    host, namespace = atomic_file._here()
+    live = prefix.with_name(
+        f"pairs.{host}-{namespace}-{os.getppid()}-{atomic_file._started(os.getppid())}-00c0ffee.tmp.bin"
+    )
     dead = [prefix.with_name(f"pairs.{host}-{namespace}-{os.getpid()}-1-00c0ffee.tmp{end}") for end in (".bin", ".idx")]
     for file in (live, *dead):
         file.touch()

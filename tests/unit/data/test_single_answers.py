@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tgdpo.batch import collate
+from megatron_tgdpo.batching.collate import collate
+from megatron_tgdpo.batching.packed_sequence import RowFormat
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.encode import encode_sides
 from megatron_tgdpo.data.fields import Message
@@ -17,7 +18,6 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import preprocess
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.packing import RowFormat
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 ASKED = (Message("user", "Q"),)

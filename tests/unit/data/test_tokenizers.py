@@ -12,7 +12,7 @@ from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import NO_TEMPLATE, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from tests.tiny_models import make_tokenizer
-from tools.generation.sampling import make_answer
+from tgdpo.generation.sampling import make_answer
 
 
 def test_plain_text_gets_eos_and_a_bos_only_where_it_is_the_default(hf_directory, tmp_path):

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tgdpo.layer_spec_te import TransformerEngineParts, te_block_spec
-from megatron_tgdpo.model_config import LanguageModelConfig
+from megatron_tgdpo.models.config import LanguageModelConfig
+from megatron_tgdpo.models.layer_spec_te import TransformerEngineParts, te_block_spec
 
 
 class Linear(torch.nn.Module):

@@ -9,11 +9,11 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
+from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.model_config import transformer_config_kwargs
-from megatron_tgdpo.norm import RMSNorm
-from megatron_tgdpo.parallel import make_layout
-from megatron_tgdpo.rotary import RotaryFrequencies, head_dim
+from megatron_tgdpo.models.config import transformer_config_kwargs
+from megatron_tgdpo.models.norm import RMSNorm
+from megatron_tgdpo.models.rotary import RotaryFrequencies, head_dim
 from tests.tiny_models import make_llama
 
 CPU = torch.device("cpu")

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tools.reporting.figures import Figures, make_figures
-from tools.reporting.page import ReportPair, render_page
+from tgdpo.reporting.figures import Figures, make_figures
+from tgdpo.reporting.render import ReportPair, render_page
 
 MARKUP = [
     "<b>bold</b>",

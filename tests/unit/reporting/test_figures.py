@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tools.reporting.build import chance_warning, summary
-from tools.reporting.figures import make_figures
+from tgdpo.reporting.build import chance_warning, summary
+from tgdpo.reporting.figures import make_figures
 
 # x of chosen and rejected tokens: margins 1 - (-3) = 4, and -3 - (-3) = 0, which is no preference.
 PAIRS = [(np.array([2.0, -1.0]), np.array([-4.0, 1.0])), (np.array([-3.0]), np.array([-3.0]))]

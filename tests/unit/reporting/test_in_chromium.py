@@ -9,7 +9,7 @@ import pytest
 
 from tests.browser import CHROMIUM, NO_CHROMIUM, Page, chromium
 from tests.unit.reporting.example import ALPHA, BETA, MARKUP, figures_of, make_pairs, render
-from tools.reporting.page import ReportPair
+from tgdpo.reporting.render import ReportPair
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 PAIRS = 200

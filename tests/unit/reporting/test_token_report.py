@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_tgdpo.config import load_config
+from megatron_tgdpo.config.loading import load_config
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.guidance_cache import Shards, guidance_key, write_manifest, write_shard
+from megatron_tgdpo.guidance.cache import Shards, guidance_key, write_manifest, write_shard
 from tests.tiny_models import make_llama
-from tools.reporting.hf_logps import response_logps
-from tools.reporting.sources import cached_logps, check_finite, model_logps, open_cache, open_split
-from tools.token_report import main
+from tgdpo.report import main
+from tgdpo.reporting.hf_logps import response_logps
+from tgdpo.reporting.sources import cached_logps, check_finite, model_logps, open_cache, open_split
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,153 @@
+"""Reads rows of single tensors of a Megatron checkpoint, in this process alone and without megatron-core."""
+
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_tgdpo.checkpoints.dcp_io import SafeReader
+from megatron_tgdpo.checkpoints.directory import check_files
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.storage.atomic_directory import load_error
+from megatron_tgdpo.storage.files import FilePart, FileReader
+
+_BLOCK_BYTES = 16 << 20
+# A zip entry's local header: 26 bytes, then the lengths of its name and its extra field.
+_LOCAL_HEADER = struct.Struct("<26x2H")
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint, of training too; nothing but metadata is read until rows are asked for.
+
+    Rows come straight from where they lie in the files, so that memory holds little more than them even where a saved
+    part of the tensor is much larger. For one thread at a time.
+
+    Args:
+        path: The checkpoint.
+        files: Reads its files; by default through the page cache.
+
+    Attributes:
+        path: As given.
+        tensors: Size, dtype and saved parts of each, by megatron-core's name.
+
+    Raises:
+        UserError: The checkpoint is incomplete, or its metadata cannot be understood.
+        StorageError: It cannot be read.
+    """
+
+    def __init__(self, path: Path, files: FileReader | None = None) -> None:
+        check_files(path)
+        self.path = path
+        self._files = files or FileReader(path)
+        self._places: dict[MetadataIndex, tuple[str, int]] = {}
+        with self._errors():
+            metadata = SafeReader(path).read_metadata()
+        self._storage = metadata.storage_data
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: info for key, info in metadata.state_dict_metadata.items() if isinstance(info, TensorStorageMetadata)
+        }
+
+    def rows(self, key: str, layer: int | None, start: int, end: int) -> Tensor:
+        """Rows [start, end) of a tensor, in the stored dtype.
+
+        Args:
+            key: The tensor's name.
+            layer: Index on the tensor's first axis, which the result has not; None to take rows of that axis itself.
+            start: First row.
+            end: Last row + 1.
+
+        Raises:
+            UserError: The files lack a part of it, or are damaged.
+        """
+        info, lead = self.tensors[key], () if layer is None else (layer,)
+        shape = (end - start, *info.size[len(lead) + 1 :])
+        offsets = torch.Size((*lead, start, *(0 for _ in shape[1:])))
+        wanted = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in lead), *shape)))
+        target = torch.empty(wanted.sizes, dtype=info.properties.dtype)
+        with self._errors():
+            items = create_read_items_for_chunk_list(key, info, [wanted])
+            if sum(math.prod(item.lengths) for item in items) != target.numel():
+                raise UserError(f"{self.path}: parts of {key} are missing")
+            for item in items:
+                self._copy(item, target)
+        return target.view(shape)
+
+    def _copy(self, item: ReadItem, target: Tensor) -> None:
+        """Fills the part of ``target`` that one saved part holds: whole rows of it, so they lie in one run."""
+        name, place = self._place(item.storage_index, target.dtype)
+        chunk = self._chunk(item.storage_index)
+        strides = [math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes))]
+        place += target.element_size() * sum(o * s for o, s in zip(item.storage_offsets, strides, strict=True))
+        for axis, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            target = target.narrow(axis, offset, length)
+        if target.is_contiguous():
+            self._files.read_into(target, name, place)
+            return
+        matrix = target.view(-1, target.shape[-1])
+        step = max(1, _BLOCK_BYTES // (matrix.shape[1] * target.element_size()))
+        for block in matrix.split(step):
+            dense = torch.empty_like(block, memory_format=torch.contiguous_format)
+            self._files.read_into(dense, name, place)
+            block.copy_(dense)
+            place += dense.nbytes
+
+    def _chunk(self, index: MetadataIndex) -> ChunkStorageMetadata:
+        assert index.index is not None
+        return self.tensors[index.fqn].chunks[index.index]
+
+    def _place(self, index: MetadataIndex, dtype: torch.dtype) -> tuple[str, int]:
+        """File and byte where the data of a saved part begin: it is a zip archive as ``torch.save`` writes it."""
+        if index not in self._places:
+            stored = self._storage[index]
+            with (self.path / stored.relative_path).open("rb") as stream:
+                view = FilePart(stream.fileno(), stored.offset, stored.length)
+                try:
+                    tensor = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
+                except Exception:
+                    if view.failure is not None:
+                        raise view.failure from None
+                    raise
+                view.seek(0)
+                with zipfile.ZipFile(view) as archive:
+                    entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
+                view.seek(entry.header_offset)
+                header = _LOCAL_HEADER.unpack(view.read(_LOCAL_HEADER.size))
+            plain = entry.compress_type == zipfile.ZIP_STORED and tensor.is_contiguous() and not tensor.storage_offset()
+            sound = tensor.dtype == dtype and tensor.shape == self._chunk(index).sizes
+            if not (plain and sound and entry.file_size == tensor.nbytes):
+                raise UserError(f"{self.path / stored.relative_path}: a part of {index.fqn} is not as .metadata says")
+            start = stored.offset + entry.header_offset + _LOCAL_HEADER.size + sum(header)
+            self._places[index] = stored.relative_path, start
+        return self._places[index]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except (
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+            struct.error,
+            OSError,
+            MemoryError,
+            EOFError,
+            LookupError,
+            StopIteration,
+            AttributeError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
+            raise load_error(self.path, error) from error

@@ -1,0 +1,191 @@
+"""What may differ between a run and its continuation, key by key, and what a difference means.
+
+Keys that name files are compared by content: the same bytes at another path are the same, other bytes at the same path
+are not. ``INPUTS`` says which, and ``setup/inputs.py`` computes the fingerprints.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_tgdpo.config.loading import to_dict
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.errors import UserError
+
+
+class Rule(Enum):
+    """When a key may have another value than the run had so far."""
+
+    START = "each start's own: it says how this start goes, and is not compared"
+    FREE = "always: it does not change what is computed, but for rounding"
+    ASKED = "with `train.resume=changed`: from the next step on"
+    FIXED = "never: with another value it is another run"
+
+
+RULES: dict[Rule, tuple[str, ...]] = {
+    Rule.START: ("train.resume", "train.branch_from", "train.rehash", "train.exit_step"),
+    Rule.FREE: (
+        "model.layer_spec",
+        "data.validation", "data.columns", "data.workers",
+        "guidance.mode", "guidance.cache", "guidance.verify", "guidance.prefetch",
+        "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.virtual_pipeline",
+        "parallel.sequence_parallel", "parallel.device", "parallel.timeout_minutes",
+        "batch.tokens_per_micro_batch", "batch.shared_prompts",
+        "overlap.grad_reduce", "overlap.param_gather", "overlap.tensor",
+        "offload.optimizer", "offload.frozen",
+        "train.fused", "train.keep_logits_mib", "train.recompute", "train.check_start",
+        "eval.every_steps",
+        "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background", "checkpoint.verify",
+        "log.every_steps", "log.wandb",
+        "preflight.enabled", "preflight.slow_group_ratio",
+        "output_dir",
+    ),
+    Rule.ASKED: (
+        "model.reference", "model.guide",
+        "data.train", "data.max_length", "data.max_prompt_length", "data.overlong_prompt", "data.chat_template",
+        "data.template_kwargs",
+        "loss.beta", "loss.alpha", "loss.label_smoothing", "loss.sft_weight", "loss.gamma",
+        "batch.global_pairs",
+        "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay",
+        "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio",
+        "precision.fp8", "precision.fp8_format", "precision.fp8_amax_history", "precision.fp8_amax_algorithm",
+        "precision.fp8_params", "precision.first_last_layers_bf16", "precision.frozen",
+        "train.steps", "train.epochs",
+    ),
+    Rule.FIXED: (
+        "model.policy",  # its weights were where the run began, and are its reference by default
+        "data.tokenizer",  # the embedding was trained on its ids
+        "data.shuffle", "train.seed",  # the order of the epoch under way
+        "loss.method",
+        "precision.dtype",  # of the weights in the checkpoint
+    ),
+}  # fmt: skip
+RULE_OF = {key: rule for rule, keys in RULES.items() for key in keys}
+
+# Keys that name files, with what they name.
+INPUTS = {
+    "model.policy": "weights",
+    "model.reference": "weights",
+    "model.guide": "weights",
+    "data.train": "token ids",
+    "data.validation": "token ids",
+    "data.tokenizer": "ids",
+    "data.chat_template": "template",
+}
+# Fingerprints by key of INPUTS; None for a file that the run has not.
+Inputs = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a run was, as its newest checkpoint or its directory says.
+
+    Attributes:
+        source: What says so.
+        config: All keys of the config that it had, nested; keys that its version did not have are missing.
+        inputs: Fingerprints of its inputs; those that were not recorded are missing.
+    """
+
+    source: Path
+    config: Mapping[str, Any]
+    inputs: Inputs
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key that has another value, or whose files have another content.
+
+    Attributes:
+        key: Dotted.
+        was: Its value so far; of a file, its fingerprint.
+        now: Its value from here on.
+    """
+
+    key: str
+    was: Any
+    now: Any
+
+    @property
+    def rule(self) -> Rule:
+        return RULE_OF[self.key]
+
+    def __str__(self) -> str:
+        if self.key in INPUTS:
+            return f"{self.key} of other {INPUTS[self.key]} ({_short(self.now)}, was {_short(self.was)})"
+        return f"{self.key} {json.dumps(self.now)}, was {json.dumps(self.was)}"
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The change as plain values, for the checkpoints that follow: after which step it took effect."""
+        return {"after_step": step, **asdict(self)}
+
+
+def find_changes(recorded: Recorded, config: Config, inputs: Inputs | None) -> list[Change]:
+    """Compares a run with what is to continue it, key by key, in the order of :data:`RULES`.
+
+    Args:
+        recorded: The run so far.
+        config: The config that continues it.
+        inputs: Fingerprints of its inputs; None before they are known: then keys of :data:`INPUTS` are left out.
+    """
+    # A key that the run's version did not have: what it did then is the default.
+    defaults = flatten(OmegaConf.to_container(OmegaConf.structured(Config)))  # type: ignore[arg-type]
+    theirs, ours = {**defaults, **flatten(recorded.config)}, flatten(to_dict(config))
+    changes = []
+    for key, rule in RULE_OF.items():
+        if key in INPUTS:
+            if inputs is not None and key in recorded.inputs and recorded.inputs[key] != inputs[key]:
+                changes.append(Change(key, recorded.inputs[key], inputs[key]))
+        elif rule is not Rule.START and theirs[key] != ours[key]:
+            changes.append(Change(key, theirs[key], ours[key]))
+    return changes
+
+
+def check_changes(recorded: Recorded, config: Config, changes: list[Change], *, asked: bool) -> None:
+    """Refuses changes that make another run of it, and those that were not asked for.
+
+    Args:
+        recorded: The run so far.
+        config: The config that continues it.
+        changes: From :func:`find_changes`.
+        asked: Whether keys of ``Rule.ASKED`` may change.
+
+    Raises:
+        UserError: It names the keys.
+    """
+    fixed = [change for change in changes if change.rule is Rule.FIXED]
+    if fixed:
+        raise UserError(
+            f"{recorded.source} cannot be continued with {_listed(fixed)}: that makes another run, which may start "
+            f"from the weights of this one: model.policy=RUN/checkpoints/step_N, output_dir not {config.output_dir}"
+        )
+    unasked = [change for change in changes if change.rule is Rule.ASKED]
+    if unasked and not asked:
+        raise UserError(
+            f"{recorded.source} was made with other values: {_listed(unasked)}: give train.resume=changed to continue "
+            f"with these, what was used so far to continue as before, or another output_dir than {config.output_dir} "
+            "for another run"
+        )
+
+
+def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections and keys as dotted keys."""
+    flat: dict[str, Any] = {}
+    for section, values in nested.items():
+        if isinstance(values, Mapping):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            flat[section] = values
+    return flat
+
+
+def _listed(changes: list[Change]) -> str:
+    return "; ".join(map(str, changes))
+
+
+def _short(fingerprint: str | None) -> str:
+    return "none" if fingerprint is None else fingerprint[:12]

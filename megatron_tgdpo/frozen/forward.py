@@ -1,0 +1,57 @@
+"""Forward passes through the pipeline for token log-probs alone, without a loss."""
+
+from collections.abc import Iterator, Sequence
+from itertools import tee
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_tgdpo.batching.collate import PreferenceBatch
+from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, TokenLogps
+
+
+@torch.no_grad()
+def forward_logps(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[PreferenceBatch],
+    communicator: ColocatedCommunicator | None,
+    pg: ProcessGroupCollection,
+    row_tokens: int,
+) -> list[TokenLogps]:
+    """Runs packs through the pipeline for their log-probs alone.
+
+    Collective over the ranks of one data-parallel replica, and over tensor, context and pipeline ranks only.
+
+    Args:
+        chunks: The (wrapped) co-located model; with the interleaved schedule, its chunks on this stage.
+        batches: This replica's packs, on the model's device; a multiple of the stages where they are interleaved.
+        communicator: Between pipeline stages; None with one stage.
+        pg: Process groups.
+        row_tokens: Tokens of a row.
+
+    Returns:
+        On the last stage one for each pack, in order; nothing elsewhere.
+    """
+    interleaved = len(chunks) > 1
+    pipeline = {} if communicator is None else {"p2p_communicator": communicator}
+    return get_forward_backward_func(pp_size=pg.pp.size(), vp_size=len(chunks) if interleaved else None)(
+        forward_step_func=_logps_step,
+        data_iterator=list(tee(batches, len(chunks))) if interleaved else iter(batches),
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=row_tokens,
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+        pg_collection=pg,
+        **pipeline,
+    )
+
+
+def _logps_step(batches: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple:
+    def collect(logps: TokenLogps, non_loss_data: bool) -> TokenLogps:
+        assert non_loss_data
+        return logps
+
+    return model(next(batches)), collect

@@ -1,0 +1,124 @@
+"""What the machine and the GPU options of a config come to: checked once at start-up, then handed to the builders."""
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.gpu.capabilities import Capabilities, detect
+from megatron_tgdpo.gpu.kernel_choice import LayerSpec, build_block_spec, choose_attention, choose_layer_spec
+from megatron_tgdpo.gpu.overlap import check_overlap
+from megatron_tgdpo.gpu.overlap import transformer_kwargs as overlap_kwargs
+from megatron_tgdpo.gpu.precision import (
+    check_fp8_sizes,
+    check_precision,
+    frozen_recipe,
+    frozen_transformer_kwargs,
+    policy_recipe,
+    policy_transformer_kwargs,
+)
+from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
+
+
+@functools.cache
+def capabilities(device: torch.device) -> Capabilities:
+    """What :func:`~megatron_tgdpo.gpu.capabilities.detect` finds, looked for once a process."""
+    return detect(device)
+
+
+def check_gpu_options(
+    config: Config, configs: Mapping[str, PretrainedConfig], layout: ParallelLayout, found: Capabilities
+) -> None:
+    """Refuses layer specs, precisions, overlaps and offloads that this machine, these models or this layout lack.
+
+    Args:
+        config: The run.
+        configs: HF configs by role.
+        layout: The rank grid.
+        found: The machine.
+
+    Raises:
+        UserError: With the key, the reason and the way out.
+    """
+    spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
+    check_precision(config, found, spec)
+    check_overlap(config, layout, found, spec)
+    for role, hf_config in configs.items():
+        recipe = policy_recipe(config) if role == "policy" else frozen_recipe(config)
+        if recipe is not None:
+            kwargs = transformer_config_kwargs(hf_config, layout, dtype=torch.bfloat16, device=torch.device("cpu"))
+            try:
+                check_fp8_sizes(kwargs, recipe, config.row_tokens, layout)
+            except UserError as error:
+                raise UserError(f"model.{role}: {error}") from error
+        if config.overlap.tensor and hf_config.hidden_size != configs["policy"].hidden_size:
+            raise UserError(
+                f"overlap.tensor has buffers for one hidden size, model.{role} has {hf_config.hidden_size} and the "
+                f"policy {configs['policy'].hidden_size}: set it to false"
+            )
+
+
+def model_options(
+    config: Config, hf_config: PretrainedConfig, device: torch.device, *, frozen: bool
+) -> tuple[dict[str, Any], Any]:
+    """How one model is built on this machine.
+
+    Args:
+        config: The run.
+        hf_config: The model's.
+        device: Where it will be.
+        frozen: Reference or guide.
+
+    Returns:
+        Arguments of LanguageModelConfig, and the function that makes a stage's layers.
+    """
+    found = capabilities(device)
+    overrides = frozen_transformer_kwargs(config) if frozen else policy_transformer_kwargs(config)
+    overrides |= overlap_kwargs(config) | _fused_kwargs(config, hf_config, found, frozen=frozen)
+    spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
+    return overrides, partial(_block_spec, spec=spec, found=found)
+
+
+def building(frozen: bool) -> contextlib.AbstractContextManager[Any]:
+    """The context to build a model in: without gradients, FP8 weights hold no second copy for backward.
+
+    Source: TransformerEngine 2.9 ``module/base.py: reset_parameters``.
+    """
+    return torch.no_grad() if frozen else contextlib.nullcontext()
+
+
+def describe_model(config: Config, model_config: LanguageModelConfig, device: torch.device) -> str:
+    """Layer spec, core attention and precision of a built model, for the log."""
+    found = capabilities(device)
+    spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
+    precision = str(model_config.params_dtype).removeprefix("torch.")
+    if model_config.fp8:
+        held = " with FP8 weights" if model_config.fp8_param else ""
+        precision = f"FP8 {model_config.fp8_recipe} ({model_config.fp8}){held}"
+    return f"layer spec {spec}, core attention {choose_attention(model_config, spec, found)}, {precision}"
+
+
+def _block_spec(
+    config: LanguageModelConfig, pg: ProcessGroupCollection, *, spec: LayerSpec, found: Capabilities
+) -> TransformerBlockSubmodules:
+    return build_block_spec(config, pg, spec, choose_attention(config, spec, found))
+
+
+def _fused_kwargs(config: Config, hf_config: PretrainedConfig, found: Capabilities, *, frozen: bool) -> dict[str, Any]:
+    if config.train.fused == "off" or found.device != "cuda":
+        return {}
+    return {
+        # megatron-core's output layer asks for apex's kernel wherever the flag is set, whatever the layer spec.
+        "gradient_accumulation_fusion": found.wgrad_accumulation and not frozen,
+        "fused_layer_wgrad": not frozen,
+        "bias_activation_fusion": getattr(hf_config, "hidden_act", None) == "silu",
+    }

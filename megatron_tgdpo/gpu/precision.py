@@ -1,0 +1,238 @@
+"""FP8: what the configuration asks of megatron-core and Transformer Engine, and what neither may be asked.
+
+Everything here is a pure function of its arguments. Sources of the refusals: megatron-core 0.16.1
+``transformer/transformer_config.py: __post_init__``, ``fp8_utils.py: get_fp8_context`` and ``optimizer/``; Megatron-LM
+0.16.1 ``training/arguments.py: validate_args``; TransformerEngine 2.9 to 2.11 ``pytorch/quantization.py:
+check_*_support``, ``pytorch/utils.py: assert_dim_for_fp8_exec`` and ``assert_dim_for_all_gather``.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, Version, dotted
+from megatron_tgdpo.planning.memory import LinearBytes
+
+# Scaling without a memory: what a weight or activation becomes depends on nothing but itself.
+_STATELESS = ("tensorwise", "blockwise", "mxfp8")
+# Delayed scaling's history is no part of a frozen model, and precision.frozen=fp8 needs a recipe without fp8 for the
+# policy too.
+_FROZEN_DEFAULT = "tensorwise"
+
+
+def policy_recipe(config: Config) -> str | None:
+    """The policy's FP8 recipe, None for bf16 or fp32."""
+    return None if config.precision.fp8 == "none" else config.precision.fp8
+
+
+def frozen_recipe(config: Config) -> str | None:
+    """The FP8 recipe of reference and guide, None for the plain dtype and for methods without them."""
+    precision = config.precision
+    if precision.frozen == "bf16" or not config.method.frozen:
+        return None
+    if precision.frozen == "same":
+        return policy_recipe(config)
+    return precision.fp8 if precision.fp8 in _STATELESS else _FROZEN_DEFAULT
+
+
+def frozen_precision(config: Config) -> str:
+    """Names what reference and guide compute in, for the key of what they computed."""
+    recipe, precision = frozen_recipe(config), config.precision
+    if recipe is None:
+        return precision.dtype
+    ends = "-ends-bf16" if precision.first_last_layers_bf16 else ""
+    return f"{precision.dtype}-fp8-{recipe}-{precision.fp8_format}{ends}"
+
+
+def frozen_params_fp8(config: Config) -> bool:
+    """Whether reference and guide hold their layers' weights in FP8: where they compute in it, quantised once.
+
+    Only those that ``offload.frozen`` moves are held in the plain dtype, and quantised whenever they come.
+    """
+    precision = config.precision
+    asked = precision.frozen == "fp8" or precision.fp8_params
+    return frozen_recipe(config) is not None and (asked or not config.offload.frozen)
+
+
+def linear_bytes(config: Config) -> LinearBytes:
+    """What a weight of the layers' linears takes on the device.
+
+    The policy's products read an FP8 copy, and its transpose in backward; Transformer Engine keeps both beside bf16
+    weights, and FP8 weights are just these. Frozen models need no transpose.
+    """
+    copies = 2
+    policy = copies if config.precision.fp8_params else copies + torch.bfloat16.itemsize
+    return LinearBytes(
+        policy=None if policy_recipe(config) is None else policy,
+        frozen=1 if frozen_params_fp8(config) else None,
+        plain_ends=config.precision.first_last_layers_bf16,
+    )
+
+
+def policy_transformer_kwargs(config: Config) -> dict[str, Any]:
+    """What FP8 adds to the policy's LanguageModelConfig."""
+    return _transformer_kwargs(config, policy_recipe(config), config.precision.fp8_params)
+
+
+def frozen_transformer_kwargs(config: Config) -> dict[str, Any]:
+    """What FP8 adds to the LanguageModelConfig of reference and guide."""
+    recipe, held = frozen_recipe(config), frozen_params_fp8(config)
+    # Else Transformer Engine keeps what it quantised, and all layers would be on the device after all.
+    streamed = {"disable_parameter_transpose_cache": True} if recipe is not None and not held else {}
+    return _transformer_kwargs(config, recipe, held) | streamed
+
+
+def _transformer_kwargs(config: Config, recipe: str | None, params: bool) -> dict[str, Any]:
+    if recipe is None:
+        return {}
+    precision = config.precision
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": recipe,
+        "fp8_param": params,
+        "fp8_amax_history_len": precision.fp8_amax_history,
+        "fp8_amax_compute_algo": precision.fp8_amax_algorithm,
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": 1,
+        "num_layers_at_end_in_bf16": 1,
+    }
+
+
+def check_precision(config: Config, found: Capabilities, spec: str) -> None:
+    """Refuses every precision that megatron-core, Transformer Engine or the GPU would reject, or that means nothing.
+
+    Args:
+        config: The run.
+        found: The machine.
+        spec: The resolved layer spec.
+
+    Raises:
+        UserError: Names the key, the reason and the way out.
+    """
+    _check_meaning(config)
+    if policy_recipe(config) is None and frozen_recipe(config) is None:
+        return
+    if config.precision.dtype != "bf16":
+        raise UserError("precision.fp8 and precision.frozen=fp8 need precision.dtype=bf16 for everything beside")
+    if found.device != "cuda" or found.compute_capability is None:
+        raise UserError("FP8 needs a CUDA GPU: set precision.fp8=none and precision.frozen=same")
+    _check_engine(found.transformer_engine, spec)
+    for recipe in {policy_recipe(config), frozen_recipe(config)} - {None}:
+        _check_gpu(str(recipe), found)
+    if config.offload.frozen and frozen_params_fp8(config):
+        raise UserError("offload.frozen moves plain weights only: set it to false, or keep frozen weights out of FP8")
+
+
+def _check_meaning(config: Config) -> None:
+    precision, recipe = config.precision, policy_recipe(config)
+    if precision.dtype == "fp32" and precision.frozen == "bf16":
+        raise UserError("precision.frozen=bf16 with precision.dtype=fp32: all models have one dtype, set frozen=same")
+    if recipe is None and precision.fp8_params:
+        raise UserError("precision.fp8_params=true needs precision.fp8: choose a recipe, or set it to false")
+    if recipe is None and frozen_recipe(config) is None and precision.first_last_layers_bf16:
+        raise UserError("precision.first_last_layers_bf16=true without FP8 means nothing: set it to false")
+    if recipe == "delayed" and precision.first_last_layers_bf16:
+        raise UserError(
+            "precision.first_last_layers_bf16 does not go with fp8=delayed, whose amax reduction spans all layers: "
+            "choose another recipe"
+        )
+    if recipe == "delayed" and precision.frozen == "same" and config.method.frozen:
+        raise UserError(
+            "precision.frozen=same with fp8=delayed would make the reference depend on what it saw before: set "
+            "precision.frozen to bf16 or fp8 (with tensorwise scaling)"
+        )
+    if recipe == "mxfp8" and precision.fp8_params:
+        raise UserError(
+            "precision.fp8_params with fp8=mxfp8 would keep weights in the gradient buffer between steps, which this "
+            "trainer does not arrange: set it to false"
+        )
+    if config.offload.optimizer and precision.fp8_params and recipe != "delayed":
+        raise UserError(
+            "offload.optimizer with precision.fp8_params works with fp8=delayed only: switch one of them off"
+        )
+    if config.method.frozen and recipe != frozen_recipe(config) and config.train.check_start:
+        raise UserError(
+            f"the policy computes in {recipe or precision.dtype}, reference and guide in "
+            f"{frozen_recipe(config) or precision.dtype}, so the first loss is not ln 2: set train.check_start=false, "
+            "or precision.frozen=same"
+        )
+
+
+def _check_engine(version: Version | None, spec: str) -> None:
+    low, high = TE_VERSIONS
+    if version is None or not low <= version[:2] < high:
+        raise UserError(
+            f"FP8 needs Transformer Engine >={dotted(low)},<{dotted(high)} (megatron-core 0.16), found "
+            f"{dotted(version)}: install one of these, or set precision.fp8=none and precision.frozen=same"
+        )
+    if spec != "transformer_engine":
+        raise UserError("FP8 needs model.layer_spec=transformer_engine (or auto): the local layers have no FP8")
+
+
+def _check_gpu(recipe: str, found: Capabilities) -> None:
+    assert found.compute_capability is not None
+    capability, cuda = found.compute_capability, found.cuda or (0,)
+    name = f"fp8 recipe {recipe}"
+    if capability < (8, 9):
+        raise UserError(
+            f"{name} needs compute capability 8.9 (Ada, Hopper or later), this GPU has {dotted(capability)}"
+        )
+    if capability < (9, 0) and cuda < (12, 1):
+        raise UserError(f"{name} on Ada needs CUDA 12.1, torch was built with {dotted(cuda)}")
+    if recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
+        raise UserError(
+            f"{name} needs compute capability 9.0 (Hopper or later) and CUDA 12.9, found {dotted(capability)} and "
+            f"{dotted(cuda)}"
+        )
+    if recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
+        raise UserError(f"{name} needs compute capability 10.x (Blackwell), this GPU has {dotted(capability)}")
+
+
+def fp8_row_multiple(config: Config) -> int:
+    """What the tokens of a row, over all its ranks, must be a multiple of for FP8; 1 without it."""
+    parallel = config.parallel
+    ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    recipes = {policy_recipe(config), frozen_recipe(config)} - {None}
+    return math.lcm(*(ranks * _local_tokens(str(recipe), parallel.sequence_parallel) for recipe in recipes))
+
+
+def _local_tokens(recipe: str, sequence_parallel: bool) -> int:
+    """What the tokens on one rank must be a multiple of; blocks are gathered whole over the tensor ranks."""
+    return 128 if recipe == "blockwise" and sequence_parallel else _step(recipe)
+
+
+def _step(recipe: str) -> int:
+    return 32 if recipe == "mxfp8" else 16
+
+
+def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, row_tokens: int, layout: ParallelLayout) -> None:
+    """Checks that every product of a model has sizes that FP8 kernels take.
+
+    Args:
+        kwargs: Arguments of the model's LanguageModelConfig.
+        recipe: The model's.
+        row_tokens: Tokens of a row, over all its ranks.
+        layout: The rank grid.
+
+    Raises:
+        UserError: A size is not a multiple of what the recipe asks.
+    """
+    step, gathered = _step(recipe), _local_tokens(recipe, layout.sequence_parallel)
+    parts = layout.context * (layout.tensor if layout.sequence_parallel else 1)
+    head, groups = kwargs["kv_channels"], kwargs["num_query_groups"]
+    query = kwargs["num_attention_heads"] * head
+    sizes = {
+        "tokens of a row on one rank (batch.tokens_per_micro_batch)": (row_tokens / parts, gathered),
+        "hidden size": (kwargs["hidden_size"], gathered),
+        "query size of a tensor rank": (query / layout.tensor, step),
+        "query, key and value size of a tensor rank": ((query + 2 * groups * head) / layout.tensor, step),
+        "MLP size of a tensor rank": (kwargs["ffn_hidden_size"] / layout.tensor, step),
+    }
+    for name, (size, multiple) in sizes.items():
+        if size % multiple:
+            raise UserError(f"fp8 recipe {recipe}: the {name} is {size:g}, it must be a multiple of {multiple}")

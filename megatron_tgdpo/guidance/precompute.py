@@ -1,0 +1,223 @@
+"""Fills a guidance cache, shard by shard, on any layout; checks one against the models.
+
+Data-parallel replicas work on shards of their own, without waiting for each other.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
+from megatron_tgdpo.distributed.layout import destroy_model_parallel, init_model_parallel
+from megatron_tgdpo.distributed.ranks import RankEnvironment, agree, init_distributed, on_every_rank, on_first_rank
+from megatron_tgdpo.errors import AgreedError
+from megatron_tgdpo.guidance.cache import (
+    MANIFEST_FILE,
+    GuidanceCache,
+    GuidanceKey,
+    Shards,
+    guidance_key,
+    model_fingerprints,
+    whole_shards,
+    write_manifest,
+    write_shard,
+)
+from megatron_tgdpo.guidance.scorer import FrozenEngine, build_frozen_engine
+from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.rounding import DRAWS, LogpDifference, logp_difference, rounding_noise
+from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
+from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weight_files
+from megatron_tgdpo.setup.hub_inputs import pin_inputs
+from megatron_tgdpo.setup.inputs import check_tokenizers, layout_of, prepare_data, read_model_configs
+from megatron_tgdpo.setup.prepared_data import Prepared
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One dataset's cache.
+
+    Attributes:
+        directory: Of the cache.
+        dataset: That it is of.
+        key: What its values follow from.
+        shards: Its division.
+        missing: Shards that are not there, or not whole.
+    """
+
+    directory: Path
+    dataset: PreferenceDataset
+    key: GuidanceKey
+    shards: Shards
+    missing: list[int]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The models whose log-probs it holds, in the order of the engine's."""
+        return ("reference",) if self.key.guide is None else ("reference", "guide")
+
+
+def precompute_guidance(config: Config, block_pairs: int, ranks: RankEnvironment, store: dist.Store) -> None:
+    """Completes the caches of a run's datasets in ``guidance.cache``, continuing what is there. Every rank calls.
+
+    Args:
+        config: The run; its layout and rows may differ from those of the training that will use the cache.
+        block_pairs: Pairs of a shard.
+        ranks: This process's place.
+        store: Joins all ranks.
+
+    Raises:
+        UserError: Bad input, or the disk is full; what was written is kept.
+    """
+
+    def fill(engine: FrozenEngine, name: str, work: Work) -> None:
+        if work.missing:
+            _compute(engine, name, work)
+        # Shards of other replicas are there only after this.
+        dist.barrier()
+        agree(lambda: _complete(work))
+
+    _on_each_dataset(config, block_pairs, ranks, store, fill)
+
+
+def verify_guidance(config: Config, sample: int, ranks: RankEnvironment, store: dist.Store) -> None:
+    """Computes some pairs of complete caches again and compares. Every rank calls.
+
+    Args:
+        config: The run.
+        sample: Pairs of each dataset, drawn with ``train.seed``.
+        ranks: This process's place.
+        store: Joins all ranks.
+
+    Raises:
+        UserError: A cache is not complete, or not of this run; a log-prob differs by more than rounding explains.
+    """
+
+    def verify(engine: FrozenEngine, name: str, work: Work) -> None:
+        cache = GuidanceCache(work.directory, work.dataset.trained_lengths, use_guide=work.key.guide is not None)
+        rng = np.random.default_rng(config.train.seed)
+        pairs = sorted(rng.choice(len(work.dataset), min(sample, len(work.dataset)), replace=False).tolist())
+        values = engine.logps(work.dataset, pairs)
+        noisy = []
+        for draw in range(DRAWS):
+            with rounding_noise(engine.models, engine.device, draw):
+                noisy.append(engine.logps(work.dataset, pairs))
+        cached = {index: np.stack([logps for logps in cache.logps(index) if logps is not None]) for index in values}
+        for number, role in enumerate(work.roles):
+
+            def apart(others: list[dict[int, np.ndarray]], number: int = number) -> LogpDifference:
+                parts = [
+                    (
+                        torch.from_numpy(other[index][number] - values[index][number]),
+                        torch.from_numpy(work.dataset.trained_lengths[index, 1:].astype(np.int64)),
+                    )
+                    for other in others
+                    for index in values
+                ]
+                return logp_difference(parts, engine.device)
+
+            found, allowed = apart([cached]), apart(noisy).allowing()
+            if not found.within(allowed):
+                raise AgreedError(
+                    f"{work.directory}: a log-prob of the {role} in {len(pairs)} sampled pairs differs by {found} nats "
+                    f"from the model's, and rounding explains {allowed}: remove the cache and run "
+                    "tgdpo.guidance again"
+                )
+            logger.info("%s: %s of %d pairs computed again: differs by up to %s nats", name, role, len(pairs), found)
+
+    _on_each_dataset(config, None, ranks, store, verify)
+
+
+def _on_each_dataset(
+    config: Config,
+    block_pairs: int | None,
+    ranks: RankEnvironment,
+    store: dist.Store,
+    action: Callable[[FrozenEngine, str, Work], None],
+) -> None:
+    device = resolve_device(config.parallel.device)
+    if device.type == "cpu":
+        enable_cpu_backend()
+    layout = replace(layout_of(config, ranks.world_size), virtual=1)
+    config, _ = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
+    configs = read_model_configs(config)
+    check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
+    needed = files_needed(layout, device)
+    on_every_rank(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
+    cache, paths = Path(str(config.guidance.cache)), config.model_paths
+    digests = hash_files(
+        lambda: [file for role in config.method.frozen for file in weight_files(Path(paths[role]))],
+        cache / HASHES_FILE,
+        ranks,
+        dist.PrefixStore("hashes", store),
+        again=config.train.rehash,
+    )
+    plans = json.loads(on_first_rank(lambda: json.dumps(_plans(config, block_pairs, digests)), store, ranks.rank))
+    init_distributed(ranks, device, config.parallel.timeout_minutes, store)
+    pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
+    try:
+        engine = build_frozen_engine(config, configs, layout, pg, device)
+        for name, plan in plans.items():
+            dataset = Prepared(**plan["data"]).open()
+            shards = Shards(dataset.trained_lengths, plan["block_pairs"])
+            directory = cache / name
+            action(engine, name, Work(directory, dataset, GuidanceKey(**plan["key"]), shards, plan["missing"]))
+    finally:
+        destroy_model_parallel()
+
+
+def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) -> dict[str, dict]:
+    """What is to be done for each dataset; ``block_pairs`` is None where complete caches are wanted. On one rank."""
+    lacking = check_tokenizers(config)
+    cache = Path(str(config.guidance.cache))
+    models = model_fingerprints(config, digests)
+    plans = {}
+    for name, prepared in prepare_data(config, cache / "data", lacking).items():
+        dataset, directory = prepared.open(), cache / name
+        dataset.verify()
+        key = guidance_key(config, dataset, models)
+        directory.mkdir(parents=True, exist_ok=True)
+        if block_pairs is None or (directory / MANIFEST_FILE).exists():
+            whole = GuidanceCache(directory, dataset.trained_lengths, use_guide=key.guide is not None)
+            whole.check_key(key)
+            if block_pairs is None:
+                whole.check_content()
+            shards, key = whole.shards, whole.key
+        else:
+            shards = Shards(dataset.trained_lengths, block_pairs)
+        missing = sorted(set(range(shards.count)) - whole_shards(directory, key, shards).keys())
+        logger.info("%s: %d pairs, %d of %d shards to compute", name, len(dataset), len(missing), shards.count)
+        plans[name] = {
+            "data": asdict(prepared), "key": asdict(key), "block_pairs": shards.block_pairs, "missing": missing,
+        }  # fmt: skip
+    return plans
+
+
+def _compute(engine: FrozenEngine, name: str, work: Work) -> None:
+    """This replica's part of the missing shards."""
+    mine = work.missing[engine.pg.dp.rank() :: engine.pg.dp.size()]
+    pairs = sum(len(work.shards.pairs(shard)) for shard in mine)
+    with tqdm(total=pairs, desc=name, unit="pair", disable=dist.get_rank() != 0) as bar:
+        for shard in mine:
+            indices = work.shards.pairs(shard)
+            found = engine.logps(work.dataset, indices)
+            if engine.receives:
+                values = np.concatenate([found[index] for index in indices], axis=1)
+                write_shard(work.directory, shard, work.key, dict(zip(work.roles, values, strict=True)))
+            bar.update(len(indices))
+
+
+def _complete(work: Work) -> None:
+    if dist.get_rank() == 0:
+        write_manifest(work.directory, work.key, work.shards)
+        logger.info("%s: complete", work.directory)

@@ -1,0 +1,93 @@
+"""Forward passes of the frozen models alone, on any layout.
+
+The reference takes the policy's place in the pipeline and the guide rides along, so that what runs is the very forward
+of co-located training.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.batching.collate import PreferenceBatch, collate
+from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, ColocatedModel, TokenLogps
+from megatron_tgdpo.frozen.forward import forward_logps
+from megatron_tgdpo.models.language_model import LanguageModel
+from megatron_tgdpo.setup.inputs import row_format
+from megatron_tgdpo.setup.models import load_frozen_models
+
+
+@dataclass(frozen=True)
+class FrozenEngine:
+    """The frozen models of this rank, and what moves their hidden states (None with one stage)."""
+
+    model: ColocatedModel
+    communicator: ColocatedCommunicator | None
+    pg: ProcessGroupCollection
+    row: RowFormat
+    device: torch.device
+
+    @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        """Reference and guide, in the order of their log-probs."""
+        return (self.model.policy, *self.model.frozen.models)
+
+    @property
+    def receives(self) -> bool:
+        """Whether this rank is the one of its data-parallel replica that gets the results."""
+        pg = self.pg
+        return pg.pp.rank() == pg.pp.size() - 1 and pg.tp.rank() == 0 and pg.cp.rank() == 0
+
+    def logps(self, dataset: PreferenceDataset, indices: Sequence[int]) -> dict[int, np.ndarray]:
+        """Token log-probs of some pairs. Collective over the ranks of one data-parallel replica.
+
+        Returns:
+            On the rank that ``receives``: by pair, [models, chosen + rejected tokens] float32. Empty elsewhere.
+        """
+        tokens = self.row.pair_tokens(dataset.lengths[list(indices)]).tolist()
+        (plan,) = plan_packs(indices, tokens, self.row.tokens, 1)
+        packs = [pack for pack in plan if pack]
+        batches = [collate([dataset[i] for i in pack], self.row).to(self.device) for pack in packs]
+        results = forward_logps([self.model], batches, self.communicator, self.pg, self.row.tokens) if packs else []
+        found: dict[int, np.ndarray] = {}
+        for pack, batch, logps in zip(packs, batches, results, strict=False):
+            lengths = dataset.trained_lengths[pack, 1:].sum(axis=1)
+            whole = self._whole(batch, logps, int(lengths.sum()))
+            if self.receives:
+                found |= zip(pack, np.split(whole.cpu().numpy(), np.cumsum(lengths)[:-1], axis=1), strict=True)
+        return found
+
+    def _whole(self, batch: PreferenceBatch, logps: TokenLogps, tokens: int) -> Tensor:
+        """[models, tokens] float32 of all response tokens of a pack, put together over the context-parallel ranks."""
+        own = torch.stack([logps.policy, *logps.frozen])
+        whole = own.new_zeros(own.shape[0], tokens)
+        whole[:, batch.response_order.to(own.device)] = own
+        if self.pg.cp.size() > 1:
+            dist.all_reduce(whole, group=self.pg.cp)
+        return whole
+
+
+def build_frozen_engine(
+    config: Config,
+    configs: Mapping[str, PretrainedConfig],
+    layout: ParallelLayout,
+    pg: ProcessGroupCollection,
+    device: torch.device,
+) -> FrozenEngine:
+    """Builds and loads reference and guide. Collective over all ranks; arguments as for ``build_engine``."""
+    reference, *guide = load_frozen_models(config, configs, layout, pg, device)
+    model = ColocatedModel(reference, guide)
+    communicator = None
+    if layout.pipeline > 1:
+        communicator = ColocatedCommunicator(pg.pp, reference.config, model.mailbox, device)
+    return FrozenEngine(model, communicator, pg, row_format(config, pg), device)

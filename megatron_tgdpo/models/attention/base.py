@@ -1,0 +1,211 @@
+"""What all core attentions share: gather the keys of each segment, call one kernel for the row, keep padding.
+
+Legend: S tokens of the row on this rank, T of them that are not padding, K keys of all segments, N local query heads,
+G local key/value heads, D head size, B segments.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+from megatron_tgdpo.batching.packed_sequence import RowPacking
+from megatron_tgdpo.models.config import LanguageModelConfig
+
+# cuDNN before 9.7 wants the longest sequences in multiples of this (TransformerEngine 2.9, fused_attn.cpp); for every
+# kernel they are upper bounds only, and rounding keeps the number of different ones small.
+_LENGTH_STEP = 64
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How the queries and the keys of a row belong together, where the kernels want it.
+
+    Attributes:
+        cu_seqlens_q: [B + 1] int32 on the device, bounds of the query segments.
+        cu_seqlens_kv: [B + 1] int32 on the device, bounds of their keys.
+        kv_index: [K] int64 on the device, row positions of the keys; None where the keys are the queries' own.
+        row: S.
+        queries: T.
+        longest_q: Upper bound of a segment's queries.
+        longest_kv: Upper bound of its keys, not smaller.
+        lengths: Queries and keys of each segment.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_kv: Tensor
+    kv_index: Tensor | None
+    row: int
+    queries: int
+    longest_q: int
+    longest_kv: int
+    lengths: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, packing: RowPacking, row: int, device: torch.device) -> "Segments":
+        """Reads a row's packing.
+
+        Raises:
+            ValueError: No bounds, or bounds that do not fit the row or each other.
+        """
+        if packing.cu_seqlens_q is None:
+            raise ValueError("packed_seq_params.cu_seqlens_q is missing: every pipeline stage needs it")
+        kv_index, bounds_q, bounds_kv = packing.kv_index, packing.cu_seqlens_q, packing.cu_seqlens_kv
+        if bounds_kv is None or len(bounds_kv) != len(bounds_q):
+            raise ValueError("packed_seq_params.cu_seqlens_kv must bound as many segments as cu_seqlens_q")
+        lengths = tuple(zip(bounds_q.diff().tolist(), bounds_kv.diff().tolist(), strict=True))
+        if bounds_q[0] != 0 or bounds_kv[0] != 0 or any(not 0 <= q <= kv for q, kv in lengths):
+            raise ValueError("packed_seq_params: every segment needs at least as many keys as queries, from 0 on")
+        queries = int(bounds_q[-1])
+        if queries > row or (kv_index is not None and int(bounds_kv[-1]) != len(kv_index)):
+            raise ValueError(
+                f"packed_seq_params: {queries} queries do not fit a row of {row} tokens, or keys are amiss"
+            )
+        longest_q = _rounded(max((q for q, _ in lengths), default=0))
+        return cls(
+            bounds_q.to(device, non_blocking=True),
+            bounds_kv.to(device, non_blocking=True),
+            None if kv_index is None else kv_index.to(device, non_blocking=True),
+            row,
+            queries,
+            longest_q,
+            _rounded(max((kv for _, kv in lengths), default=0)),
+            lengths,
+        )
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+
+
+class RowCache:
+    """What the layers of one model make of a packing, once for all of them: the latest row's only."""
+
+    def __init__(self) -> None:
+        self._packing: RowPacking | None = None
+        self._made: dict[Any, Any] = {}
+
+    def get(self, packing: RowPacking, key: Any, make: Any) -> Any:
+        """``make()``, or what it gave the last time for this packing (the object) and key."""
+        if self._packing is not packing:
+            self._packing, self._made = packing, {}
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+class PackedAttention(torch.nn.Module, abc.ABC):
+    """Causal attention inside each segment of a row, by a kernel that subclasses bring.
+
+    Every segment is causal with bottom-right alignment: its last query sees all its keys. With ``config.window_size``
+    (W - 1, 0), on the layers that ``window_attn_skip_freq`` marks, a token sees itself and the W - 1 before it. With
+    ``config.attn_logit_softcapping`` the scaled scores are capped. Under context parallelism the keys and values of
+    all ranks of ``pg_collection.cp`` are gathered along the row in rank order, and ``kv_index`` counts positions
+    there. Has no parameters of its own. The constructor's other arguments are those that megatron-core gives to every
+    core attention; ``layer_number`` is global, from 1.
+
+    Args:
+        cache: Shared by the layers of one model; one of its own if None.
+    """
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        cache: RowCache | None = None,
+    ) -> None:
+        super().__init__()
+        del attention_type, cp_comm_type
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if attn_mask_type != AttnMaskType.causal or dropout:
+            raise ValueError(f"{type(self).__name__} is causal and without dropout")
+        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if windowed else None
+        self.softcap = config.attn_logit_softcapping
+        self.layer_number = layer_number
+        self._cp_group = None
+        if config.context_parallel_size > 1:
+            if pg_collection is None:
+                raise ValueError("context parallelism needs pg_collection.cp")
+            self._cp_group = pg_collection.cp
+        self._cache = cache or RowCache()
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """The window as the kernels write it: keys to the left and right of a query; -1 for all."""
+        return (-1 if self.window is None else self.window - 1, 0)
+
+    @abc.abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: RowPacking) -> Tensor:
+        """[T, N, D], [K, G, D] twice -> [T, N, D] or [T, N * D]; T > 0."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Nothing to save."""
+        del prefix, sharded_offsets, metadata
+        return {}
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: RowPacking | None = None,
+    ) -> Tensor:
+        """Attends within each segment of the row.
+
+        Args:
+            query: [S, 1, N, D].
+            key: [S, 1, G, D], N a multiple of G.
+            value: [S, 1, G, D].
+            attention_mask: Must be None.
+            attn_mask_type: Ignored, always causal.
+            attention_bias: Must be None.
+            packed_seq_params: The row's segments and their keys.
+
+        Returns:
+            [S, 1, N * D], zero on the padding. All-gathers keys and values over the context-parallel group.
+
+        Raises:
+            ValueError: A mask or bias was given, or the packing is missing or does not fit.
+        """
+        del attn_mask_type
+        if packed_seq_params is None or attention_mask is not None or attention_bias is not None:
+            raise ValueError(f"{type(self).__name__} takes packed_seq_params, and neither a mask nor a bias")
+        row = query.shape[0]
+        segments: Segments = self._cache.get(
+            packed_seq_params, "segments", lambda: Segments.of(packed_seq_params, row, query.device)
+        )
+        if self._cp_group is not None:
+            both = torch.stack((key, value), dim=1)
+            key, value = gather_from_sequence_parallel_region(both, group=self._cp_group).unbind(1)
+        # Times zero, not new zeros: a row that is all padding must still reach every parameter in backward, the norms
+        # of keys too, or data-parallel ranks would wait for its gradient hooks.
+        nothing = (key[:1].sum() + value[:1].sum()) * 0
+        padding = query[segments.queries :].flatten(2) * 0 + nothing.to(query.dtype)
+        if segments.queries == 0:
+            return padding
+        if segments.kv_index is None:
+            keys, values = key[: segments.queries, 0], value[: segments.queries, 0]
+        else:
+            keys, values = (tensor[:, 0].index_select(0, segments.kv_index) for tensor in (key, value))
+        out = self.attend(query[: segments.queries, 0], keys, values, segments, packed_seq_params)
+        return torch.cat((out.reshape(segments.queries, 1, -1), padding))

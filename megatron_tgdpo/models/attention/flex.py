@@ -1,0 +1,98 @@
+"""Core attention on PyTorch's FlexAttention: a fused kernel that can cap scores, which Transformer Engine cannot.
+
+Source: ``torch.nn.attention.flex_attention`` (torch >= 2.6). Forward runs on the CPU too, for tests; its backward is
+for GPUs only.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from megatron_tgdpo.batching.packed_sequence import RowPacking
+from megatron_tgdpo.models.attention.base import PackedAttention, Segments
+
+# Rows are padded to a multiple of this, the kernel's block.
+_BLOCK = 128
+# Wider than any row: the window of a layer without one.
+_NO_WINDOW = 2**30
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    """Compiled once a process: the layers of a model share it.
+
+    Compilation gives up after a few shapes (torch's recompile limit) and then runs unfused. So nothing that changes
+    with the row or the layer may be a constant to it: rows have one length, keys that or a power of two times that, and
+    windows are tensors.
+    """
+    return torch.compile(function, dynamic=False)
+
+
+class FlexPackedAttention(PackedAttention):
+    """One FlexAttention call a row; windows and softcaps."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: RowPacking) -> Tensor:
+        """[T, N, D], [K, G, D] twice -> [T, N, D]."""
+        mask: BlockMask = self._cache.get(packing, ("mask", self.window), lambda: self._mask(segments, query.device))
+        run: Any = _compiled(flex_attention) if query.is_cuda else flex_attention
+        out: Tensor = run(
+            _heads_first(query, mask.seq_lengths[0]),
+            _heads_first(key, mask.seq_lengths[1]),
+            _heads_first(value, mask.seq_lengths[1]),
+            score_mod=None if self.softcap is None else _cap(self.softcap),
+            block_mask=mask,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out[0, :, : query.shape[0]].transpose(0, 1)
+
+    def _mask(self, segments: Segments, device: torch.device) -> BlockMask:
+        """Which blocks of keys the blocks of queries see."""
+        lengths_q, lengths_kv = ([pair[side] for pair in segments.lengths] for side in (0, 1))
+        # Padding belongs to segments that nothing else is in.
+        padded_q = padded_kv = -(-max(segments.row, 1) // _BLOCK) * _BLOCK
+        while padded_kv < sum(lengths_kv):
+            padded_kv *= 2
+        segment_q, place_q = _places(lengths_q, [kv - q for q, kv in segments.lengths], -1, padded_q)
+        segment_kv, place_kv = _places(lengths_kv, [0] * len(lengths_kv), -2, padded_kv)
+        segment_q, place_q, segment_kv, place_kv = (t.to(device) for t in (segment_q, place_q, segment_kv, place_kv))
+        window = torch.tensor(_NO_WINDOW if self.window is None else self.window, dtype=torch.int32, device=device)
+
+        def visible(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            del batch, head
+            distance = place_q[q] - place_kv[kv]
+            return (segment_q[q] == segment_kv[kv]) & (distance >= 0) & (distance < window)
+
+        # Compiled for one grad mode: a mask has no gradient in any.
+        make = torch.no_grad()(_compiled(create_block_mask)) if device.type == "cuda" else create_block_mask
+        return make(visible, None, None, len(segment_q), len(segment_kv), device=device)
+
+
+@functools.cache
+def _cap(softcap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        del batch, head, q, kv
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def _places(lengths: list[int], starts: list[int], padding: int, length: int) -> tuple[Tensor, Tensor]:
+    """Segment number and place in the segment, counted from its start, of every token, padded to a length."""
+    total = sum(lengths)
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(counts)
+    offsets = (torch.tensor(starts, dtype=torch.int32) - counts.cumsum(0).int() + counts).repeat_interleave(counts)
+    places = torch.arange(total, dtype=torch.int32) + offsets
+    fill = length - total
+    return torch.nn.functional.pad(numbers, (0, fill), value=padding), torch.nn.functional.pad(places, (0, fill))
+
+
+def _heads_first(tensor: Tensor, length: int) -> Tensor:
+    """[T, N, D] -> [1, N, length, D], zeros after the T."""
+    padded = torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, length - tensor.shape[0]))
+    return padded.transpose(0, 1)[None]

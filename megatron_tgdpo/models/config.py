@@ -1,0 +1,119 @@
+"""megatron-core's configuration of a language model, from its HF config and the rank grid."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.rotary import rope_frequencies
+
+
+@dataclass
+class LanguageModelConfig(TransformerConfig):
+    """What families need beyond megatron-core's own fields.
+
+    Attributes:
+        post_norms: A norm after attention and after the MLP, each before its residual addition.
+        attn_logit_softcapping: c: attention scores s become c * tanh(s / c); None for no cap.
+        final_logit_softcapping: The same for the logits.
+        embedding_scale: Factor of the embeddings, rounded to their dtype first, as transformers does.
+        fused_layer_wgrad: Transformer Engine's linears add weight gradients to the fp32 buffer in the product itself.
+            ``gradient_accumulation_fusion`` would ask megatron-core's own layers for apex's kernel too.
+    """
+
+    post_norms: bool = False
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    embedding_scale: float = 1.0
+    fused_layer_wgrad: bool = False
+
+
+def transformer_config_kwargs(
+    hf_config: PretrainedConfig,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All arguments of :class:`LanguageModelConfig`; pure.
+
+    Args:
+        hf_config: From :func:`~megatron_tgdpo.models.hf_config.read_hf_config`.
+        layout: The rank grid.
+        dtype: Of parameters and activations, ``torch.float32`` or ``torch.bfloat16``.
+        device: Where the parameters will be.
+        overrides: Wins over everything else.
+
+    Raises:
+        UserError: The model does not divide by the layout.
+    """
+    family = family_of(hf_config.architectures)
+    family.check(hf_config)
+    kwargs = family.config_kwargs(hf_config)
+    _check_divides(kwargs, layout)
+    _, factor = rope_frequencies(hf_config)
+    if factor != 1.0:
+        # Rotated queries and keys have the factor each, and nothing but their products is used.
+        kwargs["softmax_scale"] = factor**2 * (kwargs.get("softmax_scale") or kwargs["kv_channels"] ** -0.5)
+    return {
+        **kwargs,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
+        "context_parallel_size": layout.context,
+        "sequence_parallel": layout.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": device.type == "cpu",
+        # Weights always come from a checkpoint.
+        "perform_initialization": False,
+        # The token slot of the loss carries the pair count (see training/forward.py).
+        "calculate_per_token_loss": True,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        **(overrides or {}),
+    }
+
+
+def _check_divides(kwargs: Mapping[str, Any], layout: ParallelLayout) -> None:
+    tp, pp = layout.tensor, layout.pipeline
+    groups = kwargs["num_query_groups"]
+    if kwargs["num_layers"] % pp:
+        raise UserError(f"{kwargs['num_layers']} layers are not divisible by parallel.pipeline = {pp}")
+    if kwargs["num_layers"] % layout.parts:
+        raise UserError(
+            f"{kwargs['num_layers']} layers are not divisible by parallel.pipeline x virtual_pipeline = {pp} x "
+            f"{layout.virtual}"
+        )
+    if kwargs["num_attention_heads"] % tp:
+        raise UserError(f"{kwargs['num_attention_heads']} attention heads are not divisible by parallel.tensor = {tp}")
+    if groups % tp and tp % groups:
+        raise UserError(f"{groups} key/value heads neither divide nor are divisible by parallel.tensor = {tp}")
+    if kwargs["ffn_hidden_size"] % tp:
+        raise UserError(f"MLP size {kwargs['ffn_hidden_size']} is not divisible by parallel.tensor = {tp}")
+
+
+def check_layout(configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> None:
+    """Checks that every model divides by the layout.
+
+    Raises:
+        UserError: One does not; the message names its role.
+    """
+    for role, hf_config in configs.items():
+        try:
+            transformer_config_kwargs(hf_config, layout, dtype=torch.float32, device=torch.device("cpu"))
+        except UserError as error:
+            raise UserError(f"model.{role}: {error}") from error

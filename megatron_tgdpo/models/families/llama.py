@@ -1,0 +1,11 @@
+"""Llama 2, 3, 3.1 and 3.2: the plain dense decoder, rotary positions default or llama3."""
+
+from megatron_tgdpo.models.families import dense
+from megatron_tgdpo.models.families.family import Family
+
+FAMILY = Family(
+    architecture="LlamaForCausalLM",
+    config_keys=dense.CONFIG_KEYS,
+    config_kwargs=dense.config_kwargs,
+    weights=dense.WEIGHTS,
+)

@@ -1,0 +1,25 @@
+"""Qwen3, dense: a norm over each query and key head before rotary positions; windows on the upper layers."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.models.families import dense
+from megatron_tgdpo.models.families.dense import ATTENTION
+from megatron_tgdpo.models.families.family import Family, Weight
+
+
+def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
+    return {**dense.config_kwargs(hf_config), **dense.window_kwargs(hf_config), "qk_layernorm": True}
+
+
+FAMILY = Family(
+    architecture="Qwen3ForCausalLM",
+    config_keys=dense.CONFIG_KEYS | dense.WINDOW_KEYS,
+    config_kwargs=_config_kwargs,
+    weights={
+        **dense.WEIGHTS,
+        "self_attention.q_layernorm.weight": Weight("copy", ((ATTENTION + "q_norm.weight", ("head",)),)),
+        "self_attention.k_layernorm.weight": Weight("copy", ((ATTENTION + "k_norm.weight", ("head",)),)),
+    },
+)

@@ -1,0 +1,89 @@
+"""The HF config of a model directory, read and checked."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from megatron_tgdpo.checkpoints.directory import check_hf_files
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.hf_weights.reader import refuse_adapter
+from megatron_tgdpo.models.rotary import RotaryFrequencies
+from megatron_tgdpo.storage.files import read_error
+from megatron_tgdpo.storage.json_text import parse_json
+
+_VOCABULARY_MULTIPLE = 128
+
+
+def read_hf_config(path: Path) -> PretrainedConfig:
+    """Reads the HF config of a checkpoint directory and checks that this project computes the same model.
+
+    Args:
+        path: An HF directory, or a Megatron checkpoint directory (its ``hf/`` subfolder is read). Local files only.
+
+    Raises:
+        UserError: A LoRA adapter, no or malformed ``config.json``, an unknown architecture, or a setting that would
+            change the maths.
+    """
+    refuse_adapter(path)
+    directory = path / "hf" if (path / "hf" / "config.json").is_file() else path
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{path}: no config.json there, give an HF or a Megatron checkpoint directory")
+    check_hf_files(path, "config.json")
+    try:
+        values = parse_json(file.read_text(encoding="utf-8"))
+        architectures = _architectures(values)
+    except OSError as error:
+        raise read_error(file, error) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a readable HF config: {error}") from error
+    try:
+        family = family_of(architectures)
+        if values.get("transformers_weights"):
+            raise UserError(
+                f"config.json: transformers_weights is {values['transformers_weights']!r}, only model.safetensors, or "
+                "its shards by their index, are read: save the model again without it"
+            )
+        hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        # transformers goes by model_type alone.
+        if _causal_lm(hf_config.model_type) != family.architecture:
+            raise UserError(
+                f"config.json: architectures is {architectures}, but model_type is {hf_config.model_type!r}, which "
+                "transformers loads as another model: mend the one that is wrong"
+            )
+        hf_config.architectures = architectures
+        if getattr(hf_config, "quantization_config", None):
+            raise UserError("config.json: quantization_config: quantized weights are not supported, dequantize them")
+        family.check(hf_config)
+        family.config_kwargs(hf_config)
+        RotaryFrequencies(hf_config, torch.device("cpu"))
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+    except Exception as error:  # transformers raises many types for one cause: the file's content
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+    return hf_config
+
+
+def _architectures(values: Mapping[str, Any]) -> list[str] | None:
+    """A config's architectures; those of the causal language model where there is none, or the model without a head."""
+    given, model_type = values.get("architectures"), values.get("model_type")
+    headless = MODEL_MAPPING_NAMES.get(str(model_type))
+    causal_lm = _causal_lm(model_type)
+    return [causal_lm] if causal_lm and (not given or given == [headless]) else given
+
+
+def _causal_lm(model_type: object) -> str | None:
+    """The class that transformers loads for a ``model_type``."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))
+
+
+def padded_vocab_size(hf_config: PretrainedConfig, tensor: int) -> int:
+    """Rows of the embedding: a multiple of lcm(128, tp), so that checkpoints do not depend on tp."""
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor)
+    return math.ceil(hf_config.vocab_size / multiple) * multiple

@@ -1,0 +1,129 @@
+"""Weights into this rank's slice of a model, from an HF directory or a Megatron checkpoint."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.checkpoints.integrity import refuse_damage
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.fp8_weights import dequantised, write_parameter
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.check import open_hf
+from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, read_shard
+from megatron_tgdpo.models.hf_weights.model_mapping import MappedParameter, mapped_parameters
+from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
+from megatron_tgdpo.models.language_model import LanguageModel
+
+
+def load_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection) -> None:
+    """Loads the model's weights, converting to the dtype of its parameters.
+
+    Collective over all ranks if ``path`` is a Megatron checkpoint (all of them call it, with the same arguments); no
+    collectives if it is an HF directory.
+
+    Args:
+        model: This rank's slice; every parameter is overwritten.
+        path: An HF directory, or a Megatron checkpoint (of training too: only the model part is read).
+        hf_config: The config that the model was built from.
+        pg: Process groups.
+
+    Raises:
+        UserError: The checkpoint is missing, incomplete, corrupt or of another model.
+    """
+    if checkpoint_directory.is_megatron_checkpoint(path):
+        load_megatron_weights([model], path, hf_config)
+    else:
+        load_hf_weights(model, path, hf_config, pg)
+
+
+def load_megatron_weights(
+    chunks: Sequence[LanguageModel], path: Path, hf_config: PretrainedConfig, *, verify: bool = True
+) -> None:
+    """Loads the model part of a Megatron checkpoint saved at any layout; collective over all ranks.
+
+    Args:
+        chunks: This rank's slices, all of them; every parameter is overwritten.
+        path: The checkpoint.
+        hf_config: The config that the model was built from.
+        verify: Whether to read the checkpoint whole first, the ranks sharing the work, and compare checksums.
+
+    Raises:
+        UserError: The checkpoint is incomplete or corrupt, or its config describes weights of other shapes.
+    """
+    if verify:
+        refuse_damage(path)
+    # megatron-core fills or cuts the vocabulary silently, and takes no notice of tensors that it is not asked for.
+    theirs, ours = expected_shapes(read_hf_config(path)), expected_shapes(hf_config)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{path}: {name} has shape {theirs.get(name)}, the given config.json asks for {ours.get(name)}"
+            )
+    # Together: every part of every tensor must be asked for by some rank.
+    wanted = {str(number): dequantised(chunk.sharded_state_dict()) for number, chunk in enumerate(chunks)}
+    loaded = sharded.load(path, {"model": wanted})["model"]
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[str(number)])
+
+
+@torch.no_grad()
+def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection) -> None:
+    """Loads slices of an HF checkpoint straight into this rank's parameters; no collectives.
+
+    Args:
+        model: This rank's slice; every parameter is overwritten, padded vocabulary rows with zeros.
+        path: An HF directory with safetensors.
+        hf_config: The config that the model was built from.
+        pg: Process groups; only ``pg.tp`` is read.
+
+    Raises:
+        UserError: A file or tensor is missing, truncated, unexpected or of another shape than the config says.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory")
+    checkpoint = open_hf(path, hf_config)
+    heads, rank = Heads.of(hf_config), pg.tp.rank()
+    for mapped in mapped_parameters(model, hf_config):
+        shard = read_shard(checkpoint, mapped.kind, mapped.hf_names, mapped.parameter.shape, heads, rank)
+        if shard.shape != mapped.parameter.shape:
+            raise ValueError(f"{mapped.name}: {list(shard.shape)} read for {list(mapped.parameter.shape)}")
+        write_parameter(mapped.parameter, shard)
+
+
+@torch.no_grad()
+def refuse_non_finite(chunks: Sequence[LanguageModel], path: Path, hf_config: PretrainedConfig) -> None:
+    """Looks through loaded weights for NaN and infinity, which would make every loss NaN; no collectives.
+
+    Args:
+        chunks: This rank's slices.
+        path: That they were loaded from.
+        hf_config: The config that the model was built from.
+
+    Raises:
+        UserError: There is one; it names the HF tensor.
+    """
+    for chunk in chunks:
+        for mapped in mapped_parameters(chunk, hf_config):
+            weight = mapped.parameter.detach()
+            weight = dequantize_fp8_tensor(weight) if is_float8tensor(weight) else weight
+            if not all(math.isfinite(float(bound)) for bound in torch.aminmax(weight)):
+                raise UserError(f"{path}: {_non_finite(path, mapped, weight.dtype)}: get or make these weights again")
+
+
+def _non_finite(path: Path, mapped: MappedParameter, dtype: torch.dtype) -> str:
+    """Which of a parameter's tensors holds NaN or infinity, as far as the files tell."""
+    names = list(mapped.hf_names)
+    if not checkpoint_directory.is_megatron_checkpoint(path):
+        files = HfCheckpoint(path)
+        stored = [name for name in names if name in files.tensors]
+        names = [name for name in stored if not files.whole(name).isfinite().all()]
+        if not names:
+            return f"{' or '.join(stored)} has values beyond what {str(dtype).removeprefix('torch.')} holds"
+    return f"{' or '.join(names)} has values that are not finite"

@@ -1,0 +1,182 @@
+"""Which HF tensors make which megatron-core parameter, and how each splits over tensor-parallel ranks.
+
+Legend: tp ranks of the tensor group, r this rank, D head size. A parameter of kind ``qkv`` is, for each key/value
+group, the group's query heads, its key head, its value head; with tp > groups a rank holds an equal run of those rows.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families.family import Dimension, Kind, Weight
+from megatron_tgdpo.models.hf_config import padded_vocab_size
+from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
+from megatron_tgdpo.models.rotary import head_dim
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention geometry: key/value groups, query heads in each, size of a head."""
+
+    groups: int
+    queries_per_group: int
+    size: int
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig) -> "Heads":
+        """Reads it from the HF config."""
+        groups = hf_config.num_key_value_heads
+        return cls(groups, hf_config.num_attention_heads // groups, head_dim(hf_config))
+
+
+@dataclass(frozen=True)
+class GlobalParameter:
+    """One whole parameter of a model and the HF tensors it is made of.
+
+    Attributes:
+        key: megatron-core's name in the model, without the layer's number (``pieces.checkpoint_key`` gives the name in
+            checkpoints, where all layers are stacked in one tensor).
+        layer: 0-based layer, None for a parameter outside the layers.
+        kind: See ``families/family.py``.
+        shape: Of the whole parameter (of one layer), the vocabulary padded.
+        hf_tensors: (name, shape) of each.
+    """
+
+    key: str
+    layer: int | None
+    kind: Kind
+    shape: tuple[int, ...]
+    hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[GlobalParameter]:
+    """All parameters of a model in the order of a forward pass; no output weight if it is tied to the embedding.
+
+    Args:
+        hf_config: The HF config.
+        tensor: Tensor-parallel size; it counts only for how far the vocabulary is padded.
+    """
+    weights = dict(family_of(hf_config.architectures).weights)
+    if hf_config.tie_word_embeddings:
+        del weights[OUTPUT]
+    in_layers = {name: weight for name, weight in weights.items() if "{layer}" in weight.hf_tensors[0][0]}
+    sizes, padded = _sizes(hf_config), padded_vocab_size(hf_config, tensor)
+
+    def make(name: str, weight: Weight, layer: int | None) -> GlobalParameter:
+        tensors = tuple(
+            (hf_name.format(layer=layer), tuple(sizes[dimension] for dimension in dimensions))
+            for hf_name, dimensions in weight.hf_tensors
+        )
+        rows = padded if weight.kind == "vocab" else sum(shape[0] for _, shape in tensors)
+        key = name if layer is None else f"decoder.layers.{name}"
+        return GlobalParameter(key, layer, weight.kind, (rows, *tensors[0][1][1:]), tensors)
+
+    first = [make(EMBEDDING, weights.pop(EMBEDDING), None)]
+    layers = [
+        make(name, weight, layer) for layer in range(hf_config.num_hidden_layers) for name, weight in in_layers.items()
+    ]
+    return first + layers + [make(name, weight, None) for name, weight in weights.items() if name not in in_layers]
+
+
+def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that an HF checkpoint of this config holds (no lm_head if tied)."""
+    return dict(tensor for parameter in global_parameters(hf_config) for tensor in parameter.hf_tensors)
+
+
+def parameter_count(hf_config: PretrainedConfig) -> int:
+    """Parameters of the HF model, tied ones once."""
+    return sum(math.prod(shape) for shape in expected_shapes(hf_config).values())
+
+
+def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
+    heads = Heads.of(hf_config)
+    return {
+        "vocab": hf_config.vocab_size,
+        "hidden": hf_config.hidden_size,
+        "mlp": hf_config.intermediate_size,
+        "query": heads.groups * heads.queries_per_group * heads.size,
+        "kv": heads.groups * heads.size,
+        "head": heads.size,
+    }
+
+
+def read_shard(
+    checkpoint: HfCheckpoint, kind: Kind, names: Sequence[str], shape: Sequence[int], heads: Heads, rank: int
+) -> Tensor:
+    """Reads from HF files exactly what one tensor-parallel rank holds of a parameter.
+
+    Args:
+        checkpoint: The open HF checkpoint.
+        kind: See ``families/family.py``.
+        names: Of the HF tensors.
+        shape: Of the shard.
+        heads: Attention geometry.
+        rank: The tensor-parallel rank.
+
+    Returns:
+        The shard, in the stored dtype.
+    """
+    start, end = rank * shape[0], (rank + 1) * shape[0]
+    match kind:
+        case "copy":
+            return checkpoint.whole(names[0])
+        case "row":
+            return checkpoint.columns(names[0], rank * shape[1], (rank + 1) * shape[1])
+        case "vocab":
+            stored = checkpoint.tensors[names[0]].shape[0]
+            rows = checkpoint.rows(names[0], min(start, stored), min(end, stored))
+            return torch.cat((rows, rows.new_zeros(shape[0] - rows.shape[0], shape[1])))
+        case "glu":
+            half = shape[0] // 2
+            return torch.cat([checkpoint.rows(name, rank * half, (rank + 1) * half) for name in names])
+        case "qkv":
+            return torch.cat([checkpoint.rows(names[i], a, b) for i, a, b in _qkv_runs(start, end, heads)])
+
+
+def _qkv_runs(start: int, end: int, heads: Heads) -> Iterator[tuple[int, int, int]]:
+    """Rows [start, end) of the interleaved parameter as runs (0 query | 1 key | 2 value, first row, last row + 1)."""
+    query_rows = heads.queries_per_group * heads.size
+    position = 0
+    for group in range(heads.groups):
+        for index, length in ((0, query_rows), (1, heads.size), (2, heads.size)):
+            a, b = max(start, position), min(end, position + length)
+            if a < b:
+                yield index, group * length + a - position, group * length + b - position
+            position += length
+
+
+def join_shards(kind: Kind, shards: list[Tensor], heads: Heads, vocab_size: int) -> list[Tensor]:
+    """Turns the shards of all tensor-parallel ranks into the HF tensors, in the order of ``hf_names``.
+
+    Args:
+        kind: See ``families/family.py``.
+        shards: By tensor-parallel rank; for ``copy`` only the first counts.
+        heads: Attention geometry.
+        vocab_size: Of the HF model: padded rows beyond it are dropped.
+    """
+    match kind:
+        case "copy":
+            return [shards[0]]
+        case "row":
+            return [torch.cat(shards, dim=1)]
+        case "vocab":
+            return [torch.cat(shards)[:vocab_size]]
+        case "glu":
+            gates_and_ups = [shard.chunk(2) for shard in shards]
+            return [torch.cat([pair[i] for pair in gates_and_ups]) for i in (0, 1)]
+        case "qkv":
+            joined = torch.cat(shards)
+            runs = list(_qkv_runs(0, joined.shape[0], heads))
+            pieces = joined.split([b - a for _, a, b in runs])
+            return [
+                torch.cat([piece for piece, (i, _, _) in zip(pieces, runs, strict=True) if i == index])
+                for index in range(3)
+            ]

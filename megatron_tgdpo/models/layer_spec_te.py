@@ -1,0 +1,122 @@
+"""The Transformer Engine layer spec: norm and linear fused, FP8 where the config says so.
+
+Source: ``megatron/core/extensions/transformer_engine.py`` and ``transformer_engine_spec_provider.py`` of megatron-core
+0.16.1, Transformer Engine 2.9 to 2.11. Pure functions of their arguments; only :func:`load_parts` needs Transformer
+Engine.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.config import LanguageModelConfig
+
+
+@dataclass(frozen=True)
+class TransformerEngineParts:
+    """megatron-core's wrappers of Transformer Engine's modules.
+
+    Attributes:
+        norm: ``TENorm``.
+        column_linear: ``TELayerNormColumnParallelLinear``, which holds the norm before it as ``layer_norm_weight``.
+        row_linear: ``TERowParallelLinear``.
+    """
+
+    norm: Any
+    column_linear: type[torch.nn.Module]
+    row_linear: type[torch.nn.Module]
+
+
+def load_parts() -> TransformerEngineParts:
+    """The real classes.
+
+    Raises:
+        UserError: Transformer Engine cannot be imported (megatron-core would put mocks in its place).
+    """
+    from megatron.core.extensions import transformer_engine as wrappers
+
+    if not wrappers.HAVE_TE:
+        raise UserError("model.layer_spec=transformer_engine: Transformer Engine cannot be imported here")
+    return TransformerEngineParts(
+        norm=wrappers.TENorm,
+        column_linear=wrappers.TELayerNormColumnParallelLinear,
+        row_linear=wrappers.TERowParallelLinear,
+    )
+
+
+def te_block_spec(
+    config: LanguageModelConfig,
+    pg: ProcessGroupCollection,
+    core_attention: type | ModuleSpec,
+    parts: TransformerEngineParts,
+) -> TransformerBlockSubmodules:
+    """The layers and the final norm of one chunk of this pipeline stage.
+
+    Every family is covered by the fields of the config: biases (``add_qkv_bias``), norms of query and key heads
+    (``qk_layernorm``), norms after attention and MLP (``post_norms``), zero-centred scales, windows and caps (the core
+    attention's business).
+
+    Args:
+        config: The model's configuration.
+        pg: Process groups; ``pg.pp`` says how many layers are here.
+        core_attention: Class or spec of the core attention.
+        parts: From :func:`load_parts`, or look-alikes.
+    """
+    # The local spec's skeleton: the layer, its attention, its MLP and residual additions are megatron-core's in both.
+    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
+    layers, attention = layer.submodules, layer.submodules.self_attention.submodules
+    # Parameters carry the names of checkpoints already.
+    layers.sharded_state_dict_keys_map = {}
+    layers.input_layernorm = layers.pre_mlp_layernorm = IdentityOp
+    if config.fused_layer_wgrad:
+        parts = replace(
+            parts, column_linear=with_fused_wgrad(parts.column_linear), row_linear=with_fused_wgrad(parts.row_linear)
+        )
+    row_linear = row_linear_with_post_norm(parts) if config.post_norms else parts.row_linear
+    attention.linear_qkv = layers.mlp.submodules.linear_fc1 = parts.column_linear
+    attention.linear_proj = layers.mlp.submodules.linear_fc2 = row_linear
+    attention.core_attention = core_attention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = parts.norm
+    chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
+    return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=parts.norm)
+
+
+def with_fused_wgrad(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The linear with weight gradients added to ``main_grad`` by the product that computes them.
+
+    It reads ``gradient_accumulation_fusion`` of its config, which only the linears of the layers may see set.
+    """
+
+    class FusedWgradLinear(linear):  # type: ignore[valid-type, misc]
+        def __init__(self, *args: Any, config: LanguageModelConfig, **kwargs: Any) -> None:
+            own = copy.copy(config)
+            own.gradient_accumulation_fusion = True
+            super().__init__(*args, config=own, **kwargs)
+
+    return FusedWgradLinear
+
+
+def row_linear_with_post_norm(parts: TransformerEngineParts) -> type[torch.nn.Module]:
+    """A row-parallel linear with a norm of its summed output, as ``RowParallelLinearPostNorm`` of the local spec."""
+
+    class RowLinearPostNorm(parts.row_linear):  # type: ignore[name-defined, misc]
+        def __init__(self, input_size: int, output_size: int, *, config: LanguageModelConfig, **kwargs: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **kwargs)
+            self.post_layernorm = parts.norm(config, output_size, config.layernorm_epsilon)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            output, bias = super().forward(x)
+            assert bias is None, "a bias would have to be added before the norm"
+            return self.post_layernorm(output), None
+
+    return RowLinearPostNorm

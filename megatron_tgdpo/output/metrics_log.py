@@ -1,0 +1,175 @@
+"""A run's figures, a step at a time, in ``metrics.jsonl`` and TensorBoard's event files, and perhaps at W&B."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.output.metrics import StepMetrics
+from megatron_tgdpo.output.tensorboard import TensorBoard
+from megatron_tgdpo.output.wandb import WandbLog
+from megatron_tgdpo.storage.files import write_error
+from megatron_tgdpo.storage.json_text import parse_json
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+_RETRY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Step:
+    number: int
+    values: dict[str, float]
+    evaluations: Mapping[str, StepMetrics]
+
+
+class MetricsLog:
+    """Appends one JSON object a step to ``metrics.jsonl``, and the same figures to TensorBoard and perhaps W&B.
+
+    Steps that cannot be written, as on a full disk, are kept and written later; :meth:`check` says whether all are.
+
+    Args:
+        config: The run.
+        step: Last completed step; what an interrupted run logged after it is cut off, so no step appears twice.
+
+    Raises:
+        UserError: W&B is asked for, and its files cannot be written; a StorageError where that may pass.
+    """
+
+    def __init__(self, config: Config, step: int) -> None:
+        self._config = config
+        self._directory = Path(config.output_dir)
+        self._what = f"{config.output_dir}: {METRICS_FILE} or tensorboard"
+        self._written = step
+        self._unwritten: list[_Step] = []
+        self._files: _Files | None = None
+        self._failure: OSError | None = None
+        self._failed_at = 0.0
+        try:
+            self._wandb = WandbLog(config) if config.log.wandb else None
+        except OSError as error:
+            raise write_error(self._directory, error) from error
+        self._try()
+
+    def write(self, step: int, values: dict[str, float], evaluations: Mapping[str, StepMetrics] | None = None) -> None:
+        """Logs a step.
+
+        Args:
+            step: Its number.
+            values: Its figures, with those of evaluations that followed it.
+            evaluations: Those, by the group of their figures, for their histograms.
+        """
+        self._unwritten.append(_Step(step, values, evaluations or {}))
+        # Each attempt begins an event file.
+        if self._failure is None or time.monotonic() - self._failed_at > _RETRY_SECONDS:
+            self._try()
+        if self._wandb is not None:
+            self._wandb.write(step, values)
+
+    def check(self) -> None:
+        """Writes what could not be written before. Call it before a checkpoint is saved: a run that continues from
+        there does not make its steps again.
+
+        Raises:
+            StorageError: It still cannot be written.
+            UserError: Nor will it be: the directory does not let this process write.
+        """
+        if self._failure is not None:
+            self._try()
+        if self._failure is not None:
+            raise write_error(self._what, self._failure)
+
+    def close(self) -> None:
+        """Closes the files; what :meth:`check` did not get written is lost."""
+        with contextlib.suppress(OSError):
+            if self._files is not None:
+                self._files.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _try(self) -> None:
+        try:
+            if self._files is None:
+                # As when a run continues: what a failed write left behind the last whole step goes.
+                self._files = _Files(self._config, self._written)
+            while self._unwritten:
+                self._files.write(self._unwritten[0])
+                self._written = self._unwritten.pop(0).number
+            self._failure = None
+        except OSError as error:
+            if self._failure is None:
+                logger.warning(
+                    "%s: cannot be written (%s): figures are kept and written later",
+                    self._what,
+                    error.strerror or error,
+                )
+            self._failure, self._failed_at = error, time.monotonic()
+            if self._files is not None:
+                with contextlib.suppress(OSError):
+                    self._files.close()
+                self._files = None
+
+
+class _Files:
+    """The files of a log, open; any error leaves them to be closed and opened again.
+
+    Args:
+        config: The run.
+        step: The last step that is whole in them; what follows it is removed.
+
+    Raises:
+        OSError: They cannot be opened; as by every method.
+    """
+
+    def __init__(self, config: Config, step: int) -> None:
+        self.directory = Path(config.output_dir)
+        path = self.directory / METRICS_FILE
+        # Unbuffered: what one write could not write would be written by the next.
+        self._lines = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open for the run
+        try:
+            # Needs no room, unlike a shorter copy.
+            os.truncate(self._lines.fileno(), _end_of(path, step))
+            self._board = TensorBoard(self.directory / "tensorboard", config, step)
+        except BaseException:
+            self._lines.close()
+            raise
+
+    def write(self, step: _Step) -> None:
+        line = memoryview((json.dumps({"step": step.number, **step.values}) + "\n").encode())
+        while line:
+            line = line[self._lines.write(line) :]
+        self._board.write(step.number, step.values, step.evaluations)
+
+    def close(self) -> None:
+        try:
+            self._lines.close()
+        finally:
+            self._board.close()
+
+
+def _end_of(path: Path, step: int) -> int:
+    """Bytes of ``metrics.jsonl`` up to the end of a step's line; steps follow one another in it."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            record = _parse(line)
+            if record is None or record["step"] > step:
+                break
+            end += len(line)
+    return end
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line's content; None for the last one of a run that ended while writing it, and for what no run writes."""
+    try:
+        content = parse_json(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("step"), int) else None

@@ -1,0 +1,176 @@
+"""Parameters and memory per rank, computed from configs alone (for ``--dry-run`` and the planner)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, global_parameters
+from megatron_tgdpo.planning.activations import Row, stage_activations, stage_layers
+from megatron_tgdpo.planning.workspace import (
+    carried_states,
+    frozen_workspace,
+    kept_logits,
+    layer_workspace,
+    logprob_workspace,
+)
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Of one rank; bytes.
+
+    Attributes:
+        stage: Its pipeline stage, from 0.
+        policy_parameters: Policy parameters on that rank.
+        frozen_parameters: Reference and guide parameters on that rank.
+        weights: Policy weights, with FP8 copies of them.
+        gradients: fp32 gradient buffer.
+        optimizer: Adam moments, and the fp32 main copy of bf16 weights, split over data and context ranks.
+        frozen: Weights of reference and guide.
+        activations: What the policy's layers keep for backward, for all micro batches in flight.
+        carried: Hidden states of one row that travel between stages.
+        workspace: What comes and goes within a layer or the log-probs, at its peak.
+        save: Host memory that a checkpoint takes until it is written: this rank's part of weights, fp32 main copy and
+            moments. Not part of the total.
+    """
+
+    stage: int
+    policy_parameters: int
+    frozen_parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    frozen: int
+    activations: int
+    carried: int
+    workspace: int
+    save: int
+
+    @property
+    def static(self) -> int:
+        """What is allocated for the whole run."""
+        return self.weights + self.gradients + self.optimizer + self.frozen
+
+    @property
+    def total(self) -> int:
+        return self.static + self.activations + self.carried + self.workspace
+
+
+@dataclass(frozen=True)
+class LinearBytes:
+    """What a weight of the layers' linears takes on the device where they compute in FP8.
+
+    Attributes:
+        policy: Bytes in the policy, with the copies that its products read; None where it does not compute in FP8.
+        frozen: The same of reference and guide.
+        plain_ends: The first and the last layer do not compute in FP8.
+    """
+
+    policy: int | None = None
+    frozen: int | None = None
+    plain_ends: bool = False
+
+
+def stage_linears(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, *, plain_ends: bool) -> int:
+    """Weights of the layers' linears that one rank of a pipeline stage holds, of those that may compute in FP8."""
+    layers = set(stage_layers(hf_config, layout, stage))
+    if plain_ends:
+        layers -= {0, hf_config.num_hidden_layers - 1}
+    held = (parameter for parameter in global_parameters(hf_config) if parameter.layer in layers)
+    return sum(math.prod(parameter.shape) for parameter in held if len(parameter.shape) == 2) // layout.tensor
+
+
+def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
+    """Parameters that one rank of a pipeline stage holds, vocabulary padding included."""
+    layers = set(stage_layers(hf_config, layout, stage))
+    first, last = stage == 0, stage == layout.pipeline - 1
+    total = 0
+    for parameter in global_parameters(hf_config, layout.tensor):
+        size = math.prod(parameter.shape) // (1 if parameter.kind == "copy" else layout.tensor)
+        if parameter.layer is not None:
+            held = parameter.layer in layers
+        elif parameter.key == EMBEDDING:
+            # The last stage has its own copy of tied embeddings.
+            held = first or (last and bool(hf_config.tie_word_embeddings))
+        else:
+            held = last
+        total += size if held else 0
+    return total
+
+
+def _copied_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
+    """Parameters of :func:`stage_parameters` that another stage saves: the last stage's copy of tied embeddings."""
+    if not hf_config.tie_word_embeddings or stage == 0 or stage < layout.pipeline - 1:
+        return 0
+    (embedding,) = [one for one in global_parameters(hf_config, layout.tensor) if one.key == EMBEDDING]
+    return math.prod(embedding.shape) // layout.tensor
+
+
+def stage_memory(
+    policy: PretrainedConfig,
+    frozen: Sequence[PretrainedConfig],
+    layout: ParallelLayout,
+    row: Row,
+    recompute: str,
+    stage: int,
+    fp8: LinearBytes = LinearBytes(),
+) -> RankMemory:
+    """Memory of a rank of one stage; the arguments are those of :func:`rank_memory`."""
+    trained = stage_parameters(policy, layout, stage)
+    saved = trained - _copied_parameters(policy, layout, stage)
+    held = [stage_parameters(config, layout, stage) for config in frozen]
+    size = row.dtype_bytes
+    state = (2 if size == 4 else 3) * 4
+
+    def weights(hf_config: PretrainedConfig, parameters: int, linear: int | None) -> int:
+        if linear is None:
+            return parameters * size
+        return parameters * size + (linear - size) * stage_linears(hf_config, layout, stage, plain_ends=fp8.plain_ends)
+
+    workspace = max(layer_workspace(policy, layout, row, recompute), frozen_workspace(frozen, layout, row))
+    if stage == layout.pipeline - 1:
+        logprobs = [logprob_workspace(config, layout, row) for config in (policy, *frozen)]
+        workspace = max(workspace, logprobs[0] + kept_logits(policy, layout, row), *logprobs[1:])
+    return RankMemory(
+        stage=stage,
+        policy_parameters=trained,
+        frozen_parameters=sum(held),
+        weights=weights(policy, trained, fp8.policy),
+        gradients=4 * trained,
+        optimizer=state * trained // (layout.data * layout.context),
+        frozen=sum(weights(config, count, fp8.frozen) for config, count in zip(frozen, held, strict=True)),
+        activations=round(stage_activations(policy, layout, row, recompute, stage)),
+        carried=round(carried_states(policy, frozen, layout, row)),
+        workspace=round(workspace),
+        save=(size + 12) * saved // (layout.data * layout.context),
+    )
+
+
+def rank_memory(
+    policy: PretrainedConfig,
+    frozen: Sequence[PretrainedConfig],
+    layout: ParallelLayout,
+    row: Row,
+    recompute: str,
+    fp8: LinearBytes = LinearBytes(),
+) -> RankMemory:
+    """The fullest rank's memory: on the first stage, with most micro batches in flight, or on the last.
+
+    ``save`` is that of the stage that saves most.
+
+    Args:
+        policy: Config of the policy.
+        frozen: Configs of reference and guide.
+        layout: The rank grid.
+        row: The micro batch.
+        recompute: ``train.recompute``.
+        fp8: What weights take where layers compute in FP8.
+    """
+    stages = {0, layout.pipeline - 1}
+    ends = [stage_memory(policy, frozen, layout, row, recompute, stage, fp8) for stage in stages]
+    return replace(max(ends, key=lambda memory: memory.total), save=max(memory.save for memory in ends))

@@ -1,0 +1,97 @@
+"""What a launcher asks, in one process, before it starts the ranks: is the run finished, do restarts still help?
+
+    python -m megatron_tgdpo.resilience.restarts CONFIG.yaml section.key=value ... [--job ID] [--limit N]
+
+Prints the run's output directory. With ``--job`` it counts the launches of that job that begin at the same checkpoint,
+so that a run that cannot get further ends instead of being requeued for ever.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint, read_metadata
+from megatron_tgdpo.config.loading import load_config
+from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.output.directory import is_done
+from megatron_tgdpo.setup.hub_inputs import as_recorded
+from megatron_tgdpo.signals import STORAGE_STATUS
+from megatron_tgdpo.storage.atomic_file import write_atomically
+from megatron_tgdpo.storage.json_text import parse_json
+
+FINISHED_STATUS = 3
+
+
+def count_restart(output_dir: Path, job: str, limit: int) -> int:
+    """Notes a launch of a job in ``restarts.json``.
+
+    Returns:
+        How many restarts of this job in a row found no new checkpoint, this one included.
+
+    Raises:
+        UserError: They are more than ``limit``, or the directory cannot be written.
+        StorageError: Storage failed.
+    """
+    newest = newest_checkpoint(output_dir)
+    step = 0 if newest is None else read_metadata(newest).get("step")
+    file = output_dir / "restarts.json"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        before = _read(file)
+        same = (before.get("job"), before.get("step")) == (job, step)
+        count = before["without_progress"] + 1 if same else 0
+        write_atomically(file, json.dumps({"job": job, "step": step, "without_progress": count}) + "\n")
+    except OSError as error:
+        kind = UserError if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) else StorageError
+        raise kind(f"{output_dir}: cannot write the output directory: {error.strerror}") from error
+    if count > limit:
+        raise UserError(
+            f"{output_dir}: job {job} was restarted {limit} times without a new checkpoint (still at step {step}): see "
+            f"{output_dir}/logs for the cause, then submit again"
+        )
+    return count
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What was noted before; nothing where that was damaged, since a count is not worth a run that does not start."""
+    try:
+        noted = parse_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        print(f"{file}: not readable, counting restarts anew: {error}", file=sys.stderr)
+        return {}
+    return noted if isinstance(noted, dict) and isinstance(noted.get("without_progress"), int) else {}
+
+
+def main() -> int:
+    """Command line; see the module.
+
+    Exit status: 0 start the ranks, 3 the run is finished, 74 storage failed and may not the next time, 1 do not start.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_tgdpo.resilience.restarts", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--job", help="count the restarts of this job")
+    parser.add_argument("--limit", type=int, default=5, help="restarts without a new checkpoint (default: %(default)s)")
+    args = parser.parse_intermixed_args()
+    try:
+        config = load_config(args.config, args.overrides)
+        output_dir = Path(config.output_dir).absolute()
+        print(output_dir)
+        if is_done(as_recorded(config)):
+            return FINISHED_STATUS
+        if args.job:
+            count_restart(output_dir, args.job, args.limit)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STORAGE_STATUS if isinstance(error, StorageError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Builds what a run trains with: models, data-parallel wrappers, optimizer, communicators."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.config.schema import Config, LossConfig
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, ColocatedModel
+from megatron_tgdpo.frozen.prefetch import Prefetcher, build_prefetcher
+from megatron_tgdpo.gpu.overlap import ddp_config, optimizer_kwargs, start_user_buffers, wire_overlap
+from megatron_tgdpo.models.language_model import LanguageModel
+from megatron_tgdpo.setup.inputs import row_format
+from megatron_tgdpo.setup.models import DTYPES, load_frozen_models, load_model
+from megatron_tgdpo.setup.optimizer import build_optimizer, build_scheduler
+
+
+@dataclass(frozen=True)
+class Engine:
+    """All that a step works with on this rank.
+
+    Attributes:
+        chunks: The wrapped co-located model; with the interleaved schedule, its chunks on this stage.
+        optimizer: Over the policy's parameters.
+        scheduler: Of the learning rate; advanced once a step.
+        communicator: Between pipeline stages; None with one stage.
+        prefetcher: Runs the frozen models, where they do not run in the policy's forward.
+        pg: Process groups.
+        loss: Method and its options.
+        row: The format of every row.
+        device: Where the model is.
+    """
+
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: DistributedOptimizer
+    scheduler: OptimizerParamScheduler
+    communicator: ColocatedCommunicator | None
+    prefetcher: Prefetcher | None
+    pg: ProcessGroupCollection
+    loss: LossConfig
+    row: RowFormat
+    device: torch.device
+
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(
+    config: Config,
+    configs: Mapping[str, PretrainedConfig],
+    layout: ParallelLayout,
+    pg: ProcessGroupCollection,
+    total_steps: int,
+    device: torch.device,
+) -> Engine:
+    """Builds and loads the models and wires the training engine. Collective over all ranks.
+
+    Args:
+        config: The run.
+        configs: From :func:`read_model_configs`.
+        layout: The rank grid.
+        pg: Its process groups.
+        total_steps: That the learning rate schedule spans.
+        device: Of models and optimizer.
+
+    Raises:
+        UserError: The same on every rank: a checkpoint cannot be loaded, or does not divide by the layout.
+    """
+    if config.overlap.tensor:
+        start_user_buffers(config, configs["policy"].hidden_size, layout)
+    policy = load_model(
+        config.model_paths["policy"], configs["policy"], layout, pg, config, device, config.train.recompute
+    )
+    cached, prefetch = config.guidance.mode == "cached", config.guidance.prefetch
+    frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device)
+    keep_bytes = config.train.keep_logits_mib * 2**20
+    modules = [ColocatedModel(chunk, [] if prefetch else frozen, keep_bytes=keep_bytes) for chunk in policy]
+    chunks = [DistributedDataParallel(module.config, ddp_config(config), module) for module in modules]
+    wire_overlap(chunks, policy)
+    fused, dtype = config.train.fused == "auto", DTYPES[config.precision.dtype]
+    optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=optimizer_kwargs(config))
+    communicator = None
+    if layout.pipeline > 1:
+        communicator = ColocatedCommunicator(pg.pp, modules[0].config, modules[0].mailbox, device)
+    return Engine(
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optimizer, total_steps),
+        communicator=communicator,
+        prefetcher=build_prefetcher(config, configs, frozen, layout, pg, device) if prefetch else None,
+        pg=pg,
+        loss=config.loss,
+        row=row_format(config, pg),
+        device=device,
+    )
+
+
+def policy_chunks(engine: Engine) -> list[LanguageModel]:
+    """This rank's chunks of the policy, inside their wrappers."""
+    return [unwrapped(chunk).policy for chunk in engine.chunks]
+
+
+def unwrapped(chunk: DistributedDataParallel) -> ColocatedModel:
+    """The co-located model inside a data-parallel wrapper."""
+    module = chunk.module
+    assert isinstance(module, ColocatedModel)
+    return module

@@ -1,0 +1,113 @@
+"""Where a run goes on: after its newest checkpoint, after one that it branches from, or at its start."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_tgdpo.batching.sampler import DataOrder
+from megatron_tgdpo.checkpoints.directory import read_metadata
+from megatron_tgdpo.checkpoints.integrity import find_damage
+from megatron_tgdpo.config.changes import Inputs, Recorded, check_changes, find_changes
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.output.directory import record_start, recorded_by, recorded_run
+from megatron_tgdpo.training.checkpoint import newest_undamaged
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Where a run goes on.
+
+    Attributes:
+        inputs: Fingerprints of what it reads.
+        checkpoint: The checkpoint that it loads; None at the start of a run.
+        step: The step that is done.
+        pairs: How many pairs of ``data.train`` its steps consumed, in the order that they have.
+        changes: Every change of a value or input since the first step, as checkpoints record it.
+    """
+
+    inputs: Inputs
+    checkpoint: Path | None = None
+    step: int = 0
+    pairs: int = 0
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """What each checkpoint of the run says of its inputs and their history."""
+        return {"inputs": dict(self.inputs), "changes": self.changes}
+
+
+def find_start(config: Config, inputs: Inputs) -> StartPoint:
+    """Finds the checkpoint to load, and checks and logs what is not as it was when that was saved. Collective.
+
+    Args:
+        config: The run.
+        inputs: From ``setup/inputs.py: check_inputs``.
+
+    Raises:
+        AgreedError: On every rank: a key has another value, or a file another content, that it must not have or that
+            was not asked for; ``train.branch_from`` is not a whole training checkpoint; or no checkpoint of the run is
+            left undamaged.
+        AgreedStorageError: On every rank: a checkpoint, or what else the run left, cannot be read.
+    """
+    verify = config.checkpoint.verify
+    path = newest_undamaged(Path(config.output_dir), verify)
+    asked = config.train.resume == "changed"
+    if path is None and config.train.branch_from is not None:
+        path, asked = Path(config.train.branch_from), True
+        damage = find_damage(path, content=verify)
+        if damage is not None:
+            raise AgreedError(f"train.branch_from: {damage}")
+    return agree(lambda: _start_at(path, config, inputs, asked=asked))
+
+
+def _start_at(path: Path | None, config: Config, inputs: Inputs, *, asked: bool) -> StartPoint:
+    if path is None:
+        # Nothing is kept of steps that were not saved; but whoever starts them again should mean the same run.
+        recorded = recorded_run(Path(config.output_dir))
+        if recorded is not None:
+            _changes(recorded, config, inputs, 0, asked=asked)
+        return StartPoint(inputs)
+    metadata = read_metadata(path)
+    step, pairs = metadata.get("step"), metadata.get("consumed_pairs")
+    if step is None or pairs is None:
+        raise UserError(f"{path}: not from training, so there is nothing to continue: give it as model.policy")
+    changes = _changes(recorded_by(path, metadata), config, inputs, step, asked=asked)
+    if any(change["key"] == "data.train" for change in changes):
+        pairs = 0
+    return StartPoint(inputs, path, step, pairs, [*(metadata.get("changes") or []), *changes])
+
+
+def _changes(recorded: Recorded, config: Config, inputs: Inputs, step: int, *, asked: bool) -> list[dict[str, Any]]:
+    changes = find_changes(recorded, config, inputs)
+    check_changes(recorded, config, changes, asked=asked)
+    if dist.get_rank() == 0:
+        for change in changes:
+            logger.info("continuing with %s", change)
+    return [change.record(step) for change in changes]
+
+
+def begin(config: Config, start: StartPoint, order: DataOrder) -> None:
+    """Writes into the output directory what the run is from here on. Collective.
+
+    Raises:
+        AgreedError: On every rank: fewer steps are asked for than are done, or the directory cannot be written.
+    """
+
+    def check_and_record() -> None:
+        if order.steps < start.step:
+            key = "steps" if config.train.steps is not None else "epochs"
+            raise UserError(
+                f"{start.checkpoint} was saved after step {start.step}, and train.{key}={getattr(config.train, key)} "
+                f"asks for {order.steps} steps: raise it, or start another run from an earlier checkpoint"
+            )
+        if dist.get_rank() == 0:
+            record_start(config, start.inputs, start.step, order.steps)
+
+    agree(check_and_record)

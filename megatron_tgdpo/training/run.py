@@ -1,0 +1,108 @@
+"""One run from config to final checkpoint, and its dry run."""
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_tgdpo.config.loading import to_yaml
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
+from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel
+from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, on_every_rank, on_first_rank
+from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
+from megatron_tgdpo.gpu.precision import linear_bytes
+from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.memory import rank_memory
+from megatron_tgdpo.planning.report import memory_lines
+from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
+from megatron_tgdpo.resilience.preflight import preflight
+from megatron_tgdpo.resilience.run_lock import RunLock
+from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
+from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
+from megatron_tgdpo.setup.inputs import layout_of, models_that_run, read_model_configs
+from megatron_tgdpo.training.resume import begin, find_start
+from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare_first_rank
+from megatron_tgdpo.training.trainer import Trainer
+
+
+def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
+    """One training run, from start or newest checkpoint to its last step. Every rank calls.
+
+    Args:
+        config: The run.
+        ranks: This process's place.
+        store: Joins all ranks; unused by an earlier run.
+
+    Raises:
+        UserError: On every rank with the same message, for bad input.
+    """
+    device = resolve_device(config.parallel.device)
+    if device.type == "cpu":
+        enable_cpu_backend()
+    parallel = config.parallel
+    layout = layout_of(config, ranks.world_size)
+    config, pins = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
+    model_configs = read_model_configs(config)
+    used = models_that_run(config, model_configs)
+    check_layout(used, layout)
+    check_gpu_options(config, used, layout, capabilities(device))
+    needed = files_needed(layout, device)
+    on_every_rank(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
+    lock = RunLock(Path(config.output_dir))
+    with ExitStack() as stack:
+        stack.callback(lock.release)
+        prepared = on_first_rank(lambda: prepare_first_rank(config, lock, pins), store, ranks.rank)
+        inputs = check_inputs(config, prepared, ranks, dist.PrefixStore("inputs", store))
+        init_distributed(ranks, device, parallel.timeout_minutes, store)
+        pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
+        stack.callback(destroy_model_parallel)
+        if config.preflight.enabled:
+            preflight(config, model_configs["policy"], ranks, layout, pg, device)
+        start = find_start(config, inputs)
+        data = open_data(config, prepared, model_configs, (start.step, start.pairs))
+        begin(config, start, data.order)
+        engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
+        log_setup(config, engine, layout, data)
+        Trainer(config, layout, engine, data, start).train()
+
+
+def dry_run(config: Config, world_size: int) -> str:
+    """The resolved config, the rank grid, and parameters and memory per rank, without loading anything."""
+    layout = layout_of(config, world_size)
+    config = pin_here(config, weights=False)
+    configs = models_that_run(config, read_model_configs(config))
+    check_layout(configs, layout)
+    frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
+    # Under context parallelism a rank gathers the keys of its tokens' sequences: half of them on average, and a bit.
+    # With shared prompts how many depends on the data: at most two a token.
+    gathered = layout.context + 0.5 if layout.context > 1 else 2.0 * config.shared_prompts
+    dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
+    keep = config.train.keep_logits_mib * 2**20
+    row = Row(config.row_tokens // layout.context, config.longest_sequence, dtype_bytes, gathered, keep)
+    memory = rank_memory(configs["policy"], frozen, layout, row, config.train.recompute, linear_bytes(config))
+    lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
+    return "\n".join(lines)
+
+
+logger = logging.getLogger(__name__)
+
+
+def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunData) -> None:
+    """Logs, on the first rank, the layout, what this machine offers, what of it is in use, and the size of the job."""
+    if dist.get_rank() != 0:
+        return
+    modules = [unwrapped(chunk) for chunk in engine.chunks]
+    frozen = modules[0].frozen if engine.prefetcher is None else engine.prefetcher.models
+    parts: list[list[torch.nn.Module]] = [[module.policy for module in modules], [frozen]]
+    counts = [sum(p.numel() for module in part for p in module.parameters()) for part in parts]
+    found = capabilities(engine.device)
+    logger.info("layout %s on %s; fused parts: %s", layout, found.describe(), config.train.fused)
+    logger.info("policy: %s", describe_model(config, modules[0].policy.config, engine.device))
+    for model in frozen.models:
+        logger.info("frozen: %s", describe_model(config, model.config, engine.device))
+    logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
+    logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)

@@ -1,0 +1,193 @@
+"""What a run reads: its output directory claimed, data prepared, every input fingerprinted, and then opened.
+
+In the order in which failures are cheapest.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.batching.sampler import DataOrder, DatasetPart, make_data_order
+from megatron_tgdpo.checkpoints.directory import hf_files, remove_incomplete
+from megatron_tgdpo.config.changes import INPUTS, Inputs
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.data.joined import JoinedDataset
+from megatron_tgdpo.distributed.ranks import RankEnvironment, on_first_rank
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.guidance.cache import GuidanceCache, guidance_key, model_fingerprints, open_guidance
+from megatron_tgdpo.output.directory import claim_output_dir
+from megatron_tgdpo.output.wandb import import_wandb
+from megatron_tgdpo.resilience.run_lock import RunLock
+from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
+from megatron_tgdpo.setup.hub_inputs import Pins, record_pins
+from megatron_tgdpo.setup.inputs import check_tokenizers, prepare_data
+from megatron_tgdpo.setup.prepared_data import Prepared, write_summary
+from megatron_tgdpo.signals import leave_if_requested
+from megatron_tgdpo.storage.hub import local_path
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The run's datasets, the order in which training takes its pairs, and the guidance caches where they are used.
+
+    Validation sets go by the name that the configuration gives them; a single one without a name has ``""``.
+    """
+
+    train: PreferenceDataset
+    validation: dict[str, PreferenceDataset]
+    order: DataOrder
+    train_guidance: GuidanceCache | None = None
+    validation_guidance: dict[str, GuidanceCache] = field(default_factory=dict)
+
+
+def prepare_first_rank(config: Config, lock: RunLock, pins: Pins | None = None) -> str:
+    """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
+    process group exists.
+
+    Args:
+        config: The run.
+        lock: Of its output directory; taken here.
+        pins: Of its names of the Hub, from ``setup/hub_inputs.py``.
+
+    Returns:
+        JSON of the datasets, for :func:`open_data` on every rank.
+    """
+    hf_files(local_path(config.model.policy))  # every checkpoint gets a copy of them
+    lacking = check_tokenizers(config)
+    if config.log.wandb:
+        import_wandb()
+    lock.acquire()
+    claim_output_dir(config)
+    record_pins(Path(config.output_dir), pins or {})
+    for left in remove_incomplete(Path(config.output_dir) / "checkpoints"):
+        logger.warning("removed %s, left by a save that was interrupted", left)
+    prepared = prepare_data(config, Path(config.output_dir) / "data", lacking)
+    if config.guidance.mode == "cached":
+        for name, each in prepared.items():
+            cache = open_guidance(config, name, each.open())
+            if config.guidance.verify:
+                cache.check_content()
+    write_summary(Path(config.output_dir), prepared)
+    leave_if_requested("preparing the data")
+    return json.dumps({name: asdict(each) for name, each in prepared.items()})
+
+
+def check_inputs(config: Config, prepared: str, ranks: RankEnvironment, store: dist.Store) -> Inputs:
+    """Fingerprints of all that the run reads, after checking the data, and the guidance cache's key, against them.
+
+    Every rank calls, and reads a share of the files; no process group is needed. Files that are as they were when an
+    earlier start of the run read them are not read again.
+
+    Args:
+        config: The run.
+        prepared: From :func:`prepare_first_rank`.
+        ranks: This process's place.
+        store: Joins all ranks; its keys must be unused.
+
+    Returns:
+        The same on every rank: a fingerprint for each key of ``config_changes.INPUTS``, None where it is not used.
+
+    Raises:
+        UserError: On every rank: a file is not there, the data is damaged, or the cache is of something else; a
+            StorageError where storage failed, which may pass.
+        StoppedEarly: On every rank: some rank was asked to stop.
+    """
+
+    def files() -> list[Path]:
+        weights = [file for path in config.model_paths.values() for file in weight_files(Path(path))]
+        return weights + [Path(file) for dataset in _datasets(prepared).values() for file in dataset.files]
+
+    record = Path(config.output_dir) / HASHES_FILE
+    digests = hash_files(files, record, ranks, store, again=config.train.rehash)
+    last = dist.PrefixStore("fingerprints", store)
+    return json.loads(on_first_rank(lambda: json.dumps(_fingerprints(config, prepared, digests)), last, ranks.rank))
+
+
+def _fingerprints(config: Config, prepared: str, digests: Mapping[str, str]) -> Inputs:
+    """What :func:`check_inputs` finds, from the hashes of all files."""
+    datasets = _datasets(prepared)
+    for dataset in datasets.values():
+        dataset.verify(digests)
+    if config.guidance.mode == "cached":
+        frozen = model_fingerprints(config, digests)
+        for name, dataset in datasets.items():
+            open_guidance(config, name, dataset).check_key(guidance_key(config, dataset, frozen))
+    found: dict[str, str | None] = dict.fromkeys(INPUTS)
+    for role, path in config.model_paths.items():
+        found[f"model.{role}"] = weights_fingerprint(Path(path), digests)
+    of_data = {name: each.fingerprint(datasets[name]) for name, each in _prepared(prepared).items()}
+    found["data.train"] = of_data.pop("train")
+    if of_data:
+        # Of a single set without a name, its own.
+        whole = sha256(json.dumps(of_data, sort_keys=True).encode()).hexdigest()
+        found["data.validation"] = of_data.get("validation", whole)
+    template = datasets["train"].manifest["tokenizer"]["template_fingerprint"]
+    return found | {"data.tokenizer": datasets["train"].ids_fingerprint, "data.chat_template": template}
+
+
+def _prepared(answer: str) -> dict[str, Prepared]:
+    """The run's datasets by name, from what :func:`prepare_first_rank` returned."""
+    return {name: Prepared(**each) for name, each in json.loads(answer).items()}
+
+
+def _datasets(prepared: str) -> dict[str, PreferenceDataset]:
+    return {name: each.open() for name, each in _prepared(prepared).items()}
+
+
+def open_data(
+    config: Config, prepared: str, configs: Mapping[str, PretrainedConfig], done: tuple[int, int] = (0, 0)
+) -> RunData:
+    """Opens the datasets that :func:`prepare_first_rank` named.
+
+    Args:
+        config: The run.
+        prepared: As that returned them.
+        configs: Of the models, by role.
+        done: Steps that were made before, and how many pairs of ``data.train`` they consumed.
+
+    Raises:
+        UserError: A pair holds a token id that a model does not have.
+    """
+    role, vocab_size = min(((role, found.vocab_size) for role, found in configs.items()), key=lambda item: item[1])
+    datasets = _datasets(prepared)
+    for name, dataset in datasets.items():
+        largest = dataset.manifest["max_token_id"]
+        if largest >= vocab_size:
+            # The embedding would not notice: it is padded, and split over tensor ranks.
+            raise UserError(
+                f"data.{name}: holds token id {largest} but the vocabulary of model.{role} has {vocab_size} entries: "
+                "preprocess with the policy's tokenizer"
+            )
+    train = datasets.pop("train")
+    sizes = [len(part) for part in (train.parts if isinstance(train, JoinedDataset) else [train])]
+    order = make_data_order(
+        [DatasetPart(*part) for part in zip(sizes, _prepared(prepared)["train"].weights, strict=True)],
+        config.batch.global_pairs,
+        config.train.steps,
+        config.train.epochs,
+        config.data.shuffle,
+        config.train.seed,
+        *done,
+    )
+    caches = {}
+    if config.guidance.mode == "cached":
+        caches = {name: open_guidance(config, name, dataset) for name, dataset in {"train": train, **datasets}.items()}
+    guidance = caches.pop("train", None)
+    return RunData(train, _by_set(datasets), order, guidance, _by_set(caches))
+
+
+def _by_set(by_name: Mapping[str, T]) -> dict[str, T]:
+    """By the name that the configuration gives a validation set."""
+    return {name.removeprefix("validation").removeprefix("/"): each for name, each in by_name.items()}

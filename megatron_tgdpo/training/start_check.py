@@ -1,0 +1,58 @@
+"""The identity policy == reference, checked at the first step of a run."""
+
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_tgdpo.batching.collate import PreferenceBatch
+from megatron_tgdpo.errors import AgreedError
+from megatron_tgdpo.frozen.forward import forward_logps
+from megatron_tgdpo.models.rounding import DRAWS, NEGLIGIBLE, LogpDifference, logp_difference, rounding_noise
+from megatron_tgdpo.output.metrics import StepMetrics
+from megatron_tgdpo.setup.engine import Engine, policy_chunks
+
+logger = logging.getLogger(__name__)
+
+
+def check_start(engine: Engine, packs: Sequence[PreferenceBatch], metrics: StepMetrics) -> None:
+    """Checks that policy and reference gave the same log-probs: then every pair's loss is ln 2. Collective.
+
+    Only where they did not, up to what fp32 leaves, the policy's rounding is measured, in a few forward passes.
+
+    Args:
+        engine: That has just run the first step.
+        packs: This data rank's packs of that step.
+        metrics: Of that step.
+
+    Raises:
+        AgreedError: They differ by more than rounding explains, so a checkpoint, mask, pack or layout is wrong, or the
+            policy differs on purpose.
+    """
+    found = metrics.difference
+    if found.within(NEGLIGIBLE):
+        return
+    allowed = policy_rounding(engine, packs).allowing()
+    if not found.within(allowed):
+        raise AgreedError(
+            "step 1: the loss is not ln 2, since policy and reference disagree before training: their log-probs of a "
+            f"token differ by up to {found} nats, and rounding explains {allowed}: check model.policy, model.reference "
+            "and the guidance cache, or set train.check_start=false if policy and reference differ on purpose"
+        )
+    logger.info("step 1: log-probs of policy and reference differ by up to %s nats: rounding", found)
+
+
+def policy_rounding(engine: Engine, packs: Sequence[PreferenceBatch]) -> LogpDifference:
+    """How much the policy's log-probs on these packs answer to one unit of rounding. Collective over all ranks."""
+    pg, batches = engine.pg, [pack.to(engine.device) for pack in packs]
+    arguments = (engine.chunks, batches, engine.communicator, pg, engine.row.tokens)
+    plain = forward_logps(*arguments)
+    parts: list[tuple[Tensor, Tensor]] = []
+    for draw in range(DRAWS):
+        with rounding_noise(policy_chunks(engine), engine.device, draw):
+            noisy = forward_logps(*arguments)
+        parts += [
+            (disturbed.policy - undisturbed.policy, batch.response_lengths)
+            for batch, undisturbed, disturbed in zip(batches, plain, noisy, strict=False)
+        ]
+    return logp_difference(parts if pg.tp.rank() == 0 else [], engine.device, pg.cp)

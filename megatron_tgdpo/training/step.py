@@ -1,0 +1,112 @@
+"""One optimizer step, and one evaluation batch: forward, backward, guard, clip, update."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import tee
+
+import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.profiler import record_function
+
+from megatron_tgdpo.batching.collate import PreferenceBatch
+from megatron_tgdpo.config.methods import METHODS
+from megatron_tgdpo.output.metrics import StepMetrics, reduce_metrics
+from megatron_tgdpo.setup.engine import Engine
+from megatron_tgdpo.training.forward import forward_step
+
+
+def run_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int, *, forward_only: bool) -> StepMetrics:
+    """Runs this data rank's packs through the pipeline; with backward, leaves finished gradients in the buffers.
+
+    Collective over all ranks; every data rank brings the same number ``count`` of packs, a multiple of the stages where
+    they are interleaved.
+    """
+    interleaved = len(engine.chunks) > 1
+    run = get_forward_backward_func(pp_size=engine.pg.pp.size(), vp_size=len(engine.chunks) if interleaved else None)
+    batches = (batch.to(engine.device) for batch in packs)
+    pipeline = {} if engine.communicator is None else {"p2p_communicator": engine.communicator}
+    with torch.set_grad_enabled(not forward_only):
+        metrics = run(
+            forward_step_func=partial(forward_step, loss_config=engine.loss, pg=engine.pg),
+            data_iterator=list(tee(batches, len(engine.chunks))) if interleaved else batches,
+            model=list(engine.chunks),
+            num_microbatches=count,
+            seq_length=engine.row.tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            pg_collection=engine.pg,
+            **pipeline,
+        )
+    return reduce_metrics(metrics, engine.pg, engine.device, without=METHODS[engine.loss.method].without)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        metrics: Of the global batch.
+        grad_norm: Global norm of the gradient before clipping.
+        lr: The learning rate of this step.
+        updated: False where a loss or the norm is not finite; then no parameter has changed.
+    """
+
+    metrics: StepMetrics
+    grad_norm: float
+    lr: float
+    updated: bool
+
+
+def train_step(
+    engine: Engine, packs: Sequence[PreferenceBatch], next_packs: Sequence[PreferenceBatch] = ()
+) -> StepResult:
+    """One optimizer step over a global batch; collective over all ranks, all of which see the same result.
+
+    Args:
+        engine: The models and their optimizer.
+        packs: This data rank's.
+        next_packs: Of the step that follows, for prefetching; empty if there is none.
+    """
+    lr = engine.optimizer.param_groups[0]["lr"]
+    with record_function("tgdpo::zero_gradients"):
+        for chunk in engine.chunks:
+            chunk.zero_grad_buffer()
+        engine.optimizer.zero_grad()
+    metrics = _forward_backward(engine, packs, next_packs)
+    if metrics.bad_pair is not None:
+        return StepResult(metrics, math.nan, lr, updated=False)
+    # Named for profiles, as PyTorch's own optimizers name their steps.
+    with record_function("tgdpo::clip"):
+        engine.optimizer.prepare_grads()
+        grad_norm = float(engine.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return StepResult(metrics, grad_norm, lr, updated=False)
+        clip = engine.optimizer.config.clip_grad
+        if clip > 0:
+            clip_grad_by_total_norm_fp32(engine.optimizer.get_parameters(), max_norm=clip, total_norm=grad_norm)
+    with record_function("tgdpo::update"):
+        engine.optimizer.step_with_ready_grads()
+    engine.scheduler.step(1)
+    return StepResult(metrics, grad_norm, lr, updated=True)
+
+
+def _forward_backward(
+    engine: Engine, packs: Sequence[PreferenceBatch], next_packs: Sequence[PreferenceBatch]
+) -> StepMetrics:
+    prefetcher, communicator = engine.prefetcher, engine.communicator
+    if prefetcher is None or communicator is None:
+        return run_packs(engine, packs, len(packs), forward_only=False)
+    batches = prefetcher.begin_step(packs, next_packs)
+    with communicator.busy_with(prefetcher.during_exchange):
+        metrics = run_packs(engine, batches, len(packs), forward_only=False)
+    prefetcher.end_step()
+    return metrics
+
+
+def evaluate_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int) -> StepMetrics:
+    """Metrics of some packs, without gradients. Collective, as :func:`run_packs`."""
+    batches = packs if engine.prefetcher is None else engine.prefetcher.alongside(packs)
+    return run_packs(engine, batches, count, forward_only=True)

@@ -1,0 +1,270 @@
+"""The training loop: plan, step, guard, log, evaluate, save. It knows neither losses nor models."""
+
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_tgdpo import signals
+from megatron_tgdpo.batching.collate import PreferenceBatch, collate
+from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.config.loading import to_dict
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.errors import AgreedError
+from megatron_tgdpo.guidance.cache import GuidanceCache
+from megatron_tgdpo.guidance.monitor import GuideWatch
+from megatron_tgdpo.output.directory import mark_done
+from megatron_tgdpo.output.metrics import StepMetrics, eval_group
+from megatron_tgdpo.output.metrics_log import MetricsLog
+from megatron_tgdpo.planning.memory import GIB
+from megatron_tgdpo.setup.engine import Engine
+from megatron_tgdpo.setup.inputs import hf_directory
+from megatron_tgdpo.signals import StoppedEarly
+from megatron_tgdpo.training.checkpoint import load_checkpoint
+from megatron_tgdpo.training.resume import StartPoint
+from megatron_tgdpo.training.run_data import RunData
+from megatron_tgdpo.training.saver import CheckpointSaver, save_due
+from megatron_tgdpo.training.start_check import check_start
+from megatron_tgdpo.training.step import StepResult, evaluate_packs, train_step
+
+logger = logging.getLogger(__name__)
+
+_EVAL_PLAN_PAIRS = 1024
+# Metric, its name in the progress line, its format.
+_PROGRESS = (
+    ("train/loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".4f"),
+    ("train/grad_norm", "grad_norm", ".3f"), ("train/lr", "lr", ".3g"),
+)  # fmt: skip
+_EVAL_PROGRESS = (("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"))
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """What one step works on, over all ranks: tokens of pairs, tokens of rows with their padding, and pairs."""
+
+    real: int
+    computed: int
+    pairs: int
+
+
+class Trainer:
+    """Runs the steps of a configured run from where it goes on to its end.
+
+    Args:
+        config: The run.
+        layout: The rank grid.
+        engine: Models and optimizer of this rank.
+        data: Datasets and data order.
+        start: Where it goes on.
+    """
+
+    def __init__(
+        self, config: Config, layout: ParallelLayout, engine: Engine, data: RunData, start: StartPoint
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.engine = engine
+        self.data = data
+        self.output_dir = Path(config.output_dir)
+        self.start = start
+        self.last_step = min(config.train.exit_step or data.order.steps, data.order.steps)
+        self.saver = CheckpointSaver(
+            engine,
+            self.output_dir,
+            hf_directory(config.model.policy),
+            config.checkpoint,
+            config.parallel.timeout_minutes,
+        )
+
+    def train(self) -> None:
+        """Trains to the last step, and leaves ``DONE`` if that is the schedule's last. Collective over all ranks.
+
+        Raises:
+            AgreedError: A loss or gradient is not finite, or the start check fails.
+            AgreedStorageError: Checkpoints cannot be saved or read, or the metrics up to one cannot be written.
+            StoppedEarly: Some rank was asked to stop; the step it was in is saved.
+        """
+        done = self._resume()
+        if done >= self.last_step:
+            logger.info("nothing to do: step %d of %d is done", done, self.last_step)
+        elif self._over_ranks(signals.requested())[0]:
+            raise StoppedEarly(f"asked to stop before step {done + 1} of {self.data.order.steps}")
+        else:
+            try:
+                done = self._train_from(done + 1)
+            except BaseException:
+                self.saver.leave()
+                raise
+        if done < self.last_step:
+            raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
+        if done >= self.data.order.steps:
+            agree(lambda: mark_done(self.output_dir, done) if dist.get_rank() == 0 else None)
+
+    def _train_from(self, first: int) -> int:
+        """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
+        log = agree(lambda: MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None)
+        guide_watch = GuideWatch()
+        started = saved = time.monotonic()
+        coming = self._step_packs(first)
+        for step in range(first, self.last_step + 1):
+            begin = time.monotonic()
+            packs, tokens = coming
+            coming = self._step_packs(step + 1) if step < self.last_step else ([], StepTokens(0, 0, 0))
+            result = train_step(self.engine, packs, coming[0])
+            self._guard(step, result)
+            if step == 1 and self.config.train.check_start and self.config.method.frozen:
+                check_start(self.engine, packs, result.metrics)
+            values = {"train/loss": result.metrics.values["loss"], "train/grad_norm": result.grad_norm}
+            values |= {"train/lr": result.lr}
+            values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
+            seconds = time.monotonic() - begin
+            peak, stop, failed, waited = self._over_ranks(
+                _peak_memory_bytes(self.engine.device) / GIB,
+                signals.requested(),
+                self.saver.has_failed,
+                time.monotonic() - saved,
+            )
+            values |= self._performance(seconds, tokens, peak) | self.saver.take_figures()
+            evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
+            for group, evaluation in evaluations.items():
+                values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
+            if log is not None:
+                log.write(step, values, evaluations)
+                if step % self.config.log.every_steps == 0 or step == self.last_step:
+                    logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
+                if (warning := guide_watch.count(result.metrics.values, tokens.pairs)) is not None:
+                    logger.warning(warning)
+            last = bool(stop) or step == self.last_step
+            if last or failed or save_due(step, self.data.order.steps, self.config.checkpoint.every_steps, waited):
+                # The steps of a checkpoint are not made again, so their figures must be there.
+                agree(log.check if log is not None else lambda: None)
+                self._save(step, last)
+                saved = time.monotonic()
+            if stop:
+                break
+        if log is not None:
+            log.close()
+        return step
+
+    def evaluate(self) -> dict[str, StepMetrics]:
+        """Metrics of every whole validation set, by the group that they are logged in. Collective over all ranks."""
+        return {eval_group(name): self._evaluate(name) for name in self.data.validation}
+
+    def _evaluate(self, name: str) -> StepMetrics:
+        dataset = self.data.validation[name]
+        indices = list(range(len(dataset)))
+        # Planned in parts: the time to plan grows with the square of the pairs.
+        parts = (indices[start : start + _EVAL_PLAN_PAIRS] for start in range(0, len(indices), _EVAL_PLAN_PAIRS))
+        packs = [pack for part in parts for pack in self._plan(dataset, part)[self.engine.pg.dp.rank()]]
+        batches = self._collated(dataset, packs, self.data.validation_guidance.get(name))
+        return evaluate_packs(self.engine, batches, len(packs))
+
+    def _resume(self) -> int:
+        if self.start.checkpoint is None:
+            return 0
+        load_checkpoint(self.engine, self.start.checkpoint, self.start.step)
+        if dist.get_rank() == 0:
+            logger.info("continuing after step %d from %s", self.start.step, self.start.checkpoint)
+        return self.start.step
+
+    def _plan(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[list[int]]]:
+        row, layout = self.engine.row, self.layout
+        tokens = row.pair_tokens(dataset.lengths[indices]).tolist()
+        multiple = layout.pipeline if layout.virtual > 1 else 1
+        return plan_packs(indices, tokens, row.tokens, layout.data, multiple)
+
+    def _collated(
+        self, dataset: PreferenceDataset, packs: list[list[int]], guidance: GuidanceCache | None
+    ) -> Iterator[PreferenceBatch]:
+        """Collates packs one by one, when the schedule takes them."""
+        return (collate([dataset[i] for i in pack], self.engine.row, guidance) for pack in packs)
+
+    def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], StepTokens]:
+        """This data rank's packs of a step, and what is in those of all ranks."""
+        train, row = self.data.train, self.engine.row
+        indices = self.data.order.step_indices(step)
+        plan = self._plan(train, indices)
+        used = [int(row.pair_tokens(train.lengths[pack]).sum()) if pack else 0 for packs in plan for pack in packs]
+        tokens = StepTokens(row.real_tokens(train.lengths[indices]), sum(map(row.cut, used)), len(indices))
+        return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), tokens
+
+    def _guard(self, step: int, result: StepResult) -> None:
+        if result.updated:
+            return
+        train = self.data.train
+        pair = result.metrics.bad_pair
+        if pair is not None:
+            raise AgreedError(
+                f"step {step}: the loss of pair {pair} ({train.source(pair)}) is not finite; no parameter was changed "
+                "by this step: look at that pair, or lower optimizer.lr"
+            )
+        pairs = ", ".join(map(str, self.data.order.step_indices(step)))
+        raise AgreedError(
+            f"step {step}: the gradient norm is {result.grad_norm} with finite losses; no parameter was changed by "
+            f"this step (its pairs: {pairs}): lower optimizer.lr, or check the weights"
+        )
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step == self.last_step or (every is not None and step % every == 0)
+
+    def _save(self, step: int, last: bool) -> None:
+        self.saver.save(
+            step,
+            {
+                **self.start.record(),
+                "consumed_pairs": self.data.order.consumed_pairs(step),
+                "dtype": self.config.precision.dtype,
+                "config": to_dict(self.config),
+            },
+            last=last,
+        )
+
+    def _over_ranks(self, *mine: float) -> list[float]:
+        """The largest of each figure over all ranks, in one reduction.
+
+        What ranks notice at different moments, even in different steps, such as a signal, becomes one decision: all of
+        them see the same maximum, and act after the same step.
+        """
+        maxima = torch.tensor([float(figure) for figure in mine], device=self.engine.device)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        return maxima.tolist()
+
+    def _performance(self, seconds: float, tokens: StepTokens, peak: float) -> dict[str, float]:
+        """The step's speed, and memory in GiB."""
+        return {
+            "perf/pairs_per_second": tokens.pairs / seconds,
+            "perf/tokens_per_second": tokens.real / seconds,
+            "perf/tokens_per_second_per_gpu": tokens.real / seconds / self.layout.world_size,
+            "perf/step_seconds": seconds,
+            "perf/packing_efficiency": tokens.real / tokens.computed,
+            "perf/peak_memory_gib": peak,
+        }
+
+    def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
+        eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))
+        figures = [f"{text} {values[name]:{form}}" for name, text, form in _PROGRESS if name in values]
+        line = (
+            f"step {step}/{self.data.order.steps} {' '.join(figures)} | "
+            f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.2f} s/step ETA {eta}"
+        )
+        for group in map(eval_group, self.data.validation):
+            there = [(f"{group}/{name}", text, form) for name, text, form in _EVAL_PROGRESS]
+            evaluated = [f"{text} {values[name]:{form}}" for name, text, form in there if name in values]
+            line += f" | {group} {' '.join(evaluated)}" if evaluated else ""
+        return line
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,178 @@
+"""Data order, packing plan and collation."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_tgdpo.batching.collate import collate
+from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.batching.sampler import DatasetPart, make_data_order
+from megatron_tgdpo.data.dataset import PreferencePair
+
+
+def pair(index: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> PreferencePair:
+    return PreferencePair(np.array(prompt), np.array(chosen), np.array(rejected), index)
+
+
+def test_every_pair_is_seen_once_per_epoch_in_a_new_order() -> None:
+    order = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
+    stream = [i for step in range(1, 6) for i in order.step_indices(step)]
+    assert len(stream) == 20
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+    assert stream[:10] != list(range(10))
+    again = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
+    assert [again.step_indices(step) for step in (3, 1)] == [stream[8:12], stream[:4]]
+    other = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=2)
+    assert other.step_indices(1) != stream[:4]
+
+
+def test_epochs_end_with_a_smaller_step_and_file_order_is_kept() -> None:
+    order = make_data_order([DatasetPart(10)], 4, steps=None, epochs=1, shuffle=False, seed=1)
+    assert order.steps == 3
+    assert [order.step_indices(step) for step in (1, 2, 3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [order.consumed_pairs(step) for step in (0, 1, 3)] == [0, 4, 10]
+
+
+def test_a_changed_batch_goes_on_with_the_pairs_that_follow() -> None:
+    before = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
+    seen = [index for step in (1, 2) for index in before.step_indices(step)]
+    after = make_data_order([DatasetPart(10)], 2, 6, None, True, 1, done_steps=2, done_pairs=before.consumed_pairs(2))
+    assert after.steps == 6
+    later = [index for step in range(3, 7) for index in after.step_indices(step)]
+    assert len(later) == 8
+    stream = [index for step in range(1, 5) for index in before.step_indices(step)]
+    assert seen + later == stream
+    # As it was, it is the same order.
+    same = make_data_order([DatasetPart(10)], 4, 5, None, True, 1, done_steps=2, done_pairs=8)
+    assert [same.step_indices(step) for step in (3, 4, 5)] == [before.step_indices(step) for step in (3, 4, 5)]
+
+
+def test_more_epochs_after_a_smaller_last_step_skip_nothing() -> None:
+    before = make_data_order([DatasetPart(10)], 4, None, 1, False, 1)
+    assert (before.steps, before.consumed_pairs(3)) == (3, 10)
+    after = make_data_order([DatasetPart(10)], 4, None, 2, False, 1, done_steps=3, done_pairs=10)
+    assert after.steps == 6
+    assert [index for step in (4, 5, 6) for index in after.step_indices(step)] == list(range(10))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_plan_holds_every_pair_once_within_the_rows_and_evenly_deep(ranks: int) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 60, size=23).tolist()
+    indices = list(range(100, 123))
+    plan = plan_packs(indices, tokens, 64, ranks)
+    assert len(plan) == ranks
+    assert len({len(packs) for packs in plan}) == 1
+    packed = [i for packs in plan for pack in packs for i in pack]
+    assert sorted(packed) == indices
+    cost = dict(zip(indices, tokens, strict=True))
+    assert max(sum(cost[i] for i in pack) for packs in plan for pack in packs) <= 64
+    loads = [sum(cost[i] for pack in packs for i in pack) for packs in plan]
+    assert max(loads) - min(loads) <= 64
+    assert plan == plan_packs(indices, tokens, 64, ranks)
+
+
+def test_a_plan_of_fewer_packs_than_ranks_gives_empty_packs() -> None:
+    assert plan_packs([7], [10], 64, 3) == [[[7]], [[]], [[]]]
+
+
+def test_collate() -> None:
+    batch = collate([pair(4, [10, 11], [12, 13, 2], [14]), pair(9, [20], [21], [22, 23])], RowFormat(16))
+    assert batch.tokens.tolist() == [[10, 11, 12, 13, 2, 10, 11, 14, 20, 21, 20, 22, 23, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 1, 2, 0, 0, 0]]
+    assert batch.packing.cu_seqlens_q.tolist() == [0, 5, 8, 10, 13]
+    assert batch.packing.max_seqlen_q == 5
+    assert batch.response_lengths.tolist() == [3, 1, 1, 2]
+    assert batch.targets.tolist() == [12, 13, 2, 14, 21, 22, 23]
+    # Each target is the token right after its logit position.
+    assert torch.equal(batch.tokens[0, batch.logit_positions + 1], batch.targets)
+    assert batch.pair_indices.tolist() == [4, 9]
+    assert RowFormat(16).pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [8, 5]
+    assert RowFormat(16).real_tokens(np.array([[2, 3, 1], [1, 1, 2]])) == 13
+
+
+def test_collate_without_pairs() -> None:
+    batch = collate([], RowFormat(8))
+    assert batch.tokens.shape == (1, 8)
+    assert batch.packing.cu_seqlens_q.tolist() == [0]
+    assert batch.targets.numel() == batch.logit_positions.numel() == batch.response_lengths.numel() == 0
+
+
+PAIRS = [pair(4, [10, 11], [12, 13, 2], [14]), pair(9, [20], [21], [22, 23])]
+
+
+def test_a_shared_prompt_is_there_once() -> None:
+    row = RowFormat(12, shared_prompts=True)
+    batch = collate(PAIRS, row)
+    assert batch.tokens.tolist() == [[10, 11, 12, 13, 2, 14, 20, 21, 22, 23, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2, 0, 0]]
+    assert batch.packing.cu_seqlens_q.tolist() == [0, 5, 6, 8, 10]
+    assert batch.packing.cu_seqlens_kv.tolist() == [0, 5, 8, 10, 13]
+    assert batch.packing.kv_index is not None
+    assert batch.packing.kv_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 6, 8, 9]
+    # The prompt's last position predicts the first token of both responses.
+    assert batch.logit_positions.tolist() == [1, 2, 3, 1, 6, 6, 8]
+    assert batch.targets.tolist() == [12, 13, 2, 14, 21, 22, 23]
+    assert row.pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [6, 4]
+    assert row.real_tokens(np.array([[2, 3, 1], [1, 1, 2]])) == 10
+
+
+def test_context_ranks_hold_every_response_token_once() -> None:
+    formats = [RowFormat(32, context=2, context_rank=rank) for rank in range(2)]
+    assert formats[0].pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [8 + 4, 4 + 4]
+    parts = [collate(PAIRS, row) for row in formats]
+    whole = collate(PAIRS, RowFormat(32))
+    assert sorted(np.concatenate([part.response_order for part in parts]).tolist()) == list(range(7))
+    for part in parts:
+        assert part.tokens.shape == (1, 16)
+        assert torch.equal(part.targets, whole.targets[part.response_order])
+        assert int(part.response_lengths.sum()) == len(part.targets)
+    assert torch.equal(parts[0].response_lengths + parts[1].response_lengths, whole.response_lengths)
+    # Sequence 1 has 5 tokens, padded to 8 in chunks of 2: rank 0 holds the first and the last chunk.
+    assert parts[0].tokens[0, :4].tolist() == [10, 11, 0, 0]
+    assert parts[1].tokens[0, :4].tolist() == [12, 13, 2, 0]
+    assert parts[0].position_ids[0, :4].tolist() == [0, 1, 0, 0]
+
+
+def test_a_row_is_cut_where_it_ends() -> None:
+    row = RowFormat(64, multiple=4)
+    batch, whole = collate(PAIRS, row), collate(PAIRS, RowFormat(64))
+    assert batch.tokens.shape == (1, 16)
+    assert torch.equal(batch.tokens, whole.tokens[:, :16])
+    assert torch.equal(batch.logit_positions, whole.logit_positions)
+    assert collate([], row).tokens.shape == (1, 4)
+    assert [row.cut(used) for used in (0, 4, 5, 64)] == [4, 4, 8, 64]
+    part = collate(PAIRS, RowFormat(64, context=2, context_rank=1, multiple=8))
+    assert part.tokens.shape == (1, 12)
+    assert torch.equal(part.targets, collate(PAIRS, RowFormat(64, context=2, context_rank=1)).targets)
+
+
+class Cache:
+    """Reference -1, -2, ... and guide -11, -12, ... for the tokens of every pair."""
+
+    guided = True
+
+    def logps(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        count = {4: 4, 9: 3}[index]
+        return -np.arange(1.0, count + 1, dtype=np.float32), -np.arange(11.0, count + 11, dtype=np.float32)
+
+
+def test_cached_logps_follow_their_tokens() -> None:
+    reference = [-1, -2, -3, -4, -1, -2, -3]
+    for row in (RowFormat(32), RowFormat(32, shared_prompts=True)):
+        batch = collate(PAIRS, row, Cache())
+        assert batch.reference_logps is not None
+        assert batch.guide_logps is not None
+        assert batch.reference_logps.tolist() == reference
+        assert batch.guide_logps.tolist() == [value - 10 for value in reference]
+        assert batch.reference_logps.dtype == torch.float32
+    for rank in range(2):
+        part = collate(PAIRS, RowFormat(32, context=2, context_rank=rank), Cache())
+        assert part.reference_logps is not None
+        assert part.reference_logps.tolist() == [reference[i] for i in part.response_order]
+    empty = collate([], RowFormat(8), Cache())
+    assert empty.reference_logps is not None
+    assert empty.guide_logps is not None
+    assert empty.reference_logps.numel() == empty.guide_logps.numel() == 0

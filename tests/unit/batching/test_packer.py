@@ -1,0 +1,74 @@
+"""Rows need only hold the longest pair that the data has: what the config takes, what the data refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.setup.inputs import prepare_data
+from tests.tiny_models import make_tokenizer
+from tests.unit.config.test_config import VALID
+
+VOCABULARY = 64
+
+
+def config_of(directory: Path, **sections: Any) -> Config:
+    make_tokenizer(VOCABULARY).save_pretrained(directory / "tokenizer")
+    path = directory / "pairs.jsonl"
+    words = " ".join(f"w{number}" for number in range(10))
+    records = [{"prompt": words, "chosen": f"w1 w2 w{number}", "rejected": "w3 " * 20 + "w4"} for number in (5, 6)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    data = {"train": str(path), "tokenizer": str(directory / "tokenizer"), "workers": 1, "max_length": 2048}
+    return config_from_dict({**VALID, "data": data, **sections})
+
+
+UNSHARED = {"batch": {"global_pairs": 2, "shared_prompts": False}}
+SFT = {"model": {"policy": "policy"}, "loss": {"method": "sft"}}
+CONTEXT = {"parallel": {"context": 2, "tensor": 4, "sequence_parallel": True}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "columns", "multiple"),
+    [({}, "pcr", 1), (UNSHARED, "pcpr", 1), (SFT, "pc", 1), (CONTEXT, "pcpr", 8)],
+    ids=["shared", "unshared", "sft", "context"],
+)
+def test_a_row_holds_the_longest_pair_and_no_more(
+    tmp_path: Path, sections: dict[str, Any], columns: str, multiple: int
+) -> None:
+    (prepared,) = prepare_data(config_of(tmp_path, **sections), tmp_path / "cache", []).values()
+    prompt, chosen, rejected = prepared.open().lengths[0].tolist()
+    sides = {"pcr": [prompt + chosen + rejected], "pc": [prompt + chosen], "pcpr": [prompt + chosen, prompt + rejected]}
+    # Under context parallelism each sequence is padded to a multiple of four.
+    parts = [-(-side // 4) * 4 if multiple > 1 else side for side in sides[columns]]
+    least = -(-sum(parts) // multiple) * multiple
+    batch = {"global_pairs": 2, **sections.get("batch", {})}
+    fitting = {**sections, "batch": {**batch, "tokens_per_micro_batch": least}}
+    assert prepare_data(config_of(tmp_path, **fitting), tmp_path / "cache", []) == {"train": prepared}
+    short = {**sections, "batch": {**batch, "tokens_per_micro_batch": least - multiple}}
+    with pytest.raises(UserError, match=rf"pairs\.jsonl:1: the pair takes .* at least {least} "):
+        prepare_data(config_of(tmp_path, **short), tmp_path / "cache", [])
+
+
+@pytest.mark.parametrize(
+    ("max_length", "parallel", "expected"),
+    [
+        (2048, {}, 4096),
+        (2049, {}, 4098),
+        (2049, {"context": 2}, 2 * 2052),
+        (2049, {"tensor": 4, "sequence_parallel": True}, 4100),
+        (2048, {"context": 3, "tensor": 4, "sequence_parallel": True}, 4104),
+    ],
+)
+def test_rows_hold_any_pair_where_nothing_is_said(max_length: int, parallel: dict[str, Any], expected: int) -> None:
+    data = {"train": "pairs.jsonl", "max_length": max_length}
+    assert config_from_dict({**VALID, "data": data, "parallel": parallel}).row_tokens == expected
+
+
+def test_sft_has_no_prompts_to_share() -> None:
+    assert not config_from_dict({**VALID, **SFT}).shared_prompts
+    batch = {"global_pairs": 1, "shared_prompts": True}
+    assert not config_from_dict({**VALID, **SFT, "batch": batch, "parallel": {"context": 2}}).shared_prompts

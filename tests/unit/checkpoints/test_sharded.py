@@ -1,0 +1,194 @@
+"""A Megatron checkpoint is whole or refused, and no file in it can run code."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+from checkpoints_convert.command_line import find_checkpoint
+from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.errors import UserError
+from tests.checkpoints import without_manifest
+from tests.tiny_models import make_llama
+
+WEIGHT = torch.arange(12.0).view(3, 4)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_llama(tmp_path_factory.mktemp("hf"), layers=1)
+    (path / "modeling_custom.py").write_text("raise SystemExit")
+    (path / "training_args.bin").write_bytes(b"x")
+    (path / "tokenizer.model").write_bytes(b"sentencepiece")
+    return path
+
+
+def state(weight: torch.Tensor = WEIGHT, key: str = "w") -> dict[str, Any]:
+    return {
+        "model": {"w": ShardedTensor.from_rank_offsets(key, weight.clone())},
+        "random": ShardedObject("random", {"seed": 5}, (1,), (0,)),
+        "groups": [{"lr": 0.1, "betas": (0.9, 0.95)}],
+    }
+
+
+@pytest.fixture
+def saved(tmp_path: Path, hf: Path, one_rank: None) -> Path:
+    path = tmp_path / "step_00000003"
+    sharded.save(path, state(), hf, {"step": 3, "dtype": "fp32", "parameters": 12})
+    return path
+
+
+def test_comes_back(saved: Path) -> None:
+    wanted = state(torch.zeros(3, 4))
+    wanted["random"] = ShardedObject("random", None, (1,), (0,))
+    del wanted["groups"]
+    loaded = sharded.load(saved, wanted)
+    assert torch.equal(loaded["model"]["w"], WEIGHT)
+    assert loaded["random"] == {"seed": 5}
+    assert loaded["groups"] == [{"lr": 0.1, "betas": (0.9, 0.95)}]
+    metadata = {"format_version": 1, "step": 3, "dtype": "fp32", "parameters": 12}
+    assert checkpoint_directory.read_metadata(saved) == metadata
+    assert checkpoint_directory.is_complete(saved)
+    assert checkpoint_directory.is_megatron_checkpoint(saved)
+
+
+def test_default_loader_of_megatron_core_reads_it(saved: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    wanted = {"model": {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(3, 4))}}
+    assert torch.equal(dist_checkpointing.load(wanted, str(saved))["model"]["w"], WEIGHT)
+
+
+def test_holds_what_an_export_needs_and_no_code(saved: Path, hf: Path) -> None:
+    copied = {path.name for path in (saved / "hf").iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"} <= copied
+    assert not any(name.endswith((".py", ".bin", ".safetensors")) for name in copied)
+    assert (saved / "hf" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+
+
+def test_saving_over_something_is_refused(saved: Path, hf: Path) -> None:
+    before = sorted(path.name for path in saved.iterdir())
+    with pytest.raises(UserError, match="exists and is not empty"):
+        sharded.save(saved, state(), hf, {})
+    assert sorted(path.name for path in saved.iterdir()) == before
+
+
+def test_an_interrupted_save_is_never_taken_for_whole(saved: Path, hf: Path) -> None:
+    output_dir = saved.parent / "run"
+    checkpoints = output_dir / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    shutil.copytree(saved, checkpoints / "step_00000003")
+    shutil.copytree(saved, checkpoints / "step_00000010.tmp")  # killed before the rename
+    shutil.copytree(saved, checkpoints / "step_00000020")
+    (checkpoints / "step_00000020" / "tgdpo.json").unlink()
+    assert not checkpoint_directory.is_complete(checkpoints / "step_00000010.tmp")
+    assert not checkpoint_directory.is_complete(checkpoints / "step_00000020")
+    assert find_checkpoint(output_dir) == checkpoints / "step_00000003"
+    for path in (checkpoints / "step_00000010.tmp", checkpoints / "step_00000020"):
+        with pytest.raises(UserError, match="not a complete Megatron checkpoint"):
+            sharded.load(path, state())
+    assert checkpoint_directory.remove_incomplete(checkpoints) == [checkpoints / "step_00000010.tmp"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000020"]
+    shutil.rmtree(checkpoints / "step_00000003")
+    with pytest.raises(UserError, match="neither a Megatron checkpoint nor a training output"):
+        find_checkpoint(output_dir)
+
+
+def test_newest_is_by_number(saved: Path) -> None:
+    checkpoints = saved.parent / "run" / "checkpoints"
+    for step in ("step_00000009", "step_100000000"):
+        shutil.copytree(saved, checkpoints / step)
+    assert checkpoint_directory.newest_checkpoint(checkpoints.parent) == checkpoints / "step_100000000"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (state(key="other"), "lacks 1 of the tensors asked for, first other"),
+        (state(torch.zeros(3, 5)), "Global shape mismatch"),
+    ],
+)
+def test_another_model_is_refused(saved: Path, wanted: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        sharded.load(saved, wanted)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_data_is_refused(saved: Path) -> None:
+    file = next(saved.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"distcp: 100 bytes, [\d,]+ were written"):
+        sharded.load(saved, state())
+    with pytest.raises(UserError, match="cannot load"):
+        sharded.load(without_manifest(saved), state())
+
+
+def test_unknown_version_is_refused(saved: Path) -> None:
+    (saved / "tgdpo.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(UserError, match="format_version is 99"):
+        checkpoint_directory.read_metadata(saved)
+
+
+class Payload:
+    """Unpickling it creates a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.mark,))
+
+
+def test_metadata_cannot_run_code(saved: Path) -> None:
+    (without_manifest(saved) / ".metadata").write_bytes(pickle.dumps(Payload(saved / "executed")))
+    with pytest.raises(UserError, match="does not belong into checkpoint metadata"):
+        sharded.load(saved, state())
+    assert not (saved / "executed").exists()
+
+
+def test_plain_values_cannot_run_code(saved: Path) -> None:
+    torch.save({"x": Payload(saved / "executed")}, without_manifest(saved) / "common.pt")
+    with pytest.raises(UserError, match="cannot load"):
+        sharded.load(saved, state())
+    assert not (saved / "executed").exists()
+
+
+def test_objects_cannot_run_code(saved: Path, hf: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    hostile = {"random": ShardedObject("random", Payload(mark), (1,), (0,))}
+    sharded.save(tmp_path / "hostile", hostile, hf, {})
+    with pytest.raises(UserError, match="cannot load"):
+        sharded.load(tmp_path / "hostile", {"random": ShardedObject("random", None, (1,), (0,))})
+    assert not mark.exists()
+
+
+def test_values_that_could_not_be_read_back_are_not_saved(hf: Path, tmp_path: Path, one_rank: None) -> None:
+    with pytest.raises(UserError, match="a plain value of the checkpoint cannot be saved"):
+        sharded.save(tmp_path / "new", {**state(), "plain": Payload(tmp_path / "executed")}, hf, {})
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("new")] == []
+
+
+def test_an_interrupted_removal_leaves_nothing_that_looks_complete(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run" / "checkpoints" / "step_00000001"
+    shutil.copytree(saved, path)
+    assert checkpoint_directory.complete_checkpoints(tmp_path / "run") == [path]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint_directory.remove_checkpoint(path)
+    assert any(path.parent.iterdir())
+    assert checkpoint_directory.complete_checkpoints(tmp_path / "run") == []
+    checkpoint_directory.remove_incomplete(path.parent)
+    assert not any(path.parent.iterdir())
+
+
+def _interrupted(path: Path) -> None:
+    raise KeyboardInterrupt

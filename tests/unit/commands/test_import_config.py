@@ -1,0 +1,349 @@
+"""The reference code's YAML becomes the same run here."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_tgdpo.config.loading import config_from_dict, load_config
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.data.chat import ChatTemplate
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.storage.yaml_text import read_yaml
+from tests.launch import run_module
+from tests.published_configs import PUBLISHED
+from tgdpo.import_config import convert, main, not_carried_over
+from tgdpo.llamafactory.datasets import dataset_file
+from tgdpo.llamafactory.keys import HARMLESS, ONLY, READ
+from tgdpo.llamafactory.templates import NAMES, chat_template
+
+# The keys and values of the reference code's Llama-3 8B example.
+REFERENCE = {
+    "model_name_or_path": "policy", "ref_model": "reference", "tgdpo_reward_model": "guide", "stage": "tgdpo",
+    "do_train": True, "finetuning_type": "full", "pref_beta": 0.1, "tgdpo_alpha": 0.5, "pref_loss": "sigmoid",
+    "dataset": "name", "template": "llama3", "cutoff_len": 2048, "max_prompt_length": 1800,
+    "preprocessing_num_workers": 16, "output_dir": "out", "logging_steps": 1, "save_steps": 60,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "learning_rate": 7.0e-7,
+    "num_train_epochs": 1.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "bf16": True, "eval_steps": 50000,
+}  # fmt: skip
+
+
+def test_the_paper_example() -> None:
+    config = config_from_dict(convert(REFERENCE, 8, "pairs.jsonl", None))
+    assert (config.model.policy, config.model.reference, config.model.guide) == ("policy", "reference", "guide")
+    assert (config.loss.method, config.loss.beta, config.loss.alpha) == ("tgdpo", 0.1, 0.5)
+    assert config.batch.global_pairs == 128
+    assert (config.data.train, config.data.max_length, config.data.max_prompt_length) == ("pairs.jsonl", 2048, None)
+    assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup_ratio) == (7e-7, "cosine", 0.1)
+    assert (config.train.epochs, config.train.steps, config.precision.dtype) == (1.0, None, "bf16")
+    assert not_carried_over({**REFERENCE, "plot_loss": True, "lora_rank": 8}) == ["lora_rank", "plot_loss"]
+    asked = config_from_dict(convert(REFERENCE, 8, "pairs.jsonl", None, max_prompt_length=True))
+    assert asked.data.max_prompt_length == 1800
+
+
+def test_other_methods() -> None:
+    unguided = {key: value for key, value in REFERENCE.items() if not key.startswith("tgdpo_")}
+    dpo = {**unguided, "stage": "dpo", "pref_ftx": 0.25, "dpo_label_smoothing": 0.1}
+    loss = config_from_dict(convert(dpo, 8, "pairs.jsonl", None)).loss
+    assert (loss.method, loss.options) == ("dpo", {"beta": 0.1, "label_smoothing": 0.1, "sft_weight": 0.25})
+    simpo = {**unguided, "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.5, "simpo_gamma": 1.4, "pref_ftx": 0}
+    del simpo["ref_model"]
+    loss = config_from_dict(convert(simpo, 8, "pairs.jsonl", None)).loss
+    assert (loss.method, loss.options) == ("simpo", {"beta": 2.5, "gamma": 1.4})
+    with pytest.raises(UserError, match=r"loss\.sft_weight is set but loss\.method tgdpo does not use it"):
+        config_from_dict(convert({**REFERENCE, "pref_ftx": 0.1}, 8, "pairs.jsonl", None))
+
+
+@pytest.mark.parametrize(("key", "value"), [("pref_loss", "ipo"), ("finetuning_type", "lora"), ("fp16", True)])
+def test_what_would_change_the_maths_is_refused(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=key):
+        convert({**REFERENCE, key: value}, 8, "pairs.jsonl", None)
+
+
+# A value that is refused, and a part of what is said.
+REFUSED = {
+    "max_samples": (1000, "take that many records from the beginning"),
+    "val_size": (0.1, "--validation"),
+    "optim": ("sgd", "always AdamW"),
+    "streaming": (True, ""),
+    "mix_strategy": ("interleave_under", ""),
+    "quantization_bit": (4, "not quantised"),
+    "adapter_name_or_path": ("a", "merge the adapter"),
+    "ref_model_adapters": ("a", "merge the adapter"),
+    "use_galore": (True, ""),
+    "neftune_noise_alpha": (5, ""),
+    "rope_scaling": ("linear", "config.json"),
+    "pref_bco_weight": (0.1, ""),
+    "ld_alpha": (0.5, ""),
+    "pure_bf16": (True, "set bf16"),
+    "ignore_pad_token_for_loss": (False, ""),
+    "do_train": (False, ""),
+    "learning_rte": (1, "not a key that is known"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_cannot_be_carried_is_refused_unless_it_is_to_be_ignored(key: str) -> None:
+    value, said = REFUSED[key]
+    reference = {**REFERENCE, key: value}
+    with pytest.raises(UserError) as caught:
+        convert(reference, 8, "pairs.jsonl", None)
+    assert f"{key}" in str(caught.value)
+    assert said in str(caught.value)
+    assert "--ignore KEY" in str(caught.value)
+    assert convert(reference, 8, "p", None, ignore=[key]) == convert(REFERENCE, 8, "p", None)
+
+
+def test_all_refused_keys_are_named_at_once_with_their_lines() -> None:
+    text = yaml.safe_dump({**REFERENCE, **{key: value for key, (value, _) in REFUSED.items()}}, sort_keys=True)
+    lines = [line.split(":")[0] for line in text.splitlines()]
+    with pytest.raises(UserError) as caught:
+        convert(read_yaml(text, "lf.yaml"), 8, "pairs.jsonl", None, source="lf.yaml")
+    assert all(f" in line {lines.index(key) + 1}" in str(caught.value) for key in REFUSED)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_change_nothing_are_taken() -> None:
+    text = "optim: adamw_torch\nval_size: 0.0\nstreaming: off\npacking: false\nrope_scaling:\nmax_samples: null\n"
+    reference = {**read_yaml(yaml.safe_dump(REFERENCE), "a"), **read_yaml(text, "b")}
+    assert convert(reference, 8, "p", None) == convert(REFERENCE, 8, "p", None)
+
+
+def test_a_key_is_of_one_kind() -> None:
+    assert not set(READ) & set(ONLY)
+    assert not set(READ) & HARMLESS
+    assert not set(ONLY) & HARMLESS
+
+
+def test_the_reference_code_s_defaults() -> None:
+    needed = {"model_name_or_path": "policy", "output_dir": "out", "stage": "dpo", "finetuning_type": "full"}
+    config = config_from_dict(convert(needed, 4, "p", None))
+    assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup_ratio) == (5e-5, "linear", 0.0)
+    assert (config.batch.global_pairs, config.train.epochs, config.train.seed) == (32, 3.0, 42)
+    assert (config.precision.dtype, config.loss.options["beta"], config.data.max_length) == ("fp32", 0.1, 2048)
+    for key, default in (("stage", "sft"), ("finetuning_type", "lora")):
+        without = {name: value for name, value in needed.items() if name != key}
+        with pytest.raises(UserError, match=f"{key}: {default} is not supported here.*the reference code's default"):
+            convert(without, 4, "p", None)
+
+
+def test_null_is_the_default_or_what_it_means_there() -> None:
+    nulls = dict.fromkeys(("pref_beta", "warmup_ratio", "weight_decay", "ref_model", "eval_steps", "save_steps"))
+    reference = {**REFERENCE, **nulls, "save_total_limit": None, "max_grad_norm": None}
+    config = config_from_dict(convert(reference, 8, "p", None))
+    assert (config.checkpoint.keep, config.optimizer.clip_grad) == (0, 0.0)
+    assert (config.optimizer.warmup_ratio, config.model.reference, config.eval.every_steps) == (0.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ratio"),
+    [
+        ({"warmup_steps": 100, "max_steps": 1000}, 0.1),
+        ({"warmup_steps": 0.25}, 0.25),
+        ({"warmup_steps": 0}, 0.1),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, 0.0),
+        ({"lr_scheduler_type": "constant_with_warmup"}, 0.1),
+    ],
+)
+def test_warm_up(changes: dict, ratio: float) -> None:
+    config = config_from_dict(convert({**REFERENCE, **changes}, 8, "p", None))
+    assert config.optimizer.warmup_ratio == ratio
+    if config.train.steps:
+        assert math.ceil(ratio * config.train.steps) == changes["warmup_steps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup_steps": 100}, "warmup_steps: 100 is a number of steps.*give max_steps"),
+        ({"warmup_steps": 100, "max_steps": 50}, "warmup_steps: 100 is not a number of steps below max_steps: 50"),
+        ({"per_device_train_batch_size": "two"}, "per_device_train_batch_size is 'two': it must be a whole number"),
+        ({"eval_steps": 0.1}, r"eval_steps is '0\.1': it must be a whole number"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan: it must be a finite number"),
+        ({"output_dir": "${x}"}, "write the values out"),
+        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: polynomial is not supported here"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        convert({**REFERENCE, **changes}, 8, "p", None)
+
+
+TALK = [Message("user", "U1"), Message("assistant", "A1"), Message("user", "U2"), Message("assistant", "A2")]
+# As src/llamafactory/data/template.py of the authors' code puts its pieces together.
+RENDERED = {
+    "llama3": "<b><|start_header_id|>user<|end_header_id|>\n\nU1<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
+    "\n\nA1<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU2<|eot_id|><|start_header_id|>assistant"
+    "<|end_header_id|>\n\nA2<|eot_id|>",
+    "chatml": "<|im_start|>user\nU1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nU2<|im_end|>\n"
+    "<|im_start|>assistant\nA2<|im_end|>",
+    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nU1<|im_end|>\n<|im_start|>"
+    "assistant\nA1<|im_end|>\n<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>",
+    "gemma": "<b><start_of_turn>user\nU1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>\n<start_of_turn>user\nU2"
+    "<end_of_turn>\n<start_of_turn>model\nA2<e>",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_write_what_the_reference_code_writes(name: str) -> None:
+    template = ChatTemplate(chat_template(name).removesuffix("\n"), {"bos_token": "<b>", "eos_token": "<e>"}, name)
+    assert template.render(TALK, "a talk") == RENDERED[name]
+    prompt = template.render(TALK[:3], "a talk", add_generation_prompt=True)
+    assert RENDERED[name] == prompt + RENDERED[name].removeprefix(prompt)
+    assert RENDERED[name].removeprefix(prompt).startswith("A2<")
+    with_system = template.render([Message("system", "S"), *TALK], "a talk")
+    assert with_system.count("S") == 1
+    assert "helpful" not in with_system
+    assert with_system.endswith(RENDERED[name][RENDERED[name].index("U1") :])
+
+
+def imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reference: dict, *options: str) -> Config:
+    (tmp_path / "reference.yaml").write_text(yaml.safe_dump(reference))
+    arguments = [str(tmp_path / "reference.yaml"), "--train", "pairs.jsonl", "--out", str(tmp_path / "ours.yaml")]
+    monkeypatch.setattr("sys.argv", ["import", *arguments, *options])
+    main()
+    return load_config(tmp_path / "ours.yaml")
+
+
+def test_the_layout_is_the_planner_s_and_fits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(PUBLISHED["Llama-3-8B"]))
+    roles = ("model_name_or_path", "ref_model", "tgdpo_reward_model")
+    reference = {**REFERENCE, **dict.fromkeys(roles, str(tmp_path / "model"))}
+    config = imported(monkeypatch, tmp_path, reference, "--ranks", "8")
+    assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel) == (2, 1, True)
+    assert "TP2 x PP1 x DP4" in capsys.readouterr().out
+    more = imported(monkeypatch, tmp_path, reference, "--ranks", "8", "--gpu-memory-gib", "40")
+    assert more.parallel.tensor * more.parallel.pipeline > 2
+    for options, message in (
+        (("--ranks", "1"), "no layout of 1 GPUs fits: the smallest takes"),
+        (("--ranks", "12"), "--ranks 12 are not whole nodes"),
+        (("--ranks", "0"), "--ranks is 0: it must be positive"),
+        (("--ranks", "8", "--ignore", "foo"), "--ignore foo"),
+    ):
+        with pytest.raises(SystemExit):
+            imported(monkeypatch, tmp_path, reference, *options)
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_template_that_is_not_known_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        imported(monkeypatch, tmp_path, {**REFERENCE, "template": "falcon"}, "--ranks", "8")
+    assert "template: falcon is not one of those known here" in capsys.readouterr().err
+    own = imported(monkeypatch, tmp_path, {**REFERENCE, "template": "falcon"}, "--ranks", "8", "--ignore", "template")
+    assert own.data.chat_template is None
+
+
+def test_command(tmp_path: Path) -> None:
+    (tmp_path / "reference.yaml").write_text(yaml.safe_dump(REFERENCE))
+    arguments = [str(tmp_path / "reference.yaml"), "--ranks", "8", "--train", "pairs.jsonl"]
+    done = run_module("tgdpo.import_config", [*arguments, "--out", str(tmp_path / "ours.yaml")])
+    assert "layout: NOT planned, there is no policy/config.json here" in done.stdout
+    assert "max_prompt_length: left out, the authors' code never reads it" in done.stdout
+    config = load_config(tmp_path / "ours.yaml")
+    assert config.batch.global_pairs == 128
+    assert Path(config.data.chat_template or "").read_text() == chat_template("llama3")
+
+
+ENTRY = {
+    "file_name": "pairs.json",
+    "ranking": True,
+    "formatting": "sharegpt",
+    "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+    "tags": {"role_tag": "from", "content_tag": "value"},
+}
+
+
+def info(tmp_path: Path, **changes: object) -> Path:
+    entry = {key: value for key, value in {**ENTRY, **changes}.items() if value is not None}
+    (tmp_path / "pairs.json").write_text("[]")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"name": entry}))
+    return tmp_path / "dataset_info.json"
+
+
+def test_dataset_names_are_looked_up(tmp_path: Path) -> None:
+    info(tmp_path)
+    (tmp_path / "reference.yaml").write_text(yaml.safe_dump({**REFERENCE, "eval_dataset": "name"}))
+    arguments = [
+        str(tmp_path / "reference.yaml"),
+        "--ranks",
+        "8",
+        "--dataset-info",
+        str(tmp_path / "dataset_info.json"),
+    ]
+    run_module("tgdpo.import_config", [*arguments, "--out", str(tmp_path / "ours.yaml")])
+    data = load_config(tmp_path / "ours.yaml").data
+    assert data.train == data.validation == str(tmp_path / "pairs.json")
+
+
+def test_the_plain_form_is_taken(tmp_path: Path) -> None:
+    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+    file = info(tmp_path, formatting=None, tags=None, columns=columns)
+    assert dataset_file(file, "name") == str(tmp_path / "pairs.json")
+
+
+def test_null_and_empty_columns_are_not_there(tmp_path: Path) -> None:
+    for columns in (None, {"prompt": "instruction", "query": "", "history": None, "chosen": "chosen"}):
+        (tmp_path / "dataset_info.json").write_text(
+            json.dumps({"name": {"file_name": "pairs.json", "ranking": True, "columns": columns, "tags": None}})
+        )
+        (tmp_path / "pairs.json").write_text("[]")
+        assert dataset_file(tmp_path / "dataset_info.json", "name") == str(tmp_path / "pairs.json")
+
+
+def test_columns_that_only_this_project_would_read_are_refused(tmp_path: Path) -> None:
+    columns = {"prompt": "instruction", "query": "", "chosen": "chosen", "rejected": "rejected"}
+    file = info(tmp_path, formatting=None, tags=None, columns=columns)
+    record = {"instruction": "a", "chosen": "b", "rejected": "c", "input": ""}
+    (tmp_path / "pairs.json").write_text(json.dumps([record]))
+    assert dataset_file(file, "name")
+    (tmp_path / "pairs.json").write_text(json.dumps([record, {**record, "input": "more"}]))
+    with pytest.raises(UserError, match=r"pairs\.json record 2: has 'input', which is read here"):
+        dataset_file(file, "name")
+    (tmp_path / "pairs.json").write_text(json.dumps(record) + "\n" + json.dumps({**record, "system": "s"}))
+    with pytest.raises(UserError, match=r"pairs\.json:2: has 'system'"):
+        dataset_file(file, "name")
+
+
+@pytest.mark.parametrize("content", ["[" * 9999, "3", '{"name": 3}', "{", "\ud800"])
+def test_a_dataset_info_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "dataset_info.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=r"dataset_info\.json"):
+        dataset_file(tmp_path / "dataset_info.json", "name")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "message"),
+    [
+        ({}, "other", "no entry 'other'"),
+        ({}, "name,other", "several datasets"),
+        ({"file_name": None, "hf_hub_url": "a/b"}, "name", "hf_hub_url is not downloaded here"),
+        ({"file_name": "nowhere.json"}, "name", "nowhere.json is not a file"),
+        ({"ranking": None}, "name", "not a file of preference pairs"),
+        ({"num_samples": 10}, "name", "num_samples has no counterpart"),
+        ({"formatting": "openai"}, "name", "formatting 'openai'"),
+        (
+            {"columns": {"messages": "turns"}},
+            "name",
+            "columns.messages is 'turns', which must be called 'conversations'",
+        ),
+        ({"columns": {"query": "question"}, "formatting": "alpaca"}, "name", "columns.query is 'question'"),
+        ({"columns": 3}, "name", "columns is not a mapping"),
+        ({"file_name": 3}, "name", "not a file of preference pairs"),
+        ({"formatting": []}, "name", r"formatting \[\] is not supported"),
+        ({"columns": {"images": "images"}}, "name", "columns.images is 'images', which has no counterpart"),
+        ({"tags": {"role_tag": "speaker"}}, "name", "tags.role_tag is 'speaker', here only from, role"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(tmp_path: Path, changes: dict, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        dataset_file(info(tmp_path, **changes), name)

@@ -1,0 +1,280 @@
+"""Every combination of precision keys either builds megatron-core's config or is refused with its reason."""
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from megatron_tgdpo.config.checks import FP8_RECIPES
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.gpu.capabilities import Capabilities, Version, detect, parse_version
+from megatron_tgdpo.gpu.options import check_gpu_options
+from megatron_tgdpo.gpu.overlap import check_overlap, ddp_config, optimizer_kwargs
+from megatron_tgdpo.gpu.precision import (
+    check_fp8_sizes,
+    check_precision,
+    frozen_params_fp8,
+    frozen_recipe,
+    frozen_transformer_kwargs,
+    policy_recipe,
+    policy_transformer_kwargs,
+)
+from megatron_tgdpo.models.config import LanguageModelConfig
+from megatron_tgdpo.setup.inputs import row_format
+from tests.unit.config.test_config import VALID
+
+# Ampere, Ada, Hopper, Blackwell, and the Blackwell of workstations; the CUDA of each is new enough or too old.
+GPUS: tuple[tuple[Version | None, Version | None], ...] = (
+    (None, None), ((8, 0), (12, 9)), ((8, 9), (12, 0)), ((8, 9), (12, 1)), ((9, 0), (12, 8)), ((9, 0), (12, 9)),
+    ((10, 0), (13, 0)), ((12, 0), (13, 0)),
+)  # fmt: skip
+ENGINES: tuple[Version | None, ...] = (None, (2, 8, 0), (2, 9, 0), (2, 11, 0), (2, 12, 0))
+PRECISIONS = list(
+    itertools.product(
+        ("bf16", "fp32"), FP8_RECIPES, ("hybrid", "e4m3"), (False, True), (False, True), ("same", "bf16", "fp8"),
+        (False, True),
+    )
+)  # fmt: skip
+
+REASONS = (
+    "need precision.dtype=bf16", "needs a CUDA GPU", "needs Transformer Engine", "the local layers have no FP8",
+    "compute capability 8.9", "on Ada needs CUDA 12.1", "compute capability 9.0", "compute capability 10.x",
+    "all models have one dtype", "needs precision.fp8:", "without FP8 means nothing", "does not go with fp8=delayed",
+    "what it saw before", "in the gradient buffer between steps", "works with fp8=delayed only", "not ln 2",
+)  # fmt: skip
+
+
+def configured(base: Config, values: tuple, *, check_start: bool) -> Config:
+    dtype, fp8, fp8_format, params, ends, frozen, offload = values
+    precision = replace(
+        base.precision, dtype=dtype, fp8=fp8, fp8_format=fp8_format, fp8_params=params,
+        first_last_layers_bf16=ends, frozen=frozen,
+    )  # fmt: skip
+    train = replace(base.train, check_start=check_start)
+    return replace(base, precision=precision, train=train, offload=replace(base.offload, optimizer=float(offload)))
+
+
+def build(config: Config, kwargs: dict[str, Any]) -> LanguageModelConfig:
+    """megatron-core's own checks of a model's config."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.dtype]
+    return LanguageModelConfig(
+        num_layers=4, hidden_size=128, num_attention_heads=4, ffn_hidden_size=256, gated_linear_unit=True,
+        activation_func=F.silu, add_bias_linear=False, normalization="RMSNorm", params_dtype=dtype,
+        bf16=dtype == torch.bfloat16, **kwargs,
+    )  # fmt: skip
+
+
+def engine_runs(recipe: str, capability: Version, cuda: Version) -> bool:
+    """What Transformer Engine's own support functions say (2.9 and 2.11, ``quantization.py: check_*_support``)."""
+    if recipe in ("delayed", "tensorwise"):
+        return capability >= (9, 0) or (capability >= (8, 9) and cuda >= (12, 1))
+    if recipe == "blockwise":
+        return capability >= (9, 0) and cuda >= (12, 9)
+    return (10, 0) <= capability < (12, 0)
+
+
+def refusal(config: Config, found: Capabilities, spec: str) -> str | None:
+    try:
+        check_precision(config, found, spec)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_combination_builds_or_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What megatron-core asks where Transformer Engine is installed (offload.optimizer is refused elsewhere).
+    monkeypatch.setattr("megatron.core.optimizer.optimizer_config.is_te_min_version", lambda version: True)
+    base, seen, accepted = config_from_dict(VALID), set(), 0
+    for values, check_start in itertools.product(PRECISIONS, (False, True)):
+        config = configured(base, values, check_start=check_start)
+        recipes = {policy_recipe(config), frozen_recipe(config)} - {None}
+        built = False
+        for (capability, cuda), engine in itertools.product(GPUS, ENGINES):
+            device = "cpu" if capability is None else "cuda"
+            found = Capabilities(device, capability, cuda, engine if device == "cuda" else None)
+            for spec in ("local", "transformer_engine"):
+                reason = refusal(config, found, spec)
+                if reason is not None:
+                    assert "\n" not in reason
+                    (which,) = [known for known in REASONS if known in reason]
+                    seen.add(which)
+                    continue
+                accepted += 1
+                if recipes:
+                    # Nothing that the engine or the GPU rejects gets through.
+                    assert capability is not None
+                    assert cuda is not None
+                    assert engine is not None
+                    assert (2, 9) <= engine < (2, 12)
+                    assert spec == "transformer_engine"
+                    assert all(engine_runs(str(recipe), capability, cuda) for recipe in recipes)
+                if not built:
+                    check_builds(config)
+                    built = True
+    assert seen == set(REASONS)
+    assert accepted > 1000
+
+
+def check_builds(config: Config) -> None:
+    """megatron-core takes what we accept, and takes it as it was meant."""
+    policy, frozen = build(config, policy_transformer_kwargs(config)), build(config, frozen_transformer_kwargs(config))
+    assert policy.fp8 == (config.precision.fp8_format if policy_recipe(config) else None)
+    assert frozen.fp8 == (config.precision.fp8_format if frozen_recipe(config) else None)
+    assert (policy.fp8_param, frozen.fp8_param) == (config.precision.fp8_params, frozen_params_fp8(config))
+    if policy_recipe(config):
+        assert policy.fp8_recipe == config.precision.fp8
+    assert isinstance(ddp_config(config), DistributedDataParallelConfig)
+    OptimizerConfig(
+        optimizer="adam", lr=1e-3, bf16=policy.bf16, use_distributed_optimizer=True, **optimizer_kwargs(config)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_megatron_core_rejects_is_refused() -> None:
+    """The other way round: wherever megatron-core's dataclasses raise, so do we, on the most capable machines."""
+    base, rejected = config_from_dict(VALID), 0
+    for values in PRECISIONS:
+        config = configured(base, values, check_start=False)
+        try:
+            # As they would be asked for, without our own rule that no recipe means no FP8 at all.
+            ends = {"first_last_layers_bf16": config.precision.first_last_layers_bf16}
+            build(config, {"fp8_param": config.precision.fp8_params} | policy_transformer_kwargs(config) | ends)
+            build(config, frozen_transformer_kwargs(config))
+        except (ValueError, AssertionError):
+            rejected += 1
+            for capability in ((9, 0), (10, 0)):
+                found = Capabilities("cuda", capability, (13, 0), (2, 11, 0))
+                assert refusal(config, found, "transformer_engine") is not None, values
+    assert rejected > 20
+
+
+@pytest.mark.parametrize(
+    ("fp8", "frozen", "params", "policy", "other", "held"),
+    [
+        ("none", "same", False, None, None, False),
+        ("none", "fp8", False, None, "tensorwise", True),
+        ("tensorwise", "same", True, "tensorwise", "tensorwise", True),
+        ("tensorwise", "same", False, "tensorwise", "tensorwise", True),
+        ("tensorwise", "bf16", True, "tensorwise", None, False),
+        ("delayed", "fp8", False, "delayed", "tensorwise", True),
+        ("blockwise", "fp8", False, "blockwise", "blockwise", True),
+    ],
+)
+def test_recipes_of_policy_and_frozen_models(
+    fp8: str, frozen: str, params: bool, policy: str | None, other: str | None, held: bool
+) -> None:
+    precision = {"fp8": fp8, "frozen": frozen, "fp8_params": params}
+    config = config_from_dict({**VALID, "precision": precision})
+    assert (policy_recipe(config), frozen_recipe(config), frozen_params_fp8(config)) == (policy, other, held)
+
+
+SIZES = {
+    "kv_channels": 128, "num_query_groups": 8, "num_attention_heads": 32, "hidden_size": 4096,
+    "ffn_hidden_size": 14336, "num_layers": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "row", "layout", "message"),
+    [
+        ("tensorwise", {}, 4096, (2, True), None),
+        ("mxfp8", {}, 4096, (8, True), None),
+        ("tensorwise", {}, 4090, (1, False), "tokens of a row"),
+        ("tensorwise", {}, 4096 + 16, (2, True), "tokens of a row"),
+        ("mxfp8", {}, 4096 + 16, (1, False), "tokens of a row .* is 4112, it must be a multiple of 32"),
+        ("blockwise", {}, 4096 + 64, (2, True), "multiple of 128"),
+        ("tensorwise", {"ffn_hidden_size": 14344}, 4096, (1, False), "MLP size"),
+        ("tensorwise", {"hidden_size": 4104}, 4096, (1, False), "hidden size"),
+        ("tensorwise", {"kv_channels": 12, "num_attention_heads": 4}, 4096, (4, True), "query size"),
+    ],
+)
+def test_sizes_that_fp8_kernels_do_not_take(
+    recipe: str, changes: dict, row: int, layout: tuple[int, bool], message: str | None
+) -> None:
+    grid: ParallelLayout = make_layout(layout[0], 1, 1, layout[1], layout[0])
+    if message is None:
+        check_fp8_sizes({**SIZES, **changes}, recipe, row, grid)
+        return
+    with pytest.raises(UserError, match=message):
+        check_fp8_sizes({**SIZES, **changes}, recipe, row, grid)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize(("tensor", "context"), [(1, 1), (2, 1), (8, 1), (8, 4)])
+def test_rows_are_cut_to_sizes_that_fp8_kernels_take(recipe: str, tensor: int, context: int) -> None:
+    parallel = {"tensor": tensor, "context": context, "sequence_parallel": tensor > 1}
+    precision = {"fp8": recipe, "frozen": "bf16"}
+    batch = {"global_pairs": 1, "tokens_per_micro_batch": 65536}
+    train = {**VALID["train"], "check_start": False}
+    sections = {"parallel": parallel, "precision": precision, "batch": batch, "train": train}
+    config = config_from_dict({**VALID, **sections})
+    grid = make_layout(tensor, 1, context, tensor > 1, tensor * context)
+    group = SimpleNamespace
+    pg: Any = group(
+        cp=group(rank=lambda: 0, size=lambda: context), tp=group(size=lambda: tensor), pp=group(size=lambda: 1)
+    )
+    row = row_format(config, pg)
+    for used in range(1, 4096, 61):
+        check_fp8_sizes(SIZES, recipe, row.cut(used), grid)
+
+
+@pytest.mark.parametrize(
+    ("sections", "spec", "message"),
+    [
+        (
+            {"overlap": {"tensor": True}, "parallel": {"tensor": 2, "sequence_parallel": True}},
+            "local",
+            "Engine's layers",
+        ),
+        ({"offload": {"optimizer": 0.5}}, "local", "moves state from a GPU"),
+        ({"overlap": {"grad_reduce": True, "param_gather": True}, "offload": {"frozen": True}}, "local", None),
+    ],
+)
+def test_overlap_and_offload_on_the_cpu(sections: dict, spec: str, message: str | None) -> None:
+    config, found = config_from_dict({**VALID, **sections}), detect(torch.device("cpu"))
+    layout = make_layout(config.parallel.tensor, 1, 1, config.parallel.sequence_parallel, 2)
+    if message is None:
+        check_overlap(config, layout, found, spec)
+        return
+    with pytest.raises(UserError, match=message):
+        check_overlap(config, layout, found, spec)
+    with pytest.raises(UserError, match=message):
+        check_gpu_options(config, {}, layout, found)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"overlap": {"param_gather": True}}, "needs overlap.grad_reduce"),
+        ({"overlap": {"tensor": True}}, "needs parallel.sequence_parallel"),
+        ({"offload": {"optimizer": 1.5}}, r"in \[0, 1\]"),
+        ({"precision": {"fp8": "fp4"}}, "choose one of none, delayed"),
+    ],
+)
+def test_contradictions_are_refused_by_the_config(sections: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_from_dict({**VALID, **sections})
+
+
+def test_optimizer_offload_needs_transformer_engine() -> None:
+    config, layout = config_from_dict({**VALID, "offload": {"optimizer": 0.5}}), make_layout(1, 1, 1, False, 1)
+    found = Capabilities("cuda", (9, 0), (12, 9))
+    with pytest.raises(UserError, match="needs Transformer Engine"):
+        check_overlap(config, layout, found, "local")
+    check_overlap(config, layout, replace(found, transformer_engine=(2, 9, 0)), "local")
+
+
+def test_versions() -> None:
+    assert parse_version("2.9.0a0+5fdd7bb") == (2, 9, 0)
+    assert parse_version("13.0") == (13, 0)
+    assert detect(torch.device("cpu")).describe().startswith("CPU; Transformer Engine none; Adam from ")

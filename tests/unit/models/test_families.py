@@ -1,0 +1,99 @@
+"""What each family declares, against transformers' own models; and what the families refuse."""
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.families import FAMILIES
+from megatron_tgdpo.models.families.dense import window_kwargs
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.mapping import expected_shapes, global_parameters, parameter_count
+from tests.published_configs import PARAMETERS, PUBLISHED, write_config
+from tests.tiny_models import FAMILY_OPTIONS, make_model
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_taken(tmp_path: Path, name: str) -> None:
+    hf_config = read_hf_config(write_config(tmp_path, PUBLISHED[name]))
+    assert parameter_count(hf_config) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILY_OPTIONS)
+def test_weights_are_those_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
+    hf_config = read_hf_config(make_model(tmp_path, family, tied=tied, layers=2))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    assert expected_shapes(hf_config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    by_layer = {}
+    for parameter in global_parameters(hf_config):
+        by_layer.setdefault(parameter.key, []).append(parameter.layer)
+    assert all(layers in ([None], [0, 1]) for layers in by_layer.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
+def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
+    """A changed value of any key that is neither used nor harmless is refused, whatever the key."""
+    model_type = next(c["model_type"] for c in PUBLISHED.values() if family.architecture in c["architectures"])
+    kind = type(AutoConfig.for_model(model_type))
+    family.check(kind())
+    refused = set()
+    for key, default in vars(kind()).items():
+        changed = kind()
+        object.__setattr__(changed, key, not default if isinstance(default, bool) else "another")
+        with contextlib.suppress(UserError):
+            family.check(changed)
+            continue
+        refused.add(key)
+    assert "attention_dropout" in refused
+    assert ("hidden_activation" if model_type == "gemma2" else "hidden_act") in refused
+    assert not refused & {"hidden_size", "sliding_window", "bos_token_id", "dtype"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gemma-2-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma-2-2b", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ("Qwen3-8B", {"attention_bias": True}, "attention_bias is True"),
+        ("Qwen2.5-7B", {"rope_scaling": {"type": "su", "factor": 4.0}}, "rope type 'su'"),
+        ("Qwen2.5-7B", {"layer_types": ["chunked_attention"] * 28}, "chunked_attention"),
+        ("Qwen2.5-7B", {"layer_types": ["sliding_attention"] * 28}, "sliding_window is None"),
+        ("Mistral-7B-v0.1", {"architectures": ["MixtralForCausalLM"]}, "mixture of experts"),
+        ("Qwen3-8B", {"architectures": ["Qwen3MoeForCausalLM"]}, "mixture of experts"),
+        ("Qwen3-8B", {"architectures": ["Qwen3NextForCausalLM"]}, "supported are: LlamaForCausalLM, Gemma2"),
+        ("Llama-2-7b", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ],
+)
+def test_what_would_change_the_maths_is_refused(tmp_path: Path, name: str, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_hf_config(write_config(tmp_path, {**PUBLISHED[name], **changes}))
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="a LoRA adapter"):
+        read_hf_config(tmp_path)
+
+
+def test_windows() -> None:
+    def config(**values: Any) -> Any:
+        return SimpleNamespace(num_hidden_layers=3, **values)
+
+    full, sliding = "full_attention", "sliding_attention"
+    assert window_kwargs(config()) == {}
+    assert window_kwargs(config(sliding_window=None)) == {}
+    assert window_kwargs(config(sliding_window=8, layer_types=[full] * 3)) == {}
+    everywhere = {"window_size": (7, 0), "window_attn_skip_freq": [1, 1, 1]}
+    assert window_kwargs(config(sliding_window=8)) == everywhere
+    some = window_kwargs(config(sliding_window=8, layer_types=[sliding, full, sliding]))
+    assert some == {"window_size": (7, 0), "window_attn_skip_freq": [1, 0, 1]}
+    with pytest.raises(UserError, match="2 entries"):
+        window_kwargs(config(sliding_window=8, layer_types=[full] * 2))

@@ -1,0 +1,222 @@
+"""The planner's arithmetic by hand, its ranking and warnings, and that a dry run says the same."""
+
+from pathlib import Path
+
+import pytest
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.distributed.layout import make_layout
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.gpu.precision import linear_bytes
+from megatron_tgdpo.models.attention import sdpa as attention
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.mapping import parameter_count
+from megatron_tgdpo.planning.activations import QUERY_BLOCK, Row, layer_activations, stage_activations
+from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.job import Batch, Job
+from megatron_tgdpo.planning.layouts import all_plans, make_plan
+from megatron_tgdpo.planning.memory import LinearBytes, stage_memory, stage_parameters
+from megatron_tgdpo.planning.report import memory_lines
+from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
+from megatron_tgdpo.planning.traffic import traffic
+from megatron_tgdpo.training.run import dry_run
+from tests.processes import run_forked
+from tests.published_configs import PUBLISHED, write_config
+from tests.tiny_models import make_llama
+from tests.unit.config.test_config import VALID
+
+ROW = Row(tokens=4096, sequence_tokens=2048, dtype_bytes=2)
+BATCH = Batch(global_pairs=128, pair_tokens=2048, response_share=0.5, shared_prompts=False)
+SINGLE = make_layout(1, 1, 1, False, 1)
+
+
+def published(tmp_path: Path, name: str) -> PretrainedConfig:
+    return read_hf_config(write_config(tmp_path, PUBLISHED[name]))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> PretrainedConfig:
+    return published(tmp_path, "Llama-3-8B")
+
+
+def test_activations_of_a_layer_by_hand(llama: PretrainedConfig) -> None:
+    hidden, mlp, query, key, head = 4096, 14336, 4096, 1024, 128
+    norms, linear_inputs = 2 * hidden, 2 * hidden + query + mlp
+    rotated, projected, angles = query + key, query + 2 * key, 4 * head
+    gate = 2 * mlp + mlp + mlp  # joint; activated; up plus its offset
+    elements = norms + linear_inputs + rotated + projected + angles + gate
+    sdpa = 2 * query + 4 * 32  # output, and an fp32 log-sum-exp a head
+    assert layer_activations(llama, SINGLE, ROW, "selective", 0) == 4096 * 2 * elements
+    assert layer_activations(llama, SINGLE, ROW, "none", 0) == 4096 * (2 * elements + sdpa)
+    assert layer_activations(llama, SINGLE, ROW, "full", 0) == 4096 * 2 * hidden
+
+
+def test_tensor_and_sequence_parallelism_divide_activations(llama: PretrainedConfig) -> None:
+    whole = layer_activations(llama, SINGLE, ROW, "none", 0)
+    angles, outside = 4 * 128 * 2 * 4096, 4 * 4096 * 2 * 4096
+    both = layer_activations(llama, make_layout(8, 1, 1, True, 8), ROW, "none", 0)
+    tensor_only = layer_activations(llama, make_layout(8, 1, 1, False, 8), ROW, "none", 0)
+    assert both == (whole - angles) / 8 + angles
+    assert tensor_only == both + outside * 7 / 8
+
+
+def test_masked_attention_keeps_its_masks(tmp_path: Path) -> None:
+    assert QUERY_BLOCK == attention._QUERY_BLOCK
+    gemma = published(tmp_path, "gemma-2-2b")
+    saved = [
+        layer_activations(gemma, SINGLE, ROW, "none", 0) - layer_activations(gemma, SINGLE, ROW, "selective", 0)
+        for ROW in (Row(4096, 1024, 2), Row(4096, 2048, 2))
+    ]
+    # One byte for each query and key of a block; the first block of two sees only its own keys.
+    assert saved == [4096 * 1024, 4096 * (1024 + 2048) / 2]
+
+
+def test_stages_hold_as_many_micro_batches_as_follow(llama: PretrainedConfig) -> None:
+    layout = make_layout(1, 4, 1, False, 4)
+    layer = layer_activations(llama, layout, ROW, "none", 0)
+    assert [stage_activations(llama, layout, ROW, "none", stage) / layer for stage in range(3)] == [32, 24, 16]
+    assert stage_activations(llama, layout, ROW, "none", 3) == 8 * layer + 2 * 4096 * 4096 * 2
+
+
+def test_optimizer_state_is_split_over_data_ranks(llama: PretrainedConfig) -> None:
+    one, eight = (stage_memory(llama, [llama], make_layout(1, 1, 1, False, n), ROW, "none", 0) for n in (1, 8))
+    assert one.optimizer == 12 * parameter_count(llama) == 8 * eight.optimizer
+    assert one.static - one.optimizer == eight.static - eight.optimizer == (2 + 4 + 2) * parameter_count(llama)
+
+
+def test_weights_of_linears_in_fp8(llama: PretrainedConfig) -> None:
+    grid = make_layout(2, 2, 1, True, 4)
+    plain, fp8 = (
+        stage_memory(llama, [llama, llama], grid, ROW, "none", 0, fp8) for fp8 in (LinearBytes(), LinearBytes(4, 1))
+    )
+    # Half of 32 layers, of each half: attention's two linears and the MLP's two.
+    linears = 8 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
+    assert fp8.weights - plain.weights == 2 * linears
+    assert plain.frozen - fp8.frozen == 2 * linears
+    ends = stage_memory(llama, [llama, llama], grid, ROW, "none", 0, LinearBytes(4, 1, plain_ends=True))
+    assert plain.frozen - ends.frozen == 2 * linears * 15 // 16
+    assert (plain.optimizer, plain.gradients, plain.save) == (fp8.optimizer, fp8.gradients, fp8.save)
+
+
+@pytest.mark.parametrize(
+    ("precision", "offload", "wanted"),
+    [
+        ({}, False, LinearBytes()),
+        ({"fp8": "tensorwise"}, False, LinearBytes(4, 1)),
+        ({"fp8": "tensorwise", "fp8_params": True}, False, LinearBytes(2, 1)),
+        ({"fp8": "tensorwise"}, True, LinearBytes(4, None)),
+        ({"fp8": "delayed", "frozen": "bf16"}, False, LinearBytes(4, None)),
+        ({"frozen": "fp8", "first_last_layers_bf16": True}, False, LinearBytes(None, 1, plain_ends=True)),
+    ],
+)
+def test_what_a_precision_makes_of_weights(precision: dict, offload: bool, wanted: LinearBytes) -> None:
+    train = {**VALID["train"], "check_start": False}
+    sections = {"precision": precision, "offload": {"frozen": offload}, "train": train}
+    assert linear_bytes(config_from_dict({**VALID, **sections})) == wanted
+
+
+def test_what_a_save_holds_is_split_over_data_and_context_ranks(llama: PretrainedConfig) -> None:
+    one = stage_memory(llama, [], make_layout(1, 1, 1, False, 1), ROW, "none", 0)
+    eight = stage_memory(llama, [], make_layout(1, 1, 2, False, 8), ROW, "none", 0)
+    assert one.save == 14 * parameter_count(llama) == 8 * eight.save
+    assert one.total == one.static + one.activations + one.carried + one.workspace
+
+
+def test_flops_are_two_a_weight_and_attention(llama: PretrainedConfig) -> None:
+    norms, embeddings = 65 * 4096, 2 * 128256 * 4096
+    assert 32 * layer_flops(llama, 0) == 2 * (parameter_count(llama) - norms - embeddings)
+    assert layer_flops(llama, 2048) - layer_flops(llama, 0) == 2 * 4096 * 2048
+
+
+def test_traffic_by_hand(llama: PretrainedConfig) -> None:
+    job = Job(llama, (llama, llama), ROW, BATCH)
+    sent = traffic(job, make_layout(2, 4, 1, True, 16), "none")
+    hidden, rows = 4096 * 4096 * 2, 32
+    # Eight layers: forward of three models four half passes each, backward of one six.
+    assert sent.tensor == rows * 8 * hidden / 2 * (3 * 4 + 6)
+    assert sent.pipeline == rows * hidden / 2 * 4
+    largest = stage_parameters(llama, make_layout(2, 4, 1, True, 16), 3)  # has the final norm
+    assert sent.data == (4 + 2) * largest / 2
+
+
+def test_a_bubble_is_as_long_as_the_other_stages_take(llama: PretrainedConfig) -> None:
+    job, layout = Job(llama, (llama,), ROW, BATCH), make_layout(1, 4, 1, False, 8)
+    plan = make_plan(job, Cluster(), layout, "none")
+    costs = stage_costs(job, Cluster(), layout, "none")
+    others = sum(cost.forward + cost.backward + cost.frozen for cost in costs[:-1])
+    time = plan.time
+    assert time.bubble == pytest.approx(others)
+    # The last stage also computes log-probs, so the others are faster.
+    assert time.bubble < 3 / 32 * (time.compute + time.pipeline)
+    assert plan.bubble == pytest.approx(others / (others + time.compute + time.pipeline))
+
+
+def test_recomputation_costs_time_and_saves_memory(llama: PretrainedConfig) -> None:
+    job, layout = Job(llama, (llama, llama), ROW, BATCH), make_layout(4, 1, 1, True, 8)
+    plans = [make_plan(job, Cluster(), layout, recompute) for recompute in ("none", "selective", "full")]
+    assert sorted(plans, key=lambda plan: plan.time.total) == plans
+    assert sorted(plans, key=lambda plan: -plan.memory.total) == plans
+
+
+def test_links_between_nodes_are_slower(llama: PretrainedConfig) -> None:
+    job, layout = Job(llama, (llama,), ROW, BATCH), make_layout(1, 2, 1, False, 8)
+    inside, outside = (step_time(job, Cluster(n, 8 // n), layout, "none") for n in (1, 2))
+    assert (outside.compute, inside.pipeline * 9) == (inside.compute, pytest.approx(outside.pipeline))
+
+
+def test_ranking_covers_the_layouts_that_divide(llama: PretrainedConfig) -> None:
+    plans = all_plans(Job(llama, (llama, llama), ROW, BATCH), Cluster())
+    assert {(plan.layout.tensor, plan.layout.pipeline) for plan in plans} == {
+        (tensor, pipeline) for tensor in (1, 2, 4, 8) for pipeline in (1, 2, 4, 8) if tensor * pipeline <= 8
+    }
+    assert [plan.fits for plan in plans] == [True] * 9 + [False]
+    times = [plan.time.total for plan in plans if plan.fits]
+    assert times == sorted(times)
+
+
+def test_a_thousand_gpus_need_more_pairs(tmp_path: Path) -> None:
+    llama = published(tmp_path, "Llama-3-70B")
+    few = Job(llama, (llama, llama), ROW, BATCH)
+    many = Job(llama, (llama, llama), ROW, Batch(4096, 2048, 0.5, False))
+    wide, deep = make_layout(8, 1, 1, True, 1024), make_layout(8, 4, 1, True, 1024)
+    cluster = Cluster(nodes=128)
+    assert "64 of 128 data ranks have no pair" in make_plan(few, cluster, wide, "full").warning
+    assert "(2) do not fill the stages (4)" in make_plan(few, cluster, deep, "none").warning
+    assert make_plan(many, cluster, deep, "none").warning == ""
+    assert make_plan(many, cluster, deep, "none").fits
+
+
+def test_a_layout_must_divide(llama: PretrainedConfig) -> None:
+    with pytest.raises(UserError, match=r"32 layers are not divisible by parallel\.pipeline = 3"):
+        make_plan(Job(llama, (), ROW, BATCH), Cluster(), make_layout(1, 3, 1, False, 3), "none")
+
+
+def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
+    path = make_llama(tmp_path / "model")
+    values = {
+        **VALID,
+        "model": {"policy": str(path), "guide": str(path)},
+        "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+        "train": {"steps": 1, "recompute": "full"},
+    }
+    model = read_hf_config(path)
+    plan = make_plan(Job(model, (model, model), ROW, BATCH), Cluster(), make_layout(2, 2, 1, True, 8), "full")
+    assert dry_run(config_from_dict(values), 8).splitlines()[-len(memory_lines(plan.memory)) :] == memory_lines(
+        plan.memory
+    )
+
+
+def test_command_line(tmp_path: Path) -> None:
+    write_config(tmp_path, PUBLISHED["Llama-3-8B"])
+    for arguments in ([str(tmp_path)], [str(tmp_path / "config.json"), "--tensor", "4", "--recompute", "full"]):
+        done = run_forked("tgdpo.plan", ["--model", *arguments])
+        assert "tokens/s per GPU" in done.stdout
+    assert done.stdout.startswith("8 GPUs = TP4 x PP1 x DP2 + SP, recompute full\n")
+    done = run_forked("tgdpo.plan", ["--model", str(tmp_path), "--schedules"])
+    stages_and_rows = [line.split()[:2] for line in done.stdout.splitlines()[2:]]
+    assert stages_and_rows == [[str(stages), str(rows)] for stages in (2, 4, 8) for rows in (8, 16, 32, 64)]
+    (tmp_path / "other.json").write_text("{}")
+    done = run_forked("tgdpo.plan", ["--model", str(tmp_path / "other.json")], check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("other.json: give an HF directory, or the config.json of one")

@@ -1,0 +1,135 @@
+"""Preflight's judgements on given facts, and its checks on one rank."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.resilience import preflight as checks
+from megatron_tgdpo.resilience.preflight import (
+    compare_facts,
+    network_problems,
+    placement_notes,
+    slow_notes,
+    storage_room,
+)
+from megatron_tgdpo.resilience.preflight_facts import RankFacts, gather_facts, gpu_faults, model_fingerprint, xid_notes
+from megatron_tgdpo.resilience.preflight_network import GroupResult, bandwidth_report, measure_groups, slow_groups
+from tests.tiny_models import make_llama
+
+CPU = torch.device("cpu")
+HOSTS = ["a", "a", "b", "b", "c", "c"]
+
+
+def facts(**changed: dict[str, Any]) -> list[RankFacts]:
+    """Of six ranks on three machines, alike but for what is said of a machine."""
+    usual = {"compared": {"torch": "2.13", "model.policy": "abc"}, "gpus": 2, "faults": [], "notes": []}
+    return [RankFacts(rank, host, **{**usual, **changed.get(host, {})}) for rank, host in enumerate(HOSTS)]
+
+
+def result(kind: str, ranks: tuple[int, ...], bandwidth: float = 1e9, correct: bool = True) -> GroupResult:
+    return GroupResult(kind, ranks, correct, bandwidth)
+
+
+def test_alike_machines_have_no_problems() -> None:
+    assert compare_facts(facts()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"compared": {"torch": "2.11", "model.policy": "abc"}}, "node b: torch is 2.11 there, 2.13 elsewhere"),
+        ({"compared": {"torch": "2.13"}}, "node b: model.policy is missing there, abc elsewhere"),
+        ({"gpus": 1}, "node b: number of GPUs is 1 there, 2 elsewhere"),
+        ({"faults": ["GPU 1 has 3 uncorrected ECC errors"]}, "node b: GPU 1 has 3 uncorrected ECC errors"),
+    ],
+)
+def test_the_odd_machine_is_named(changed: dict[str, Any], message: str) -> None:
+    found = {str(problem) for problem in compare_facts(facts(b=changed))}
+    assert found == {message}
+
+
+def test_without_a_majority_all_are_named() -> None:
+    two = [fact for fact in facts(b={"compared": {"torch": "2.11", "model.policy": "abc"}}) if fact.host in "ab"]
+    (problem,) = compare_facts(two)
+    assert problem.host is None
+    assert problem.message == "torch differs: 2.13 on a, 2.11 on b"
+
+
+def test_wrong_sums_name_a_machine_that_is_alone() -> None:
+    inside, across = result("tp", (2, 3), correct=False), result("dp", (0, 2), correct=False)
+    assert [problem.host for problem in network_problems([inside, inside, across], HOSTS)] == ["b", None]
+    assert "dp group [0, 2]" in str(network_problems([across], HOSTS)[0])
+    assert network_problems([result("tp", (0, 1))], HOSTS) == []
+
+
+def test_slow_groups_are_compared_with_their_kind() -> None:
+    groups = [result("tp", (0, 1)), result("tp", (2, 3), 0.4e9), result("tp", (4, 5)), result("pp", (0, 2), 0.1e9)]
+    slow = slow_groups([*groups, *groups], 0.5)
+    assert slow == [groups[1]]
+    assert slow_notes(slow, HOSTS) == ["tp group of ranks [2, 3] on b is slow: 0.40 GB/s"]
+    assert bandwidth_report(groups)[0] == "all-reduce tp: 3 groups, 0.40 / 1.00 / 1.00 GB/s"
+
+
+def test_tensor_groups_that_span_machines() -> None:
+    groups = [result("tp", (0, 1)), result("tp", (1, 2)), result("dp", (3, 4))]
+    assert placement_notes(groups, HOSTS) == [
+        "1 tensor groups span nodes, first ranks [1, 2] on a, b: lower parallel.tensor"
+    ]
+    assert placement_notes(groups[:1], HOSTS) == []
+
+
+def test_gpu_errors_and_xids() -> None:
+    assert gpu_faults("0, 0, 0\n1, 2, 0\n2, [N/A], [N/A]\n3, 0, 1\n") == [
+        "GPU 1 has 2 uncorrected ECC errors",
+        "GPU 3 failed to remap memory rows",
+    ]
+    assert gpu_faults("") == []
+    log = "[1] boot\n[2] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.\n"
+    assert "1 Xid lines" in xid_notes(log)[0]
+    assert xid_notes("[1] boot") == []
+
+
+def test_storage_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = SimpleNamespace(f_bavail=1000, f_frsize=10, f_favail=10**6, f_files=10**7)
+    monkeypatch.setattr(checks.os, "statvfs", lambda path: stats)
+    assert storage_room(tmp_path, 3000, 2, 8) == ([], [])
+    assert "room for 2 of 3 checkpoints of 5,000 bytes" in storage_room(tmp_path, 5000, 2, 8)[1][0]
+    assert "needs 10,001 bytes, 10,000 are free" in storage_room(tmp_path, 10001, 2, 8)[0][0]
+    stats.f_favail = 1000
+    assert "need 1,008 inodes, 1,000 are free" in storage_room(tmp_path, 10, 2, 8)[0][0]
+    stats.f_files = 0  # a file system that does not count them
+    assert storage_room(tmp_path, 10, 2, 8) == ([], [])
+
+
+def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
+    one, other = make_llama(tmp_path / "one"), make_llama(tmp_path / "other", vocab_size=132)
+    assert model_fingerprint(one) == model_fingerprint(one)
+    assert model_fingerprint(one) != model_fingerprint(other)
+    config = config_from_dict(
+        {
+            "model": {"policy": str(one), "guide": str(other)},
+            "data": {"train": "pairs"},
+            "batch": {"global_pairs": 1},
+            "optimizer": {"lr": 1e-6},
+            "train": {"steps": 1},
+            "output_dir": str(tmp_path),
+        }
+    )
+    mine = gather_facts(config, 0, 0, CPU)
+    assert mine.compared["torch"] == torch.__version__
+    assert mine.compared["model.policy"] == model_fingerprint(one)
+    assert mine.compared["model.guide"] == model_fingerprint(other)
+    assert "model.reference" not in mine.compared
+    changed = dataclasses.replace(config, output_dir="elsewhere")
+    assert gather_facts(changed, 0, 0, CPU).compared["config"] != mine.compared["config"]
+
+
+def test_one_rank_has_no_groups(single_rank_group: dist.ProcessGroup) -> None:
+    pg: Any = SimpleNamespace(tp=single_rank_group, pp=single_rank_group, dp=single_rank_group)
+    assert measure_groups(pg, CPU) == []

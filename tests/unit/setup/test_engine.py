@@ -1,0 +1,136 @@
+"""Checks made before anything is loaded: vocabularies, tokenizers, layouts, and the parameter count of a dry run."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from megatron_tgdpo.config.checks import RECOMPUTE_CHOICES
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.layout import make_layout
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.planning.memory import stage_parameters
+from megatron_tgdpo.resilience.run_lock import RunLock
+from megatron_tgdpo.setup.inputs import check_tokenizers, read_model_configs
+from megatron_tgdpo.setup.models import RECOMPUTE
+from megatron_tgdpo.training.run import dry_run
+from megatron_tgdpo.training.run_data import prepare_first_rank
+from tests.tiny_models import make_llama, make_tokenizer
+from tests.unit.config.test_config import VALID
+
+
+def config_of(policy: Path, guide: Path) -> Config:
+    return config_from_dict({**VALID, "model": {"policy": str(policy), "guide": str(guide)}})
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("setup") / "policy", vocab_size=131)
+
+
+def test_a_guide_with_other_padding_rows(policy: Path, tmp_path: Path) -> None:
+    """Rows of an embedding that no token has are no difference, but only a tokenizer tells which these are."""
+    guide = make_llama(tmp_path / "guide", vocab_size=140)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (guide / file).write_bytes((policy / file).read_bytes())
+    config = config_of(policy, guide)
+    assert {role: found.vocab_size for role, found in read_model_configs(config).items()} == {
+        "policy": 131, "reference": 131, "guide": 140
+    }  # fmt: skip
+    assert not any(lacking.tokens for lacking in check_tokenizers(config))
+    for file in guide.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"guide.*vocabulary of 140.*put them into the directories"):
+        read_model_configs(config)
+
+
+def test_a_guide_with_another_tokenizer(policy: Path, tmp_path: Path) -> None:
+    guide = make_llama(tmp_path / "guide", vocab_size=131)
+    check_tokenizers(config_of(policy, guide))
+    swap_ids(guide)
+    with pytest.raises(UserError, match=r"model.guide .* another tokenizer than the policy .*'w10' is 11 there and 10"):
+        check_tokenizers(config_of(policy, guide))
+
+
+def test_data_is_not_tokenised_with_other_ids_than_the_policy_has(policy: Path, tmp_path: Path) -> None:
+    make_tokenizer(131).save_pretrained(tmp_path / "tokenizer")
+    data = {**VALID["data"], "tokenizer": str(tmp_path / "tokenizer")}
+    values = {**VALID, "model": {"policy": str(policy)}, "data": data, "loss": {"method": "dpo"}}
+    config = config_from_dict(values)
+    check_tokenizers(config)
+    swap_ids(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"model.policy .* than data.tokenizer .*: 'w11' is 11 there and 10 here"):
+        check_tokenizers(config)
+
+
+def swap_ids(directory: Path) -> None:
+    text = make_tokenizer(131).backend_tokenizer.to_str().replace('"w10"', '"tmp"').replace('"w11"', '"w10"')
+    (directory / "tokenizer.json").write_text(text.replace('"tmp"', '"w11"'))
+
+
+def test_a_linked_file_of_the_policy_is_refused_before_the_first_save(tmp_path: Path) -> None:
+    policy = make_llama(tmp_path / "policy", layers=1)
+    (tmp_path / "secret").write_text("{}")
+    (policy / "vocab.json").symlink_to(tmp_path / "secret")
+    out = tmp_path / "out"
+    values = {**VALID, "model": {"policy": str(policy)}, "loss": {"method": "dpo"}, "output_dir": str(out)}
+    with pytest.raises(UserError, match=r"vocab.json: a link to .*/secret"):
+        prepare_first_rank(config_from_dict(values), RunLock(out))
+    assert not out.exists()
+
+
+def test_dynamic_rope_scaling_holds_up_to_its_original_length(tmp_path: Path) -> None:
+    policy = make_llama(tmp_path / "dynamic", rope={"rope_type": "dynamic", "factor": 2.0}, layers=1)
+    values = {**VALID, "model": {"policy": str(policy)}, "loss": {"method": "dpo"}}
+    read_model_configs(config_from_dict({**values, "data": {**VALID["data"], "max_length": 2048}}))
+    with pytest.raises(UserError, match=r"model.policy .* dynamic rope scaling.* data.max_length to at most 2048"):
+        read_model_configs(config_from_dict({**values, "data": {**VALID["data"], "max_length": 2049}}))
+
+
+def test_a_guide_that_is_not_there(policy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent"):
+        read_model_configs(config_of(policy, tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "expected"),
+    [(1, 3, r"4 layers are not divisible by parallel\.pipeline = 3"), (8, 1, r"4 attention heads are not divisible")],
+)
+def test_layouts_that_do_not_divide_the_model(policy: Path, tensor: int, pipeline: int, expected: str) -> None:
+    layout = make_layout(tensor, pipeline, 1, False, tensor * pipeline)
+    with pytest.raises(UserError, match=expected):
+        check_layout({"policy": read_hf_config(policy)}, layout)
+
+
+def test_dry_run(policy: Path, tmp_path: Path) -> None:
+    guide = make_llama(tmp_path / "guide", vocab_size=131)
+    config = config_from_dict(
+        {
+            **VALID,
+            "model": {"policy": str(policy), "guide": str(guide)},
+            "parallel": {"tensor": 2, "pipeline": 2},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    text = dry_run(config, 8)
+    assert "ranks: 8 = TP2 x PP2 x DP2" in text
+    assert "global_pairs: 8" in text
+    # The first stage holds more micro batches in flight, and so the most memory.
+    fullest = stage_parameters(read_hf_config(policy), make_layout(2, 2, 1, False, 8), 0)
+    assert f"policy {fullest:,}, frozen {2 * fullest:,}" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_choice_of_recomputation_has_its_arguments() -> None:
+    assert tuple(RECOMPUTE) == RECOMPUTE_CHOICES
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameter_count_is_that_of_the_weights_plus_padding(tmp_path: Path, tied: bool) -> None:
+    path = make_llama(tmp_path / "model", vocab_size=131, tied=tied)
+    stored = sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
+    padding = (256 - 131) * 64 * (1 if tied else 2)
+    assert stage_parameters(read_hf_config(path), make_layout(1, 1, 1, False, 1), 0) == stored + padding

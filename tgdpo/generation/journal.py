@@ -1,0 +1,199 @@
+"""A long job's finished parts in a file of their own, so that a killed run goes on where it was."""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.storage.atomic_file import aside_of, replacing
+from megatron_tgdpo.storage.json_text import parse_json
+
+# Not .jsonl: FastChat and Arena-Hard read every file of that name in the directory of the answers.
+SUFFIX = ".unfinished"
+
+
+class Journal:
+    """Context manager: an append-only JSONL file, settings first, then one line for each finished part.
+
+    A line that is not whole, left by a killed run, is cut off on entering. One process at a time may have it open.
+
+    Args:
+        path: The file; its directory is made.
+        settings: What the parts depend on. A journal with other settings is refused.
+
+    Attributes:
+        done: Number of finished parts.
+        created: The ``created`` value of the run that began the journal.
+
+    Raises:
+        UserError: On entering: it cannot be written, belongs to a run with other settings, or is in use.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, created: float) -> None:
+        self.path = path
+        self.done = 0
+        self.created = created
+        self._settings = dict(settings)
+
+    def __enter__(self) -> "Journal":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+        try:
+            self._lock()
+            self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, part: Any) -> None:
+        """Adds a finished part, on disk when this returns.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        self._write(part)
+        self.done += 1
+
+    def fill(self, total: int, size: int, unit: str, make_part: Callable[[range], Any]) -> None:
+        """Makes the parts that are missing, each of ``size`` of the job's ``total`` items, with a progress bar."""
+        starts = range(self.done * size, total, size)
+        with tqdm(total=total, initial=min(starts.start, total), unit=unit, disable=None) as bar:
+            for start in starts:
+                items = range(start, min(start + size, total))
+                self.append(make_part(items))
+                bar.update(len(items))
+
+    def parts(self) -> Iterator[Any]:
+        """The finished parts, in order, read from the file."""
+        with open(self.path, "rb") as file:
+            next(file)
+            for line in file:
+                yield parse_json(line)
+
+    def remove(self) -> None:
+        """Deletes the file: the job is done and its results are elsewhere."""
+        self.path.unlink()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{self.path}: another process is writing it") from error
+
+    def _recover(self) -> None:
+        end, header = 0, None
+        self._file.seek(0)
+        for line in self._file:
+            content = _parse(line)
+            if content is None:
+                break
+            if header is None:
+                header = content
+                self._check(header)
+            else:
+                self.done += 1
+            end += len(line)
+        self._file.truncate(end)
+        if header is None:
+            self._write({"created": self.created, "settings": self._settings})
+        else:
+            self.created = header["created"]
+
+    def _check(self, header: Any) -> None:
+        theirs = header.get("settings", {}) if isinstance(header, dict) else {}
+        for name, value in self._settings.items():
+            if theirs.get(name) != value:
+                raise UserError(
+                    f"{self.path}: holds an unfinished run with {name} {theirs.get(name)!r}, this one has {value!r}: "
+                    "use the same options to continue it, or delete the file to start over"
+                )
+
+    def _write(self, content: Any) -> None:
+        try:
+            self._file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+
+def write_whole(path: Path, chunks: Iterable[str]) -> None:
+    """Writes a text file aside, syncs and renames it: it is there whole or as it was before.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+            file.writelines(chunks)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Finds out before a long job whether :func:`write_whole` will work; makes the directory.
+
+    Raises:
+        UserError: It will not.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be written: it is a directory")
+    aside = aside_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def summary_path(out: Path) -> Path:
+    """Where the figures and settings of a finished job are kept, beside its output."""
+    return out.with_name(out.name + ".summary.json")
+
+
+def finished_summary(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary of this very job, if it is finished.
+
+    Raises:
+        UserError: ``out`` is something else's.
+    """
+    if not out.exists() or out.with_name(out.name + SUFFIX).exists():
+        return None
+    try:
+        summary = parse_json(summary_path(out).read_text(encoding="utf-8"))
+        theirs = summary["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out}: exists and is not a result of this command; choose another file") from error
+    for name, value in settings.items():
+        if theirs.get(name) != value:
+            raise UserError(
+                f"{out}: exists, made with {name} {theirs.get(name)!r}, this run has {value!r}: choose another file, "
+                "or delete it"
+            )
+    return summary
+
+
+def _parse(line: bytes) -> Any:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return parse_json(line)
+    except ValueError:
+        return None

@@ -1,0 +1,156 @@
+"""Model directories for generation and scoring: HF ones as they are, Megatron ones by way of the exporter."""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from megatron_tgdpo.checkpoints.directory import (
+    check_files,
+    hf_folder,
+    is_megatron_checkpoint,
+    newest_checkpoint,
+    read_metadata,
+)
+from megatron_tgdpo.data.encode import encode_sides
+from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import Example
+from megatron_tgdpo.data.tokenizers import Tokenizer
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.hf_weights.reader import refuse_adapter
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_WEIGHTS = (".safetensors", ".distcp", ".metadata")
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """A dtype by its name; by default bf16 on a GPU and fp32 on a CPU."""
+    return DTYPES[name or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+@contextmanager
+def hf_directory(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """An HF directory with the model's weights and tokenizer.
+
+    Args:
+        path: An HF directory, a Megatron checkpoint, or a training run's output directory (its newest complete
+            checkpoint is taken). A Megatron checkpoint is exported, in the dtype it is stored in, and deleted at the
+            end. The export initialises torch.distributed with one rank, and ends it.
+        scratch: Where exports go; None for the system's temporary directory.
+
+    Raises:
+        UserError: It is none of these, or it cannot be exported.
+    """
+    checkpoint = _megatron_checkpoint(path)
+    if checkpoint is None:
+        yield path
+        return
+    if scratch is not None and not scratch.is_dir():
+        raise UserError(f"--scratch {scratch}: no such directory")
+    with tempfile.TemporaryDirectory(prefix="tgdpo-export-", dir=scratch) as folder:
+        _export(checkpoint, Path(folder) / "hf")
+        yield Path(folder) / "hf"
+
+
+def tokenizer_directory(path: Path) -> Path:
+    """Where the tokenizer of a model directory lies, without exporting it.
+
+    Raises:
+        UserError: It is no model directory.
+    """
+    return hf_folder(_megatron_checkpoint(path) or path)
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 (hex) of a model directory's config and of its weight files' names, sizes and times of change."""
+    directory = _megatron_checkpoint(path) or path
+    digest = hashlib.sha256((hf_folder(directory) / "config.json").read_bytes())
+    for file in sorted(directory.iterdir()):
+        if file.name.endswith(_WEIGHTS):
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def load_causal_lm(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Loads a causal language model in evaluation mode; safetensors only, no code of its own.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    return load_model(AutoModelForCausalLM, directory, dtype, device)
+
+
+def load_model(kind: Any, directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Loads a model with one of transformers' auto classes, as :func:`load_causal_lm` does."""
+    try:
+        model = kind.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except Exception as error:  # a broken directory raises anything from OSError to the Rust library's own type
+        raise UserError(f"{directory}: cannot load the model: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device).eval()
+
+
+def stop_ids(generation_config: GenerationConfig | None, tokenizer: Tokenizer) -> list[int]:
+    """Ids that end an answer: those of the model's generation config, EOS, and what ends a turn in the template."""
+    given = generation_config.eos_token_id if generation_config else None
+    ids = set(given if isinstance(given, list) else [given])
+    ids.add(tokenizer.eos_id)
+    if tokenizer.template is not None:
+        _, turn, _ = encode_sides(Example((Message("user", "a"),), "b", "b"), tokenizer, "a probe of the template")
+        if any(tokenizer.encode(token) == turn[-1:] for token in tokenizer.special_tokens):
+            ids.add(turn[-1])
+    return sorted(number for number in ids if number is not None)
+
+
+def plain_generation(model: PreTrainedModel, stops: list[int]) -> None:
+    """Removes sampling settings that came with the model: temperatures, penalties and the like are the caller's."""
+    pad = stops[0] if stops else 0
+    model.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=pad)
+
+
+def _megatron_checkpoint(path: Path) -> Path | None:
+    """The Megatron checkpoint that a path means; None for an HF directory."""
+    if is_megatron_checkpoint(path):
+        check_files(path)
+        return path
+    refuse_adapter(path)
+    if (path / "config.json").is_file():
+        return None
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(
+            f"{path}: neither an HF directory (no config.json) nor a Megatron checkpoint nor a training output "
+            "directory with a complete one"
+        )
+    return checkpoint
+
+
+def _export(checkpoint: Path, out: Path) -> None:
+    # Here, because it imports megatron-core, which HF directories do not need.
+    from checkpoints_convert.command_line import dtype_of as stored_dtype
+    from checkpoints_convert.command_line import join_ranks, parse_size
+    from checkpoints_convert.export import DEFAULT_SHARD_SIZE, export_hf
+
+    stored = stored_dtype(read_metadata(checkpoint), checkpoint)
+    size = parse_size("the shard size", DEFAULT_SHARD_SIZE)
+    own_group = not dist.is_initialized()
+    if own_group:
+        join_ranks(timeout_minutes=30.0)
+    try:
+        export_hf(checkpoint, out, template=checkpoint, stored=stored, dtype=stored, max_shard_bytes=size)
+    finally:
+        if own_group:
+            dist.destroy_process_group()

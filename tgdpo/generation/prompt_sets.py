@@ -1,0 +1,163 @@
+"""The question and answer files of AlpacaEval 2, Arena-Hard and MT-Bench, as those projects read and write them.
+
+Sources: tatsu-lab/alpaca_eval (``results/*/model_outputs.json``), lm-sys/arena-hard-auto v0.1 (``question.jsonl``,
+``model_answer/*.jsonl``, ``gen_answer.py``), lm-sys/FastChat (``fastchat/llm_judge``: ``question.jsonl``,
+``gen_model_answer.py``, ``temperature_config`` of ``common.py``).
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_tgdpo.errors import UserError
+from tgdpo.generation.prompts import records_of
+
+_MT_BENCH_TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+_MT_BENCH_OTHER = 0.7
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: its place for errors, what names it, the user's turns, and the record it came from."""
+
+    place: str
+    key: str
+    turns: tuple[str, ...]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """One question's answers: a text and a number of tokens a turn; by whom, and when (seconds since 1970)."""
+
+    texts: list[str]
+    tokens: list[int]
+    model_id: str
+    created: float
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a project's files look and how it samples.
+
+    Attributes:
+        turns: Takes (record, place) to the user's turns.
+        key: What must be unique in a record; None for its position.
+        render: Makes the record that the project reads.
+        temperature: Takes a record to the project's own temperature.
+        max_new_tokens: The project's own limit.
+        named_by_file: Whether the project takes a model's name from its file's.
+    """
+
+    turns: Callable[[Mapping[str, Any], str], tuple[str, ...]]
+    key: str | None
+    render: Callable[[Question, AnswerSet], dict[str, Any]]
+    temperature: Callable[[Mapping[str, Any]], float]
+    max_new_tokens: int
+    named_by_file: bool
+
+
+def read_questions(path: str, benchmark: Benchmark) -> list[Question]:
+    """Reads a benchmark's question file.
+
+    Raises:
+        UserError: It cannot be read, or is not in the benchmark's layout; names the line or record.
+    """
+    questions: list[Question] = []
+    places: dict[str, str] = {}
+    for place, number, record in records_of(path):
+        if not isinstance(record, Mapping):
+            raise UserError(f"{place}: a question must be a JSON object")
+        turns = benchmark.turns(record, place)
+        if benchmark.key is not None and record.get(benchmark.key) is None:
+            raise UserError(f"{place}: the question has no '{benchmark.key}'")
+        key = str(number if benchmark.key is None else record[benchmark.key])
+        if key in places:
+            raise UserError(f"{place}: {benchmark.key} {key} was at {places[key]} already")
+        places[key] = place
+        questions.append(Question(place, key, turns, record))
+    if not questions:
+        raise UserError(f"{path}: holds no question")
+    return questions
+
+
+def _alpaca_turns(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    return (_text(record.get("instruction"), "instruction", place),)
+
+
+def _mt_bench_turns(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    return tuple(_text(turn, "turns", place) for turn in _list(record, place))
+
+
+def _arena_hard_turns(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    contents = [turn.get("content") if isinstance(turn, Mapping) else None for turn in _list(record, place)]
+    return tuple(_text(content, "turns[].content", place) for content in contents)
+
+
+def _list(record: Mapping[str, Any], place: str) -> list[Any]:
+    turns = record.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{place}: a question needs a list 'turns' (keys: {', '.join(map(str, record))})")
+    return turns
+
+
+def _text(value: Any, key: str, place: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{place}: a question needs a text in '{key}', found {value!r}")
+    return value
+
+
+def _alpaca_answer(question: Question, answers: AnswerSet) -> dict[str, Any]:
+    dataset = {"dataset": question.record["dataset"]} if "dataset" in question.record else {}
+    return {
+        **dataset,
+        "instruction": question.turns[0],
+        "output": answers.texts[0],
+        "generator": answers.model_id,
+    }
+
+
+def _mt_bench_answer(question: Question, answers: AnswerSet) -> dict[str, Any]:
+    return _model_answer(question, answers, list(answers.texts))
+
+
+def _arena_hard_answer(question: Question, answers: AnswerSet) -> dict[str, Any]:
+    pairs = zip(answers.texts, answers.tokens, strict=True)
+    return _model_answer(question, answers, [{"content": text, "token_len": tokens} for text, tokens in pairs])
+
+
+def _model_answer(question: Question, answers: AnswerSet, turns: list[Any]) -> dict[str, Any]:
+    name = f"{question.key}:{answers.model_id}:{answers.created}"
+    return {
+        "question_id": question.record["question_id"],
+        "answer_id": hashlib.sha256(name.encode()).hexdigest()[:22],
+        "model_id": answers.model_id,
+        "choices": [{"index": 0, "turns": turns}],
+        "tstamp": answers.created,
+    }
+
+
+BENCHMARKS = {
+    "alpaca_eval": Benchmark(_alpaca_turns, None, _alpaca_answer, lambda _: 0.7, 2048, named_by_file=False),
+    "arena_hard": Benchmark(
+        _arena_hard_turns, "question_id", _arena_hard_answer, lambda _: 0.0, 4096, named_by_file=True
+    ),
+    "mt_bench": Benchmark(
+        _mt_bench_turns,
+        "question_id",
+        _mt_bench_answer,
+        lambda record: _MT_BENCH_TEMPERATURES.get(str(record.get("category")), _MT_BENCH_OTHER),
+        1024,
+        named_by_file=True,
+    ),
+}

@@ -1,0 +1,59 @@
+"""Computes the token log-probs of reference and guide once, for ``guidance.mode: cached``.
+
+    torchrun --nproc-per-node 8 -m tgdpo.guidance CONFIG.yaml guidance.cache=DIR [section.key=value ...]
+    python -m tgdpo.guidance CONFIG.yaml guidance.cache=DIR --verify 100
+
+CONFIG is that of the training. Only ``precision.dtype``, the data and the models must stay as they are for the training
+that uses the cache: layout and ``batch.tokens_per_micro_batch`` may be others (forward passes need little memory, so
+larger rows and fewer ranks per model pay). Data-parallel replicas share the work. An interrupted computation continues
+where it stopped; complete shards are never computed again. ``--verify`` instead computes some pairs of a complete cache
+again and compares.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_tgdpo.config.loading import load_config
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.resilience.entry import on_all_ranks, run_and_exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module. Exit status as :func:`~megatron_tgdpo.resilience.entry.run_and_exit` says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tgdpo.guidance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file of the training")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--block-pairs", type=int, default=1024, help="pairs of a shard; default %(default)s")
+    parser.add_argument("--verify", type=int, metavar="PAIRS", help="compute so many pairs again and compare")
+    args = parser.parse_intermixed_args(arguments)
+    run_and_exit(lambda rank: _main(args))
+
+
+def _main(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    if config.guidance.cache is None:
+        raise UserError(f"{args.config}: guidance.cache is not set: name the directory to write to")
+    if not config.method.frozen:
+        raise UserError(f"{args.config}: loss.method {config.loss.method} has no frozen models to compute")
+    for name, value in (("--block-pairs", args.block_pairs), ("--verify", args.verify)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be positive")
+    # Only now: these imports take seconds, a wrong key should not.
+    from megatron_tgdpo.guidance.precompute import precompute_guidance, verify_guidance
+
+    def work(ranks, store) -> int:  # type: ignore[no-untyped-def]
+        if args.verify is None:
+            precompute_guidance(config, args.block_pairs, ranks, store)
+        else:
+            verify_guidance(config, args.verify, ranks, store)
+        return 0
+
+    return on_all_ranks(config.parallel.timeout_minutes, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The report as one HTML file that needs nothing else, and runs nothing but its own script."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from tgdpo.reporting.figures import NEGATIVE_SHARES, QUANTILES, Figures
+
+_DIRECTORY = Path(__file__).parent / "page"
+_SCRIPTS = ("data.js", "tokens.js", "charts.js", "pairs.js", "main.js")
+
+
+@dataclass(frozen=True)
+class ReportPair:
+    """One pair as the page shows it; everything with two entries is of chosen, then of rejected.
+
+    Attributes:
+        index: Its place in the dataset.
+        source: Where it came from, as in error messages.
+        prompt: Its text.
+        texts: Text of each response token.
+        sentences: First token of each sentence.
+        logps: float32 [c + r] by model: ``reference``, ``guide`` and perhaps ``policy``, in nats.
+    """
+
+    index: int
+    source: str
+    prompt: str
+    texts: tuple[list[str], list[str]]
+    sentences: tuple[list[int], list[int]]
+    logps: dict[str, np.ndarray]
+
+
+def render_page(
+    pairs: Sequence[ReportPair], figures: Figures, *, alpha: float, beta: float, facts: dict[str, str], warning: str
+) -> str:
+    """Renders the page.
+
+    Args:
+        pairs: What it shows, at least one pair; all with the same models.
+        figures: Of the same pairs.
+        alpha: Strength of the guidance that the page opens with.
+        beta: Strength of the KL constraint that it opens with.
+        facts: What the heading says, by name.
+        warning: Shown on top; empty for none.
+
+    Returns:
+        HTML in which all text is escaped, and whose policy lets the browser run its own script alone.
+    """
+    environment = Environment(loader=FileSystemLoader(_DIRECTORY), autoescape=True, undefined=StrictUndefined)
+    style = _read("style.css")
+    script = "\n".join(_read(name) for name in _SCRIPTS)
+    return environment.get_template("page.html").render(
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=_payload(pairs, figures, alpha, beta),
+        facts=facts,
+        warning=warning,
+    )
+
+
+def _payload(pairs: Sequence[ReportPair], figures: Figures, alpha: float, beta: float) -> dict[str, Any]:
+    toward = figures.toward
+    return {
+        "alpha": alpha,
+        "beta": beta,
+        "logps": {name: _floats([pair.logps[name] for pair in pairs]) for name in pairs[0].logps},
+        "pairs": [
+            {
+                "index": pair.index,
+                "source": pair.source,
+                "prompt": pair.prompt,
+                "texts": pair.texts,
+                "sentences": pair.sentences,
+            }
+            for pair in pairs
+        ],
+        "figures": {
+            "correct": figures.correct,
+            "accuracy": figures.accuracy,
+            "interval": figures.interval,
+            "margin": float(figures.margins.mean()),
+            "toward": [float(value) for value in (toward.mean(), toward.std(), toward[0], toward[-1])],
+            "tails": [[share, figures.tail(share)] for share in NEGATIVE_SHARES],
+            "scale": figures.scale,
+            "edges": figures.edges.tolist(),
+            "counts": figures.counts.tolist(),
+            "quantiles": QUANTILES,
+            "positions": [[asdict(one) for one in side] for side in figures.positions],
+        },
+    }
+
+
+def _floats(arrays: Sequence[np.ndarray]) -> str:
+    return base64.b64encode(np.concatenate(arrays).astype("<f4").tobytes()).decode("ascii")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def _read(name: str) -> str:
+    return (_DIRECTORY / name).read_text(encoding="utf-8")

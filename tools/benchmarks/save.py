@@ -1,0 +1,171 @@
+"""Host memory and time of saving and loading a training state, beside megatron-core's own state of the same names.
+
+    python -m tools.benchmarks.save [--size 60m] [--data-ranks 2 4] [--dtype bf16|fp32] [--directory DIR]
+
+A random Llama is trained by so many data ranks, a process each, on the CPU. Each rank saves its policy and optimizer
+and loads them again; printed is the peak of its resident memory above what it held before, of the fullest and of the
+emptiest rank, in bytes a parameter. ``gathered`` is the state of megatron-core 0.16.1's distributed optimizer, type
+``fully_reshardable``. Files are written and synced in DIR (default: a temporary directory), and removed.
+"""
+
+import argparse
+import gc
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
+from megatron_tgdpo.setup.engine import Engine, build_engine, policy_chunks
+from megatron_tgdpo.setup.inputs import read_model_configs
+from megatron_tgdpo.setup.models import DTYPES
+from megatron_tgdpo.training.checkpoint import training_state
+from megatron_tgdpo.training.saver import live_storages
+from megatron_tgdpo.training.sharding import load_optimizer_shards
+from tools.benchmarks.training_step.models import SHAPES, llama_config, write_model
+from tools.benchmarks.training_step.recorder import reset_peak, resident_bytes
+
+_VOCABULARY = 32_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks do: ``owned`` says whose state is saved."""
+
+    policy: str
+    dtype: str
+    ranks: int
+    owned: bool
+    parameters: int
+    directory: str
+
+
+def gathered_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
+    """As :func:`training_state`, with whole tensors on every data rank."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "dp_cp_group": engine.pg.dp_cp,
+    }
+    model = {str(n): chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(policy_chunks(engine))}
+    return {"model": model, "optimizer": engine.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
+
+
+def _engine(job: Job) -> Engine:
+    config = config_from_dict(
+        {
+            "model": {"policy": job.policy},
+            "data": {"train": "unused", "max_length": 64},
+            "loss": {"method": "simpo"},
+            "batch": {"global_pairs": 8},
+            "optimizer": {"lr": 1e-3},
+            "precision": {"dtype": job.dtype},
+            "train": {"steps": 1},
+            "output_dir": "unused",
+        },
+        "benchmark",
+    )
+    layout = make_layout(1, 1, 1, False, job.ranks)
+    engine = build_engine(
+        config, read_model_configs(config), layout, init_model_parallel(layout, 0, 60), 1, torch.device("cpu")
+    )
+    # Pages that nobody has written to are not there yet.
+    for state in engine.optimizer.optimizer.state.values():
+        for value in state.values():
+            value.fill_(0.5)
+    for chunk in engine.chunks:
+        for buffer in chunk.buffers:
+            buffer.grad_data.zero_()
+    return engine
+
+
+def _peak(action: Callable[[], Any]) -> tuple[int, float]:
+    """Bytes above what was resident before, and seconds between barriers."""
+    gc.collect()
+    dist.barrier()
+    before, begin = resident_bytes("VmRSS"), time.perf_counter()
+    reset_peak()
+    action()
+    peak = resident_bytes("VmHWM") - before
+    dist.barrier()
+    return peak, time.perf_counter() - begin
+
+
+def _measure(rank: int, job: Job) -> None:
+    """One data rank."""
+    enable_cpu_backend()
+    torch.set_num_threads(1)
+    directory = Path(job.directory)
+    store = dist.FileStore(str(directory / "store"), job.ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=job.ranks)
+    engine, path = _engine(job), directory / "checkpoint"
+    state_of = training_state if job.owned else gathered_state
+
+    def save() -> None:
+        staged = sharded.stage(state_of(engine, is_loading=False), live_storages(engine))
+        sharded.write(path, staged, Path(job.policy), {"dtype": job.dtype, "step": 1})
+
+    def load() -> None:
+        state = sharded.load(path, state_of(engine, is_loading=True))["optimizer"]
+        if job.owned:
+            load_optimizer_shards(engine.optimizer, state)
+        else:
+            engine.optimizer.load_state_dict(state)
+
+    results: list[Any] = [None] * job.ranks
+    dist.all_gather_object(results, [_peak(save), _peak(load)])
+    if rank == 0:
+        (directory / "results.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _run(job: Job) -> str:
+    """One line of the table."""
+    multiprocessing.spawn(_measure, (job,), nprocs=job.ranks)
+    results = json.loads((Path(job.directory) / "results.json").read_text())
+    columns = []
+    for number in range(2):
+        peaks = [rank[number][0] / job.parameters for rank in results]
+        columns.append(f"{max(peaks):6.2f} {min(peaks):6.2f} {max(rank[number][1] for rank in results):7.2f}")
+    return f"{job.ranks:5d} {'owned' if job.owned else 'gathered':<9} {columns[0]}   {columns[1]}"
+
+
+def main() -> None:
+    """Measures both states and prints a table."""
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.save")
+    parser.add_argument("--size", choices=[name for name in SHAPES if name != "tiny"], default="60m")
+    parser.add_argument("--data-ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--directory", type=Path, help="default: a temporary one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
+        policy = Path(temporary) / "policy"
+        shape = llama_config(SHAPES[arguments.size], _VOCABULARY, tied=False, max_length=64)
+        parameters = write_model(policy, shape, dtype=DTYPES[arguments.dtype], seed=0).total
+        print(f"{parameters / 1e6:.1f}M parameters in {arguments.dtype}; bytes a parameter above what was there")
+        print(f"{'':15} {'save':<23} load")
+        print(f"{'ranks':>5} {'state':<9} {'most':>6} {'least':>6} {'s':>7}   {'most':>6} {'least':>6} {'s':>7}")
+        for ranks in arguments.data_ranks:
+            for owned in (False, True):
+                directory = Path(temporary) / f"{ranks}-{owned}"
+                directory.mkdir()
+                job = Job(str(policy), arguments.dtype, ranks, owned, parameters, str(directory))
+                print(_run(job), flush=True)
+                shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()

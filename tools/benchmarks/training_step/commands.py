@@ -1,0 +1,153 @@
+"""The four sub-commands of ``tools.benchmarks.training_step``."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tgdpo.planning.memory import GIB
+from megatron_tgdpo.storage.atomic_file import write_atomically
+from tools.benchmarks.training_step import report
+from tools.benchmarks.training_step.lengths import spread_pairs
+from tools.benchmarks.training_step.measure import Job, check_losses, loss_differences, measure
+from tools.benchmarks.training_step.pairs import SHARED_DATA, find_source, tokenise
+from tools.benchmarks.training_step.preprocessing import fast_tokenizer, preprocess_once, write_records
+from tools.benchmarks.training_step.profiling import OperatorTime, ProfilingRecorder, group_seconds, step_operators
+from tools.benchmarks.training_step.settings import Settings, describe_model, fill_cache, make_problem, write_models
+from tools.benchmarks.training_step.table import Spread, aligned
+from tools.benchmarks.training_step.variants import CACHED, REFERENCE, choose_sides
+
+_SHAPES_WIDTH = 60
+
+
+def compare(given: argparse.Namespace, scratch: Path) -> None:
+    """Runs all sides on the same problem."""
+    settings = Settings.from_arguments(given)
+    sides, left_out = choose_sides(given.sides)
+    pairs = tokenise(scratch, find_source(scratch, given.pairs, given.pairs_from or SHARED_DATA), given.max_length)
+    problem = make_problem(scratch, scratch, pairs, settings)
+    for line in left_out:
+        _progress(line)
+    parameters = write_models(scratch, settings, given.max_length)
+    facts: dict[str, Any] = {
+        "model": describe_model(settings, parameters),
+        "pairs": pairs.describe(),
+        "left_out": left_out,
+    }
+    if any(side.name in CACHED for side in sides):
+        begun = time.perf_counter()
+        fill_cache(problem)
+        facts["cache_seconds"] = time.perf_counter() - begun
+        _progress(f"guidance cache filled in {facts['cache_seconds']:.1f} s, start-up included")
+    jobs = [Job(side.name, side.name, problem) for side in sides]
+    results = measure(jobs, given.rounds, _progress)
+    differences = loss_differences(jobs, results)
+    check_losses(jobs, differences)
+    table = report.figures(problem, pairs.sequence_tokens(), results)
+    print(facts["model"], facts["pairs"], sep="\n")
+    steps = f"{problem.steps - 1} steps of {problem.global_pairs} pairs"
+    print(f"{given.rounds} rounds of {steps}; median (lowest-highest); ratios to {REFERENCE}, round by round\n")
+    print(report.compare_table(table, differences))
+    for line in report.yardstick_lines(results):
+        print(f"\n{line}")
+    if given.json:
+        figures = report.as_json(problem, jobs, results, table, differences, facts)
+        write_atomically(given.json, json.dumps(figures, indent=2) + "\n")
+
+
+def profile(given: argparse.Namespace, scratch: Path) -> None:
+    """Prints where the time of one step goes, and writes a Chrome trace of it."""
+    settings = Settings.from_arguments(given)
+    (side,), _ = choose_sides([given.side])
+    source = find_source(scratch, given.global_pairs, given.pairs_from or SHARED_DATA)
+    pairs = tokenise(scratch, source, given.max_length)
+    problem = make_problem(scratch, scratch, pairs, settings)
+    parameters = write_models(scratch, settings, given.max_length)
+    if side.name in CACHED:
+        fill_cache(problem)
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    run, recorder = side.load(), ProfilingRecorder(device)
+    run(problem, recorder)
+    recorder.profiler.export_chrome_trace(str(given.trace))
+    operators = step_operators(recorder.profiler.events(), device)
+    print(describe_model(settings, parameters), pairs.describe(), sep="\n")
+    print(f"one step of {side.name}, {problem.global_pairs} pairs\n")
+    _print_profile(operators, given.top)
+    print(f"\nChrome trace (for chrome://tracing or ui.perfetto.dev): {given.trace}")
+
+
+def _print_profile(operators: list[OperatorTime], top: int) -> None:
+    total = sum(operator.seconds for operator in operators)
+    groups = [[group, f"{s:.3f}", f"{s / total:.1%}"] for group, s in group_seconds(operators).items()]
+    print(aligned(["where", "s", "share"], [*groups, ["all", f"{total:.3f}", "100.0%"]]), end="\n\n")
+    rows = [
+        [op.group, op.name, op.shapes[:_SHAPES_WIDTH], str(op.calls), f"{op.seconds:.3f}", f"{op.seconds / total:.1%}"]
+        for op in operators[:top]
+    ]
+    print(aligned(["where", "operator", "shapes", "calls", "s", "share"], rows, text_columns=3))
+
+
+def lengths(given: argparse.Namespace, scratch: Path) -> None:
+    """Compares steps over as many tokens, in sequences whose lengths spread twice as widely."""
+    settings = Settings.from_arguments(given)
+    sides, _ = choose_sides(given.sides)
+    spreads = (given.spread, 2 * given.spread)
+    problems = {}
+    for spread in spreads:
+        directory = scratch / f"spread-{spread:g}"
+        directory.mkdir()
+        pairs = spread_pairs(directory, given.pairs, given.mean, spread)
+        problems[spread] = make_problem(directory, scratch, pairs, settings)
+    parameters = write_models(scratch, settings, problems[spreads[-1]].max_length)
+    if any(side.name in CACHED for side in sides):
+        for problem in problems.values():
+            fill_cache(problem)
+    jobs = [
+        Job(f"{side.name}, spread {spread:g}", side.name, problem)
+        for spread, problem in problems.items()
+        for side in sides
+    ]
+    results = measure(jobs, given.rounds, _progress)
+    check_losses(jobs, loss_differences(jobs, results))
+    print(describe_model(settings, parameters))
+    print(
+        f"{given.pairs} pairs; lengths evenly from {given.mean} x (1 - spread) to {given.mean} x (1 + spread) tokens\n"
+    )
+    rows = []
+    for side in sides:
+        narrow, wide = ([sum(result.seconds) for result in results[job.label]] for job in jobs if job.side == side.name)
+        ratio = Spread.of([after / before for before, after in zip(narrow, wide, strict=True)])
+        rows.append([side.name, Spread.of(narrow).text(2), Spread.of(wide).text(2), ratio.text(3)])
+    print(aligned(["side", *(f"s at spread {spread:g}" for spread in spreads), "ratio"], rows))
+
+
+def preprocess(given: argparse.Namespace, scratch: Path) -> None:
+    """Measures preprocessing of a file and of a larger one: the difference is speed without start-up."""
+    source = find_source(scratch, given.pairs, given.pairs_from or SHARED_DATA)
+    tokenizer = fast_tokenizer(source, scratch)
+    rows, passes = [], []
+    for copies in (given.copies, given.copies * given.factor):
+        path = scratch / f"{copies}.jsonl"
+        write_records(path, source.records, copies)
+        done = preprocess_once(path, tokenizer, scratch / "out", given.workers)
+        path.unlink()
+        passes.append(done)
+        rate = done.tokens / done.seconds / given.workers
+        rows.append([f"{done.tokens:,}", f"{done.seconds:.2f}", f"{rate:,.0f}", f"{done.peak_bytes / GIB:.3f}"])
+    few, many = passes
+    print(f"{len(source.records)} {source.kind} pairs, repeated; fast tokenizer; {given.workers} workers\n")
+    print(aligned(["tokens", "s", "tokens/s per core", "peak GiB"], rows, text_columns=0))
+    rate = (many.tokens - few.tokens) / (many.seconds - few.seconds) / given.workers
+    growth = (many.peak_bytes - few.peak_bytes) / 2**20
+    print(
+        f"\nwithout start-up {rate:,.0f} tokens/s per core; memory for {given.factor} times the file {growth:+.1f} MiB"
+    )
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,90 @@
+"""This project's step, built and run as a training run of one process builds and runs it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tgdpo.batching.collate import PreferenceBatch, collate
+from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.layout import init_model_parallel
+from megatron_tgdpo.distributed.ranks import RankEnvironment, connect_store, init_distributed
+from megatron_tgdpo.resilience.run_lock import RunLock
+from megatron_tgdpo.setup.engine import build_engine
+from megatron_tgdpo.setup.inputs import layout_of, read_model_configs
+from megatron_tgdpo.training.run_data import open_data, prepare_first_rank
+from megatron_tgdpo.training.step import StepResult, train_step
+from tools.benchmarks.training_step.problem import ALPHA, BETA, CLIP, LEARNING_RATE, Problem
+from tools.benchmarks.training_step.recorder import Recorder
+
+
+def our_config(
+    problem: Problem, *, guided: bool, mode: str, shared_prompts: bool = True, train: Mapping[str, Any] | None = None
+) -> Config:
+    """The configuration of the run that the steps are of.
+
+    Args:
+        problem: What is compared.
+        guided: TGDPO; else DPO.
+        mode: ``guidance.mode``.
+        shared_prompts: ``batch.shared_prompts``.
+        train: More values of the section ``train``.
+    """
+    name = f"run-{'tgdpo' if guided else 'dpo'}-{mode}-{'shared' if shared_prompts else 'unshared'}"
+    values: dict[str, Any] = {
+        "model": {"policy": problem.policy, "guide": problem.guide if guided else None},
+        "data": {
+            "train": problem.data,
+            "tokenizer": problem.tokenizer,
+            "max_length": problem.max_length,
+            "shuffle": False,
+        },
+        "loss": {"method": "tgdpo", "beta": BETA, "alpha": ALPHA} if guided else {"method": "dpo", "beta": BETA},
+        "guidance": {"mode": mode, "cache": problem.cache},
+        "parallel": {"device": problem.device},
+        "batch": {"global_pairs": problem.global_pairs, "shared_prompts": shared_prompts},
+        "optimizer": {"lr": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0.0, "clip_grad": CLIP},
+        "precision": {"dtype": problem.dtype},
+        "train": {"steps": problem.steps, **(train or {})},
+        "output_dir": str(Path(problem.directory) / name),
+    }
+    return config_from_dict(values, "benchmark")
+
+
+class OurStep:
+    """A training run up to its first step, in this process, and its steps."""
+
+    def __init__(self, config: Config) -> None:
+        device = torch.device(config.parallel.device)
+        if device.type == "cpu":
+            enable_cpu_backend()
+        ranks = RankEnvironment(0, 1, 0, None, None)
+        layout, model_configs = layout_of(config, ranks.world_size), read_model_configs(config)
+        prefixes = prepare_first_rank(config, RunLock(Path(config.output_dir)))
+        init_distributed(ranks, device, config.parallel.timeout_minutes, connect_store(ranks))
+        pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
+        self.data = open_data(config, prefixes, model_configs)
+        self.engine = build_engine(config, model_configs, layout, pg, self.data.order.steps, device)
+
+    def packs(self, step: int) -> list[PreferenceBatch]:
+        """The rows of a step, counted from 1."""
+        row, dataset = self.engine.row, self.data.train
+        indices = self.data.order.step_indices(step)
+        (plan,) = plan_packs(indices, row.pair_tokens(dataset.lengths[indices]).tolist(), row.tokens, 1)
+        return [collate([dataset[index] for index in pack], row, self.data.train_guidance) for pack in plan]
+
+    def step(self, step: int) -> StepResult:
+        return train_step(self.engine, self.packs(step))
+
+
+def run(problem: Problem, recorder: Recorder, config: Config) -> None:
+    """All steps of a problem."""
+    side = OurStep(config)
+    recorder.built(weight for chunk in side.engine.chunks for weight in chunk.parameters())
+    for step in range(1, problem.steps + 1):
+        recorder.begin()
+        recorder.end(side.step(step).metrics.values["loss"])

@@ -1,0 +1,115 @@
+"""The sides that can be compared. Their modules are imported in their own processes only."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from megatron_tgdpo.errors import UserError
+from tools.benchmarks.training_step.problem import Problem
+from tools.benchmarks.training_step.recorder import Recorder
+
+Run = Callable[[Problem, Recorder], None]
+# Adam's first steps have the size of the learning rate, whatever the gradient's: where gradients cancel, rounding
+# decides their sign, and the losses after that differ. A wrong mask or factor shows as 1e-2. Equality to 1e-5 is what
+# tests/distributed/test_equivalence.py is for.
+_LOSS_TOLERANCE = 2e-4
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to make a step.
+
+    Attributes:
+        name: On the command line and in tables.
+        objective: ``tgdpo`` or ``dpo``; the losses of all sides of an objective must agree.
+        models: What runs in a step.
+        load: Imports what the side needs and returns what runs all steps of a problem.
+        loss_tolerance: Largest relative difference of a step's loss, in fp32, from the first side of the objective.
+    """
+
+    name: str
+    objective: str
+    models: str
+    load: Callable[[], Run]
+    loss_tolerance: float = _LOSS_TOLERANCE
+
+
+def _reference(*, guided: bool) -> Callable[[], Run]:
+    def load() -> Run:
+        from tools.benchmarks.training_step import reference_step
+
+        return lambda problem, recorder: reference_step.run(problem, recorder, guided=guided)
+
+    return load
+
+
+def _trl() -> Run:
+    from tools.benchmarks.training_step import trl_step
+
+    return trl_step.run
+
+
+def _ours(*, guided: bool, mode: str, shared_prompts: bool = True, **train: Any) -> Callable[[], Run]:
+    def load() -> Run:
+        from tools.benchmarks.training_step import our_step
+
+        def run(problem: Problem, recorder: Recorder) -> None:
+            config = our_step.our_config(problem, guided=guided, mode=mode, shared_prompts=shared_prompts, train=train)
+            our_step.run(problem, recorder, config)
+
+        return run
+
+    return load
+
+
+# The baseline of all ratios.
+REFERENCE = "reference"
+# The yardstick of cached guidance.
+POLICY_ONLY = "dpo-cached"
+# As little memory as a step can do with.
+_LEAN: dict[str, Any] = {"keep_logits_mib": 0, "recompute": "full"}
+_THREE, _TWO = "policy, reference, guide", "policy, reference"
+SIDES = {
+    side.name: side
+    for side in (
+        Side(REFERENCE, "tgdpo", _THREE, _reference(guided=True)),
+        Side("colocated", "tgdpo", _THREE, _ours(guided=True, mode="colocated")),
+        Side("colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False)),
+        Side("colocated-lean", "tgdpo", _THREE, _ours(guided=True, mode="colocated", **_LEAN)),
+        Side("cached", "tgdpo", "policy", _ours(guided=True, mode="cached")),
+        Side("cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False)),
+        Side("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", **_LEAN)),
+        Side("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective")),
+        Side("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full")),
+        Side("reference-dpo", "dpo", _TWO, _reference(guided=False)),
+        Side("trl", "dpo", _TWO, _trl),
+        Side("dpo-colocated", "dpo", _TWO, _ours(guided=False, mode="colocated")),
+        Side(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached")),
+    )
+}
+CACHED = ("cached", "cached-unshared", "cached-lean", "cached-selective", "cached-full", POLICY_ONLY)
+
+
+def usable_cores() -> int:
+    """Cores of this process, which may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_sides(names: list[str] | None) -> tuple[list[Side], list[str]]:
+    """The sides of these names, all by default, and lines that say which are left out and why.
+
+    Raises:
+        UserError: A name is unknown, or names a side that cannot run here.
+    """
+    unknown = [name for name in names or () if name not in SIDES]
+    if unknown:
+        raise UserError(f"--sides: there is no side '{unknown[0]}', choose from {', '.join(SIDES)}")
+    chosen = [SIDES[name] for name in names or SIDES]
+    if find_spec("trl") is not None or (names and "trl" not in names):
+        return chosen, []
+    why = "trl is not installed: pip install 'megatron-tgdpo[benchmark]'"
+    if names:
+        raise UserError(f"--sides: {why}")
+    return [side for side in chosen if side.name != "trl"], [f"side trl is left out: {why}"]
