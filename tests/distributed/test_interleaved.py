@@ -19,7 +19,7 @@ from megatron_tgdpo.planning.memory import stage_parameters
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked
 from tests.tiny_models import make_llama
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 STEPS = 4
 SERIES = ("train/loss", "train/grad_norm", "rewards/margins", "eval/loss")

@@ -10,7 +10,7 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.errors import UserError
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 STEPS = 5
 LAYOUTS: dict[str, dict[str, Any]] = {

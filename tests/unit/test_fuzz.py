@@ -33,7 +33,7 @@ from tests.fuzzing import fuzz, jsons, one_line_or_result, texts, to_bytes
 from tests.published_configs import PUBLISHED
 from tests.tiny_models import make_llama
 from tests.unit.commands.test_import_config import ENTRY, REFERENCE
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 from tests.unit.data.conftest import hf_directory as tokenizer_directory
 from tgdpo.import_config import convert
 from tgdpo.llamafactory.datasets import dataset_file

@@ -11,7 +11,7 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.setup.inputs import prepare_data
 from tests.tiny_models import make_tokenizer
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 VOCABULARY = 64
 

@@ -11,7 +11,7 @@ from megatron_tgdpo.config.changes import INPUTS, RULE_OF, RULES, Recorded, Rule
 from megatron_tgdpo.config.loading import config_from_dict, to_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 CONFIG = config_from_dict(VALID)
 CONTENT = {key: f"{key} {'0' * 64}" for key in INPUTS}
@@ -30,7 +30,7 @@ def test_every_key_has_exactly_one_rule() -> None:
 
 
 def test_the_documentation_has_the_same_table() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
     for rule, keys in RULES.items():
         (row,) = [line for line in text.splitlines() if line.startswith(f"| {rule.value.split(':')[0]} |")]
         named = set(re.findall(r"`([a-z_0-9.]+)`", row.split("|")[2]))

@@ -30,7 +30,7 @@ from megatron_tgdpo.gpu.precision import (
 )
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.setup.inputs import row_format
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 # Ampere, Ada, Hopper, Blackwell, and the Blackwell of workstations; the CUDA of each is new enough or too old.
 GPUS: tuple[tuple[Version | None, Version | None], ...] = (

@@ -18,7 +18,7 @@ from megatron_tgdpo.loss.preference import (
     tgdpo_loss,
 )
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "losses.json").read_text())
 LENGTHS = torch.tensor([3, 5, 7, 1])
 
 

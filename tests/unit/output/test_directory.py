@@ -16,7 +16,7 @@ from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.output.directory import claim_output_dir, is_done, mark_done, record_start
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from tests.distributed.common import merged
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 
 def values(tmp_path: Path, **sections: Any) -> dict[str, Any]:

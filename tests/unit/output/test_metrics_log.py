@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.errors import StorageError
 from megatron_tgdpo.output.metrics_log import MetricsLog
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 
 def scalars(directory: Path) -> list[tuple[int, float]]:

@@ -23,11 +23,11 @@ from megatron_tgdpo.output.metrics_log import MetricsLog
 from megatron_tgdpo.output.tensorboard import WEIGHT_HISTOGRAM, chart_layout, hyperparameters
 from megatron_tgdpo.output.wandb import import_wandb
 from tests.browser import CHROMIUM, NO_CHROMIUM, chromium
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 from tests.unit.output.test_metrics import pack, reduced
 
 QUESTIONS = tuple(chart_layout(()))
-DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "configuration.md"
 
 
 def make_config(directory: Path, **log: Any) -> Config:

@@ -24,7 +24,7 @@ from megatron_tgdpo.training.run import dry_run
 from tests.processes import run_forked
 from tests.published_configs import PUBLISHED, write_config
 from tests.tiny_models import make_llama
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 ROW = Row(tokens=4096, sequence_tokens=2048, dtype_bytes=2)
 BATCH = Batch(global_pairs=128, pair_tokens=2048, response_share=0.5, shared_prompts=False)

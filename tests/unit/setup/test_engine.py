@@ -19,7 +19,7 @@ from megatron_tgdpo.setup.models import RECOMPUTE
 from megatron_tgdpo.training.run import dry_run
 from megatron_tgdpo.training.run_data import prepare_first_rank
 from tests.tiny_models import make_llama, make_tokenizer
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 
 def config_of(policy: Path, guide: Path) -> Config:

@@ -13,7 +13,7 @@ from megatron_tgdpo.errors import AgreedError, UserError
 from megatron_tgdpo.setup import hub_inputs
 from megatron_tgdpo.setup.hub_inputs import PINS_FILE, as_recorded, pin_here, pin_inputs, record_pins
 from megatron_tgdpo.storage.hub import DATASET, MODEL, HubName
-from tests.unit.config.test_config import VALID
+from tests.unit.config.test_loading import VALID
 
 COMMITS = {"owner/policy": "a" * 40, "owner/guide@v1": "b" * 40, "owner/pairs": "c" * 40, "owner/test": "d" * 40}
 

@@ -13,7 +13,7 @@ from megatron_tgdpo.storage.hub import HubName, hub_name, local_path
 from tests.hub import Hub, serving
 from tests.launch import PATIENCE
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PAIR = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
 FETCH = """

@@ -14,7 +14,7 @@ from tools.benchmarks.training_step.problem import Problem
 from tools.benchmarks.training_step.recorder import SideResult
 from tools.benchmarks.training_step.variants import SIDES
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 _ERROR_LINES = 20
 
 

@@ -14,7 +14,7 @@ from tools.examples.quickstart.language import draw_answer, draw_prompt
 from tools.examples.quickstart.make_data import draw_pair, pair_record
 from tools.examples.quickstart.tokenizer import save_tokenizer, train_sentencepiece
 
-SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 _REAL_PAIRS, _REAL_TOKENIZER = "preference_pairs_en_300.json", "llama2_sentencepiece.model"
 _TOKENIZER_TEXTS = 2000
 
