@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.check import check_checkpoint
 from checkpoints_convert.pieces import Piece, all_pieces, share
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
-from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.models.hf_weights.check import tie
 from megatron_tgdpo.models.hf_weights.mapping import Heads
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
@@ -32,7 +32,9 @@ def different_weights(hf: Path, checkpoint: Path, hf_config: PretrainedConfig, s
     """
     pieces = all_pieces(hf_config, stored_dtype.itemsize)
     mine = share(pieces, [piece.numel for piece in pieces], dist.get_rank(), dist.get_world_size())
-    found = agree(lambda: _different(HfCheckpoint(hf), CheckpointReader(checkpoint), mine, hf_config, stored_dtype))
+    found = raise_on_all_ranks(
+        lambda: _different(HfCheckpoint(hf), CheckpointReader(checkpoint), mine, hf_config, stored_dtype)
+    )
     reports: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(reports, found)
     return sorted(set().union(*reports))

@@ -31,7 +31,7 @@ from megatron_tgdpo.models.hf_weights.mapping import (
     global_parameters,
     parameter_count,
 )
-from megatron_tgdpo.storage.atomic_directory import WholeDirectory
+from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 from megatron_tgdpo.storage.json_text import parse_json
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -78,15 +78,15 @@ def export_hf(
     """
     started = time.perf_counter()
     refuse_damage(checkpoint)
-    with WholeDirectory(out) as directory:
-        hf_config = directory.on_all_ranks(lambda: _read_config(checkpoint, template))
-        reader = directory.on_all_ranks(lambda: _open(checkpoint, hf_config, stored))
+    with AtomicDirectory(out) as directory:
+        hf_config = directory.run_on_all_ranks(lambda: _read_config(checkpoint, template))
+        reader = directory.run_on_all_ranks(lambda: _open(checkpoint, hf_config, stored))
         files = _plan(global_parameters(hf_config), dtype.itemsize, max_shard_bytes)
         size = sum(file.numel for file in files) * dtype.itemsize
         directory.reserve(size)
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
-        directory.on_all_ranks(lambda: _write(reader, hf_config, directory.aside, mine, stored, dtype))
-        directory.on_first_rank(lambda: _finish(directory.aside, template, files, dtype, size))
+        directory.run_on_all_ranks(lambda: _write(reader, hf_config, directory.temporary, mine, stored, dtype))
+        directory.run_on_rank0(lambda: _finish(directory.temporary, template, files, dtype, size))
         directory.publish()
     return Summary(out, parameter_count(hf_config), dtype_name(dtype), size, time.perf_counter() - started)
 
@@ -153,12 +153,14 @@ def _write(
                         bar.update(rows.nbytes)
 
 
-def _finish(aside: Path, template: Path, files: list[_File], dtype: torch.dtype, size: int) -> None:
+def _finish(temporary: Path, template: Path, files: list[_File], dtype: torch.dtype, size: int) -> None:
     if len(files) > 1:
         weight_map = {name: file.name for file in files for name in file.shapes}
-        _write_json(aside / _INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-    copy_hf_files(template, aside)
-    _set_dtype(aside / "config.json", dtype)
+        _write_json(
+            temporary / _INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        )
+    copy_hf_files(template, temporary)
+    _set_dtype(temporary / "config.json", dtype)
 
 
 def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:

@@ -34,7 +34,7 @@ from megatron_tgdpo.checkpoints.directory import hf_files, write_description
 from megatron_tgdpo.models.hf_weights.check import open_hf
 from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, parameter_count
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
-from megatron_tgdpo.storage.atomic_directory import WholeDirectory
+from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 
 
 def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> Summary:
@@ -54,23 +54,23 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
             empty, or could not be written.
     """
     started = time.perf_counter()
-    with WholeDirectory(out) as directory:
-        directory.on_all_ranks(lambda: hf_files(hf))  # before the weights take their time
-        checkpoint = directory.on_all_ranks(lambda: open_hf(hf, hf_config))
+    with AtomicDirectory(out) as directory:
+        directory.run_on_all_ranks(lambda: hf_files(hf))  # before the weights take their time
+        checkpoint = directory.run_on_all_ranks(lambda: open_hf(hf, hf_config))
         stored = dtype or _common_dtype(checkpoint, hf_config)
         pieces = all_pieces(hf_config, stored.itemsize)
         size = sum(piece.numel for piece in pieces) * stored.itemsize
         directory.reserve(size)
         mine = share(pieces, [piece.numel for piece in pieces], dist.get_rank(), dist.get_world_size())
-        directory.on_first_rank(lambda: write_common(serialise_common({}), directory.aside))
+        directory.run_on_rank0(lambda: write_common(serialise_common({}), directory.temporary))
         with progress_bar("HF to Megatron", sum(piece.numel for piece in mine) * stored.itemsize) as bar:
             planner = _Planner(checkpoint, hf_config, stored, mine)
-            writer = _StreamWriter(directory.aside, bar)
-            directory.on_all_ranks(lambda: dcp.save({}, storage_writer=writer, planner=planner))
+            writer = _StreamWriter(directory.temporary, bar)
+            directory.run_on_all_ranks(lambda: dcp.save({}, storage_writer=writer, planner=planner))
         count = parameter_count(hf_config)
         metadata = {"dtype": dtype_name(stored), "step": None, "parameters": count}
         digests = directory.collect(writer.digests)
-        directory.on_first_rank(lambda: write_description(directory.aside, hf, metadata, digests))
+        directory.run_on_rank0(lambda: write_description(directory.temporary, hf, metadata, digests))
         directory.publish()
     return Summary(out, count, dtype_name(stored), size, time.perf_counter() - started)
 

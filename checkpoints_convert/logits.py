@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_tgdpo.batching.packed_sequence import RowPacking, Segment, pack_segments
+from megatron_tgdpo.batching.packed_sequence import PackedSequence, Segment, pack_segments
 from megatron_tgdpo.loss.token_logps import token_logps
 from megatron_tgdpo.models.language_model import LanguageModel
 
@@ -24,7 +24,7 @@ class RowOutputs:
     logps: Tensor
 
 
-def packing_of(lengths: list[int]) -> RowPacking:
+def packing_of(lengths: list[int]) -> PackedSequence:
     """Describes sequences that lie back to back at the start of a row."""
     return pack_segments([Segment(*bounds) for bounds in pairwise(accumulate([0, *lengths]))])
 

@@ -22,7 +22,7 @@ from checkpoints_convert.layout_options import Session, layout_arguments, open_s
 from checkpoints_convert.logits import RowOutputs, packed_outputs
 from checkpoints_convert.probes import Probe, Reference, long_length, make_probes, reference_outputs, spans
 from megatron_tgdpo.checkpoints.directory import read_metadata
-from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.load import load_megatron_weights
@@ -105,9 +105,9 @@ def compare_outputs(
     """
     pg = session.pg
     compares = pg.pp.rank() == pg.pp.size() - 1 and pg.tp.rank() == 0 and pg.dp_cp.rank() == 0
-    probes = agree(lambda: make_probes(hf, hf_config, length))
+    probes = raise_on_all_ranks(lambda: make_probes(hf, hf_config, length))
     # Before our model is there: so that one rank never holds both.
-    references = agree(lambda: reference_outputs(hf, probes, stored, session.device) if compares else [])
+    references = raise_on_all_ranks(lambda: reference_outputs(hf, probes, stored, session.device) if compares else [])
     model = build_language_model(hf_config, session.layout, pg, dtype=torch.float32, device=session.device)
     load_megatron_weights([model], checkpoint, hf_config)
     lengths = [len(probe.tokens) for probe in probes]

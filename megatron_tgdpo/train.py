@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_tgdpo import signals
 from megatron_tgdpo.config.loading import load_config
-from megatron_tgdpo.resilience.entry import on_all_ranks, run_and_exit
+from megatron_tgdpo.resilience.entry import run_and_exit, run_on_all_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def _main(args: argparse.Namespace, rank: int) -> int:
             return signals.STOPPED_STATUS
         return 0
 
-    return on_all_ranks(config.parallel.timeout_minutes, train)
+    return run_on_all_ranks(config.parallel.timeout_minutes, train)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from megatron_tgdpo.config.loading import load_config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.resilience.entry import on_all_ranks, run_and_exit
+from megatron_tgdpo.resilience.entry import run_and_exit, run_on_all_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +52,7 @@ def _main(args: argparse.Namespace) -> int:
             verify_guidance(config, args.verify, ranks, store)
         return 0
 
-    return on_all_ranks(config.parallel.timeout_minutes, work)
+    return run_on_all_ranks(config.parallel.timeout_minutes, work)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The tensors of one pack, from its pairs.
 
-Legend: P pairs in the pack, B = 2P sequences, R response tokens that are trained on, S tokens of a row; under context
+Legend: P pairs in the pack, B = 2P sequences, R response tokens that are trained on, S tokens of a pack; under context
 parallelism R and S are those of this rank's part.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_tgdpo.batching.packed_sequence import ContextSplit, RowFormat, RowPacking, Segment, pack_segments
+from megatron_tgdpo.batching.packed_sequence import ContextSplit, PackedSequence, PackFormat, Segment, pack_segments
 from megatron_tgdpo.data.dataset import PreferencePair
 
 
@@ -31,12 +31,12 @@ class PreferenceBatch:
         pair_indices: [P] int64, each pair's index in the dataset.
         reference_logps: [R] float32 from the guidance cache; None where the reference runs along, or there is none.
         guide_logps: [R] float32 from the guidance cache; None where the guide runs along, or there is none.
-        response_order: [R] int64 on the CPU, place of each target among the response tokens of the whole row.
+        response_order: [R] int64 on the CPU, place of each target among the response tokens of the whole pack.
     """
 
     tokens: Tensor
     position_ids: Tensor
-    packing: RowPacking
+    packing: PackedSequence
     logit_positions: Tensor
     targets: Tensor
     response_lengths: Tensor
@@ -75,35 +75,37 @@ class CachedGuidance(Protocol):
         ...
 
 
-def collate(pairs: Sequence[PreferencePair], row: RowFormat, guidance: CachedGuidance | None = None) -> PreferenceBatch:
-    """Packs pairs into one row, or this context-parallel rank's part of it.
+def collate(
+    pairs: Sequence[PreferencePair], pack_format: PackFormat, guidance: CachedGuidance | None = None
+) -> PreferenceBatch:
+    """Packs pairs into one pack, or this context-parallel rank's part of it.
 
     An empty list gives a pack of padding only, which adds nothing to loss or gradients.
 
     Args:
-        pairs: They fit the row.
-        row: Its format.
+        pairs: They fit the pack.
+        pack_format: Its format.
         guidance: Where the frozen models' log-probs come from, if they do not run along.
     """
-    filled = _FilledRow(row)
+    filled = _FilledPack(pack_format)
     for pair in pairs:
-        if row.chosen_only:
+        if pack_format.chosen_only:
             filled.add_sequence(pair.prompt, pair.chosen, pair.chosen_trained)
             filled.skip_response()
-        elif row.shared_prompts:
+        elif pack_format.shared_prompts:
             filled.add_pair(pair)
         else:
             filled.add_sequence(pair.prompt, pair.chosen, pair.chosen_trained)
             filled.add_sequence(pair.prompt, pair.rejected, pair.rejected_trained)
-    row_tokens = row.cut(filled.bounds[-1])
-    tokens, positions = filled.tokens[:row_tokens], filled.positions[:row_tokens]
+    seq_length = pack_format.cut(filled.bounds[-1])
+    tokens, positions = filled.tokens[:seq_length], filled.positions[:seq_length]
     logit_positions, targets = _joined(filled.logit_positions), _joined(filled.targets)
     lengths = np.array([len(part) for part in filled.targets], dtype=np.int64)
     order = np.arange(len(targets))
-    if row.context == 1:
+    if pack_format.context == 1:
         packing = pack_segments(filled.segments)
     else:
-        split = ContextSplit([*filled.bounds, row_tokens], row)
+        split = ContextSplit([*filled.bounds, seq_length], pack_format)
         tokens, positions, packing = tokens[split.mine], positions[split.mine], split.packing(len(filled.segments))
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         order, logit_positions = split.local(logit_positions)
@@ -123,13 +125,13 @@ def collate(pairs: Sequence[PreferencePair], row: RowFormat, guidance: CachedGui
     )
 
 
-class _FilledRow:
-    """A whole row while it is being filled; positions are those of the row."""
+class _FilledPack:
+    """A whole pack while it is being filled; positions are those of the pack."""
 
-    def __init__(self, row: RowFormat) -> None:
-        self.row = row
-        self.tokens = np.zeros(row.tokens, dtype=np.int64)
-        self.positions = np.zeros(row.tokens, dtype=np.int64)
+    def __init__(self, pack_format: PackFormat) -> None:
+        self.pack_format = pack_format
+        self.tokens = np.zeros(pack_format.tokens, dtype=np.int64)
+        self.positions = np.zeros(pack_format.tokens, dtype=np.int64)
         self.segments: list[Segment] = []
         self.bounds = [0]
         self.logit_positions: list[np.ndarray] = []
@@ -167,7 +169,7 @@ class _FilledRow:
         self, segment: Segment, predicting: np.ndarray, response: np.ndarray, trained: np.ndarray | None
     ) -> Segment:
         self.segments.append(segment)
-        self.bounds.append(segment.start + self.row.padded(segment.end - segment.start))
+        self.bounds.append(segment.start + self.pack_format.padded(segment.end - segment.start))
         self.logit_positions.append(predicting if trained is None else predicting[trained])
         self.targets.append(response if trained is None else response[trained])
         return segment
@@ -176,7 +178,7 @@ class _FilledRow:
 def _cached_logps(
     pairs: Sequence[PreferencePair], guidance: CachedGuidance | None, order: np.ndarray
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The frozen models' log-probs of the response tokens ``order`` of the whole row."""
+    """The frozen models' log-probs of the response tokens ``order`` of the whole pack."""
     if guidance is None:
         return None, None
     reference, guide = [], []

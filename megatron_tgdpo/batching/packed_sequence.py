@@ -1,6 +1,6 @@
-"""How pairs lie in a row, how the row attends, and which part of it a context-parallel rank holds.
+"""How pairs lie in a pack, how the pack attends, and which part of it a context-parallel rank holds.
 
-Legend: S tokens of the whole row, C context-parallel ranks, B query segments, K keys of all segments.
+Legend: S tokens of the whole pack, C context-parallel ranks, B query segments, K keys of all segments.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class RowFormat:
-    """What every row of a run has in common.
+class PackFormat:
+    """What every pack of a run has in common.
 
     Attributes:
-        tokens: S, of the whole row over all context-parallel ranks.
+        tokens: S, of the whole pack over all context-parallel ranks.
         shared_prompts: A pair is prompt, chosen, rejected, the prompt computed once; else prompt, chosen, prompt,
             rejected.
         context: C. Each sequence is padded to a multiple of 2C and cut into 2C chunks, of which every rank holds two.
         context_rank: This rank's place among them.
         chosen_only: Rejected responses are left out.
-        multiple: Rows are cut after the last token that is needed, to a multiple of so many tokens; None for rows that
-            are all of the same length, as pipeline stages exchange them.
+        multiple: Packs are cut after the last token that is needed, to a multiple of so many tokens; None for packs
+            that are all of the same length, as pipeline stages exchange them.
     """
 
     tokens: int
@@ -36,17 +36,17 @@ class RowFormat:
     multiple: int | None = None
 
     def cut(self, used: int) -> int:
-        """Tokens of a row of which the first ``used`` are needed."""
+        """Tokens of a pack of which the first ``used`` are needed."""
         if self.multiple is None:
             return self.tokens
         return min(self.tokens, max(1, -(-used // self.multiple)) * self.multiple)
 
     def padded(self, length: int) -> int:
-        """Row tokens that a sequence of ``length`` tokens takes."""
+        """Tokens of a pack that a sequence of ``length`` tokens takes."""
         return length if self.context == 1 else -(-length // (2 * self.context)) * 2 * self.context
 
     def pair_tokens(self, lengths: np.ndarray) -> np.ndarray:
-        """Row tokens that each pair takes. ``lengths`` is [N, 3] prompt, chosen, rejected tokens; returns [N] int64."""
+        """Tokens that each pair takes. ``lengths`` is [N, 3] prompt, chosen, rejected tokens; returns [N] int64."""
         prompt = lengths[:, 0]
         if self.shared_prompts and not self.chosen_only:
             return lengths.sum(axis=1)
@@ -60,10 +60,10 @@ class RowFormat:
 
 
 @dataclass
-class RowPacking(PackedSeqParams):
-    """How the tokens of a row, or of a context-parallel rank's part of it, attend.
+class PackedSequence(PackedSeqParams):
+    """How the tokens of a pack, or of a context-parallel rank's part of it, attend.
 
-    Queries of a segment are neighbours in the row. Their keys are a list of row positions of which the segment's own
+    Queries of a segment are neighbours in the pack. Their keys are a list of pack positions of which the segment's own
     come last: query i of a segment with q queries and k keys sees its first k - q + i + 1 keys (causal, aligned bottom
     right). What follows the last segment is padding.
 
@@ -73,7 +73,7 @@ class RowPacking(PackedSeqParams):
         cu_seqlens_kv: [B + 1] int32 on the CPU, bounds of the keys of each segment.
         max_seqlen_q: Most queries of a segment.
         max_seqlen_kv: Most keys of a segment.
-        kv_index: [K] int64, the keys' positions in the row that all context-parallel ranks hold together, rank after
+        kv_index: [K] int64, the keys' positions in the pack that all context-parallel ranks hold together, rank after
             rank; None where queries and keys are the same tokens.
     """
 
@@ -82,7 +82,7 @@ class RowPacking(PackedSeqParams):
 
 @dataclass(frozen=True)
 class Segment:
-    """Row positions [start, end) that query; their keys are [prefix_start, prefix_end) and then themselves."""
+    """Pack positions [start, end) that query; their keys are [prefix_start, prefix_end) and then themselves."""
 
     start: int
     end: int
@@ -90,8 +90,8 @@ class Segment:
     prefix_end: int = 0
 
 
-def pack_segments(segments: Sequence[Segment]) -> RowPacking:
-    """The packing of a whole row from its segments, which lie back to back."""
+def pack_segments(segments: Sequence[Segment]) -> PackedSequence:
+    """The packing of a whole pack from its segments, which lie back to back."""
     queries = [segment.end - segment.start for segment in segments]
     keys = [size + s.prefix_end - s.prefix_start for size, s in zip(queries, segments, strict=True)]
     index = None
@@ -105,25 +105,25 @@ def _key_ranges(segment: Segment) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 class ContextSplit:
-    """Which row positions each context-parallel rank holds.
+    """Which pack positions each context-parallel rank holds.
 
-    Every sequence, and the row's tail, is cut into 2C chunks; rank i holds chunks i and 2C - 1 - i, so that all ranks
+    Every sequence, and the pack's tail, is cut into 2C chunks; rank i holds chunks i and 2C - 1 - i, so that all ranks
     have the same number of tokens and of query-key pairs (the zigzag split of ring attention, as in megatron-core).
 
     Args:
-        bounds: [N + 1] row positions where sequences begin, the row's end last; multiples of 2C.
-        row: The format; its ``context_rank`` is the rank whose packing is made.
+        bounds: [N + 1] pack positions where sequences begin, the pack's end last; multiples of 2C.
+        pack_format: The format; its ``context_rank`` is the rank whose packing is made.
 
     Attributes:
         local_tokens: S / C.
-        held: [C, S / C] int64, the row positions of every rank in the order in which it holds them.
+        held: [C, S / C] int64, the pack positions of every rank in the order in which it holds them.
         place: [S] int64, inverse of ``held`` laid out rank after rank.
     """
 
-    def __init__(self, bounds: Sequence[int], row: RowFormat) -> None:
-        self.row = row
-        ranks, row_tokens = row.context, bounds[-1]
-        self.local_tokens = row_tokens // ranks
+    def __init__(self, bounds: Sequence[int], pack_format: PackFormat) -> None:
+        self.pack_format = pack_format
+        ranks, seq_length = pack_format.context, bounds[-1]
+        self.local_tokens = seq_length // ranks
         self._chunks = []
         for start, end in pairwise(bounds):
             self._chunks.append(np.arange(start, end).reshape(2 * ranks, -1))
@@ -135,33 +135,33 @@ class ContextSplit:
                 for rank in range(ranks)
             ]
         )
-        self.place = np.empty(row_tokens, dtype=np.int64)
-        self.place[self.held.ravel()] = np.arange(row_tokens)
+        self.place = np.empty(seq_length, dtype=np.int64)
+        self.place[self.held.ravel()] = np.arange(seq_length)
 
     @property
     def mine(self) -> np.ndarray:
-        """[S / C] int64 row positions that this rank holds."""
-        return self.held[self.row.context_rank]
+        """[S / C] int64 pack positions that this rank holds."""
+        return self.held[self.pack_format.context_rank]
 
     def local(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of some row positions this rank holds, and where in its part.
+        """Which of some pack positions this rank holds, and where in its part.
 
         Args:
-            positions: [R] int64 positions in the whole row.
+            positions: [R] int64 positions in the whole pack.
 
         Returns:
             The indices into ``positions`` of those held here, ascending, and their places in this rank's part.
         """
         owner, offset = np.divmod(self.place[positions], self.local_tokens)
-        kept = np.flatnonzero(owner == self.row.context_rank)
+        kept = np.flatnonzero(owner == self.pack_format.context_rank)
         return kept, offset[kept]
 
-    def packing(self, sequences: int) -> RowPacking:
+    def packing(self, sequences: int) -> PackedSequence:
         """This rank's packing of the first ``sequences`` sequences: each of its chunks sees the sequence up to its end.
 
-        Keys are positions in the gathered row, all ranks' parts one after another.
+        Keys are positions in the gathered pack, all ranks' parts one after another.
         """
-        rank, last = self.row.context_rank, 2 * self.row.context - 1
+        rank, last = self.pack_format.context_rank, 2 * self.pack_format.context - 1
         queries, keys, index = [], [], []
         for chunks in self._chunks[:sequences]:
             for number in (rank, last - rank):
@@ -172,8 +172,8 @@ class ContextSplit:
         return _packing(queries, keys, _concatenate(index))
 
 
-def _packing(queries: list[int], keys: list[int], index: Tensor | None) -> RowPacking:
-    return RowPacking(
+def _packing(queries: list[int], keys: list[int], index: Tensor | None) -> PackedSequence:
+    return PackedSequence(
         qkv_format="sbhd",
         cu_seqlens_q=torch.tensor([0, *accumulate(queries)], dtype=torch.int32),
         cu_seqlens_kv=torch.tensor([0, *accumulate(keys)], dtype=torch.int32),

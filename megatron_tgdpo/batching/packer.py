@@ -1,4 +1,4 @@
-"""Which pack (row) each pair of a step goes into on which data-parallel rank.
+"""Which pack (pack) each pair of a step goes into on which data-parallel rank.
 
 A pure function of lengths, seed and step, so every rank computes the same plan and no plan is ever communicated.
 """
@@ -7,45 +7,45 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import UserError
 
 
-def check_row_fits(dataset: PreferenceDataset, row: RowFormat, multiple: int) -> None:
-    """Checks that every pair of a dataset fits a row.
+def check_pairs_fit(dataset: PreferenceDataset, pack_format: PackFormat, multiple: int) -> None:
+    """Checks that every pair of a dataset fits a pack.
 
     Args:
         dataset: The pairs; only their lengths are read.
-        row: The format of the rows.
-        multiple: Of which the tokens of a row must be one.
+        pack_format: The format of the packs.
+        multiple: Of which the tokens of a pack must be one.
 
     Raises:
-        UserError: One does not; names the first, and the least row that holds them all.
+        UserError: One does not; names the first, and the least pack that holds them all.
     """
-    tokens = row.pair_tokens(dataset.lengths)
-    too_long = np.flatnonzero(tokens > row.tokens)
+    tokens = pack_format.pair_tokens(dataset.lengths)
+    too_long = np.flatnonzero(tokens > pack_format.tokens)
     if len(too_long):
         needed = -(-int(tokens.max()) // multiple) * multiple
         raise UserError(
-            f"{dataset.source(int(too_long[0]))}: the pair takes {tokens[too_long[0]]} tokens but a row holds "
-            f"{row.tokens} ({len(too_long)} such pairs): set batch.tokens_per_micro_batch to at least {needed} "
+            f"{dataset.source(int(too_long[0]))}: the pair takes {tokens[too_long[0]]} tokens but a pack holds "
+            f"{pack_format.tokens} ({len(too_long)} such pairs): set batch.tokens_per_micro_batch to at least {needed} "
             "or preprocess with a smaller data.max_length"
         )
 
 
 def plan_packs(
-    indices: Sequence[int], tokens: Sequence[int], row_tokens: int, num_ranks: int, multiple: int = 1
+    indices: Sequence[int], tokens: Sequence[int], seq_length: int, num_ranks: int, multiple: int = 1
 ) -> list[list[list[int]]]:
     """Distributes the pairs of a step over packs and data-parallel ranks, the same number of packs on each.
 
-    First-fit decreasing into rows, then the fullest packs are dealt out so that ranks carry similar token counts; ranks
+    First-fit decreasing into packs, then the fullest are dealt out so that ranks carry similar token counts; ranks
     short of a pack get an empty one.
 
     Args:
         indices: Dataset indices of the step's pairs.
-        tokens: Row tokens of each of them.
-        row_tokens: Capacity of a row.
+        tokens: That each of them takes in a pack.
+        seq_length: Capacity of a pack.
         num_ranks: Data-parallel ranks.
         multiple: Of which the number of packs on a rank must be one; the interleaved schedule takes them in groups.
 
@@ -59,7 +59,7 @@ def plan_packs(
         if slot is None:
             slot = len(packs)
             packs.append([])
-            room.append(row_tokens)
+            room.append(seq_length)
         packs[slot].append(indices[i])
         room[slot] -= tokens[i]
     plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]

@@ -27,7 +27,7 @@ class DatasetPart:
 
 
 @dataclass(frozen=True)
-class DataOrder:
+class Sampler:
     """The endless stream of pairs that steps consume: epoch after epoch, each in its own order.
 
     A dataset is a stream of its own, pass after pass; an epoch takes the next ``weight * pairs`` of it, so that over
@@ -106,7 +106,7 @@ def _generator(*seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(list(seed)))
 
 
-def make_data_order(
+def make_sampler(
     parts: Sequence[DatasetPart],
     global_pairs: int,
     steps: int | None,
@@ -115,12 +115,12 @@ def make_data_order(
     seed: int,
     done_steps: int = 0,
     done_pairs: int = 0,
-) -> DataOrder:
+) -> Sampler:
     """The data order of a run of ``steps`` steps, or of ``epochs`` passes (then the last step may be smaller).
 
     Steps that were made before are counted by ``steps``; the pairs that they consumed, by ``epochs``.
     """
-    order = DataOrder(tuple(parts), global_pairs, 0, shuffle, seed, done_steps, done_pairs)
+    order = Sampler(tuple(parts), global_pairs, 0, shuffle, seed, done_steps, done_pairs)
     if steps is not None:
         total = done_pairs + (steps - done_steps) * global_pairs
     else:

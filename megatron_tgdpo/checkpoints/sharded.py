@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tgdpo.checkpoints.dcp_io import serialise_common, write_common
 from megatron_tgdpo.checkpoints.directory import check_files, write_description
 from megatron_tgdpo.checkpoints.strategies import SafeLoadCommon, SafeLoadSharded, write_sharded
-from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
-from megatron_tgdpo.storage.atomic_directory import WholeDirectory, load_error, one_line
+from megatron_tgdpo.storage.atomic_directory import AtomicDirectory, load_error, one_line
 
 _LOADING_ERRORS = (
     pickle.UnpicklingError, OSError, MemoryError, EOFError, LookupError, AttributeError, TypeError, ValueError,
@@ -37,7 +37,7 @@ def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata:
     Collective over the default group; ``path`` must be on storage that all ranks share.
 
     Args:
-        path: The checkpoint's directory; it must not exist, or be empty. it is written aside first.
+        path: The checkpoint's directory; it must not exist, or be empty. It is written under a temporary name first.
         sharded_state_dict: megatron-core's: ShardedTensors, ShardedObjects and factories, and plain values (numbers,
             strings, containers, tensors), which are taken from rank 0. Consumed: do not use it afterwards.
         hf_dir: An HF directory or another Megatron checkpoint, whose config, tokenizer and templates are copied.
@@ -86,7 +86,9 @@ def stage(sharded_state_dict: dict[str, Any], live: Container[int] = ()) -> Stag
             # Nor is an accelerator's memory held until the state is written.
             item.data = item.data.detach().to("cpu", copy=is_live)
     is_first = dist.get_rank() == 0
-    return StagedState(sharded, agree(lambda: _serialised(common) if is_first else b""), _total_bytes(sharded))
+    return StagedState(
+        sharded, raise_on_all_ranks(lambda: _serialised(common) if is_first else b""), _total_bytes(sharded)
+    )
 
 
 def _serialised(common: dict[str, Any]) -> bytes:
@@ -107,13 +109,13 @@ def write(
 
     Collective over ``group``, which in another thread must be a group (of all ranks) that nothing else uses meanwhile.
     """
-    with WholeDirectory(path, group) as directory:
+    with AtomicDirectory(path, group) as directory:
         directory.reserve(staged.size)
-        directory.on_first_rank(lambda: write_common(staged.common, directory.aside))
+        directory.run_on_rank0(lambda: write_common(staged.common, directory.temporary))
         digests = directory.collect(
-            directory.on_all_ranks(lambda: write_sharded(staged.sharded, directory.aside, group))
+            directory.run_on_all_ranks(lambda: write_sharded(staged.sharded, directory.temporary, group))
         )
-        directory.on_first_rank(lambda: write_description(directory.aside, hf_dir, metadata, digests))
+        directory.run_on_rank0(lambda: write_description(directory.temporary, hf_dir, metadata, digests))
         directory.publish()
 
 
@@ -129,7 +131,7 @@ def load(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
         UserError: The checkpoint is incomplete or corrupt, or lacks a tensor or has it in another shape.
         StorageError: It cannot be read.
     """
-    common, sharded = agree(lambda: _open(path, is_first=dist.get_rank() == 0))
+    common, sharded = raise_on_all_ranks(lambda: _open(path, is_first=dist.get_rank() == 0))
     try:
         return _load(sharded_state_dict, path, common, sharded)
     except CheckpointException as error:

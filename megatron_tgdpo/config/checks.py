@@ -49,7 +49,7 @@ _NOT_NEGATIVE = (
 )
 # Above these a value is a slip, and would end in a library's error or never. Others: _LARGEST.
 _AT_MOST = {
-    "data.max_length": 1 << 29,  # rows are indexed by int32
+    "data.max_length": 1 << 29,  # packs are indexed by int32
     "data.workers": 1 << 12,
     "parallel.timeout_minutes": 525_600,  # a year
     "precision.fp8_amax_history": 1 << 20,
@@ -166,14 +166,14 @@ def _check_pipeline(config: "Config", fail: Any) -> None:
 
 
 def _check_lengths(config: "Config", fail: Any) -> None:
-    # Whether the longest pair fits a row, the data says: pack_plan.check_row_fits.
-    row, parallel = config.row_tokens, config.parallel
+    # Whether the longest pair fits a pack, the data says: pack_plan.check_pairs_fit.
+    pack, parallel = config.seq_length, config.parallel
     multiple = 2 * parallel.context if parallel.context > 1 else 1  # of each sequence, see batching/packed_sequence.py
-    if row % multiple:
-        fail(f"batch.tokens_per_micro_batch {row} is not divisible by 2 x parallel.context = {multiple}")
-    if parallel.sequence_parallel and row // parallel.context % parallel.tensor:
+    if pack % multiple:
+        fail(f"batch.tokens_per_micro_batch {pack} is not divisible by 2 x parallel.context = {multiple}")
+    if parallel.sequence_parallel and pack // parallel.context % parallel.tensor:
         fail(
-            f"batch.tokens_per_micro_batch {row} is not divisible by parallel.tensor x parallel.context = "
+            f"batch.tokens_per_micro_batch {pack} is not divisible by parallel.tensor x parallel.context = "
             f"{parallel.tensor} x {parallel.context} (sequence parallelism)"
         )
     if config.data.max_prompt_length is not None and config.data.max_prompt_length >= config.data.max_length:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 
 _BATCH = "batch.global_pairs, pairs over all ranks and accumulation steps"
-_ROW = "batch.tokens_per_micro_batch, tokens of one packed row"
+_PACK = "batch.tokens_per_micro_batch, tokens of one pack"
 _STATE = "always divided among data ranks"
 _DROPOUT = "none: dropout is off, as in every DPO"
 
@@ -66,8 +66,8 @@ ELSEWHERE = {
     "dataloader_num_workers": "data.workers, which tokenise; batches need none",
     "num_workers": "data.workers",
     "shuffle_dataset": "data.shuffle",
-    "packing": "none: rows are always packed (batch.tokens_per_micro_batch)",
-    "padding_free": "none: rows are always packed (batch.tokens_per_micro_batch)",
+    "packing": "none: packs are always packed (batch.tokens_per_micro_batch)",
+    "padding_free": "none: packs are always packed (batch.tokens_per_micro_batch)",
     # loss
     "pref_beta": "loss.beta",
     "dpo_beta": "loss.beta",
@@ -123,11 +123,11 @@ ELSEWHERE = {
     "global_batch_size": _BATCH,
     "train_global_batch_size": _BATCH,
     "batch_size": _BATCH,
-    "micro_batch_size": _ROW,
-    "train_micro_batch_size": _ROW,
-    "per_device_eval_batch_size": _ROW,
-    "max_tokens_per_microbatch": _ROW,
-    "max_token_len_per_gpu": _ROW,
+    "micro_batch_size": _PACK,
+    "train_micro_batch_size": _PACK,
+    "per_device_eval_batch_size": _PACK,
+    "max_tokens_per_microbatch": _PACK,
+    "max_token_len_per_gpu": _PACK,
     # optimizer
     "learning_rate": "optimizer.lr",
     "max_lr": "optimizer.lr",

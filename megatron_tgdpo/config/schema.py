@@ -84,9 +84,7 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class BatchConfig:
     global_pairs: int = MISSING  # pairs per optimizer step, over all ranks
-    tokens_per_micro_batch: int | None = (
-        None  # tokens of one packed row; null: 2 x data.max_length, which holds any pair
-    )
+    tokens_per_micro_batch: int | None = None  # tokens of one pack; null: 2 x data.max_length, which holds any pair
     shared_prompts: bool | None = None  # compute a pair's prompt once for both responses; null: where that is possible
 
 
@@ -188,16 +186,16 @@ class Config:
     output_dir: str = MISSING  # the only place the run writes to
 
     @property
-    def row_tokens(self) -> int:
-        """Tokens of one packed row, that is of one micro batch."""
+    def seq_length(self) -> int:
+        """Tokens of one pack, that is of one micro batch."""
         if self.batch.tokens_per_micro_batch is not None:
             return self.batch.tokens_per_micro_batch
         sequence = _round_up(self.data.max_length, 2 * self.parallel.context if self.parallel.context > 1 else 1)
-        return _round_up(2 * sequence, self.row_multiple)
+        return _round_up(2 * sequence, self.seq_length_multiple)
 
     @property
-    def row_multiple(self) -> int:
-        """What the tokens of a row must be a multiple of: context ranks hold two chunks each, and under sequence
+    def seq_length_multiple(self) -> int:
+        """What the tokens of a pack must be a multiple of: context ranks hold two chunks each, and under sequence
         parallelism the tensor ranks an equal part."""
         parallel = self.parallel
         chunks = 2 * parallel.context if parallel.context > 1 else 1
@@ -205,8 +203,8 @@ class Config:
 
     @property
     def longest_sequence(self) -> int:
-        """The most tokens that a sequence in a row may have."""
-        return min(self.data.max_length, self.row_tokens)
+        """The most tokens that a sequence in a pack may have."""
+        return min(self.data.max_length, self.seq_length)
 
     @property
     def datasets(self) -> dict[str, tuple[Source, ...]]:

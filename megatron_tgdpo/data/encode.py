@@ -22,7 +22,7 @@ from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import detect_layout, is_single, parse_record, rename
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import parse_line, where
-from megatron_tgdpo.data.sides import Segment, render_sides
+from megatron_tgdpo.data.sides import Segment, render_responses
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.data.truncation import shared_cutoff
 from megatron_tgdpo.errors import UserError
@@ -80,7 +80,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One pair's ids (as in `encode_sides`) after truncation, with what was cut (as in `EncodedBatch.truncated`)."""
+    """A pair's ids (as in `encode_responses`) after truncation, and what was cut (as in `EncodedBatch.truncated`)."""
 
     prompt: list[int]
     chosen: list[int]
@@ -189,7 +189,7 @@ def encode_example(example: Example, tokenizer: Tokenizer, options: PreprocessOp
         return "empty_response"
     if example.tie:
         return "tie"
-    prompt, chosen, rejected = encode_sides(example, tokenizer, place)
+    prompt, chosen, rejected = encode_responses(example, tokenizer, place)
     if not prompt:
         return "empty_prompt"
     if not chosen or not (single or rejected):
@@ -232,7 +232,7 @@ def _truncate(
     return EncodedPair(prompt[:source_len], chosen[:target_len], rejected[:target_len], tuple(truncated))
 
 
-def encode_sides(example: Example, tokenizer: Tokenizer, place: str) -> tuple[list[int], list[int], list[int]]:
+def encode_responses(example: Example, tokenizer: Tokenizer, place: str) -> tuple[list[int], list[int], list[int]]:
     """Ids of the prompt, shared by both responses, and of each response with its end-of-turn token; untruncated.
 
     A rejected response that is not there has no ids. A token that is not trained on, as of a tool's result between
@@ -254,7 +254,7 @@ def encode_sides(example: Example, tokenizer: Tokenizer, place: str) -> tuple[li
     else:
         template = _template(tokenizer, place)
         special = tokenizer.special_tokens
-        text, sides = render_sides(template, example.prompt, responses, special, place, example.variables)
+        text, sides = render_responses(template, example.prompt, responses, special, place, example.variables)
         prompt = tokenizer.encode(text)
         encoded = [_continue_in_parts(tokenizer, text, prompt, side) for side in sides]
     return prompt, encoded[0], encoded[1] if len(encoded) > 1 else []
@@ -263,7 +263,7 @@ def encode_sides(example: Example, tokenizer: Tokenizer, place: str) -> tuple[li
 def encode_prompt(
     prompt: str | Sequence[Message], tokenizer: Tokenizer, place: str, variables: Mapping[str, Any] = NO_VARIABLES
 ) -> list[int]:
-    """Ids of a prompt that waits for its response: those that `encode_sides` gives it in a pair.
+    """Ids of a prompt that waits for its response: those that `encode_responses` gives it in a pair.
 
     Args:
         prompt: plain text, or messages that end with a user's.
@@ -276,7 +276,7 @@ def encode_prompt(
     """
     if isinstance(prompt, str):
         return _with_bos(tokenizer.encode(prompt), tokenizer)
-    text, _ = render_sides(_template(tokenizer, place), prompt, (), tokenizer.special_tokens, place, variables)
+    text, _ = render_responses(_template(tokenizer, place), prompt, (), tokenizer.special_tokens, place, variables)
     return tokenizer.encode(text)
 
 

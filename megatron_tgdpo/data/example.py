@@ -83,7 +83,7 @@ def response_of(messages: Sequence[Message], key: str, place: str) -> Response:
     return only.text if len(messages) == 1 and not only.extra else tuple(messages)
 
 
-def side_messages(value: Any, key: str, place: str) -> list[Message]:
+def response_messages(value: Any, key: str, place: str) -> list[Message]:
     """A side of a pair: the text of an answer, a message, or a list of messages."""
     if isinstance(value, str):
         return [Message("assistant", text_of(value, key, place))]

@@ -88,7 +88,7 @@ def detect_layout(record: Any, place: str, *, chosen_only: bool = False) -> str:
             return found
     if chosen_only:
         record = _without_rejected(record)
-    _check_sides(record, place)
+    _check_responses(record, place)
     return _pair_layout(record, place)
 
 
@@ -119,7 +119,7 @@ def parse_record(record: Any, layout: str, place: str, *, chosen_only: bool = Fa
     if chosen_only and layout not in SINGLE:
         record = _without_rejected(record)
     if layout in SIDED:
-        _check_sides(record, place)
+        _check_responses(record, place)
     example = LAYOUTS[layout](record, place)
     if isinstance(example.prompt, str) and example.variables:
         raise UserError(
@@ -198,7 +198,7 @@ def _without_rejected(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**record, "rejected": record["chosen"]} if "chosen" in record else record
 
 
-def _check_sides(record: Mapping[str, Any], place: str) -> None:
+def _check_responses(record: Mapping[str, Any], place: str) -> None:
     chosen, rejected = need(record, "chosen", place), need(record, "rejected", place)
     if kind_of(chosen) != kind_of(rejected):
         raise UserError(

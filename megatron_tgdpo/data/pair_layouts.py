@@ -9,8 +9,8 @@ from megatron_tgdpo.data.example import (
     hh_messages,
     instruction_prompt,
     messages_prompt,
+    response_messages,
     response_of,
-    side_messages,
     template_variables,
     text_prompt,
     with_system,
@@ -26,7 +26,7 @@ def _sided(prompt: Sequence[Message], record: Mapping[str, Any], place: str) -> 
     """A pair from its prompt and two sides, which may repeat the prompt."""
     sides = []
     for key in ("chosen", "rejected"):
-        messages = side_messages(record[key], key, place)
+        messages = response_messages(record[key], key, place)
         if len(messages) > len(prompt) and tuple(messages[: len(prompt)]) == tuple(prompt):
             messages = messages[len(prompt) :]
         sides.append(response_of(messages, key, place))

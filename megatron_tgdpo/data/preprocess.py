@@ -41,7 +41,7 @@ from megatron_tgdpo.data.sources import Source, find_files
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.signals import leave_if_requested
-from megatron_tgdpo.storage.atomic_file import aside_of, refuse_live, remove_stale
+from megatron_tgdpo.storage.atomic_file import refuse_live, remove_stale, temporary_path
 from megatron_tgdpo.storage.files import write_error
 
 BATCH_RECORDS = 64
@@ -119,7 +119,7 @@ def write_dataset(
 ) -> dict[str, Any]:
     """`preprocess` with the inputs already inspected and the tokenizer open; replaces what is at ``prefix``."""
     refuse_live(Path(prefix))
-    staging = str(aside_of(Path(prefix)))
+    staging = str(temporary_path(Path(prefix)))
     try:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         Path(staging + ".bin").touch()

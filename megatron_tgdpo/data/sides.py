@@ -54,7 +54,7 @@ class _Border:
         return start + blank + len(opened) if opened and text.startswith(opened, start + blank) else start
 
 
-def render_sides(
+def render_responses(
     template: ChatTemplate,
     prompt: Sequence[Message],
     responses: Sequence[str | Sequence[Message]],
@@ -108,7 +108,7 @@ def render_sides(
 def _as_usual(
     template: ChatTemplate, prompt: Sequence[Message], responses: Sequence[str | Sequence[Message]], place: str
 ) -> tuple[str, list[list[Segment]]] | None:
-    """What `render_sides` returns where the template writes about the answers just what it wrote about others before.
+    """`render_responses` where the template writes about the answers just what it wrote about others before.
 
     Then the border need not be looked for: the whole text is the proof. None where it does not.
     """

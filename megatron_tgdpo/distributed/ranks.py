@@ -72,7 +72,7 @@ def connect_store(ranks: RankEnvironment) -> dist.Store:
     return store
 
 
-def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> str:
+def run_on_rank0(action: Callable[[], str], store: dist.Store, rank: int) -> str:
     """Runs a long action on rank 0 while the others wait for it, however long it takes.
 
     Args:
@@ -99,7 +99,7 @@ def on_first_rank(action: Callable[[], str], store: dist.Store, rank: int) -> st
     return reply["answer"]
 
 
-def on_every_rank(action: Callable[[], str], store: dist.Store, ranks: RankEnvironment) -> list[str]:
+def run_on_all_ranks(action: Callable[[], str], store: dist.Store, ranks: RankEnvironment) -> list[str]:
     """Runs a long action on every rank, however long it takes on any, before any process group and its time-out exist.
 
     Args:
@@ -151,7 +151,7 @@ def _raise_failure(reply: Mapping[str, str], rank: int) -> None:
             raise raised(reply[kind] if rank == 0 else f"rank {rank}: {reply[kind]}")
 
 
-def agree(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def raise_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs an action without collectives on every rank; if it fails on any, all raise the first rank's error.
 
     Args:

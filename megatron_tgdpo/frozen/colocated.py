@@ -76,7 +76,7 @@ class ColocatedModel(MegatronModule):
         self.keep_bytes = keep_bytes
         self.policy = policy
         self.frozen = FrozenModels(frozen)
-        self.mailbox = FrozenMailbox(sum(self.frozen.widths), dtype=policy.config.params_dtype)
+        self.p2p_buffer = FrozenMailbox(sum(self.frozen.widths), dtype=policy.config.params_dtype)
         # What megatron-core's schedule and gradient finalisation read from a pipeline module.
         self.model_type = policy.model_type
         self.pre_process = policy.pre_process
@@ -98,13 +98,13 @@ class ColocatedModel(MegatronModule):
             The policy's hidden states [S_local, 1, H], or on the last stage the token log-probs of all models.
         """
         frozen: tuple[Tensor, ...] = ()
-        if self.mailbox.width:
-            frozen = self.frozen(batch, None if self.pre_process else self.mailbox.take_incoming())
+        if self.p2p_buffer.width:
+            frozen = self.frozen(batch, None if self.pre_process else self.p2p_buffer.take_incoming())
         hidden = self.policy(batch.tokens, batch.position_ids, batch.packing)
         if self.post_process:
             return TokenLogps(model_logps(self.policy, hidden, batch, self.keep_bytes), frozen)
         if frozen:
-            (self.mailbox.outgoing,) = frozen
+            (self.p2p_buffer.outgoing,) = frozen
         return hidden
 
 
@@ -125,10 +125,10 @@ class ColocatedCommunicator(P2PCommunicator):
     """
 
     def __init__(
-        self, pp_group: dist.ProcessGroup, config: ModelParallelConfig, mailbox: FrozenMailbox, device: torch.device
+        self, pp_group: dist.ProcessGroup, config: ModelParallelConfig, p2p_buffer: FrozenMailbox, device: torch.device
     ) -> None:
         super().__init__(pp_group, config)
-        self.mailbox = mailbox
+        self.p2p_buffer = p2p_buffer
         self.device = device
         ring_of_two = pp_group.size() == 2 and self.virtual_pipeline_model_parallel_size is not None
         self.backward_group = dist.group.WORLD if ring_of_two else pp_group
@@ -167,11 +167,13 @@ class ColocatedCommunicator(P2PCommunicator):
             assert tensor_shape is not None
             received_prev = self._empty(tensor_shape, self.config.pipeline_dtype).requires_grad_()
             forwards.append(self._forward(dist.irecv, received_prev, self.prev_rank))
-            if self.mailbox.width:
-                self.mailbox.incoming = self._empty([*tensor_shape[:-1], self.mailbox.width], self.mailbox.dtype)
-                forwards.append(self._forward(dist.irecv, self.mailbox.incoming, self.prev_rank))
+            if self.p2p_buffer.width:
+                self.p2p_buffer.incoming = self._empty(
+                    [*tensor_shape[:-1], self.p2p_buffer.width], self.p2p_buffer.dtype
+                )
+                forwards.append(self._forward(dist.irecv, self.p2p_buffer.incoming, self.prev_rank))
         if tensor_send_next is not None:
-            for tensor in (tensor_send_next, *([self.mailbox.take_outgoing()] if self.mailbox.width else ())):
+            for tensor in (tensor_send_next, *([self.p2p_buffer.take_outgoing()] if self.p2p_buffer.width else ())):
                 self.forward_bytes += tensor.nbytes
                 forwards.append(self._forward(dist.isend, tensor.contiguous(), self.next_rank))
         if recv_next:

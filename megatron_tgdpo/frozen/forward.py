@@ -17,7 +17,7 @@ def forward_logps(
     batches: Sequence[PreferenceBatch],
     communicator: ColocatedCommunicator | None,
     pg: ProcessGroupCollection,
-    row_tokens: int,
+    seq_length: int,
 ) -> list[TokenLogps]:
     """Runs packs through the pipeline for their log-probs alone.
 
@@ -28,7 +28,7 @@ def forward_logps(
         batches: This replica's packs, on the model's device; a multiple of the stages where they are interleaved.
         communicator: Between pipeline stages; None with one stage.
         pg: Process groups.
-        row_tokens: Tokens of a row.
+        seq_length: Tokens of a pack.
 
     Returns:
         On the last stage one for each pack, in order; nothing elsewhere.
@@ -40,7 +40,7 @@ def forward_logps(
         data_iterator=list(tee(batches, len(chunks))) if interleaved else iter(batches),
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=row_tokens,
+        seq_length=seq_length,
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,

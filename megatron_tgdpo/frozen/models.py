@@ -1,6 +1,6 @@
 """Reference and guide on one pipeline stage: forward passes without autograd.
 
-Legend: S_local tokens of the row on this rank, W sum of the frozen models' hidden sizes, R response tokens.
+Legend: S_local tokens of the pack on this rank, W sum of the frozen models' hidden sizes, R response tokens.
 """
 
 from collections.abc import Sequence

@@ -14,9 +14,9 @@ from megatron_tgdpo.batching.collate import PreferenceBatch
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.frozen.models import FrozenModels
-from megatron_tgdpo.frozen.queue import FrozenChannel, FrozenStream
+from megatron_tgdpo.frozen.queue import FrozenChannel, FrozenQueue
 from megatron_tgdpo.models.language_model import LanguageModel
-from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.prefetch import plan_prefetch, stage_hooks
@@ -45,8 +45,8 @@ class Prefetcher:
         self._during_call: tuple[int, ...] = ()
         self._calls = 0
 
-    def _new_stream(self) -> FrozenStream:
-        return FrozenStream(self.models, self._channel, self._device)
+    def _new_stream(self) -> FrozenQueue:
+        return FrozenQueue(self.models, self._channel, self._device)
 
     def begin_step(
         self, packs: Sequence[PreferenceBatch], next_packs: Sequence[PreferenceBatch]
@@ -114,12 +114,12 @@ def build_prefetcher(
         device: Of the models.
     """
     models, dtype = FrozenModels(frozen), frozen[0].config.params_dtype
-    tokens = config.row_tokens // layout.context
+    tokens = config.seq_length // layout.context
     local = tokens // (layout.tensor if layout.sequence_parallel else 1)
     shape = (local, 1, sum(models.widths))
     channel = FrozenChannel(pg.pp, shape, dtype, device, config.parallel.timeout_minutes)
     # Lengths as the planner assumes them: only the order of passes depends on it.
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, config.shared_prompts)
-    row = Row(tokens, config.longest_sequence, dtype.itemsize)
-    job = Job(configs["policy"], tuple(configs[role] for role in config.method.frozen), row, batch)
+    pack = Pack(tokens, config.longest_sequence, dtype.itemsize)
+    job = Job(configs["policy"], tuple(configs[role] for role in config.method.frozen), pack, batch)
     return Prefetcher(models, channel, stage_costs(job, Cluster(), layout, config.train.recompute), device)

@@ -85,7 +85,7 @@ def _twin(ranks: list[int], device: torch.device, timeout_minutes: float) -> dis
     return mine
 
 
-class FrozenStream:
+class FrozenQueue:
     """The passes of the frozen models over the packs that are added, and their log-probs until they are taken.
 
     Every stage adds the same packs in the same order.

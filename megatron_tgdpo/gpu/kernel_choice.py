@@ -8,12 +8,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, dotted
-from megatron_tgdpo.models.attention.base import RowCache
+from megatron_tgdpo.models.attention.base import PackCache
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.layer_spec import local_block_spec
 
 LayerSpec = Literal["local", "transformer_engine"]
-# transformer_engine, varlen and flex: one kernel call a row; blocks: models/attention/sdpa.py, which runs everywhere.
+# transformer_engine, varlen and flex: one kernel call a pack; blocks: models/attention/sdpa.py, which runs everywhere.
 CoreAttention = Literal["transformer_engine", "varlen", "flex", "blocks"]
 
 
@@ -89,7 +89,7 @@ def build_block_spec(
 
 
 def core_attention_spec(attention: CoreAttention) -> ModuleSpec:
-    """What a layer spec takes as core attention; the layers built from one spec share a cache of what rows need."""
+    """What a layer spec takes as core attention; the layers built from one spec share a cache of what packs need."""
     if attention == "blocks":
         from megatron_tgdpo.models.attention.sdpa import PackedCausalAttention as Module
     elif attention == "varlen":
@@ -98,4 +98,4 @@ def core_attention_spec(attention: CoreAttention) -> ModuleSpec:
         from megatron_tgdpo.models.attention.flex import FlexPackedAttention as Module  # type: ignore[assignment]
     else:
         from megatron_tgdpo.models.attention.transformer_engine import TransformerEngineAttention as Module  # type: ignore[assignment]
-    return ModuleSpec(module=Module, params={"cache": RowCache()})
+    return ModuleSpec(module=Module, params={"cache": PackCache()})

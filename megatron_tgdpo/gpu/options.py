@@ -57,7 +57,7 @@ def check_gpu_options(
         if recipe is not None:
             kwargs = transformer_config_kwargs(hf_config, layout, dtype=torch.bfloat16, device=torch.device("cpu"))
             try:
-                check_fp8_sizes(kwargs, recipe, config.row_tokens, layout)
+                check_fp8_sizes(kwargs, recipe, config.seq_length, layout)
             except UserError as error:
                 raise UserError(f"model.{role}: {error}") from error
         if config.overlap.tensor and hf_config.hidden_size != configs["policy"].hidden_size:

@@ -126,7 +126,7 @@ def start_user_buffers(config: Config, hidden_size: int, layout: ParallelLayout)
     if quantization == [modes.FP8] and (config.precision.first_last_layers_bf16 or config.precision.frozen == "bf16"):
         quantization.append(modes.NONE)
     base.initialize_ub(
-        shape=[config.row_tokens // layout.context, hidden_size],
+        shape=[config.seq_length // layout.context, hidden_size],
         tp_size=layout.tensor,
         quantization_modes=quantization,
         dtype=torch.bfloat16,

@@ -193,8 +193,8 @@ def _check_gpu(recipe: str, found: Capabilities) -> None:
         raise UserError(f"{name} needs compute capability 10.x (Blackwell), this GPU has {dotted(capability)}")
 
 
-def fp8_row_multiple(config: Config) -> int:
-    """What the tokens of a row, over all its ranks, must be a multiple of for FP8; 1 without it."""
+def fp8_seq_length_multiple(config: Config) -> int:
+    """What the tokens of a pack, over all its ranks, must be a multiple of for FP8; 1 without it."""
     parallel = config.parallel
     ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
     recipes = {policy_recipe(config), frozen_recipe(config)} - {None}
@@ -210,13 +210,13 @@ def _step(recipe: str) -> int:
     return 32 if recipe == "mxfp8" else 16
 
 
-def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, row_tokens: int, layout: ParallelLayout) -> None:
+def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, seq_length: int, layout: ParallelLayout) -> None:
     """Checks that every product of a model has sizes that FP8 kernels take.
 
     Args:
         kwargs: Arguments of the model's LanguageModelConfig.
         recipe: The model's.
-        row_tokens: Tokens of a row, over all its ranks.
+        seq_length: Tokens of a pack, over all its ranks.
         layout: The rank grid.
 
     Raises:
@@ -227,7 +227,7 @@ def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, row_tokens: int, lay
     head, groups = kwargs["kv_channels"], kwargs["num_query_groups"]
     query = kwargs["num_attention_heads"] * head
     sizes = {
-        "tokens of a row on one rank (batch.tokens_per_micro_batch)": (row_tokens / parts, gathered),
+        "tokens of a pack on one rank (batch.tokens_per_micro_batch)": (seq_length / parts, gathered),
         "hidden size": (kwargs["hidden_size"], gathered),
         "query size of a tensor rank": (query / layout.tensor, step),
         "query, key and value size of a tensor rank": ((query + 2 * groups * head) / layout.tensor, step),

@@ -123,8 +123,8 @@ def write_shard(directory: Path, shard: int, key: GuidanceKey, values: Mapping[s
     """
     path = shard_path(directory, shard)
     try:
-        with replacing(path) as aside:
-            save_file(dict(values), aside, {"key": key.digest, "shard": str(shard), "sha256": _digest(values)})
+        with replacing(path) as temporary:
+            save_file(dict(values), temporary, {"key": key.digest, "shard": str(shard), "sha256": _digest(values)})
     except (OSError, SafetensorError) as error:
         kind = StorageError if isinstance(error, OSError) else UserError
         raise kind(f"{path}: cannot write the shard: {error}; make room and start again, it continues") from error

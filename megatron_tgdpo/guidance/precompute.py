@@ -18,7 +18,13 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import destroy_model_parallel, init_model_parallel
-from megatron_tgdpo.distributed.ranks import RankEnvironment, agree, init_distributed, on_every_rank, on_first_rank
+from megatron_tgdpo.distributed.ranks import (
+    RankEnvironment,
+    init_distributed,
+    raise_on_all_ranks,
+    run_on_all_ranks,
+    run_on_rank0,
+)
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.guidance.cache import (
     MANIFEST_FILE,
@@ -71,7 +77,7 @@ def precompute_guidance(config: Config, block_pairs: int, ranks: RankEnvironment
     """Completes the caches of a run's datasets in ``guidance.cache``, continuing what is there. Every rank calls.
 
     Args:
-        config: The run; its layout and rows may differ from those of the training that will use the cache.
+        config: The run; its layout and packs may differ from those of the training that will use the cache.
         block_pairs: Pairs of a shard.
         ranks: This process's place.
         store: Joins all ranks.
@@ -85,7 +91,7 @@ def precompute_guidance(config: Config, block_pairs: int, ranks: RankEnvironment
             _compute(engine, name, work)
         # Shards of other replicas are there only after this.
         dist.barrier()
-        agree(lambda: _complete(work))
+        raise_on_all_ranks(lambda: _complete(work))
 
     _on_each_dataset(config, block_pairs, ranks, store, fill)
 
@@ -153,7 +159,7 @@ def _on_each_dataset(
     configs = read_model_configs(config)
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
     needed = files_needed(layout, device)
-    on_every_rank(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
+    run_on_all_ranks(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
     cache, paths = Path(str(config.guidance.cache)), config.model_paths
     digests = hash_files(
         lambda: [file for role in config.method.frozen for file in weight_files(Path(paths[role]))],
@@ -162,7 +168,7 @@ def _on_each_dataset(
         dist.PrefixStore("hashes", store),
         again=config.train.rehash,
     )
-    plans = json.loads(on_first_rank(lambda: json.dumps(_plans(config, block_pairs, digests)), store, ranks.rank))
+    plans = json.loads(run_on_rank0(lambda: json.dumps(_plans(config, block_pairs, digests)), store, ranks.rank))
     init_distributed(ranks, device, config.parallel.timeout_minutes, store)
     pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
     try:

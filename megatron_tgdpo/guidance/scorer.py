@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.collate import PreferenceBatch, collate
-from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.batching.packer import plan_packs
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
@@ -23,7 +23,7 @@ from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, ColocatedModel, TokenLogps
 from megatron_tgdpo.frozen.forward import forward_logps
 from megatron_tgdpo.models.language_model import LanguageModel
-from megatron_tgdpo.setup.inputs import row_format
+from megatron_tgdpo.setup.inputs import pack_format
 from megatron_tgdpo.setup.models import load_frozen_models
 
 
@@ -34,7 +34,7 @@ class FrozenEngine:
     model: ColocatedModel
     communicator: ColocatedCommunicator | None
     pg: ProcessGroupCollection
-    row: RowFormat
+    pack_format: PackFormat
     device: torch.device
 
     @property
@@ -54,11 +54,13 @@ class FrozenEngine:
         Returns:
             On the rank that ``receives``: by pair, [models, chosen + rejected tokens] float32. Empty elsewhere.
         """
-        tokens = self.row.pair_tokens(dataset.lengths[list(indices)]).tolist()
-        (plan,) = plan_packs(indices, tokens, self.row.tokens, 1)
+        tokens = self.pack_format.pair_tokens(dataset.lengths[list(indices)]).tolist()
+        (plan,) = plan_packs(indices, tokens, self.pack_format.tokens, 1)
         packs = [pack for pack in plan if pack]
-        batches = [collate([dataset[i] for i in pack], self.row).to(self.device) for pack in packs]
-        results = forward_logps([self.model], batches, self.communicator, self.pg, self.row.tokens) if packs else []
+        batches = [collate([dataset[i] for i in pack], self.pack_format).to(self.device) for pack in packs]
+        results = (
+            forward_logps([self.model], batches, self.communicator, self.pg, self.pack_format.tokens) if packs else []
+        )
         found: dict[int, np.ndarray] = {}
         for pack, batch, logps in zip(packs, batches, results, strict=False):
             lengths = dataset.trained_lengths[pack, 1:].sum(axis=1)
@@ -89,5 +91,5 @@ def build_frozen_engine(
     model = ColocatedModel(reference, guide)
     communicator = None
     if layout.pipeline > 1:
-        communicator = ColocatedCommunicator(pg.pp, reference.config, model.mailbox, device)
-    return FrozenEngine(model, communicator, pg, row_format(config, pg), device)
+        communicator = ColocatedCommunicator(pg.pp, reference.config, model.p2p_buffer, device)
+    return FrozenEngine(model, communicator, pg, pack_format(config, pg), device)

@@ -1,6 +1,6 @@
 """A Megatron-Core language model from an HF config, on either layer spec.
 
-Legend: S tokens of this context-parallel rank's part of the row, S_local = S / tp under sequence parallelism (else S),
+Legend: S tokens of this context-parallel rank's part of the pack, S_local = S / tp under sequence parallelism (else S),
 H hidden, V padded vocabulary.
 """
 
@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.batching.packed_sequence import RowPacking
+from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
 from megatron_tgdpo.models.extra_state import load_without, without_content
@@ -74,7 +74,7 @@ class LanguageModel(GPTModel):
         self.rotary = RotaryFrequencies(hf_config, device)
         _mark_tensor_parallel(self)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, packing: RowPacking) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor, position_ids: Tensor, packing: PackedSequence) -> Tensor:  # type: ignore[override]
         """Runs this stage; on every stage but the first the input is what ``set_input_tensor`` was given.
 
         Args:

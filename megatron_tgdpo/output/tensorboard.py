@@ -50,7 +50,7 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "tokens per second": ("perf/tokens_per_second", "perf/tokens_per_second_per_gpu"),
         "pairs per second": ("perf/pairs_per_second",),
         "seconds per step": ("perf/step_seconds",),
-        "share of row tokens that are not padding": ("perf/packing_efficiency",),
+        "share of pack tokens that are not padding": ("perf/packing_efficiency",),
         "peak memory of a rank (GiB)": ("perf/peak_memory_gib",),
         "saving: seconds waited, seconds taken": ("perf/checkpoint_wait_seconds", "perf/checkpoint_seconds"),
     },

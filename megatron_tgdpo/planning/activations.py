@@ -1,7 +1,7 @@
 """Bytes that a layer of the policy keeps for its backward pass, and that a pipeline stage keeps in total.
 
 The count goes through the layer tensor by tensor, as Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) do,
-for this project's layer: RMSNorm, grouped-query attention by SDPA on packed rows (no padding, no score matrix), gated
+for this project's layer: RMSNorm, grouped-query attention by SDPA on packs (no padding, no score matrix), gated
 MLP, no dropout, rotary angles. Their sequence parallelism (section 4.2.2) divides what lies outside the linears, tensor
 parallelism what lies between them.
 """
@@ -21,11 +21,11 @@ _FP32 = 4
 
 
 @dataclass(frozen=True)
-class Row:
+class Pack:
     """One micro batch.
 
     Attributes:
-        tokens: Of the packed row.
+        tokens: Of the pack.
         sequence_tokens: Of each sequence in it; only masked attention (windows, softcaps) depends on it.
         dtype_bytes: Of weights and activations: 2 for bf16, 4 for fp32.
         gathered_keys: Keys and values per token that attention gathers before it uses them (shared prompts, context
@@ -88,33 +88,33 @@ def stage_layers(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int
 
 
 def layer_activations(
-    hf_config: PretrainedConfig, layout: ParallelLayout, row: Row, recompute: str, layer: int
+    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, recompute: str, layer: int
 ) -> float:
-    """Bytes that one layer keeps of one row until its backward pass.
+    """Bytes that one layer keeps of one pack until its backward pass.
 
     Args:
         hf_config: Of the policy.
         layout: The rank grid.
-        row: The micro batch.
+        pack: The micro batch.
         recompute: ``none``, ``selective`` or ``full``.
         layer: Counted from 0; layers may differ in their attention windows.
     """
-    width, size = LayerWidths.of(hf_config, layout), row.dtype_bytes
+    width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
     if recompute == "full":
-        return row.tokens * width.hidden * size
+        return pack.tokens * width.hidden * size
     settings = family_of(hf_config.architectures).config_kwargs(hf_config)
     norms = (4 if settings.get("post_norms") else 2) * width.hidden * _norm_bytes(settings, size)
     if settings.get("qk_layernorm"):
         norms += width.query * size
     linear_inputs = (2 * width.hidden + width.query + width.mlp) * size
     # Rotated queries and keys; cosines and sines for both. Values stay inside the projection, unless they are gathered.
-    keys = 2 * width.key * row.gathered_keys or width.key
+    keys = 2 * width.key * pack.gathered_keys or width.key
     attention = (width.projected + width.query + keys + 4 * width.head) * size
     if recompute == "none":
-        attention += _core_attention(settings, width, row, layer)
+        attention += _core_attention(settings, width, pack, layer)
     # Gate and up in one tensor, the activated gate, and up once more (megatron-core adds its offset of 0).
     mlp = 4 * width.mlp * size
-    return row.tokens * (norms + linear_inputs + attention + mlp)
+    return pack.tokens * (norms + linear_inputs + attention + mlp)
 
 
 def _norm_bytes(settings: dict[str, Any], size: int) -> int:
@@ -122,22 +122,22 @@ def _norm_bytes(settings: dict[str, Any], size: int) -> int:
     return _FP32 if settings.get("layernorm_zero_centered_gamma") else size
 
 
-def _core_attention(settings: dict[str, Any], width: LayerWidths, row: Row, layer: int) -> float:
+def _core_attention(settings: dict[str, Any], width: LayerWidths, pack: Pack, layer: int) -> float:
     """Bytes per token: output and log-sum-exp of SDPA, or the mask of attention that recomputes its scores."""
     window = None
     if settings.get("window_size") is not None and settings["window_attn_skip_freq"][layer]:
         window = settings["window_size"][0] + 1
-    masked_window = window is not None and window < row.sequence_tokens
+    masked_window = window is not None and window < pack.sequence_tokens
     if not masked_window and settings.get("attn_logit_softcapping") is None:
-        return width.query * row.dtype_bytes + width.heads * _FP32
-    reach = row.sequence_tokens if window is None else window
-    starts = range(0, row.sequence_tokens, QUERY_BLOCK)
-    blocks = [(start, min(start + QUERY_BLOCK, row.sequence_tokens)) for start in starts]
-    return sum((b - a) * (b - max(0, a - reach + 1)) for a, b in blocks) / row.sequence_tokens
+        return width.query * pack.dtype_bytes + width.heads * _FP32
+    reach = pack.sequence_tokens if window is None else window
+    starts = range(0, pack.sequence_tokens, QUERY_BLOCK)
+    blocks = [(start, min(start + QUERY_BLOCK, pack.sequence_tokens)) for start in starts]
+    return sum((b - a) * (b - max(0, a - reach + 1)) for a, b in blocks) / pack.sequence_tokens
 
 
 def stage_activations(
-    hf_config: PretrainedConfig, layout: ParallelLayout, row: Row, recompute: str, stage: int
+    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, recompute: str, stage: int
 ) -> float:
     """Bytes that a stage keeps at the fullest moment of 1F1B: all its layers, for all micro batches in flight.
 
@@ -146,15 +146,15 @@ def stage_activations(
     also keeps input and output of the final norm.
     """
     layers = stage_layers(hf_config, layout, stage)
-    held = sum(layer_activations(hf_config, layout, row, recompute, layer) for layer in layers)
+    held = sum(layer_activations(hf_config, layout, pack, recompute, layer) for layer in layers)
     following = layout.pipeline - stage - 1
     in_flight: float = following + 1
     if layout.virtual > 1:
         in_flight = (2 * following + (layout.virtual - 1) * layout.pipeline + 1) / layout.virtual
     width = LayerWidths.of(hf_config, layout)
     if recompute == "full":
-        held += row.tokens * width.head * _FP32  # rotary angles
+        held += pack.tokens * width.head * _FP32  # rotary angles
     if stage == layout.pipeline - 1:
-        norm = _norm_bytes(family_of(hf_config.architectures).config_kwargs(hf_config), row.dtype_bytes)
-        held += row.tokens * (width.hidden * norm + hf_config.hidden_size * row.dtype_bytes)
+        norm = _norm_bytes(family_of(hf_config.architectures).config_kwargs(hf_config), pack.dtype_bytes)
+        held += pack.tokens * (width.hidden * norm + hf_config.hidden_size * pack.dtype_bytes)
     return held * in_flight

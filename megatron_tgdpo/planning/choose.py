@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans
@@ -28,8 +28,8 @@ def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: C
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, shared)
     keep = config.train.keep_logits_mib * 2**20
     dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
-    row = Row(config.row_tokens, config.longest_sequence, dtype_bytes, batch.gathered_keys, keep)
-    plans = all_plans(Job(models[0], tuple(models[1:]), row, batch), cluster)
+    pack = Pack(config.seq_length, config.longest_sequence, dtype_bytes, batch.gathered_keys, keep)
+    plans = all_plans(Job(models[0], tuple(models[1:]), pack, batch), cluster)
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return fitting[0]
@@ -39,5 +39,5 @@ def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: C
         raise UserError(f"no layout of {cluster.gpus} GPUs divides the model")
     raise UserError(
         f"no layout of {cluster.gpus} GPUs fits: the smallest takes {least / GIB:.0f} GiB a GPU, with {usable} usable; "
-        "take more GPUs, or look for another way with tgdpo.plan (shorter rows, guidance.mode cached)"
+        "take more GPUs, or look for another way with tgdpo.plan (shorter packs, guidance.mode cached)"
     )

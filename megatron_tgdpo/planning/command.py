@@ -11,7 +11,7 @@ from megatron_tgdpo.config.schema import TrainConfig
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import all_plans, make_plan
@@ -60,14 +60,14 @@ def _job(arguments: argparse.Namespace) -> Job:
     batch = Batch(arguments.global_pairs, arguments.pair_tokens or arguments.max_length, share, shared)
     keep = TrainConfig().keep_logits_mib * 2**20
     dtype_bytes = 4 if arguments.dtype == "fp32" else 2
-    tokens = arguments.row_tokens or 2 * arguments.max_length
-    if tokens < batch.row_pair_tokens:
+    tokens = arguments.seq_length or 2 * arguments.max_length
+    if tokens < batch.packed_pair_tokens:
         raise UserError(
-            f"--row-tokens is {tokens} but a pair takes {batch.row_pair_tokens:.0f} tokens of a row on average: "
+            f"--pack-tokens is {tokens} but a pair takes {batch.packed_pair_tokens:.0f} tokens of a pack on average: "
             "raise it, or lower --pair-tokens"
         )
-    row = Row(tokens, min(arguments.max_length, tokens), dtype_bytes, batch.gathered_keys, keep)
-    return Job(policy, frozen, row, batch)
+    pack = Pack(tokens, min(arguments.max_length, tokens), dtype_bytes, batch.gathered_keys, keep)
+    return Job(policy, frozen, pack, batch)
 
 
 def _read(path: str) -> PretrainedConfig:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.activations import Pack
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Batch:
         global_pairs: Pairs per step, over all ranks.
         pair_tokens: Mean tokens of a pair, both sequences with their prompts.
         response_share: Part of those tokens that are response tokens, of which log-probs are taken.
-        shared_prompts: Whether a row holds a pair's prompt once.
+        shared_prompts: Whether a pack holds a pair's prompt once.
     """
 
     global_pairs: int
@@ -26,27 +26,27 @@ class Batch:
     shared_prompts: bool
 
     @property
-    def row_pair_tokens(self) -> float:
-        """Mean tokens that a pair takes in a row."""
+    def packed_pair_tokens(self) -> float:
+        """Mean tokens that a pair takes in a pack."""
         return self.pair_tokens * ((1 + self.response_share) / 2 if self.shared_prompts else 1)
 
     @property
-    def row_response_share(self) -> float:
-        """Part of a row's tokens that are response tokens."""
-        return self.response_share * self.pair_tokens / self.row_pair_tokens
+    def packed_response_share(self) -> float:
+        """Part of a pack's tokens that are response tokens."""
+        return self.response_share * self.pair_tokens / self.packed_pair_tokens
 
     @property
     def gathered_keys(self) -> float:
-        """Keys, per token of a row, that are gathered for the segments of shared prompts; 0 without them."""
-        return self.pair_tokens / self.row_pair_tokens if self.shared_prompts else 0.0
+        """Keys, per token of a pack, that are gathered for the segments of shared prompts; 0 without them."""
+        return self.pair_tokens / self.packed_pair_tokens if self.shared_prompts else 0.0
 
-    def rows(self, row_tokens: int) -> int:
-        """Rows that the pairs fill, if none has room left; pairs of varied lengths leave little."""
-        return math.ceil(self.global_pairs * self.row_pair_tokens / row_tokens)
+    def packs(self, seq_length: int) -> int:
+        """Packs that the pairs fill, if none has room left; pairs of varied lengths leave little."""
+        return math.ceil(self.global_pairs * self.packed_pair_tokens / seq_length)
 
-    def micro_batches(self, row_tokens: int, data: int) -> int:
-        """Rows per data-parallel rank and step; ranks short of one run an empty row."""
-        return math.ceil(self.rows(row_tokens) / data)
+    def micro_batches(self, seq_length: int, data: int) -> int:
+        """Packs per data-parallel rank and step; ranks short of one run an empty pack."""
+        return math.ceil(self.packs(seq_length) / data)
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Job:
     Attributes:
         policy: HF config of the policy.
         frozen: HF configs of the reference and, for TGDPO, the guide.
-        row: One micro batch.
+        pack: One micro batch.
         batch: One step.
     """
 
     policy: PretrainedConfig
     frozen: tuple[PretrainedConfig, ...]
-    row: Row
+    pack: Pack
     batch: Batch
 
     @property
@@ -70,4 +70,4 @@ class Job:
         return (self.policy, *self.frozen)
 
     def micro_batches(self, layout: ParallelLayout) -> int:
-        return self.batch.micro_batches(self.row.tokens, layout.data)
+        return self.batch.micro_batches(self.pack.tokens, layout.data)

@@ -23,7 +23,7 @@ class Plan:
         memory: Of the fullest rank.
         time: Of a step.
         traffic: Of a step.
-        micro_batches: Rows per data rank and step.
+        micro_batches: Packs per data rank and step.
         fits: Whether the memory fits a GPU of the cluster, less the reserve.
         warning: What is odd about it, or an empty string.
     """
@@ -47,15 +47,15 @@ def make_plan(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
     """Computes one plan.
 
     Raises:
-        UserError: A model does not divide by the layout, or a row not by the tensor ranks.
+        UserError: A model does not divide by the layout, or a pack not by the tensor ranks.
     """
     check_layout(dict(zip(("policy", "reference", "guide"), job.models, strict=False)), layout)
-    if layout.sequence_parallel and job.row.tokens % layout.tensor:
+    if layout.sequence_parallel and job.pack.tokens % layout.tensor:
         raise UserError(
-            f"rows of {job.row.tokens} tokens are not divisible by {layout.tensor} tensor ranks: "
+            f"packs of {job.pack.tokens} tokens are not divisible by {layout.tensor} tensor ranks: "
             "change batch.tokens_per_micro_batch, or do without sequence parallelism"
         )
-    memory = rank_memory(job.policy, job.frozen, layout, job.row, recompute)
+    memory = rank_memory(job.policy, job.frozen, layout, job.pack, recompute)
     return Plan(
         layout=layout,
         recompute=recompute,
@@ -69,11 +69,11 @@ def make_plan(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
 
 
 def _warning(job: Job, cluster: Cluster, layout: ParallelLayout) -> str:
-    rows, per_rank = job.batch.rows(job.row.tokens), job.micro_batches(layout)
-    if rows < layout.data:
-        return f"{layout.data - rows} of {layout.data} data ranks have no pair: raise batch.global_pairs, or TP or PP"
+    packs, per_rank = job.batch.packs(job.pack.tokens), job.micro_batches(layout)
+    if packs < layout.data:
+        return f"{layout.data - packs} of {layout.data} data ranks have no pair: raise batch.global_pairs, or TP or PP"
     if per_rank < layout.pipeline:
-        return f"rows per step ({per_rank}) do not fill the stages ({layout.pipeline}): raise batch.global_pairs"
+        return f"packs per step ({per_rank}) do not fill the stages ({layout.pipeline}): raise batch.global_pairs"
     if layout.tensor > cluster.gpus_per_node:
         return "tensor groups span nodes"
     return ""

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, global_parameters
-from megatron_tgdpo.planning.activations import Row, stage_activations, stage_layers
+from megatron_tgdpo.planning.activations import Pack, stage_activations, stage_layers
 from megatron_tgdpo.planning.workspace import (
     carried_states,
     frozen_workspace,
@@ -33,7 +33,7 @@ class RankMemory:
         optimizer: Adam moments, and the fp32 main copy of bf16 weights, split over data and context ranks.
         frozen: Weights of reference and guide.
         activations: What the policy's layers keep for backward, for all micro batches in flight.
-        carried: Hidden states of one row that travel between stages.
+        carried: Hidden states of one pack that travel between stages.
         workspace: What comes and goes within a layer or the log-probs, at its peak.
         save: Host memory that a checkpoint takes until it is written: this rank's part of weights, fp32 main copy and
             moments. Not part of the total.
@@ -115,7 +115,7 @@ def stage_memory(
     policy: PretrainedConfig,
     frozen: Sequence[PretrainedConfig],
     layout: ParallelLayout,
-    row: Row,
+    pack: Pack,
     recompute: str,
     stage: int,
     fp8: LinearBytes = LinearBytes(),
@@ -124,7 +124,7 @@ def stage_memory(
     trained = stage_parameters(policy, layout, stage)
     saved = trained - _copied_parameters(policy, layout, stage)
     held = [stage_parameters(config, layout, stage) for config in frozen]
-    size = row.dtype_bytes
+    size = pack.dtype_bytes
     state = (2 if size == 4 else 3) * 4
 
     def weights(hf_config: PretrainedConfig, parameters: int, linear: int | None) -> int:
@@ -132,10 +132,10 @@ def stage_memory(
             return parameters * size
         return parameters * size + (linear - size) * stage_linears(hf_config, layout, stage, plain_ends=fp8.plain_ends)
 
-    workspace = max(layer_workspace(policy, layout, row, recompute), frozen_workspace(frozen, layout, row))
+    workspace = max(layer_workspace(policy, layout, pack, recompute), frozen_workspace(frozen, layout, pack))
     if stage == layout.pipeline - 1:
-        logprobs = [logprob_workspace(config, layout, row) for config in (policy, *frozen)]
-        workspace = max(workspace, logprobs[0] + kept_logits(policy, layout, row), *logprobs[1:])
+        logprobs = [logprob_workspace(config, layout, pack) for config in (policy, *frozen)]
+        workspace = max(workspace, logprobs[0] + kept_logits(policy, layout, pack), *logprobs[1:])
     return RankMemory(
         stage=stage,
         policy_parameters=trained,
@@ -144,8 +144,8 @@ def stage_memory(
         gradients=4 * trained,
         optimizer=state * trained // (layout.data * layout.context),
         frozen=sum(weights(config, count, fp8.frozen) for config, count in zip(frozen, held, strict=True)),
-        activations=round(stage_activations(policy, layout, row, recompute, stage)),
-        carried=round(carried_states(policy, frozen, layout, row)),
+        activations=round(stage_activations(policy, layout, pack, recompute, stage)),
+        carried=round(carried_states(policy, frozen, layout, pack)),
         workspace=round(workspace),
         save=(size + 12) * saved // (layout.data * layout.context),
     )
@@ -155,7 +155,7 @@ def rank_memory(
     policy: PretrainedConfig,
     frozen: Sequence[PretrainedConfig],
     layout: ParallelLayout,
-    row: Row,
+    pack: Pack,
     recompute: str,
     fp8: LinearBytes = LinearBytes(),
 ) -> RankMemory:
@@ -167,10 +167,10 @@ def rank_memory(
         policy: Config of the policy.
         frozen: Configs of reference and guide.
         layout: The rank grid.
-        row: The micro batch.
+        pack: The micro batch.
         recompute: ``train.recompute``.
         fp8: What weights take where layers compute in FP8.
     """
     stages = {0, layout.pipeline - 1}
-    ends = [stage_memory(policy, frozen, layout, row, recompute, stage, fp8) for stage in stages]
+    ends = [stage_memory(policy, frozen, layout, pack, recompute, stage, fp8) for stage in stages]
     return replace(max(ends, key=lambda memory: memory.total), save=max(memory.save for memory in ends))

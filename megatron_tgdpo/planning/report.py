@@ -40,7 +40,7 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
         *memory_lines(plan.memory),
         f"and at most {on_node:.1f} GiB on a node",
         f"{verdict} {usable:.1f} GiB ({cluster.gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)",
-        f"{plan.micro_batches} rows of {job.row.tokens} tokens per data rank and step",
+        f"{plan.micro_batches} packs of {job.pack.tokens} tokens per data rank and step",
         f"pipeline bubble {plan.bubble:.0%}",
         "sent per GPU and step:",
         *(f"  {kind:<24} {getattr(sent, kind) / 1e9:9.2f} GB" for kind in ("tensor", "pipeline", "data")),
@@ -56,7 +56,7 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
 
 def table(plans: Sequence[Plan]) -> str:
     """One line a plan."""
-    lines = [f"{'layout':<30} {'recompute':<10} {'GiB':>7} {'step s':>8} {'rows':>5} {'bubble':>7}  note"]
+    lines = [f"{'layout':<30} {'recompute':<10} {'GiB':>7} {'step s':>8} {'packs':>5} {'bubble':>7}  note"]
     for plan in plans:
         note = "" if plan.fits else "does not fit; "
         lines.append(

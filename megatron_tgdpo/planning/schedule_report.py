@@ -24,7 +24,7 @@ def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: 
     """
     lines = [
         f"{'':>11} | {'with frozen models':^34} | {'policy alone (cached)':^24}",
-        f"{'stages rows':>11} | {'co-located':>10} {'prefetch':>8} {'shorter step':>14} | {'1F1B':>9} "
+        f"{'stages packs':>11} | {'co-located':>10} {'prefetch':>8} {'shorter step':>14} | {'1F1B':>9} "
         f"{f'interleaved x{_CHUNKS}':>14}",
     ]
     for stages in _STAGES:
@@ -35,14 +35,14 @@ def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: 
             continue
         costs = tuple(stage_costs(job, cluster, layout, recompute))
         divides = job.policy.num_hidden_layers % (stages * _CHUNKS) == 0
-        for rows in _MICRO_BATCHES:
-            colocated = one_f_one_b(costs, rows, colocated=True)
-            prefetch = plan_prefetch(costs, rows, rows).timeline
-            alone = one_f_one_b(costs, rows)
-            chunked = f"{interleaved(costs, rows, _CHUNKS).bubble:14.1%}" if divides else f"{'-':>14}"
+        for packs in _MICRO_BATCHES:
+            colocated = one_f_one_b(costs, packs, colocated=True)
+            prefetch = plan_prefetch(costs, packs, packs).timeline
+            alone = one_f_one_b(costs, packs)
+            chunked = f"{interleaved(costs, packs, _CHUNKS).bubble:14.1%}" if divides else f"{'-':>14}"
             gain = 1 - prefetch.step_time / colocated.step_time
             lines.append(
-                f"{stages:>6} {rows:>4} | {colocated.bubble:>10.1%} {prefetch.bubble:>8.1%} {gain:>14.1%} | "
+                f"{stages:>6} {packs:>4} | {colocated.bubble:>10.1%} {prefetch.bubble:>8.1%} {gain:>14.1%} | "
                 f"{alone.bubble:>9.1%} {chunked}"
             )
     if len(lines) == 2:

@@ -21,7 +21,7 @@ class StepTime:
     """Seconds of a step.
 
     Attributes:
-        compute: Of the slowest stage's products, over all its rows.
+        compute: Of the slowest stage's products, over all its packs.
         tensor: Of tensor-parallel traffic.
         pipeline: Of traffic between stages.
         bubble: That a stage waits for the pipeline to fill and drain.
@@ -50,8 +50,8 @@ def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
     return 2 * weights + 2 * query * sequence_tokens
 
 
-def row_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
-    """FLOP of one row on one GPU of a stage: policy forward, policy backward, frozen forward.
+def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
+    """FLOP of one pack on one GPU of a stage: policy forward, policy backward, frozen forward.
 
     The last stage also computes log-probs. The policy's backward costs two forwards; recomputation one more, or
     attention's alone. Of the log-probs, backward makes the logits again.
@@ -60,10 +60,12 @@ def row_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> t
 
     def layers(hf_config: PretrainedConfig) -> float:
         count = hf_config.num_hidden_layers // layout.pipeline
-        return count * job.row.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
+        return count * job.pack.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
 
     def logits(hf_config: PretrainedConfig) -> float:
-        return 2 * job.row.tokens * job.batch.row_response_share * hf_config.vocab_size * hf_config.hidden_size * last
+        return (
+            2 * job.pack.tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size * last
+        )
 
     backward = 2 * layers(job.policy) + 3 * logits(job.policy)
     if recompute == "full":
@@ -72,14 +74,14 @@ def row_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> t
         heads = Heads.of(job.policy)
         query = heads.groups * heads.queries_per_group * heads.size
         count = job.policy.num_hidden_layers // layout.pipeline
-        backward += count * job.row.tokens * query * job.batch.pair_tokens
+        backward += count * job.pack.tokens * query * job.batch.pair_tokens
     forward = layers(job.policy) + logits(job.policy)
     frozen = sum(layers(config) + logits(config) for config in job.frozen)
     return forward / layout.tensor, backward / layout.tensor, frozen / layout.tensor
 
 
 def stage_costs(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> list[StageCosts]:
-    """Seconds of one row on each stage, for the schedules of ``schedule.py``.
+    """Seconds of one pack on each stage, for the schedules of ``schedule.py``.
 
     Transfers between stages hold both sides up, so they are part of the passes that send.
     """
@@ -87,7 +89,7 @@ def stage_costs(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: s
     sent = pipeline_bytes(job, layout) / 2 / cluster.bandwidth(2 * layout.tensor * layout.data)
     costs = []
     for stage in range(layout.pipeline):
-        flops = row_flops(job, layout, recompute, stage)
+        flops = pack_flops(job, layout, recompute, stage)
         seconds = [
             flop / cluster.flops + size / cluster.bandwidth(layout.tensor)
             for flop, size in zip(flops, (policy, backward, frozen), strict=True)
@@ -102,15 +104,15 @@ def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
     megatron-core numbers ranks tensor first, then data, then pipeline: tensor groups lie inside a node where they can,
     stages lie tensor x data ranks apart.
     """
-    rows, model = job.micro_batches(layout), layout.tensor * layout.data
-    compute = sum(row_flops(job, layout, recompute, layout.pipeline - 1)) / cluster.flops
+    packs, model = job.micro_batches(layout), layout.tensor * layout.data
+    compute = sum(pack_flops(job, layout, recompute, layout.pipeline - 1)) / cluster.flops
     tensor = sum(tensor_bytes(job, layout, recompute)) / cluster.bandwidth(layout.tensor)
     pipeline = pipeline_bytes(job, layout) / cluster.bandwidth(2 * model)
-    timeline = one_f_one_b(stage_costs(job, cluster, layout, recompute), rows, colocated=True)
+    timeline = one_f_one_b(stage_costs(job, cluster, layout, recompute), packs, colocated=True)
     return StepTime(
-        compute=rows * compute,
-        tensor=rows * tensor,
-        pipeline=rows * pipeline,
-        bubble=max(0.0, timeline.step_time - rows * (compute + tensor + pipeline)),
+        compute=packs * compute,
+        tensor=packs * tensor,
+        pipeline=packs * pipeline,
+        bubble=max(0.0, timeline.step_time - packs * (compute + tensor + pipeline)),
         data=data_bytes(job, layout) / cluster.bandwidth(model),
     )

@@ -34,16 +34,16 @@ def ring(ranks: int) -> float:
 
 
 def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[float, float, float]:
-    """Bytes of one row and one stage: policy forward, policy backward, frozen forward.
+    """Bytes of one pack and one stage: policy forward, policy backward, frozen forward.
 
-    A layer's forward takes four ring passes over the hidden states of the row: an all-gather and a reduce-scatter for
+    A layer's forward takes four ring passes over the hidden states of the pack: an all-gather and a reduce-scatter for
     attention and for the MLP, or one all-reduce each. So does its backward; under sequence parallelism two more, as the
     linears gather their inputs again for the gradients of their weights.
     """
 
     def forward(hf_config: PretrainedConfig) -> float:
         layers = hf_config.num_hidden_layers // layout.pipeline
-        return 4 * layers * ring(layout.tensor) * job.row.tokens * hf_config.hidden_size * job.row.dtype_bytes
+        return 4 * layers * ring(layout.tensor) * job.pack.tokens * hf_config.hidden_size * job.pack.dtype_bytes
 
     policy = forward(job.policy)
     backward = (1.5 if layout.sequence_parallel else 1.0) + (1.0 if recompute == "full" else 0.0)
@@ -51,24 +51,24 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[floa
 
 
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
-    """Bytes of one row that a middle stage sends to both neighbours; nothing with one stage."""
+    """Bytes of one pack that a middle stage sends to both neighbours; nothing with one stage."""
     if layout.pipeline == 1:
         return 0.0
-    local = job.row.tokens / (layout.tensor if layout.sequence_parallel else 1)
-    return local * job.row.dtype_bytes * (sum(model.hidden_size for model in job.models) + job.policy.hidden_size)
+    local = job.pack.tokens / (layout.tensor if layout.sequence_parallel else 1)
+    return local * job.pack.dtype_bytes * (sum(model.hidden_size for model in job.models) + job.policy.hidden_size)
 
 
 def data_bytes(job: Job, layout: ParallelLayout) -> float:
     """Bytes of one step, on the stage with most parameters."""
     parameters = max(stage_parameters(job.policy, layout, stage) for stage in {0, layout.pipeline - 1})
-    return ring(layout.data) * parameters * (4 + job.row.dtype_bytes)
+    return ring(layout.data) * parameters * (4 + job.pack.dtype_bytes)
 
 
 def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
     """All of one step."""
-    rows = job.micro_batches(layout)
+    packs = job.micro_batches(layout)
     return Traffic(
-        tensor=rows * sum(tensor_bytes(job, layout, recompute)),
-        pipeline=rows * pipeline_bytes(job, layout),
+        tensor=packs * sum(tensor_bytes(job, layout, recompute)),
+        pipeline=packs * pipeline_bytes(job, layout),
         data=data_bytes(job, layout),
     )

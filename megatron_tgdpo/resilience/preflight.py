@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.checkpoints.directory import saved_checkpoints
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.distributed.ranks import RankEnvironment, agree
+from megatron_tgdpo.distributed.ranks import RankEnvironment, raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError, BadNodeError
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
@@ -92,7 +92,9 @@ def _check_all(
     group: dist.ProcessGroup,
 ) -> None:
     output_dir = Path(config.output_dir)
-    facts = _all_gather(agree(lambda: gather_facts(config, ranks.rank, ranks.local_rank, device), group), group)
+    facts = _all_gather(
+        raise_on_all_ranks(lambda: gather_facts(config, ranks.rank, ranks.local_rank, device), group), group
+    )
     hosts = [fact.host for fact in facts]
     problems = compare_facts(facts) + _shared_storage(output_dir, hosts, group)
     results = [result for several in _all_gather(measure_groups(pg, device), group) for result in several]
@@ -100,7 +102,9 @@ def _check_all(
     size = parameter_count(policy) * (_OPTIMIZER_BYTES + (4 if config.precision.dtype == "fp32" else 2))
     # Storage is asked by one rank only: what others use of it changes meanwhile.
     keep, first = config.checkpoint.keep, ranks.rank == 0
-    room, notes = agree(lambda: storage_room(output_dir, size, keep, layout.world_size) if first else ([], []), group)
+    room, notes = raise_on_all_ranks(
+        lambda: storage_room(output_dir, size, keep, layout.world_size) if first else ([], []), group
+    )
     problems += [Problem(None, message) for message in _from_first_rank(room, group)]
     notes += placement_notes(results, hosts) + [f"node {fact.host}: {note}" for fact in facts for note in fact.notes]
     notes += slow_notes(slow_groups(results, config.preflight.slow_group_ratio), hosts)
@@ -201,9 +205,9 @@ def _shared_storage(output_dir: Path, hosts: Sequence[str], group: dist.ProcessG
     rank, token = dist.get_rank(), _from_first_rank(uuid.uuid4().hex, group)
     directory = output_dir / f".canary-{token[:8]}"
     try:
-        agree(lambda: _write(directory / "first", token) if rank == 0 else None, group)
+        raise_on_all_ranks(lambda: _write(directory / "first", token) if rank == 0 else None, group)
         seen = _reads(directory / "first", token)
-        agree(lambda: _write(directory / f"rank-{rank}", token) if seen else None, group)
+        raise_on_all_ranks(lambda: _write(directory / f"rank-{rank}", token) if seen else None, group)
         blind = [number for number, sees in enumerate(_all_gather(seen, group)) if not sees]
         lost = []
         if rank == 0:

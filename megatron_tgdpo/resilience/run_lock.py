@@ -19,7 +19,7 @@ import psutil
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.signals import FAILED_STATUS, last_words
-from megatron_tgdpo.storage.atomic_file import aside_of, remove_stale
+from megatron_tgdpo.storage.atomic_file import remove_stale, temporary_path
 from megatron_tgdpo.storage.files import write_error
 from megatron_tgdpo.storage.json_text import parse_json
 
@@ -123,13 +123,13 @@ class RunLock:
     def _write(self, count: int) -> None:
         # Whoever reads it finds a whole name, whenever this process ends. Not synced: that may take longer than others
         # watch, and a machine that went down writes nothing.
-        aside = aside_of(self._file)
+        temporary = temporary_path(self._file)
         try:
-            aside.write_text(json.dumps({**self._owner, "beat": count}) + "\n", encoding="utf-8")
-            aside.replace(self._file)
+            temporary.write_text(json.dumps({**self._owner, "beat": count}) + "\n", encoding="utf-8")
+            temporary.replace(self._file)
         finally:
             with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
         try:

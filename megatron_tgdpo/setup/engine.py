@@ -11,14 +11,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.config.schema import Config, LossConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, ColocatedModel
 from megatron_tgdpo.frozen.prefetch import Prefetcher, build_prefetcher
 from megatron_tgdpo.gpu.overlap import ddp_config, optimizer_kwargs, start_user_buffers, wire_overlap
 from megatron_tgdpo.models.language_model import LanguageModel
-from megatron_tgdpo.setup.inputs import row_format
+from megatron_tgdpo.setup.inputs import pack_format
 from megatron_tgdpo.setup.models import DTYPES, load_frozen_models, load_model
 from megatron_tgdpo.setup.optimizer import build_optimizer, build_scheduler
 
@@ -35,7 +35,7 @@ class Engine:
         prefetcher: Runs the frozen models, where they do not run in the policy's forward.
         pg: Process groups.
         loss: Method and its options.
-        row: The format of every row.
+        pack_format: The format of every pack.
         device: Where the model is.
     """
 
@@ -46,7 +46,7 @@ class Engine:
     prefetcher: Prefetcher | None
     pg: ProcessGroupCollection
     loss: LossConfig
-    row: RowFormat
+    pack_format: PackFormat
     device: torch.device
 
 
@@ -89,7 +89,7 @@ def build_engine(
     optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=optimizer_kwargs(config))
     communicator = None
     if layout.pipeline > 1:
-        communicator = ColocatedCommunicator(pg.pp, modules[0].config, modules[0].mailbox, device)
+        communicator = ColocatedCommunicator(pg.pp, modules[0].config, modules[0].p2p_buffer, device)
     return Engine(
         chunks=chunks,
         optimizer=optimizer,
@@ -98,7 +98,7 @@ def build_engine(
         prefetcher=build_prefetcher(config, configs, frozen, layout, pg, device) if prefetch else None,
         pg=pg,
         loss=config.loss,
-        row=row_format(config, pg),
+        pack_format=pack_format(config, pg),
         device=device,
     )
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo.checkpoints.directory import hf_folder
 from megatron_tgdpo.data.manifest import digest_file
-from megatron_tgdpo.distributed.ranks import RankEnvironment, on_every_rank, on_first_rank
+from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_all_ranks, run_on_rank0
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.signals import leave_if_requested
 from megatron_tgdpo.storage.atomic_file import write_atomically
@@ -86,7 +86,7 @@ def hash_files(
         StoppedEarly: On every rank: some rank was asked to stop.
     """
     first = dist.PrefixStore("plan", store)
-    plan = json.loads(on_first_rank(lambda: json.dumps(_plan(files(), record, again)), first, ranks.rank))
+    plan = json.loads(run_on_rank0(lambda: json.dumps(_plan(files(), record, again)), first, ranks.rank))
     states = {path: FileState(**state) for path, state in plan["unknown"].items()}
     if not states:
         return plan["known"]
@@ -94,10 +94,10 @@ def hash_files(
     if ranks.rank == 0:
         logger.info("hashing %d files of models and data, %.1f GB", len(sizes), sum(sizes.values()) / 1e9)
     mine = shares(sizes, ranks.world_size)[ranks.rank]
-    answers = on_every_rank(lambda: json.dumps(_hash(mine)), dist.PrefixStore("hash", store), ranks)
+    answers = run_on_all_ranks(lambda: json.dumps(_hash(mine)), dist.PrefixStore("hash", store), ranks)
     found = {path: digest for answer in answers for path, digest in json.loads(answer).items()}
     last = dist.PrefixStore("record", store)
-    on_first_rank(lambda: _write(record, _read(record) | {p: (states[p], found[p]) for p in found}), last, ranks.rank)
+    run_on_rank0(lambda: _write(record, _read(record) | {p: (states[p], found[p]) for p in found}), last, ranks.rank)
     return plan["known"] | found
 
 

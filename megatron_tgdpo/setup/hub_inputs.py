@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import prepared_prefix
-from megatron_tgdpo.distributed.ranks import RankEnvironment, on_every_rank, on_first_rank
+from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_all_ranks, run_on_rank0
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.signals import leave_if_requested
 from megatron_tgdpo.storage.atomic_file import write_atomically
@@ -43,7 +43,7 @@ def pin_inputs(config: Config, ranks: RankEnvironment, store: dist.Store) -> tup
         StoppedEarly: On every rank: some rank was asked to stop.
     """
     first = dist.PrefixStore("pins", store)
-    pins = json.loads(on_first_rank(lambda: json.dumps(_fetch_all(config, weights=True)), first, ranks.rank))
+    pins = json.loads(run_on_rank0(lambda: json.dumps(_fetch_all(config, weights=True)), first, ranks.rank))
     models = pins[MODEL]
     if models:
 
@@ -53,8 +53,8 @@ def pin_inputs(config: Config, ranks: RankEnvironment, store: dist.Store) -> tup
                     _fetch(pinned, MODEL, weights=True)
             return ""
 
-        on_every_rank(fetch_here, dist.PrefixStore("fetched", store), ranks)
-        on_every_rank(lambda: _check_there(models), dist.PrefixStore("there", store), ranks)
+        run_on_all_ranks(fetch_here, dist.PrefixStore("fetched", store), ranks)
+        run_on_all_ranks(lambda: _check_there(models), dist.PrefixStore("there", store), ranks)
     return with_pins(config, pins), pins
 
 

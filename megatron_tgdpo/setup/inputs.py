@@ -12,8 +12,8 @@ from pathlib import Path
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.batching.packed_sequence import RowFormat
-from megatron_tgdpo.batching.packer import check_row_fits
+from megatron_tgdpo.batching.packed_sequence import PackFormat
+from megatron_tgdpo.batching.packer import check_pairs_fit
 from megatron_tgdpo.batching.sampler import DatasetPart
 from megatron_tgdpo.checkpoints.directory import check_hf_files, is_megatron_checkpoint
 from megatron_tgdpo.config.schema import Config
@@ -23,7 +23,7 @@ from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu.precision import fp8_row_multiple
+from megatron_tgdpo.gpu.precision import fp8_seq_length_multiple
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.rotary import longest_exact
 from megatron_tgdpo.setup.prepared_data import Prepared, log_summary
@@ -140,14 +140,14 @@ def prepare_data(config: Config, cache_dir: Path, lacking: Sequence[LackingToken
         lacking: From :func:`check_tokenizers`.
 
     Raises:
-        UserError: A file is bad, a pair does not fit a row, or holds a token that some model's tokenizer lacks.
+        UserError: A file is bad, a pair does not fit a pack, or holds a token that some model's tokenizer lacks.
     """
     options = preprocess_options(config)
     opened = {name: open_sources(sources, options, str(cache_dir)) for name, sources in config.datasets.items()}
     for name, parts in opened.items():
         for dataset, weight in parts:
             log_summary(f"data.{name.replace('/', '.')}: {dataset.prefix}", dataset)
-            check_row_fits(dataset, _whole_rows(config), config.row_multiple)
+            check_pairs_fit(dataset, _whole_packs(config), config.seq_length_multiple)
             for tokens in lacking:
                 tokens.check(dataset)
             if name == "train" and not DatasetPart(len(dataset), weight).draws:
@@ -174,14 +174,16 @@ def layout_of(config: Config, world_size: int) -> ParallelLayout:
     )
 
 
-def row_format(config: Config, pg: ProcessGroupCollection) -> RowFormat:
-    """The format of this run's rows on this rank."""
-    # Divisible by what splits a row, and by what matrix units like or, in FP8, insist on.
-    multiple = math.lcm(64, 2 * pg.cp.size() * pg.tp.size(), fp8_row_multiple(config)) if pg.pp.size() == 1 else None
-    return replace(_whole_rows(config), context_rank=pg.cp.rank(), multiple=multiple)
+def pack_format(config: Config, pg: ProcessGroupCollection) -> PackFormat:
+    """The format of this run's packs on this rank."""
+    # Divisible by what splits a pack, and by what matrix units like or, in FP8, insist on.
+    multiple = (
+        math.lcm(64, 2 * pg.cp.size() * pg.tp.size(), fp8_seq_length_multiple(config)) if pg.pp.size() == 1 else None
+    )
+    return replace(_whole_packs(config), context_rank=pg.cp.rank(), multiple=multiple)
 
 
-def _whole_rows(config: Config) -> RowFormat:
+def _whole_packs(config: Config) -> PackFormat:
     """The format without what depends on the rank."""
     shared, context = config.shared_prompts, config.parallel.context
-    return RowFormat(config.row_tokens, shared, context, chosen_only=config.method.chosen_only)
+    return PackFormat(config.seq_length, shared, context, chosen_only=config.method.chosen_only)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.checkpoints.directory import is_megatron_checkpoint
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.gpu.layer_offload import LayerStreamer
 from megatron_tgdpo.gpu.options import building, model_options
 from megatron_tgdpo.models.hf_weights.load import load_hf_weights, load_megatron_weights, refuse_non_finite
@@ -56,8 +56,8 @@ def load_model(
     if is_megatron_checkpoint(directory):
         load_megatron_weights(chunks, directory, hf_config, verify=config.checkpoint.verify)
     else:
-        agree(lambda: [load_hf_weights(chunk, directory, hf_config, pg) for chunk in chunks])
-    agree(lambda: refuse_non_finite(chunks, directory, hf_config))
+        raise_on_all_ranks(lambda: [load_hf_weights(chunk, directory, hf_config, pg) for chunk in chunks])
+    raise_on_all_ranks(lambda: refuse_non_finite(chunks, directory, hf_config))
     if frozen and config.offload.frozen:
         for chunk in chunks:
             LayerStreamer(chunk.requires_grad_(False).decoder.layers, device)

@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import StorageError, UserError
-from megatron_tgdpo.storage.atomic_file import aside_of, refuse_live, remove_stale
+from megatron_tgdpo.storage.atomic_file import refuse_live, remove_stale, temporary_path
 from megatron_tgdpo.storage.files import sync
 
 # Says in a directory, by its name, that it is unfinished and whose it is.
@@ -23,8 +23,8 @@ _MARK = ".unfinished"
 T = TypeVar("T")
 
 
-class WholeDirectory:
-    """Context manager: what is written into ``aside`` becomes ``path`` by :meth:`publish`, or is deleted.
+class AtomicDirectory:
+    """Context manager: what is written into ``temporary`` becomes ``path`` by :meth:`publish`, or is deleted.
 
     Entering and every method are collective, and raise the same error on every rank if they fail on any, so that no
     rank goes on to wait for one that failed.
@@ -36,32 +36,32 @@ class WholeDirectory:
     Attributes:
         path: As given.
         group: As given.
-        aside: The directory to write into, of a name that no other writer has; made on entering. What a killed process
+        temporary: The directory to write into, of a name that no other writer has; made on entering. What a killed process
             leaves of it, the next writer of ``path`` removes.
 
     Raises:
-        UserError: On entering: ``path`` is not empty or being written by another process of this machine, or ``aside``
+        UserError: On entering: ``path`` is not empty or being written by another process of this machine, or ``temporary``
             cannot be made.
     """
 
     def __init__(self, path: Path, group: dist.ProcessGroup | None = None) -> None:
         self.path = path
         self.group = group
-        self.aside = aside_of(path)
+        self.temporary = temporary_path(path)
         self._needed = 0
 
-    def __enter__(self) -> "WholeDirectory":
-        name = [self.aside]
+    def __enter__(self) -> "AtomicDirectory":
+        name = [self.temporary]
         dist.broadcast_object_list(name, src=0, group=self.group)
-        (self.aside,) = name
-        self.on_first_rank(self._begin)
+        (self.temporary,) = name
+        self.run_on_rank0(self._begin)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None and dist.get_rank() == 0:
-            shutil.rmtree(self.aside, ignore_errors=True)
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
     def reserve(self, size: int) -> None:
         """Checks that ``size`` bytes are free; later errors say how many were needed.
@@ -70,15 +70,15 @@ class WholeDirectory:
             UserError: They are not.
         """
         self._needed = size
-        self.on_first_rank(self._check_space)
+        self.run_on_rank0(self._check_space)
 
     def publish(self) -> None:
-        """Syncs everything and renames ``aside`` to ``path``.
+        """Syncs everything and renames ``temporary`` to ``path``.
 
         Raises:
-            UserError: It could not be done; another process has made ``path`` meanwhile, or taken ``aside`` away.
+            UserError: It could not be done; another process has made ``path`` meanwhile, or taken ``temporary`` away.
         """
-        self.on_first_rank(self._publish)
+        self.run_on_rank0(self._publish)
 
     def collect(self, found: Mapping[str, T]) -> dict[str, T]:
         """What all ranks have found, under names that differ; on every rank."""
@@ -86,11 +86,11 @@ class WholeDirectory:
         dist.all_gather_object(parts, found, group=self.group)
         return {name: value for part in parts for name, value in part.items()}
 
-    def on_first_rank(self, action: Callable[[], object]) -> None:
-        """Runs a step on rank 0; see :meth:`on_all_ranks`."""
-        self.on_all_ranks(action if dist.get_rank() == 0 else lambda: None)
+    def run_on_rank0(self, action: Callable[[], object]) -> None:
+        """Runs a step on rank 0; see :meth:`run_on_all_ranks`."""
+        self.run_on_all_ranks(action if dist.get_rank() == 0 else lambda: None)
 
-    def on_all_ranks(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Runs a step and has all ranks agree that it worked.
 
         Raises:
@@ -106,28 +106,28 @@ class WholeDirectory:
                 kind = StorageError if is_of_storage(error) else UserError
                 raise kind(self._message(error)) from error
 
-        return agree(attempt, self.group)
+        return raise_on_all_ranks(attempt, self.group)
 
     def _begin(self) -> None:
         refuse_existing(self.path)
         refuse_live(self.path)
-        self.aside.mkdir(parents=True)
-        (self.aside / _MARK).write_text(self.aside.name, encoding="utf-8")
-        remove_stale(self.path, self.aside)
+        self.temporary.mkdir(parents=True)
+        (self.temporary / _MARK).write_text(self.temporary.name, encoding="utf-8")
+        remove_stale(self.path, self.temporary)
 
     def _check_space(self) -> None:
         if shutil.disk_usage(self.path.parent).free < self._needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _publish(self) -> None:
-        for folder, _, names in os.walk(self.aside):
+        for folder, _, names in os.walk(self.temporary):
             for name in names:
                 sync(Path(folder, name))
             sync(Path(folder))
-        if (self.aside / _MARK).read_text(encoding="utf-8") != self.aside.name:
-            raise UserError(f"{self.aside}: another process has written there: start again when it has ended")
+        if (self.temporary / _MARK).read_text(encoding="utf-8") != self.temporary.name:
+            raise UserError(f"{self.temporary}: another process has written there: start again when it has ended")
         try:
-            self.aside.rename(self.path)  # an existing path is an empty directory, which this replaces
+            self.temporary.rename(self.path)  # an existing path is an empty directory, which this replaces
         except OSError:
             refuse_existing(self.path)  # another process was faster
             raise
@@ -136,7 +136,7 @@ class WholeDirectory:
             sync(self.path.parent)
         except OSError:
             # As if nothing had happened, so that the same can be tried again.
-            self.path.rename(self.aside)
+            self.path.rename(self.temporary)
             raise
 
     def _message(self, error: BaseException) -> str:

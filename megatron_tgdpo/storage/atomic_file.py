@@ -31,7 +31,7 @@ _NAME = re.compile(
 _ABANDONED_SECONDS = 24 * 3600
 
 
-def aside_of(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A name beside ``path`` that no other writer has."""
     host, namespace = _here()
     process = f"{os.getpid()}-{_started(os.getpid())}"
@@ -47,16 +47,16 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: It cannot be written.
     """
-    aside = aside_of(path)
+    temporary = temporary_path(path)
     try:
-        yield aside
-        sync(aside)
-        aside.replace(path)
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
         sync(path.parent)
         remove_stale(path, path)
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def remove_stale(path: Path, written: Path) -> None:
@@ -157,13 +157,13 @@ def _here() -> tuple[str, str]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file aside and renames it, so that it is there whole or not at all.
+    """Writes a file under a temporary name and renames it, so that it is there whole or not at all.
 
     Raises:
         UserError: It cannot be written; a StorageError where that may pass, as on a full disk.
     """
     try:
-        with replacing(path) as aside:
-            aside.write_text(text, encoding="utf-8")
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise write_error(path, error) from error

@@ -17,7 +17,7 @@ from megatron_tgdpo.checkpoints import directory as checkpoint_directory
 from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.checkpoints.integrity import find_damage
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
-from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError, StorageError
 from megatron_tgdpo.gpu.overlap import finish_param_gather
 from megatron_tgdpo.models.fp8_history import history_shards, restore_history
@@ -53,14 +53,14 @@ def newest_undamaged(output_dir: Path, verify: bool) -> Path | None:
         AgreedStorageError: A checkpoint, or the directory, cannot be read.
     """
     is_first = dist.get_rank() == 0
-    found = [agree(lambda: _checkpoints(output_dir) if is_first else ([], []))]
+    found = [raise_on_all_ranks(lambda: _checkpoints(output_dir) if is_first else ([], []))]
     dist.broadcast_object_list(found, src=0)
     saved, aside = found[0]
     damages: list[tuple[Path, str]] = []
     for path in reversed(saved):
         damage = find_damage(path, content=verify)
         if damage is None:
-            agree(lambda: _set_aside(damages) if is_first else None)
+            raise_on_all_ranks(lambda: _set_aside(damages) if is_first else None)
             return path
         damages.append((path, damage))
     if damages or aside:
@@ -102,7 +102,7 @@ def load_checkpoint(engine: Engine, path: Path, step: int) -> None:
         UserError: It is damaged.
     """
     wanted = training_state(engine, is_loading=True)
-    has_history = "fp8" in wanted and agree(lambda: _has_history(path, wanted["fp8"]))
+    has_history = "fp8" in wanted and raise_on_all_ranks(lambda: _has_history(path, wanted["fp8"]))
     if not has_history:
         wanted.pop("fp8", None)
     state = sharded.load(path, wanted)

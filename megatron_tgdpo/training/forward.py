@@ -11,8 +11,8 @@ pairs in the global batch ], whatever the packing, accumulation and layout.
 3. ``finalize_model_grads.py`` broadcasts the accumulated token slot from the last stage, sums it over dp x cp, and
    multiplies all gradients by its inverse: that is 1 / pairs (or tokens) in the global batch.
 
-Under context parallelism every rank of a ``cp`` group computes the losses of all pairs of its row, from sums over the
-group whose backward is the identity: the gradients of the group's ranks then add up (step 2) to that of the row. Only
+Under context parallelism every rank of a ``cp`` group computes the losses of all pairs of its pack, from sums over the
+group whose backward is the identity: the gradients of the group's ranks then add up (step 2) to that of the pack. Only
 the group's first rank reports its pairs, so that step 3 counts each once.
 """
 

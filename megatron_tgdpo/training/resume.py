@@ -7,12 +7,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tgdpo.batching.sampler import DataOrder
+from megatron_tgdpo.batching.sampler import Sampler
 from megatron_tgdpo.checkpoints.directory import read_metadata
 from megatron_tgdpo.checkpoints.integrity import find_damage
 from megatron_tgdpo.config.changes import Inputs, Recorded, check_changes, find_changes
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError, UserError
 from megatron_tgdpo.output.directory import record_start, recorded_by, recorded_run
 from megatron_tgdpo.training.checkpoint import newest_undamaged
@@ -64,7 +64,7 @@ def find_start(config: Config, inputs: Inputs) -> StartPoint:
         damage = find_damage(path, content=verify)
         if damage is not None:
             raise AgreedError(f"train.branch_from: {damage}")
-    return agree(lambda: _start_at(path, config, inputs, asked=asked))
+    return raise_on_all_ranks(lambda: _start_at(path, config, inputs, asked=asked))
 
 
 def _start_at(path: Path | None, config: Config, inputs: Inputs, *, asked: bool) -> StartPoint:
@@ -93,7 +93,7 @@ def _changes(recorded: Recorded, config: Config, inputs: Inputs, step: int, *, a
     return [change.record(step) for change in changes]
 
 
-def begin(config: Config, start: StartPoint, order: DataOrder) -> None:
+def begin(config: Config, start: StartPoint, order: Sampler) -> None:
     """Writes into the output directory what the run is from here on. Collective.
 
     Raises:
@@ -110,4 +110,4 @@ def begin(config: Config, start: StartPoint, order: DataOrder) -> None:
         if dist.get_rank() == 0:
             record_start(config, start.inputs, start.step, order.steps)
 
-    agree(check_and_record)
+    raise_on_all_ranks(check_and_record)

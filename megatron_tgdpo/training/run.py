@@ -11,11 +11,11 @@ from megatron_tgdpo.config.loading import to_yaml
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel
-from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, on_every_rank, on_first_rank
+from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks, run_on_rank0
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
 from megatron_tgdpo.gpu.precision import linear_bytes
 from megatron_tgdpo.models.config import check_layout
-from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.memory import rank_memory
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
@@ -25,7 +25,7 @@ from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.setup.inputs import layout_of, models_that_run, read_model_configs
 from megatron_tgdpo.training.resume import begin, find_start
-from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare_first_rank
+from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare_on_rank0
 from megatron_tgdpo.training.trainer import Trainer
 
 
@@ -51,11 +51,11 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     check_layout(used, layout)
     check_gpu_options(config, used, layout, capabilities(device))
     needed = files_needed(layout, device)
-    on_every_rank(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
+    run_on_all_ranks(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
     lock = RunLock(Path(config.output_dir))
     with ExitStack() as stack:
         stack.callback(lock.release)
-        prepared = on_first_rank(lambda: prepare_first_rank(config, lock, pins), store, ranks.rank)
+        prepared = run_on_rank0(lambda: prepare_on_rank0(config, lock, pins), store, ranks.rank)
         inputs = check_inputs(config, prepared, ranks, dist.PrefixStore("inputs", store))
         init_distributed(ranks, device, parallel.timeout_minutes, store)
         pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
@@ -82,8 +82,8 @@ def dry_run(config: Config, world_size: int) -> str:
     gathered = layout.context + 0.5 if layout.context > 1 else 2.0 * config.shared_prompts
     dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
     keep = config.train.keep_logits_mib * 2**20
-    row = Row(config.row_tokens // layout.context, config.longest_sequence, dtype_bytes, gathered, keep)
-    memory = rank_memory(configs["policy"], frozen, layout, row, config.train.recompute, linear_bytes(config))
+    pack = Pack(config.seq_length // layout.context, config.longest_sequence, dtype_bytes, gathered, keep)
+    memory = rank_memory(configs["policy"], frozen, layout, pack, config.train.recompute, linear_bytes(config))
     lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
     return "\n".join(lines)
 

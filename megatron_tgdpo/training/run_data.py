@@ -14,13 +14,13 @@ from typing import TypeVar
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.batching.sampler import DataOrder, DatasetPart, make_data_order
+from megatron_tgdpo.batching.sampler import DatasetPart, Sampler, make_sampler
 from megatron_tgdpo.checkpoints.directory import hf_files, remove_incomplete
 from megatron_tgdpo.config.changes import INPUTS, Inputs
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.joined import JoinedDataset
-from megatron_tgdpo.distributed.ranks import RankEnvironment, on_first_rank
+from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_rank0
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance.cache import GuidanceCache, guidance_key, model_fingerprints, open_guidance
 from megatron_tgdpo.output.directory import claim_output_dir
@@ -47,12 +47,12 @@ class RunData:
 
     train: PreferenceDataset
     validation: dict[str, PreferenceDataset]
-    order: DataOrder
+    order: Sampler
     train_guidance: GuidanceCache | None = None
     validation_guidance: dict[str, GuidanceCache] = field(default_factory=dict)
 
 
-def prepare_first_rank(config: Config, lock: RunLock, pins: Pins | None = None) -> str:
+def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) -> str:
     """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
     process group exists.
 
@@ -92,7 +92,7 @@ def check_inputs(config: Config, prepared: str, ranks: RankEnvironment, store: d
 
     Args:
         config: The run.
-        prepared: From :func:`prepare_first_rank`.
+        prepared: From :func:`prepare_on_rank0`.
         ranks: This process's place.
         store: Joins all ranks; its keys must be unused.
 
@@ -112,7 +112,7 @@ def check_inputs(config: Config, prepared: str, ranks: RankEnvironment, store: d
     record = Path(config.output_dir) / HASHES_FILE
     digests = hash_files(files, record, ranks, store, again=config.train.rehash)
     last = dist.PrefixStore("fingerprints", store)
-    return json.loads(on_first_rank(lambda: json.dumps(_fingerprints(config, prepared, digests)), last, ranks.rank))
+    return json.loads(run_on_rank0(lambda: json.dumps(_fingerprints(config, prepared, digests)), last, ranks.rank))
 
 
 def _fingerprints(config: Config, prepared: str, digests: Mapping[str, str]) -> Inputs:
@@ -138,7 +138,7 @@ def _fingerprints(config: Config, prepared: str, digests: Mapping[str, str]) -> 
 
 
 def _prepared(answer: str) -> dict[str, Prepared]:
-    """The run's datasets by name, from what :func:`prepare_first_rank` returned."""
+    """The run's datasets by name, from what :func:`prepare_on_rank0` returned."""
     return {name: Prepared(**each) for name, each in json.loads(answer).items()}
 
 
@@ -149,7 +149,7 @@ def _datasets(prepared: str) -> dict[str, PreferenceDataset]:
 def open_data(
     config: Config, prepared: str, configs: Mapping[str, PretrainedConfig], done: tuple[int, int] = (0, 0)
 ) -> RunData:
-    """Opens the datasets that :func:`prepare_first_rank` named.
+    """Opens the datasets that :func:`prepare_on_rank0` named.
 
     Args:
         config: The run.
@@ -172,7 +172,7 @@ def open_data(
             )
     train = datasets.pop("train")
     sizes = [len(part) for part in (train.parts if isinstance(train, JoinedDataset) else [train])]
-    order = make_data_order(
+    order = make_sampler(
         [DatasetPart(*part) for part in zip(sizes, _prepared(prepared)["train"].weights, strict=True)],
         config.batch.global_pairs,
         config.train.steps,

@@ -112,7 +112,7 @@ class CheckpointSaver:
             if not self._writing.done():
                 logger.error("the checkpoint is abandoned: other ranks do not write their parts")
 
-    def take_figures(self) -> dict[str, float]:
+    def take_metrics(self) -> dict[str, float]:
         """For the metrics of the step after a save: how long training waited, and how long the save before took."""
         figures, self._figures = self._figures, {}
         return figures

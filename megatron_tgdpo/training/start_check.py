@@ -45,7 +45,7 @@ def check_start(engine: Engine, packs: Sequence[PreferenceBatch], metrics: StepM
 def policy_rounding(engine: Engine, packs: Sequence[PreferenceBatch]) -> LogpDifference:
     """How much the policy's log-probs on these packs answer to one unit of rounding. Collective over all ranks."""
     pg, batches = engine.pg, [pack.to(engine.device) for pack in packs]
-    arguments = (engine.chunks, batches, engine.communicator, pg, engine.row.tokens)
+    arguments = (engine.chunks, batches, engine.communicator, pg, engine.pack_format.tokens)
     plain = forward_logps(*arguments)
     parts: list[tuple[Tensor, Tensor]] = []
     for draw in range(DRAWS):

@@ -18,7 +18,9 @@ from megatron_tgdpo.setup.engine import Engine
 from megatron_tgdpo.training.forward import forward_step
 
 
-def run_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int, *, forward_only: bool) -> StepMetrics:
+def forward_backward(
+    engine: Engine, packs: Iterable[PreferenceBatch], count: int, *, forward_only: bool
+) -> StepMetrics:
     """Runs this data rank's packs through the pipeline; with backward, leaves finished gradients in the buffers.
 
     Collective over all ranks; every data rank brings the same number ``count`` of packs, a multiple of the stages where
@@ -34,7 +36,7 @@ def run_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int, *, f
             data_iterator=list(tee(batches, len(engine.chunks))) if interleaved else batches,
             model=list(engine.chunks),
             num_microbatches=count,
-            seq_length=engine.row.tokens,
+            seq_length=engine.pack_format.tokens,
             micro_batch_size=1,
             forward_only=forward_only,
             pg_collection=engine.pg,
@@ -75,7 +77,7 @@ def train_step(
         for chunk in engine.chunks:
             chunk.zero_grad_buffer()
         engine.optimizer.zero_grad()
-    metrics = _forward_backward(engine, packs, next_packs)
+    metrics = _forward_backward_with_prefetch(engine, packs, next_packs)
     if metrics.bad_pair is not None:
         return StepResult(metrics, math.nan, lr, updated=False)
     # Named for profiles, as PyTorch's own optimizers name their steps.
@@ -93,20 +95,20 @@ def train_step(
     return StepResult(metrics, grad_norm, lr, updated=True)
 
 
-def _forward_backward(
+def _forward_backward_with_prefetch(
     engine: Engine, packs: Sequence[PreferenceBatch], next_packs: Sequence[PreferenceBatch]
 ) -> StepMetrics:
     prefetcher, communicator = engine.prefetcher, engine.communicator
     if prefetcher is None or communicator is None:
-        return run_packs(engine, packs, len(packs), forward_only=False)
+        return forward_backward(engine, packs, len(packs), forward_only=False)
     batches = prefetcher.begin_step(packs, next_packs)
     with communicator.busy_with(prefetcher.during_exchange):
-        metrics = run_packs(engine, batches, len(packs), forward_only=False)
+        metrics = forward_backward(engine, batches, len(packs), forward_only=False)
     prefetcher.end_step()
     return metrics
 
 
 def evaluate_packs(engine: Engine, packs: Iterable[PreferenceBatch], count: int) -> StepMetrics:
-    """Metrics of some packs, without gradients. Collective, as :func:`run_packs`."""
+    """Metrics of some packs, without gradients. Collective, as :func:`forward_backward`."""
     batches = packs if engine.prefetcher is None else engine.prefetcher.alongside(packs)
-    return run_packs(engine, batches, count, forward_only=True)
+    return forward_backward(engine, batches, count, forward_only=True)

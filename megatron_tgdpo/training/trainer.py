@@ -19,7 +19,7 @@ from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.distributed.ranks import agree
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.guidance.cache import GuidanceCache
 from megatron_tgdpo.guidance.monitor import GuideWatch
@@ -50,7 +50,7 @@ _EVAL_PROGRESS = (("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".
 
 @dataclass(frozen=True)
 class StepTokens:
-    """What one step works on, over all ranks: tokens of pairs, tokens of rows with their padding, and pairs."""
+    """What one step works on, over all ranks: tokens of pairs, tokens of packs with their padding, and pairs."""
 
     real: int
     computed: int
@@ -108,11 +108,11 @@ class Trainer:
         if done < self.last_step:
             raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
         if done >= self.data.order.steps:
-            agree(lambda: mark_done(self.output_dir, done) if dist.get_rank() == 0 else None)
+            raise_on_all_ranks(lambda: mark_done(self.output_dir, done) if dist.get_rank() == 0 else None)
 
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
-        log = agree(lambda: MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None)
+        log = raise_on_all_ranks(lambda: MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None)
         guide_watch = GuideWatch()
         started = saved = time.monotonic()
         coming = self._step_packs(first)
@@ -134,7 +134,7 @@ class Trainer:
                 self.saver.has_failed,
                 time.monotonic() - saved,
             )
-            values |= self._performance(seconds, tokens, peak) | self.saver.take_figures()
+            values |= self._performance(seconds, tokens, peak) | self.saver.take_metrics()
             evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
             for group, evaluation in evaluations.items():
                 values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
@@ -147,7 +147,7 @@ class Trainer:
             last = bool(stop) or step == self.last_step
             if last or failed or save_due(step, self.data.order.steps, self.config.checkpoint.every_steps, waited):
                 # The steps of a checkpoint are not made again, so their figures must be there.
-                agree(log.check if log is not None else lambda: None)
+                raise_on_all_ranks(log.check if log is not None else lambda: None)
                 self._save(step, last)
                 saved = time.monotonic()
             if stop:
@@ -178,24 +178,28 @@ class Trainer:
         return self.start.step
 
     def _plan(self, dataset: PreferenceDataset, indices: list[int]) -> list[list[list[int]]]:
-        row, layout = self.engine.row, self.layout
-        tokens = row.pair_tokens(dataset.lengths[indices]).tolist()
+        pack_format, layout = self.engine.pack_format, self.layout
+        tokens = pack_format.pair_tokens(dataset.lengths[indices]).tolist()
         multiple = layout.pipeline if layout.virtual > 1 else 1
-        return plan_packs(indices, tokens, row.tokens, layout.data, multiple)
+        return plan_packs(indices, tokens, pack_format.tokens, layout.data, multiple)
 
     def _collated(
         self, dataset: PreferenceDataset, packs: list[list[int]], guidance: GuidanceCache | None
     ) -> Iterator[PreferenceBatch]:
         """Collates packs one by one, when the schedule takes them."""
-        return (collate([dataset[i] for i in pack], self.engine.row, guidance) for pack in packs)
+        return (collate([dataset[i] for i in pack], self.engine.pack_format, guidance) for pack in packs)
 
     def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], StepTokens]:
         """This data rank's packs of a step, and what is in those of all ranks."""
-        train, row = self.data.train, self.engine.row
+        train, pack_format = self.data.train, self.engine.pack_format
         indices = self.data.order.step_indices(step)
         plan = self._plan(train, indices)
-        used = [int(row.pair_tokens(train.lengths[pack]).sum()) if pack else 0 for packs in plan for pack in packs]
-        tokens = StepTokens(row.real_tokens(train.lengths[indices]), sum(map(row.cut, used)), len(indices))
+        used = [
+            int(pack_format.pair_tokens(train.lengths[pack]).sum()) if pack else 0 for packs in plan for pack in packs
+        ]
+        tokens = StepTokens(
+            pack_format.real_tokens(train.lengths[indices]), sum(map(pack_format.cut, used)), len(indices)
+        )
         return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), tokens
 
     def _guard(self, step: int, result: StepResult) -> None:

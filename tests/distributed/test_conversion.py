@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_tgdpo.checkpoints.directory import read_metadata
 from tests.distributed.common import assert_same_weights, read_weights
-from tests.distributed.worker_conversion import LENGTHS, row_tokens, upstream_gradient
+from tests.distributed.worker_conversion import LENGTHS, seq_length, upstream_gradient
 from tests.launch import PATIENCE
 from tests.processes import run_forked
 from tests.tiny_models import FAMILY_OPTIONS, make_llama, make_model
@@ -30,7 +30,7 @@ LAYOUTS = {
     4: ("tp2-pp2", "tp2-pp2-sp", "tp4-pp1", "tp4-pp1-sp", "tp1-pp4", "tp2-pp1"),
 }
 CASES = [(n, name) for n, names in LAYOUTS.items() for name in names]
-# Each writes an HF directory. A head_dim other than hidden / heads; an original context shorter than the row.
+# Each writes an HF directory. A head_dim other than hidden / heads; an original context shorter than the pack.
 MODELS: dict[str, Callable[[Path], Path]] = {
     "untied": lambda path: make_llama(path, llama3_rope=True, head_dim=32, max_shard_size="60KB", seed=1),
     "tied": lambda path: make_llama(path, tied=True, seed=2),
@@ -99,7 +99,7 @@ def hf_model(path: Path) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What transformers computes: logits [S, V] of the row's sequences, and the gradients of all weights by name."""
+    """What transformers computes: logits [S, V] of the pack's sequences, and the gradients of all weights by name."""
 
     logits: torch.Tensor
     gradients: dict[str, torch.Tensor]
@@ -114,7 +114,7 @@ class Reference(dict[str, Outputs]):
 
     def __missing__(self, model: str) -> Outputs:
         reference = hf_model(self._root / "hf" / model)
-        sequences = row_tokens()[: sum(LENGTHS)].split(LENGTHS)
+        sequences = seq_length()[: sum(LENGTHS)].split(LENGTHS)
         upstream = upstream_gradient(reference.config.hidden_size)[: sum(LENGTHS)].split(LENGTHS)
         with torch.no_grad():
             logits = torch.cat([reference(tokens[None]).logits[0] for tokens in sequences])

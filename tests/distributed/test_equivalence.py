@@ -40,7 +40,7 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
-    row_tokens: int = 512
+    seq_length: int = 512
     family: str = "llama"
     recompute: str = "none"
     context: int = 1
@@ -78,11 +78,11 @@ METHOD_OPTIONS = {
 
 CASES = (
     Case("tp1", 1, "random"),
-    Case("tp1-small-rows", 1, "random", row_tokens=128),
-    # Rows that hold the longest pair and no token more.
-    Case("least-rows", 1, "random", row_tokens=90),
-    Case("sft-least-rows", 1, "random", row_tokens=54, method="sft"),
-    Case("pp2-least-rows", 2, "random", pipeline=2, row_tokens=90),
+    Case("tp1-small-rows", 1, "random", seq_length=128),
+    # Packs that hold the longest pair and no token more.
+    Case("least-rows", 1, "random", seq_length=90),
+    Case("sft-least-rows", 1, "random", seq_length=54, method="sft"),
+    Case("pp2-least-rows", 2, "random", pipeline=2, seq_length=90),
     Case("tp1-tied", 1, "random", tied=True),
     Case("tp1-dpo", 1, "random", method="dpo"),
     Case("tp1-real", 1, "real"),
@@ -90,8 +90,8 @@ CASES = (
     Case("tp2-tied", 2, "random", tied=True, tensor=2),
     Case("tp2-sp", 2, "random", tensor=2, sequence_parallel=True),
     Case("tp2-sp-real", 2, "real", tensor=2, sequence_parallel=True),
-    Case("pp2-small-rows", 2, "random", pipeline=2, row_tokens=128),
-    Case("pp2-tied", 2, "random", tied=True, pipeline=2, row_tokens=256),
+    Case("pp2-small-rows", 2, "random", pipeline=2, seq_length=128),
+    Case("pp2-tied", 2, "random", tied=True, pipeline=2, seq_length=256),
     Case("pp2-dpo", 2, "random", method="dpo", pipeline=2),
     Case("pp2-real", 2, "real", pipeline=2),
     Case("dp2", 2, "random"),
@@ -101,8 +101,8 @@ CASES = (
     Case("tp2-pp2-sp-real", 4, "real", tensor=2, pipeline=2, sequence_parallel=True),
     Case("dp2-tp2", 4, "random", tensor=2),
     Case("dp2-tp2-real", 4, "real", tensor=2),
-    Case("dp2-pp2-tied", 4, "random", tied=True, pipeline=2, row_tokens=128),
-    Case("pp4", 4, "random", pipeline=4, row_tokens=128),
+    Case("dp2-pp2-tied", 4, "random", tied=True, pipeline=2, seq_length=128),
+    Case("pp4", 4, "random", pipeline=4, seq_length=128),
     Case("tp4", 4, "random", tensor=4),
     # Random sequences are up to 60 tokens long, windows 24.
     Case("gemma2", 1, "random", tied=True, family="gemma2"),
@@ -115,30 +115,30 @@ CASES = (
     Case("qwen3-tp4-tied", 4, "random", tied=True, tensor=4, family="qwen3"),
     Case("mistral-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="mistral"),
     # Prompts are shared above, where nothing else is said.
-    Case("unshared", 1, "random", row_tokens=256, shared_prompts=False),
-    Case("unshared-pp2", 2, "random", pipeline=2, row_tokens=128, shared_prompts=False),
-    Case("cp2", 2, "random", context=2, row_tokens=256),
+    Case("unshared", 1, "random", seq_length=256, shared_prompts=False),
+    Case("unshared-pp2", 2, "random", pipeline=2, seq_length=128, shared_prompts=False),
+    Case("cp2", 2, "random", context=2, seq_length=256),
     Case("cp2-real", 2, "real", context=2),
-    Case("cp2-tp2-sp", 4, "random", context=2, tensor=2, sequence_parallel=True, row_tokens=128),
+    Case("cp2-tp2-sp", 4, "random", context=2, tensor=2, sequence_parallel=True, seq_length=128),
     Case("cp2-tp2-tied", 4, "random", tied=True, context=2, tensor=2),
-    Case("cp2-pp2", 4, "random", context=2, pipeline=2, row_tokens=128),
-    Case("cp2-dp2-qwen3", 4, "random", context=2, row_tokens=128, family="qwen3"),
-    Case("cp4", 4, "random", context=4, row_tokens=256),
+    Case("cp2-pp2", 4, "random", context=2, pipeline=2, seq_length=128),
+    Case("cp2-dp2-qwen3", 4, "random", context=2, seq_length=128, family="qwen3"),
+    Case("cp4", 4, "random", context=4, seq_length=256),
     Case("cp2-pp2-gemma2", 4, "random", tied=True, context=2, pipeline=2, family="gemma2"),
     Case("smoothed-dpo-tp2-pp2", 4, "random", tensor=2, pipeline=2, method="smoothed-dpo"),
-    Case("smoothed-dpo-cp2", 2, "random", context=2, row_tokens=256, method="smoothed-dpo"),
-    Case("simpo-tp2-pp2", 4, "random", tensor=2, pipeline=2, row_tokens=128, method="simpo"),
+    Case("smoothed-dpo-cp2", 2, "random", context=2, seq_length=256, method="smoothed-dpo"),
+    Case("simpo-tp2-pp2", 4, "random", tensor=2, pipeline=2, seq_length=128, method="simpo"),
     Case("simpo-dp2", 2, "random", method="simpo"),
     Case("simpo-cp2", 2, "random", context=2, method="simpo"),
-    Case("sft-tp2-pp2", 4, "random", tensor=2, pipeline=2, row_tokens=128, method="sft"),
-    Case("sft-dp2", 2, "random", row_tokens=128, method="sft"),
-    Case("sft-cp2", 2, "random", context=2, row_tokens=128, method="sft"),
-    Case("recompute-full", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, row_tokens=128, recompute="full"),
-    Case("recompute-selective", 4, "random", tensor=2, pipeline=2, row_tokens=128, recompute="selective"),
+    Case("sft-tp2-pp2", 4, "random", tensor=2, pipeline=2, seq_length=128, method="sft"),
+    Case("sft-dp2", 2, "random", seq_length=128, method="sft"),
+    Case("sft-cp2", 2, "random", context=2, seq_length=128, method="sft"),
+    Case("recompute-full", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, seq_length=128, recompute="full"),
+    Case("recompute-selective", 4, "random", tensor=2, pipeline=2, seq_length=128, recompute="selective"),
     # Two chunks a stage; four packs, and fewer, which empty ones fill up to a multiple of the stages.
-    Case("vpp2", 2, "random", pipeline=2, virtual=2, row_tokens=128),
+    Case("vpp2", 2, "random", pipeline=2, virtual=2, seq_length=128),
     Case("vpp2-tied", 2, "random", tied=True, pipeline=2, virtual=2),
-    Case("vpp2-tp2-sp", 4, "random", tensor=2, pipeline=2, virtual=2, sequence_parallel=True, row_tokens=128),
+    Case("vpp2-tp2-sp", 4, "random", tensor=2, pipeline=2, virtual=2, sequence_parallel=True, seq_length=128),
     # Windows and softcaps recompute their scores by themselves, inside what is recomputed here.
     Case("gemma2-recompute-full", 1, "random", tied=True, family="gemma2", recompute="full"),
     Case("gemma2-recompute-selective", 1, "random", tied=True, family="gemma2", recompute="selective"),
@@ -151,7 +151,7 @@ def _overlapping(name: str, processes: int, **options: Any) -> Case:
     Eight of the pairs take two or three micro batches on each of two data ranks, now more and now fewer than the step
     before (four or two where they come in twos, for chunks).
     """
-    defaults: dict[str, Any] = {"overlap": "both", "row_tokens": 128, "global_pairs": 8}
+    defaults: dict[str, Any] = {"overlap": "both", "seq_length": 128, "global_pairs": 8}
     return Case(f"overlap-{name}", processes, "random", **{**defaults, **options})
 
 
@@ -249,7 +249,7 @@ class Inputs:
             },
             "batch": {
                 "global_pairs": case.global_pairs,
-                "tokens_per_micro_batch": case.row_tokens,
+                "tokens_per_micro_batch": case.seq_length,
                 "shared_prompts": case.shared_prompts,
             },
             "optimizer": {

@@ -100,7 +100,7 @@ def copy_model(source: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("role", ["policy", "guide"])
 def test_a_weight_that_is_not_finite_is_named_before_training(problem: Problem, tmp_path: Path, role: str) -> None:
-    """It lies in the second rank's half of the rows, and both ranks say the same."""
+    """It lies in the second rank's half of the packs, and both ranks say the same."""
     _, config = problem
     bad = tmp_path / "bad"
     copy_model(Path(config["model"][role]), bad)

@@ -24,7 +24,7 @@ from tests.processes import run_forked
 
 STEPS = 4
 SAME = ("train/loss", "train/grad_norm", "eval/loss", "rewards/margins", "guidance/weight_std", "logps/chosen")
-# Layouts of trainings and, by the same names, of the caches they read; rows and shards of a cache.
+# Layouts of trainings and, by the same names, of the caches they read; packs and shards of a cache.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
     "tp2": {"tensor": 2, "sequence_parallel": True},
@@ -68,8 +68,8 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     """All caches and trainings, in one launch of two processes."""
     made = Problem(tmp_path_factory.mktemp("guidance"))
     cases: list[dict[str, Any]] = []
-    for name, (row, block) in CACHES.items():
-        cases.append({"config": made.cached(name, batch={"tokens_per_micro_batch": row}), "precompute": block})
+    for name, (pack, block) in CACHES.items():
+        cases.append({"config": made.cached(name, batch={"tokens_per_micro_batch": pack}), "precompute": block})
     cases += [{"config": made.colocated(name)} for name in LAYOUTS]
     cases += [{"config": made.cached(name)} for name in LAYOUTS]
     alone = {"loss": {"method": "dpo"}, "model": {"guide": None}, "output_dir": str(made.root / "cached-dpo")}

@@ -14,7 +14,7 @@ from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.planning.activations import Row, layer_activations, stage_activations
+from megatron_tgdpo.planning.activations import Pack, layer_activations, stage_activations
 from megatron_tgdpo.planning.memory import stage_parameters
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked
@@ -77,13 +77,13 @@ def test_a_checkpoint_does_not_tell_the_chunks(runs: Path) -> None:
 
 def test_stages_hold_their_chunks(tmp_path: Path) -> None:
     llama = read_hf_config(make_llama(tmp_path, layers=8))
-    row = Row(tokens=256, sequence_tokens=64, dtype_bytes=4)
+    pack = Pack(tokens=256, sequence_tokens=64, dtype_bytes=4)
     for stage in range(2):
         plain, chunked = (make_layout(1, 2, 1, False, 2, virtual) for virtual in (1, 4))
         assert stage_parameters(llama, plain, stage) == stage_parameters(llama, chunked, stage)
     # The first stage keeps p (1 + (p - 1) / (p v)) micro batches of its layers (Korthikanti et al. 2022, 4.2.3).
-    layer = layer_activations(llama, chunked, row, "none", 0)
-    assert stage_activations(llama, chunked, row, "none", 0) == pytest.approx(4 * layer * 2 * (1 + 1 / 8))
+    layer = layer_activations(llama, chunked, pack, "none", 0)
+    assert stage_activations(llama, chunked, pack, "none", 0) == pytest.approx(4 * layer * 2 * (1 + 1 / 8))
     with pytest.raises(UserError, match=r"8 layers are not divisible by parallel.pipeline x virtual_pipeline = 2 x 3"):
         check_layout({"policy": llama}, make_layout(1, 2, 1, False, 2, 3))
 

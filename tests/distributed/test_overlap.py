@@ -13,7 +13,7 @@ from tests.processes import run_forked
 from tests.tiny_models import make_model
 
 KEYS = ("train/loss", "train/grad_norm", "rewards/margins")
-# Rows hold one pair: with three pairs a step, one of the two data ranks runs an empty row last, and there every
+# Packs hold one pair: with three pairs a step, one of the two data ranks runs an empty pack last, and there every
 # parameter must still become ready (the norms of query and key heads too).
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.planning.activations import LayerWidths, Row
+from megatron_tgdpo.planning.activations import LayerWidths, Pack
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.memory import RankMemory, stage_memory
 from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, ring, tensor_bytes
@@ -104,50 +104,50 @@ def measured(root: Path) -> Measured:
 
 def planned_inputs(
     root: Path, processes: int, values: dict[str, Any]
-) -> tuple[list[PretrainedConfig], ParallelLayout, Row]:
-    """Policy, reference and guide; the layout; the row."""
+) -> tuple[list[PretrainedConfig], ParallelLayout, Pack]:
+    """Policy, reference and guide; the layout; the pack."""
     policy, guide = (read_hf_config(root / f"{values['family']}{suffix}") for suffix in ("", "-guide"))
     parallel = {"tensor": 1, "pipeline": 1, "sequence_parallel": False, **values["parallel"]}
     layout = make_layout(parallel["tensor"], parallel["pipeline"], 1, parallel["sequence_parallel"], processes)
-    return [policy, policy, guide], layout, Row(4 * LENGTH, LENGTH, 4 if values["dtype"] == "fp32" else 2, 0.0, 2**30)
+    return [policy, policy, guide], layout, Pack(4 * LENGTH, LENGTH, 4 if values["dtype"] == "fp32" else 2, 0.0, 2**30)
 
 
-def unfused_norms(hf_config: PretrainedConfig, layout: ParallelLayout, row: Row, layers: int, final: bool) -> float:
+def unfused_norms(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, layers: int, final: bool) -> float:
     """What torch's RMSNorm keeps on a CPU beyond the formula: there it is made of several operations.
 
     They keep the normalised input in fp32, and below fp32 an fp32 copy instead of the input itself.
     """
-    width, size = LayerWidths.of(hf_config, layout), row.dtype_bytes
+    width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
     gemma = hf_config.model_type == "gemma2"  # its fp32 copy is in the formula
     extra = (layers * (4 if gemma else 2) + final) * width.hidden * (4 if gemma or size == 4 else 8 - size)
     if hf_config.model_type == "qwen3":
         extra += layers * ((width.query + width.key) * 8 - width.query * size)
-    return row.tokens * extra
+    return pack.tokens * extra
 
 
 def step_bytes(
-    policy: PretrainedConfig, layout: ParallelLayout, row: Row, recompute: str, plan: RankMemory
+    policy: PretrainedConfig, layout: ParallelLayout, pack: Pack, recompute: str, plan: RankMemory
 ) -> tuple[float, float]:
     """The plan's bytes kept by the policy's forward alone, and its peak of a step, for a CPU's norms."""
     last, in_flight = plan.stage == layout.pipeline - 1, layout.pipeline - plan.stage
     layers = 0 if recompute == "full" else policy.num_hidden_layers // layout.pipeline
-    norms = unfused_norms(policy, layout, row, layers, last)
-    hidden = row.tokens * LayerWidths.of(policy, layout).hidden * row.dtype_bytes
+    norms = unfused_norms(policy, layout, pack, layers, last)
+    hidden = pack.tokens * LayerWidths.of(policy, layout).hidden * pack.dtype_bytes
     kept = plan.activations / in_flight + norms + hidden
     if last:  # what the log-probs keep, which a forward alone does not make
-        kept -= row.tokens * policy.hidden_size * row.dtype_bytes
+        kept -= pack.tokens * policy.hidden_size * pack.dtype_bytes
     if layout.sequence_parallel:  # megatron-core's buffer for gathered inputs
-        kept += row.tokens * policy.hidden_size * row.dtype_bytes
+        kept += pack.tokens * policy.hidden_size * pack.dtype_bytes
     return kept, plan.activations + plan.carried + plan.workspace + in_flight * norms
 
 
 @pytest.mark.parametrize(("processes", "name"), [(processes, name) for processes in CASES for name in CASES[processes]])
 def test_memory_is_what_is_allocated(root: Path, measured: Measured, processes: int, name: str) -> None:
     values = CASES[processes][name]
-    (policy, *frozen), layout, row = planned_inputs(root, processes, values)
+    (policy, *frozen), layout, pack = planned_inputs(root, processes, values)
     for facts in measured.ranks(processes, name):
-        plan = stage_memory(policy, frozen, layout, row, values["recompute"], facts["stage"])
-        kept, peak = step_bytes(policy, layout, row, values["recompute"], plan)
+        plan = stage_memory(policy, frozen, layout, pack, values["recompute"], facts["stage"])
+        kept, peak = step_bytes(policy, layout, pack, values["recompute"], plan)
         kinds = ("weights", "frozen", "gradients", "optimizer")
         static = {kind: facts[kind] / getattr(plan, kind) - 1 for kind in kinds}
         step = {"kept": facts["kept"] / kept - 1, "peak": facts["step_peak"] / peak - 1}
@@ -164,12 +164,12 @@ def test_memory_is_what_is_allocated(root: Path, measured: Measured, processes: 
 def ends(job: Job, layout: ParallelLayout, stage: int, responses: int) -> float:
     """Bytes of tensor traffic per row that the plan leaves out: at the embedding and at the log-probs."""
     passes = 1 if layout.sequence_parallel else 2
-    sizes = [ring(layout.tensor) * model.hidden_size * job.row.dtype_bytes for model in job.models]
+    sizes = [ring(layout.tensor) * model.hidden_size * job.pack.dtype_bytes for model in job.models]
     sent = 0.0
     if stage == 0:
-        sent += job.row.tokens * (passes * sum(sizes) + layout.sequence_parallel * sizes[0])
+        sent += job.pack.tokens * (passes * sum(sizes) + layout.sequence_parallel * sizes[0])
     if stage == layout.pipeline - 1:
-        gathered = job.row.tokens * (sum(sizes) + sizes[0])
+        gathered = job.pack.tokens * (sum(sizes) + sizes[0])
         sent += gathered if layout.sequence_parallel else passes * responses * sizes[0]
     return sent
 
@@ -177,18 +177,18 @@ def ends(job: Job, layout: ParallelLayout, stage: int, responses: int) -> float:
 @pytest.mark.parametrize("name", ["llama-tp2-pp2-sp", "llama-tp2-pp2-full", "qwen2-tp2-dp2"])
 def test_traffic_is_what_is_sent(root: Path, measured: Measured, name: str) -> None:
     values = CASES[4][name]
-    models, layout, row = planned_inputs(root, 4, values)
-    job = Job(models[0], tuple(models[1:]), row, Batch(8, 2 * LENGTH, 1.0, False))
-    rows, responses, ranks = 2 * layout.pipeline, 4 * (LENGTH - 1), measured.ranks(4, name)
+    models, layout, pack = planned_inputs(root, 4, values)
+    job = Job(models[0], tuple(models[1:]), pack, Batch(8, 2 * LENGTH, 1.0, False))
+    packs, responses, ranks = 2 * layout.pipeline, 4 * (LENGTH - 1), measured.ranks(4, name)
     for facts in ranks:
         tensor = sum(tensor_bytes(job, layout, values["recompute"])) + ends(job, layout, facts["stage"], responses)
-        assert facts["sent_bf16"] == pytest.approx(rows * tensor)
+        assert facts["sent_bf16"] == pytest.approx(packs * tensor)
         if layout.pipeline == 1:
             # Three floats a response token and model go into the log-probs' all-reduces.
-            logprobs = 2 * ring(layout.tensor) * 3 * 4 * responses * len(models) * rows
-            reduced = data_bytes(job, layout) * 4 / (4 + row.dtype_bytes)  # without the gathering of new weights
+            logprobs = 2 * ring(layout.tensor) * 3 * 4 * responses * len(models) * packs
+            reduced = data_bytes(job, layout) * 4 / (4 + pack.dtype_bytes)  # without the gathering of new weights
             assert facts["sent_fp32"] == pytest.approx(reduced + logprobs)
     # Stage 0 sends forwards only, stage 1 backwards only: together what a middle stage sends.
-    assert sum(facts["sent_stages"] for facts in ranks[:: layout.tensor * layout.data]) == rows * pipeline_bytes(
+    assert sum(facts["sent_stages"] for facts in ranks[:: layout.tensor * layout.data]) == packs * pipeline_bytes(
         job, layout
     )

@@ -42,8 +42,8 @@ CPU = torch.device("cpu")
 ROW, LENGTHS = 200, [90, 70, 30]
 
 
-def row_tokens() -> Tensor:
-    """The packed row of every test: three sequences, then padding."""
+def pack_tokens() -> Tensor:
+    """The pack of every test: three sequences, then padding."""
     return torch.randint(0, 128, (ROW,), generator=torch.Generator().manual_seed(7))
 
 
@@ -80,7 +80,7 @@ def compute(
     """Logits, and for a single stage the gradients of all weights, in fp32."""
     model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
     load_weights(model, hf, hf_config, pg)
-    outputs = packed_outputs(model, row_tokens(), LENGTHS, pg)
+    outputs = packed_outputs(model, pack_tokens(), LENGTHS, pg)
     if outputs is not None and pg.tp.rank() == 0 and pg.dp_cp.rank() == 0:
         save_file({"logits": outputs.logits.contiguous(), "logps": outputs.logps}, out / "logits.safetensors")
     marks = {
@@ -95,7 +95,7 @@ def compute(
 
 def save_gradients(model: LanguageModel, hf_config: PretrainedConfig, pg: ProcessGroupCollection, out: Path) -> None:
     positions = torch.cat([torch.arange(n) for n in [*LENGTHS, ROW - sum(LENGTHS)]])
-    hidden = model(row_tokens()[None], positions[None], packing_of(LENGTHS))
+    hidden = model(pack_tokens()[None], positions[None], packing_of(LENGTHS))
     upstream = upstream_gradient(hf_config.hidden_size)[:, None]
     if model.config.sequence_parallel:
         upstream = upstream.chunk(pg.tp.size())[pg.tp.rank()]

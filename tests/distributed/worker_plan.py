@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.batching.collate import PreferenceBatch, collate
-from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
@@ -26,7 +26,7 @@ from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.inputs import read_model_configs
 from megatron_tgdpo.training.checkpoint import training_state
 from megatron_tgdpo.training.saver import live_storages
-from megatron_tgdpo.training.step import run_packs
+from megatron_tgdpo.training.step import forward_backward
 from tests.live_storages import LiveStorages
 from tests.sent_bytes import SentBytes
 
@@ -60,22 +60,22 @@ def storage_bytes(kinds: dict[str, list[torch.Tensor]]) -> dict[str, int]:
 
 
 def full_row(config: Config) -> PreferenceBatch:
-    """A row without padding: pairs of longest sequences, all of them responses but one token."""
+    """A pack without padding: pairs of longest sequences, all of them responses but one token."""
     length = config.data.max_length
     one, response = np.ones(1, dtype=np.int64), np.ones(length - 1, dtype=np.int64)
-    pairs = [PreferencePair(one, response, response, index) for index in range(config.row_tokens // (2 * length))]
-    return collate(pairs, RowFormat(config.row_tokens))
+    pairs = [PreferencePair(one, response, response, index) for index in range(config.seq_length // (2 * length))]
+    return collate(pairs, PackFormat(config.seq_length))
 
 
-def kept_by_forward(engine: Engine, row: PreferenceBatch, known: list[torch.Tensor]) -> int:
+def kept_by_forward(engine: Engine, pack: PreferenceBatch, known: list[torch.Tensor]) -> int:
     """Bytes that the policy's forward leaves alive on this stage, its input and output included."""
     policy = unwrapped(engine.chunks[0]).policy
-    tokens = engine.row.tokens // (engine.pg.tp.size() if policy.config.sequence_parallel else 1)
+    tokens = engine.pack_format.tokens // (engine.pg.tp.size() if policy.config.sequence_parallel else 1)
     with LiveStorages(known) as live:
         if not policy.pre_process:
             shape = (tokens, 1, policy.config.hidden_size)
             policy.set_input_tensor(torch.zeros(shape, dtype=policy.config.params_dtype, requires_grad=True))
-        output = policy(row.tokens, row.position_ids, row.packing)
+        output = policy(pack.tokens, pack.position_ids, pack.packing)
     # Gloo's threads may hold the tensors of their last collective until the next.
     dist.barrier()
     kept = live.bytes()
@@ -83,11 +83,11 @@ def kept_by_forward(engine: Engine, row: PreferenceBatch, known: list[torch.Tens
     return kept
 
 
-def sent_in_a_step(engine: Engine, row: PreferenceBatch, count: int) -> dict[str, float]:
+def sent_in_a_step(engine: Engine, pack: PreferenceBatch, count: int) -> dict[str, float]:
     """Bytes that this rank sends: of bf16 in collectives (tensor ranks), of fp32 (data ranks), between stages."""
     before = engine.communicator.forward_bytes + engine.communicator.backward_bytes if engine.communicator else 0
     with SentBytes() as sent:
-        run_packs(engine, [row] * count, count, forward_only=False)
+        forward_backward(engine, [pack] * count, count, forward_only=False)
     after = engine.communicator.forward_bytes + engine.communicator.backward_bytes if engine.communicator else 0
     names = {torch.bfloat16: "sent_bf16", torch.float32: "sent_fp32"}
     return {"sent_stages": after - before, **{name: sent.by_dtype.get(dtype, 0.0) for dtype, name in names.items()}}
@@ -103,16 +103,16 @@ def measure(config: Config, world_size: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"stage": pg.pp.rank(), **storage_bytes(static)}
     engine.chunks[0].train()
     engine.chunks[0].zero_grad_buffer()
-    row, known = full_row(config), [tensor for tensors in static.values() for tensor in tensors]
-    facts["kept"] = kept_by_forward(engine, row, known)
+    pack, known = full_row(config), [tensor for tensors in static.values() for tensor in tensors]
+    facts["kept"] = kept_by_forward(engine, pack, known)
     with LiveStorages(known) as step:
-        run_packs(engine, [row] * (2 * layout.pipeline), 2 * layout.pipeline, forward_only=False)
+        forward_backward(engine, [pack] * (2 * layout.pipeline), 2 * layout.pipeline, forward_only=False)
     facts["step_peak"] = step.peak
     with LiveStorages(known) as save:
         staged = sharded.stage(training_state(engine, is_loading=False), live_storages(engine))
     facts["save"], facts["save_peak"] = save.bytes(), save.peak
     del staged
-    facts |= sent_in_a_step(engine, row, 2 * layout.pipeline)
+    facts |= sent_in_a_step(engine, pack, 2 * layout.pipeline)
     destroy_model_parallel()
     return facts
 

@@ -46,7 +46,7 @@ def build(spec: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: Pr
 
 
 def run(model: LanguageModel) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states [S_local, 1, H] of a packed row, and the gradient of every parameter by its local name."""
+    """Hidden states [S_local, 1, H] of a pack, and the gradient of every parameter by its local name."""
     tokens = torch.randint(0, 128, (1, ROW), generator=torch.Generator().manual_seed(7))
     positions = torch.cat([torch.arange(n) for n in (*LENGTHS, ROW - sum(LENGTHS))])[None]
     hidden = model(tokens, positions, packing_of(LENGTHS))

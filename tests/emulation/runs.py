@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 ROW, LONGEST, VOCABULARY, MODEL = 512, 128, 256, {"hidden_size": 128, "mlp_size": 256, "layers": 2}
 # Steps before the save, and steps after it.
 BEFORE, AFTER = 2, 3
-# Four pairs fill one row, so that every other data rank has a row of padding.
+# Four pairs fill one pack, so that every other data rank has a pack of padding.
 DATA = [random_pairs(4 + 4 * (step % 2), 96, VOCABULARY, step) for step in range(BEFORE + AFTER)]
 
 Series = list[tuple[float, float]]
@@ -72,11 +72,11 @@ class Runs:
         return build_engine(config, read_model_configs(config), self.layout, self.pg, 1000, CPU)
 
     def packs(self, pairs: Sequence[PreferencePair], engine: Engine) -> list[PreferenceBatch]:
-        """This data rank's rows; one of padding where it has none."""
+        """This data rank's packs; one of padding where it has none."""
         lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
-        tokens = engine.row.pair_tokens(lengths).tolist()
-        plan = plan_packs(range(len(pairs)), tokens, engine.row.tokens, self.layout.data)
-        return [collate([pairs[i] for i in pack], engine.row, None) for pack in plan[self.pg.dp.rank()]]
+        tokens = engine.pack_format.pair_tokens(lengths).tolist()
+        plan = plan_packs(range(len(pairs)), tokens, engine.pack_format.tokens, self.layout.data)
+        return [collate([pairs[i] for i in pack], engine.pack_format, None) for pack in plan[self.pg.dp.rank()]]
 
     def steps(self, engine: Engine, data: Sequence[Sequence[PreferencePair]]) -> Series:
         """Loss and gradient norm of a step on each batch."""

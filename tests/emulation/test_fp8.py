@@ -73,7 +73,7 @@ def test_a_run_continues_without_a_history_that_fits(found: Found, other: str) -
 @pytest.mark.parametrize("layout", ["pipeline 2", "data 2"])
 @pytest.mark.parametrize("case", ["tensorwise", "tensorwise, FP8 weights", "blockwise, FP8 weights"])
 def test_training_is_what_it_is_on_one_rank(found: Found, layout: str, case: str) -> None:
-    """Whatever the stages, and with a row of padding on the data rank that has no pair."""
+    """Whatever the stages, and with a pack of padding on the data rank that has no pair."""
     for ours, alone in zip(found(layout)[case]["before"], found("one rank")[case]["before"], strict=True):
         assert ours == pytest.approx(alone, rel=1e-2)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.collate import PreferenceBatch, collate
-from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.batching.packer import plan_packs
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
@@ -62,12 +62,12 @@ class Bench:
         self.pg = init_model_parallel(self.layout, seed=1, timeout_minutes=5)
         self.found = capabilities(device)
 
-    def config(self, policy: Path, guide: Path, row: int, longest: int, **sections: Any) -> Config:
+    def config(self, policy: Path, guide: Path, pack: int, longest: int, **sections: Any) -> Config:
         """A checked config; UserError where this machine lacks what it asks for."""
         values: dict[str, Any] = {
             "model": {"policy": str(policy), "guide": str(guide), **sections.pop("model", {})},
             "data": {"train": "unused", "max_length": longest},
-            "batch": {"global_pairs": 1, "tokens_per_micro_batch": row},
+            "batch": {"global_pairs": 1, "tokens_per_micro_batch": pack},
             "optimizer": {"lr": 1e-4, "schedule": "constant", "warmup_ratio": 0.0},
             "train": {"steps": 1000, "check_start": False},
             "output_dir": "unused",
@@ -84,7 +84,7 @@ class Bench:
         """Trains on each batch in turn; the loss of every step."""
         self.forget()
         engine = self.engine(config)
-        return [train_step(engine, packs_of(batch, engine.row)).metrics.values["loss"] for batch in batches]
+        return [train_step(engine, packs_of(batch, engine.pack_format)).metrics.values["loss"] for batch in batches]
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -112,12 +112,14 @@ class Bench:
         return (time.monotonic() - begin) / count, peak
 
 
-def packs_of(pairs: Sequence[PreferencePair], row: RowFormat, *, cached: bool = False) -> list[PreferenceBatch]:
-    """The rows of one step."""
+def packs_of(
+    pairs: Sequence[PreferencePair], pack_format: PackFormat, *, cached: bool = False
+) -> list[PreferenceBatch]:
+    """The packs of one step."""
     lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
-    (plan,) = plan_packs(range(len(pairs)), row.pair_tokens(lengths).tolist(), row.tokens, 1)
+    (plan,) = plan_packs(range(len(pairs)), pack_format.pair_tokens(lengths).tolist(), pack_format.tokens, 1)
     guidance = Zeros(pairs) if cached else None
-    return [collate([pairs[i] for i in pack], row, guidance) for pack in plan]
+    return [collate([pairs[i] for i in pack], pack_format, guidance) for pack in plan]
 
 
 @contextmanager

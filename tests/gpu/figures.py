@@ -14,7 +14,7 @@ from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.planning.activations import Row
 from megatron_tgdpo.planning.job import Batch, Job
-from megatron_tgdpo.planning.step_time import row_flops
+from megatron_tgdpo.planning.step_time import pack_flops
 
 # Dense bf16 peaks by a part of the device's name, TFLOP/s. Source: NVIDIA's data sheets.
 PEAKS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
@@ -147,7 +147,7 @@ def step_flops(
     tokens = int(((1 if shared else 2) * prompts + responses).sum())
     batch = Batch(len(lengths), round(tokens / len(lengths)), float(responses.sum()) / tokens, shared_prompts=False)
     job = Job(policy, frozen, Row(row, row, 2), batch)
-    return sum(row_flops(job, make_layout(1, 1, 1, False, 1), "none", stage=0)) * tokens / row
+    return sum(pack_flops(job, make_layout(1, 1, 1, False, 1), "none", stage=0)) * tokens / row
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:

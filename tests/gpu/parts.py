@@ -89,7 +89,7 @@ def attention(bench: Bench, tiny: bool) -> Iterator[Figure]:
     size, heads, groups = 64, 4, 2
     a, b, c = (40, 70, 96) if tiny else (400, 900, 1200)
     packing = pack_segments([Segment(0, b), Segment(b, c, 0, a), Segment(c, c + a)])
-    row = c + a + 20
+    pack = c + a + 20
     features: tuple[dict[str, Any], ...] = ({}, {"window_size": (30, 0)}, {"attn_logit_softcapping": 5.0})
     available = {
         "blocks": True,
@@ -115,7 +115,7 @@ def attention(bench: Bench, tiny: bool) -> Iterator[Figure]:
             module = made(config=config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
             random = torch.Generator().manual_seed(0)
             inputs = [
-                torch.randn(row, 1, n, size, generator=random).to(bench.device, dtype) for n in (heads, groups, groups)
+                torch.randn(pack, 1, n, size, generator=random).to(bench.device, dtype) for n in (heads, groups, groups)
             ]
             for tensor in inputs:
                 tensor.requires_grad_()
@@ -151,11 +151,11 @@ def fp8(bench: Bench, tiny: bool) -> Iterator[Figure]:
 @torch.no_grad()
 def token_rewards(bench: Bench, config: Config, data: list[PreferencePair]) -> torch.Tensor:
     """beta * (log pi_g - log pi_ref) of every response token, fp32 on the CPU."""
-    from megatron_tgdpo.setup.inputs import read_model_configs, row_format
+    from megatron_tgdpo.setup.inputs import pack_format, read_model_configs
 
     found = load_frozen_models(config, read_model_configs(config), bench.layout, bench.pg, bench.device)
     model = ColocatedModel(found[0], found[1:])
-    packs = packs_of(data, row_format(config, bench.pg))
+    packs = packs_of(data, pack_format(config, bench.pg))
     logps = [model(pack.to(bench.device)) for pack in packs]
     return 0.1 * torch.cat([found.frozen[0] - found.policy for found in logps]).cpu()
 

@@ -14,7 +14,7 @@ on a CPU with toy sizes; its speeds mean nothing.
     resume     save and load in every precision, FP8 weights too
     padding    a pack without pairs changes nothing
     repeat     the same run twice
-    lengths    rows of many lengths through FlexAttention, all of them compiled
+    lengths    packs of many lengths through FlexAttention, all of them compiled
     variants   offloads, overlap and recomputation change no loss
     ranks      two processes on one GPU, where NCCL takes that
     speed      memory, MFU, pairs/s of a 1B and a 3B shape at 2,048 and 8,192-token rows, beside plain HF

@@ -1,4 +1,4 @@
-"""The parts of ``prove.py`` about what surrounds a step: save and resume, padding, repeats, row lengths, offloads."""
+"""The parts of ``prove.py`` about what surrounds a step: save and resume, padding, repeats, pack lengths, offloads."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def steps(engine: Engine, data: Sequence[Sequence[PreferencePair]]) -> list[float]:
-    return [train_step(engine, packs_of(batch, engine.row)).metrics.values["loss"] for batch in data]
+    return [train_step(engine, packs_of(batch, engine.pack_format)).metrics.values["loss"] for batch in data]
 
 
 def resume(bench: Bench, tiny: bool) -> Iterator[Figure]:
@@ -71,8 +71,10 @@ def padding(bench: Bench, tiny: bool) -> Iterator[Figure]:
             continue
         plain = bench.losses(config, data)
         engine = bench.engine(config)
-        nothing: PreferenceBatch = collate([], engine.row, None)
-        padded = [train_step(engine, [*packs_of(batch, engine.row), nothing]).metrics.values["loss"] for batch in data]
+        nothing: PreferenceBatch = collate([], engine.pack_format, None)
+        padded = [
+            train_step(engine, [*packs_of(batch, engine.pack_format), nothing]).metrics.values["loss"] for batch in data
+        ]
         yield at_most("padding", what, largest_relative_difference(padded, plain), SAME_RUN)
 
 
@@ -91,9 +93,9 @@ def repeat(bench: Bench, tiny: bool) -> Iterator[Figure]:
 
 
 def lengths(bench: Bench, tiny: bool) -> Iterator[Figure]:
-    """Rows of many lengths through FlexAttention: all are fused, with the losses of the block-wise attention."""
+    """Packs of many lengths through FlexAttention: all are fused, with the losses of the block-wise attention."""
     policy, guide = models(bench, "gemma2", tiny)
-    what = "gemma2: graphs that torch compiled for rows of 24 lengths"
+    what = "gemma2: graphs that torch compiled for packs of 24 lengths"
     if bench.device.type != "cuda":
         yield skipped("lengths", what, "FlexAttention is compiled on a GPU only")
         return

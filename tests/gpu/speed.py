@@ -14,27 +14,27 @@ from megatron_tgdpo.training.step import train_step
 from tests.gpu.bench import Bench, packs_of, random_weights
 from tests.gpu.figures import Figure, at_least, at_most, mfu, random_pairs, skipped, step_flops, write_shape
 
-# What the issue asks of one H100, at the 3B shape and 8,192-token rows.
+# What the issue asks of one H100, at the 3B shape and 8,192-token packs.
 WANTED = {"mfu": 0.45, "fp8": 1.25, "colocated": 1.75, "hf": 2.0}
 
 
 def speed(bench: Bench, tiny: bool, peak: float | None, time_left: Callable[[], float]) -> Iterator[Figure]:
-    """Every shape and row length; the 3B shape at 8,192 tokens first, with the limits."""
+    """Every shape and pack length; the 3B shape at 8,192 tokens first, with the limits."""
     cells = [("tiny", 256)] if tiny else [("3B", 8192), ("1B", 8192), ("3B", 2048), ("1B", 2048)]
-    for shape, row in cells:
-        judged = (shape, row) == cells[0] and not tiny
+    for shape, pack in cells:
+        judged = (shape, pack) == cells[0] and not tiny
         if time_left() < (0 if tiny else 60):
             reason = "no time left: raise --minutes, or --parts speed"
-            yield skipped("speed", f"{shape}, rows of {row}", reason, judged=judged)
+            yield skipped("speed", f"{shape}, packs of {pack}", reason, judged=judged)
             continue
-        yield from cell(bench, shape, row, peak, judged=judged)
+        yield from cell(bench, shape, pack, peak, judged=judged)
 
 
-def cell(bench: Bench, shape: str, row: int, peak: float | None, *, judged: bool) -> Iterator[Figure]:
-    """One shape at one row length: bf16 and FP8, cached and co-located, and plain HF."""
+def cell(bench: Bench, shape: str, pack: int, peak: float | None, *, judged: bool) -> Iterator[Figure]:
+    """One shape at one sequence length: bf16 and FP8, cached and co-located, and plain HF."""
     directory = bench.root / f"shape-{shape}"
     hf_config = write_shape(directory, shape)
-    pairs = random_pairs(16, row // 4, hf_config.vocab_size, 0)
+    pairs = random_pairs(16, pack // 4, hf_config.vocab_size, 0)
     lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
     seconds: dict[str, float] = {}
     precisions: dict[str, dict[str, Any]] = {
@@ -42,13 +42,13 @@ def cell(bench: Bench, shape: str, row: int, peak: float | None, *, judged: bool
     }  # fmt: skip
     for name, precision in precisions.items():
         for mode in ("cached", "colocated"):
-            what = f"{shape}, rows of {row}, {name}, {mode}"
+            what = f"{shape}, packs of {pack}, {name}, {mode}"
             guidance = {"mode": mode, "cache": "unused" if mode == "cached" else None}
             try:
-                config = bench.config(directory, directory, row, row // 2, precision=precision, guidance=guidance)
+                config = bench.config(directory, directory, pack, pack // 2, precision=precision, guidance=guidance)
                 with random_weights():
                     engine = bench.engine(config)
-                packs = packs_of(pairs, engine.row, cached=mode == "cached")
+                packs = packs_of(pairs, engine.pack_format, cached=mode == "cached")
                 taken, memory = bench.timed(partial(train_step, engine, packs), 2, 3)
             except (UserError, torch.cuda.OutOfMemoryError) as error:
                 yield skipped("speed", what, str(error), judged=judged)
@@ -57,7 +57,7 @@ def cell(bench: Bench, shape: str, row: int, peak: float | None, *, judged: bool
                 engine = None
                 bench.forget()
             frozen = (hf_config, hf_config) if mode == "colocated" else ()
-            flops = step_flops(hf_config, frozen, lengths, row, shared=config.shared_prompts)
+            flops = step_flops(hf_config, frozen, lengths, pack, shared=config.shared_prompts)
             seconds[f"{name} {mode}"] = taken
             yield Figure(
                 "speed", f"{what}: pairs", len(pairs) / taken, "pairs/s", note=f"{flops / taken / 1e12:.0f} TFLOP/s"
@@ -69,16 +69,16 @@ def cell(bench: Bench, shape: str, row: int, peak: float | None, *, judged: bool
                 judge = judged and (name, mode) == ("bf16", "cached")
                 figure = at_least("speed", f"{what}: MFU", used, WANTED["mfu"]) if judge else None
                 yield figure or Figure("speed", f"{what}: MFU of the bf16 peak", used)
-    yield from ratios(f"{shape}, rows of {row}", seconds, judged=judged)
+    yield from ratios(f"{shape}, packs of {pack}", seconds, judged=judged)
     try:
         plain = bench.timed(plain_step(hf_config, pairs[:4], bench.device), 1, 1)[0] * len(pairs) / 4
     except torch.cuda.OutOfMemoryError as error:
-        yield skipped("speed", f"{shape}, rows of {row}: plain HF", str(error), judged=judged)
+        yield skipped("speed", f"{shape}, packs of {pack}: plain HF", str(error), judged=judged)
         return
     finally:
         bench.forget()
     if "bf16 colocated" in seconds:
-        faster, what = plain / seconds["bf16 colocated"], f"{shape}, rows of {row}: pairs/s over plain HF"
+        faster, what = plain / seconds["bf16 colocated"], f"{shape}, packs of {pack}: pairs/s over plain HF"
         yield at_least("speed", what, faster, WANTED["hf"]) if judged else Figure("speed", what, faster)
 
 

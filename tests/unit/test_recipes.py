@@ -9,7 +9,7 @@ from megatron_tgdpo.config.loading import load_config
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import Plan, make_plan
@@ -44,8 +44,8 @@ def plan_of(recipe: Path, tmp_path: Path) -> Plan:
     frozen = (model,) if config.model.guide is None else (model, model)
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, shared_prompts=True)
     keep = config.train.keep_logits_mib * 2**20
-    row = Row(config.row_tokens, config.data.max_length, 2, batch.gathered_keys, keep)
-    job = Job(model, frozen, row, batch)
+    pack = Pack(config.seq_length, config.data.max_length, 2, batch.gathered_keys, keep)
+    job = Job(model, frozen, pack, batch)
     cluster = Cluster(nodes=int(said["nodes"]), gpus_per_node=int(said["gpus"]))
     return make_plan(job, cluster, layout_of(config, cluster.gpus), config.train.recompute)
 

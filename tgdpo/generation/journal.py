@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.storage.atomic_file import aside_of, replacing
+from megatron_tgdpo.storage.atomic_file import replacing, temporary_path
 from megatron_tgdpo.storage.json_text import parse_json
 
 # Not .jsonl: FastChat and Arena-Hard read every file of that name in the directory of the answers.
@@ -133,14 +133,14 @@ class Journal:
 
 
 def write_whole(path: Path, chunks: Iterable[str]) -> None:
-    """Writes a text file aside, syncs and renames it: it is there whole or as it was before.
+    """Writes a text file under a temporary name, syncs and renames it: it is there whole or as it was before.
 
     Raises:
         UserError: It cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(chunks)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
@@ -154,11 +154,11 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise UserError(f"{path}: cannot be written: it is a directory")
-    aside = aside_of(path)
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-        aside.unlink()
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 

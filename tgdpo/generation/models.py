@@ -18,7 +18,7 @@ from megatron_tgdpo.checkpoints.directory import (
     newest_checkpoint,
     read_metadata,
 )
-from megatron_tgdpo.data.encode import encode_sides
+from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import Tokenizer
@@ -109,7 +109,7 @@ def stop_ids(generation_config: GenerationConfig | None, tokenizer: Tokenizer) -
     ids = set(given if isinstance(given, list) else [given])
     ids.add(tokenizer.eos_id)
     if tokenizer.template is not None:
-        _, turn, _ = encode_sides(Example((Message("user", "a"),), "b", "b"), tokenizer, "a probe of the template")
+        _, turn, _ = encode_responses(Example((Message("user", "a"),), "b", "b"), tokenizer, "a probe of the template")
         if any(tokenizer.encode(token) == turn[-1:] for token in tokenizer.special_tokens):
             ids.add(turn[-1])
     return sorted(number for number in ids if number is not None)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from megatron_tgdpo.data.encode import encode_sides
+from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import load_tokenizer
@@ -106,7 +106,7 @@ class RewardModelScorer:
 
     def _ids(self, prompt: PromptContent, answer: str, place: str) -> list[int]:
         if isinstance(prompt, str):
-            before, response, _ = encode_sides(Example(prompt, answer, answer), self._tokenizer, place)
+            before, response, _ = encode_responses(Example(prompt, answer, answer), self._tokenizer, place)
             return [*before, *response]
         template = self._tokenizer.template
         if template is None:

@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_tgdpo.batching.collate import PreferenceBatch, collate
-from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
 from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, FrozenMailbox
@@ -96,13 +96,13 @@ class StandInStage(MegatronModule):
     """A chunk of the policy, with the frozen models where they run along."""
 
     def __init__(
-        self, config: TransformerConfig, case: Case, mailbox: FrozenMailbox, *, first: bool, last: bool
+        self, config: TransformerConfig, case: Case, p2p_buffer: FrozenMailbox, *, first: bool, last: bool
     ) -> None:
         super().__init__(config)
         parts = config.virtual_pipeline_model_parallel_size or 1
-        frozen = case.frozen if mailbox.width else 0.0
+        frozen = case.frozen if p2p_buffer.width else 0.0
         self.seconds = ((1.0 / parts + frozen) * case.unit, 2.0 / parts * case.unit)
-        self.mailbox, self.first, self.last = mailbox, first, last
+        self.p2p_buffer, self.first, self.last = p2p_buffer, first, last
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.input: Tensor | None = None
         self.model_type = ModelType.encoder_or_decoder
@@ -112,12 +112,12 @@ class StandInStage(MegatronModule):
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         del batch
-        if self.mailbox.width and not self.first:
-            self.mailbox.take_incoming()
+        if self.p2p_buffer.width and not self.first:
+            self.p2p_buffer.take_incoming()
         hidden = torch.zeros(_TOKENS, 1, _HIDDEN) if self.first else self.input
         output = _Sleep.apply(hidden, self.weight, *self.seconds)
-        if self.mailbox.width and not self.last:
-            self.mailbox.outgoing = torch.zeros(_TOKENS, 1, self.mailbox.width)
+        if self.p2p_buffer.width and not self.last:
+            self.p2p_buffer.outgoing = torch.zeros(_TOKENS, 1, self.p2p_buffer.width)
         return output
 
 
@@ -154,15 +154,15 @@ class Bench:
             calculate_per_token_loss=True,
             use_cpu_initialization=True,
         )
-        mailbox = FrozenMailbox(_HIDDEN if case.schedule == "co-located" else 0, torch.float32)
+        p2p_buffer = FrozenMailbox(_HIDDEN if case.schedule == "co-located" else 0, torch.float32)
         self.case, self.pg = case, pg
         self.models = [
             StandInStage(
-                config, case, mailbox, first=stage == 0 and chunk == 0, last=stage == last and chunk == chunks - 1
+                config, case, p2p_buffer, first=stage == 0 and chunk == 0, last=stage == last and chunk == chunks - 1
             )
             for chunk in range(chunks)
         ]
-        self.communicator = ColocatedCommunicator(pg.pp, config, mailbox, _CPU)
+        self.communicator = ColocatedCommunicator(pg.pp, config, p2p_buffer, _CPU)
         self.prefetcher = None
         if case.schedule == "prefetch":
             channel = FrozenChannel(pg.pp, (_TOKENS, 1, _HIDDEN), torch.float32, _CPU, timeout_minutes=5)
@@ -171,7 +171,7 @@ class Bench:
 
     def step(self) -> None:
         """One step: all forwards and backwards."""
-        packs = [collate([], RowFormat(_TOKENS))] * self.case.micro_batches
+        packs = [collate([], PackFormat(_TOKENS))] * self.case.micro_batches
         if self.prefetcher is None:
             self._run(iter(packs))
             return

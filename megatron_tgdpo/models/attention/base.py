@@ -1,6 +1,6 @@
-"""What all core attentions share: gather the keys of each segment, call one kernel for the row, keep padding.
+"""What all core attentions share: gather the keys of each segment, call one kernel for the pack, keep padding.
 
-Legend: S tokens of the row on this rank, T of them that are not padding, K keys of all segments, N local query heads,
+Legend: S tokens of the pack on this rank, T of them that are not padding, K keys of all segments, N local query heads,
 G local key/value heads, D head size, B segments.
 """
 
@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_tgdpo.batching.packed_sequence import RowPacking
+from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.models.config import LanguageModelConfig
 
 # cuDNN before 9.7 wants the longest sequences in multiples of this (TransformerEngine 2.9, fused_attn.cpp); for every
@@ -25,13 +25,13 @@ _LENGTH_STEP = 64
 
 @dataclass(frozen=True)
 class Segments:
-    """How the queries and the keys of a row belong together, where the kernels want it.
+    """How the queries and the keys of a pack belong together, where the kernels want it.
 
     Attributes:
         cu_seqlens_q: [B + 1] int32 on the device, bounds of the query segments.
         cu_seqlens_kv: [B + 1] int32 on the device, bounds of their keys.
-        kv_index: [K] int64 on the device, row positions of the keys; None where the keys are the queries' own.
-        row: S.
+        kv_index: [K] int64 on the device, pack positions of the keys; None where the keys are the queries' own.
+        seq_length: S.
         queries: T.
         longest_q: Upper bound of a segment's queries.
         longest_kv: Upper bound of its keys, not smaller.
@@ -41,18 +41,18 @@ class Segments:
     cu_seqlens_q: Tensor
     cu_seqlens_kv: Tensor
     kv_index: Tensor | None
-    row: int
+    seq_length: int
     queries: int
     longest_q: int
     longest_kv: int
     lengths: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, packing: RowPacking, row: int, device: torch.device) -> "Segments":
-        """Reads a row's packing.
+    def of(cls, packing: PackedSequence, seq_length: int, device: torch.device) -> "Segments":
+        """Reads a pack's packing.
 
         Raises:
-            ValueError: No bounds, or bounds that do not fit the row or each other.
+            ValueError: No bounds, or bounds that do not fit the pack or each other.
         """
         if packing.cu_seqlens_q is None:
             raise ValueError("packed_seq_params.cu_seqlens_q is missing: every pipeline stage needs it")
@@ -63,16 +63,16 @@ class Segments:
         if bounds_q[0] != 0 or bounds_kv[0] != 0 or any(not 0 <= q <= kv for q, kv in lengths):
             raise ValueError("packed_seq_params: every segment needs at least as many keys as queries, from 0 on")
         queries = int(bounds_q[-1])
-        if queries > row or (kv_index is not None and int(bounds_kv[-1]) != len(kv_index)):
+        if queries > seq_length or (kv_index is not None and int(bounds_kv[-1]) != len(kv_index)):
             raise ValueError(
-                f"packed_seq_params: {queries} queries do not fit a row of {row} tokens, or keys are amiss"
+                f"packed_seq_params: {queries} queries do not fit a pack of {seq_length} tokens, or keys are amiss"
             )
         longest_q = _rounded(max((q for q, _ in lengths), default=0))
         return cls(
             bounds_q.to(device, non_blocking=True),
             bounds_kv.to(device, non_blocking=True),
             None if kv_index is None else kv_index.to(device, non_blocking=True),
-            row,
+            seq_length,
             queries,
             longest_q,
             _rounded(max((kv for _, kv in lengths), default=0)),
@@ -84,14 +84,14 @@ def _rounded(length: int) -> int:
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
-class RowCache:
-    """What the layers of one model make of a packing, once for all of them: the latest row's only."""
+class PackCache:
+    """What the layers of one model make of a packing, once for all of them: the latest pack's only."""
 
     def __init__(self) -> None:
-        self._packing: RowPacking | None = None
+        self._packing: PackedSequence | None = None
         self._made: dict[Any, Any] = {}
 
-    def get(self, packing: RowPacking, key: Any, make: Any) -> Any:
+    def get(self, packing: PackedSequence, key: Any, make: Any) -> Any:
         """``make()``, or what it gave the last time for this packing (the object) and key."""
         if self._packing is not packing:
             self._packing, self._made = packing, {}
@@ -101,12 +101,12 @@ class RowCache:
 
 
 class PackedAttention(torch.nn.Module, abc.ABC):
-    """Causal attention inside each segment of a row, by a kernel that subclasses bring.
+    """Causal attention inside each segment of a pack, by a kernel that subclasses bring.
 
     Every segment is causal with bottom-right alignment: its last query sees all its keys. With ``config.window_size``
     (W - 1, 0), on the layers that ``window_attn_skip_freq`` marks, a token sees itself and the W - 1 before it. With
     ``config.attn_logit_softcapping`` the scaled scores are capped. Under context parallelism the keys and values of
-    all ranks of ``pg_collection.cp`` are gathered along the row in rank order, and ``kv_index`` counts positions
+    all ranks of ``pg_collection.cp`` are gathered along the pack in rank order, and ``kv_index`` counts positions
     there. Has no parameters of its own. The constructor's other arguments are those that megatron-core gives to every
     core attention; ``layer_number`` is global, from 1.
 
@@ -125,7 +125,7 @@ class PackedAttention(torch.nn.Module, abc.ABC):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         *,
-        cache: RowCache | None = None,
+        cache: PackCache | None = None,
     ) -> None:
         super().__init__()
         del attention_type, cp_comm_type
@@ -142,7 +142,7 @@ class PackedAttention(torch.nn.Module, abc.ABC):
             if pg_collection is None:
                 raise ValueError("context parallelism needs pg_collection.cp")
             self._cp_group = pg_collection.cp
-        self._cache = cache or RowCache()
+        self._cache = cache or PackCache()
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -150,7 +150,7 @@ class PackedAttention(torch.nn.Module, abc.ABC):
         return (-1 if self.window is None else self.window - 1, 0)
 
     @abc.abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: RowPacking) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: PackedSequence) -> Tensor:
         """[T, N, D], [K, G, D] twice -> [T, N, D] or [T, N * D]; T > 0."""
 
     def sharded_state_dict(
@@ -168,9 +168,9 @@ class PackedAttention(torch.nn.Module, abc.ABC):
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: RowPacking | None = None,
+        packed_seq_params: PackedSequence | None = None,
     ) -> Tensor:
-        """Attends within each segment of the row.
+        """Attends within each segment of the pack.
 
         Args:
             query: [S, 1, N, D].
@@ -179,7 +179,7 @@ class PackedAttention(torch.nn.Module, abc.ABC):
             attention_mask: Must be None.
             attn_mask_type: Ignored, always causal.
             attention_bias: Must be None.
-            packed_seq_params: The row's segments and their keys.
+            packed_seq_params: The pack's segments and their keys.
 
         Returns:
             [S, 1, N * D], zero on the padding. All-gathers keys and values over the context-parallel group.
@@ -190,14 +190,14 @@ class PackedAttention(torch.nn.Module, abc.ABC):
         del attn_mask_type
         if packed_seq_params is None or attention_mask is not None or attention_bias is not None:
             raise ValueError(f"{type(self).__name__} takes packed_seq_params, and neither a mask nor a bias")
-        row = query.shape[0]
+        seq_length = query.shape[0]
         segments: Segments = self._cache.get(
-            packed_seq_params, "segments", lambda: Segments.of(packed_seq_params, row, query.device)
+            packed_seq_params, "segments", lambda: Segments.of(packed_seq_params, seq_length, query.device)
         )
         if self._cp_group is not None:
             both = torch.stack((key, value), dim=1)
             key, value = gather_from_sequence_parallel_region(both, group=self._cp_group).unbind(1)
-        # Times zero, not new zeros: a row that is all padding must still reach every parameter in backward, the norms
+        # Times zero, not new zeros: a pack that is all padding must still reach every parameter in backward, the norms
         # of keys too, or data-parallel ranks would wait for its gradient hooks.
         nothing = (key[:1].sum() + value[:1].sum()) * 0
         padding = query[segments.queries :].flatten(2) * 0 + nothing.to(query.dtype)

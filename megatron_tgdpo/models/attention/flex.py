@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from megatron_tgdpo.batching.packed_sequence import RowPacking
+from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.models.attention.base import PackedAttention, Segments
 
-# Rows are padded to a multiple of this, the kernel's block.
+# Packs are padded to a multiple of this, the kernel's block.
 _BLOCK = 128
-# Wider than any row: the window of a layer without one.
+# Wider than any pack: the window of a layer without one.
 _NO_WINDOW = 2**30
 
 
@@ -26,16 +26,16 @@ def _compiled(function: Callable) -> Callable:
     """Compiled once a process: the layers of a model share it.
 
     Compilation gives up after a few shapes (torch's recompile limit) and then runs unfused. So nothing that changes
-    with the row or the layer may be a constant to it: rows have one length, keys that or a power of two times that, and
-    windows are tensors.
+    with the pack or the layer may be a constant to it: packs have one length, keys that or a power of two times
+    that, and windows are tensors.
     """
     return torch.compile(function, dynamic=False)
 
 
 class FlexPackedAttention(PackedAttention):
-    """One FlexAttention call a row; windows and softcaps."""
+    """One FlexAttention call a pack; windows and softcaps."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: RowPacking) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: PackedSequence) -> Tensor:
         """[T, N, D], [K, G, D] twice -> [T, N, D]."""
         mask: BlockMask = self._cache.get(packing, ("mask", self.window), lambda: self._mask(segments, query.device))
         run: Any = _compiled(flex_attention) if query.is_cuda else flex_attention
@@ -54,7 +54,7 @@ class FlexPackedAttention(PackedAttention):
         """Which blocks of keys the blocks of queries see."""
         lengths_q, lengths_kv = ([pair[side] for pair in segments.lengths] for side in (0, 1))
         # Padding belongs to segments that nothing else is in.
-        padded_q = padded_kv = -(-max(segments.row, 1) // _BLOCK) * _BLOCK
+        padded_q = padded_kv = -(-max(segments.seq_length, 1) // _BLOCK) * _BLOCK
         while padded_kv < sum(lengths_kv):
             padded_kv *= 2
         segment_q, place_q = _places(lengths_q, [kv - q for q, kv in segments.lengths], -1, padded_q)

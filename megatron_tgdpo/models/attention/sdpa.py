@@ -1,6 +1,6 @@
-"""Core attention of the local layer spec: causal, one segment of a row at a time, on PyTorch's SDPA where it can.
+"""Core attention of the local layer spec: causal, one segment of a pack at a time, on PyTorch's SDPA where it can.
 
-Legend: T tokens of the row that are not padding, K keys of all segments, N local query heads, G local key/value heads,
+Legend: T tokens of the pack that are not padding, K keys of all segments, N local query heads, G local key/value heads,
 D head size, s queries and t keys of one segment.
 """
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_tgdpo.batching.packed_sequence import RowPacking
+from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.models.attention.base import PackedAttention, Segments
 
 # Query rows done at a time where SDPA's causal kernel does not apply: bounds the memory of the scores.
@@ -19,7 +19,7 @@ _QUERY_BLOCK = 1024
 class PackedCausalAttention(PackedAttention):
     """Attends to one segment after another; runs on every device."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: RowPacking) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: PackedSequence) -> Tensor:
         """[T, N, D], [K, G, D] twice -> [T, N * D]."""
         del packing
         queries, keys = ([lengths[side] for lengths in segments.lengths] for side in (0, 1))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_tgdpo.batching.packed_sequence import RowPacking
+from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.models.attention.base import PackedAttention, Segments
 from megatron_tgdpo.models.config import LanguageModelConfig
 
@@ -17,7 +17,7 @@ MASK = "padding_causal_bottom_right"
 
 
 class TransformerEngineAttention(PackedAttention):
-    """One call of flash attention or cuDNN's fused attention a row, whichever Transformer Engine takes; windows.
+    """One call of flash attention or cuDNN's fused attention a pack, whichever Transformer Engine takes; windows.
 
     Raises:
         ValueError: The model caps scores.
@@ -54,7 +54,7 @@ class TransformerEngineAttention(PackedAttention):
         self._kernel[0].train(mode)
         return self
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: RowPacking) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: PackedSequence) -> Tensor:
         """[T, N, D], [K, G, D] twice -> [T, N * D]."""
         del packing
         with self._autocast(enabled=False):

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_tgdpo.batching.packed_sequence import RowPacking
+from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.models.attention.base import PackedAttention, Segments
 
 
 class VarlenAttention(PackedAttention):
-    """One flash-attention call a row; bf16, windows, no softcap."""
+    """One flash-attention call a pack; bf16, windows, no softcap."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: RowPacking) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: PackedSequence) -> Tensor:
         """[T, N, D], [K, G, D] twice -> [T, N, D]."""
         from torch.nn.attention.varlen import varlen_attn
 

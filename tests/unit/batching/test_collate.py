@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from megatron_tgdpo.batching.collate import collate
-from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.batching.packer import plan_packs
-from megatron_tgdpo.batching.sampler import DatasetPart, make_data_order
+from megatron_tgdpo.batching.sampler import DatasetPart, make_sampler
 from megatron_tgdpo.data.dataset import PreferencePair
 
 
@@ -16,43 +16,43 @@ def pair(index: int, prompt: list[int], chosen: list[int], rejected: list[int]) 
 
 
 def test_every_pair_is_seen_once_per_epoch_in_a_new_order() -> None:
-    order = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
+    order = make_sampler([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
     stream = [i for step in range(1, 6) for i in order.step_indices(step)]
     assert len(stream) == 20
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:]
     assert stream[:10] != list(range(10))
-    again = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
+    again = make_sampler([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
     assert [again.step_indices(step) for step in (3, 1)] == [stream[8:12], stream[:4]]
-    other = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=2)
+    other = make_sampler([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=2)
     assert other.step_indices(1) != stream[:4]
 
 
 def test_epochs_end_with_a_smaller_step_and_file_order_is_kept() -> None:
-    order = make_data_order([DatasetPart(10)], 4, steps=None, epochs=1, shuffle=False, seed=1)
+    order = make_sampler([DatasetPart(10)], 4, steps=None, epochs=1, shuffle=False, seed=1)
     assert order.steps == 3
     assert [order.step_indices(step) for step in (1, 2, 3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [order.consumed_pairs(step) for step in (0, 1, 3)] == [0, 4, 10]
 
 
 def test_a_changed_batch_goes_on_with_the_pairs_that_follow() -> None:
-    before = make_data_order([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
+    before = make_sampler([DatasetPart(10)], 4, steps=5, epochs=None, shuffle=True, seed=1)
     seen = [index for step in (1, 2) for index in before.step_indices(step)]
-    after = make_data_order([DatasetPart(10)], 2, 6, None, True, 1, done_steps=2, done_pairs=before.consumed_pairs(2))
+    after = make_sampler([DatasetPart(10)], 2, 6, None, True, 1, done_steps=2, done_pairs=before.consumed_pairs(2))
     assert after.steps == 6
     later = [index for step in range(3, 7) for index in after.step_indices(step)]
     assert len(later) == 8
     stream = [index for step in range(1, 5) for index in before.step_indices(step)]
     assert seen + later == stream
     # As it was, it is the same order.
-    same = make_data_order([DatasetPart(10)], 4, 5, None, True, 1, done_steps=2, done_pairs=8)
+    same = make_sampler([DatasetPart(10)], 4, 5, None, True, 1, done_steps=2, done_pairs=8)
     assert [same.step_indices(step) for step in (3, 4, 5)] == [before.step_indices(step) for step in (3, 4, 5)]
 
 
 def test_more_epochs_after_a_smaller_last_step_skip_nothing() -> None:
-    before = make_data_order([DatasetPart(10)], 4, None, 1, False, 1)
+    before = make_sampler([DatasetPart(10)], 4, None, 1, False, 1)
     assert (before.steps, before.consumed_pairs(3)) == (3, 10)
-    after = make_data_order([DatasetPart(10)], 4, None, 2, False, 1, done_steps=3, done_pairs=10)
+    after = make_sampler([DatasetPart(10)], 4, None, 2, False, 1, done_steps=3, done_pairs=10)
     assert after.steps == 6
     assert [index for step in (4, 5, 6) for index in after.step_indices(step)] == list(range(10))
 
@@ -79,7 +79,7 @@ def test_a_plan_of_fewer_packs_than_ranks_gives_empty_packs() -> None:
 
 
 def test_collate() -> None:
-    batch = collate([pair(4, [10, 11], [12, 13, 2], [14]), pair(9, [20], [21], [22, 23])], RowFormat(16))
+    batch = collate([pair(4, [10, 11], [12, 13, 2], [14]), pair(9, [20], [21], [22, 23])], PackFormat(16))
     assert batch.tokens.tolist() == [[10, 11, 12, 13, 2, 10, 11, 14, 20, 21, 20, 22, 23, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 1, 2, 0, 0, 0]]
     assert batch.packing.cu_seqlens_q.tolist() == [0, 5, 8, 10, 13]
@@ -89,12 +89,12 @@ def test_collate() -> None:
     # Each target is the token right after its logit position.
     assert torch.equal(batch.tokens[0, batch.logit_positions + 1], batch.targets)
     assert batch.pair_indices.tolist() == [4, 9]
-    assert RowFormat(16).pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [8, 5]
-    assert RowFormat(16).real_tokens(np.array([[2, 3, 1], [1, 1, 2]])) == 13
+    assert PackFormat(16).pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [8, 5]
+    assert PackFormat(16).real_tokens(np.array([[2, 3, 1], [1, 1, 2]])) == 13
 
 
 def test_collate_without_pairs() -> None:
-    batch = collate([], RowFormat(8))
+    batch = collate([], PackFormat(8))
     assert batch.tokens.shape == (1, 8)
     assert batch.packing.cu_seqlens_q.tolist() == [0]
     assert batch.targets.numel() == batch.logit_positions.numel() == batch.response_lengths.numel() == 0
@@ -104,8 +104,8 @@ PAIRS = [pair(4, [10, 11], [12, 13, 2], [14]), pair(9, [20], [21], [22, 23])]
 
 
 def test_a_shared_prompt_is_there_once() -> None:
-    row = RowFormat(12, shared_prompts=True)
-    batch = collate(PAIRS, row)
+    pack = PackFormat(12, shared_prompts=True)
+    batch = collate(PAIRS, pack)
     assert batch.tokens.tolist() == [[10, 11, 12, 13, 2, 14, 20, 21, 22, 23, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2, 0, 0]]
     assert batch.packing.cu_seqlens_q.tolist() == [0, 5, 6, 8, 10]
@@ -115,15 +115,15 @@ def test_a_shared_prompt_is_there_once() -> None:
     # The prompt's last position predicts the first token of both responses.
     assert batch.logit_positions.tolist() == [1, 2, 3, 1, 6, 6, 8]
     assert batch.targets.tolist() == [12, 13, 2, 14, 21, 22, 23]
-    assert row.pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [6, 4]
-    assert row.real_tokens(np.array([[2, 3, 1], [1, 1, 2]])) == 10
+    assert pack.pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [6, 4]
+    assert pack.real_tokens(np.array([[2, 3, 1], [1, 1, 2]])) == 10
 
 
 def test_context_ranks_hold_every_response_token_once() -> None:
-    formats = [RowFormat(32, context=2, context_rank=rank) for rank in range(2)]
+    formats = [PackFormat(32, context=2, context_rank=rank) for rank in range(2)]
     assert formats[0].pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [8 + 4, 4 + 4]
-    parts = [collate(PAIRS, row) for row in formats]
-    whole = collate(PAIRS, RowFormat(32))
+    parts = [collate(PAIRS, pack) for pack in formats]
+    whole = collate(PAIRS, PackFormat(32))
     assert sorted(np.concatenate([part.response_order for part in parts]).tolist()) == list(range(7))
     for part in parts:
         assert part.tokens.shape == (1, 16)
@@ -137,16 +137,16 @@ def test_context_ranks_hold_every_response_token_once() -> None:
 
 
 def test_a_row_is_cut_where_it_ends() -> None:
-    row = RowFormat(64, multiple=4)
-    batch, whole = collate(PAIRS, row), collate(PAIRS, RowFormat(64))
+    pack = PackFormat(64, multiple=4)
+    batch, whole = collate(PAIRS, pack), collate(PAIRS, PackFormat(64))
     assert batch.tokens.shape == (1, 16)
     assert torch.equal(batch.tokens, whole.tokens[:, :16])
     assert torch.equal(batch.logit_positions, whole.logit_positions)
-    assert collate([], row).tokens.shape == (1, 4)
-    assert [row.cut(used) for used in (0, 4, 5, 64)] == [4, 4, 8, 64]
-    part = collate(PAIRS, RowFormat(64, context=2, context_rank=1, multiple=8))
+    assert collate([], pack).tokens.shape == (1, 4)
+    assert [pack.cut(used) for used in (0, 4, 5, 64)] == [4, 4, 8, 64]
+    part = collate(PAIRS, PackFormat(64, context=2, context_rank=1, multiple=8))
     assert part.tokens.shape == (1, 12)
-    assert torch.equal(part.targets, collate(PAIRS, RowFormat(64, context=2, context_rank=1)).targets)
+    assert torch.equal(part.targets, collate(PAIRS, PackFormat(64, context=2, context_rank=1)).targets)
 
 
 class Cache:
@@ -161,18 +161,18 @@ class Cache:
 
 def test_cached_logps_follow_their_tokens() -> None:
     reference = [-1, -2, -3, -4, -1, -2, -3]
-    for row in (RowFormat(32), RowFormat(32, shared_prompts=True)):
-        batch = collate(PAIRS, row, Cache())
+    for pack in (PackFormat(32), PackFormat(32, shared_prompts=True)):
+        batch = collate(PAIRS, pack, Cache())
         assert batch.reference_logps is not None
         assert batch.guide_logps is not None
         assert batch.reference_logps.tolist() == reference
         assert batch.guide_logps.tolist() == [value - 10 for value in reference]
         assert batch.reference_logps.dtype == torch.float32
     for rank in range(2):
-        part = collate(PAIRS, RowFormat(32, context=2, context_rank=rank), Cache())
+        part = collate(PAIRS, PackFormat(32, context=2, context_rank=rank), Cache())
         assert part.reference_logps is not None
         assert part.reference_logps.tolist() == [reference[i] for i in part.response_order]
-    empty = collate([], RowFormat(8), Cache())
+    empty = collate([], PackFormat(8), Cache())
     assert empty.reference_logps is not None
     assert empty.guide_logps is not None
     assert empty.reference_logps.numel() == empty.guide_logps.numel() == 0

@@ -1,4 +1,4 @@
-"""Rows need only hold the longest pair that the data has: what the config takes, what the data refuses."""
+"""Packs need only hold the longest pair that the data has: what the config takes, what the data refuses."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_a_row_holds_the_longest_pair_and_no_more(
 )
 def test_rows_hold_any_pair_where_nothing_is_said(max_length: int, parallel: dict[str, Any], expected: int) -> None:
     data = {"train": "pairs.jsonl", "max_length": max_length}
-    assert config_from_dict({**VALID, "data": data, "parallel": parallel}).row_tokens == expected
+    assert config_from_dict({**VALID, "data": data, "parallel": parallel}).seq_length == expected
 
 
 def test_sft_has_no_prompts_to_share() -> None:

@@ -4,15 +4,15 @@ from collections import Counter
 
 import pytest
 
-from megatron_tgdpo.batching.sampler import DataOrder, DatasetPart, make_data_order
+from megatron_tgdpo.batching.sampler import DatasetPart, Sampler, make_sampler
 
 
-def stream(order: DataOrder) -> list[int]:
+def stream(order: Sampler) -> list[int]:
     return [index for step in range(1, order.steps + 1) for index in order.step_indices(step)]
 
 
-def order_of(*parts: tuple[int, float], epochs: float = 1, pairs: int = 4, shuffle: bool = True) -> DataOrder:
-    return make_data_order([DatasetPart(*part) for part in parts], pairs, None, epochs, shuffle, 3)
+def order_of(*parts: tuple[int, float], epochs: float = 1, pairs: int = 4, shuffle: bool = True) -> Sampler:
+    return make_sampler([DatasetPart(*part) for part in parts], pairs, None, epochs, shuffle, 3)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -55,12 +55,12 @@ def test_file_order_goes_on_where_the_last_epoch_ended() -> None:
 
 def test_a_continued_run_takes_what_the_whole_one_would() -> None:
     parts = [DatasetPart(9, 2), DatasetPart(10, 0.3)]
-    whole = make_data_order(parts, 4, 12, None, True, 5)
+    whole = make_sampler(parts, 4, 12, None, True, 5)
     for done in (1, 5, 6, 11):
-        rest = make_data_order(parts, 4, 12, None, True, 5, done, whole.consumed_pairs(done))
+        rest = make_sampler(parts, 4, 12, None, True, 5, done, whole.consumed_pairs(done))
         for step in range(done + 1, 13):
             assert rest.step_indices(step) == whole.step_indices(step)
-    smaller = make_data_order(parts, 2, 12, None, True, 5, 6, whole.consumed_pairs(6))
+    smaller = make_sampler(parts, 2, 12, None, True, 5, 6, whole.consumed_pairs(6))
     assert smaller.step_indices(7) + smaller.step_indices(8) == whole.step_indices(7)
 
 

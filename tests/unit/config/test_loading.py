@@ -35,7 +35,7 @@ def test_file_defaults_and_overrides(tmp_path: Path) -> None:
     assert config.train.steps is None
     assert config.loss.beta == 0.1  # the paper's default
     assert config.reference_path == "policy"
-    assert config.row_tokens == 2 * config.data.max_length
+    assert config.seq_length == 2 * config.data.max_length
 
 
 def test_the_saved_config_reads_back_equal(tmp_path: Path) -> None:

@@ -283,14 +283,14 @@ def other_export(checkpoint: Path, out: Path, release: Path, host: str | None = 
     code = (
         "import sys, time\nfrom pathlib import Path\n"
         "from checkpoints_convert import command_line, megatron_to_hf, sequential_file\n"
-        "from megatron_tgdpo import aside\n"
+        "from megatron_tgdpo.storage import atomic_file\n"
         "write, (release, host) = sequential_file._write, sys.argv[1:3]\n"
         "def later(*arguments):\n"
         "    Path(release + '.reached').touch()\n"
         "    while not Path(release).exists(): time.sleep(0.02)\n"
         "    write(*arguments)\n"
         "sequential_file._write = later\n"
-        "if host: aside._here = lambda: (host, '1')\n"
+        "if host: atomic_file._here = lambda: (host, '1')\n"
         "del sys.argv[1:3]\ncommand_line.run(megatron_to_hf.main)"
     )
     command = [sys.executable, "-c", code, str(release), host or "", "--megatron", str(checkpoint), "--out", str(out)]

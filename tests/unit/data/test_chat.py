@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_tgdpo.data.chat import ChatTemplate
-from megatron_tgdpo.data.encode import encode_sides
+from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
@@ -112,7 +112,7 @@ def text(tokenizer: HuggingFaceTokenizer, ids: list[int]) -> str:
 def test_prompt_ends_with_the_header_and_response_with_its_end_of_turn(hf_directory, tmp_path, name):
     source, prompt_text, chosen_text = CASES[name]
     tokenizer = with_template(hf_directory, source, tmp_path)
-    prompt, chosen, rejected = encode_sides(Example(PROMPT, "Green.", "No!"), tokenizer, "f:1")
+    prompt, chosen, rejected = encode_responses(Example(PROMPT, "Green.", "No!"), tokenizer, "f:1")
     assert text(tokenizer, prompt) == prompt_text
     assert text(tokenizer, chosen) == chosen_text
     assert text(tokenizer, rejected) == chosen_text.replace("Green.", "No!")
@@ -128,13 +128,13 @@ def test_hugging_face_writes_the_same_prompt(hf_directory, tmp_path, name):
     tokenizer._hf.chat_template = CASES[name][0]
     turns = [{"role": message.role, "content": message.content} for message in PROMPT]
     expected = tokenizer._hf.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    prompt, _, _ = encode_sides(Example(PROMPT, "Green.", "No!"), tokenizer, "f:1")
+    prompt, _, _ = encode_responses(Example(PROMPT, "Green.", "No!"), tokenizer, "f:1")
     assert text(tokenizer, prompt) == expected
 
 
 def test_white_space_of_the_answer_itself_is_kept(hf_directory, tmp_path):
     tokenizer = with_template(hf_directory, CHATML, tmp_path)
-    _, chosen, rejected = encode_sides(Example(PROMPT, "\n Green. \n", "No!"), tokenizer, "f:1")
+    _, chosen, rejected = encode_responses(Example(PROMPT, "\n Green. \n", "No!"), tokenizer, "f:1")
     assert text(tokenizer, chosen) == "\n Green. \n<|im_end|>"
     assert text(tokenizer, rejected) == "No!<|im_end|>"
 
@@ -143,14 +143,16 @@ def test_answer_that_repeats_the_template_s_own_text(hf_directory, tmp_path):
     """The border is found by position, not by searching for the answer's text."""
     tokenizer = with_template(hf_directory, CHATML, tmp_path)
     for answer in ("a", "assistant\n", "user", "im_end", "<|im_end|>\n", "Another?"):
-        _, chosen, _ = encode_sides(Example(PROMPT, answer, "No!"), tokenizer, "f:1")
+        _, chosen, _ = encode_responses(Example(PROMPT, answer, "No!"), tokenizer, "f:1")
         assert text(tokenizer, chosen) == answer + "<|im_end|>"
 
 
 def test_response_of_a_spaced_tokenizer_is_encoded_in_its_place(llama_like_directory, tmp_path):
     """Alone, ' Blue. </s>' would begin with two spaces: the ids must be those of the whole conversation."""
     tokenizer = with_template(llama_like_directory, LLAMA2, tmp_path)
-    prompt, chosen, _ = encode_sides(Example((Message("user", "Name a colour."),), "Blue.", "No."), tokenizer, "f:1")
+    prompt, chosen, _ = encode_responses(
+        Example((Message("user", "Name a colour."),), "Blue.", "No."), tokenizer, "f:1"
+    )
     whole = tokenizer._hf.encode("<s>[INST] Name a colour. [/INST] Blue. </s>", add_special_tokens=False)
     assert prompt + chosen == whole
     assert chosen != tokenizer._hf.encode(" Blue. </s>", add_special_tokens=False)
@@ -160,7 +162,7 @@ def test_response_of_a_spaced_tokenizer_is_encoded_in_its_place(llama_like_direc
 def test_sides_share_the_prompt_when_a_token_would_span_the_border(hf_directory):
     """Plain text: 'capi' + 'tal' would merge into one token; prompt ids must not depend on the answer."""
     tokenizer = load_tokenizer(hf_directory)
-    prompt, chosen, rejected = encode_sides(Example("The capi", "tal of France", "?"), tokenizer, "f:1")
+    prompt, chosen, rejected = encode_responses(Example("The capi", "tal of France", "?"), tokenizer, "f:1")
     assert tokenizer.encode("The capital of France")[: len(prompt)] != prompt
     assert prompt == tokenizer.encode("The capi")
     assert chosen == [*tokenizer.encode("tal of France"), tokenizer.eos_id]
@@ -171,7 +173,7 @@ def test_template_error_names_the_record(hf_directory, tmp_path):
     tokenizer = with_template(hf_directory, GEMMA, tmp_path)
     example = Example((Message("system", "Be brief."), *PROMPT), "Green.", "No!")
     with pytest.raises(UserError, match=r"^f:9: .*System role not supported"):
-        encode_sides(example, tokenizer, "f:9")
+        encode_responses(example, tokenizer, "f:9")
 
 
 @pytest.mark.parametrize(
@@ -183,13 +185,13 @@ def test_template_error_names_the_record(hf_directory, tmp_path):
 )
 def test_template_that_is_not_prefix_stable(hf_directory, tmp_path, source):
     with pytest.raises(UserError, match=r"^f:3: .*is not prefix-stable"):
-        encode_sides(Example(PROMPT, "Green.", "No!"), with_template(hf_directory, source, tmp_path), "f:3")
+        encode_responses(Example(PROMPT, "Green.", "No!"), with_template(hf_directory, source, tmp_path), "f:3")
 
 
 def test_template_that_loses_the_answer(hf_directory, tmp_path):
     tokenizer = with_template(hf_directory, "{{ messages[0]['content'] }}", tmp_path)
     with pytest.raises(UserError, match="writes the answer 0 times"):
-        encode_sides(Example(PROMPT, "Green.", "No!"), tokenizer, "f:3")
+        encode_responses(Example(PROMPT, "Green.", "No!"), tokenizer, "f:3")
 
 
 def test_template_that_does_not_compile(hf_directory, tmp_path):
@@ -199,7 +201,7 @@ def test_template_that_does_not_compile(hf_directory, tmp_path):
 
 def test_messages_without_a_template(hf_directory):
     with pytest.raises(UserError, match=r"^f:3: messages need a chat template"):
-        encode_sides(Example(PROMPT, "Green.", "No!"), load_tokenizer(hf_directory), "f:3")
+        encode_responses(Example(PROMPT, "Green.", "No!"), load_tokenizer(hf_directory), "f:3")
 
 
 def test_date_does_not_depend_on_the_day():

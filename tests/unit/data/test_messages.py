@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from megatron_tgdpo.batching.collate import collate
-from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
-from megatron_tgdpo.data.encode import EncodedPair, encode_example, encode_prompt, encode_sides
+from megatron_tgdpo.data.encode import EncodedPair, encode_example, encode_prompt, encode_responses
 from megatron_tgdpo.data.example import Example, as_keys
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import detect_layout, parse_prompt, parse_record
@@ -62,7 +62,7 @@ def texts(record: dict[str, Any], tokenizer: HuggingFaceTokenizer) -> tuple[str,
     """Prompt, chosen and rejected as text, with what is not trained on in double brackets."""
     example = parse_record(record, detect_layout(record, "f:1"), "f:1")
     shown = []
-    for ids in encode_sides(example, tokenizer, "f:1"):
+    for ids in encode_responses(example, tokenizer, "f:1"):
         text, run = "", []
         for token, following in zip(ids, [*ids[1:], None], strict=True):
             run.append(max(token, ~token))
@@ -277,7 +277,7 @@ def test_masked_tokens_from_file_to_row(hf_directory: str, tmp_path: Path, write
     assert dataset.trained_lengths.tolist() == [[len(pair.prompt), len(kept), len(pair.rejected)]]
     assert dataset.lengths.tolist() == [[len(pair.prompt), len(pair.chosen), len(pair.rejected)]]
     for shared in (True, False):
-        batch = collate([pair], RowFormat(512, shared_prompts=shared))
+        batch = collate([pair], PackFormat(512, shared_prompts=shared))
         assert batch.targets.tolist() == [*kept.tolist(), *pair.rejected.tolist()]
         assert batch.response_lengths.tolist() == [len(kept), len(pair.rejected)]
         row = batch.tokens[0]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_tgdpo.batching.collate import collate
-from megatron_tgdpo.batching.packed_sequence import RowFormat
+from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
-from megatron_tgdpo.data.encode import encode_sides
+from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example, detect_layout, parse_record
 from megatron_tgdpo.data.options import PreprocessOptions
@@ -100,7 +100,7 @@ def test_rows_are_those_of_the_chosen_responses(files: dict[str, str], tmp_path:
     assert manifest["lengths"]["rejected"]["max"] == 0
     assert manifest["lengths"]["pair"]["total"] == int(datasets["pairs"].lengths[:, :2].sum())
     datasets["single"].verify()
-    row = RowFormat(512, shared_prompts=True, chosen_only=True)
+    row = PackFormat(512, shared_prompts=True, chosen_only=True)
     packs = [collate([data[index] for index in range(7)], row) for data in (datasets["pairs"], datasets["single"])]
     for name in ("tokens", "position_ids", "logit_positions", "targets", "response_lengths"):
         ours, theirs = (getattr(pack, name) for pack in packs)
@@ -136,7 +136,7 @@ def test_rejected_responses_decide_nothing_without_pairs(tmp_path: Path, hf_dire
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     tokenizer = load_tokenizer(hf_directory)
-    prompt_ids, chosen_ids, _ = encode_sides(Example(prompt, answer, None), tokenizer, "f:1")
+    prompt_ids, chosen_ids, _ = encode_responses(Example(prompt, answer, None), tokenizer, "f:1")
     whole = len(prompt_ids) + len(chosen_ids)
     assert len(prompt_ids) > whole / 2  # so that the long response would take its half of the limit from it
     options = PreprocessOptions(hf_directory, max_length=whole, chosen_only=True)

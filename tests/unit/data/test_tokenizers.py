@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from megatron_tgdpo.data.encode import encode_prompt, encode_sides
+from megatron_tgdpo.data.encode import encode_prompt, encode_responses
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import NO_TEMPLATE, load_tokenizer
@@ -17,7 +17,7 @@ from tgdpo.generation.sampling import make_answer
 
 def test_plain_text_gets_eos_and_a_bos_only_where_it_is_the_default(hf_directory, tmp_path):
     without = load_tokenizer(hf_directory)
-    prompt, chosen, _ = encode_sides(Example("The sea", " is wide.", " sleeps."), without, "f:1")
+    prompt, chosen, _ = encode_responses(Example("The sea", " is wide.", " sleeps."), without, "f:1")
     assert without.bos_id == 0
     assert prompt == without.encode("The sea")
     assert chosen == [*without.encode(" is wide."), without.eos_id]
@@ -34,9 +34,9 @@ def test_plain_text_gets_eos_and_a_bos_only_where_it_is_the_default(hf_directory
     (adding / "tokenizer.json").write_text(json.dumps(definition))
     with_bos = load_tokenizer(str(adding))
     assert with_bos.adds_bos
-    assert encode_sides(Example("The sea", " is wide.", " sleeps."), with_bos, "f:1")[0] == [0, *prompt]
+    assert encode_responses(Example("The sea", " is wide.", " sleeps."), with_bos, "f:1")[0] == [0, *prompt]
     # One that the text has already is not doubled, nor is an EOS.
-    again, ended, _ = encode_sides(Example("<s>The sea", " is wide.</s>", " sleeps."), with_bos, "f:1")
+    again, ended, _ = encode_responses(Example("<s>The sea", " is wide.</s>", " sleeps."), with_bos, "f:1")
     assert (again, ended) == ([0, *prompt], chosen)
 
 
@@ -98,7 +98,7 @@ def test_sentencepiece_special_pieces_become_ids(sp_model):
 def test_sentencepiece_default_template(sp_model):
     tokenizer = load_tokenizer(sp_model)
     example = Example((Message("user", "Name a colour."),), "Blue.", "No.")
-    prompt, chosen, rejected = encode_sides(example, tokenizer, "f:1")
+    prompt, chosen, rejected = encode_responses(example, tokenizer, "f:1")
     reference = sentencepiece.SentencePieceProcessor(model_file=sp_model)
     assert prompt == [1, *reference.encode("Human: Name a colour.\nAssistant:")]
     for answer, ids in (("Blue.", chosen), ("No.", rejected)):
@@ -112,7 +112,7 @@ def test_sentencepiece_given_template(sp_model, tmp_path):
         "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}\n"
     )
     tokenizer = load_tokenizer(sp_model, str(path))
-    prompt, chosen, _ = encode_sides(Example((Message("user", "Hi"),), "Blue.", "No."), tokenizer, "f:1")
+    prompt, chosen, _ = encode_responses(Example((Message("user", "Hi"),), "Blue.", "No."), tokenizer, "f:1")
     reference = sentencepiece.SentencePieceProcessor(model_file=sp_model)
     assert reference.decode(prompt) == "<|im_start|>user:Hi<|im_end|>\n<|im_start|>assistant:"
     assert chosen[-1] == reference.piece_to_id("<|im_end|>")
@@ -125,14 +125,14 @@ def test_prompts_alone_have_the_ids_they_have_in_pairs(hf_directory, llama_like_
     for directory in (hf_directory, llama_like_directory, sp_model):
         tokenizer = load_tokenizer(directory, str(template))
         for prompt in ("The sky is", (Message("system", "S"), Message("user", "Name a colour."))):
-            pair = encode_sides(Example(prompt, " blue", " green"), tokenizer, "here")
+            pair = encode_responses(Example(prompt, " blue", " green"), tokenizer, "here")
             assert encode_prompt(prompt, tokenizer, "here") == pair[0]
 
 
 def test_answers_decode_to_the_text_they_are_behind_their_prompt(hf_directory, llama_like_directory, sp_model):
     for directory in (hf_directory, llama_like_directory, sp_model):
         tokenizer = load_tokenizer(directory)
-        prompt, response, _ = encode_sides(Example("The sky is", " wide", " deep"), tokenizer, "here")
+        prompt, response, _ = encode_responses(Example("The sky is", " wide", " deep"), tokenizer, "here")
         answer = make_answer(prompt, [*response, 7, 7], [tokenizer.eos_id], tokenizer)
         assert (answer.text, answer.ids, answer.finished) == (" wide", response, True)
         unfinished = make_answer(prompt, response[:-1], [tokenizer.eos_id], tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.data.encode import encode_sides
+from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.layouts import detect_layout, parse_record
 from tests.unit.data.test_chat import LLAMA3, with_template
 from tests.unit.data.test_messages import CALL, REASONING, TOOLS, USER, said
@@ -57,5 +57,5 @@ def test_ids_are_those_of_trl(hf_directory: str, tmp_path: Path, name: str) -> N
     data = datasets.Dataset.from_list([record])
     (row,) = trl.DPOTrainer._prepare_dataset(trainer, data, theirs, given, "train")
     example = parse_record(record, detect_layout(record, "f:1"), "f:1")
-    ours = [[max(token, ~token) for token in ids] for ids in encode_sides(example, tokenizer, "f:1")]
+    ours = [[max(token, ~token) for token in ids] for ids in encode_responses(example, tokenizer, "f:1")]
     assert ours == [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]

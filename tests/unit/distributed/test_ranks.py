@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from megatron_tgdpo.distributed.ranks import RankEnvironment, on_every_rank, on_first_rank
+from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_all_ranks, run_on_rank0
 from megatron_tgdpo.errors import AgreedError, AgreedStorageError, DamageError, StorageError, UserError
 from megatron_tgdpo.signals import StoppedEarly
 
@@ -41,13 +41,15 @@ def failing(rank: int, error: type[Exception], own: int) -> str:
 
 
 def test_all_ranks_know_the_answers() -> None:
-    assert on_ranks(lambda ranks, store: on_first_rank(lambda: str(ranks.rank), store, ranks.rank)) == ["0"] * RANKS
-    assert on_ranks(lambda ranks, store: on_every_rank(lambda: str(ranks.rank), store, ranks)) == [["0", "1", "2"]] * 3
+    assert on_ranks(lambda ranks, store: run_on_rank0(lambda: str(ranks.rank), store, ranks.rank)) == ["0"] * RANKS
+    assert (
+        on_ranks(lambda ranks, store: run_on_all_ranks(lambda: str(ranks.rank), store, ranks)) == [["0", "1", "2"]] * 3
+    )
 
 
 @pytest.mark.parametrize(("raised", "own", "others"), KINDS)
 def test_the_first_rank_fails_for_all(raised: type[Exception], own: type, others: type) -> None:
-    errors = on_ranks(lambda ranks, store: on_first_rank(lambda: failing(ranks.rank, raised, own=0), store, ranks.rank))
+    errors = on_ranks(lambda ranks, store: run_on_rank0(lambda: failing(ranks.rank, raised, own=0), store, ranks.rank))
     assert [type(error) for error in errors] == [own, others, others]
     assert {str(error) for error in errors} == {"file.bin: why"}
 
@@ -56,7 +58,7 @@ def test_the_first_rank_fails_for_all(raised: type[Exception], own: type, others
 @pytest.mark.parametrize(("raised", "own", "others"), KINDS)
 def test_any_rank_fails_for_all(raised: type[Exception], own: type, others: type, place: int) -> None:
     """With one word; what is no bad input shows its traceback where it happened."""
-    errors = on_ranks(lambda ranks, store: on_every_rank(lambda: failing(ranks.rank, raised, place), store, ranks))
+    errors = on_ranks(lambda ranks, store: run_on_all_ranks(lambda: failing(ranks.rank, raised, place), store, ranks))
     there = own if raised is ZeroDivisionError else others
     assert [type(error) for error in errors] == [there if rank == place else others for rank in range(RANKS)]
     said = {str(error) for rank, error in enumerate(errors) if rank != place or there is others}

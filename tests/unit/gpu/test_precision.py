@@ -29,7 +29,7 @@ from megatron_tgdpo.gpu.precision import (
     policy_transformer_kwargs,
 )
 from megatron_tgdpo.models.config import LanguageModelConfig
-from megatron_tgdpo.setup.inputs import row_format
+from megatron_tgdpo.setup.inputs import pack_format
 from tests.unit.config.test_loading import VALID
 
 # Ampere, Ada, Hopper, Blackwell, and the Blackwell of workstations; the CUDA of each is new enough or too old.
@@ -185,13 +185,13 @@ SIZES = {
 
 
 @pytest.mark.parametrize(
-    ("recipe", "changes", "row", "layout", "message"),
+    ("recipe", "changes", "pack", "layout", "message"),
     [
         ("tensorwise", {}, 4096, (2, True), None),
         ("mxfp8", {}, 4096, (8, True), None),
-        ("tensorwise", {}, 4090, (1, False), "tokens of a row"),
-        ("tensorwise", {}, 4096 + 16, (2, True), "tokens of a row"),
-        ("mxfp8", {}, 4096 + 16, (1, False), "tokens of a row .* is 4112, it must be a multiple of 32"),
+        ("tensorwise", {}, 4090, (1, False), "tokens of a pack"),
+        ("tensorwise", {}, 4096 + 16, (2, True), "tokens of a pack"),
+        ("mxfp8", {}, 4096 + 16, (1, False), "tokens of a pack .* is 4112, it must be a multiple of 32"),
         ("blockwise", {}, 4096 + 64, (2, True), "multiple of 128"),
         ("tensorwise", {"ffn_hidden_size": 14344}, 4096, (1, False), "MLP size"),
         ("tensorwise", {"hidden_size": 4104}, 4096, (1, False), "hidden size"),
@@ -199,14 +199,14 @@ SIZES = {
     ],
 )
 def test_sizes_that_fp8_kernels_do_not_take(
-    recipe: str, changes: dict, row: int, layout: tuple[int, bool], message: str | None
+    recipe: str, changes: dict, pack: int, layout: tuple[int, bool], message: str | None
 ) -> None:
     grid: ParallelLayout = make_layout(layout[0], 1, 1, layout[1], layout[0])
     if message is None:
-        check_fp8_sizes({**SIZES, **changes}, recipe, row, grid)
+        check_fp8_sizes({**SIZES, **changes}, recipe, pack, grid)
         return
     with pytest.raises(UserError, match=message):
-        check_fp8_sizes({**SIZES, **changes}, recipe, row, grid)
+        check_fp8_sizes({**SIZES, **changes}, recipe, pack, grid)
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
@@ -223,9 +223,9 @@ def test_rows_are_cut_to_sizes_that_fp8_kernels_take(recipe: str, tensor: int, c
     pg: Any = group(
         cp=group(rank=lambda: 0, size=lambda: context), tp=group(size=lambda: tensor), pp=group(size=lambda: 1)
     )
-    row = row_format(config, pg)
+    pack = pack_format(config, pg)
     for used in range(1, 4096, 61):
-        check_fp8_sizes(SIZES, recipe, row.cut(used), grid)
+        check_fp8_sizes(SIZES, recipe, pack.cut(used), grid)
 
 
 @pytest.mark.parametrize(

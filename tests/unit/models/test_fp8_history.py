@@ -73,9 +73,9 @@ def test_layers_are_placed_in_the_whole_model(groups: Any) -> None:
     key = "optimizer.fp8.decoder.layers.mlp.linear_fc1"
     sizes = {"forward": 3, "backward": 2}
     assert placed == {
-        (f"{key}.{direction}.{name}", (LAYERS, *rows, operands), (layer, *(0 for _ in rows), 0))
+        (f"{key}.{direction}.{name}", (LAYERS, *packs, operands), (layer, *(0 for _ in packs), 0))
         for direction, operands in sizes.items()
-        for name, rows in (("amax", (HISTORY,)), ("scale", ()))
+        for name, packs in (("amax", (HISTORY,)), ("scale", ()))
         for layer in (2, 3)
     }
 

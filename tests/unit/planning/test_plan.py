@@ -12,7 +12,7 @@ from megatron_tgdpo.gpu.precision import linear_bytes
 from megatron_tgdpo.models.attention import sdpa as attention
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
-from megatron_tgdpo.planning.activations import QUERY_BLOCK, Row, layer_activations, stage_activations
+from megatron_tgdpo.planning.activations import QUERY_BLOCK, Pack, layer_activations, stage_activations
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import all_plans, make_plan
@@ -26,7 +26,7 @@ from tests.published_configs import PUBLISHED, write_config
 from tests.tiny_models import make_llama
 from tests.unit.config.test_loading import VALID
 
-ROW = Row(tokens=4096, sequence_tokens=2048, dtype_bytes=2)
+ROW = Pack(tokens=4096, sequence_tokens=2048, dtype_bytes=2)
 BATCH = Batch(global_pairs=128, pair_tokens=2048, response_share=0.5, shared_prompts=False)
 SINGLE = make_layout(1, 1, 1, False, 1)
 
@@ -66,7 +66,7 @@ def test_masked_attention_keeps_its_masks(tmp_path: Path) -> None:
     gemma = published(tmp_path, "gemma-2-2b")
     saved = [
         layer_activations(gemma, SINGLE, ROW, "none", 0) - layer_activations(gemma, SINGLE, ROW, "selective", 0)
-        for ROW in (Row(4096, 1024, 2), Row(4096, 2048, 2))
+        for ROW in (Pack(4096, 1024, 2), Pack(4096, 2048, 2))
     ]
     # One byte for each query and key of a block; the first block of two sees only its own keys.
     assert saved == [4096 * 1024, 4096 * (1024 + 2048) / 2]
@@ -132,10 +132,10 @@ def test_flops_are_two_a_weight_and_attention(llama: PretrainedConfig) -> None:
 def test_traffic_by_hand(llama: PretrainedConfig) -> None:
     job = Job(llama, (llama, llama), ROW, BATCH)
     sent = traffic(job, make_layout(2, 4, 1, True, 16), "none")
-    hidden, rows = 4096 * 4096 * 2, 32
+    hidden, packs = 4096 * 4096 * 2, 32
     # Eight layers: forward of three models four half passes each, backward of one six.
-    assert sent.tensor == rows * 8 * hidden / 2 * (3 * 4 + 6)
-    assert sent.pipeline == rows * hidden / 2 * 4
+    assert sent.tensor == packs * 8 * hidden / 2 * (3 * 4 + 6)
+    assert sent.pipeline == packs * hidden / 2 * 4
     largest = stage_parameters(llama, make_layout(2, 4, 1, True, 16), 3)  # has the final norm
     assert sent.data == (4 + 2) * largest / 2
 
@@ -215,7 +215,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.stdout.startswith("8 GPUs = TP4 x PP1 x DP2 + SP, recompute full\n")
     done = run_forked("tgdpo.plan", ["--model", str(tmp_path), "--schedules"])
     stages_and_rows = [line.split()[:2] for line in done.stdout.splitlines()[2:]]
-    assert stages_and_rows == [[str(stages), str(rows)] for stages in (2, 4, 8) for rows in (8, 16, 32, 64)]
+    assert stages_and_rows == [[str(stages), str(packs)] for stages in (2, 4, 8) for packs in (8, 16, 32, 64)]
     (tmp_path / "other.json").write_text("{}")
     done = run_forked("tgdpo.plan", ["--model", str(tmp_path / "other.json")], check=False)
     assert done.returncode == 1

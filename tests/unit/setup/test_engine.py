@@ -17,7 +17,7 @@ from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.inputs import check_tokenizers, read_model_configs
 from megatron_tgdpo.setup.models import RECOMPUTE
 from megatron_tgdpo.training.run import dry_run
-from megatron_tgdpo.training.run_data import prepare_first_rank
+from megatron_tgdpo.training.run_data import prepare_on_rank0
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.config.test_loading import VALID
 
@@ -78,7 +78,7 @@ def test_a_linked_file_of_the_policy_is_refused_before_the_first_save(tmp_path: 
     out = tmp_path / "out"
     values = {**VALID, "model": {"policy": str(policy)}, "loss": {"method": "dpo"}, "output_dir": str(out)}
     with pytest.raises(UserError, match=r"vocab.json: a link to .*/secret"):
-        prepare_first_rank(config_from_dict(values), RunLock(out))
+        prepare_on_rank0(config_from_dict(values), RunLock(out))
     assert not out.exists()
 
 

@@ -30,7 +30,7 @@ def left_by(path: Path, pid: int, start: int, host: str | None = None) -> Path:
 
 
 def test_every_writer_has_a_name_of_its_own(tmp_path: Path) -> None:
-    names = {atomic_file.aside_of(tmp_path / "out") for _ in range(100)}
+    names = {atomic_file.temporary_path(tmp_path / "out") for _ in range(100)}
     assert len(names) == 100
     for name in names:
         name.touch()
@@ -76,7 +76,7 @@ def test_a_writer_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 def test_a_live_writer_is_named(tmp_path: Path, dead: int) -> None:
     path = tmp_path / "out"
     left_by(path, dead, 1)
-    atomic_file.aside_of(path).touch()  # our own
+    atomic_file.temporary_path(path).touch()  # our own
     atomic_file.refuse_live(path)
     parent = atomic_file._started(os.getppid())
     assert parent is not None

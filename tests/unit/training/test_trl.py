@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_tgdpo.data.encode import encode_sides
+from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.layouts import parse_record
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.loss.preference import dpo_loss
@@ -45,11 +45,11 @@ def test_dpo_equals_trl(tmp_path: Path, single_rank_group: dist.ProcessGroup) ->
     tokenizer = load_tokenizer(str(tmp_path / "policy"))
     lengths, logps = [], {"policy": [], "reference": []}
     for record in PAIRS:
-        prompt, *sides = encode_sides(parse_record(record, "trl_plain", "here"), tokenizer, "here")
+        prompt, *sides = encode_responses(parse_record(record, "trl_plain", "here"), tokenizer, "here")
         lengths += [len(side) for side in sides]
         with torch.no_grad():
-            for name, rows in logps.items():
-                rows += [response_logps(models[name], prompt, side) for side in sides]
+            for name, packs in logps.items():
+                packs += [response_logps(models[name], prompt, side) for side in sides]
     policy, reference = torch.cat(logps["policy"]), torch.cat(logps["reference"])
     loss = dpo_loss(policy, reference, torch.tensor(lengths), beta=0.3)
     metrics = pack_metrics(loss, torch.arange(len(PAIRS)))

@@ -19,7 +19,7 @@ from tools.benchmarks.training_step.preprocessing import fast_tokenizer, preproc
 from tools.benchmarks.training_step.profiling import OperatorTime, ProfilingRecorder, group_seconds, step_operators
 from tools.benchmarks.training_step.settings import Settings, describe_model, fill_cache, make_problem, write_models
 from tools.benchmarks.training_step.table import Spread, aligned
-from tools.benchmarks.training_step.variants import CACHED, REFERENCE, choose_sides
+from tools.benchmarks.training_step.variants import CACHED, REFERENCE, choose_responses
 
 _SHAPES_WIDTH = 60
 
@@ -27,7 +27,7 @@ _SHAPES_WIDTH = 60
 def compare(given: argparse.Namespace, scratch: Path) -> None:
     """Runs all sides on the same problem."""
     settings = Settings.from_arguments(given)
-    sides, left_out = choose_sides(given.sides)
+    sides, left_out = choose_responses(given.sides)
     pairs = tokenise(scratch, find_source(scratch, given.pairs, given.pairs_from or SHARED_DATA), given.max_length)
     problem = make_problem(scratch, scratch, pairs, settings)
     for line in left_out:
@@ -62,7 +62,7 @@ def compare(given: argparse.Namespace, scratch: Path) -> None:
 def profile(given: argparse.Namespace, scratch: Path) -> None:
     """Prints where the time of one step goes, and writes a Chrome trace of it."""
     settings = Settings.from_arguments(given)
-    (side,), _ = choose_sides([given.side])
+    (side,), _ = choose_responses([given.side])
     source = find_source(scratch, given.global_pairs, given.pairs_from or SHARED_DATA)
     pairs = tokenise(scratch, source, given.max_length)
     problem = make_problem(scratch, scratch, pairs, settings)
@@ -95,7 +95,7 @@ def _print_profile(operators: list[OperatorTime], top: int) -> None:
 def lengths(given: argparse.Namespace, scratch: Path) -> None:
     """Compares steps over as many tokens, in sequences whose lengths spread twice as widely."""
     settings = Settings.from_arguments(given)
-    sides, _ = choose_sides(given.sides)
+    sides, _ = choose_responses(given.sides)
     spreads = (given.spread, 2 * given.spread)
     problems = {}
     for spread in spreads:

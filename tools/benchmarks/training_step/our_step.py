@@ -16,7 +16,7 @@ from megatron_tgdpo.distributed.ranks import RankEnvironment, connect_store, ini
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.engine import build_engine
 from megatron_tgdpo.setup.inputs import layout_of, read_model_configs
-from megatron_tgdpo.training.run_data import open_data, prepare_first_rank
+from megatron_tgdpo.training.run_data import open_data, prepare_on_rank0
 from megatron_tgdpo.training.step import StepResult, train_step
 from tools.benchmarks.training_step.problem import ALPHA, BETA, CLIP, LEARNING_RATE, Problem
 from tools.benchmarks.training_step.recorder import Recorder
@@ -64,18 +64,18 @@ class OurStep:
             enable_cpu_backend()
         ranks = RankEnvironment(0, 1, 0, None, None)
         layout, model_configs = layout_of(config, ranks.world_size), read_model_configs(config)
-        prefixes = prepare_first_rank(config, RunLock(Path(config.output_dir)))
+        prefixes = prepare_on_rank0(config, RunLock(Path(config.output_dir)))
         init_distributed(ranks, device, config.parallel.timeout_minutes, connect_store(ranks))
         pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
         self.data = open_data(config, prefixes, model_configs)
         self.engine = build_engine(config, model_configs, layout, pg, self.data.order.steps, device)
 
     def packs(self, step: int) -> list[PreferenceBatch]:
-        """The rows of a step, counted from 1."""
-        row, dataset = self.engine.row, self.data.train
+        """The packs of a step, counted from 1."""
+        pack_format, dataset = self.engine.pack_format, self.data.train
         indices = self.data.order.step_indices(step)
-        (plan,) = plan_packs(indices, row.pair_tokens(dataset.lengths[indices]).tolist(), row.tokens, 1)
-        return [collate([dataset[index] for index in pack], row, self.data.train_guidance) for pack in plan]
+        (plan,) = plan_packs(indices, pack_format.pair_tokens(dataset.lengths[indices]).tolist(), pack_format.tokens, 1)
+        return [collate([dataset[index] for index in pack], pack_format, self.data.train_guidance) for pack in plan]
 
     def step(self, step: int) -> StepResult:
         return train_step(self.engine, self.packs(step))

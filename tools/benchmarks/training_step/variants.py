@@ -97,7 +97,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_sides(names: list[str] | None) -> tuple[list[Side], list[str]]:
+def choose_responses(names: list[str] | None) -> tuple[list[Side], list[str]]:
     """The sides of these names, all by default, and lines that say which are left out and why.
 
     Raises:

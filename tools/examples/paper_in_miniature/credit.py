@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tgdpo.data.encode import encode_sides
+from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import load_tokenizer
@@ -66,7 +66,7 @@ def measure(guide: Path, reference: Path, records: Sequence[dict]) -> dict:
         if not record["finished"] or not record["answer"].strip():
             continue
         example = Example((Message("user", record["prompt"]),), record["answer"], None)
-        prompt, response, _ = encode_sides(example, tokenizer, f"answer {number}")
+        prompt, response, _ = encode_responses(example, tokenizer, f"answer {number}")
         rows.append((list(prompt), list(response)))
         credits_.append(torch.tensor(token_credits(record["prompt"], record["answer"])))
         assert len(rows[-1][1]) == len(credits_[-1]), "a token is a word"

@@ -50,7 +50,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def _write_jsonl(path: Path, records: Iterable[dict]) -> None:
-    with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 

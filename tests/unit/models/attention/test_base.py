@@ -10,9 +10,9 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from megatron_tgdpo.batching.packed_sequence import RowPacking
+from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.models.attention import flex
-from megatron_tgdpo.models.attention.base import PackedAttention, RowCache, Segments
+from megatron_tgdpo.models.attention.base import PackCache, PackedAttention, Segments
 from megatron_tgdpo.models.attention.flex import FlexPackedAttention
 from megatron_tgdpo.models.attention.transformer_engine import TransformerEngineAttention
 from megatron_tgdpo.models.attention.varlen import VarlenAttention
@@ -29,8 +29,8 @@ def bounds(ends: list[int]) -> torch.Tensor:
     return torch.tensor(ends, dtype=torch.int32)
 
 
-def shared_prompts() -> RowPacking:
-    return RowPacking(
+def shared_prompts() -> PackedSequence:
+    return PackedSequence(
         qkv_format="sbhd",
         cu_seqlens_q=bounds(SHARED_Q),
         cu_seqlens_kv=bounds(SHARED_KV),
@@ -38,8 +38,8 @@ def shared_prompts() -> RowPacking:
     )
 
 
-def own_keys(ends: list[int]) -> RowPacking:
-    return RowPacking(qkv_format="sbhd", cu_seqlens_q=bounds(ends), cu_seqlens_kv=bounds(ends))
+def own_keys(ends: list[int]) -> PackedSequence:
+    return PackedSequence(qkv_format="sbhd", cu_seqlens_q=bounds(ends), cu_seqlens_kv=bounds(ends))
 
 
 def inputs(requires_grad: bool = True) -> list[torch.Tensor]:
@@ -52,11 +52,11 @@ def build(kind: type[PackedAttention], layer: int = 1, **options) -> PackedAtten
     arguments = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": HEADS, "num_query_groups": GROUPS}
     config = LanguageModelConfig(**{**arguments, "attention_dropout": 0.0, **options})
     scale = config.softmax_scale
-    return kind(config, layer, AttnMaskType.causal, "self", softmax_scale=scale, cache=RowCache())
+    return kind(config, layer, AttnMaskType.causal, "self", softmax_scale=scale, cache=PackCache())
 
 
 def written_out(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: RowPacking, window: int, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: PackedSequence, window: int, softcap: float | None
 ) -> torch.Tensor:
     """Every output from its definition: the last query of a segment sees all its keys, each query before it one less.
 
@@ -68,15 +68,15 @@ def written_out(
     assert packing.cu_seqlens_kv is not None
     q_ends, kv_ends = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_kv.tolist()
     for segment in range(len(q_ends) - 1):
-        for row in range(q_ends[segment], q_ends[segment + 1]):
-            last = kv_ends[segment + 1] - (q_ends[segment + 1] - row)
+        for pack in range(q_ends[segment], q_ends[segment + 1]):
+            last = kv_ends[segment + 1] - (q_ends[segment + 1] - pack)
             keys = index[max(kv_ends[segment], last + 1 - window) : last + 1]
             for head in range(HEADS):
                 group = head // (HEADS // GROUPS)
-                scores = k[keys, 0, group] @ q[row, 0, head] * SIZE**-0.5
+                scores = k[keys, 0, group] @ q[pack, 0, head] * SIZE**-0.5
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
-                out[row, head] = scores.softmax(0) @ v[keys, 0, group]
+                out[pack, head] = scores.softmax(0) @ v[keys, 0, group]
     return out.flatten(1)[:, None]
 
 
@@ -145,7 +145,7 @@ def test_flex_is_compiled_for_few_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("create_block_mask", "flex_attention"):
         compiled = torch.compile(getattr(flex, name), dynamic=False, backend=versions)
         monkeypatch.setattr(flex, name, compiled)
-    # A layer with a window and one without; rows of every fill, with shared prompts and without; with and without
+    # A layer with a window and one without; packs of every fill, with shared prompts and without; with and without
     # gradients, as the policy and the frozen models.
     modules = [build(FlexPackedAttention, layer, window_size=(3, 0), window_attn_skip_freq=2) for layer in (1, 2)]
     assert {module.window for module in modules} == {None, 4}
@@ -156,7 +156,7 @@ def test_flex_is_compiled_for_few_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
                 with torch.set_grad_enabled(with_grad):
                     module(*inputs(requires_grad=False), packed_seq_params=packing)
     torch.compiler.reset()
-    # The mask once and the kernel once a grad mode; and for keys that outgrow the row once more.
+    # The mask once and the kernel once a grad mode; and for keys that outgrow the pack once more.
     assert versions.frame_count <= 4
 
 
@@ -182,7 +182,7 @@ def test_a_row_of_padding_reaches_queries_keys_and_values(kind: type[PackedAtten
 
 
 def test_layers_share_what_a_row_needs_and_the_next_row_is_new() -> None:
-    cache, made = RowCache(), []
+    cache, made = PackCache(), []
     first, second = own_keys([0, 4]), own_keys([0, 4])
     for packing in (first, first, second, first):
         cache.get(packing, "x", lambda packing=packing: made.append(packing))
@@ -195,18 +195,18 @@ def test_layers_share_what_a_row_needs_and_the_next_row_is_new() -> None:
         (own_keys([0, ROW + 1]), "do not fit"),
         (own_keys([1, 5]), "from 0 on"),
         (own_keys([0, 9, 4]), "as many keys"),
-        (RowPacking(qkv_format="sbhd"), "every pipeline stage"),
+        (PackedSequence(qkv_format="sbhd"), "every pipeline stage"),
         (
-            RowPacking(cu_seqlens_q=bounds([0, 9]), cu_seqlens_kv=bounds([0, 5]), kv_index=torch.arange(5)),
+            PackedSequence(cu_seqlens_q=bounds([0, 9]), cu_seqlens_kv=bounds([0, 5]), kv_index=torch.arange(5)),
             "as many keys",
         ),
         (
-            RowPacking(cu_seqlens_q=bounds([0, 4]), cu_seqlens_kv=bounds([0, 5]), kv_index=torch.arange(4)),
+            PackedSequence(cu_seqlens_q=bounds([0, 4]), cu_seqlens_kv=bounds([0, 5]), kv_index=torch.arange(4)),
             "keys are amiss",
         ),
     ],
 )
-def test_impossible_packings_are_refused(packing: RowPacking, message: str) -> None:
+def test_impossible_packings_are_refused(packing: PackedSequence, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Segments.of(packing, ROW, torch.device("cpu"))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_tgdpo.batching.packed_sequence import ContextSplit, RowFormat, RowPacking, Segment, pack_segments
+from megatron_tgdpo.batching.packed_sequence import ContextSplit, PackedSequence, PackFormat, Segment, pack_segments
 from megatron_tgdpo.models.attention.sdpa import PackedCausalAttention
 from megatron_tgdpo.models.config import LanguageModelConfig
 
@@ -19,7 +19,7 @@ def attention(layer: int = 1, **overrides) -> PackedCausalAttention:
     return PackedCausalAttention(config, layer, AttnMaskType.causal, "self", softmax_scale=config.softmax_scale)
 
 
-def packing(ends: list[int]) -> RowPacking:
+def packing(ends: list[int]) -> PackedSequence:
     return pack_segments([Segment(*bounds) for bounds in itertools.pairwise(ends)])
 
 
@@ -65,7 +65,7 @@ def test_equals_the_definition(ends: list[int]) -> None:
     (out * upstream).sum().backward()
     if len(ends) > 1:
         (wanted * upstream).sum().backward()
-    # A row that is all padding still has gradients (zero), so that no data-parallel hook waits for ever.
+    # A pack that is all padding still has gradients (zero), so that no data-parallel hook waits for ever.
     assert ours[0].grad is not None
     for mine, reference in zip(ours, theirs, strict=True):
         expected = torch.zeros_like(mine) if reference.grad is None else reference.grad
@@ -116,7 +116,7 @@ def test_windows_are_on_the_marked_layers_only() -> None:
 def test_impossible_lengths_are_refused(ends: list[int], message: str) -> None:
     bounds = torch.tensor(ends, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
-        attention()(*inputs(), packed_seq_params=RowPacking("sbhd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds))
+        attention()(*inputs(), packed_seq_params=PackedSequence("sbhd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds))
 
 
 SHAPES = [
@@ -132,7 +132,7 @@ SHAPES = [
 def test_a_shared_prompt_gives_what_a_prompt_for_each_response_gives(
     monkeypatch: pytest.MonkeyPatch, options: dict, block: int
 ) -> None:
-    """Row: prompt 0-4, chosen 5-9, rejected 10-15, padding 16. The unshared row repeats the prompt."""
+    """Pack: prompt 0-4, chosen 5-9, rejected 10-15, padding 16. The unshared pack repeats the prompt."""
     monkeypatch.setattr("megatron_tgdpo.models.attention.sdpa._QUERY_BLOCK", block)
     shared = inputs()
     packing = pack_segments([Segment(0, 10), Segment(10, 16, 0, 5)])
@@ -162,7 +162,7 @@ def test_the_parts_of_a_context_split_give_the_whole(options: dict) -> None:
     module = attention(**options)
     wanted = module(*whole, packed_seq_params=pack_segments([Segment(0, 8), Segment(8, 12)]))
     for rank in range(2):
-        split = ContextSplit(bounds, RowFormat(tokens, context=2, context_rank=rank))
+        split = ContextSplit(bounds, PackFormat(tokens, context=2, context_rank=rank))
         gathered = [tensor[split.held.ravel()] for tensor in whole]
         out = module(whole[0][split.mine], *gathered[1:], packed_seq_params=split.packing(2))
         assert torch.allclose(out, wanted[split.mine], atol=1e-12)
