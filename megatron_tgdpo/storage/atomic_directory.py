@@ -36,12 +36,12 @@ class AtomicDirectory:
     Attributes:
         path: As given.
         group: As given.
-        temporary: The directory to write into, of a name that no other writer has; made on entering. What a killed process
-            leaves of it, the next writer of ``path`` removes.
+        temporary: The directory to write into, of a name that no other writer has; made on entering. What a killed
+            process leaves of it, the next writer of ``path`` removes.
 
     Raises:
-        UserError: On entering: ``path`` is not empty or being written by another process of this machine, or ``temporary``
-            cannot be made.
+        UserError: On entering: ``path`` is not empty or being written by another process of this machine, or
+            ``temporary`` cannot be made.
     """
 
     def __init__(self, path: Path, group: dist.ProcessGroup | None = None) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_tgdpo.checkpoints.directory import read_metadata
 from tests.distributed.common import assert_same_weights, read_weights
-from tests.distributed.worker_conversion import LENGTHS, seq_length, upstream_gradient
+from tests.distributed.worker_conversion import LENGTHS, pack_tokens, upstream_gradient
 from tests.launch import PATIENCE
 from tests.processes import run_forked
 from tests.tiny_models import FAMILY_OPTIONS, make_llama, make_model
@@ -114,7 +114,7 @@ class Reference(dict[str, Outputs]):
 
     def __missing__(self, model: str) -> Outputs:
         reference = hf_model(self._root / "hf" / model)
-        sequences = seq_length()[: sum(LENGTHS)].split(LENGTHS)
+        sequences = pack_tokens()[: sum(LENGTHS)].split(LENGTHS)
         upstream = upstream_gradient(reference.config.hidden_size)[: sum(LENGTHS)].split(LENGTHS)
         with torch.no_grad():
             logits = torch.cat([reference(tokens[None]).logits[0] for tokens in sequences])

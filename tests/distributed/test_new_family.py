@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import family_of
-from tests.distributed.worker_logits import LENGTHS, seq_length
+from tests.distributed.worker_logits import LENGTHS, pack_tokens
 from tests.launch import ROOT
 from tests.processes import run_forked
 from tests.tiny_models import make_model
@@ -29,6 +29,6 @@ def test_the_page_s_example_computes_what_transformers_does(tmp_path: Path) -> N
     start = 0
     for length in LENGTHS:
         with torch.no_grad():
-            wanted = model(seq_length()[None, start : start + length]).logits[0]
+            wanted = model(pack_tokens()[None, start : start + length]).logits[0]
         assert (logits[start : start + length] - wanted).abs().max() / wanted.abs().max() < 1e-5
         start += length

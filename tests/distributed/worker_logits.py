@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 LENGTHS = [60, 40]
 
 
-def seq_length() -> torch.Tensor:
+def pack_tokens() -> torch.Tensor:
     return torch.randint(0, 128, (sum(LENGTHS),), generator=torch.Generator().manual_seed(7))
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         hf_config = read_hf_config(hf)
         model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
         load_hf_weights(model, hf, hf_config, pg)
-        outputs = packed_outputs(model, seq_length(), LENGTHS, pg)
+        outputs = packed_outputs(model, pack_tokens(), LENGTHS, pg)
     assert outputs is not None
     save_file({"logits": outputs.logits.contiguous()}, out)
 
