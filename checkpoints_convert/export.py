@@ -21,7 +21,6 @@ from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.directory import copy_hf_files, hf_files
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
-from megatron_tgdpo.direct_io import DirectReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import (
@@ -32,6 +31,7 @@ from megatron_tgdpo.models.hf_weights.mapping import (
     parameter_count,
 )
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
+from megatron_tgdpo.storage.direct_io import DirectReader
 from megatron_tgdpo.storage.json_text import parse_json
 
 DEFAULT_SHARD_SIZE = "5GB"
