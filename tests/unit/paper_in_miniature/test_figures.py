@@ -84,6 +84,6 @@ def test_a_failing_command_is_named(tmp_path: Path) -> None:
         tmp_path / "out",
     )  # fmt: skip
     with pytest.raises(
-        UserError, match=r"^judging: exit status 1 of python -m tools\.examples\.paper_in_miniature\.judge .*absent"
+        UserError, match=r"^judging: exit status 1 of python -m .*paper_in_miniature\.judge .*absent"
     ):
         run_jobs("title", [Job("judging", (command,), tmp_path / "log")], workers=1)
