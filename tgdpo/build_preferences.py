@@ -148,7 +148,7 @@ def _answer_batch(
         results.append(
             {
                 "samples": texts,
-                "scores": scorer.score(prompt.content, texts, prompt.place),
+                "scores": scorer.score(prompt.content, texts, prompt.place, prompt.variables),
                 "finished": [answer.finished for answer in own],
                 "tokens": [len(answer.ids) for answer in own],
             }

@@ -20,7 +20,7 @@ from megatron_tgdpo.config.values import typed
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.yaml_text import is_null, read_yaml_file
-from tgdpo.llamafactory.datasets import dataset_file
+from tgdpo.llamafactory.datasets import dataset_files
 from tgdpo.llamafactory.keys import READ, Reference, harmless, refuse_unknown
 from tgdpo.llamafactory.templates import NAMES, chat_template
 
@@ -99,9 +99,10 @@ _BESIDE = ".chat_template.jinja"
 def convert(
     reference: Mapping[str, Any],
     ranks: int,
-    train: str,
-    validation: str | None,
+    train: str | Sequence[str],
+    validation: str | Sequence[str] | None,
     *,
+    columns: Mapping[str, str] | None = None,
     source: str = "the reference config",
     ignore: Sequence[str] = (),
     max_prompt_length: bool = False,
@@ -111,8 +112,9 @@ def convert(
     Args:
         reference: The YAML, as :mod:`megatron_tgdpo.storage.yaml_text` reads it, or plain values.
         ranks: GPUs of the reference run.
-        train: Path of the training pairs.
-        validation: Path of the validation pairs, or None.
+        train: Path, or paths, of the training pairs.
+        validation: The same of the validation pairs, or None.
+        columns: By this project's name of a column, what the files call it, where that is another.
         source: What the reference is, for messages.
         ignore: Keys to leave out.
         max_prompt_length: Take it over. The authors' code never reads it.
@@ -148,10 +150,11 @@ def convert(
         "loss.method": method,
         "data.train": train,
         "data.validation": validation,
+        "data.columns": dict(columns) if columns else None,
         "data.max_prompt_length": values.get("max_prompt_length") if max_prompt_length else None,
         "batch.global_pairs": values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * ranks,
         "optimizer.schedule": _SCHEDULES[schedule],
-        "optimizer.warmup_ratio": _warmup_ratio(values, source),
+        **_warmup(values, source),
         "precision.dtype": "bf16" if values["bf16"] else "fp32",
         "train.steps" if values["max_steps"] > 0 else "train.epochs": (
             values["max_steps"] if values["max_steps"] > 0 else values["num_train_epochs"]
@@ -170,23 +173,18 @@ def _method(values: Mapping[str, Any]) -> str:
     return "tgdpo" if values["stage"] == "tgdpo" else "dpo"
 
 
-def _warmup_ratio(values: Mapping[str, Any], source: str) -> float:
-    """Warm-up as a fraction of all steps. A number of steps takes precedence there, and ``constant`` has no warm-up."""
+def _warmup(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Warm-up as our keys. A number of steps takes precedence there, and ``constant`` has no warm-up."""
     steps, total = values["warmup_steps"], values["max_steps"]
     if values["lr_scheduler_type"] == "constant":
-        return 0.0
-    if steps == 0:
-        return values["warmup_ratio"]
-    if 0 < steps < 1:
-        return steps
-    if total <= 0:
-        raise UserError(
-            f"{source}: warmup_steps: {steps:g} is a number of steps, of which epochs do not say how many there are: "
-            "give max_steps, or leave it out with --ignore warmup_steps and set optimizer.warmup_ratio"
-        )
-    if steps != int(steps) or not 0 < steps < total:
+        return {"optimizer.warmup_ratio": 0.0}
+    if 0 <= steps < 1:
+        return {"optimizer.warmup_ratio": steps or values["warmup_ratio"]}
+    if steps != int(steps) or steps < 0:
+        raise UserError(f"{source}: warmup_steps: {steps:g} is not a number of steps")
+    if 0 < total <= steps:
         raise UserError(f"{source}: warmup_steps: {steps:g} is not a number of steps below max_steps: {total}")
-    return steps / total
+    return {"optimizer.warmup_ratio": 0.0, "optimizer.warmup_steps": int(steps)}
 
 
 def not_carried_over(reference: Mapping[str, Any]) -> list[str]:
@@ -206,7 +204,7 @@ def _notes(reference: Mapping[str, Any], config: Config, ignore: Sequence[str]) 
         lines.append("max_prompt_length: left out, the authors' code never reads it; --max-prompt-length takes it over")
     if config.precision.dtype == "fp32":
         lines.append("precision.dtype is fp32: the reference code trains in fp32 where bf16 is not set")
-    if config.optimizer.schedule == "constant" and not config.optimizer.warmup_ratio:
+    if config.optimizer.schedule == "constant" and not (config.optimizer.warmup_ratio or config.optimizer.warmup_steps):
         lines.append("lr_scheduler_type: constant has no warm-up in transformers, whatever warmup_ratio says")
     return lines
 
@@ -255,19 +253,23 @@ def _import(args: argparse.Namespace) -> tuple[Config, list[str]]:
     strangers = sorted(set(args.ignore) - set(reference) - {"finetuning_type"})
     if strangers:
         raise UserError(f"--ignore {strangers[0]}: {source} does not have it")
-    train, validation = args.train, args.validation
+    refuse_unknown(reference, source, args.ignore)  # before the data is read
+    train, validation, columns = args.train, args.validation, {}
     lines = []
+    evaluates = validation is None and not _absent(reference, "eval_dataset", args.ignore)
     if args.dataset_info:
-        train = dataset_file(args.dataset_info, str(reference.get("dataset")))
-        if validation is None and not _absent(reference, "eval_dataset", args.ignore):
-            validation = dataset_file(args.dataset_info, str(reference["eval_dataset"]))
-    elif validation is None and not _absent(reference, "eval_dataset", args.ignore):
+        keys = ["dataset", *(["eval_dataset"] if evaluates else [])]
+        found, columns = dataset_files(args.dataset_info, {key: str(reference.get(key)) for key in keys})
+        train, *others = (paths[0] if len(paths) == 1 else paths for paths in found.values())
+        validation = others[0] if others else validation
+    elif evaluates:
         lines.append(f"eval_dataset: {reference['eval_dataset']}: left out, give --validation")
     values = convert(
         reference,
         args.ranks,
         train,
         validation,
+        columns=columns,
         source=source,
         ignore=args.ignore,
         max_prompt_length=args.max_prompt_length,

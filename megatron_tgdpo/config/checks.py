@@ -43,6 +43,7 @@ _NOT_NEGATIVE = (
     "optimizer.lr",
     "optimizer.weight_decay",
     "optimizer.clip_grad",
+    "optimizer.warmup_steps",
     "checkpoint.keep",
     "train.seed",
     "train.keep_logits_mib",

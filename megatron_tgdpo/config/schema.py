@@ -98,6 +98,7 @@ class OptimizerSettings:
     clip_grad: float = 1.0  # maximum global gradient norm; 0: no clipping
     schedule: str = "cosine"  # constant | linear | cosine, to zero at the last step
     warmup_ratio: float = 0.1  # fraction of all steps that warm up linearly from 0
+    warmup_steps: int | None = None  # how many steps do, whatever warmup_ratio says; null: that fraction
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from megatron_tgdpo.storage.files import FileDigest, file_digest, read_error
 from megatron_tgdpo.storage.json_text import check_shape, parse_json
 
 FORMAT_VERSION = 1
+# Raised whenever some record gets other tokens than before: what training itself made of raw files is then made anew.
+READING_VERSION = 2
 MANIFEST_SUFFIX = ".manifest.json"
 DATA_SUFFIXES = (".bin", ".idx", ".source.npy")
 # What is read of a manifest.

@@ -158,7 +158,7 @@ def open_data(
         done: Steps that were made before, and how many pairs of ``data.train`` they consumed.
 
     Raises:
-        UserError: A pair holds a token id that a model does not have.
+        UserError: A pair holds a token id that a model does not have, or warm-up takes all steps.
     """
     role, vocab_size = min(((role, found.vocab_size) for role, found in configs.items()), key=lambda item: item[1])
     datasets = _datasets(prepared)
@@ -181,6 +181,11 @@ def open_data(
         config.train.seed,
         *done,
     )
+    if (config.optimizer.warmup_steps or 0) >= order.steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps} and the run has {order.steps} steps: the peak "
+            "learning rate would never be reached, make it smaller"
+        )
     caches = {}
     if config.guidance.mode == "cached":
         caches = {name: open_guidance(config, name, dataset) for name, dataset in {"train": train, **datasets}.items()}

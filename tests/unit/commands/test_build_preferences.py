@@ -132,6 +132,48 @@ def test_reward_model_scores_the_whole_templated_conversation(tmp_path: Path) ->
         RewardModelScorer(make_reward_model(tmp_path / "two", num_labels=2), torch.float32, torch.device("cpu"))
 
 
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def test_tools_of_a_prompt_reach_the_reward_model(tmp_path: Path) -> None:
+    directory = make_reward_model(tmp_path / "reward")
+    talk, answers = (Message("user", "w5 w6"),), ["w7 w8"]
+    bare = RewardModelScorer(directory, torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"^f:3: the chat template of .*reward does not read 'tools'"):
+        bare.score(talk, answers, "f:3", {"tools": TOOLS})
+    calling = Message("assistant", "w9", {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]})
+    with pytest.raises(UserError, match=r"^f:4: .* does not read 'tool_calls' of a message of assistant"):
+        bare.score((*talk, calling, Message("user", "w5")), answers, "f:4")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    template = "{% for tool in tools or [] %}w11 {{ tool.function.name }} {% endfor %}" + tokenizer.chat_template
+    (directory / "chat_template.jinja").write_text(template)
+    scorer = RewardModelScorer(directory, torch.float32, torch.device("cpu"))
+    given, without = (scorer.score(talk, answers, "f:5", variables) for variables in ({"tools": TOOLS}, {}))
+    assert given != pytest.approx(without)
+    whole = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]
+    text = AutoTokenizer.from_pretrained(directory).apply_chat_template(whole, tools=TOOLS, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = AutoModelForSequenceClassification.from_pretrained(directory).eval()(ids).logits.item()
+    assert given == pytest.approx([expected], rel=1e-5)
+
+
+def test_tools_of_a_prompt_reach_the_scoring_function(tmp_path: Path, model: Path) -> None:
+    reads_tools = tmp_path / "model"
+    shutil.copytree(model, reads_tools)
+    template = AutoTokenizer.from_pretrained(model).chat_template
+    (reads_tools / "chat_template.jinja").write_text("{% if tools %}w11 {% endif %}" + template)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"instruction": "w5", "tools": TOOLS}) + "\n")
+    score = "tests.unit.tools.scores:even_words_and_tools"
+    summary = build(parse_arguments(arguments(reads_tools, prompts, tmp_path / "a.jsonl", score=score)))
+    assert summary["pairs"] == 1
+    (record,) = read(tmp_path / "a.jsonl")
+    assert record["scores"] == [1 + found for found in even_words(record["prompt"], record["samples"])]
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: .*even_words raised TypeError: .*'tools'"):
+        build(parse_arguments(arguments(reads_tools, prompts, tmp_path / "b.jsonl")))
+
+
 def make_reward_model(path: Path, **options: Any) -> Path:
     config = AutoConfig.for_model(
         "llama", vocab_size=131, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
