@@ -129,7 +129,7 @@ def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: PreprocessOp
         record = decode_record(payload, batch.kind, place, options)
         layout = detect_layout(record, place, chosen_only=options.chosen_only)
         if is_single(layout) != is_single(batch.layout):
-            first, this = ("a single answer", "a pair")[:: 1 if is_single(batch.layout) else -1]
+            first, this = ("a single answer", "a pair") if is_single(batch.layout) else ("a pair", "a single answer")
             raise UserError(f"{place}: {this} in a file that begins with {first}: keep them in files of their own")
         example = parse_record(record, layout, place, chosen_only=options.chosen_only)
         pair = encode_example(example, tokenizer, options, place)

@@ -63,9 +63,9 @@ def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> 
         return count * job.pack.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
 
     def logits(hf_config: PretrainedConfig) -> float:
-        return (
-            2 * job.pack.tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size * last
-        )
+        if not last:
+            return 0.0
+        return 2 * job.pack.tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size
 
     backward = 2 * layers(job.policy) + 3 * logits(job.policy)
     if recompute == "full":

@@ -77,9 +77,11 @@ def dry_run(config: Config, world_size: int) -> str:
     configs = models_that_run(config, read_model_configs(config))
     check_layout(configs, layout)
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
-    # Under context parallelism a rank gathers the keys of its tokens' sequences: half of them on average, and a bit.
-    # With shared prompts how many depends on the data: at most two a token.
-    gathered = layout.context + 0.5 if layout.context > 1 else 2.0 * config.shared_prompts
+    # With shared prompts how many keys are gathered depends on the data: at most two a token.
+    gathered = 2.0 if config.shared_prompts else 0.0
+    if layout.context > 1:
+        # A rank gathers the keys of its tokens' sequences: half of them on average, and a bit.
+        gathered = layout.context + 0.5
     dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
     keep = config.train.keep_logits_mib * 2**20
     pack = Pack(config.seq_length // layout.context, config.longest_sequence, dtype_bytes, gathered, keep)

@@ -115,7 +115,3 @@ def test_plans_are_complete_whatever_the_costs() -> None:
                 }
                 frozen_slots = [slot for slot in slots if slot.compute.kind == FROZEN]
                 assert all(before[slot.compute.micro_batch] <= slot.start for slot in frozen_slots)
-
-
-def test_a_timeline_is_drawn() -> None:
-    assert one_f_one_b(uniform(2, 1, 2), 1).draw(6) == "stage 0 F...BB\nstage 1 .FBB.."
