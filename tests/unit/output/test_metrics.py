@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo.loss.preference import PreferenceLoss, sft_loss, tgdpo_loss
 from megatron_tgdpo.models.rounding import LogpDifference
-from megatron_tgdpo.output import metrics
+from megatron_tgdpo.output import metrics as tables
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, pack_metrics, reduce_metrics
 
 BETA, ALPHA = 0.2, 1.5
@@ -20,12 +20,12 @@ BETA, ALPHA = 0.2, 1.5
 def reduced(
     group: dist.ProcessGroup, packs: list[tuple[torch.Tensor, ...]], without: tuple[str, ...] = ()
 ) -> StepMetrics:
-    parts = []
+    metrics = []
     for policy, reference, guide, lengths, indices in packs:
         loss = tgdpo_loss(policy, reference, guide, lengths, beta=BETA, alpha=ALPHA)
-        parts.append(pack_metrics(loss, indices))
+        metrics.append(pack_metrics(loss, indices))
     pg = SimpleNamespace(dp_cp=group, pp=group)
-    return reduce_metrics(parts, pg, torch.device("cpu"), without=without)  # type: ignore[arg-type]
+    return reduce_metrics(metrics, pg, torch.device("cpu"), without=without)  # type: ignore[arg-type]
 
 
 def pack(seed: int, lengths: list[int], indices: list[int]) -> tuple[torch.Tensor, ...]:
@@ -76,8 +76,8 @@ def test_the_order_of_the_tables_means_nothing(
     packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2])]
     before = reduced(single_rank_group, packs)
     for table in ("_PAIR_SUMS", "_TOKEN_SUMS", "_MAXIMA"):
-        monkeypatch.setattr(metrics, table, dict(reversed(getattr(metrics, table).items())))
-    monkeypatch.setattr(metrics, "_PAIR_MEANS", metrics._PAIR_MEANS[::-1])
+        monkeypatch.setattr(tables, table, dict(reversed(getattr(tables, table).items())))
+    monkeypatch.setattr(tables, "_PAIR_MEANS", tables._PAIR_MEANS[::-1])
     assert reduced(single_rank_group, packs) == before
 
 
@@ -129,8 +129,8 @@ def test_context_ranks_count_their_tokens_and_one_of_them_the_pairs(single_rank_
 
 def test_sft_loss_is_a_mean_over_tokens(single_rank_group: dist.ProcessGroup) -> None:
     packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2])]
-    parts = [pack_metrics(sft_loss(policy, lengths), indices) for policy, _, _, lengths, indices in packs]
+    metrics = [pack_metrics(sft_loss(policy, lengths), indices) for policy, _, _, lengths, indices in packs]
     pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
-    values = reduce_metrics(parts, pg, torch.device("cpu")).values  # type: ignore[arg-type]
+    values = reduce_metrics(metrics, pg, torch.device("cpu")).values  # type: ignore[arg-type]
     chosen = torch.cat([packs[0][0][:2], packs[0][0][5:9], packs[1][0][:5]])
     assert values["loss"] == pytest.approx(float(-chosen.mean()), rel=1e-5)
