@@ -11,7 +11,7 @@ from megatron_tgdpo.config.loading import to_yaml
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel
-from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks, run_on_rank0
+from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
 from megatron_tgdpo.gpu.precision import linear_bytes
 from megatron_tgdpo.models.config import check_layout
@@ -25,7 +25,7 @@ from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.setup.inputs import layout_of, models_that_run, read_model_configs
 from megatron_tgdpo.training.resume import begin, find_start
-from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare_on_rank0
+from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer
 
 
@@ -51,11 +51,11 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     check_layout(used, layout)
     check_gpu_options(config, used, layout, capabilities(device))
     needed = files_needed(layout, device)
-    run_on_all_ranks(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
+    run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
     lock = RunLock(Path(config.output_dir))
     with ExitStack() as stack:
         stack.callback(lock.release)
-        prepared = run_on_rank0(lambda: prepare_on_rank0(config, lock, pins), store, ranks.rank)
+        prepared = prepare(config, lock, pins, ranks, store)
         inputs = check_inputs(config, prepared, ranks, dist.PrefixStore("inputs", store))
         init_distributed(ranks, device, parallel.timeout_minutes, store)
         pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
@@ -71,7 +71,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
 
 
 def dry_run(config: Config, world_size: int) -> str:
-    """The resolved config, the rank grid, and parameters and memory per rank, without loading anything."""
+    """The resolved config, the parallel layout, and parameters and memory per rank, without loading anything."""
     layout = layout_of(config, world_size)
     config = pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
