@@ -21,8 +21,8 @@ from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
+from megatron_tgdpo.planning.pipeline_schedule import StageCosts
 from megatron_tgdpo.planning.prefetch import plan_prefetch, stage_hooks
-from megatron_tgdpo.planning.schedule import StageCosts
 from megatron_tgdpo.planning.step_time import stage_costs
 
 logger = logging.getLogger(__name__)

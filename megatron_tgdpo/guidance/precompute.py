@@ -41,10 +41,11 @@ from megatron_tgdpo.guidance.scorer import FrozenEngine, build_frozen_engine
 from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.models.rounding import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
+from megatron_tgdpo.setup.datasets import Prepared, prepare_data
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weight_files
 from megatron_tgdpo.setup.hub_inputs import pin_inputs
-from megatron_tgdpo.setup.inputs import check_tokenizers, layout_of, prepare_data, read_model_configs
-from megatron_tgdpo.setup.prepared_data import Prepared
+from megatron_tgdpo.setup.layout import layout_of
+from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from megatron_tgdpo.resilience.preflight import preflight
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
-from megatron_tgdpo.setup.inputs import layout_of, models_that_run, read_model_configs
+from megatron_tgdpo.setup.layout import layout_of
+from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
 from megatron_tgdpo.training.resume import begin, find_start
 from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer

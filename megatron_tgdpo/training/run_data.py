@@ -26,10 +26,10 @@ from megatron_tgdpo.guidance.cache import GuidanceCache, guidance_key, model_fin
 from megatron_tgdpo.output.directory import claim_output_dir
 from megatron_tgdpo.output.wandb import import_wandb
 from megatron_tgdpo.resilience.run_lock import RunLock
+from megatron_tgdpo.setup.datasets import Prepared, prepare_data, write_summary
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import Pins, record_pins
-from megatron_tgdpo.setup.inputs import check_tokenizers, prepare_data
-from megatron_tgdpo.setup.prepared_data import Prepared, write_summary
+from megatron_tgdpo.setup.model_inputs import check_tokenizers
 from megatron_tgdpo.signals import leave_if_requested
 from megatron_tgdpo.storage.hub import local_path
 

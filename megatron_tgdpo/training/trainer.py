@@ -28,7 +28,7 @@ from megatron_tgdpo.output.metrics import StepMetrics, eval_group
 from megatron_tgdpo.output.metrics_log import MetricsLog
 from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.setup.engine import Engine
-from megatron_tgdpo.setup.inputs import hf_directory
+from megatron_tgdpo.setup.model_inputs import hf_directory
 from megatron_tgdpo.signals import StoppedEarly
 from megatron_tgdpo.training.checkpoint import load_checkpoint
 from megatron_tgdpo.training.resume import StartPoint
@@ -62,7 +62,7 @@ class Trainer:
 
     Args:
         config: The run.
-        layout: The rank grid.
+        layout: The parallel layout.
         engine: Models and optimizer of this rank.
         data: Datasets and data order.
         start: Where it goes on.

@@ -23,7 +23,7 @@ from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.engine import build_engine, unwrapped
-from megatron_tgdpo.setup.inputs import read_model_configs
+from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.setup.models import load_model
 from megatron_tgdpo.training.run_data import open_data, prepare
 from megatron_tgdpo.training.step import forward_backward

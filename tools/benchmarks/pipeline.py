@@ -38,8 +38,8 @@ from megatron_tgdpo.frozen.communicator import ColocatedCommunicator, P2PBuffer
 from megatron_tgdpo.frozen.models import FrozenModels
 from megatron_tgdpo.frozen.prefetch import Prefetcher
 from megatron_tgdpo.frozen.queue import FrozenChannel
+from megatron_tgdpo.planning.pipeline_schedule import StageCosts, Timeline, interleaved, one_f_one_b, uniform
 from megatron_tgdpo.planning.prefetch import plan_prefetch
-from megatron_tgdpo.planning.schedule import StageCosts, Timeline, interleaved, one_f_one_b, uniform
 
 _TOKENS, _HIDDEN = 16, 8
 _CPU = torch.device("cpu")

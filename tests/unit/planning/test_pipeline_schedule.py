@@ -5,8 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_tgdpo.planning.prefetch import plan_prefetch, stage_hooks
-from megatron_tgdpo.planning.schedule import (
+from megatron_tgdpo.planning.pipeline_schedule import (
     FORWARD,
     FROZEN,
     Compute,
@@ -19,6 +18,7 @@ from megatron_tgdpo.planning.schedule import (
     policy_order,
     uniform,
 )
+from megatron_tgdpo.planning.prefetch import plan_prefetch, stage_hooks
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
