@@ -309,8 +309,8 @@ def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], s
     if missing:
         return {}, f"layout: NOT planned, there is no {missing[0]}/config.json here: set parallel (see tgdpo.plan)"
     from megatron_tgdpo.models.hf_config import read_hf_config
-    from megatron_tgdpo.planning.choose import choose_layout
     from megatron_tgdpo.planning.cluster import Cluster
+    from megatron_tgdpo.planning.layouts import choose_layout
 
     nodes, rest = divmod(args.ranks, args.gpus_per_node) if args.ranks > args.gpus_per_node else (1, 0)
     if rest:

@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(given: argparse.Namespace, config: Config) -> str:
     # Here, not above: these imports take seconds, a wrong key should not.
     from megatron_tgdpo.data.tokenizers import load_tokenizer
+    from megatron_tgdpo.setup.datasets import preprocess_options
     from megatron_tgdpo.setup.hub_inputs import pin_here
-    from megatron_tgdpo.setup.inputs import preprocess_options
     from megatron_tgdpo.storage.atomic_file import write_atomically
     from tgdpo.reporting.build import chance_warning, report_figures, report_pairs, summary
     from tgdpo.reporting.render import render_page
@@ -106,7 +106,7 @@ def _logps(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_tgdpo.setup.inputs import compare_with_data
+    from megatron_tgdpo.setup.model_inputs import compare_with_data
     from megatron_tgdpo.setup.models import DTYPES
     from tgdpo.reporting.sources import cached_logps, model_logps, open_cache
 

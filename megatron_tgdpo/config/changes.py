@@ -1,7 +1,7 @@
 """What may differ between a run and its continuation, key by key, and what a difference means.
 
 Keys that name files are compared by content: the same bytes at another path are the same, other bytes at the same path
-are not. ``INPUTS`` says which, and ``setup/inputs.py`` computes the fingerprints.
+are not. ``INPUTS`` says which, and ``training/run_data.py`` computes the fingerprints.
 """
 
 import json

@@ -67,7 +67,7 @@ class GuidanceConfig:
     mode: str = "colocated"  # colocated: reference and guide ride in the policy's pipeline | cached: read from cache
     cache: str | None = None  # directory that tgdpo.guidance writes and mode cached reads
     verify: bool = True  # compare the cache's checksums before training from it
-    prefetch: bool = False  # run the next step's frozen forwards in the pipeline bubbles of this one
+    prefetch: bool = False  # experimental: run the next step's frozen forwards in the pipeline bubbles of this one
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def rename(record: Any, columns: Mapping[str, str], place: str) -> Any:
     for key in columns.values():
         if key not in record:
             raise UserError(f"{place}: no key '{key}', which data.columns names (keys: {', '.join(map(str, record))})")
-    taken = set(columns.values())
-    kept = {key: value for key, value in record.items() if key not in taken}
+    renamed = set(columns.values())
+    kept = {key: value for key, value in record.items() if key not in renamed}
     return kept | {key: record[theirs] for key, theirs in columns.items()}
 
 
@@ -191,7 +191,7 @@ def _refuse_unknown(record: Mapping[str, Any], place: str) -> None:
 
 
 def _without_rejected(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A pair's record with the chosen response on both sides, so that every layout reads it by its one set of rules."""
+    """A pair's record with the chosen response as both, so that every layout reads it by its one set of rules."""
     if any(record.get(key) is not None for key in REJECTED_KEYS[1:]):
         rest = {key: value for key, value in record.items() if key not in REJECTED_KEYS}
         return {**rest, "rejected_messages": record.get("messages")}
@@ -206,16 +206,16 @@ def _check_responses(record: Mapping[str, Any], place: str) -> None:
         )
 
 
-def _starts_with_answer(side: Any) -> bool:
+def _starts_with_answer(response: Any) -> bool:
     """Whether a list of messages begins with the assistant's: it is a response without its prompt."""
-    first = side[0] if isinstance(side, list) and side else None
+    first = response[0] if isinstance(response, list) and response else None
     return isinstance(first, Mapping) and first.get("from", first.get("role")) in ("gpt", "assistant")
 
 
 def _pair_layout(record: Mapping[str, Any], place: str) -> str:
     """The layout of a record with chosen and rejected."""
-    sides = record["chosen"], record["rejected"]
-    whole = isinstance(sides[0], list) and not any(map(_starts_with_answer, sides))
+    chosen, rejected = record["chosen"], record["rejected"]
+    whole = isinstance(chosen, list) and not any(map(_starts_with_answer, (chosen, rejected)))
     prompt = record.get("prompt")
     if record.get("conversations") is not None:
         return "sharegpt"
@@ -225,7 +225,7 @@ def _pair_layout(record: Mapping[str, Any], place: str) -> str:
         return "trl_implicit"
     if record.get("instruction") is not None:
         return "instruction"
-    if isinstance(prompt, str) and isinstance(sides[0], str):
+    if isinstance(prompt, str) and isinstance(chosen, str):
         return "trl_plain"
     if record.get("messages") is not None:
         return "openai"
@@ -235,15 +235,15 @@ def _pair_layout(record: Mapping[str, Any], place: str) -> str:
         return "prompt_text"
     if record.get("question") is not None:
         return "question"
-    if isinstance(sides[0], list):
+    if isinstance(chosen, list):
         return "trl_implicit"
-    if all(map(is_hh, sides)):
+    if is_hh(chosen) and is_hh(rejected):
         return "hh"
     # Other keys may hold the prompt.
     others = [
         key for key, value in record.items() if key not in ("chosen", "rejected") and isinstance(value, str | list)
     ]
-    if isinstance(sides[0], str) and not others:
+    if isinstance(chosen, str) and not others:
         return "plain_implicit"
     raise UserError(
         f"{place}: no known layout (keys: {', '.join(map(str, record))}); besides chosen and rejected a record needs "

@@ -1,4 +1,4 @@
-"""The manifest beside a preprocessed dataset: what is in it, and the proof that it was written to its end.
+"""The manifest of a preprocessed dataset: what is in it, and the proof that it was written to its end.
 
 A dataset is ``PREFIX.bin`` and ``PREFIX.idx`` (Megatron-Core IndexedDataset), ``PREFIX.source.npy`` and
 ``PREFIX.manifest.json``. The manifest is put in place last: without it there is no dataset.

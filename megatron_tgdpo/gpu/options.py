@@ -43,7 +43,7 @@ def check_gpu_options(
     Args:
         config: The run.
         configs: HF configs by role.
-        layout: The rank grid.
+        layout: The parallel layout.
         found: The machine.
 
     Raises:

@@ -217,7 +217,7 @@ def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, seq_length: int, lay
         kwargs: Arguments of the model's LanguageModelConfig.
         recipe: The model's.
         seq_length: Tokens of a pack, over all its ranks.
-        layout: The rank grid.
+        layout: The parallel layout.
 
     Raises:
         UserError: A size is not a multiple of what the recipe asks.

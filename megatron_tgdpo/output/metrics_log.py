@@ -1,4 +1,4 @@
-"""A run's figures, a step at a time, in ``metrics.jsonl`` and TensorBoard's event files, and perhaps at W&B."""
+"""A run's metrics, a step at a time, in ``metrics.jsonl`` and TensorBoard's event files, and perhaps at W&B."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ class _Step:
 
 
 class MetricsLog:
-    """Appends one JSON object a step to ``metrics.jsonl``, and the same figures to TensorBoard and perhaps W&B.
+    """Appends one JSON object a step to ``metrics.jsonl``, and the same metrics to TensorBoard and perhaps W&B.
 
     Steps that cannot be written, as on a full disk, are kept and written later; :meth:`check` says whether all are.
 
@@ -63,8 +63,8 @@ class MetricsLog:
 
         Args:
             step: Its number.
-            values: Its figures, with those of evaluations that followed it.
-            evaluations: Those, by the group of their figures, for their histograms.
+            values: Its metrics, with those of evaluations that followed it.
+            evaluations: Those, by the group of their metrics, for their histograms.
         """
         self._unwritten.append(_Step(step, values, evaluations or {}))
         # Each attempt begins an event file.
@@ -106,7 +106,7 @@ class MetricsLog:
         except OSError as error:
             if self._failure is None:
                 logger.warning(
-                    "%s: cannot be written (%s): figures are kept and written later",
+                    "%s: cannot be written (%s): metrics are kept and written later",
                     self._what,
                     error.strerror or error,
                 )

@@ -52,7 +52,7 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "seconds per step": ("perf/step_seconds",),
         "share of pack tokens that are not padding": ("perf/packing_efficiency",),
         "peak memory of a rank (GiB)": ("perf/peak_memory_gib",),
-        "saving: seconds waited, seconds taken": ("perf/checkpoint_wait_seconds", "perf/checkpoint_seconds"),
+        "saving: seconds waited, seconds writing": ("perf/checkpoint_wait_seconds", "perf/checkpoint_seconds"),
     },
 }
 
@@ -109,7 +109,7 @@ class TensorBoard:
         self._writer.add_custom_scalars(chart_layout(without, sets or ("",)))
         there = _of_run((*_RESULTS, *_EVALUATION_RESULTS), without, sets)
         experiment, session, _ = hparams(hyperparameters(config), dict.fromkeys(there, 0.0))
-        # Not SummaryWriter.add_hparams: it would begin a run of its own beside this one.
+        # Not SummaryWriter.add_hparams: it would begin another run next to this one.
         events = self._writer.file_writer
         assert events is not None, "the writer was just opened"
         for summary in (experiment, session):
@@ -117,7 +117,7 @@ class TensorBoard:
         self._writer.flush()
 
     def write(self, step: int, values: dict[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
-        """Writes a step's figures and, where it was followed by evaluations, the histograms of those, by group."""
+        """Writes a step's metrics and, where it was followed by evaluations, the histograms of those, by group."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         for group, evaluation in evaluations.items():

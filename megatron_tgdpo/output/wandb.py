@@ -50,7 +50,7 @@ class WandbLog:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes a step's figures."""
+        """Writes a step's metrics."""
         self._run.log(values, step=step)
 
     def close(self) -> None:

@@ -15,8 +15,7 @@ from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import all_plans, make_plan
-from megatron_tgdpo.planning.report import plan_text, table
-from megatron_tgdpo.planning.schedule_report import schedules_table
+from megatron_tgdpo.planning.report import plan_text, schedules_table, table
 
 _MAY_BE_ZERO = ("reserve_gib", "response_share")
 _LARGEST = 10**9

@@ -151,7 +151,8 @@ def fp8(bench: Bench, tiny: bool) -> Iterator[Figure]:
 @torch.no_grad()
 def token_rewards(bench: Bench, config: Config, data: list[PreferencePair]) -> torch.Tensor:
     """beta * (log pi_g - log pi_ref) of every response token, fp32 on the CPU."""
-    from megatron_tgdpo.setup.inputs import pack_format, read_model_configs
+    from megatron_tgdpo.setup.layout import pack_format
+    from megatron_tgdpo.setup.model_inputs import read_model_configs
 
     found = load_frozen_models(config, read_model_configs(config), bench.layout, bench.pg, bench.device)
     model = ColocatedModel(found[0], found[1:])

@@ -11,13 +11,14 @@ from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.data import sandbox
 from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
-from megatron_tgdpo.data.encode import EncodedPair, encode_example, encode_prompt, encode_responses
+from megatron_tgdpo.data.encode import encode_example, encode_prompt, encode_responses
 from megatron_tgdpo.data.example import Example, as_keys
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import detect_layout, parse_prompt, parse_record
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import preprocess
 from megatron_tgdpo.data.tokenizers import HuggingFaceTokenizer
+from megatron_tgdpo.data.truncation import DroppedPair
 from megatron_tgdpo.errors import UserError
 from tests.unit.data.test_chat import CHATML, with_template
 
@@ -294,11 +295,11 @@ def test_response_cut_down_to_what_is_not_trained_on_is_dropped(hf_directory: st
     tokenizer = with_template(hf_directory, marked, tmp_path)
     example = Example((Message("user", "a"),), "b", None)
     pair = encode_example(example, tokenizer, PreprocessOptions("none"), "f:1")
-    assert isinstance(pair, EncodedPair)
     assert pair.chosen[-2] < 0 <= pair.chosen[-1]
     # The prompt is whole, and the response loses its last token.
     options = PreprocessOptions("none", max_length=len(pair.prompt) + len(pair.chosen) - 1)
-    assert encode_example(example, tokenizer, options, "f:1") == "empty_response"
+    with pytest.raises(DroppedPair, match=r"^empty_response$"):
+        encode_example(example, tokenizer, options, "f:1")
 
 
 @pytest.mark.parametrize(

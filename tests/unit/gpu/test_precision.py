@@ -29,7 +29,7 @@ from megatron_tgdpo.gpu.precision import (
     policy_transformer_kwargs,
 )
 from megatron_tgdpo.models.config import LanguageModelConfig
-from megatron_tgdpo.setup.inputs import pack_format
+from megatron_tgdpo.setup.layout import pack_format
 from tests.unit.config.test_loading import VALID
 
 # Ampere, Ada, Hopper, Blackwell, and the Blackwell of workstations; the CUDA of each is new enough or too old.

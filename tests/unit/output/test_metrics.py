@@ -1,4 +1,4 @@
-"""Step metrics against figures worked out directly from the log-probs."""
+"""Step metrics against values worked out directly from the log-probs."""
 
 import math
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo.loss.preference import PreferenceLoss, sft_loss, tgdpo_loss
 from megatron_tgdpo.models.rounding import LogpDifference
+from megatron_tgdpo.output import metrics as tables
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, pack_metrics, reduce_metrics
 
 BETA, ALPHA = 0.2, 1.5
@@ -33,7 +34,7 @@ def pack(seed: int, lengths: list[int], indices: list[int]) -> tuple[torch.Tenso
     return (*logps, torch.tensor(lengths, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64))
 
 
-def test_figures_do_not_depend_on_packing_and_are_right(single_rank_group: dist.ProcessGroup) -> None:
+def test_metrics_do_not_depend_on_packing_and_are_right(single_rank_group: dist.ProcessGroup) -> None:
     packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2]), pack(3, [], [])]
     joined = tuple(torch.cat(parts) for parts in zip(*packs, strict=True))
     split = reduced(single_rank_group, packs).values
@@ -69,6 +70,17 @@ def test_figures_do_not_depend_on_packing_and_are_right(single_rank_group: dist.
     assert split["guidance/guide_accuracy"] == pytest.approx(correct / 3)
 
 
+def test_the_order_of_the_tables_means_nothing(
+    single_rank_group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2])]
+    before = reduced(single_rank_group, packs)
+    for table in ("_PAIR_SUMS", "_TOKEN_SUMS", "_MAXIMA"):
+        monkeypatch.setattr(tables, table, dict(reversed(getattr(tables, table).items())))
+    monkeypatch.setattr(tables, "_PAIR_MEANS", tables._PAIR_MEANS[::-1])
+    assert reduced(single_rank_group, packs) == before
+
+
 def test_bad_pairs_and_difference_from_the_reference(single_rank_group: dist.ProcessGroup) -> None:
     good, bad = pack(1, [2, 3], [40]), pack(2, [2, 3, 4, 1], [12, 31])
     assert reduced(single_rank_group, [good]).bad_pair is None
@@ -86,7 +98,7 @@ def test_bad_pairs_and_difference_from_the_reference(single_rank_group: dist.Pro
     assert difference.response == pytest.approx(float(torch.stack(sums).square().mean().sqrt()), rel=1e-5)
 
 
-def test_without_a_guide_its_figures_are_left_out(single_rank_group: dist.ProcessGroup) -> None:
+def test_without_a_guide_its_metrics_are_left_out(single_rank_group: dist.ProcessGroup) -> None:
     values = reduced(single_rank_group, [pack(1, [2, 3], [0])], without=("guidance/",)).values
     assert "loss" in values
     assert not any(name.startswith("guidance/") for name in values)

@@ -17,7 +17,8 @@ from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.memory import stage_parameters
 from megatron_tgdpo.resilience.run_lock import RunLock
-from megatron_tgdpo.setup.inputs import check_tokenizers, prepare_data, read_model_configs
+from megatron_tgdpo.setup.datasets import prepare_data
+from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
 from megatron_tgdpo.setup.models import RECOMPUTE
 from megatron_tgdpo.training.run import dry_run
 from megatron_tgdpo.training.run_data import open_data, prepare_on_rank0

@@ -15,7 +15,8 @@ from megatron_tgdpo.distributed.layout import init_model_parallel
 from megatron_tgdpo.distributed.ranks import RankEnvironment, connect_store, init_distributed
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.engine import build_engine
-from megatron_tgdpo.setup.inputs import layout_of, read_model_configs
+from megatron_tgdpo.setup.layout import layout_of
+from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.training.run_data import open_data, prepare_on_rank0
 from megatron_tgdpo.training.step import StepResult, train_step
 from tools.benchmarks.training_step.problem import ALPHA, BETA, CLIP, LEARNING_RATE, Problem

@@ -5,8 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_tgdpo.planning.prefetch import plan_prefetch, stage_hooks
-from megatron_tgdpo.planning.schedule import (
+from megatron_tgdpo.planning.pipeline_schedule import (
     FORWARD,
     FROZEN,
     Compute,
@@ -19,6 +18,7 @@ from megatron_tgdpo.planning.schedule import (
     policy_order,
     uniform,
 )
+from megatron_tgdpo.planning.prefetch import plan_prefetch, stage_hooks
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
@@ -115,7 +115,3 @@ def test_plans_are_complete_whatever_the_costs() -> None:
                 }
                 frozen_slots = [slot for slot in slots if slot.compute.kind == FROZEN]
                 assert all(before[slot.compute.micro_batch] <= slot.start for slot in frozen_slots)
-
-
-def test_a_timeline_is_drawn() -> None:
-    assert one_f_one_b(uniform(2, 1, 2), 1).draw(6) == "stage 0 F...BB\nstage 1 .FBB.."

@@ -92,11 +92,11 @@ def render_responses(
         if plain and border.generation and border.head.startswith(border.prompt):
             own = border.tail[: _end_of_turn(border.tail, special)]
             template.usual = border.head[len(border.prompt) :], border.tail, own
-        sides = []
+        rendered = []
         for response in responses:
             turns = [Message("assistant", response)] if isinstance(response, str) else list(response)
-            sides.append(_render_response(template, list(prompt), turns, border, special, place, variables))
-        found = border.prompt, sides
+            rendered.append(_render_response(template, list(prompt), turns, border, special, place, variables))
+        found = border.prompt, rendered
     if variables or any(message.extra for message in prompt):
         template.check_read(prompt, variables, place)
     for message in prompt:
@@ -116,15 +116,15 @@ def _as_usual(
         return None
     lead, tail, own = template.usual
     text = template.render(prompt, place, add_generation_prompt=True)
-    sides = []
+    rendered = []
     for response in responses:
         whole = isinstance(response, str) and template.render([*prompt, Message("assistant", response)], place)
         if whole != f"{text}{lead}{response}{tail}":
             template.usual_credit -= 4
             return None
-        sides.append([Segment(f"{lead}{response}{own}", True)])
+        rendered.append([Segment(f"{lead}{response}{own}", True)])
     template.usual_credit = min(template.usual_credit + 1, 64)
-    return text, sides
+    return text, rendered
 
 
 def _border(template: ChatTemplate, prompt: Sequence[Message], place: str, variables: Mapping[str, Any]) -> _Border:
