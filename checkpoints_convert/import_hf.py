@@ -17,11 +17,9 @@ from torch.futures import Future
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from checkpoints_convert.command_line import dtype_name
 from checkpoints_convert.pieces import (
     Piece,
     all_pieces,
-    checkpoint_key,
     checkpoint_sizes,
     converted,
     extra_state_keys,
@@ -30,11 +28,13 @@ from checkpoints_convert.pieces import (
 from checkpoints_convert.sequential_file import SequentialFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, system_errors, write_common
-from megatron_tgdpo.checkpoints.directory import hf_files, write_description
+from megatron_tgdpo.checkpoints.directory import write_description
+from megatron_tgdpo.checkpoints.model_directory import hf_files
 from megatron_tgdpo.models.hf_weights.check import open_hf
 from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, parameter_count
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
+from megatron_tgdpo.storage.dtypes import dtype_name
 
 
 def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> Summary:
@@ -117,7 +117,7 @@ class _Planner(DefaultSavePlanner):
 def _index(piece: Piece) -> MetadataIndex:
     layer, columns = piece.parameter.layer, piece.parameter.shape[1:]
     return MetadataIndex(
-        checkpoint_key(piece.parameter), (*([] if layer is None else [layer]), piece.start, *(0 for _ in columns))
+        piece.parameter.checkpoint_key, (*([] if layer is None else [layer]), piece.start, *(0 for _ in columns))
     )
 
 

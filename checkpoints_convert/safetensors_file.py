@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.sequential_file import SequentialFile
+from megatron_tgdpo.storage.dtypes import SAFETENSORS_DTYPES, dtype_name
 from megatron_tgdpo.storage.files import bytes_of
 
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _ALIGNMENT = 8
 
 
@@ -40,10 +40,10 @@ class SafetensorsFile(SequentialFile):
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._starts: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
+        position, dtype_in_header = 0, dtype_name(dtype, SAFETENSORS_DTYPES)
         for name, shape in self._shapes.items():
             end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            header[name] = {"dtype": dtype_in_header, "shape": list(shape), "data_offsets": [position, end]}
             self._starts[name] = position
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()

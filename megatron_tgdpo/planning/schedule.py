@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 FORWARD, BACKWARD, FROZEN = "forward", "backward", "frozen"
-_LETTERS = {FORWARD: "F", BACKWARD: "B", FROZEN: "r"}
 
 
 @dataclass(frozen=True)
@@ -82,18 +81,6 @@ class Timeline:
         """The part of the step in which the busiest stage does not compute."""
         busiest = max(sum(slot.end - slot.start for slot in slots) for slots in self.stages)
         return 1 - busiest / self.step_time
-
-    def draw(self, width: int = 100) -> str:
-        """A line a stage: F policy forward, B policy backward, r frozen forward, . waiting."""
-        scale = width / self.step_time
-        lines = []
-        for stage, slots in enumerate(self.stages):
-            line = ["."] * width
-            for slot in slots:
-                for column in range(round(slot.start * scale), round(slot.end * scale)):
-                    line[column] = _LETTERS[slot.compute.kind]
-            lines.append(f"stage {stage} {''.join(line)}")
-        return "\n".join(lines)
 
 
 def policy_order(stages: int, stage: int, micro_batches: int) -> list[tuple[str, int]]:

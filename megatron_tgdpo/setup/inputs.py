@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.batching.packer import check_pairs_fit
 from megatron_tgdpo.batching.sampler import DatasetPart
-from megatron_tgdpo.checkpoints.directory import check_hf_files, is_megatron_checkpoint
+from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.joined import open_sources
 from megatron_tgdpo.data.options import PreprocessOptions
@@ -30,12 +30,6 @@ from megatron_tgdpo.setup.prepared_data import Prepared, log_summary
 from megatron_tgdpo.storage.hub import local_path
 
 logger = logging.getLogger(__name__)
-
-
-def hf_directory(path: str) -> Path:
-    """Where a model directory keeps its config and tokenizer: itself, or ``hf/`` in a Megatron checkpoint."""
-    directory = local_path(path)
-    return directory / "hf" if is_megatron_checkpoint(directory) else directory
 
 
 def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
@@ -105,21 +99,20 @@ def _tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
     directory = local_path(path)
     if directory.is_dir():
         check_hf_files(directory)
-        return load_tokenizer(str(hf_directory(path)), chat_template)
+        return load_tokenizer(str(hf_directory(directory)), chat_template)
     return load_tokenizer(path, chat_template)
 
 
 def _has_tokenizer(path: str) -> bool:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    return any((hf_directory(path) / name).exists() for name in names)
+    return any((hf_directory(local_path(path)) / name).exists() for name in names)
 
 
 def preprocess_options(config: Config) -> PreprocessOptions:
     """What the run asks of its data."""
+    own, policy = config.data.tokenizer, config.model.policy
     return PreprocessOptions(
-        tokenizer=str(
-            local_path(config.data.tokenizer) if config.data.tokenizer else hf_directory(config.model.policy)
-        ),
+        tokenizer=str(local_path(own) if own else hf_directory(local_path(policy))),
         chat_template=config.data.chat_template,
         template_kwargs=config.data.template_kwargs or {},
         columns=config.data.columns or {},

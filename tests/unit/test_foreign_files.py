@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints.directory import read_manifest
+from megatron_tgdpo.checkpoints.manifest import FORMAT, _own_digest, read_manifest
 from megatron_tgdpo.data.manifest import DATA_SUFFIXES
 from megatron_tgdpo.data.manifest import read_manifest as read_dataset_manifest
 from megatron_tgdpo.errors import DamageError, UserError
@@ -63,7 +63,7 @@ def test_a_checkpoint_that_names_no_step_counts_as_any_other(tmp_path: Path) -> 
     (checkpoint / "hf").mkdir(parents=True)
     for name in (".metadata", "common.pt", "hf/config.json"):
         (checkpoint / name).write_text("{}")
-    (checkpoint / "metadata.json").write_text(json.dumps(checkpoint_directory._FORMAT))
+    (checkpoint / "metadata.json").write_text(json.dumps(FORMAT))
     (checkpoint / "tgdpo.json").write_text('{"format_version": 1}')
     assert checkpoint_directory.newest_checkpoint(tmp_path) == checkpoint
     assert [count_restart(tmp_path, "7", 5) for _ in range(3)] == [0, 1, 2]
@@ -86,7 +86,7 @@ def test_a_checkpoint_s_manifest_says_what_is_read_of_it(tmp_path: Path, changes
     content = {"format_version": 1, "step": 4, **changes}
     if files := content.pop("files", None):
         digests = {name: FileDigest(**entry) for name, entry in files.items()}
-        content |= {"files": files, "sha256": checkpoint_directory._own_digest(content, digests)}
+        content |= {"files": files, "sha256": _own_digest(content, digests)}
     (tmp_path / "tgdpo.json").write_text(json.dumps(content))
     with pytest.raises(DamageError, match="not readable") as caught:
         read_manifest(tmp_path)

@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 from checkpoints_convert import megatron_to_hf, pieces
 from checkpoints_convert.export import export_hf
 from checkpoints_convert.import_hf import import_hf
-from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
-from tests.checkpoints import flip, without_manifest
+from tests.checkpoints import flip, save, without_manifest
 from tests.launch import ROOT, environment
 from tests.tiny_models import make_llama
 
@@ -71,7 +70,7 @@ def resave(checkpoint: Path, out: Path, change: Callable[[Tensors], object]) -> 
         tensors[key] = torch.stack(layers) if stacked else reader.rows(key, None, 0, info.size[0])
     change(tensors)
     state = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()}
-    sharded.save(out, {"model": state}, checkpoint, {"dtype": "fp32", "step": 7})
+    save(out, {"model": state}, checkpoint, {"dtype": "fp32", "step": 7})
     return out
 
 

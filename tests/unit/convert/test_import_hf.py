@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert import pieces
 from checkpoints_convert.compare import different_weights
 from checkpoints_convert.import_hf import import_hf
-from megatron_tgdpo.checkpoints.directory import is_complete, read_metadata
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING
+from tests.checkpoints import is_complete
 from tests.launch import ROOT, environment
 from tests.tiny_models import make_llama
 

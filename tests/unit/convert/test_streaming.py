@@ -11,12 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
+from checkpoints_convert.sequential_file import SequentialFile
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from checkpoints_convert.pieces import share
 from checkpoints_convert.safetensors_file import SafetensorsFile
-from checkpoints_convert.sequential_file import SequentialFile
 from checkpoints_convert.streaming import read_ahead
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_tgdpo.planning.prefetch import plan_prefetch, stage_hooks
 from megatron_tgdpo.planning.schedule import (
+    BACKWARD,
     FORWARD,
     FROZEN,
     Compute,
@@ -117,5 +118,9 @@ def test_plans_are_complete_whatever_the_costs() -> None:
                 assert all(before[slot.compute.micro_batch] <= slot.start for slot in frozen_slots)
 
 
-def test_a_timeline_is_drawn() -> None:
-    assert one_f_one_b(uniform(2, 1, 2), 1).draw(6) == "stage 0 F...BB\nstage 1 .FBB.."
+def test_a_stage_works_when_its_input_is_there() -> None:
+    stages = one_f_one_b(uniform(2, 1, 2), 1).stages
+    assert [[(slot.compute.kind, slot.start, slot.end) for slot in slots] for slots in stages] == [
+        [(FORWARD, 0, 1), (BACKWARD, 4, 6)],
+        [(FORWARD, 1, 2), (BACKWARD, 2, 4)],
+    ]

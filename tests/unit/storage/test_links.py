@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tgdpo.checkpoints.directory import copy_hf_files, hf_files
+from megatron_tgdpo.checkpoints.model_directory import copy_hf_files, hf_files
 from megatron_tgdpo.errors import UserError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
