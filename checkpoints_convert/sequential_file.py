@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from megatron_tgdpo.direct_io import ALIGNMENT, BUFFER_BYTES, attempt, copy_bytes, is_direct, open_direct
+from megatron_tgdpo.storage.direct_io import ALIGNMENT, BUFFER_BYTES, attempt, copy_bytes, is_direct, open_direct
 from megatron_tgdpo.storage.files import FileDigest, start_writeback
 
 T = TypeVar("T")

@@ -133,5 +133,5 @@ def random_weights() -> Iterator[None]:
             value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
             write_parameter(parameter, value.normal_(0.0, 0.02) if value.dim() > 1 else value.fill_(1.0))
 
-    with mock.patch("megatron_tgdpo.setup.engine.load_hf_weights", fill):
+    with mock.patch("megatron_tgdpo.setup.models.load_hf_weights", fill):
         yield

@@ -32,12 +32,19 @@ def test_an_error_of_bad_input_is_one_printable_line() -> None:
 def test_json_nested_too_deeply_is_a_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json(DEEP)
-    for name in ("config.json", "model.safetensors.index.json", "tgdpo.json", MANIFEST_FILE, "d.manifest.json"):
+    (tmp_path / "megatron").mkdir()
+    for name in (
+        "config.json",
+        "model.safetensors.index.json",
+        MANIFEST_FILE,
+        "d.manifest.json",
+        "megatron/tgdpo.json",
+    ):
         (tmp_path / name).write_text(DEEP)
     for read in (
         lambda: read_hf_config(tmp_path),
         lambda: HfCheckpoint(tmp_path),
-        lambda: read_manifest(tmp_path),
+        lambda: read_manifest(tmp_path / "megatron"),
         lambda: GuidanceCache(tmp_path, np.ones((3, 3), np.int64), use_guide=False),
         lambda: read_dataset_manifest(str(tmp_path / "d")),
     ):
