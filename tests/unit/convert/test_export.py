@@ -264,7 +264,7 @@ def test_directory_that_only_looks_like_a_leftover_is_kept(checkpoint: Path, tmp
     "patch",
     [
         mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),
-        mock.patch("os.pwrite", side_effect=OSError(28, "No space left on device")),
+        mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")),
     ],
 )
 def test_full_disk_is_reported(checkpoint: Path, tmp_path: Path, patch: mock._patch) -> None:
@@ -281,14 +281,14 @@ def other_export(checkpoint: Path, out: Path, release: Path, host: str | None = 
     """Another process that exports to ``out`` and waits in the middle until ``release`` is there."""
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from checkpoints_convert import command_line, megatron_to_hf, sequential_file\n"
+        "from checkpoints_convert import command_line, megatron_to_hf, safetensors_file\n"
         "from megatron_tgdpo.storage import atomic_file\n"
-        "write, (release, host) = sequential_file._write, sys.argv[1:3]\n"
+        "write, (release, host) = safetensors_file.start_writeback, sys.argv[1:3]\n"
         "def later(*arguments):\n"
         "    Path(release + '.reached').touch()\n"
         "    while not Path(release).exists(): time.sleep(0.02)\n"
         "    write(*arguments)\n"
-        "sequential_file._write = later\n"
+        "safetensors_file.start_writeback = later\n"
         "if host: atomic_file._here = lambda: (host, '1')\n"
         "del sys.argv[1:3]\ncommand_line.run(megatron_to_hf.main)"
     )

@@ -199,8 +199,8 @@ def test_full_disk_is_reported_before_the_work(hf: Path, tmp_path: Path) -> None
 def test_killed_in_the_middle(hf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
-        "import os, sys\nfrom checkpoints_convert import hf_to_megatron, sequential_file\n"
-        "sequential_file._write = lambda *_: os.kill(os.getpid(), 9)\nhf_to_megatron.main()"
+        "import os, sys\nfrom checkpoints_convert import hf_to_megatron, import_hf\n"
+        "import_hf.start_writeback = lambda *_: os.kill(os.getpid(), 9)\nhf_to_megatron.main()"
     )
     command = [sys.executable, "-c", code, "--hf", str(hf), "--out", str(out)]
     assert subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True).returncode == -signal.SIGKILL
