@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoints.directory import check_files, is_megatron_checkpoint, newest_checkpoint
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.manifest import check_files
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.signals import STORAGE_STATUS
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
+from megatron_tgdpo.storage.dtypes import DTYPES
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 
@@ -73,11 +73,6 @@ def dtype_of(metadata: dict, path: Path) -> torch.dtype:
     if metadata.get("dtype") not in DTYPES:
         raise UserError(f"{path}: its metadata says dtype {metadata.get('dtype')!r}, known are {', '.join(DTYPES)}")
     return DTYPES[metadata["dtype"]]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name by which commands and metadata know a dtype."""
-    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def run(main: Callable[[], None]) -> None:

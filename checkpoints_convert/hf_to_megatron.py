@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from checkpoints_convert.command_line import DTYPES, join_ranks, run, timeout_argument
+from checkpoints_convert.command_line import join_ranks, run, timeout_argument
 from checkpoints_convert.import_hf import import_hf
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.storage.atomic_directory import refuse_existing
+from megatron_tgdpo.storage.dtypes import DTYPES
 
 
 def main() -> None:

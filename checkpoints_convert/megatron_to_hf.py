@@ -14,7 +14,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from checkpoints_convert.command_line import (
-    DTYPES,
     dtype_of,
     find_checkpoint,
     join_ranks,
@@ -23,8 +22,9 @@ from checkpoints_convert.command_line import (
     timeout_argument,
 )
 from checkpoints_convert.export import DEFAULT_SHARD_SIZE, export_hf
-from megatron_tgdpo.checkpoints.directory import read_metadata
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.storage.atomic_directory import refuse_existing
+from megatron_tgdpo.storage.dtypes import DTYPES
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from checkpoints_convert.compare import different_weights
 from checkpoints_convert.layout_options import Session, layout_arguments, open_session
 from checkpoints_convert.logits import RowOutputs, packed_outputs
 from checkpoints_convert.probes import Probe, Reference, long_length, make_probes, reference_outputs, spans
-from megatron_tgdpo.checkpoints.directory import read_metadata
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config

@@ -107,7 +107,7 @@ def _logps(
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_tgdpo.setup.model_inputs import compare_with_data
-    from megatron_tgdpo.setup.models import DTYPES
+    from megatron_tgdpo.storage.dtypes import DTYPES
     from tgdpo.reporting.sources import cached_logps, model_logps, open_cache
 
     disable_progress_bar()

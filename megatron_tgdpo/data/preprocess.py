@@ -130,7 +130,7 @@ def write_dataset(
     except OSError as error:
         raise write_error(f"the dataset {prefix}", error) from error
     finally:
-        for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX):
+        for suffix in DATA_SUFFIXES:
             with suppress(OSError):
                 os.unlink(staging + suffix)
     return manifest

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities
 from megatron_tgdpo.gpu.precision import policy_recipe
+from megatron_tgdpo.models.fp8 import finish_gather, is_fp8
 from megatron_tgdpo.models.language_model import LanguageModel
 
 
@@ -108,10 +108,8 @@ def finish_param_gather(model: DistributedDataParallel) -> None:
     if not model.ddp_config.overlap_param_gather:
         return
     model.start_param_sync(force_sync=True)
-    fp8 = [parameter for parameter in model.parameters() if parameter.requires_grad and is_float8tensor(parameter)]
-    if fp8:
-        # What a forward would have done after its own gather: the transposed copies follow from the gathered bytes.
-        post_all_gather_processing(fp8)
+    # What a forward would have done after its own gather.
+    finish_gather([parameter for parameter in model.parameters() if parameter.requires_grad and is_fp8(parameter)])
 
 
 def start_user_buffers(config: Config, hidden_size: int, layout: ParallelLayout) -> None:

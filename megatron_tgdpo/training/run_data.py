@@ -15,7 +15,8 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.sampler import DatasetPart, Sampler, make_sampler
-from megatron_tgdpo.checkpoints.directory import hf_files, remove_incomplete
+from megatron_tgdpo.checkpoints.directory import remove_incomplete
+from megatron_tgdpo.checkpoints.model_directory import hf_files, model_files
 from megatron_tgdpo.config.changes import INPUTS, Inputs
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
@@ -27,7 +28,7 @@ from megatron_tgdpo.output.directory import claim_output_dir
 from megatron_tgdpo.output.wandb import import_wandb
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.datasets import Prepared, prepare_data, write_summary
-from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
+from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import Pins, record_pins
 from megatron_tgdpo.setup.model_inputs import check_tokenizers
 from megatron_tgdpo.signals import leave_if_requested
@@ -121,7 +122,7 @@ def check_inputs(config: Config, prepared: Mapping[str, Prepared], ranks: RankEn
     """
 
     def files() -> list[Path]:
-        weights = [file for path in config.model_paths.values() for file in weight_files(Path(path))]
+        weights = [file for path in config.model_paths.values() for file in model_files(Path(path))]
         return weights + [Path(file) for dataset in _open(prepared).values() for file in dataset.files]
 
     record = Path(config.output_dir) / HASHES_FILE

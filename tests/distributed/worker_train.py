@@ -28,7 +28,7 @@ from megatron_tgdpo.distributed.ranks import connect_store, read_rank_environmen
 from megatron_tgdpo.gpu.overlap import ddp_config
 from megatron_tgdpo.guidance.precompute import precompute_guidance, verify_guidance
 from megatron_tgdpo.setup import engine
-from megatron_tgdpo.setup.models import DTYPES
+from megatron_tgdpo.storage.dtypes import DTYPES
 from megatron_tgdpo.training import checkpoint, saver
 from megatron_tgdpo.training.run import run
 from tools.benchmarks.save import gathered_state

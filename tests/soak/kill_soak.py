@@ -20,7 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_tgdpo.checkpoints.directory import complete_checkpoints, is_complete
+from megatron_tgdpo.checkpoints.directory import complete_checkpoints
+from tests.checkpoints import is_complete
 from tests.distributed.common import make_problem, merged
 from tests.launch import PATIENCE, ROOT, environment
 from tests.series import assert_same_series, logged_steps

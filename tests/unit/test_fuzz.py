@@ -14,8 +14,8 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints.directory import check_hf_files, read_manifest
+from megatron_tgdpo.checkpoints.manifest import _own_digest, read_manifest
+from megatron_tgdpo.checkpoints.model_directory import check_hf_files
 from megatron_tgdpo.config.changes import INPUTS, check_changes, find_changes
 from megatron_tgdpo.config.loading import config_from_dict, load_config, to_dict, to_yaml
 from megatron_tgdpo.data.dataset import PreferenceDataset
@@ -151,7 +151,7 @@ def _with_its_digest(text: str) -> str:
         content = json.loads(text)
         files = {name: FileDigest(**entry) for name, entry in content.pop("files").items()}
         content.pop("sha256", None)
-        own = checkpoint_directory._own_digest(content, files)
+        own = _own_digest(content, files)
         return json.dumps({**content, "files": {name: vars(entry) for name, entry in files.items()}, "sha256": own})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return text

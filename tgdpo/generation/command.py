@@ -14,7 +14,8 @@ import torch
 from megatron_tgdpo.data.options import json_object
 from megatron_tgdpo.data.tokenizers import Tokenizer
 from megatron_tgdpo.errors import UserError
-from tgdpo.generation.models import DTYPES, fingerprint, hf_directory
+from megatron_tgdpo.storage.dtypes import DTYPES
+from tgdpo.generation.models import fingerprint, hf_directory
 from tgdpo.generation.sampling import Sampler, make_sampler
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_convert.command_line import DTYPES
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import global_parameters
+from megatron_tgdpo.storage.dtypes import DTYPES
 from tgdpo.child_processes import run_captured
 
 _Tensor = tuple[str, tuple[int, ...]]

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert import pieces
 from checkpoints_convert.compare import different_weights
 from checkpoints_convert.import_hf import import_hf
-from megatron_tgdpo.checkpoints.directory import is_complete, read_metadata
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING
+from tests.checkpoints import is_complete
 from tests.launch import ROOT, environment
 from tests.tiny_models import make_llama
 
@@ -220,8 +221,8 @@ def test_full_disk_is_reported_before_the_work(hf: Path, tmp_path: Path) -> None
 def test_killed_in_the_middle(hf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
-        "import os, sys\nfrom checkpoints_convert import hf_to_megatron, sequential_file\n"
-        "sequential_file._write = lambda *_: os.kill(os.getpid(), 9)\nhf_to_megatron.main()"
+        "import os, sys\nfrom checkpoints_convert import hf_to_megatron, import_hf\n"
+        "import_hf.start_writeback = lambda *_: os.kill(os.getpid(), 9)\nhf_to_megatron.main()"
     )
     command = [sys.executable, "-c", code, "--hf", str(hf), "--out", str(out)]
     assert subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True).returncode == -signal.SIGKILL
