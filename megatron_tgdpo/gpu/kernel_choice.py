@@ -7,7 +7,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, dotted
+from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, dotted, supported_engine
 from megatron_tgdpo.models.attention.base import PackCache
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.layer_spec import local_block_spec
@@ -32,7 +32,7 @@ def choose_layer_spec(requested: str, found: Capabilities, dtype: str = "bf16") 
         )
     low, high = TE_VERSIONS
     engine = found.transformer_engine
-    supported = engine is not None and low <= engine[:2] < high
+    supported = supported_engine(engine)
     if requested == "local" or (requested == "auto" and (not supported or dtype == "fp32")):
         return "local"
     if found.device != "cuda":
