@@ -88,6 +88,34 @@ def sum_per_sequence(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
+def sums_per_sequence(over_ranks: OverRanks, lengths: Tensor, *token_values: Tensor) -> tuple[Tensor, ...]:
+    """[B] sums over whole sequences of each of some [R] values, in one call of ``over_ranks``."""
+    return over_ranks(torch.stack([sum_per_sequence(values, lengths) for values in token_values])).unbind()
+
+
+def chosen_minus_rejected(values: Tensor) -> Tensor:
+    """[B] of responses -> [P] of pairs."""
+    return values[0::2] - values[1::2]
+
+
+def count_pairs(lengths: Tensor) -> Tensor:
+    """The ``count`` of a loss that is a mean over pairs."""
+    return torch.tensor(lengths.numel() // 2, dtype=torch.int32, device=lengths.device)
+
+
+def without_guide(policy_logps: Tensor, sums: Tensor) -> dict[str, Tensor]:
+    """What :class:`PreferenceLoss` says of the guide where there is none."""
+    zeros = torch.zeros_like(policy_logps)
+    return {"guide_rewards": torch.zeros_like(sums), "token_rewards": zeros, "token_weights": zeros + 1.0}
+
+
+def without_reference(policy_logps: Tensor, sums: Tensor) -> dict[str, Tensor]:
+    """What :class:`PreferenceLoss` says of reference and guide where there is neither."""
+    zeros = torch.zeros_like(sums)
+    without = {"reference_logps": zeros, "logratios": zeros, "token_logratios": torch.zeros_like(policy_logps)}
+    return {**without, **without_guide(policy_logps, sums)}
+
+
 def guidance_token_weights(token_rewards: Tensor, lengths: Tensor, alpha: float) -> Tensor:
     """Weights of TGDPO: 1 + alpha * reward on chosen responses, 1 - alpha * reward on rejected ones.
 
@@ -129,12 +157,12 @@ def tgdpo_loss(
     token_rewards = beta * (frozen_logps["guide"].detach() - reference_logps)
     token_weights = guidance_token_weights(token_rewards, lengths, options["alpha"])
     tokens = (token_weights * token_logratios, token_logratios, policy_logps, reference_logps, token_rewards)
-    weighted, *plain = _sums(over_ranks, lengths, *tokens)
+    weighted, *plain = sums_per_sequence(over_ranks, lengths, *tokens)
     logratios, logps, reference, guide_rewards = (sums.detach() for sums in plain)
-    margins = _chosen_minus_rejected(beta * weighted)
+    margins = chosen_minus_rejected(beta * weighted)
     return PreferenceLoss(
         losses=-F.logsigmoid(margins),
-        count=_pairs(lengths),
+        count=count_pairs(lengths),
         weighted_margins=margins.detach(),
         rewards=beta * logratios,
         logps=logps,
@@ -169,9 +197,9 @@ def dpo_loss(
     reference_logps = frozen_logps["reference"].detach()
     token_logratios = policy_logps - reference_logps
     tokens = (token_logratios, policy_logps, reference_logps, torch.ones_like(reference_logps))
-    logratios, logps, reference, whole_lengths = _sums(over_ranks, lengths, *tokens)
+    logratios, logps, reference, whole_lengths = sums_per_sequence(over_ranks, lengths, *tokens)
     scores = options["beta"] * logratios
-    margins = _chosen_minus_rejected(scores)
+    margins = chosen_minus_rejected(scores)
     losses = -(1.0 - label_smoothing) * F.logsigmoid(margins)
     # Written so that terms with factor 0 do not turn an infinite log-prob into nan.
     if label_smoothing:
@@ -180,14 +208,14 @@ def dpo_loss(
         losses = losses - sft_weight * (logps / whole_lengths.clamp(min=1))[0::2]
     return PreferenceLoss(
         losses=losses,
-        count=_pairs(lengths),
+        count=count_pairs(lengths),
         weighted_margins=margins.detach(),
         rewards=scores.detach(),
         logps=logps.detach(),
         reference_logps=reference.detach(),
         token_logratios=token_logratios.detach(),
         logratios=logratios.detach(),
-        **_unguided(policy_logps, logps),
+        **without_guide(policy_logps, logps),
     )
 
 
@@ -206,16 +234,16 @@ def simpo_loss(
     length-normalised reward; ``gamma``, the margin by which chosen rewards should exceed rejected ones.
     """
     del frozen_logps
-    logps, whole_lengths = _sums(over_ranks, lengths, policy_logps, torch.ones_like(policy_logps))
+    logps, whole_lengths = sums_per_sequence(over_ranks, lengths, policy_logps, torch.ones_like(policy_logps))
     rewards = options["beta"] * logps / whole_lengths.clamp(min=1)
-    margins = _chosen_minus_rejected(rewards) - options["gamma"]
+    margins = chosen_minus_rejected(rewards) - options["gamma"]
     return PreferenceLoss(
         losses=-F.logsigmoid(margins),
-        count=_pairs(lengths),
+        count=count_pairs(lengths),
         weighted_margins=margins.detach(),
         rewards=rewards.detach(),
         logps=logps.detach(),
-        **_unreferenced(policy_logps, logps),
+        **without_reference(policy_logps, logps),
     )
 
 
@@ -234,39 +262,13 @@ def sft_loss(
     and then have reward 0. No options.
     """
     del frozen_logps, options
-    logps, whole_lengths = _sums(over_ranks, lengths, policy_logps, torch.ones_like(policy_logps))
+    logps, whole_lengths = sums_per_sequence(over_ranks, lengths, policy_logps, torch.ones_like(policy_logps))
     rewards = logps.detach() / whole_lengths.clamp(min=1)
     return PreferenceLoss(
         losses=-logps[0::2],
         count=whole_lengths[0::2].sum().to(torch.int32),
-        weighted_margins=_chosen_minus_rejected(rewards),
+        weighted_margins=chosen_minus_rejected(rewards),
         rewards=rewards,
         logps=logps.detach(),
-        **_unreferenced(policy_logps, logps),
+        **without_reference(policy_logps, logps),
     )
-
-
-def _sums(over_ranks: OverRanks, lengths: Tensor, *token_values: Tensor) -> tuple[Tensor, ...]:
-    """[B] sums over whole sequences of each of some [R] values, in one call of ``over_ranks``."""
-    return over_ranks(torch.stack([sum_per_sequence(values, lengths) for values in token_values])).unbind()
-
-
-def _chosen_minus_rejected(values: Tensor) -> Tensor:
-    return values[0::2] - values[1::2]
-
-
-def _pairs(lengths: Tensor) -> Tensor:
-    return torch.tensor(lengths.numel() // 2, dtype=torch.int32, device=lengths.device)
-
-
-def _unguided(policy_logps: Tensor, sums: Tensor) -> dict[str, Tensor]:
-    """What :class:`PreferenceLoss` says of the guide where there is none."""
-    zeros = torch.zeros_like(policy_logps)
-    return {"guide_rewards": torch.zeros_like(sums), "token_rewards": zeros, "token_weights": zeros + 1.0}
-
-
-def _unreferenced(policy_logps: Tensor, sums: Tensor) -> dict[str, Tensor]:
-    """What :class:`PreferenceLoss` says of reference and guide where there is neither."""
-    zeros = torch.zeros_like(sums)
-    without = {"reference_logps": zeros, "logratios": zeros, "token_logratios": torch.zeros_like(policy_logps)}
-    return {**without, **_unguided(policy_logps, sums)}
