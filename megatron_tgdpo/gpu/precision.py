@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_tgdpo.config.constraints import Rule, first_broken
-from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.schema import Config, PrecisionConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, Version, dotted, supported_engine
@@ -27,9 +27,9 @@ _STATELESS = ("tensorwise", "blockwise", "mxfp8")
 _FROZEN_DEFAULT = "tensorwise"
 
 
-def policy_recipe(config: Config) -> str | None:
+def policy_recipe(precision: PrecisionConfig) -> str | None:
     """The policy's FP8 recipe, None for bf16 or fp32."""
-    return None if config.precision.fp8 == "none" else config.precision.fp8
+    return None if precision.fp8 == "none" else precision.fp8
 
 
 def frozen_recipe(config: Config) -> str | None:
@@ -38,7 +38,7 @@ def frozen_recipe(config: Config) -> str | None:
     if precision.frozen == "bf16" or not config.method.frozen:
         return None
     if precision.frozen == "same":
-        return policy_recipe(config)
+        return policy_recipe(config.precision)
     return precision.fp8 if precision.fp8 in _STATELESS else _FROZEN_DEFAULT
 
 
@@ -70,15 +70,15 @@ def linear_bytes(config: Config) -> LinearBytes:
     copies = 2
     policy = copies if config.precision.fp8_params else copies + torch.bfloat16.itemsize
     return LinearBytes(
-        policy=None if policy_recipe(config) is None else policy,
+        policy=None if policy_recipe(config.precision) is None else policy,
         frozen=1 if frozen_params_fp8(config) else None,
         plain_ends=config.precision.first_last_layers_bf16,
     )
 
 
-def policy_transformer_kwargs(config: Config) -> dict[str, Any]:
+def policy_transformer_kwargs(precision: PrecisionConfig) -> dict[str, Any]:
     """What FP8 adds to the policy's LanguageModelConfig."""
-    return _transformer_kwargs(config, policy_recipe(config), config.precision.fp8_params)
+    return _transformer_kwargs(precision, policy_recipe(precision), precision.fp8_params)
 
 
 def frozen_transformer_kwargs(config: Config) -> dict[str, Any]:
@@ -86,13 +86,12 @@ def frozen_transformer_kwargs(config: Config) -> dict[str, Any]:
     recipe, held = frozen_recipe(config), frozen_params_fp8(config)
     # Else Transformer Engine keeps what it quantised, and all layers would be on the device after all.
     streamed = {"disable_parameter_transpose_cache": True} if recipe is not None and not held else {}
-    return _transformer_kwargs(config, recipe, held) | streamed
+    return _transformer_kwargs(config.precision, recipe, held) | streamed
 
 
-def _transformer_kwargs(config: Config, recipe: str | None, params: bool) -> dict[str, Any]:
+def _transformer_kwargs(precision: PrecisionConfig, recipe: str | None, params: bool) -> dict[str, Any]:
     if recipe is None:
         return {}
-    precision = config.precision
     return {
         "fp8": precision.fp8_format,
         "fp8_recipe": recipe,
@@ -116,7 +115,7 @@ def check_precision(config: Config, found: Capabilities, spec: str) -> None:
     Raises:
         UserError: Names the key, the reason and the way out.
     """
-    asked = _Asked(config, policy_recipe(config), frozen_recipe(config), found, spec)
+    asked = _Asked(config, policy_recipe(config.precision), frozen_recipe(config), found, spec)
     rules = (*_MEANING, *_MACHINE) if asked.recipes else _MEANING
     broken = first_broken(rules, asked)
     if broken:
@@ -251,7 +250,7 @@ def fp8_seq_length_multiple(config: Config) -> int:
     """What the tokens of a pack, over all its ranks, must be a multiple of for FP8; 1 without it."""
     parallel = config.parallel
     ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-    recipes = {policy_recipe(config), frozen_recipe(config)} - {None}
+    recipes = {policy_recipe(config.precision), frozen_recipe(config)} - {None}
     return math.lcm(*(ranks * _local_tokens(str(recipe), parallel.sequence_parallel) for recipe in recipes))
 
 

@@ -16,7 +16,7 @@ from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.batching.packer import check_pairs_fit
 from megatron_tgdpo.batching.sampler import DatasetPart
 from megatron_tgdpo.checkpoints.directory import check_hf_files, is_megatron_checkpoint
-from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.schema import Config, ParallelConfig
 from megatron_tgdpo.data.joined import open_sources
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
@@ -161,9 +161,8 @@ def prepare_data(config: Config, cache_dir: Path, lacking: Sequence[LackingToken
     }
 
 
-def layout_of(config: Config, world_size: int) -> ParallelLayout:
-    """The rank grid of a run."""
-    parallel = config.parallel
+def layout_of(parallel: ParallelConfig, world_size: int) -> ParallelLayout:
+    """The parallel layout of a run."""
     return make_layout(
         parallel.tensor,
         parallel.pipeline,
