@@ -156,7 +156,7 @@ def _on_each_dataset(
     device = resolve_device(config.parallel.device)
     if device.type == "cpu":
         enable_cpu_backend()
-    layout = replace(layout_of(config, ranks.world_size), virtual=1)
+    layout = replace(layout_of(config.parallel, ranks.world_size), virtual=1)
     config, _ = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     configs = read_model_configs(config)
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)

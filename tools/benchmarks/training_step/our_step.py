@@ -64,7 +64,7 @@ class OurStep:
         if device.type == "cpu":
             enable_cpu_backend()
         ranks = RankEnvironment(0, 1, 0, None, None)
-        layout, model_configs = layout_of(config, ranks.world_size), read_model_configs(config)
+        layout, model_configs = layout_of(config.parallel, ranks.world_size), read_model_configs(config)
         prefixes = prepare_on_rank0(config, RunLock(Path(config.output_dir)))
         init_distributed(ranks, device, config.parallel.timeout_minutes, connect_store(ranks))
         pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
