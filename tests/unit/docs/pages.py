@@ -14,7 +14,7 @@ PAGES = sorted(
 )
 _FENCE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`\n]+)`")
-_LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
+_LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)|\b(?:src|srcset|href)=\"([^\"]+)\"")
 _HEADING = re.compile(r"^#+ +(.+?)\s*$", re.MULTILINE)
 
 
@@ -41,7 +41,7 @@ def read_page(path: Path) -> Page:
     """Reads a Markdown file."""
     text = path.read_text(encoding="utf-8")
     prose = _FENCE.sub("", text)
-    links = _LINK.findall(_SPAN.sub("", prose))
+    links = [markdown or html for markdown, html in _LINK.findall(_SPAN.sub("", prose))]
     anchors = frozenset(_anchor(heading) for heading in _HEADING.findall(prose))
     return Page(
         path, tuple(match[0] for match in _FENCE.finditer(text)), tuple(_SPAN.findall(prose)), tuple(links), anchors
