@@ -34,7 +34,6 @@ from megatron_tgdpo.models.hf_weights.mapping import (
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 from megatron_tgdpo.storage.json_text import parse_json
 
-DEFAULT_SHARD_SIZE = "5GB"
 _INDEX = "model.safetensors.index.json"
 
 

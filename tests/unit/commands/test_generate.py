@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_tgdpo.errors import UserError
 from tests.tiny_models import make_llama
-from tgdpo.generate import answer, main, parse_arguments
+from tgdpo.generate import main, parse_arguments
+from tgdpo.generation.answer_benchmarks import answer
 from tgdpo.generation.journal import Journal
-from tgdpo.generation.prompt_sets import BENCHMARKS, read_questions
+from tgdpo.generation.prompt_sets import BENCHMARKS
+from tgdpo.generation.questions import read_questions
 from tgdpo.generation.text_figures import length_figures, self_bleu
 
 # As in the projects' own files, but for the texts.

@@ -15,7 +15,8 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.yaml_text import read_yaml
 from tests.launch import run_module
 from tests.published_configs import PUBLISHED
-from tgdpo.import_config import convert, main, not_carried_over
+from tgdpo.import_config import main
+from tgdpo.llamafactory.conversion import convert, not_carried_over
 from tgdpo.llamafactory.datasets import dataset_file
 from tgdpo.llamafactory.keys import HARMLESS, ONLY, READ
 from tgdpo.llamafactory.templates import NAMES, chat_template

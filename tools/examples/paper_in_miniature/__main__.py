@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.atomic_file import write_atomically
-from tgdpo.generation.command import positive, run
+from tgdpo.command_line import positive, run
 from tools.examples.paper_in_miniature.jobs import run_jobs
 from tools.examples.paper_in_miniature.results import best_rate, collect, text_report
 from tools.examples.paper_in_miniature.study import DPO, SHORT, SIMPO, TUNING_SEED, Arm, Scale, Study
