@@ -92,6 +92,27 @@ def test_commands_exist(page: Page) -> None:
     assert unknown == []
 
 
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    sources = (path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
+    return {
+        option
+        for path in sources
+        for option in re.findall(r"\"(--[a-z][a-z0-9-]+)\"", path.read_text(encoding="utf-8"))
+    }
+
+
+@pages
+def test_options_of_our_commands_exist(page: Page, options: set[str]) -> None:
+    unknown = []
+    for block in page.blocks:
+        for line in block.replace("\\\n", " ").splitlines():
+            ours = re.search(rf"(?:^|-m )(?:\$ )?(?:tgdpo|{'|'.join(OURS)})\b(.*)", line)
+            words = ours[1].partition(" #")[0] if ours else ""
+            unknown += [option for option in re.findall(r"(?<!\S)(--[a-z][\w-]*)", words) if option not in options]
+    assert unknown == []
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1500
 
