@@ -1,1 +1,1 @@
-"""TGDPO and DPO training on Megatron-Core; start with ``python -m megatron_tgdpo.train``."""
+"""TGDPO and DPO training on Megatron-Core; start with ``tgdpo train``."""

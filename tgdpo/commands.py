@@ -3,7 +3,7 @@
 import difflib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -43,7 +43,13 @@ CONVERSIONS = (
 )
 
 
-def run_command(prog: str, about: str, commands: Sequence[Command], arguments: Sequence[str], version: str = "") -> int:
+def run_command(
+    prog: str,
+    about: str,
+    commands: Sequence[Command],
+    arguments: Sequence[str],
+    version: Callable[[], str] | None = None,
+) -> int:
     """Runs the command that the first argument names, with the others, as ``python -m`` runs its module.
 
     Only that module is imported. It ends the process with its exit status, as a rule; else this returns.
@@ -53,17 +59,17 @@ def run_command(prog: str, about: str, commands: Sequence[Command], arguments: S
         about: One line on it.
         commands: The table.
         arguments: The command line, without the program.
-        version: What ``--version`` prints; empty: there is no such option.
+        version: Says what ``--version`` prints; None: there is no such option.
 
     Returns:
         0 after help or version; 2 where no command has the name.
     """
     name, *others = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(_help(prog, about, commands, version))
+        print(_help(prog, about, commands, "[-h] [--version]" if version else "[-h]"))
         return 0
     if name == "--version" and version:
-        print(version)
+        print(version())
         return 0
     found = next((command for command in commands if command.name == name), None)
     if found is None:
@@ -76,10 +82,9 @@ def run_command(prog: str, about: str, commands: Sequence[Command], arguments: S
     return 0
 
 
-def _help(prog: str, about: str, commands: Sequence[Command], version: str) -> str:
+def _help(prog: str, about: str, commands: Sequence[Command], options: str) -> str:
     width = max(len(command.name) for command in commands)
     rows = [f"  {command.name.ljust(width)}  {command.help}" for command in commands]
-    options = "[-h] [--version]" if version else "[-h]"
     return "\n".join(
         [f"usage: {prog} {options} COMMAND ...", "", about, "", *rows, "", f"{prog} COMMAND --help says more of each."]
     )
