@@ -3,7 +3,7 @@
 import difflib
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -48,7 +48,7 @@ def run_command(
     about: str,
     commands: Sequence[Command],
     arguments: Sequence[str],
-    version: Callable[[], str] | None = None,
+    version: str = "",
 ) -> int:
     """Runs the command that the first argument names, with the others, as ``python -m`` runs its module.
 
@@ -59,7 +59,7 @@ def run_command(
         about: One line on it.
         commands: The table.
         arguments: The command line, without the program.
-        version: Says what ``--version`` prints; None: there is no such option.
+        version: What ``--version`` prints; empty: there is no such option.
 
     Returns:
         0 after help or version; 2 where no command has the name.
@@ -69,7 +69,7 @@ def run_command(
         print(_help(prog, about, commands, "[-h] [--version]" if version else "[-h]"))
         return 0
     if name == "--version" and version:
-        print(version())
+        print(version)
         return 0
     found = next((command for command in commands if command.name == name), None)
     if found is None:
@@ -77,7 +77,7 @@ def run_command(
         hint = f"did you mean {near[0]!r}?" if near else f"see {prog} --help"
         print(f"{prog}: there is no command {name!r}: {hint}", file=sys.stderr)
         return 2
-    sys.argv = [f"{prog} {name}", *others]
+    sys.argv[1:] = others
     runpy.run_module(found.module, run_name="__main__", alter_sys=True)
     return 0
 
