@@ -5,24 +5,16 @@ Under torchrun: ``torchrun --nproc-per-node 8 -m tgdpo train CONFIG.yaml``; unde
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
+from megatron_tgdpo import __version__
 from tgdpo.commands import COMMANDS, run_command
-
-DISTRIBUTION = "megatron-tgdpo"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; ``None`` means this process's arguments. Exit status: the command's; 2 for an unknown one."""
     about = "Token-level preference optimisation on Megatron-Core, from a Hugging Face model to an aligned one."
-    return run_command("tgdpo", about, COMMANDS, sys.argv[1:] if arguments is None else arguments, _version())
-
-
-def _version() -> str:
-    try:
-        return f"{DISTRIBUTION} {version(DISTRIBUTION)}"
-    except PackageNotFoundError:  # a checkout that is on the path and not installed
-        return f"{DISTRIBUTION}, not installed"
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_command("tgdpo", about, COMMANDS, given, f"megatron-tgdpo {__version__}")
 
 
 if __name__ == "__main__":

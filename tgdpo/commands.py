@@ -43,7 +43,13 @@ CONVERSIONS = (
 )
 
 
-def run_command(prog: str, about: str, commands: Sequence[Command], arguments: Sequence[str], version: str = "") -> int:
+def run_command(
+    prog: str,
+    about: str,
+    commands: Sequence[Command],
+    arguments: Sequence[str],
+    version: str = "",
+) -> int:
     """Runs the command that the first argument names, with the others, as ``python -m`` runs its module.
 
     Only that module is imported. It ends the process with its exit status, as a rule; else this returns.
@@ -60,7 +66,7 @@ def run_command(prog: str, about: str, commands: Sequence[Command], arguments: S
     """
     name, *others = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(_help(prog, about, commands, version))
+        print(_help(prog, about, commands, "[-h] [--version]" if version else "[-h]"))
         return 0
     if name == "--version" and version:
         print(version)
@@ -71,15 +77,14 @@ def run_command(prog: str, about: str, commands: Sequence[Command], arguments: S
         hint = f"did you mean {near[0]!r}?" if near else f"see {prog} --help"
         print(f"{prog}: there is no command {name!r}: {hint}", file=sys.stderr)
         return 2
-    sys.argv = [f"{prog} {name}", *others]
+    sys.argv[1:] = others
     runpy.run_module(found.module, run_name="__main__", alter_sys=True)
     return 0
 
 
-def _help(prog: str, about: str, commands: Sequence[Command], version: str) -> str:
+def _help(prog: str, about: str, commands: Sequence[Command], options: str) -> str:
     width = max(len(command.name) for command in commands)
     rows = [f"  {command.name.ljust(width)}  {command.help}" for command in commands]
-    options = "[-h] [--version]" if version else "[-h]"
     return "\n".join(
         [f"usage: {prog} {options} COMMAND ...", "", about, "", *rows, "", f"{prog} COMMAND --help says more of each."]
     )

@@ -79,7 +79,7 @@ def _report(given: argparse.Namespace, config: Config) -> str:
     from megatron_tgdpo.setup.hub_inputs import pin_here
     from megatron_tgdpo.setup.inputs import preprocess_options
     from megatron_tgdpo.storage.atomic_file import write_atomically
-    from tgdpo.reporting.build import chance_warning, report_figures, report_pairs, summary
+    from tgdpo.reporting.build import chance_warning, report_metrics, report_pairs, summary
     from tgdpo.reporting.render import render_page
     from tgdpo.reporting.sources import check_finite, choose_pairs, open_split
 
@@ -88,18 +88,18 @@ def _report(given: argparse.Namespace, config: Config) -> str:
     pairs = choose_pairs(dataset, given.pairs)
     logps, models = _logps(given, config, dataset, pairs)
     check_finite(logps, pairs)
-    figures = report_figures(pairs, logps)
-    warning = chance_warning(figures)
+    metrics = report_metrics(pairs, logps)
+    warning = chance_warning(metrics)
     options = preprocess_options(config)
     tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.template_kwargs)
     shown = report_pairs(dataset, pairs, logps, tokenizer)
     facts = {**models, "data": dataset.prefix, "pairs": f"{len(pairs):,} of {len(dataset):,}"}
     alpha, beta = config.loss.options["alpha"], config.loss.options["beta"]
-    page = render_page(shown, figures, alpha=alpha, beta=beta, facts=facts, warning=warning)
+    page = render_page(shown, metrics, alpha=alpha, beta=beta, facts=facts, warning=warning)
     write_atomically(given.out, page)
     if warning:
         print(f"WARNING: {warning}", file=sys.stderr)
-    return f"{summary(figures, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
+    return f"{summary(metrics, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
 
 
 def _logps(

@@ -55,7 +55,7 @@ def _command(config_file: str, overrides: list[str], ranks: int) -> list[str]:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, "-m", "megatron_tgdpo.train", config_file, *overrides]
+    return [*launcher, "-m", "tgdpo", "train", config_file, *overrides]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,4 +3,4 @@
 from tgdpo.guidance import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

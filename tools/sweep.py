@@ -3,4 +3,4 @@
 from tgdpo.sweep import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

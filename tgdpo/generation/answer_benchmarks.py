@@ -17,7 +17,7 @@ from tgdpo.generation.prompt_sets import BENCHMARKS, AnswerSet, Benchmark, Quest
 from tgdpo.generation.questions import read_questions
 from tgdpo.generation.samplers import open_sampler, sampling_settings
 from tgdpo.generation.sampling import Request, Sampler, request_seed
-from tgdpo.generation.text_figures import SELF_BLEU_ANSWERS, length_figures, self_bleu
+from tgdpo.generation.text_metrics import SELF_BLEU_ANSWERS, length_metrics, self_bleu
 
 
 def answer(given: argparse.Namespace) -> dict[str, Any]:
@@ -109,8 +109,8 @@ def _finish(
         "answers": len(texts),
         "answers_cut_off": finished.count(False),
         "empty_answers": sum(not text for text in texts),
-        "tokens": length_figures([count for result in results for count in result["tokens"]]),
-        "characters": length_figures([len(text) for text in texts]),
+        "tokens": length_metrics([count for result in results for count in result["tokens"]]),
+        "characters": length_metrics([len(text) for text in texts]),
         "self_bleu": self_bleu(texts),
         "self_bleu_answers": min(SELF_BLEU_ANSWERS, sum(bool(text) for text in texts)),
     }

@@ -21,7 +21,7 @@ from tgdpo.generation.prompts import Prompt, read_prompts
 from tgdpo.generation.rewards import FunctionScorer, RewardModelScorer, Scorer, as_plain
 from tgdpo.generation.samplers import open_sampler, sampling_settings
 from tgdpo.generation.sampling import Request, Sampler, request_seed
-from tgdpo.generation.text_figures import length_figures
+from tgdpo.generation.text_metrics import length_metrics
 
 
 class NoPairError(Exception):
@@ -177,7 +177,7 @@ def _finish(
         "overlong_prompts": overlong,
         "answers_cut_off": counts["cut_off"],
         "score_gap_mean": statistics.fmean(gaps),
-        "tokens": {name: length_figures(values) for name, values in tokens.items()},
+        "tokens": {name: length_metrics(values) for name, values in tokens.items()},
     }
     write_whole(summary_path(out), [json.dumps(summary, indent=2) + "\n"])
     return summary

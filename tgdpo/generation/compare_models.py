@@ -16,11 +16,11 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from tgdpo.generation.evaluation import (
-    answer_figures,
+    answer_metrics,
     as_json,
     distinct_prompts,
     pair_rows,
-    preference_figures,
+    preference_metrics,
     sample_answers,
     score_pairs,
     swap_warning,
@@ -73,7 +73,7 @@ def evaluate(given: argparse.Namespace, models: dict[str, Path], options: Prepro
     options = replace(options, tokenizer=str(tokenizer_directory(given.reference)))
     rows, dropped = _read_pairs(given, options, lacking)
     prompts = distinct_prompts(rows, given.prompts)
-    figures = _all_figures(given, models, tokenizer, rows, prompts)
+    metrics = _all_metrics(given, models, tokenizer, rows, prompts)
     return {
         "pairs_file": given.pairs,
         "pairs": len(rows) // 2,
@@ -83,8 +83,8 @@ def evaluate(given: argparse.Namespace, models: dict[str, Path], options: Prepro
         "temperature": given.temperature,
         "seed": given.seed,
         "max_new_tokens": given.max_new_tokens,
-        "models": {name: {"directory": str(models[name]), **as_json(row)} for name, row in figures.items()},
-        "table": _table(figures),
+        "models": {name: {"directory": str(models[name]), **as_json(row)} for name, row in metrics.items()},
+        "table": _table(metrics),
     }
 
 
@@ -103,7 +103,7 @@ def _read_pairs(
         return pair_rows(dataset, given.limit), dataset.manifest["dropped"]
 
 
-def _all_figures(
+def _all_metrics(
     given: argparse.Namespace,
     models: dict[str, Path],
     tokenizer: Tokenizer,
@@ -113,14 +113,14 @@ def _all_figures(
     """One model at a time beside the reference, which stays loaded."""
     reference = _load(given, models[REFERENCE])
     reference_scores = score_pairs(reference, rows)
-    result = {REFERENCE: preference_figures(reference_scores, None, given.beta) | {"warning": None}}
+    result = {REFERENCE: preference_metrics(reference_scores, None, given.beta) | {"warning": None}}
     result[REFERENCE] |= _answers(given, reference, None, tokenizer, prompts)
     for name, path in models.items():
         if name != REFERENCE:
             model = _load(given, path)
-            figures = preference_figures(score_pairs(model, rows), reference_scores, given.beta)
-            figures["warning"] = swap_warning(figures)
-            result[name] = figures | _answers(given, model, reference, tokenizer, prompts)
+            metrics = preference_metrics(score_pairs(model, rows), reference_scores, given.beta)
+            metrics["warning"] = swap_warning(metrics)
+            result[name] = metrics | _answers(given, model, reference, tokenizer, prompts)
             del model  # before the next is loaded
     return result
 
@@ -136,7 +136,7 @@ def _answers(
         return {}
     sampler = TransformersSampler(model, tokenizer, top_p=1.0, max_new_tokens=given.max_new_tokens)
     answers = sample_answers(sampler, prompts, temperature=given.temperature, seed=given.seed, batch=given.batch)
-    return answer_figures(model, reference, prompts, answers)
+    return answer_metrics(model, reference, prompts, answers)
 
 
 def _load(given: argparse.Namespace, path: Path) -> PreTrainedModel:
@@ -156,9 +156,9 @@ def _shared_tokenizer(given: argparse.Namespace, models: dict[str, Path]) -> tup
     ]
 
 
-def _table(figures: dict[str, dict[str, Any]]) -> str:
-    columns = {key: value for key, value in COLUMNS.items() if any(key in row for row in figures.values())}
+def _table(metrics: dict[str, dict[str, Any]]) -> str:
+    columns = {key: value for key, value in COLUMNS.items() if any(key in row for row in metrics.values())}
     rows = [["model", *(title for title, _ in columns.values())]]
-    for name, row in figures.items():
+    for name, row in metrics.items():
         rows.append([name, *(with_interval(row.get(key), form) for key, (_, form) in columns.items())])
     return align(rows)

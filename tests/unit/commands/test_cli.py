@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from setuptools import find_packages
 
 from checkpoints_convert.arguments import DTYPE_NAMES
 from checkpoints_convert.command_line import DTYPES
+from megatron_tgdpo import __version__
 from tests.launch import PATIENCE, ROOT, environment
 from tgdpo.commands import COMMANDS, CONVERSIONS, Command
 
@@ -125,7 +125,7 @@ def test_an_unknown_command_is_one_line_with_the_nearest_name(arguments: list[st
 
 
 def test_version() -> None:
-    assert tgdpo("--version").stdout == f"megatron-tgdpo {version('megatron-tgdpo')}\n"
+    assert tgdpo("--version").stdout == f"megatron-tgdpo {__version__}\n"
 
 
 def test_exit_status_is_the_commands_own(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def correlation(left: Tensor, right: Tensor) -> float:
 
 
 def agreement(rewards: Sequence[Tensor], credits_: Sequence[Tensor]) -> dict[str, float]:
-    """The figures of the module's text, of one tensor [tokens] an answer each."""
+    """The metrics of the module's text, of one tensor [tokens] an answer each."""
     reward, credit = torch.cat(list(rewards)).double(), torch.cat(list(credits_)).double()
     return {
         "pearson": correlation(reward, credit),
