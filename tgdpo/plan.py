@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 
-from megatron_tgdpo.config.checks import RECOMPUTE_CHOICES
+from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.planning.cluster import Cluster

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_tgdpo.config.checks import RECOMPUTE_CHOICES
+from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.config import check_layout

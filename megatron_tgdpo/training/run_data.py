@@ -24,7 +24,7 @@ from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_rank0
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance.cache import GuidanceCache, guidance_key, model_fingerprints, open_guidance
 from megatron_tgdpo.output.directory import claim_output_dir
-from megatron_tgdpo.output.wandb import import_wandb
+from megatron_tgdpo.output.metrics_log import check_loggers
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import Pins, record_pins
@@ -66,8 +66,7 @@ def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) ->
     """
     hf_files(local_path(config.model.policy))  # every checkpoint gets a copy of them
     lacking = check_tokenizers(config)
-    if config.log.wandb:
-        import_wandb()
+    check_loggers(config.log)
     lock.acquire()
     claim_output_dir(config)
     record_pins(Path(config.output_dir), pins or {})
