@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.planning.choose import choose_layout
+from megatron_tgdpo.planning.layouts import choose_layout
 
 from megatron_tgdpo.config.loading import config_from_dict, to_yaml
 from megatron_tgdpo.config.schema import Config
