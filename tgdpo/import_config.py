@@ -302,8 +302,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The planner's layout as values of the config, if the models are here, and a line on it."""
+    from megatron_tgdpo.checkpoints.model_directory import hf_directory
+
     paths = [Path(path) for path in config.model_paths.values()]
-    missing = [str(path) for path in paths if not any((path / at / "config.json").is_file() for at in ("", "hf"))]
+    missing = [str(path) for path in paths if not (hf_directory(path) / "config.json").is_file()]
     if missing:
         return {}, f"layout: NOT planned, there is no {missing[0]}/config.json here: set parallel (see tgdpo.plan)"
     from megatron_tgdpo.models.hf_config import read_hf_config
