@@ -29,8 +29,8 @@ class PreferenceBatch:
         targets: [R] int64, those response tokens: chosen_0, rejected_0, chosen_1, ...
         response_lengths: [B] int64, response tokens of each sequence (that are on this rank).
         pair_indices: [P] int64, each pair's index in the dataset.
-        reference_logps: [R] float32 from the guidance cache; None where the reference runs along, or there is none.
-        guide_logps: [R] float32 from the guidance cache; None where the guide runs along, or there is none.
+        reference_logps: [R] float32 from the guidance cache; None where the model runs co-located, or there is none.
+        guide_logps: [R] float32 from the guidance cache; None where the model runs co-located, or there is none.
         response_order: [R] int64 on the CPU, place of each target among the response tokens of the whole pack.
     """
 
@@ -85,7 +85,7 @@ def collate(
     Args:
         pairs: They fit the pack.
         pack_format: Its format.
-        guidance: Where the frozen models' log-probs come from, if they do not run along.
+        guidance: Where the frozen models' log-probs come from, if they do not run co-located.
     """
     filled = _FilledPack(pack_format)
     for pair in pairs:
@@ -181,14 +181,11 @@ def _cached_logps(
     """The frozen models' log-probs of the response tokens ``order`` of the whole pack."""
     if guidance is None:
         return None, None
-    reference, guide = [], []
-    for pair in pairs:
-        of_reference, of_guide = guidance.logps(pair.index)
-        reference.append(of_reference)
-        if of_guide is not None:
-            guide.append(of_guide)
-    local = [torch.from_numpy(_joined(parts, np.float32)[order]) for parts in (reference, guide)[: 1 + guidance.guided]]
-    return local[0], local[1] if guidance.guided else None
+    found = [guidance.logps(pair.index) for pair in pairs]
+    reference = torch.from_numpy(_joined([logps for logps, _ in found], np.float32)[order])
+    if not guidance.guided:
+        return reference, None
+    return reference, torch.from_numpy(_joined([logps for _, logps in found if logps is not None], np.float32)[order])
 
 
 def _joined(arrays: list[np.ndarray], dtype: type = np.int64) -> np.ndarray:

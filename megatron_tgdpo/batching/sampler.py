@@ -79,11 +79,11 @@ class Sampler:
 @lru_cache(maxsize=2)
 def _epoch(parts: tuple[DatasetPart, ...], shuffle: bool, seed: int, epoch: int) -> np.ndarray:
     """[epoch_pairs] int64, the indices that an epoch takes, in its order."""
-    start, taken = 0, []
+    start, drawn = 0, []
     for number, part in enumerate(parts):
-        taken.append(start + _drawn(part, number, shuffle, seed, epoch))
+        drawn.append(start + _drawn(part, number, shuffle, seed, epoch))
         start += part.pairs
-    order = np.concatenate(taken)
+    order = np.concatenate(drawn)
     return order[_generator(seed, epoch).permutation(len(order))] if shuffle else order
 
 

@@ -1,7 +1,7 @@
 """What may differ between a run and its continuation, key by key, and what a difference means.
 
 Keys that name files are compared by content: the same bytes at another path are the same, other bytes at the same path
-are not. ``INPUTS`` says which, and ``setup/inputs.py`` computes the fingerprints.
+are not. ``INPUTS`` says which, and ``training/run_data.py`` computes the fingerprints.
 """
 
 import json
@@ -52,7 +52,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "loss.beta", "loss.alpha", "loss.label_smoothing", "loss.sft_weight", "loss.gamma",
         "batch.global_pairs",
         "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay",
-        "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio",
+        "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio", "optimizer.warmup_steps",
         "precision.fp8", "precision.fp8_format", "precision.fp8_amax_history", "precision.fp8_amax_algorithm",
         "precision.fp8_params", "precision.first_last_layers_bf16", "precision.frozen",
         "train.steps", "train.epochs",

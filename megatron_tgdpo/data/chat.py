@@ -157,7 +157,7 @@ class ChatTemplate:
         return found
 
     def check_read(self, messages: Sequence[Message], variables: Mapping[str, Any], place: str) -> None:
-        """Checks that the template can read all that the messages, and the record beside them, say.
+        """Checks that the template can read all that the messages, and the record besides them, say.
 
         Raises:
             UserError: it writes the same without some key.

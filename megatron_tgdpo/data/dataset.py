@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_tgdpo.data.encode import REASONS_OF_PAIRS
 from megatron_tgdpo.data.manifest import (
     DATA_SUFFIXES,
     FORMAT_VERSION,
     MANIFEST_SUFFIX,
+    READING_VERSION,
     content_fingerprint,
     digest_file,
     read_manifest,
@@ -25,6 +25,7 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import where
 from megatron_tgdpo.data.sources import Source, find_files
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_tgdpo.data.truncation import REASONS_OF_PAIRS
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.storage.files import read_error
 
@@ -54,8 +55,8 @@ class PreferencePair:
     @property
     def trained(self) -> np.ndarray:
         """bool [chosen + rejected tokens], which of them are trained on."""
-        sides = ((self.chosen, self.chosen_trained), (self.rejected, self.rejected_trained))
-        return np.concatenate([np.ones(len(ids), bool) if kept is None else kept for ids, kept in sides])
+        responses = ((self.chosen, self.chosen_trained), (self.rejected, self.rejected_trained))
+        return np.concatenate([np.ones(len(ids), bool) if kept is None else kept for ids, kept in responses])
 
     @property
     def trained_lengths(self) -> tuple[int, int]:
@@ -126,10 +127,10 @@ class PreferenceDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        prompt, *sides = (self._sequence(index, column) for column in range(3))
+        prompt, *responses = (self._sequence(index, column) for column in range(3))
         # ~id is a token of a response that is not trained on.
-        trained = [ids >= 0 for ids in sides]
-        chosen, rejected = (np.maximum(ids, ~ids) for ids in sides)
+        trained = [ids >= 0 for ids in responses]
+        chosen, rejected = (np.maximum(ids, ~ids) for ids in responses)
         for ids in (prompt, chosen, rejected):
             if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._vocab_size:
                 raise UserError(
@@ -288,6 +289,12 @@ def _check_match(dataset: PreferenceDataset, options: PreprocessOptions, tokeniz
         raise UserError(
             f"{dataset.prefix} was made by dropping pairs ({_counts(dropped)}) and strict is on: mend the source"
         )
+    if dataset.manifest.get("reading_version", 1) != READING_VERSION:
+        logger.warning(
+            "%s was made by another version, which reads some records otherwise: preprocess again, unless docs/data.md "
+            "says that it may stay",
+            dataset.prefix,
+        )
 
 
 def _same_ids(made_with: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
@@ -323,6 +330,7 @@ def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progre
     tokenizer = _tokenizer(options)
     key = {
         "format_version": FORMAT_VERSION,
+        "reading_version": READING_VERSION,
         # Names are part of it, because errors quote them from the manifest.
         "sources": [(source.path, source.size, source.sha256) for source in sources],
         "tokenizer": [tokenizer.fingerprint, tokenizer.template_fingerprint],

@@ -22,21 +22,10 @@ from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import detect_layout, is_single, parse_record, rename
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.records import parse_line, where
-from megatron_tgdpo.data.sides import Segment, render_responses
+from megatron_tgdpo.data.responses import Segment, render_responses
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_tgdpo.data.truncation import shared_cutoff
+from megatron_tgdpo.data.truncation import DroppedPair, EncodedPair, truncate
 from megatron_tgdpo.errors import UserError
-
-DROP_REASONS = (
-    "empty_prompt",
-    "empty_response",
-    "identical",
-    "overlong_prompt",
-    "identical_after_truncation",
-    "tie",
-)
-# Those whose cause may be a rejected response: because of it, the length limits may leave nothing of a chosen one.
-REASONS_OF_PAIRS = ("empty_response", "identical", "identical_after_truncation", "tie")
 
 
 @dataclass(frozen=True)
@@ -76,16 +65,6 @@ class EncodedBatch:
     numbers: list[int]
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class EncodedPair:
-    """A pair's ids (as in `encode_responses`) after truncation, and what was cut (as in `EncodedBatch.truncated`)."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    truncated: tuple[str, ...]
 
 
 def encode_batch_in_worker(batch: RecordBatch, options: PreprocessOptions) -> EncodedBatch:
@@ -129,14 +108,17 @@ def encode_batch(batch: RecordBatch, tokenizer: Tokenizer, options: PreprocessOp
         record = decode_record(payload, batch.kind, place, options)
         layout = detect_layout(record, place, chosen_only=options.chosen_only)
         if is_single(layout) != is_single(batch.layout):
-            first, this = ("a single answer", "a pair")[:: 1 if is_single(batch.layout) else -1]
+            first, this = ("a single answer", "a pair") if is_single(batch.layout) else ("a pair", "a single answer")
             raise UserError(f"{place}: {this} in a file that begins with {first}: keep them in files of their own")
         example = parse_record(record, layout, place, chosen_only=options.chosen_only)
-        pair = encode_example(example, tokenizer, options, place)
-        if isinstance(pair, str):
+        try:
+            pair = encode_example(example, tokenizer, options, place)
+        except DroppedPair as dropped:
             if options.strict:
-                raise UserError(f"{place}: this pair would be dropped ({pair}) and strict is on; mend or remove it")
-            result.dropped[pair] += 1
+                raise UserError(
+                    f"{place}: this pair would be dropped ({dropped.reason}) and strict is on; mend or remove it"
+                ) from dropped
+            result.dropped[dropped.reason] += 1
             continue
         for ids in (pair.prompt, pair.chosen, pair.rejected):
             tokens.extend(ids)
@@ -167,7 +149,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def encode_example(example: Example, tokenizer: Tokenizer, options: PreprocessOptions, place: str) -> EncodedPair | str:
+def encode_example(example: Example, tokenizer: Tokenizer, options: PreprocessOptions, place: str) -> EncodedPair:
     """Encodes and truncates one pair.
 
     Args:
@@ -176,26 +158,24 @@ def encode_example(example: Example, tokenizer: Tokenizer, options: PreprocessOp
         options: the length rules.
         place: how errors name the record.
 
-    Returns:
-        The pair, or the reason it is dropped (one of `DROP_REASONS`).
-
     Raises:
+        DroppedPair: nothing can be learnt from it, or the length rules drop it.
         UserError: the template refuses it, or its prompt is too long and ``overlong_prompt`` is ``error``.
     """
     if not _prompt_has_text(example):
-        return "empty_prompt"
+        raise DroppedPair("empty_prompt")
     single = example.rejected is None
     if _is_blank(example.chosen) or (example.rejected is not None and _is_blank(example.rejected)):
-        return "empty_response"
+        raise DroppedPair("empty_response")
     if example.tie:
-        return "tie"
+        raise DroppedPair("tie")
     prompt, chosen, rejected = encode_responses(example, tokenizer, place)
     if not prompt:
-        return "empty_prompt"
+        raise DroppedPair("empty_prompt")
     if not chosen or not (single or rejected):
-        return "empty_response"
+        raise DroppedPair("empty_response")
     if chosen == rejected:
-        return "identical"
+        raise DroppedPair("identical")
 
     limit = options.max_prompt_length
     overlong = limit is not None and len(prompt) > limit
@@ -205,31 +185,8 @@ def encode_example(example: Example, tokenizer: Tokenizer, options: PreprocessOp
             "raise the limit, or set overlong_prompt to truncate or drop"
         )
     if overlong and options.overlong_prompt == "drop":
-        return "overlong_prompt"
-    return _truncate(prompt, chosen, rejected, options)
-
-
-def _truncate(
-    prompt: list[int], chosen: list[int], rejected: list[int], options: PreprocessOptions
-) -> EncodedPair | str:
-    truncated = []
-    limit = options.max_prompt_length
-    if limit is not None and len(prompt) > limit:
-        # The end of a prompt holds the question and the header of the answer: it is the start that can go.
-        prompt = prompt[-limit:]
-        truncated.append("prompt_by_max_prompt_length")
-    source_len, target_len = shared_cutoff(len(prompt), max(len(chosen), len(rejected)), options.max_length)
-    if source_len == 0:
-        return "empty_prompt"
-    if target_len == 0:
-        return "empty_response"
-    sides = (("prompt", prompt, source_len), ("chosen", chosen, target_len), ("rejected", rejected, target_len))
-    truncated.extend(name for name, ids, keep in sides if len(ids) > keep)
-    if chosen[:target_len] == rejected[:target_len]:
-        return "identical_after_truncation"
-    if any(ids and max(ids[:target_len]) < 0 for ids in (chosen, rejected)):
-        return "empty_response"
-    return EncodedPair(prompt[:source_len], chosen[:target_len], rejected[:target_len], tuple(truncated))
+        raise DroppedPair("overlong_prompt")
+    return truncate(prompt, chosen, rejected, options)
 
 
 def encode_responses(example: Example, tokenizer: Tokenizer, place: str) -> tuple[list[int], list[int], list[int]]:
@@ -239,7 +196,7 @@ def encode_responses(example: Example, tokenizer: Tokenizer, place: str) -> tupl
     two turns of the assistant, is ``~id``, which is negative.
 
     Args:
-        example: the pair's text. A plain prompt is taken as it is, with a BOS in front where the tokenizer adds
+        example: the pair's text. A plain prompt is used as it is, with a BOS in front where the tokenizer adds
             one by default, and its responses end with EOS; messages go through the chat template.
         tokenizer: the tokenizer.
         place: how errors name the record.
@@ -247,16 +204,16 @@ def encode_responses(example: Example, tokenizer: Tokenizer, place: str) -> tupl
     Raises:
         UserError: messages without a chat template, plain text without an EOS token, or an unfit template.
     """
-    responses = [side for side in (example.chosen, example.rejected) if side is not None]
+    responses = [response for response in (example.chosen, example.rejected) if response is not None]
     if isinstance(example.prompt, str):
-        texts = [side if isinstance(side, str) else "".join(turn.text for turn in side) for side in responses]
+        texts = [each if isinstance(each, str) else "".join(turn.text for turn in each) for each in responses]
         prompt, *encoded = _encode_plain(example.prompt, texts, tokenizer, place)
     else:
         template = _template(tokenizer, place)
         special = tokenizer.special_tokens
-        text, sides = render_responses(template, example.prompt, responses, special, place, example.variables)
+        text, parts = render_responses(template, example.prompt, responses, special, place, example.variables)
         prompt = tokenizer.encode(text)
-        encoded = [_continue_in_parts(tokenizer, text, prompt, side) for side in sides]
+        encoded = [_continue_in_parts(tokenizer, text, prompt, each) for each in parts]
     return prompt, encoded[0], encoded[1] if len(encoded) > 1 else []
 
 
@@ -269,7 +226,7 @@ def encode_prompt(
         prompt: plain text, or messages that end with a user's.
         tokenizer: the tokenizer.
         place: how errors name the record.
-        variables: what the record tells the chat template beside its messages.
+        variables: what the record tells the chat template besides its messages.
 
     Raises:
         UserError: messages without a chat template, or an unfit template.
@@ -286,11 +243,11 @@ def _encode_plain(text: str, responses: Sequence[str], tokenizer: Tokenizer, pla
     if eos is None:
         raise UserError(f"{place}: plain prompts need an EOS token to end responses and this tokenizer has none")
     prompt = tokenizer.encode(text)
-    sides = []
+    encoded = []
     for response in responses:
         ids = _continue(tokenizer, text, prompt, response)
-        sides.append(ids if ids[-1:] == [eos] else [*ids, eos])
-    return [_with_bos(prompt, tokenizer), *sides]
+        encoded.append(ids if ids[-1:] == [eos] else [*ids, eos])
+    return [_with_bos(prompt, tokenizer), *encoded]
 
 
 def _with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -310,7 +267,7 @@ def _continue(tokenizer: Tokenizer, prompt_text: str, prompt: list[int], respons
 
     SentencePiece-like tokenizers put a space before a text that stands alone, which an answer inside a conversation
     does not have; so the response is encoded behind its prompt. Where the prompt's own ids would change by that
-    (a token would span the border), the response is encoded alone, because both sides must share the prompt's ids.
+    (a token would span the border), the response is encoded alone, because both responses must share the prompt's ids.
     """
     together = tokenizer.encode(prompt_text + response_text)
     if together[: len(prompt)] == prompt:

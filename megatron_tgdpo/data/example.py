@@ -25,7 +25,7 @@ class Example:
         chosen: the preferred response, or the only one: the text of an assistant turn, or messages from an
             assistant's to an assistant's, of which the assistant's are trained on.
         rejected: the other one; None if there is none.
-        variables: what the record tells the chat template beside its messages: ``tools``, ...
+        variables: what the record tells the chat template besides its messages: ``tools``, ...
         tie: whether no answer is better than another, so that there is no pair.
     """
 
@@ -37,7 +37,7 @@ class Example:
 
 
 def template_variables(record: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """What a record tells the chat template beside its messages; raises a UserError where that is malformed."""
+    """What a record tells the chat template besides its messages; raises a UserError where that is malformed."""
     found: dict[str, Any] = {}
     for key in _VARIABLES:
         value = record.get(key)
@@ -84,7 +84,7 @@ def response_of(messages: Sequence[Message], key: str, place: str) -> Response:
 
 
 def response_messages(value: Any, key: str, place: str) -> list[Message]:
-    """A side of a pair: the text of an answer, a message, or a list of messages."""
+    """A response of a pair: the text of an answer, a message, or a list of messages."""
     if isinstance(value, str):
         return [Message("assistant", text_of(value, key, place))]
     return messages_of(value, key, place) if isinstance(value, list) else [message_of(value, key, place)]

@@ -42,7 +42,7 @@ class Message:
 
     Attributes:
         role: system, user, assistant or tool.
-        content: its text; None where it has none, as beside tool calls.
+        content: its text; None where it has none, as with tool calls.
         extra: its other keys, as the chat template reads them: ``tool_calls``, ``reasoning_content``, ``name``, ...
     """
 

@@ -1,4 +1,4 @@
-"""The manifest beside a preprocessed dataset: what is in it, and the proof that it was written to its end.
+"""The manifest of a preprocessed dataset: what is in it, and the proof that it was written to its end.
 
 A dataset is ``PREFIX.bin`` and ``PREFIX.idx`` (Megatron-Core IndexedDataset), ``PREFIX.source.npy`` and
 ``PREFIX.manifest.json``. The manifest is put in place last: without it there is no dataset.
@@ -19,6 +19,8 @@ from megatron_tgdpo.storage.files import FileDigest, file_digest, read_error, sy
 from megatron_tgdpo.storage.json_text import check_shape, parse_json
 
 FORMAT_VERSION = 1
+# Raised whenever some record gets other tokens than before: what training itself made of raw files is then made anew.
+READING_VERSION = 2
 MANIFEST_SUFFIX = ".manifest.json"
 DATA_SUFFIXES = (".bin", ".idx", ".source.npy")
 # What is read of a manifest.

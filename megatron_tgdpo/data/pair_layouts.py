@@ -23,14 +23,14 @@ REJECTED_KEYS = ("rejected", "rejected_response", "rejected_messages")
 
 
 def _sided(prompt: Sequence[Message], record: Mapping[str, Any], place: str) -> Example:
-    """A pair from its prompt and two sides, which may repeat the prompt."""
-    sides = []
+    """A pair from its prompt and two responses, which may repeat the prompt."""
+    responses = []
     for key in ("chosen", "rejected"):
         messages = response_messages(record[key], key, place)
         if len(messages) > len(prompt) and tuple(messages[: len(prompt)]) == tuple(prompt):
             messages = messages[len(prompt) :]
-        sides.append(response_of(messages, key, place))
-    return Example(tuple(prompt), sides[0], sides[1], template_variables(record, place))
+        responses.append(response_of(messages, key, place))
+    return Example(tuple(prompt), responses[0], responses[1], template_variables(record, place))
 
 
 def _instruction(record: Mapping[str, Any], place: str) -> Example:
@@ -75,7 +75,7 @@ def _trl_implicit(record: Mapping[str, Any], place: str) -> Example:
 def _parted(chosen: list[Message], rejected: list[Message], record: Mapping[str, Any], place: str) -> Example:
     """Two whole dialogues: the prompt is what they share, up to a user's turn."""
     shared = 0
-    # The last message of each side is its response, even when both are equal (such pairs are dropped later).
+    # The last message of each is its response, even when both are equal (such pairs are dropped later).
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     while shared and chosen[shared - 1].role not in ("user", "tool"):
@@ -83,8 +83,8 @@ def _parted(chosen: list[Message], rejected: list[Message], record: Mapping[str,
     if not shared and chosen:
         raise UserError(f"{place}: chosen and rejected share no leading message, so there is no prompt")
     prompt = with_system(record, chosen[:shared], place)
-    sides = response_of(chosen[shared:], "chosen", place), response_of(rejected[shared:], "rejected", place)
-    return Example(prompt, *sides, template_variables(record, place))
+    responses = response_of(chosen[shared:], "chosen", place), response_of(rejected[shared:], "rejected", place)
+    return Example(prompt, *responses, template_variables(record, place))
 
 
 def _hh(record: Mapping[str, Any], place: str) -> Example:

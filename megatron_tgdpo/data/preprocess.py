@@ -30,6 +30,7 @@ from megatron_tgdpo.data.manifest import (
     DATA_SUFFIXES,
     FORMAT_VERSION,
     MANIFEST_SUFFIX,
+    READING_VERSION,
     commit,
     digest_file,
     length_summary,
@@ -209,6 +210,7 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
+        "reading_version": READING_VERSION,
         "pairs": len(lengths),
         "responses": int(np.count_nonzero(lengths[:, 1:])),
         "dropped": dict(sorted(tally.dropped.items())),

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from megatron_tgdpo.data.compression import CountedReads, compression_of, decompressed
 from megatron_tgdpo.data.fields import RawRecord
+from megatron_tgdpo.data.layouts import is_known_key
 from megatron_tgdpo.data.tables import KINDS as TABLE_KINDS
 from megatron_tgdpo.data.tables import read_rows, table_kind
 from megatron_tgdpo.errors import UserError
@@ -69,7 +70,7 @@ def read_records(path: str, kind: str, columns: Collection[str] = ()) -> Iterato
     Args:
         path: the file.
         kind: what ``detect_format`` said.
-        columns: of a Parquet file, those that are read beside the ones that layouts name.
+        columns: of a Parquet file, those that are read besides the ones that layouts name.
 
     Raises:
         UserError: the file is malformed; names the line or record.
@@ -77,7 +78,8 @@ def read_records(path: str, kind: str, columns: Collection[str] = ()) -> Iterato
     """
     try:
         if kind in TABLE_KINDS:
-            for number, (row, bytes_read) in enumerate(read_rows(path, kind, columns), start=1):
+            rows = read_rows(path, kind, lambda name: is_known_key(name) or name in columns)
+            for number, (row, bytes_read) in enumerate(rows, start=1):
                 yield RawRecord(number, row, bytes_read)
             return
         with open(path, "rb") as file:

@@ -63,7 +63,7 @@ def compare_tokenizers(model: str, theirs: Tokenizer, data: str, ours: Tokenizer
     """Checks that a model's tokenizer gives a text the ids that the data's gives it.
 
     Not a difference: BOS or EOS, what is added around a text, decoding, a token's ``special`` flag, and tokens that
-    only one of them declares beside its vocabulary (padding, reserved places), as long as data does not hold them.
+    only one of them declares outside its vocabulary (padding, reserved places), as long as data does not hold them.
 
     Args:
         model: how errors call the model.
@@ -96,7 +96,7 @@ def _probes(ours: Tokenizer, theirs: Tokenizer, here: Mapping[str, int], there: 
     shuffled = random.Random(0)
     for tokenizer, own, others in ((ours, here, there), (theirs, there, here)):
         declared = set(tokenizer.special_tokens)
-        # What both have is taken from one of them.
+        # What both have is read from one of them.
         ids = sorted(
             number
             for token, number in own.items()

@@ -17,7 +17,7 @@ from megatron_tgdpo.storage.hub import DATASET, fetch, hub_name, local_path
 
 MAX_WEIGHT = 1000.0
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# What the datasets library writes beside the files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
+# What the datasets library writes next to the files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 _STATE_FILE = "state.json"
 _SPLITS_FILE = "dataset_dict.json"
 _DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")

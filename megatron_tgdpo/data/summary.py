@@ -18,9 +18,9 @@ def summary(name: str, manifest: Mapping[str, Any]) -> str:
         f"truncated: {cuts or 'nothing'}",
         f"{'tokens':<10}{'min':>8}{'median':>9}{'mean':>9}{'p95':>9}{'max':>8}",
     ]
-    for column, figures in manifest["lengths"].items():
-        middle = f"{figures['median']:>9.0f}{figures['mean']:>9.1f}{figures['p95']:>9.0f}"
-        lines.append(f"{column:<10}{figures['min']:>8}{middle}{figures['max']:>8}")
+    for column, found in manifest["lengths"].items():
+        middle = f"{found['median']:>9.0f}{found['mean']:>9.1f}{found['p95']:>9.0f}"
+        lines.append(f"{column:<10}{found['min']:>8}{middle}{found['max']:>8}")
     return "\n".join(lines)
 
 
@@ -31,7 +31,7 @@ def lost_ends(manifest: Mapping[str, Any], responses: int) -> tuple[int, float]:
         manifest: of a dataset.
         responses: how many it has: two a pair, one of a single answer.
     """
-    cut = sum(manifest["truncated"].get(side, 0) for side in ("chosen", "rejected"))
+    cut = sum(manifest["truncated"].get(response, 0) for response in ("chosen", "rejected"))
     return cut, cut / responses
 
 

@@ -1,6 +1,6 @@
 """The rows of Parquet and Arrow files, a few at a time."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +21,13 @@ def table_kind(head: bytes) -> str | None:
     return "arrow" if head.startswith((_ARROW_FILE_START, _ARROW_STREAM_START)) else None
 
 
-def read_rows(path: str, kind: str, more: Collection[str] = ()) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yields each row, of the columns that layouts know, with the bytes of the file read so far, for progress.
+def read_rows(path: str, kind: str, is_wanted: Callable[[str], bool]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yields each row, of the columns that are wanted, with the bytes of the file read so far, for progress.
 
     Args:
         path: the file.
         kind: of `KINDS`.
-        more: columns that are read beside these.
+        is_wanted: whether a column is read, by its name.
 
     Raises:
         UserError: the file is malformed, or has none of these columns; names the record.
@@ -35,13 +35,11 @@ def read_rows(path: str, kind: str, more: Collection[str] = ()) -> Iterator[tupl
     """
     import pyarrow
 
-    from megatron_tgdpo.data.layouts import is_known_key
-
     size = Path(path).stat().st_size
     number = 0
     try:
         table: _Table = KINDS[kind](path)
-        columns = [name for name in table.schema.names if is_known_key(name) or name in more]
+        columns = [name for name in table.schema.names if is_wanted(name)]
         if table.rows and not columns:
             raise UserError(f"{path}: no column of a known layout (columns: {', '.join(table.schema.names)})")
         decode = _decoder(table.schema, columns)

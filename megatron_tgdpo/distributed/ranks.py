@@ -72,13 +72,16 @@ def connect_store(ranks: RankEnvironment) -> dist.Store:
     return store
 
 
-def run_on_rank0(action: Callable[[], str], store: dist.Store, rank: int) -> str:
+def run_on_rank0(action: Callable[[], T], store: dist.Store, rank: int) -> T:
     """Runs a long action on rank 0 while the others wait for it, however long it takes.
 
     Args:
-        action: Returns what all ranks are to know.
+        action: Returns what all ranks are to know: a value of JSON, of lists and not tuples.
         store: From :func:`connect_store`; the key ``first_rank`` must be unused.
         rank: This process's rank.
+
+    Returns:
+        What the action returned; on every rank as JSON has it.
 
     Raises:
         AgreedError: On the other ranks, with rank 0's message, if the action failed there in any way; a storage failure
@@ -87,28 +90,29 @@ def run_on_rank0(action: Callable[[], str], store: dist.Store, rank: int) -> str
     """
     if rank == 0:
         try:
-            answer = action()
+            text = json.dumps({"answer": action()})
         except BaseException as error:
             store.set("first_rank", json.dumps(_reply_of(error)))
             raise
-        store.set("first_rank", json.dumps({"answer": answer}))
-        return answer
-    store.wait(["first_rank"], _FOR_EVER)
-    reply = json.loads(store.get("first_rank"))
+        store.set("first_rank", text)
+    else:
+        store.wait(["first_rank"], _FOR_EVER)
+        text = store.get("first_rank").decode()
+    reply = json.loads(text)
     _raise_failure(reply, 0)
-    return reply["answer"]
+    return cast(T, reply["answer"])
 
 
-def run_on_all_ranks(action: Callable[[], str], store: dist.Store, ranks: RankEnvironment) -> list[str]:
+def run_on_all_ranks(action: Callable[[], T], store: dist.Store, ranks: RankEnvironment) -> list[T]:
     """Runs a long action on every rank, however long it takes on any, before any process group and its time-out exist.
 
     Args:
-        action: Returns what all ranks are to know of this one.
+        action: Returns what all ranks are to know of this one: a value of JSON, of lists and not tuples.
         store: From :func:`connect_store`; the keys ``every_rank`` and ``rank_N`` must be unused.
         ranks: This process's place.
 
     Returns:
-        The answers of all ranks, in their order.
+        The answers of all ranks, in their order, as JSON has them.
 
     Raises:
         AgreedError: The action failed on some rank, in any way; the message names the rank if that is not rank 0. Of a
@@ -117,20 +121,21 @@ def run_on_all_ranks(action: Callable[[], str], store: dist.Store, ranks: RankEn
     """
     failure: Exception | None = None
     try:
-        mine = {"answer": action()}
+        mine = json.dumps({"answer": action()})
     except Exception as error:
-        failure, mine = error, _reply_of(error)
+        failure, mine = error, json.dumps(_reply_of(error))
     # Through the first rank, so that each rank reads one key and not one of every other rank.
     if ranks.rank == 0:
         others = [f"rank_{rank}" for rank in range(1, ranks.world_size)]
         for key in others:
             store.wait([key], _FOR_EVER)
-        replies = [mine, *(json.loads(store.get(key)) for key in others)]
-        store.set("every_rank", json.dumps(replies))
+        text = f"[{', '.join([mine, *(store.get(key).decode() for key in others)])}]"
+        store.set("every_rank", text)
     else:
-        store.set(f"rank_{ranks.rank}", json.dumps(mine))
+        store.set(f"rank_{ranks.rank}", mine)
         store.wait(["every_rank"], _FOR_EVER)
-        replies = json.loads(store.get("every_rank"))
+        text = store.get("every_rank").decode()
+    replies = json.loads(text)
     if failure is not None and not isinstance(failure, (UserError, StoppedEarly)):
         raise failure
     for rank, reply in enumerate(replies):

@@ -8,7 +8,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
-from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, TokenLogps
+from megatron_tgdpo.frozen.colocated import TokenLogps
+from megatron_tgdpo.frozen.communicator import ColocatedCommunicator
 
 
 @torch.no_grad()

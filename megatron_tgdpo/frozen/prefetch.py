@@ -4,9 +4,11 @@ The frozen models' weights never change, so when a pass runs changes no value. W
 checkpoint: a run that continues begins as a fresh one does.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
@@ -19,9 +21,11 @@ from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
+from megatron_tgdpo.planning.pipeline_schedule import StageCosts
 from megatron_tgdpo.planning.prefetch import plan_prefetch, stage_hooks
-from megatron_tgdpo.planning.schedule import StageCosts
 from megatron_tgdpo.planning.step_time import stage_costs
+
+logger = logging.getLogger(__name__)
 
 
 class Prefetcher:
@@ -40,12 +44,12 @@ class Prefetcher:
         self.models = models
         self._channel, self._device = channel, device
         self._costs = tuple(costs)
-        self._stream = self._new_stream()
+        self._queue = self._new_queue()
         self._start = 0
-        self._during_call: tuple[int, ...] = ()
-        self._calls = 0
+        # Passes that must be done by each exchange of the step under way; None between steps.
+        self._due: Iterator[int] | None = None
 
-    def _new_stream(self) -> FrozenQueue:
+    def _new_queue(self) -> FrozenQueue:
         return FrozenQueue(self.models, self._channel, self._device)
 
     def begin_step(
@@ -57,42 +61,49 @@ class Prefetcher:
             packs: Of this step; their frozen passes are run here, at once, unless the step before has run them.
             next_packs: Of the next step; empty at the last.
         """
-        stream = self._stream
-        if stream.taken == stream.added:
-            stream.add(packs)
-            stream.run_to(stream.added)
-        self._start = stream.done
-        stream.add(next_packs)
+        queue = self._queue
+        if queue.served == queue.added:
+            queue.add(packs)
+            queue.run_to(queue.added)
+        self._start = queue.done
+        queue.add(next_packs)
         plan = plan_prefetch(self._costs, len(packs), len(next_packs))
-        self._during_call, before_forward = stage_hooks(plan, self._channel.stage)
-        self._calls = 0
+        during_exchanges, before_forward = stage_hooks(plan, self._channel.stage)
+        self._due = iter(during_exchanges)
 
         def drawn() -> Iterator[PreferenceBatch]:
             for pack, due in zip(packs, before_forward, strict=True):
-                stream.run_to(self._start + due)
-                yield stream.take(pack)
+                queue.run_to(self._start + due)
+                yield queue.with_logps(pack)
 
         return drawn()
 
     def during_exchange(self) -> None:
-        """Runs what is due while an exchange of the policy is on its way; called once in each."""
-        self._stream.run_to(self._start + self._during_call[self._calls])
-        self._calls += 1
+        """Runs what is due while an exchange of the policy is on its way; the communicator calls it once in each.
+
+        Between :meth:`end_step` and :meth:`begin_step`, as in evaluation, nothing is.
+        """
+        if self._due is not None:
+            due = next(self._due, None)
+            assert due is not None, "the schedule exchanged more often than planned"
+            self._queue.run_to(self._start + due)
 
     def end_step(self) -> None:
         """Waits until this stage's frozen hidden states have left."""
-        assert self._calls == len(self._during_call), "the schedule exchanged otherwise than planned"
-        assert self._stream.done == self._stream.added, "frozen passes are left over"
-        self._stream.flush()
+        assert self._due is not None, "no step is under way"
+        assert next(self._due, None) is None, "the schedule exchanged less often than planned"
+        assert self._queue.done == self._queue.added, "frozen passes are left over"
+        self._due = None
+        self._queue.flush()
 
     def alongside(self, packs: Iterable[PreferenceBatch]) -> Iterator[PreferenceBatch]:
         """Packs whose frozen passes run just before their forward passes, as in a co-located step; for evaluation."""
-        stream = self._new_stream()
+        queue = self._new_queue()
         for pack in packs:
-            stream.add([pack])
-            stream.run_to(stream.added)
-            yield stream.take(pack)
-        stream.flush()
+            queue.add([pack])
+            queue.run_to(queue.added)
+            yield queue.with_logps(pack)
+        queue.flush()
 
 
 def build_prefetcher(
@@ -103,16 +114,18 @@ def build_prefetcher(
     pg: ProcessGroupCollection,
     device: torch.device,
 ) -> Prefetcher:
-    """What runs the frozen models beside the policy. Collective over all ranks.
+    """What runs the frozen models ahead of the policy. Collective over all ranks.
 
     Args:
         config: The run.
         configs: HF configs by role.
         frozen: This rank's slices of the frozen models that the method uses.
-        layout: The rank grid, of more than one stage.
+        layout: The parallel layout, of more than one stage.
         pg: Its process groups.
         device: Of the models.
     """
+    if dist.get_rank() == 0:
+        logger.warning("guidance.prefetch is experimental: no run with real models has yet shown that it is faster")
     models, dtype = FrozenModels(frozen), frozen[0].config.params_dtype
     tokens = config.seq_length // layout.context
     local = tokens // (layout.tensor if layout.sequence_parallel else 1)

@@ -86,21 +86,21 @@ def _twin(ranks: list[int], device: torch.device, timeout_minutes: float) -> dis
 
 
 class FrozenQueue:
-    """The passes of the frozen models over the packs that are added, and their log-probs until they are taken.
+    """The passes of the frozen models over the packs that are added, and their log-probs until the policy runs.
 
     Every stage adds the same packs in the same order.
 
     Attributes:
         added: Packs added so far.
         done: Passes that this stage has run.
-        taken: Packs whose log-probs were asked for.
+        served: Packs whose log-probs were asked for.
     """
 
     def __init__(self, models: FrozenModels, channel: FrozenChannel, device: torch.device) -> None:
         self._models, self._channel, self._device = models, channel, device
         self._packs: deque[PreferenceBatch] = deque()
         self._logps: deque[tuple[Tensor, ...]] = deque()
-        self.added = self.done = self.taken = 0
+        self.added = self.done = self.served = 0
 
     def add(self, packs: Iterable[PreferenceBatch]) -> None:
         """Queues packs for their passes."""
@@ -118,9 +118,9 @@ class FrozenQueue:
                 self._logps.append(output)
             self.done += 1
 
-    def take(self, pack: PreferenceBatch) -> PreferenceBatch:
+    def with_logps(self, pack: PreferenceBatch) -> PreferenceBatch:
         """The next pack, whose pass is done, with the frozen models' log-probs on the last stage."""
-        self.taken += 1
+        self.served += 1
         if not self._logps:
             return pack
         reference, *guide = self._logps.popleft()

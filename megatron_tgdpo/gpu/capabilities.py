@@ -89,6 +89,11 @@ def dotted(version: Version | None) -> str:
     return "none" if version is None else ".".join(map(str, version))
 
 
+def supported_engine(version: Version | None) -> bool:
+    """Whether megatron-core supports this Transformer Engine."""
+    return version is not None and TE_VERSIONS[0] <= version[:2] < TE_VERSIONS[1]
+
+
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
 

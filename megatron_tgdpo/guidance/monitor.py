@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from megatron_tgdpo.intervals import wilson
 
-# Enough that a guide which is right in 60% of all pairs is hardly ever taken for one at chance.
+# Enough that a guide which is right in 60% of all pairs hardly ever looks like one at chance.
 _ENOUGH_PAIRS = 200
 
 
@@ -46,7 +46,7 @@ class GuideWatch:
         """Takes a step's metrics; returns a warning with the step that completes the count, if at all.
 
         Args:
-            values: Named figures of the step; without a guide's nothing happens.
+            values: Metrics of the step by name; without a guide's nothing happens.
             pairs: Of the step.
         """
         if "guidance/guide_accuracy" not in values or self._pairs >= _ENOUGH_PAIRS:

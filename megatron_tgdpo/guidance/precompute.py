@@ -3,11 +3,11 @@
 Data-parallel replicas work on shards of their own, without waiting for each other.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +42,11 @@ from megatron_tgdpo.guidance.scorer import FrozenEngine, build_frozen_engine
 from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.models.rounding import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
+from megatron_tgdpo.setup.datasets import Prepared, prepare_data
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files
 from megatron_tgdpo.setup.hub_inputs import pin_inputs
-from megatron_tgdpo.setup.inputs import check_tokenizers, layout_of, prepare_data, read_model_configs
-from megatron_tgdpo.setup.prepared_data import Prepared
+from megatron_tgdpo.setup.layout import layout_of
+from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def verify_guidance(config: Config, sample: int, ranks: RankEnvironment, store: 
                 raise AgreedError(
                     f"{work.directory}: a log-prob of the {role} in {len(pairs)} sampled pairs differs by {found} nats "
                     f"from the model's, and rounding explains {allowed}: remove the cache and run "
-                    "tgdpo.guidance again"
+                    "tgdpo guidance again"
                 )
             logger.info("%s: %s of %d pairs computed again: differs by up to %s nats", name, role, len(pairs), found)
 
@@ -155,12 +156,12 @@ def _on_each_dataset(
     device = resolve_device(config.parallel.device)
     if device.type == "cpu":
         enable_cpu_backend()
-    layout = replace(layout_of(config, ranks.world_size), virtual=1)
+    layout = replace(layout_of(config.parallel, ranks.world_size), virtual=1)
     config, _ = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     configs = read_model_configs(config)
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
     needed = files_needed(layout, device)
-    run_on_all_ranks(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
+    run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
     cache, paths = Path(str(config.guidance.cache)), config.model_paths
     digests = hash_files(
         lambda: [file for role in config.method.frozen for file in model_files(Path(paths[role]))],
@@ -169,21 +170,47 @@ def _on_each_dataset(
         dist.PrefixStore("hashes", store),
         again=config.train.rehash,
     )
-    plans = json.loads(run_on_rank0(lambda: json.dumps(_plans(config, block_pairs, digests)), store, ranks.rank))
+    plans = run_on_rank0(
+        lambda: {name: asdict(plan) for name, plan in _plans(config, block_pairs, digests).items()}, store, ranks.rank
+    )
     init_distributed(ranks, device, config.parallel.timeout_minutes, store)
     pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
     try:
         engine = build_frozen_engine(config, configs, layout, pg, device)
         for name, plan in plans.items():
-            dataset = Prepared(**plan["data"]).open()
-            shards = Shards(dataset.trained_lengths, plan["block_pairs"])
-            directory = cache / name
-            action(engine, name, Work(directory, dataset, GuidanceKey(**plan["key"]), shards, plan["missing"]))
+            action(engine, name, _Plan.of_json(plan).work(cache / name))
     finally:
         destroy_model_parallel()
 
 
-def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) -> dict[str, dict]:
+@dataclass(frozen=True)
+class _Plan:
+    """What :class:`Work` is made from on any rank.
+
+    Attributes:
+        data: The dataset.
+        key: Of its cache.
+        block_pairs: Pairs of a shard.
+        missing: Shards that are not there, or not whole.
+    """
+
+    data: Prepared
+    key: GuidanceKey
+    block_pairs: int
+    missing: list[int]
+
+    @classmethod
+    def of_json(cls, value: Mapping[str, Any]) -> "_Plan":
+        """What ``dataclasses.asdict`` made of one."""
+        return cls(**{**value, "data": Prepared(**value["data"]), "key": GuidanceKey(**value["key"])})
+
+    def work(self, directory: Path) -> Work:
+        """On the cache in a directory."""
+        dataset = self.data.open()
+        return Work(directory, dataset, self.key, Shards(dataset.trained_lengths, self.block_pairs), self.missing)
+
+
+def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) -> dict[str, _Plan]:
     """What is to be done for each dataset; ``block_pairs`` is None where complete caches are wanted. On one rank."""
     lacking = check_tokenizers(config)
     cache = Path(str(config.guidance.cache))
@@ -204,9 +231,7 @@ def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) 
             shards = Shards(dataset.trained_lengths, block_pairs)
         missing = sorted(set(range(shards.count)) - whole_shards(directory, key, shards).keys())
         logger.info("%s: %d pairs, %d of %d shards to compute", name, len(dataset), len(missing), shards.count)
-        plans[name] = {
-            "data": asdict(prepared), "key": asdict(key), "block_pairs": shards.block_pairs, "missing": missing,
-        }  # fmt: skip
+        plans[name] = _Plan(prepared, key, shards.block_pairs, missing)
     return plans
 
 

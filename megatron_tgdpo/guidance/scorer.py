@@ -1,7 +1,7 @@
 """Forward passes of the frozen models alone, on any layout.
 
-The reference takes the policy's place in the pipeline and the guide rides along, so that what runs is the very forward
-of co-located training.
+The reference takes the policy's place in the pipeline and the guide runs co-located with it, so that what runs is the
+very forward of co-located training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,11 @@ from megatron_tgdpo.batching.packer import plan_packs
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, ColocatedModel, TokenLogps
+from megatron_tgdpo.frozen.colocated import ColocatedModel, TokenLogps
+from megatron_tgdpo.frozen.communicator import ColocatedCommunicator
 from megatron_tgdpo.frozen.forward import forward_logps
 from megatron_tgdpo.models.language_model import LanguageModel
-from megatron_tgdpo.setup.inputs import pack_format
+from megatron_tgdpo.setup.layout import pack_format
 from megatron_tgdpo.setup.models import load_frozen_models
 
 

@@ -170,8 +170,10 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         hidden, weight, targets, log_normaliser = ctx.saved_tensors
-        # d logp / d logit = onehot(target) - softmax. The size of a token's gradient is put under the exponential, its
-        # sign with the hidden states: one pass over the logits less for each.
+        # With g = d loss / d logp and Z the log-normaliser, d loss / d logit = g (onehot(target) - exp(logit - Z)), or
+        #     -sign(g) (exp(logit - (Z - log|g|)) - |g| onehot(target)).
+        # The bracket is built in the logits' place, and -sign(g) goes to the hidden states: multiplying the logits by g
+        # would read them once more.
         size = grad.abs()
         shift = log_normaliser - size.log()
         sign = -grad.sign()[:, None]

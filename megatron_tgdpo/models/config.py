@@ -46,7 +46,7 @@ def transformer_config_kwargs(
 
     Args:
         hf_config: From :func:`~megatron_tgdpo.models.hf_config.read_hf_config`.
-        layout: The rank grid.
+        layout: The parallel layout.
         dtype: Of parameters and activations, ``torch.float32`` or ``torch.bfloat16``.
         device: Where the parameters will be.
         overrides: Wins over everything else.

@@ -4,7 +4,7 @@ Names follow TRL where TRL has one. Legend: P pairs, B = 2P sequences, R respons
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,16 +15,61 @@ from torch import Tensor
 from megatron_tgdpo.loss.preference import PreferenceLoss
 from megatron_tgdpo.models.rounding import LogpDifference
 
-_SUMS = (
-    "pairs", "count", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen",
-    "logps/rejected", "logps/reference_chosen", "logps/reference_rejected", "margins/weighted", "guide_correct",
-    "responses_difference", "tokens", "weight", "weight_squared", "weight_negative", "tokens_difference",
-)  # fmt: skip
 # Bounds of the bins in which token weights are counted: finer near 1, as far as 10 from it. 0 is one of them, so that
 # negative weights have bins of their own.
 _OFFSETS = [10 ** (k / 8 - 2.5) for k in range(29)]
 WEIGHT_EDGES = (*(1 - offset for offset in reversed(_OFFSETS)), *(1 + offset for offset in _OFFSETS))
-_MAXIMA = ("weight_max", "negative_weight_min", "largest_difference", "negative_bad_pair")
+
+_Formula = Callable[[PreferenceLoss], Tensor]
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest of some values, -inf if there are none."""
+    return values.max() if values.numel() else values.new_full((), float("-inf"))
+
+
+def _token_weights(loss: PreferenceLoss) -> Tensor:
+    return loss.token_weights.double()
+
+
+# What is added up over packs and ranks, by name: of pairs, then of tokens.
+_PAIR_SUMS: dict[str, _Formula] = {
+    "pairs": lambda loss: loss.losses.new_full((), loss.losses.numel()),
+    "count": lambda loss: loss.count,
+    "loss": lambda loss: loss.losses.sum(),
+    "rewards/chosen": lambda loss: loss.rewards[0::2].sum(),
+    "rewards/rejected": lambda loss: loss.rewards[1::2].sum(),
+    "rewards/accuracies": lambda loss: (loss.rewards[0::2] > loss.rewards[1::2]).sum(),
+    "logps/chosen": lambda loss: loss.logps[0::2].sum(),
+    "logps/rejected": lambda loss: loss.logps[1::2].sum(),
+    "logps/reference_chosen": lambda loss: loss.reference_logps[0::2].sum(),
+    "logps/reference_rejected": lambda loss: loss.reference_logps[1::2].sum(),
+    "margins/weighted": lambda loss: loss.weighted_margins.sum(),
+    "guide_correct": lambda loss: (loss.guide_rewards[0::2] > loss.guide_rewards[1::2]).sum(),
+    "responses_difference": lambda loss: loss.logratios.double().square().sum(),
+}
+_TOKEN_SUMS: dict[str, _Formula] = {
+    "tokens": lambda loss: loss.token_weights.new_full((), loss.token_weights.numel(), dtype=torch.float64),
+    "weight": lambda loss: _token_weights(loss).sum(),
+    "weight_squared": lambda loss: _token_weights(loss).square().sum(),
+    "weight_negative": lambda loss: (_token_weights(loss) < 0).sum(),
+    "tokens_difference": lambda loss: loss.token_logratios.double().square().sum(),
+}
+# The sums of pairs that are reported as means over pairs, under their own names.
+_PAIR_MEANS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected",
+    "logps/reference_chosen", "logps/reference_rejected", "margins/weighted",
+)  # fmt: skip
+# What the largest is taken of over packs and ranks, by name; -inf where a pack has none.
+_MAXIMA: dict[str, Callable[[PreferenceLoss, Tensor], Tensor]] = {
+    "weight_max": lambda loss, _: _largest(_token_weights(loss)),
+    "negative_weight_min": lambda loss, _: _largest(-_token_weights(loss)),
+    "largest_difference": lambda loss, _: _largest(loss.token_logratios.double().abs()),
+    # Without a boolean index, whose size a GPU would have to tell the host.
+    "negative_bad_pair": lambda loss, pair_indices: _largest(
+        torch.where(torch.isfinite(loss.losses), float("-inf"), -pair_indices.double())
+    ),
+}
 
 
 def eval_group(name: str) -> str:
@@ -34,15 +79,17 @@ def eval_group(name: str) -> str:
 
 @dataclass(frozen=True)
 class PackMetrics:
-    """One pack's contribution, float64.
+    """One pack's contribution.
 
     Attributes:
-        sums: [len(_SUMS) + len(WEIGHT_EDGES) + 1], the last of which are tokens by weight.
-        maxima: [len(_MAXIMA)].
+        sums: By the names of ``_PAIR_SUMS`` and ``_TOKEN_SUMS``, a number each.
+        weight_counts: [len(WEIGHT_EDGES) + 1] float64, tokens by their weight.
+        maxima: By the names of ``_MAXIMA``, a number each.
     """
 
-    sums: Tensor
-    maxima: Tensor
+    sums: Mapping[str, Tensor]
+    weight_counts: Tensor
+    maxima: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +97,7 @@ class StepMetrics:
     """The global batch, the same on every rank.
 
     Attributes:
-        values: Named figures, without a ``train/`` or ``eval/`` in front of ``loss``.
+        values: Metrics by name, without a ``train/`` or ``eval/`` in front of ``loss``.
         difference: Of the log-probs of policy and reference; zeros without a reference.
         bad_pair: Smallest dataset index of a pair whose loss is not finite, or None.
         weight_counts: Tokens whose weight is below the first of ``WEIGHT_EDGES``, from it up to the next, and so on.
@@ -71,30 +118,11 @@ def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, *, count_pairs: boo
         pair_indices: [P] int64, each pair's index in the dataset.
         count_pairs: False on all but one of the context-parallel ranks, which all know the same pairs.
     """
-    rewards, logps, reference = loss.rewards, loss.logps, loss.reference_logps
-    weights = loss.token_weights.double()
-    of_pairs = [
-        loss.losses.new_full((), loss.losses.numel()), loss.count, loss.losses.sum(), rewards[0::2].sum(),
-        rewards[1::2].sum(), (rewards[0::2] > rewards[1::2]).sum(), logps[0::2].sum(), logps[1::2].sum(),
-        reference[0::2].sum(), reference[1::2].sum(), loss.weighted_margins.sum(),
-        (loss.guide_rewards[0::2] > loss.guide_rewards[1::2]).sum(), loss.logratios.double().square().sum(),
-    ]  # fmt: skip
-    of_tokens = [
-        weights.new_full((), weights.numel()), weights.sum(), weights.square().sum(), (weights < 0).sum(),
-        loss.token_logratios.double().square().sum(),
-    ]  # fmt: skip
-    sums = torch.cat([torch.stack([value.double() for value in (*of_pairs, *of_tokens)]), _weight_counts(weights)])
-    if not count_pairs:
-        sums[: len(of_pairs)] = 0.0
-    lowest = weights.new_full((), float("-inf"))
-    maxima = [lowest] * len(_MAXIMA)
-    if weights.numel():
-        maxima[:3] = [weights.max(), -weights.min(), loss.token_logratios.double().abs().max()]
-    if pair_indices.numel():
-        # Without a boolean index, whose size a GPU would have to tell the host.
-        bad = torch.where(torch.isfinite(loss.losses), float("inf"), pair_indices.double())
-        maxima[3] = -bad.min()
-    return PackMetrics(sums, torch.stack(maxima))
+    zero = loss.losses.new_zeros(())
+    sums = {name: formula(loss) if count_pairs else zero for name, formula in _PAIR_SUMS.items()}
+    sums |= {name: formula(loss) for name, formula in _TOKEN_SUMS.items()}
+    maxima = {name: formula(loss, pair_indices) for name, formula in _MAXIMA.items()}
+    return PackMetrics(sums, _weight_counts(_token_weights(loss)), maxima)
 
 
 def _weight_counts(weights: Tensor) -> Tensor:
@@ -113,30 +141,37 @@ def reduce_metrics(
         packs: This rank's packs on the last stage; empty elsewhere.
         pg: All-reduces (sum, max) over ``dp_cp`` on the last stage, then a broadcast over ``pp``. Every rank calls.
         device: Of the collectives.
-        without: Beginnings of the names of figures that mean nothing for the method, and are left out.
+        without: Beginnings of the names of metrics that mean nothing for the method, and are left out.
     """
-    sums = torch.zeros(len(_SUMS) + len(WEIGHT_EDGES) + 1, dtype=torch.float64, device=device)
+    names, bins = [*_PAIR_SUMS, *_TOKEN_SUMS], len(WEIGHT_EDGES) + 1
+    sums = torch.zeros(len(names) + bins, dtype=torch.float64, device=device)
     maxima = torch.full((len(_MAXIMA),), float("-inf"), dtype=torch.float64, device=device)
     if packs:
-        sums = torch.stack([pack.sums for pack in packs]).sum(dim=0)
-        maxima = torch.stack([pack.maxima for pack in packs]).amax(dim=0)
+        sums = torch.stack([torch.cat([_vector(pack.sums, names), pack.weight_counts]) for pack in packs]).sum(dim=0)
+        maxima = torch.stack([_vector(pack.maxima, _MAXIMA) for pack in packs]).amax(dim=0)
         dist.all_reduce(sums, group=pg.dp_cp)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=pg.dp_cp)
     if pg.pp.size() > 1:
         both = torch.cat([sums, maxima])
         dist.broadcast(both, src=dist.get_global_rank(pg.pp, pg.pp.size() - 1), group=pg.pp)
         sums, maxima = both.split([len(sums), len(_MAXIMA)])
-    figures, counts = sums.tolist()[: len(_SUMS)], sums.tolist()[len(_SUMS) :]
-    metrics = _named(dict(zip(_SUMS, figures, strict=True)), dict(zip(_MAXIMA, maxima.tolist(), strict=True)))
+    named, counts = sums.split([len(names), bins])
+    metrics = _step_metrics(
+        dict(zip(names, named.tolist(), strict=True)), dict(zip(_MAXIMA, maxima.tolist(), strict=True))
+    )
     values = {name: value for name, value in metrics.values.items() if not name.startswith(tuple(without))}
-    return replace(metrics, values=values, weight_counts=[int(count) for count in counts])
+    return replace(metrics, values=values, weight_counts=[int(count) for count in counts.tolist()])
 
 
-def _named(sums: dict[str, float], maxima: dict[str, float]) -> StepMetrics:
+def _vector(numbers: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """[len(names)] float64, for a collective."""
+    return torch.stack([numbers[name].double() for name in names])
+
+
+def _step_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> StepMetrics:
     pairs, tokens = max(sums["pairs"], 1.0), max(sums["tokens"], 1.0)
     values = {"loss": sums["loss"] / max(sums["count"], 1.0)}
-    for name in _SUMS[3:11]:
-        values[name] = sums[name] / pairs
+    values |= {name: sums[name] / pairs for name in _PAIR_MEANS}
     values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
     mean = sums["weight"] / tokens
     values |= {

@@ -94,7 +94,7 @@ def layer_activations(
 
     Args:
         hf_config: Of the policy.
-        layout: The rank grid.
+        layout: The parallel layout.
         pack: The micro batch.
         recompute: ``none``, ``selective`` or ``full``.
         layer: Counted from 0; layers may differ in their attention windows.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines. The defaults are an H100 SXM node's data sheet figures and assumed efficiencies.
+    """The machines. The defaults are an H100 SXM node's data sheet values and assumed efficiencies.
 
     Source: NVIDIA's data sheets of the H100 SXM (989 TFLOP/s dense bf16, 80 GB, NVLink 900 GB/s for both directions
     together) and of the DGX H100 (one 400 Gb/s network port per GPU).

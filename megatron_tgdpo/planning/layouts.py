@@ -1,14 +1,19 @@
-"""Plans: one layout with its memory, time and traffic, and all layouts that a cluster and a job allow."""
+"""Plans: one layout with its memory, time and traffic, all that a cluster and a job allow, and the one to choose."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_tgdpo.config.checks import RECOMPUTE_CHOICES
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
+from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
-from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.memory import RankMemory, rank_memory
+from megatron_tgdpo.planning.job import Batch, Job
+from megatron_tgdpo.planning.memory import GIB, RankMemory, rank_memory
 from megatron_tgdpo.planning.step_time import StepTime, step_time
 from megatron_tgdpo.planning.traffic import Traffic, traffic
 
@@ -18,7 +23,7 @@ class Plan:
     """A layout and what it costs.
 
     Attributes:
-        layout: The rank grid.
+        layout: The parallel layout.
         recompute: ``train.recompute``.
         memory: Of the fullest rank.
         time: Of a step.
@@ -96,3 +101,33 @@ def all_plans(job: Job, cluster: Cluster) -> list[Plan]:
                 continue
             plans.append(next((plan for plan in candidates if plan.fits), candidates[-1]))
     return sorted(plans, key=lambda plan: (not plan.fits, plan.time.total))
+
+
+def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: Cluster) -> Plan:
+    """The fastest layout that fits, by estimate, for pairs of ``data.max_length`` tokens, half of them response.
+
+    Args:
+        config: The run; its own layout is not looked at.
+        models: HF configs of the policy and of the frozen models that run co-located.
+        cluster: The machines.
+
+    Raises:
+        UserError: None fits.
+    """
+    shared = config.shared_prompts
+    batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, shared)
+    keep = config.train.keep_logits_mib * 2**20
+    dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
+    pack = Pack(config.seq_length, config.longest_sequence, dtype_bytes, batch.gathered_keys, keep)
+    plans = all_plans(Job(models[0], tuple(models[1:]), pack, batch), cluster)
+    fitting = [plan for plan in plans if plan.fits]
+    if fitting:
+        return fitting[0]
+    usable = f"{cluster.gpu_memory_gib - cluster.reserve_gib:g} of {cluster.gpu_memory_gib:g} GiB"
+    least = min((plan.memory.total for plan in plans), default=None)
+    if least is None:
+        raise UserError(f"no layout of {cluster.gpus} GPUs divides the model")
+    raise UserError(
+        f"no layout of {cluster.gpus} GPUs fits: the smallest takes {least / GIB:.0f} GiB a GPU, with {usable} usable; "
+        "take more GPUs, or look for another way with tgdpo plan (shorter packs, guidance.mode cached)"
+    )

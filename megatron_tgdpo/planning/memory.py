@@ -166,7 +166,7 @@ def rank_memory(
     Args:
         policy: Config of the policy.
         frozen: Configs of reference and guide.
-        layout: The rank grid.
+        layout: The parallel layout.
         pack: The micro batch.
         recompute: ``train.recompute``.
         fp8: What weights take where layers compute in FP8.

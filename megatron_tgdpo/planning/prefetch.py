@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 
-from megatron_tgdpo.planning.schedule import (
+from megatron_tgdpo.planning.pipeline_schedule import (
     BACKWARD,
     FORWARD,
     StageCosts,
@@ -35,7 +35,7 @@ class PrefetchPlan:
         micro_batches: Of this step.
         frozen: Micro batches of the next step.
         frozen_before: For each stage, how many frozen passes it runs before each of its policy passes, and after the
-            last one: [stages][2 x micro_batches + 1].
+            last one: ``[stages][2 x micro_batches + 1]``.
         timeline: The step, with synchronous exchanges.
     """
 
@@ -49,8 +49,8 @@ class PrefetchPlan:
 def plan_prefetch(costs: tuple[StageCosts, ...], micro_batches: int, frozen: int) -> PrefetchPlan:
     """The fastest plan found; a pure function, so every rank finds the same.
 
-    Its timeline has been executed with synchronous exchanges (``schedule.execute``), so no stage ever waits for one
-    that waits for it.
+    Its timeline has been executed with synchronous exchanges (``pipeline_schedule.execute``), so no stage ever waits
+    for one that waits for it.
 
     Args:
         costs: Of each stage; more than one.
@@ -73,7 +73,8 @@ def _with_forwards(stages: int, micro_batches: int, frozen: int) -> tuple[tuple[
         before = [0] * (2 * micro_batches + 1)
         before[0] = max(0, frozen - micro_batches)
         for position, (kind, micro_batch) in enumerate(policy_order(stages, stage, micro_batches)):
-            before[position] += kind == FORWARD and micro_batch < frozen
+            if kind == FORWARD and micro_batch < frozen:
+                before[position] += 1
         counts.append(tuple(before))
     return tuple(counts)
 
@@ -98,7 +99,8 @@ def stage_hooks(plan: PrefetchPlan, stage: int) -> tuple[tuple[int, ...], tuple[
         if counts[position] and not calls and not is_forward:
             raise ValueError(f"stage {stage} cannot run frozen passes before its policy pass {position}")
         during_call += [due] * len(calls)
-        before_forward += [due] * is_forward
+        if is_forward:
+            before_forward.append(due)
     return tuple(during_call), tuple(before_forward)
 
 
@@ -153,8 +155,10 @@ class _ListScheduler:
         elif waiting:
             frozen = self.costs[stage].frozen
             fits = now + (1 - self.overhang) * frozen <= max(self.expected[stage][place], ready or 0.0)
-            if fits or self.owed[stage] > 0:
-                self.owed[stage] -= 0 if fits else 1
+            if fits:
+                self._run_frozen(now, stage)
+            elif self.owed[stage] > 0:
+                self.owed[stage] -= 1
                 self._run_frozen(now, stage)
 
     def _ready(self, stage: int, kind: str, micro_batch: int) -> float | None:
@@ -189,7 +193,8 @@ class _ListScheduler:
         end = now + (cost.forward if kind == FORWARD else cost.backward)
         self.policy_done[kind, stage, micro_batch] = end
         self.place[stage] += 1
-        self.owed[stage] += kind == FORWARD
+        if kind == FORWARD:
+            self.owed[stage] += 1
         self._occupy(stage, end, stage - 1 if kind == FORWARD else stage + 1)
 
     def _occupy(self, stage: int, end: float, neighbour: int) -> None:

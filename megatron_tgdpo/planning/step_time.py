@@ -12,7 +12,7 @@ from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.mapping import Heads
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.schedule import StageCosts, one_f_one_b
+from megatron_tgdpo.planning.pipeline_schedule import StageCosts, one_f_one_b
 from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, tensor_bytes
 
 
@@ -63,9 +63,9 @@ def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> 
         return count * job.pack.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
 
     def logits(hf_config: PretrainedConfig) -> float:
-        return (
-            2 * job.pack.tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size * last
-        )
+        if not last:
+            return 0.0
+        return 2 * job.pack.tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size
 
     backward = 2 * layers(job.policy) + 3 * logits(job.policy)
     if recompute == "full":
@@ -81,7 +81,7 @@ def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> 
 
 
 def stage_costs(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> list[StageCosts]:
-    """Seconds of one pack on each stage, for the schedules of ``schedule.py``.
+    """Seconds of one pack on each stage, for the schedules of ``pipeline_schedule.py``.
 
     Transfers between stages hold both sides up, so they are part of the passes that send.
     """

@@ -66,7 +66,7 @@ def preflight(
         config: The run; its output directory exists.
         policy: The policy's HF config, for the size of a checkpoint.
         ranks: This process's place.
-        layout: The rank grid.
+        layout: The parallel layout.
         pg: Its process groups.
         device: Of the collectives.
 

@@ -14,11 +14,12 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.config.schema import Config, LossConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, ColocatedModel
+from megatron_tgdpo.frozen.colocated import ColocatedModel
+from megatron_tgdpo.frozen.communicator import ColocatedCommunicator
 from megatron_tgdpo.frozen.prefetch import Prefetcher, build_prefetcher
 from megatron_tgdpo.gpu.overlap import ddp_config, optimizer_kwargs, start_user_buffers, wire_overlap
 from megatron_tgdpo.models.language_model import LanguageModel
-from megatron_tgdpo.setup.inputs import pack_format
+from megatron_tgdpo.setup.layout import pack_format
 from megatron_tgdpo.setup.models import load_frozen_models, load_model
 from megatron_tgdpo.setup.optimizer import build_optimizer, build_scheduler
 from megatron_tgdpo.storage.dtypes import DTYPES
@@ -67,7 +68,7 @@ def build_engine(
     Args:
         config: The run.
         configs: From :func:`read_model_configs`.
-        layout: The rank grid.
+        layout: The parallel layout.
         pg: Its process groups.
         total_steps: That the learning rate schedule spans.
         device: Of models and optimizer.
@@ -84,19 +85,30 @@ def build_engine(
     frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device)
     keep_bytes = config.train.keep_logits_mib * 2**20
     modules = [ColocatedModel(chunk, [] if prefetch else frozen, keep_bytes=keep_bytes) for chunk in policy]
-    chunks = [DistributedDataParallel(module.config, ddp_config(config), module) for module in modules]
+    chunks = [
+        DistributedDataParallel(module.config, ddp_config(config.overlap, config.precision), module)
+        for module in modules
+    ]
     wire_overlap(chunks, policy)
     fused, dtype = config.train.fused == "auto", DTYPES[config.precision.dtype]
-    optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=optimizer_kwargs(config))
+    options = optimizer_kwargs(config.precision, config.overlap, config.offload)
+    optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=options)
+    prefetcher = build_prefetcher(config, configs, frozen, layout, pg, device) if prefetch else None
     communicator = None
     if layout.pipeline > 1:
-        communicator = ColocatedCommunicator(pg.pp, modules[0].config, modules[0].p2p_buffer, device)
+        communicator = ColocatedCommunicator(
+            pg.pp,
+            modules[0].config,
+            modules[0].p2p_buffer,
+            device,
+            meanwhile=prefetcher.during_exchange if prefetcher is not None else None,
+        )
     return Engine(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optimizer, total_steps),
         communicator=communicator,
-        prefetcher=build_prefetcher(config, configs, frozen, layout, pg, device) if prefetch else None,
+        prefetcher=prefetcher,
         pg=pg,
         loss=config.loss,
         pack_format=pack_format(config, pg),

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -64,19 +64,19 @@ def hash_files(
         StoppedEarly: On every rank: some rank was asked to stop.
     """
     first = dist.PrefixStore("plan", store)
-    plan = json.loads(run_on_rank0(lambda: json.dumps(_plan(files(), record, again)), first, ranks.rank))
-    states = {path: FileState(**state) for path, state in plan["unknown"].items()}
-    if not states:
-        return plan["known"]
-    sizes = {path: state.size for path, state in states.items()}
+    plan = _Plan.of_json(run_on_rank0(lambda: asdict(_plan(files(), record, again)), first, ranks.rank))
+    if not plan.unknown:
+        return plan.known
+    sizes = {path: state.size for path, state in plan.unknown.items()}
     if ranks.rank == 0:
         logger.info("hashing %d files of models and data, %.1f GB", len(sizes), sum(sizes.values()) / 1e9)
     mine = shares(sizes, ranks.world_size)[ranks.rank]
-    answers = run_on_all_ranks(lambda: json.dumps(_hash(mine)), dist.PrefixStore("hash", store), ranks)
-    found = {path: digest for answer in answers for path, digest in json.loads(answer).items()}
+    answers = run_on_all_ranks(lambda: _hash(mine), dist.PrefixStore("hash", store), ranks)
+    found = {path: digest for answer in answers for path, digest in answer.items()}
+    read = {path: (plan.unknown[path], digest) for path, digest in found.items()}
     last = dist.PrefixStore("record", store)
-    run_on_rank0(lambda: _write(record, _read(record) | {p: (states[p], found[p]) for p in found}), last, ranks.rank)
-    return plan["known"] | found
+    run_on_rank0(lambda: _write(record, _read(record) | read), last, ranks.rank)
+    return plan.known | found
 
 
 def shares(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
@@ -118,13 +118,25 @@ class FileState:
 _Record = dict[str, tuple[FileState, str]]
 
 
-def _plan(files: Iterable[Path], record: Path, again: bool) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Plan:
     """Hashes of the files that need not be read, and the states of those that must be, from before they are read."""
+
+    known: dict[str, str]
+    unknown: dict[str, FileState]
+
+    @classmethod
+    def of_json(cls, value: Mapping[str, Any]) -> "_Plan":
+        """What ``dataclasses.asdict`` made of one."""
+        return cls(value["known"], {path: FileState(**state) for path, state in value["unknown"].items()})
+
+
+def _plan(files: Iterable[Path], record: Path, again: bool) -> _Plan:
     paths = sorted({os.path.abspath(file) for file in files})
     recorded = {} if again else _read(record)
     states = {path: FileState.of(path) for path in paths}
     known = {p: recorded[p][1] for p in paths if p in recorded and recorded[p][0] == states[p]}
-    return {"known": known, "unknown": {path: vars(states[path]) for path in paths if path not in known}}
+    return _Plan(known, {path: states[path] for path in paths if path not in known})
 
 
 def _hash(paths: list[str]) -> dict[str, str]:
@@ -151,11 +163,10 @@ def _read(record: Path) -> _Record:
         return {}
 
 
-def _write(record: Path, entries: _Record) -> str:
+def _write(record: Path, entries: _Record) -> None:
     content = {path: [vars(state), digest] for path, (state, digest) in sorted(entries.items())}
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(record, error) from error
     write_atomically(record, json.dumps(content, indent=1) + "\n")
-    return ""

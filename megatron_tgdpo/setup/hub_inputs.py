@@ -43,15 +43,14 @@ def pin_inputs(config: Config, ranks: RankEnvironment, store: dist.Store) -> tup
         StoppedEarly: On every rank: some rank was asked to stop.
     """
     first = dist.PrefixStore("pins", store)
-    pins = json.loads(run_on_rank0(lambda: json.dumps(_fetch_all(config, weights=True)), first, ranks.rank))
+    pins = run_on_rank0(lambda: _fetch_all(config, weights=True), first, ranks.rank)
     models = pins[MODEL]
     if models:
 
-        def fetch_here() -> str:
+        def fetch_here() -> None:
             if ranks.local_rank == 0 and ranks.rank != 0:
                 for pinned in models.values():
                     _fetch(pinned, MODEL, weights=True)
-            return ""
 
         run_on_all_ranks(fetch_here, dist.PrefixStore("fetched", store), ranks)
         run_on_all_ranks(lambda: _check_there(models), dist.PrefixStore("there", store), ranks)
@@ -149,12 +148,11 @@ def _fetch(text: str, kind: str, *, weights: bool) -> str:
     return str(fetch(name, kind, weights=weights))
 
 
-def _check_there(models: Mapping[str, str]) -> str:
+def _check_there(models: Mapping[str, str]) -> None:
     for pinned in models.values():
         path = local_path(pinned)
         if not path.is_dir():
             raise UserError(f"{path}: not there: HF_HOME must be the same on all nodes, and each needs a local rank 0")
-    return ""
 
 
 def _recorded_pins(output_dir: Path) -> dict[str, dict[str, str]]:

@@ -14,7 +14,7 @@ from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
-from megatron_tgdpo.gpu.layer_offload import LayerStreamer
+from megatron_tgdpo.gpu.layer_offload import serve_from_host
 from megatron_tgdpo.gpu.options import building, model_options
 from megatron_tgdpo.models.hf_weights.load import load_hf_weights, load_megatron_weights, refuse_non_finite
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
@@ -60,7 +60,7 @@ def load_model(
     raise_on_all_ranks(lambda: refuse_non_finite(chunks, directory, hf_config))
     if frozen and config.offload.frozen:
         for chunk in chunks:
-            LayerStreamer(chunk.requires_grad_(False).decoder.layers, device)
+            serve_from_host(chunk.requires_grad_(False).decoder.layers, device)
     return chunks
 
 

@@ -48,7 +48,7 @@ def find_start(config: Config, inputs: Inputs) -> StartPoint:
 
     Args:
         config: The run.
-        inputs: From ``setup/inputs.py: check_inputs``.
+        inputs: From ``training/run_data.py: check_inputs``.
 
     Raises:
         AgreedError: On every rank: a key has another value, or a file another content, that it must not have or that

@@ -11,7 +11,7 @@ from megatron_tgdpo.config.loading import to_yaml
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel
-from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks, run_on_rank0
+from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
 from megatron_tgdpo.gpu.precision import linear_bytes
 from megatron_tgdpo.models.config import check_layout
@@ -23,9 +23,10 @@ from megatron_tgdpo.resilience.preflight import preflight
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
-from megatron_tgdpo.setup.inputs import layout_of, models_that_run, read_model_configs
+from megatron_tgdpo.setup.layout import layout_of
+from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
 from megatron_tgdpo.training.resume import begin, find_start
-from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare_on_rank0
+from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer
 
 
@@ -44,18 +45,18 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     if device.type == "cpu":
         enable_cpu_backend()
     parallel = config.parallel
-    layout = layout_of(config, ranks.world_size)
+    layout = layout_of(config.parallel, ranks.world_size)
     config, pins = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     model_configs = read_model_configs(config)
     used = models_that_run(config, model_configs)
     check_layout(used, layout)
     check_gpu_options(config, used, layout, capabilities(device))
     needed = files_needed(layout, device)
-    run_on_all_ranks(lambda: str(allow_open_files(needed)), dist.PrefixStore("open_files", store), ranks)
+    run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
     lock = RunLock(Path(config.output_dir))
     with ExitStack() as stack:
         stack.callback(lock.release)
-        prepared = run_on_rank0(lambda: prepare_on_rank0(config, lock, pins), store, ranks.rank)
+        prepared = prepare(config, lock, pins, ranks, store)
         inputs = check_inputs(config, prepared, ranks, dist.PrefixStore("inputs", store))
         init_distributed(ranks, device, parallel.timeout_minutes, store)
         pg = init_model_parallel(layout, config.train.seed, parallel.timeout_minutes)
@@ -71,15 +72,17 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
 
 
 def dry_run(config: Config, world_size: int) -> str:
-    """The resolved config, the rank grid, and parameters and memory per rank, without loading anything."""
-    layout = layout_of(config, world_size)
+    """The resolved config, the parallel layout, and parameters and memory per rank, without loading anything."""
+    layout = layout_of(config.parallel, world_size)
     config = pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
     check_layout(configs, layout)
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
-    # Under context parallelism a rank gathers the keys of its tokens' sequences: half of them on average, and a bit.
-    # With shared prompts how many depends on the data: at most two a token.
-    gathered = layout.context + 0.5 if layout.context > 1 else 2.0 * config.shared_prompts
+    # With shared prompts how many keys are gathered depends on the data: at most two a token.
+    gathered = 2.0 if config.shared_prompts else 0.0
+    if layout.context > 1:
+        # A rank gathers the keys of its tokens' sequences: half of them on average, and a bit.
+        gathered = layout.context + 0.5
     dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
     keep = config.train.keep_logits_mib * 2**20
     pack = Pack(config.seq_length // layout.context, config.longest_sequence, dtype_bytes, gathered, keep)

@@ -25,12 +25,12 @@ from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_rank0
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance.cache import GuidanceCache, guidance_key, model_fingerprints, open_guidance
 from megatron_tgdpo.output.directory import claim_output_dir
-from megatron_tgdpo.output.wandb import import_wandb
+from megatron_tgdpo.output.metrics_log import check_loggers
 from megatron_tgdpo.resilience.run_lock import RunLock
+from megatron_tgdpo.setup.datasets import Prepared, prepare_data, write_summary
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import Pins, record_pins
-from megatron_tgdpo.setup.inputs import check_tokenizers, prepare_data
-from megatron_tgdpo.setup.prepared_data import Prepared, write_summary
+from megatron_tgdpo.setup.model_inputs import check_tokenizers
 from megatron_tgdpo.signals import leave_if_requested
 from megatron_tgdpo.storage.hub import local_path
 
@@ -53,22 +53,36 @@ class RunData:
     validation_guidance: dict[str, GuidanceCache] = field(default_factory=dict)
 
 
-def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) -> str:
+def prepare(
+    config: Config, lock: RunLock, pins: Pins, ranks: RankEnvironment, store: dist.Store
+) -> dict[str, Prepared]:
+    """:func:`prepare_on_rank0`, for all ranks: every one calls, and gets the datasets by name.
+
+    Raises:
+        UserError: On every rank, for bad input; a StorageError where storage failed, which may pass.
+        StoppedEarly: On every rank: rank 0 was asked to stop.
+    """
+    found = run_on_rank0(
+        lambda: {name: asdict(each) for name, each in prepare_on_rank0(config, lock, pins).items()}, store, ranks.rank
+    )
+    return {name: Prepared(**each) for name, each in found.items()}
+
+
+def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) -> dict[str, Prepared]:
     """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
     process group exists.
 
     Args:
         config: The run.
-        lock: Of its output directory; taken here.
+        lock: Of its output directory; acquired here.
         pins: Of its names of the Hub, from ``setup/hub_inputs.py``.
 
     Returns:
-        JSON of the datasets, for :func:`open_data` on every rank.
+        The datasets by name, for :func:`open_data` on every rank.
     """
     hf_files(local_path(config.model.policy))  # every checkpoint gets a copy of them
     lacking = check_tokenizers(config)
-    if config.log.wandb:
-        import_wandb()
+    check_loggers(config.log)
     lock.acquire()
     claim_output_dir(config)
     record_pins(Path(config.output_dir), pins or {})
@@ -82,10 +96,10 @@ def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) ->
                 cache.check_content()
     write_summary(Path(config.output_dir), prepared)
     leave_if_requested("preparing the data")
-    return json.dumps({name: asdict(each) for name, each in prepared.items()})
+    return prepared
 
 
-def check_inputs(config: Config, prepared: str, ranks: RankEnvironment, store: dist.Store) -> Inputs:
+def check_inputs(config: Config, prepared: Mapping[str, Prepared], ranks: RankEnvironment, store: dist.Store) -> Inputs:
     """Fingerprints of all that the run reads, after checking the data, and the guidance cache's key, against them.
 
     Every rank calls, and reads a share of the files; no process group is needed. Files that are as they were when an
@@ -93,7 +107,7 @@ def check_inputs(config: Config, prepared: str, ranks: RankEnvironment, store: d
 
     Args:
         config: The run.
-        prepared: From :func:`prepare_on_rank0`.
+        prepared: From :func:`prepare`.
         ranks: This process's place.
         store: Joins all ranks; its keys must be unused.
 
@@ -108,17 +122,17 @@ def check_inputs(config: Config, prepared: str, ranks: RankEnvironment, store: d
 
     def files() -> list[Path]:
         weights = [file for path in config.model_paths.values() for file in model_files(Path(path))]
-        return weights + [Path(file) for dataset in _datasets(prepared).values() for file in dataset.files]
+        return weights + [Path(file) for dataset in _open(prepared).values() for file in dataset.files]
 
     record = Path(config.output_dir) / HASHES_FILE
     digests = hash_files(files, record, ranks, store, again=config.train.rehash)
     last = dist.PrefixStore("fingerprints", store)
-    return json.loads(run_on_rank0(lambda: json.dumps(_fingerprints(config, prepared, digests)), last, ranks.rank))
+    return run_on_rank0(lambda: _fingerprints(config, prepared, digests), last, ranks.rank)
 
 
-def _fingerprints(config: Config, prepared: str, digests: Mapping[str, str]) -> Inputs:
+def _fingerprints(config: Config, prepared: Mapping[str, Prepared], digests: Mapping[str, str]) -> Inputs:
     """What :func:`check_inputs` finds, from the hashes of all files."""
-    datasets = _datasets(prepared)
+    datasets = _open(prepared)
     for dataset in datasets.values():
         dataset.verify(digests)
     if config.guidance.mode == "cached":
@@ -128,7 +142,7 @@ def _fingerprints(config: Config, prepared: str, digests: Mapping[str, str]) -> 
     found: dict[str, str | None] = dict.fromkeys(INPUTS)
     for role, path in config.model_paths.items():
         found[f"model.{role}"] = weights_fingerprint(Path(path), digests)
-    of_data = {name: each.fingerprint(datasets[name]) for name, each in _prepared(prepared).items()}
+    of_data = {name: each.fingerprint(datasets[name]) for name, each in prepared.items()}
     found["data.train"] = of_data.pop("train")
     if of_data:
         # Of a single set without a name, its own.
@@ -138,19 +152,17 @@ def _fingerprints(config: Config, prepared: str, digests: Mapping[str, str]) -> 
     return found | {"data.tokenizer": datasets["train"].ids_fingerprint, "data.chat_template": template}
 
 
-def _prepared(answer: str) -> dict[str, Prepared]:
-    """The run's datasets by name, from what :func:`prepare_on_rank0` returned."""
-    return {name: Prepared(**each) for name, each in json.loads(answer).items()}
-
-
-def _datasets(prepared: str) -> dict[str, PreferenceDataset]:
-    return {name: each.open() for name, each in _prepared(prepared).items()}
+def _open(prepared: Mapping[str, Prepared]) -> dict[str, PreferenceDataset]:
+    return {name: each.open() for name, each in prepared.items()}
 
 
 def open_data(
-    config: Config, prepared: str, configs: Mapping[str, PretrainedConfig], done: tuple[int, int] = (0, 0)
+    config: Config,
+    prepared: Mapping[str, Prepared],
+    configs: Mapping[str, PretrainedConfig],
+    done: tuple[int, int] = (0, 0),
 ) -> RunData:
-    """Opens the datasets that :func:`prepare_on_rank0` named.
+    """Opens the datasets that :func:`prepare` named.
 
     Args:
         config: The run.
@@ -159,10 +171,10 @@ def open_data(
         done: Steps that were made before, and how many pairs of ``data.train`` they consumed.
 
     Raises:
-        UserError: A pair holds a token id that a model does not have.
+        UserError: A pair holds a token id that a model does not have, or warm-up takes all steps.
     """
     role, vocab_size = min(((role, found.vocab_size) for role, found in configs.items()), key=lambda item: item[1])
-    datasets = _datasets(prepared)
+    datasets = _open(prepared)
     for name, dataset in datasets.items():
         largest = dataset.manifest["max_token_id"]
         if largest >= vocab_size:
@@ -174,7 +186,7 @@ def open_data(
     train = datasets.pop("train")
     sizes = [len(part) for part in (train.parts if isinstance(train, JoinedDataset) else [train])]
     order = make_sampler(
-        [DatasetPart(*part) for part in zip(sizes, _prepared(prepared)["train"].weights, strict=True)],
+        [DatasetPart(*part) for part in zip(sizes, prepared["train"].weights, strict=True)],
         config.batch.global_pairs,
         config.train.steps,
         config.train.epochs,
@@ -182,6 +194,11 @@ def open_data(
         config.train.seed,
         *done,
     )
+    if (config.optimizer.warmup_steps or 0) >= order.steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps} and the run has {order.steps} steps: the peak "
+            "learning rate would never be reached, make it smaller"
+        )
     caches = {}
     if config.guidance.mode == "cached":
         caches = {name: open_guidance(config, name, dataset) for name, dataset in {"train": train, **datasets}.items()}

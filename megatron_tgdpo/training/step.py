@@ -98,13 +98,12 @@ def train_step(
 def _forward_backward_with_prefetch(
     engine: Engine, packs: Sequence[PreferenceBatch], next_packs: Sequence[PreferenceBatch]
 ) -> StepMetrics:
-    prefetcher, communicator = engine.prefetcher, engine.communicator
-    if prefetcher is None or communicator is None:
+    if engine.prefetcher is None:
         return forward_backward(engine, packs, len(packs), forward_only=False)
-    batches = prefetcher.begin_step(packs, next_packs)
-    with communicator.busy_with(prefetcher.during_exchange):
-        metrics = forward_backward(engine, batches, len(packs), forward_only=False)
-    prefetcher.end_step()
+    # Its during_exchange runs in the communicator's exchanges: see build_engine.
+    batches = engine.prefetcher.begin_step(packs, next_packs)
+    metrics = forward_backward(engine, batches, len(packs), forward_only=False)
+    engine.prefetcher.end_step()
     return metrics
 
 

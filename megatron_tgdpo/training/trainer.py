@@ -63,7 +63,7 @@ class Trainer:
 
     Args:
         config: The run.
-        layout: The rank grid.
+        layout: The parallel layout.
         engine: Models and optimizer of this rank.
         data: Datasets and data order.
         start: Where it goes on.
@@ -147,7 +147,7 @@ class Trainer:
                     logger.warning(warning)
             last = bool(stop) or step == self.last_step
             if last or failed or save_due(step, self.data.order.steps, self.config.checkpoint.every_steps, waited):
-                # The steps of a checkpoint are not made again, so their figures must be there.
+                # The steps of a checkpoint are not made again, so their metrics must be there.
                 raise_on_all_ranks(log.check if log is not None else lambda: None)
                 self._save(step, last)
                 saved = time.monotonic()
@@ -235,12 +235,12 @@ class Trainer:
         )
 
     def _over_ranks(self, *mine: float) -> list[float]:
-        """The largest of each figure over all ranks, in one reduction.
+        """The largest of each number over all ranks, in one reduction.
 
         What ranks notice at different moments, even in different steps, such as a signal, becomes one decision: all of
         them see the same maximum, and act after the same step.
         """
-        maxima = torch.tensor([float(figure) for figure in mine], device=self.engine.device)
+        maxima = torch.tensor([float(number) for number in mine], device=self.engine.device)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         return maxima.tolist()
 
@@ -257,9 +257,9 @@ class Trainer:
 
     def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
         eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))
-        figures = [f"{text} {values[name]:{form}}" for name, text, form in _PROGRESS if name in values]
+        metrics = [f"{text} {values[name]:{form}}" for name, text, form in _PROGRESS if name in values]
         line = (
-            f"step {step}/{self.data.order.steps} {' '.join(figures)} | "
+            f"step {step}/{self.data.order.steps} {' '.join(metrics)} | "
             f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.2f} s/step ETA {eta}"
         )
         for group in map(eval_group, self.data.validation):

@@ -20,12 +20,12 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
-from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment, run_on_rank0
+from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.engine import build_engine, unwrapped
-from megatron_tgdpo.setup.inputs import read_model_configs
+from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.setup.models import load_model
-from megatron_tgdpo.training.run_data import open_data, prepare_on_rank0
+from megatron_tgdpo.training.run_data import open_data, prepare
 from megatron_tgdpo.training.step import forward_backward
 
 
@@ -54,14 +54,14 @@ def main() -> None:
     config = config_from_dict(json.loads(Path(sys.argv[1]).read_text()))
     ranks = read_rank_environment()
     store = connect_store(ranks)
-    prefixes = run_on_rank0(lambda: prepare_on_rank0(config, RunLock(Path(config.output_dir))), store, ranks.rank)
+    prepared = prepare(config, RunLock(Path(config.output_dir)), {}, ranks, store)
     device = torch.device("cpu")
     init_distributed(ranks, device, 5, store)
     layout = make_layout(1, 2, 1, False, ranks.world_size)
     pg = init_model_parallel(layout, 0, 5)
     model_configs = read_model_configs(config)
     engine = build_engine(config, model_configs, layout, pg, 10, device)
-    dataset: PreferenceDataset = open_data(config, prefixes, model_configs).train
+    dataset: PreferenceDataset = open_data(config, prepared, model_configs).train
     packs = [collate([dataset[i], dataset[i + 1]], engine.pack_format) for i in range(0, 6, 2)]
     engine.chunks[0].zero_grad_buffer()
     forward_backward(engine, packs, len(packs), forward_only=False)

@@ -45,7 +45,9 @@ def export(config: Config, out: Path) -> None:
 @contextmanager
 def buckets_of(parameters: int | None) -> Iterator[None]:
     """Sets the size of megatron-core's gradient buckets, which is no option of the project."""
-    with mock.patch.object(engine, "ddp_config", lambda config: replace(ddp_config(config), bucket_size=parameters)):
+    with mock.patch.object(
+        engine, "ddp_config", lambda *sections: replace(ddp_config(*sections), bucket_size=parameters)
+    ):
         yield
 
 

@@ -25,7 +25,7 @@ from megatron_tgdpo.gpu.options import capabilities, check_gpu_options
 from megatron_tgdpo.models.fp8 import write_parameter
 from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.setup.engine import Engine, build_engine
-from megatron_tgdpo.setup.inputs import read_model_configs
+from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.training.step import train_step
 
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_tgdpo.batching.packed_sequence import Segment, pack_segments
-from megatron_tgdpo.config.checks import FP8_RECIPES
+from megatron_tgdpo.config.constraints import FP8_RECIPES
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError
@@ -151,7 +151,8 @@ def fp8(bench: Bench, tiny: bool) -> Iterator[Figure]:
 @torch.no_grad()
 def token_rewards(bench: Bench, config: Config, data: list[PreferencePair]) -> torch.Tensor:
     """beta * (log pi_g - log pi_ref) of every response token, fp32 on the CPU."""
-    from megatron_tgdpo.setup.inputs import pack_format, read_model_configs
+    from megatron_tgdpo.setup.layout import pack_format
+    from megatron_tgdpo.setup.model_inputs import read_model_configs
 
     found = load_frozen_models(config, read_model_configs(config), bench.layout, bench.pg, bench.device)
     model = ColocatedModel(found[0], found[1:])

@@ -13,7 +13,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair
 from megatron_tgdpo.data.joined import join, open_sources
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance.cache import GuidanceCache, guidance_key, open_guidance
-from megatron_tgdpo.setup.inputs import preprocess_options
+from megatron_tgdpo.setup.datasets import preprocess_options
 from tgdpo.reporting.hf_logps import response_logps
 
 

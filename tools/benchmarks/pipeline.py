@@ -34,12 +34,12 @@ from megatron_tgdpo.batching.collate import PreferenceBatch, collate
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
-from megatron_tgdpo.frozen.colocated import ColocatedCommunicator, FrozenMailbox
+from megatron_tgdpo.frozen.communicator import ColocatedCommunicator, P2PBuffer
 from megatron_tgdpo.frozen.models import FrozenModels
 from megatron_tgdpo.frozen.prefetch import Prefetcher
 from megatron_tgdpo.frozen.queue import FrozenChannel
+from megatron_tgdpo.planning.pipeline_schedule import StageCosts, Timeline, interleaved, one_f_one_b, uniform
 from megatron_tgdpo.planning.prefetch import plan_prefetch
-from megatron_tgdpo.planning.schedule import StageCosts, Timeline, interleaved, one_f_one_b, uniform
 
 _TOKENS, _HIDDEN = 16, 8
 _CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ class StandInStage(MegatronModule):
     """A chunk of the policy, with the frozen models where they run along."""
 
     def __init__(
-        self, config: TransformerConfig, case: Case, p2p_buffer: FrozenMailbox, *, first: bool, last: bool
+        self, config: TransformerConfig, case: Case, p2p_buffer: P2PBuffer, *, first: bool, last: bool
     ) -> None:
         super().__init__(config)
         parts = config.virtual_pipeline_model_parallel_size or 1
@@ -154,7 +154,7 @@ class Bench:
             calculate_per_token_loss=True,
             use_cpu_initialization=True,
         )
-        p2p_buffer = FrozenMailbox(_HIDDEN if case.schedule == "co-located" else 0, torch.float32)
+        p2p_buffer = P2PBuffer(_HIDDEN if case.schedule == "co-located" else 0, torch.float32)
         self.case, self.pg = case, pg
         self.models = [
             StandInStage(
@@ -162,12 +162,13 @@ class Bench:
             )
             for chunk in range(chunks)
         ]
-        self.communicator = ColocatedCommunicator(pg.pp, config, p2p_buffer, _CPU)
         self.prefetcher = None
         if case.schedule == "prefetch":
             channel = FrozenChannel(pg.pp, (_TOKENS, 1, _HIDDEN), torch.float32, _CPU, timeout_minutes=5)
             frozen = StandInFrozenModels(case.frozen * case.unit, last=stage == last)
             self.prefetcher = Prefetcher(frozen, channel, case.costs, _CPU)
+        meanwhile = None if self.prefetcher is None else self.prefetcher.during_exchange
+        self.communicator = ColocatedCommunicator(pg.pp, config, p2p_buffer, _CPU, meanwhile)
 
     def step(self) -> None:
         """One step: all forwards and backwards."""
@@ -176,8 +177,7 @@ class Bench:
             self._run(iter(packs))
             return
         batches = self.prefetcher.begin_step(packs, packs)
-        with self.communicator.busy_with(self.prefetcher.during_exchange):
-            self._run(batches)
+        self._run(batches)
         self.prefetcher.end_step()
 
     def _run(self, batches: Iterator[PreferenceBatch]) -> None:

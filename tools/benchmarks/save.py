@@ -28,7 +28,7 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
 from megatron_tgdpo.setup.engine import Engine, build_engine, policy_chunks
-from megatron_tgdpo.setup.inputs import read_model_configs
+from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.storage.dtypes import DTYPES
 from megatron_tgdpo.training.checkpoint import training_state
 from megatron_tgdpo.training.saver import live_storages

@@ -9,7 +9,7 @@ import pytest
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.setup.inputs import prepare_data
+from megatron_tgdpo.setup.datasets import prepare_data
 from tests.tiny_models import make_tokenizer
 from tests.unit.config.test_loading import VALID
 

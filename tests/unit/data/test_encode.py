@@ -3,10 +3,11 @@
 import pytest
 
 from megatron_tgdpo.data.chat import ChatTemplate
-from megatron_tgdpo.data.encode import EncodedPair, RecordBatch, encode_batch, encode_example
+from megatron_tgdpo.data.encode import RecordBatch, encode_batch, encode_example
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.truncation import DROP_REASONS, DroppedPair, EncodedPair
 from megatron_tgdpo.errors import UserError
 
 
@@ -58,7 +59,8 @@ def test_max_prompt_length_comes_first():
 
 
 def test_overlong_prompt_can_drop_or_stop():
-    assert encode("0123456789", "a", "b", max_prompt_length=9, overlong_prompt="drop") == "overlong_prompt"
+    with pytest.raises(DroppedPair, match=r"^overlong_prompt$"):
+        encode("0123456789", "a", "b", max_prompt_length=9, overlong_prompt="drop")
     assert isinstance(encode("0123456789", "a", "b", max_prompt_length=10, overlong_prompt="drop"), EncodedPair)
     with pytest.raises(UserError, match=r"^pairs\.jsonl:17: the prompt has 10 tokens, above max_prompt_length 9"):
         encode("0123456789", "a", "b", max_prompt_length=9, overlong_prompt="error")
@@ -81,7 +83,9 @@ def test_overlong_prompt_can_drop_or_stop():
     ],
 )
 def test_drop_reasons(prompt, chosen, rejected, reason):
-    assert encode(prompt, chosen, rejected, max_length=8) == reason
+    assert reason in DROP_REASONS
+    with pytest.raises(DroppedPair, match=f"^{reason}$"):
+        encode(prompt, chosen, rejected, max_length=8)
 
 
 def test_no_template_is_only_missed_when_needed():

@@ -8,15 +8,17 @@ import pytest
 
 from megatron_tgdpo.batching.collate import collate
 from megatron_tgdpo.batching.packed_sequence import PackFormat
+from megatron_tgdpo.data import sandbox
 from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
-from megatron_tgdpo.data.encode import EncodedPair, encode_example, encode_prompt, encode_responses
+from megatron_tgdpo.data.encode import encode_example, encode_prompt, encode_responses
 from megatron_tgdpo.data.example import Example, as_keys
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import detect_layout, parse_prompt, parse_record
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import preprocess
 from megatron_tgdpo.data.tokenizers import HuggingFaceTokenizer
+from megatron_tgdpo.data.truncation import DroppedPair
 from megatron_tgdpo.errors import UserError
 from tests.unit.data.test_chat import CHATML, with_template
 
@@ -293,11 +295,11 @@ def test_response_cut_down_to_what_is_not_trained_on_is_dropped(hf_directory: st
     tokenizer = with_template(hf_directory, marked, tmp_path)
     example = Example((Message("user", "a"),), "b", None)
     pair = encode_example(example, tokenizer, PreprocessOptions("none"), "f:1")
-    assert isinstance(pair, EncodedPair)
     assert pair.chosen[-2] < 0 <= pair.chosen[-1]
     # The prompt is whole, and the response loses its last token.
     options = PreprocessOptions("none", max_length=len(pair.prompt) + len(pair.chosen) - 1)
-    assert encode_example(example, tokenizer, options, "f:1") == "empty_response"
+    with pytest.raises(DroppedPair, match=r"^empty_response$"):
+        encode_example(example, tokenizer, options, "f:1")
 
 
 @pytest.mark.parametrize(
@@ -322,6 +324,49 @@ def test_hostile_templates_end_with_one_line(source: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^f:1: the chat template of t refuses this record: .*{message}") as error:
         ChatTemplate(source, {}, "t").render([Message("user", "a")], "f:1")
     assert "\n" not in str(error.value)
+
+
+def refused(source: str) -> str:
+    with pytest.raises(UserError) as error:
+        ChatTemplate(source, {}, "t").render([Message("user", "a")], "f:1")
+    return str(error.value)
+
+
+# Without the limits these end all the same, so that it shows.
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(1000) %}{% endfor %}",
+        "{% for i in range(40) %}{% for j in range(40) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(9) }}",
+        "{% macro f() %}{{ caller() }}{% endmacro %}" + "{% call f() %}{% endcall %}" * 600,
+    ],
+)
+def test_loops_and_macros_end_by_turns_and_by_time(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = [Message("user", "a")]
+    assert ChatTemplate(source, {}, "t").render(talk, "f:1") == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "MAX_TURNS", 900)
+        assert "it does not end" in refused(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "MAX_SECONDS", -1.0)
+        assert "it does not end" in refused(source)
+    # Each rendering has its own turns and time.
+    template = ChatTemplate(source, {}, "t")
+    monkeypatch.setattr(sandbox, "MAX_TURNS", 2000)
+    assert [template.render(talk, "f:1") for _ in range(5)] == [""] * 5
+
+
+@pytest.mark.parametrize(
+    "operation", ["'a' * 101", "101 * 'a'", "[1] * 101", "(1, 2) * 51", "2 ** 101", "2 ** 45 * 2 ** 45 * 2 ** 45"]
+)
+def test_products_have_a_size(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = f"{{% set x = {operation} %}}done"
+    assert ChatTemplate(source, {}, "t").render([Message("user", "a")], "f:1") == "done"
+    monkeypatch.setattr(sandbox, "MAX_SIZE", 100)
+    assert "would be too large" in refused(source)
+    smaller = "{% set x = ('a' * 100, [1] * 99, 2 ** 49, 2 ** 40 * 2 ** 40) %}done"
+    assert ChatTemplate(smaller, {}, "t").render([Message("user", "a")], "f:1") == "done"
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,20 @@ def test_all_ranks_know_the_answers() -> None:
     )
 
 
+def test_all_ranks_get_the_same_value_of_json() -> None:
+    """The rank that ran the action too: no tuple there that is a list elsewhere."""
+    value, as_json = {"files": ("a", "b"), "none": None}, {"files": ["a", "b"], "none": None}
+    found = on_ranks(lambda ranks, store: run_on_rank0(lambda: value, store, ranks.rank))
+    assert found == [as_json] * RANKS
+    assert on_ranks(lambda ranks, store: run_on_all_ranks(lambda: value, store, ranks)) == [[as_json] * RANKS] * RANKS
+
+
+def test_an_answer_that_is_no_json_fails_for_all() -> None:
+    found = on_ranks(lambda ranks, store: run_on_rank0(set, store, ranks.rank))
+    assert [type(error) for error in found] == [TypeError, AgreedError, AgreedError]
+    assert len({str(error) for error in found}) == 1
+
+
 @pytest.mark.parametrize(("raised", "own", "others"), KINDS)
 def test_the_first_rank_fails_for_all(raised: type[Exception], own: type, others: type) -> None:
     errors = on_ranks(lambda ranks, store: run_on_rank0(lambda: failing(ranks.rank, raised, own=0), store, ranks.rank))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tgdpo.gpu.layer_offload import LayerStreamer
+from megatron_tgdpo.gpu.layer_offload import serve_from_host
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_the_same_results_with_one_layer_on_the_device_at_a_time() -> None:
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
     wanted = run(model([]), x)
     layers = model(watch)
-    LayerStreamer(list(layers), CPU)
+    serve_from_host(list(layers), CPU)
     for layer in layers:
         layer.host = layer.linear.weight.data_ptr()
     for _ in range(2):
@@ -52,4 +52,4 @@ def test_the_same_results_with_one_layer_on_the_device_at_a_time() -> None:
 
 def test_layers_that_train_are_refused() -> None:
     with pytest.raises(ValueError, match="only frozen layers"):
-        LayerStreamer([torch.nn.Linear(2, 2)], CPU)
+        serve_from_host([torch.nn.Linear(2, 2)], CPU)

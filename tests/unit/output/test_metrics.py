@@ -1,4 +1,4 @@
-"""Step metrics against figures worked out directly from the log-probs."""
+"""Step metrics against values worked out directly from the log-probs."""
 
 import math
 from collections.abc import Callable
@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 from megatron_tgdpo.loss.preference import PreferenceLoss, sft_loss, tgdpo_loss
 from megatron_tgdpo.models.rounding import LogpDifference
+from megatron_tgdpo.output import metrics as tables
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, pack_metrics, reduce_metrics
 
 BETA, ALPHA = 0.2, 1.5
+OPTIONS = {"beta": BETA, "alpha": ALPHA}
 
 
 def reduced(
@@ -21,7 +23,7 @@ def reduced(
 ) -> StepMetrics:
     metrics = []
     for policy, reference, guide, lengths, indices in packs:
-        loss = tgdpo_loss(policy, reference, guide, lengths, beta=BETA, alpha=ALPHA)
+        loss = tgdpo_loss(policy, {"reference": reference, "guide": guide}, lengths, OPTIONS)
         metrics.append(pack_metrics(loss, indices))
     pg = SimpleNamespace(dp_cp=group, pp=group)
     return reduce_metrics(metrics, pg, torch.device("cpu"), without=without)  # type: ignore[arg-type]
@@ -33,7 +35,7 @@ def pack(seed: int, lengths: list[int], indices: list[int]) -> tuple[torch.Tenso
     return (*logps, torch.tensor(lengths, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64))
 
 
-def test_figures_do_not_depend_on_packing_and_are_right(single_rank_group: dist.ProcessGroup) -> None:
+def test_metrics_do_not_depend_on_packing_and_are_right(single_rank_group: dist.ProcessGroup) -> None:
     packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2]), pack(3, [], [])]
     joined = tuple(torch.cat(parts) for parts in zip(*packs, strict=True))
     split = reduced(single_rank_group, packs).values
@@ -69,6 +71,17 @@ def test_figures_do_not_depend_on_packing_and_are_right(single_rank_group: dist.
     assert split["guidance/guide_accuracy"] == pytest.approx(correct / 3)
 
 
+def test_the_order_of_the_tables_means_nothing(
+    single_rank_group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2])]
+    before = reduced(single_rank_group, packs)
+    for table in ("_PAIR_SUMS", "_TOKEN_SUMS", "_MAXIMA"):
+        monkeypatch.setattr(tables, table, dict(reversed(getattr(tables, table).items())))
+    monkeypatch.setattr(tables, "_PAIR_MEANS", tables._PAIR_MEANS[::-1])
+    assert reduced(single_rank_group, packs) == before
+
+
 def test_bad_pairs_and_difference_from_the_reference(single_rank_group: dist.ProcessGroup) -> None:
     good, bad = pack(1, [2, 3], [40]), pack(2, [2, 3, 4, 1], [12, 31])
     assert reduced(single_rank_group, [good]).bad_pair is None
@@ -86,7 +99,7 @@ def test_bad_pairs_and_difference_from_the_reference(single_rank_group: dist.Pro
     assert difference.response == pytest.approx(float(torch.stack(sums).square().mean().sqrt()), rel=1e-5)
 
 
-def test_without_a_guide_its_figures_are_left_out(single_rank_group: dist.ProcessGroup) -> None:
+def test_without_a_guide_its_metrics_are_left_out(single_rank_group: dist.ProcessGroup) -> None:
     values = reduced(single_rank_group, [pack(1, [2, 3], [0])], without=("guidance/",)).values
     assert "loss" in values
     assert not any(name.startswith("guidance/") for name in values)
@@ -100,8 +113,8 @@ def test_context_ranks_count_their_tokens_and_one_of_them_the_pairs(single_rank_
     ones = torch.ones(4, dtype=torch.int64)
 
     def share(held: torch.Tensor, own: torch.Tensor, over_ranks: Callable[..., torch.Tensor]) -> PreferenceLoss:
-        tokens = [tensor[held] for tensor in (policy, reference, guide)]
-        return tgdpo_loss(*tokens, own, beta=BETA, alpha=ALPHA, over_ranks=over_ranks)
+        frozen = {"reference": reference[held], "guide": guide[held]}
+        return tgdpo_loss(policy[held], frozen, own, OPTIONS, over_ranks)
 
     # Rank 0 holds the first token of every sequence, rank 1 the rest; both know the sums of both.
     shares = ((firsts, ones), (~firsts, lengths - ones))
@@ -117,7 +130,7 @@ def test_context_ranks_count_their_tokens_and_one_of_them_the_pairs(single_rank_
 
 def test_sft_loss_is_a_mean_over_tokens(single_rank_group: dist.ProcessGroup) -> None:
     packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2])]
-    metrics = [pack_metrics(sft_loss(policy, lengths), indices) for policy, _, _, lengths, indices in packs]
+    metrics = [pack_metrics(sft_loss(policy, {}, lengths, {}), indices) for policy, _, _, lengths, indices in packs]
     pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
     values = reduce_metrics(metrics, pg, torch.device("cpu")).values  # type: ignore[arg-type]
     chosen = torch.cat([packs[0][0][:2], packs[0][0][5:9], packs[1][0][:5]])
