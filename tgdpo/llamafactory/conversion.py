@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_tgdpo.planning.layouts import choose_layout
 
+from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import config_from_dict, to_yaml
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.config.values import typed
@@ -290,7 +291,7 @@ def read_reference(path: Path) -> dict[str, Any]:
 def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The planner's layout as values of the config, if the models are here, and a line on it."""
     paths = [Path(path) for path in config.model_paths.values()]
-    missing = [str(path) for path in paths if not any((path / at / "config.json").is_file() for at in ("", "hf"))]
+    missing = [str(path) for path in paths if not (hf_directory(path) / "config.json").is_file()]
     if missing:
         return {}, f"layout: NOT planned, there is no {missing[0]}/config.json here: set parallel (see tgdpo plan)"
     nodes, rest = divmod(args.ranks, args.gpus_per_node) if args.ranks > args.gpus_per_node else (1, 0)

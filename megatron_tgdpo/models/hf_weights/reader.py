@@ -3,6 +3,9 @@
 Which file is read, and which tensor is which, is decided as transformers 5.24 does: ``modeling_utils.py:
 _get_resolved_checkpoint_files`` and ``_adjust_missing_and_unexpected_keys``, ``core_model_loading.py:
 rename_source_key``.
+
+Files are read, not mapped as the library does: mapped pages count as memory, and a mapped file that turns out shorter,
+or a device that fails, ends the process without a word.
 """
 
 import logging
