@@ -85,7 +85,8 @@ def _last_hidden(model: LanguageModel, tokens: Tensor, lengths: list[int], pg: P
         return None
     if model.config.sequence_parallel:
         hidden = torch.cat(_all_gather(hidden, pg.tp))
-    return hidden[:, 0]
+    result: Tensor | None = hidden[:, 0]
+    return result
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

@@ -57,7 +57,8 @@ def spans(hf_config: PretrainedConfig) -> dict[str, int]:
 def long_length(hf_config: PretrainedConfig) -> int:
     """Tokens of the long probes: past every span that is short enough to be cheap."""
     past = [length + 64 for length in spans(hf_config).values() if length + 64 <= _LARGEST_DEFAULT]
-    return min(hf_config.max_position_embeddings, max([_USUAL_LENGTH, *past]))
+    result: int = min(hf_config.max_position_embeddings, max([_USUAL_LENGTH, *past]))
+    return result
 
 
 def make_probes(hf: Path, hf_config: PretrainedConfig, length: int) -> list[Probe]:

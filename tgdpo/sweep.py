@@ -39,7 +39,8 @@ def combinations(alphas: Sequence[float], betas: Sequence[float], out: Path) -> 
 def last_metrics(output_dir: Path) -> dict[str, float]:
     """What the last step of a finished run logged."""
     lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads(lines[-1])
+    result: dict[str, float] = json.loads(lines[-1])
+    return result
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:

@@ -49,10 +49,12 @@ class PackFormat:
         """Tokens that each pair takes. ``lengths`` is [N, 3] prompt, chosen, rejected tokens; returns [N] int64."""
         prompt = lengths[:, 0]
         if self.shared_prompts and not self.chosen_only:
-            return lengths.sum(axis=1)
+            result: np.ndarray = lengths.sum(axis=1)
+            return result
         multiple = 2 * self.context if self.context > 1 else 1
         sequences = prompt[:, None] + (lengths[:, 1:2] if self.chosen_only else lengths[:, 1:])
-        return (-(-sequences // multiple) * multiple).sum(axis=1)
+        result = (-(-sequences // multiple) * multiple).sum(axis=1)
+        return result
 
     def real_tokens(self, lengths: np.ndarray) -> int:
         """Tokens of pairs, as far as they are computed: a shared prompt counts once, padding never."""
@@ -141,7 +143,8 @@ class ContextSplit:
     @property
     def mine(self) -> np.ndarray:
         """[S / C] int64 pack positions that this rank holds."""
-        return self.held[self.pack_format.context_rank]
+        result: np.ndarray = self.held[self.pack_format.context_rank]
+        return result
 
     def local(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of some pack positions this rank holds, and where in its part.

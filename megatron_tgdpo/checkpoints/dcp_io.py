@@ -207,7 +207,8 @@ class HashingStream(io.RawIOBase):
 
     def fileno(self) -> int:
         self._stream.flush()
-        return self._stream.fileno()
+        result: int = self._stream.fileno()
+        return result
 
 
 @contextmanager

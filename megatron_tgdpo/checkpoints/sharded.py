@@ -157,7 +157,8 @@ class _SafeLoadPlanner(MCoreLoadPlanner):
         missing = sorted(set(self.state_dict) - set(self.metadata.state_dict_metadata))
         if missing:
             raise UserError(f"it lacks {len(missing)} of the tensors asked for, first {missing[0]}")
-        return super().create_local_plan()
+        result: LoadPlan = super().create_local_plan()
+        return result
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         # The parent unpickles freely; what weights_only accepts runs no code there either.
@@ -278,7 +279,8 @@ def _load(sharded_state_dict: dict[str, Any], path: Path, common: _LoadCommon, s
     _, global_metadata = determine_global_metadata(wanted)
     validate_sharding_integrity(global_metadata)
     merge(state, sharded.load(wanted, path))
-    return apply_factory_merges(state, factories)
+    result: dict[str, Any] = apply_factory_merges(state, factories)
+    return result
 
 
 def _open(path: Path, *, is_first: bool) -> tuple[_LoadCommon, _LoadSharded]:

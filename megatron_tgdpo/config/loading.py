@@ -49,7 +49,8 @@ def read_recorded(path: Path) -> dict[str, Any]:
         UserError: It cannot be read.
         OSError: Reading fails.
     """
-    return typed(Config, known(Config, read_yaml_file(path)), "", str(path))
+    result: dict[str, Any] = typed(Config, known(Config, read_yaml_file(path)), "", str(path))
+    return result
 
 
 def to_dict(config: Config) -> dict[str, Any]:

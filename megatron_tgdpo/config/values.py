@@ -63,7 +63,8 @@ def typed_override(hint: Any, override: str) -> dict[str, Any]:
     value = typing.read(hint, _override_value(hint, text, source), name)
     for part in reversed(path):
         value = {part: value}
-    return value
+    result: dict[str, Any] = value
+    return result
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +227,8 @@ def _all_keys(section: Any, above: str = "") -> list[str]:
 
 
 def _tag_of_yaml_1_1(text: str) -> str:
-    return yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+    result: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+    return result
 
 
 def _arms(hint: Any) -> tuple[Any, ...]:

@@ -145,7 +145,8 @@ class PreferenceDataset:
     def _sequence(self, index: int, column: int) -> np.ndarray:
         if not self.lengths[index, column]:
             return np.empty(0, np.int64)
-        return self._sequences[3 * index + column].astype(np.int64)
+        result: np.ndarray = self._sequences[3 * index + column].astype(np.int64)
+        return result
 
     def source(self, index: int) -> str:
         """Where a pair came from, as in error messages: ``pairs.jsonl:17`` or ``pairs.json record 17``."""

@@ -127,7 +127,8 @@ def list_or_json(value: Any, key: str, place: str) -> list[Any]:
         value = _decoded(value, key, place)
     if not isinstance(value, list):
         raise UserError(f"{place}: '{key}' must be a list, or the JSON text of one, found {kind_of(value)}")
-    return _plain(value, key, place)
+    result: list[Any] = _plain(value, key, place)
+    return result
 
 
 def kind_of(value: Any) -> str:

@@ -83,7 +83,8 @@ def _product_size(operator: str, left: Any, right: Any) -> int:
     numbers = [value for value in (left, right) if isinstance(value, int)]
     if len(numbers) == 2:
         bits = left.bit_length()
-        return bits * max(right, 1) if operator == "**" else bits + right.bit_length()
+        result: int = bits * max(right, 1) if operator == "**" else bits + right.bit_length()
+        return result
     others = [value for value in (left, right) if isinstance(value, str | list | tuple)]
     return len(others[0]) * numbers[0] if others and numbers else 0
 

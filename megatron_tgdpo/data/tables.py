@@ -73,7 +73,8 @@ class _ParquetTable:
         self.schema = self._file.schema_arrow
 
     def batches(self, columns: list[str]) -> Iterator[Any]:
-        return self._file.iter_batches(batch_size=ROWS, columns=columns)
+        result: Iterator[Any] = self._file.iter_batches(batch_size=ROWS, columns=columns)
+        return result
 
 
 class _ArrowTable:

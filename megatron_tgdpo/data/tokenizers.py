@@ -114,13 +114,15 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without added BOS or EOS."""
-        return self._hf.encode(text, add_special_tokens=False)
+        result: list[int] = self._hf.encode(text, add_special_tokens=False)
+        return result
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of ids."""
-        return self._hf.decode(
+        result: str = self._hf.decode(
             [int(i) for i in ids], skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
+        return result
 
 
 class SentencePieceTokenizer:
@@ -187,7 +189,8 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of ids; around control pieces that are written out as SentencePiece decodes a text of its own."""
         if not special:
-            return self._pieces.decode([int(i) for i in ids])
+            result: str = self._pieces.decode([int(i) for i in ids])
+            return result
         parts = []
         for is_control, run in groupby((int(i) for i in ids), self._controls.__contains__):
             same = list(run)
@@ -216,7 +219,8 @@ def _own_template(hf: Any) -> str | None:
     if not hf.chat_template:
         return None
     try:
-        return hf.get_chat_template()
+        result: str | None = hf.get_chat_template()
+        return result
     except ValueError as error:  # several named templates and none called default
         raise UserError(
             f"the tokenizer has several chat templates and no default: give one with --chat-template ({error})"
@@ -232,7 +236,8 @@ def _backend_definition(hf: Any) -> dict[str, Any]:
     definition = json.loads(backend.to_str())
     definition.pop("padding", None)
     definition.pop("truncation", None)
-    return definition
+    result: dict[str, Any] = definition
+    return result
 
 
 def _definition(hf: Any) -> str:

@@ -69,7 +69,8 @@ def connect_store(ranks: RankEnvironment) -> dist.Store:
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     url = "env://" if elastic else f"tcp://{ranks.master_addr}:{ranks.master_port}"
     store, _, _ = next(dist.rendezvous(url, ranks.rank, ranks.world_size))
-    return store
+    result: dist.Store = store
+    return result
 
 
 def run_on_rank0(action: Callable[[], T], store: dist.Store, rank: int) -> T:

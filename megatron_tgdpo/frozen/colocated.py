@@ -53,7 +53,8 @@ class ColocatedModel(MegatronModule):
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The policy's shared weight on the stages that hold it; megatron-core sums its gradient over both."""
-        return self.policy.shared_embedding_or_output_weight()
+        result: Tensor | None = self.policy.shared_embedding_or_output_weight()
+        return result
 
     def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor | None] | None) -> None:
         """Takes the policy's hidden states [S_local, 1, H] from the previous stage (None on the first)."""
@@ -73,4 +74,5 @@ class ColocatedModel(MegatronModule):
             return TokenLogps(model_logps(self.policy, hidden, batch, self.keep_bytes), frozen)
         if frozen:
             (self.p2p_buffer.outgoing,) = frozen
-        return hidden
+        result: Tensor | TokenLogps = hidden
+        return result

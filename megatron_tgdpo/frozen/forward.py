@@ -36,7 +36,9 @@ def forward_logps(
     """
     interleaved = len(chunks) > 1
     pipeline = {} if communicator is None else {"p2p_communicator": communicator}
-    return get_forward_backward_func(pp_size=pg.pp.size(), vp_size=len(chunks) if interleaved else None)(
+    result: list[TokenLogps] = get_forward_backward_func(
+        pp_size=pg.pp.size(), vp_size=len(chunks) if interleaved else None
+    )(
         forward_step_func=_logps_step,
         data_iterator=list(tee(batches, len(chunks))) if interleaved else iter(batches),
         model=list(chunks),
@@ -48,6 +50,7 @@ def forward_logps(
         pg_collection=pg,
         **pipeline,
     )
+    return result
 
 
 def _logps_step(batches: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple:

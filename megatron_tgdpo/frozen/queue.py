@@ -82,7 +82,8 @@ def _twin(ranks: list[int], device: torch.device, timeout_minutes: float) -> dis
     assert mine is not None
     # NCCL connects the ranks of a group at its first operation, which all of them must join.
     dist.all_reduce(torch.zeros(1, device=device), group=mine)
-    return mine
+    result: dist.ProcessGroup = mine
+    return result
 
 
 class FrozenQueue:

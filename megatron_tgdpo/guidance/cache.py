@@ -157,7 +157,8 @@ def read_whole_shard(directory: Path, shard: int, key: GuidanceKey, tokens: int)
 def _stated(content: bytes) -> dict[str, str]:
     """The metadata in the header of a safetensors file: 8 bytes of length (little-endian), then JSON."""
     header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return header.get("__metadata__", {})
+    result: dict[str, str] = header.get("__metadata__", {})
+    return result
 
 
 def _digest(values: Mapping[str, np.ndarray]) -> str:
@@ -285,7 +286,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({error!r}): {_AGAIN}") from error
     if version != FORMAT_VERSION or not (sound and named and isinstance(shards, list)):
         raise UserError(f"{path}: damaged, or of another version than {FORMAT_VERSION}: {_AGAIN}")
-    return manifest
+    result: dict[str, Any] = manifest
+    return result
 
 
 def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> GuidanceCache:

@@ -47,7 +47,8 @@ class FrozenEngine:
     def receives(self) -> bool:
         """Whether this rank is the one of its data-parallel replica that gets the results."""
         pg = self.pg
-        return pg.pp.rank() == pg.pp.size() - 1 and pg.tp.rank() == 0 and pg.cp.rank() == 0
+        result: bool = pg.pp.rank() == pg.pp.size() - 1 and pg.tp.rank() == 0 and pg.cp.rank() == 0
+        return result
 
     def logps(self, dataset: PreferenceDataset, indices: Sequence[int]) -> dict[int, np.ndarray]:
         """Token log-probs of some pairs. Collective over the ranks of one data-parallel replica.

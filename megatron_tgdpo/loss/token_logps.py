@@ -44,8 +44,10 @@ def response_hidden(
     """
     if sequence_parallel:
         whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp_group)
-        return whole[:, 0].index_select(0, logit_positions)
-    return copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, logit_positions), group=tp_group)
+        result: Tensor = whole[:, 0].index_select(0, logit_positions)
+        return result
+    result = copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, logit_positions), group=tp_group)
+    return result
 
 
 def token_logps(
@@ -83,7 +85,8 @@ def token_logps(
     first_row = tp_group.rank() * weight.shape[0]
     valid_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
     chunks = _Chunks(hidden, weight, valid_rows, softcap, chunk_elements, 0 if softcap else keep_bytes)
-    return _TokenLogps.apply(hidden, weight, targets - first_row, tp_group, chunks)
+    result: Tensor = _TokenLogps.apply(hidden, weight, targets - first_row, tp_group, chunks)
+    return result
 
 
 def chunk_rows(tokens: int, rows: int, device_type: str, chunk_elements: int | None = None) -> int:

@@ -67,7 +67,8 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raise UserError(f"{directory}: {error}") from error
     except Exception as error:  # transformers raises many types for one cause: the file's content
         raise UserError(f"{file}: {one_line(error)}") from error
-    return hf_config
+    result: PretrainedConfig = hf_config
+    return result
 
 
 def _architectures(values: Mapping[str, Any]) -> list[str] | None:
@@ -86,4 +87,5 @@ def _causal_lm(model_type: object) -> str | None:
 def padded_vocab_size(hf_config: PretrainedConfig, tensor: int) -> int:
     """Rows of the embedding: a multiple of lcm(128, tp), so that checkpoints do not depend on tp."""
     multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor)
-    return math.ceil(hf_config.vocab_size / multiple) * multiple
+    result: int = math.ceil(hf_config.vocab_size / multiple) * multiple
+    return result

@@ -90,12 +90,13 @@ class LanguageModel(GPTModel):
             embedded = self.embedding(input_ids=tokens, position_ids=position_ids)
             if self._embedding_scale != 1.0:
                 embedded = embedded * self._embedding_scale
-        return self.decoder(
+        result: Tensor = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=self.rotary(position_ids),
             packed_seq_params=packing,
         )
+        return result
 
     def sharded_state_dict(  # type: ignore[override]
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -118,7 +119,8 @@ class LanguageModel(GPTModel):
         if not self.post_process:
             raise ValueError("only the last pipeline stage has an output weight")
         weight = self.output_layer.weight
-        return self.embedding.word_embeddings.weight if weight is None else weight
+        result: Tensor = self.embedding.word_embeddings.weight if weight is None else weight
+        return result
 
 
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:

@@ -31,7 +31,8 @@ def rope_settings(hf_config: PretrainedConfig) -> tuple[str, float, dict[str, An
 
 def head_dim(hf_config: PretrainedConfig) -> int:
     """Size of an attention head, which may differ from hidden_size / num_attention_heads."""
-    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    result: int = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    return result
 
 
 def rope_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:

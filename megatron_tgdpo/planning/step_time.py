@@ -47,7 +47,8 @@ def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
     heads, hidden = Heads.of(hf_config), hf_config.hidden_size
     query = heads.groups * heads.queries_per_group * heads.size
     weights = hidden * (2 * query + 2 * heads.groups * heads.size + 3 * hf_config.intermediate_size)
-    return 2 * weights + 2 * query * sequence_tokens
+    result: float = 2 * weights + 2 * query * sequence_tokens
+    return result
 
 
 def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
@@ -60,12 +61,16 @@ def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> 
 
     def layers(hf_config: PretrainedConfig) -> float:
         count = hf_config.num_hidden_layers // layout.pipeline
-        return count * job.pack.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
+        result: float = count * job.pack.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
+        return result
 
     def logits(hf_config: PretrainedConfig) -> float:
         if not last:
             return 0.0
-        return 2 * job.pack.tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size
+        result: float = (
+            2 * job.pack.tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size
+        )
+        return result
 
     backward = 2 * layers(job.policy) + 3 * logits(job.policy)
     if recompute == "full":

@@ -43,7 +43,10 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[floa
 
     def forward(hf_config: PretrainedConfig) -> float:
         layers = hf_config.num_hidden_layers // layout.pipeline
-        return 4 * layers * ring(layout.tensor) * job.pack.tokens * hf_config.hidden_size * job.pack.dtype_bytes
+        result: float = (
+            4 * layers * ring(layout.tensor) * job.pack.tokens * hf_config.hidden_size * job.pack.dtype_bytes
+        )
+        return result
 
     policy = forward(job.policy)
     backward = (1.5 if layout.sequence_parallel else 1.0) + (1.0 if recompute == "full" else 0.0)
@@ -55,7 +58,10 @@ def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
     if layout.pipeline == 1:
         return 0.0
     local = job.pack.tokens / (layout.tensor if layout.sequence_parallel else 1)
-    return local * job.pack.dtype_bytes * (sum(model.hidden_size for model in job.models) + job.policy.hidden_size)
+    result: float = (
+        local * job.pack.dtype_bytes * (sum(model.hidden_size for model in job.models) + job.policy.hidden_size)
+    )
+    return result
 
 
 def data_bytes(job: Job, layout: ParallelLayout) -> float:

@@ -22,7 +22,8 @@ def layer_workspace(hf_config: PretrainedConfig, layout: ParallelLayout, pack: P
     weight = 2 * width.mlp * hf_config.hidden_size * size
     # Attention's backward follows that of the MLP, whose kept tensors it finds gone.
     scores = _scores(hf_config, width, pack) - pack.tokens * 5 * width.mlp * size
-    return again + max(gradients + weight, scores)
+    result: float = again + max(gradients + weight, scores)
+    return result
 
 
 def _scores(hf_config: PretrainedConfig, width: LayerWidths, pack: Pack) -> float:
@@ -61,7 +62,8 @@ def logprob_workspace(hf_config: PretrainedConfig, layout: ParallelLayout, pack:
     logits = pack.tokens * chunk * (buffers * _FP32 + (pack.dtype_bytes if below_fp32 else 0))
     gradient = chunk * hidden * _FP32 if below_fp32 else 0
     states = pack.tokens * hidden * (_FP32 + 3 * pack.dtype_bytes)
-    return logits + gradient + rows * hidden * pack.dtype_bytes + states
+    result: float = logits + gradient + rows * hidden * pack.dtype_bytes + states
+    return result
 
 
 def carried_states(

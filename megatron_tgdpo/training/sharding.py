@@ -73,7 +73,8 @@ def optimizer_shards(optimizer: DistributedOptimizer, model_state: dict[str, Any
     }
     # For megatron-core's own loader: what the tensors are to it.
     state["param_state_sharding_type"] = "fully_reshardable"
-    return state
+    result: dict[str, Any] = state
+    return result
 
 
 def _of_parameter(

@@ -187,7 +187,8 @@ def finished_summary(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
                 f"{out}: exists, made with {name} {theirs.get(name)!r}, this run has {value!r}: choose another file, "
                 "or delete it"
             )
-    return summary
+    result: dict[str, Any] | None = summary
+    return result
 
 
 def _parse(line: bytes) -> Any:

@@ -96,7 +96,8 @@ def load_model(kind: Any, directory: Path, dtype: torch.dtype, device: torch.dev
         )
     except Exception as error:  # a broken directory raises anything from OSError to the Rust library's own type
         raise UserError(f"{directory}: cannot load the model: {one_line(error)}") from error
-    return model.to(device).eval()
+    result: PreTrainedModel = model.to(device).eval()
+    return result
 
 
 def stop_ids(generation_config: GenerationConfig | None, tokenizer: Tokenizer) -> list[int]:

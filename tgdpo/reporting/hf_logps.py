@@ -67,4 +67,5 @@ def _pair_logps(model: Any, pair: PreferencePair, device: torch.device) -> np.nd
     logps = logits.float().log_softmax(-1)
     taken = logps.gather(-1, ids[:, len(pair.prompt) :, None]).squeeze(-1).cpu().numpy()
     whole = np.concatenate([row[: len(response)] for row, response in zip(taken, responses, strict=True)])
-    return whole[pair.trained]
+    result: np.ndarray = whole[pair.trained]
+    return result

@@ -118,7 +118,8 @@ class StandInStage(MegatronModule):
         output = _Sleep.apply(hidden, self.weight, *self.seconds)
         if self.p2p_buffer.width and not self.last:
             self.p2p_buffer.outgoing = torch.zeros(_TOKENS, 1, self.p2p_buffer.width)
-        return output
+        result: Tensor = output
+        return result
 
 
 class StandInFrozenModels(FrozenModels):

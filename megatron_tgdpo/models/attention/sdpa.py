@@ -50,7 +50,8 @@ class PackedCausalAttention(PackedAttention):
         if self.window is not None:
             visible &= ~_causal_mask(start, end, first, last, before - self.window, q.device)
         block = (q[:, :, start:end], k[:, :, first:last], v[:, :, first:last], visible, self.scale, self.softcap)
-        return checkpoint(_masked_attention, *block, use_reentrant=False, preserve_rng_state=False)
+        result: Tensor = checkpoint(_masked_attention, *block, use_reentrant=False, preserve_rng_state=False)
+        return result
 
 
 def _causal_mask(start: int, end: int, first: int, last: int, before: int, device: torch.device) -> Tensor:

@@ -58,7 +58,7 @@ class TransformerEngineAttention(PackedAttention):
         """[T, N, D], [K, G, D] twice -> [T, N * D]."""
         del packing
         with self._autocast(enabled=False):
-            return self._kernel[0](
+            result: Tensor = self._kernel[0](
                 query.contiguous(),
                 key.contiguous(),
                 value.contiguous(),
@@ -73,3 +73,4 @@ class TransformerEngineAttention(PackedAttention):
                 # One segment's keys follow the other's without gaps.
                 pad_between_seqs=False,
             )
+            return result

@@ -226,7 +226,8 @@ def _read_index(index: Path) -> dict[str, str]:
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(f"{index}: file name {file!r} leads out of the directory")
-    return weight_map
+    result: dict[str, str] = weight_map
+    return result
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:

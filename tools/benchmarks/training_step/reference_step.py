@@ -101,7 +101,8 @@ def _response_logps(model: LlamaForCausalLM, tokens: Tensor, attention_mask: Ten
     """[2, T - 1] float32: log p of each token after the first, zero outside of the responses."""
     logits = model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits.to(torch.float32)
     logps = logits[:, :-1].log_softmax(dim=-1).gather(2, tokens[:, 1:, None])[:, :, 0]
-    return logps * response_mask[:, 1:]
+    result: Tensor = logps * response_mask[:, 1:]
+    return result
 
 
 def run(problem: Problem, recorder: Recorder, *, guided: bool) -> None:

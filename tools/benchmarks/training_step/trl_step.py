@@ -33,7 +33,8 @@ class _TokenisedDPOTrainer(DPOTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        result: DataLoader = self.accelerator.prepare(loader)
+        return result
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, **kwargs)

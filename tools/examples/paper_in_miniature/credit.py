@@ -34,7 +34,8 @@ def _ranks(values: Tensor) -> Tensor:
     """Ranks from 1, equal values sharing their mean rank."""
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[inverse]
+    result: Tensor = (ends - (counts - 1) / 2)[inverse]
+    return result
 
 
 def correlation(left: Tensor, right: Tensor) -> float:

@@ -112,7 +112,8 @@ def format_table(rows: dict[str, dict[str, float | None]]) -> str:
 
 def _load(directory: Path) -> LlamaForCausalLM:
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    result: LlamaForCausalLM = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return result
 
 
 def _report(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
