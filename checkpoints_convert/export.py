@@ -33,7 +33,6 @@ from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 from megatron_tgdpo.storage.dtypes import dtype_name
 from megatron_tgdpo.storage.json_text import parse_json
 
-DEFAULT_SHARD_SIZE = "5GB"
 _INDEX = "model.safetensors.index.json"
 
 

@@ -31,7 +31,7 @@ from megatron_tgdpo.storage.json_text import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-_AGAIN = "run tgdpo.guidance again"
+_AGAIN = "run tgdpo guidance again"
 _THREADS = 8
 
 

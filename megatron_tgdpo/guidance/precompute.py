@@ -139,7 +139,7 @@ def verify_guidance(config: Config, sample: int, ranks: RankEnvironment, store: 
                 raise AgreedError(
                     f"{work.directory}: a log-prob of the {role} in {len(pairs)} sampled pairs differs by {found} nats "
                     f"from the model's, and rounding explains {allowed}: remove the cache and run "
-                    "tgdpo.guidance again"
+                    "tgdpo guidance again"
                 )
             logger.info("%s: %s of %d pairs computed again: differs by up to %s nats", name, role, len(pairs), found)
 

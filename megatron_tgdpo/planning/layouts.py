@@ -129,5 +129,5 @@ def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: C
         raise UserError(f"no layout of {cluster.gpus} GPUs divides the model")
     raise UserError(
         f"no layout of {cluster.gpus} GPUs fits: the smallest takes {least / GIB:.0f} GiB a GPU, with {usable} usable; "
-        "take more GPUs, or look for another way with tgdpo.plan (shorter packs, guidance.mode cached)"
+        "take more GPUs, or look for another way with tgdpo plan (shorter packs, guidance.mode cached)"
     )

@@ -35,7 +35,7 @@ from tests.tiny_models import make_llama
 from tests.unit.commands.test_import_config import ENTRY, REFERENCE
 from tests.unit.config.test_loading import VALID
 from tests.unit.data.conftest import hf_directory as tokenizer_directory
-from tgdpo.import_config import convert
+from tgdpo.llamafactory.conversion import convert, read_reference
 from tgdpo.llamafactory.datasets import dataset_file
 from tgdpo.llamafactory.templates import NAMES, chat_template
 
@@ -88,10 +88,10 @@ def test_overrides(place: Path, override: str) -> None:
 
 @fuzz(text=texts([yaml.safe_dump(REFERENCE)]))
 def test_reference_configs(place: Path, text: str) -> None:
-    from tgdpo.import_config import _read
-
     (place / "lf.yaml").write_bytes(to_bytes(text))
-    one_line_or_result(lambda: config_from_dict(convert(_read(place / "lf.yaml"), 8, "pairs", None), "lf.yaml"))
+    one_line_or_result(
+        lambda: config_from_dict(convert(read_reference(place / "lf.yaml"), 8, "pairs", None), "lf.yaml")
+    )
 
 
 @fuzz(

@@ -136,9 +136,10 @@ def _megatron_checkpoint(path: Path) -> Path | None:
 
 def _export(checkpoint: Path, out: Path) -> None:
     # Here, because it imports megatron-core, which HF directories do not need.
+    from checkpoints_convert.arguments import DEFAULT_SHARD_SIZE, parse_size
     from checkpoints_convert.command_line import dtype_of as stored_dtype
-    from checkpoints_convert.command_line import join_ranks, parse_size
-    from checkpoints_convert.export import DEFAULT_SHARD_SIZE, export_hf
+    from checkpoints_convert.command_line import join_ranks
+    from checkpoints_convert.export import export_hf
 
     stored = stored_dtype(read_metadata(checkpoint), checkpoint)
     size = parse_size("the shard size", DEFAULT_SHARD_SIZE)

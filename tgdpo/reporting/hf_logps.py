@@ -32,9 +32,7 @@ def response_logps(
         UserError: No HF model that this project knows is there, or its vocabulary is too small for the pairs.
     """
     if is_megatron_checkpoint(directory):
-        raise UserError(
-            f"{directory}: is a Megatron checkpoint: export it with python -m checkpoints_convert.megatron_to_hf"
-        )
+        raise UserError(f"{directory}: is a Megatron checkpoint: export it with tgdpo convert to-hf")
     vocab_size = read_hf_config(directory).vocab_size
     largest = max(int(ids.max()) for pair in pairs for ids in (pair.prompt, pair.chosen, pair.rejected))
     if largest >= vocab_size:

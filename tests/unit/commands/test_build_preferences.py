@@ -19,7 +19,8 @@ from megatron_tgdpo.errors import UserError
 from tests.launch import PATIENCE, environment
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.commands.scores import even_words
-from tgdpo.build_preferences import build, main, parse_arguments, pick_pair
+from tgdpo.build_preferences import main, parse_arguments
+from tgdpo.generation.build_pairs import NoPairError, build, pick_pair
 from tgdpo.generation.rewards import RewardModelScorer
 
 PROMPTS = [f"w{number} w5" for number in (9, 11, 13, 15, 17, 19, 21)]
@@ -103,14 +104,25 @@ def test_a_killed_run_continues_to_the_same_result(model: Path, prompts: Path, t
     [
         (["a", "b", "c"], [1.0, 3.0, 2.0], (1, 0)),
         (["a", "b", "c", "d"], [3.0, 1.0, 3.0, 1.0], (0, 1)),
-        (["a", "b"], [2.0, 2.0], "tie"),
-        (["a", "a", "a"], [1.0, 2.0, 3.0], "too_few_answers"),
         (["a", " ", "b"], [2.0, 9.0, 1.0], (0, 2)),
+    ],
+)
+def test_pick_pair(samples: list[str], scores: list[float], expected: tuple[int, int]) -> None:
+    assert pick_pair(samples, scores) == expected
+
+
+@pytest.mark.parametrize(
+    ("samples", "scores", "reason"),
+    [
+        (["a", "b"], [2.0, 2.0], "ties"),
+        (["a", "a", "a"], [1.0, 2.0, 3.0], "too_few_answers"),
         (["a", "", " "], [2.0, 9.0, 1.0], "too_few_answers"),
     ],
 )
-def test_pick_pair(samples: list[str], scores: list[float], expected: object) -> None:
-    assert pick_pair(samples, scores) == expected
+def test_answers_that_make_no_pair(samples: list[str], scores: list[float], reason: str) -> None:
+    with pytest.raises(NoPairError) as raised:
+        pick_pair(samples, scores)
+    assert raised.value.reason == reason
 
 
 def test_reward_model_scores_the_whole_templated_conversation(tmp_path: Path) -> None:
@@ -212,7 +224,8 @@ def test_bad_input_is_one_line(model: Path, prompts: Path, tmp_path: Path, capsy
         (arguments(bare, prompts, tmp_path / "a"), "cannot open the tokenizer in"),
         (arguments(model, wrong, tmp_path / "b"), f"{wrong}:2: no prompt (keys: query)"),
         (arguments(model, prompts, tmp_path / "file" / "c"), "c.unfinished: cannot be written"),
-        (arguments(tmp_path / "nothing", prompts, tmp_path / "d"), "neither an HF directory"),
+        (arguments(tmp_path / "nothing", prompts, tmp_path / "d"), "nothing: no such file or directory"),
+        (arguments(tmp_path, prompts, tmp_path / "j"), "neither an HF directory"),
         (arguments(model, prompts, tmp_path / "e", temperature=-1), "--temperature is -1.0"),
         (arguments(model, prompts, tmp_path / "f", top_p=0), "--top-p is 0.0"),
         (arguments(model, prompts, tmp_path / "g", max_prompt_length=2), "all 7 prompts are longer"),

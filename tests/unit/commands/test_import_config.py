@@ -18,7 +18,8 @@ from megatron_tgdpo.setup.optimizer import build_scheduler
 from megatron_tgdpo.storage.yaml_text import read_yaml
 from tests.launch import run_module
 from tests.published_configs import PUBLISHED
-from tgdpo.import_config import convert, main, not_carried_over
+from tgdpo.import_config import main
+from tgdpo.llamafactory.conversion import convert, not_carried_over
 from tgdpo.llamafactory.datasets import dataset_files
 from tgdpo.llamafactory.keys import HARMLESS, ONLY, READ
 from tgdpo.llamafactory.templates import NAMES, chat_template

@@ -281,7 +281,7 @@ def other_export(checkpoint: Path, out: Path, release: Path, host: str | None = 
     """Another process that exports to ``out`` and waits in the middle until ``release`` is there."""
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from checkpoints_convert import command_line, megatron_to_hf, safetensors_file\n"
+        "from checkpoints_convert import megatron_to_hf, safetensors_file\n"
         "from megatron_tgdpo.storage import atomic_file\n"
         "write, (release, host) = safetensors_file.start_writeback, sys.argv[1:3]\n"
         "def later(*arguments):\n"
@@ -290,7 +290,7 @@ def other_export(checkpoint: Path, out: Path, release: Path, host: str | None = 
         "    write(*arguments)\n"
         "safetensors_file.start_writeback = later\n"
         "if host: atomic_file._here = lambda: (host, '1')\n"
-        "del sys.argv[1:3]\ncommand_line.run(megatron_to_hf.main)"
+        "del sys.argv[1:3]\nmegatron_to_hf.run(megatron_to_hf.main)"
     )
     command = [sys.executable, "-c", code, str(release), host or "", "--megatron", str(checkpoint), "--out", str(out)]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:

@@ -84,8 +84,8 @@ class OurStep:
 
 def run(problem: Problem, recorder: Recorder, config: Config) -> None:
     """All steps of a problem."""
-    side = OurStep(config)
-    recorder.built(weight for chunk in side.engine.chunks for weight in chunk.parameters())
+    variant = OurStep(config)
+    recorder.built(weight for chunk in variant.engine.chunks for weight in chunk.parameters())
     for step in range(1, problem.steps + 1):
         recorder.begin()
-        recorder.end(side.step(step).metrics.values["loss"])
+        recorder.end(variant.step(step).metrics.values["loss"])

@@ -1,4 +1,4 @@
-"""Figures of the miniature, against small cases computed by hand."""
+"""Metrics of the miniature, against small cases computed by hand."""
 
 import json
 from pathlib import Path
@@ -83,5 +83,7 @@ def test_a_failing_command_is_named(tmp_path: Path) -> None:
          "--seed", "0"),
         tmp_path / "out",
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"^judging: exit status 1 of python -m .*paper_in_miniature\.judge .*absent"):
+    with pytest.raises(
+        UserError, match=r"^judging: exit status 1 of python -m tools\.examples\.paper_in_miniature\.judge .*absent"
+    ):
         run_jobs("title", [Job("judging", (command,), tmp_path / "log")], workers=1)

@@ -1,4 +1,4 @@
-"""Figures of a set of answers: how long they are, and how much they are alike."""
+"""Metrics of a set of answers: how long they are, and how much they are alike."""
 
 import random
 import statistics
@@ -11,7 +11,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 SELF_BLEU_ANSWERS = 100
 
 
-def length_figures(lengths: Sequence[int]) -> dict[str, float]:
+def length_metrics(lengths: Sequence[int]) -> dict[str, float]:
     """Mean, median, 95th percentile (nearest rank), least and greatest of token counts; at least one."""
     ordered = sorted(lengths)
     return {

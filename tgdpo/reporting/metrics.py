@@ -1,7 +1,7 @@
-"""What the guide rewards over a whole set of pairs, in figures.
+"""Metrics of what the guide rewards over a whole set of pairs.
 
 Everything follows from one number a token, the guide's log-ratio x = log pi_g - log pi_ref (nats): its reward is
-beta * x, its weight 1 + alpha * beta * x on chosen and 1 - alpha * beta * x on rejected responses. So the figures are
+beta * x, its weight 1 + alpha * beta * x on chosen and 1 - alpha * beta * x on rejected responses. So the metrics are
 kept in units of x, and alpha and beta only scale them.
 """
 
@@ -19,12 +19,12 @@ _HISTOGRAM_SHARE = 0.995
 _COLOUR_SHARE = 0.97
 _Z95 = 1.959963984540054
 
-SidedLogratios = tuple[np.ndarray, np.ndarray]
+ResponseLogratios = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class PositionBin:
-    """Tokens of one side at positions ``first`` to ``last`` of their response (from 1); ``quantiles`` of x there."""
+    """Tokens of one kind of response at positions ``first`` to ``last`` of it (from 1); ``quantiles`` of x there."""
 
     first: int
     last: int
@@ -33,8 +33,8 @@ class PositionBin:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Figures of a set of pairs; x is a token's guide log-ratio, chosen and rejected are the two sides.
+class Metrics:
+    """Metrics of a set of pairs; x is a token's guide log-ratio, chosen and rejected are the two responses of a pair.
 
     Attributes:
         pairs: Number of pairs.
@@ -83,19 +83,19 @@ class Figures:
         return -1 / (beta * tail) if tail < 0 else math.inf
 
 
-def make_figures(pairs: Sequence[SidedLogratios]) -> Figures:
-    """Computes the figures.
+def make_metrics(pairs: Sequence[ResponseLogratios]) -> Metrics:
+    """Computes the metrics.
 
     Args:
         pairs: x of each pair's chosen and rejected tokens, at least one pair, no response empty.
     """
-    sides = [[np.asarray(pair[side], dtype=np.float64) for pair in pairs] for side in range(2)]
-    chosen, rejected = (np.concatenate(side) for side in sides)
-    margins = np.array([c.sum() - r.sum() for c, r in zip(*sides, strict=True)])
+    responses = [[np.asarray(pair[response], dtype=np.float64) for pair in pairs] for response in range(2)]
+    chosen, rejected = (np.concatenate(response) for response in responses)
+    margins = np.array([c.sum() - r.sum() for c, r in zip(*responses, strict=True)])
     magnitudes = np.abs(np.concatenate([chosen, rejected]))
     reach = float(np.quantile(magnitudes, _HISTOGRAM_SHARE)) or 1.0
     edges = np.linspace(-reach, reach, _BINS + 1)
-    return Figures(
+    return Metrics(
         pairs=len(pairs),
         correct=int((margins > 0).sum()),
         margins=margins,
@@ -103,7 +103,7 @@ def make_figures(pairs: Sequence[SidedLogratios]) -> Figures:
         scale=float(np.quantile(magnitudes, _COLOUR_SHARE)) or 1.0,
         edges=edges,
         counts=np.stack([np.histogram(x.clip(-reach, reach), edges)[0] for x in (chosen, rejected)]),
-        positions=(_by_position(sides[0]), _by_position(sides[1])),
+        positions=(_by_position(responses[0]), _by_position(responses[1])),
     )
 
 
