@@ -65,7 +65,7 @@ def _main(given: argparse.Namespace) -> None:
 
     cache = [f"guidance.cache={given.cache}"] if given.cache else []
     config = load_config(given.config, [*given.overrides, *cache])
-    if config.loss.method != "tgdpo":
+    if "guide" not in config.method.frozen:
         raise UserError(
             f"{given.config}: loss.method {config.loss.method} has no token weights: give a TGDPO run's config, or "
             "set loss.method=tgdpo model.guide=DIR"

@@ -97,9 +97,9 @@ def detect_layout(record: Any, place: str, *, chosen_only: bool = False) -> str:
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
     found = _matching(record)
+    _refuse_unknown(record, place, LAYOUTS[found].keys if found else ())
     if found is not None:
         return found
-    _refuse_unknown(record, place)
     if any(record.get(key) is not None for key in REJECTED_KEYS[1:]):
         return "swift"
     if record.get("chosen") is None and record.get("rejected") is None:
@@ -205,12 +205,17 @@ def _open_dialogue(record: Mapping[str, Any], key: str, place: str) -> tuple[Mes
     return checked_prompt(with_system(record, messages, place), place)
 
 
-def _refuse_unknown(record: Mapping[str, Any], place: str) -> None:
+def _refuse_unknown(record: Mapping[str, Any], place: str, known: tuple[str, ...]) -> None:
     """Refuses what may be a rejected response that no layout has: it must not be left out without a word."""
     for key, value in record.items():
         name = str(key).lower()
         # A number is none, and what is empty holds none.
-        if not name.startswith("rejected") or key in REJECTED_KEYS or not value or isinstance(value, int | float):
+        if (
+            not name.startswith("rejected")
+            or key in (*REJECTED_KEYS, *known)
+            or not value
+            or isinstance(value, int | float)
+        ):
             continue
         if not _ABOUT.fullmatch(name.removeprefix("rejected").lstrip("-_ ")):
             raise UserError(

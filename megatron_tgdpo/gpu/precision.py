@@ -162,8 +162,9 @@ class _Kernels:
     cuda: Version
 
     @property
-    def has(self) -> str:
-        return f"{dotted(self.capability)} and {dotted(self.cuda)}"
+    def found(self) -> tuple[str, str]:
+        """Compute capability of the GPU, and CUDA that torch was built with."""
+        return dotted(self.capability), dotted(self.cuda)
 
 
 # What means nothing, or something else than it says.
@@ -229,19 +230,20 @@ _MACHINE = (
 _GPU = (
     Rule(
         lambda c: c.capability < (8, 9),
-        "fp8 recipe {c.recipe} needs compute capability 8.9 (Ada, Hopper or later) and CUDA 12.1, found {c.has}",
+        "fp8 recipe {c.recipe} needs compute capability 8.9 (Ada, Hopper or later), this GPU has {c.found[0]}",
     ),
     Rule(
         lambda c: c.capability < (9, 0) and c.cuda < (12, 1),
-        "fp8 recipe {c.recipe} on Ada needs CUDA 12.1, found {c.has}",
+        "fp8 recipe {c.recipe} on Ada needs CUDA 12.1, torch was built with {c.found[1]}",
     ),
     Rule(
         lambda c: c.recipe == "blockwise" and (c.capability < (9, 0) or c.cuda < (12, 9)),
-        "fp8 recipe {c.recipe} needs compute capability 9.0 (Hopper or later) and CUDA 12.9, found {c.has}",
+        "fp8 recipe {c.recipe} needs compute capability 9.0 (Hopper or later) and CUDA 12.9, found {c.found[0]} and "
+        "{c.found[1]}",
     ),
     Rule(
         lambda c: c.recipe == "mxfp8" and not (10, 0) <= c.capability < (12, 0),
-        "fp8 recipe {c.recipe} needs compute capability 10.x (Blackwell), found {c.has}",
+        "fp8 recipe {c.recipe} needs compute capability 10.x (Blackwell), this GPU has {c.found[0]}",
     ),
 )
 

@@ -2,13 +2,24 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_tgdpo.data.example import Example
 from megatron_tgdpo.data.fields import Message
-from megatron_tgdpo.data.layouts import LAYOUTS, detect_layout, is_single, parse_prompt, parse_record
+from megatron_tgdpo.data.layouts import (
+    LAYOUTS,
+    Layout,
+    detect_layout,
+    is_known_key,
+    is_single,
+    parse_prompt,
+    parse_record,
+)
+from megatron_tgdpo.errors import UserError
 
 PAGE = Path(__file__).parents[3] / "docs" / "data.md"
 ROWS = re.findall(r"^\| `(\w+)` \| .* \| `({.*})` \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -37,3 +48,26 @@ def test_each_example(layout: str, text: str) -> None:
     chosen_only = parse_record(record, detect_layout(record, "f:1", chosen_only=True), "f:1", chosen_only=True)
     if layout != "plain_implicit":
         assert (chosen_only.prompt, chosen_only.chosen, chosen_only.rejected) == (example.prompt, example.chosen, None)
+
+
+def test_a_layout_that_says_itself_what_it_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked first, by its own keys, and does not hide a rejected response that it does not read."""
+
+    def parse(record: Mapping[str, Any], place: str) -> Example:
+        return Example(record["prompt"], record["won"], record["rejected_text"])
+
+    keys = ("won", "rejected_text")
+    row = Layout(parse, lambda record: all(key in record for key in keys), keys)
+    record = {"prompt": "The sky is", "won": " blue.", "rejected_text": " green.", "completion": "?"}
+    assert not is_known_key("won")
+    with pytest.raises(UserError, match="'rejected_text' is none of a known layout"):
+        detect_layout(record, "f:1")
+    monkeypatch.setitem(LAYOUTS, "won", row)
+    assert is_known_key("won")
+    assert detect_layout(record, "f:1") == "won"
+    assert parse_record(record, "won", "f:1") == Example("The sky is", " blue.", " green.")
+    assert parse_prompt(record, "f:1") == "The sky is"
+    with pytest.raises(UserError, match="'rejected_answer' is none of a known layout"):
+        detect_layout({**record, "rejected_answer": " red."}, "f:1")
+    # A record of another layout is still that.
+    assert detect_layout({"prompt": "The sky is", "completion": " blue."}, "f:1") == "single_completion"
