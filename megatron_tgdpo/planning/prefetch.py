@@ -49,8 +49,8 @@ class PrefetchPlan:
 def plan_prefetch(costs: tuple[StageCosts, ...], micro_batches: int, frozen: int) -> PrefetchPlan:
     """The fastest plan found; a pure function, so every rank finds the same.
 
-    Its timeline has been executed with synchronous exchanges (``pipeline_schedule.execute``), so no stage ever waits for
-    one that waits for it.
+    Its timeline has been executed with synchronous exchanges (``pipeline_schedule.execute``), so no stage ever waits
+    for one that waits for it.
 
     Args:
         costs: Of each stage; more than one.

@@ -18,7 +18,7 @@ from megatron_tgdpo.checkpoints import integrity, sharded
 from megatron_tgdpo.checkpoints.integrity import find_damage
 from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
 from megatron_tgdpo.resilience.restarts import count_restart
-from megatron_tgdpo.training.checkpoint import newest_undamaged
+from megatron_tgdpo.training.resume import newest_undamaged
 from tests.checkpoints import flip, without_manifest
 from tests.tiny_models import make_llama
 
