@@ -4,7 +4,7 @@ import torch
 from transformers import PretrainedConfig
 
 from checkpoints_convert.pieces import checkpoint_sizes
-from megatron_tgdpo.checkpoints.directory import read_metadata
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import padded_vocab_size

@@ -1,45 +1,15 @@
-"""What the commands share: ranks, dtypes, and errors as one line."""
+"""What the commands share once their arguments are read: ranks, dtypes and checkpoints."""
 
-import argparse
-import logging
-import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megatron_tgdpo.checkpoints.directory import check_files, is_megatron_checkpoint, newest_checkpoint
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.manifest import check_files
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
-from megatron_tgdpo.errors import StorageError, UserError
-from megatron_tgdpo.signals import STORAGE_STATUS
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
-
-
-def parse_size(option: str, text: str) -> int:
-    """Bytes of a size such as ``500MB`` (10^6) or ``2GiB`` (2^30).
-
-    Raises:
-        UserError: It is not one, or less than a byte.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    size = 0
-    if match:
-        base = 1024 if match[3] else 1000
-        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-    if size < 1:
-        raise UserError(f"{option} {text!r}: not a size, give a number and a unit such as 500MB, 5GB or 2GiB")
-    return size
-
-
-def timeout_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that says how long ranks wait for each other."""
-    parser.add_argument("--timeout-minutes", type=float, default=30.0, help="for a rank that does not answer")
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.storage.dtypes import DTYPES
 
 
 def join_ranks(timeout_minutes: float) -> None:
@@ -73,21 +43,3 @@ def dtype_of(metadata: dict, path: Path) -> torch.dtype:
     if metadata.get("dtype") not in DTYPES:
         raise UserError(f"{path}: its metadata says dtype {metadata.get('dtype')!r}, known are {', '.join(DTYPES)}")
     return DTYPES[metadata["dtype"]]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name by which commands and metadata know a dtype."""
-    return next(name for name, value in DTYPES.items() if value == dtype)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a command; bad input ends it with one line on stderr and exit code 1, failing storage with 74."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(STORAGE_STATUS if isinstance(error, StorageError) else 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

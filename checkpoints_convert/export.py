@@ -14,14 +14,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from checkpoints_convert.check import check_checkpoint
-from checkpoints_convert.command_line import dtype_name
 from checkpoints_convert.pieces import Piece, converted, pieces_of, share
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
-from megatron_tgdpo.checkpoints.directory import copy_hf_files, hf_files
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
+from megatron_tgdpo.checkpoints.model_directory import copy_hf_files, hf_files
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
-from megatron_tgdpo.direct_io import DirectReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import (
@@ -32,9 +30,9 @@ from megatron_tgdpo.models.hf_weights.mapping import (
     parameter_count,
 )
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
+from megatron_tgdpo.storage.dtypes import dtype_name
 from megatron_tgdpo.storage.json_text import parse_json
 
-DEFAULT_SHARD_SIZE = "5GB"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -102,7 +100,7 @@ def _read_config(checkpoint: Path, template: Path) -> PretrainedConfig:
 
 
 def _open(checkpoint: Path, hf_config: PretrainedConfig, stored: torch.dtype) -> CheckpointReader:
-    reader = CheckpointReader(checkpoint, DirectReader(checkpoint))
+    reader = CheckpointReader(checkpoint)
     check_checkpoint(reader, hf_config, stored)
     return reader
 

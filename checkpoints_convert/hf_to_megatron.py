@@ -1,6 +1,6 @@
 """Converts an HF directory to a Megatron checkpoint, of any size on any machine: it is never in memory whole.
 
-    python -m checkpoints_convert.hf_to_megatron --hf DIR --out DIR [--dtype bf16|fp16|fp32]
+    tgdpo convert to-megatron --hf DIR --out DIR [--dtype bf16|fp16|fp32]
 
 Alone, or under torchrun or srun, where the ranks divide the work; the result does not depend on their number. Without
 ``--dtype`` the stored one is kept, and weights of several become fp32.
@@ -9,22 +9,26 @@ Alone, or under torchrun or srun, where the ranks divide the work; the result do
 import argparse
 from pathlib import Path
 
-import torch.distributed as dist
-
-from checkpoints_convert.command_line import DTYPES, join_ranks, run, timeout_argument
-from checkpoints_convert.import_hf import import_hf
-from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.storage.atomic_directory import refuse_existing
+from checkpoints_convert.arguments import DTYPE_NAMES, check_positive, run, timeout_argument
 
 
 def main() -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="checkpoints_convert.hf_to_megatron", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="tgdpo convert to-megatron", description=__doc__.split("\n")[0])
     parser.add_argument("--hf", type=Path, required=True, help="HF directory with safetensors")
     parser.add_argument("--out", type=Path, required=True, help="Megatron checkpoint directory to make")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the stored weights (default: as in the HF files)")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the stored weights (default: as in the HF files)")
     timeout_argument(parser)
     arguments = parser.parse_args()
+    check_positive(arguments, "--timeout-minutes")
+    # Only now: these imports take seconds, a wrong option should not.
+    import torch.distributed as dist
+
+    from checkpoints_convert.command_line import DTYPES, join_ranks
+    from checkpoints_convert.import_hf import import_hf
+    from megatron_tgdpo.models.hf_config import read_hf_config
+    from megatron_tgdpo.storage.atomic_directory import refuse_existing
+
     hf_config = read_hf_config(arguments.hf)
     refuse_existing(arguments.out)
     join_ranks(arguments.timeout_minutes)

@@ -1,6 +1,7 @@
 """An HF directory into a Megatron checkpoint, a piece at a time: memory holds two pieces, however large the model."""
 
 import io
+import os
 import time
 from pathlib import Path
 
@@ -17,24 +18,24 @@ from torch.futures import Future
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from checkpoints_convert.command_line import dtype_name
 from checkpoints_convert.pieces import (
     Piece,
     all_pieces,
-    checkpoint_key,
     checkpoint_sizes,
     converted,
     extra_state_keys,
     share,
 )
-from checkpoints_convert.sequential_file import SequentialFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, system_errors, write_common
-from megatron_tgdpo.checkpoints.directory import hf_files, write_description
+from megatron_tgdpo.checkpoints.directory import write_description
+from megatron_tgdpo.checkpoints.model_directory import hf_files
 from megatron_tgdpo.models.hf_weights.check import open_hf
 from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, parameter_count
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
+from megatron_tgdpo.storage.dtypes import dtype_name
+from megatron_tgdpo.storage.files import start_writeback
 
 
 def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> Summary:
@@ -117,7 +118,7 @@ class _Planner(DefaultSavePlanner):
 def _index(piece: Piece) -> MetadataIndex:
     layer, columns = piece.parameter.layer, piece.parameter.shape[1:]
     return MetadataIndex(
-        checkpoint_key(piece.parameter), (*([] if layer is None else [layer]), piece.start, *(0 for _ in columns))
+        piece.parameter.checkpoint_key, (*([] if layer is None else [layer]), piece.start, *(0 for _ in columns))
     )
 
 
@@ -131,7 +132,7 @@ class _StreamWriter(Writer):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
-        with system_errors(), SequentialFile(Path(self.path, name), hashed=True) as stream:
+        with system_errors(), self.fs.create_stream(Path(self.path, name), "wb") as stream:
             for item, data in read_ahead(planner.resolve_data, plan.items):
                 start = stream.tell()
                 if isinstance(data, Tensor):
@@ -140,8 +141,9 @@ class _StreamWriter(Writer):
                 else:
                     stream.write(data.getbuffer())
                 length = stream.tell() - start
+                start_writeback(stream.fileno(), start, length)
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-        self.digests[name] = stream.digest
+            os.fsync(stream.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

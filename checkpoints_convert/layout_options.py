@@ -1,4 +1,4 @@
-"""The options that arrange ranks in a grid, for a command that runs the model."""
+"""Ranks joined in a parallel layout, for a command that runs the model."""
 
 import argparse
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from checkpoints_convert.command_line import timeout_argument
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import ParallelLayout, init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
@@ -25,14 +24,6 @@ class Session:
     def is_first(self) -> bool:
         """Whether this is rank 0, which prints."""
         return dist.get_rank() == 0
-
-
-def layout_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how the ranks are used."""
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (default 1)")
-    parser.add_argument("--pipeline", type=int, help="pipeline-parallel size (default: all ranks / --tensor)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    timeout_argument(parser)
 
 
 def open_session(arguments: argparse.Namespace) -> Session:

@@ -1,6 +1,6 @@
 """Converts a Megatron checkpoint, of training or not, to an HF directory; it is never in memory whole.
 
-    python -m checkpoints_convert.megatron_to_hf --megatron DIR --out DIR [--hf-template DIR] [--dtype bf16|fp16|fp32]
+    tgdpo convert to-hf --megatron DIR --out DIR [--hf-template DIR] [--dtype bf16|fp16|fp32]
         [--max-shard-size 5GB]
 
 ``--megatron`` may also be a training run's output directory: its newest complete checkpoint is taken. Config, tokenizer
@@ -11,33 +11,36 @@ torchrun or srun, where the ranks divide the files among them; the result does n
 import argparse
 from pathlib import Path
 
-import torch.distributed as dist
-
-from checkpoints_convert.command_line import (
-    DTYPES,
-    dtype_of,
-    find_checkpoint,
-    join_ranks,
+from checkpoints_convert.arguments import (
+    DEFAULT_SHARD_SIZE,
+    DTYPE_NAMES,
+    check_positive,
     parse_size,
     run,
     timeout_argument,
 )
-from checkpoints_convert.export import DEFAULT_SHARD_SIZE, export_hf
-from megatron_tgdpo.checkpoints.directory import read_metadata
-from megatron_tgdpo.storage.atomic_directory import refuse_existing
 
 
 def main() -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="checkpoints_convert.megatron_to_hf", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="tgdpo convert to-hf", description=__doc__.split("\n")[0])
     parser.add_argument("--megatron", type=Path, required=True, help="Megatron checkpoint or training output directory")
     parser.add_argument("--out", type=Path, required=True, help="HF directory to make")
     parser.add_argument("--hf-template", type=Path, help="HF directory for config and tokenizer (default: its own)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the written weights (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the written weights (default: as stored)")
     parser.add_argument("--max-shard-size", default=DEFAULT_SHARD_SIZE, help="largest weight file, like 500MB or 2GiB")
     timeout_argument(parser)
     arguments = parser.parse_args()
     max_shard_bytes = parse_size("--max-shard-size", arguments.max_shard_size)
+    check_positive(arguments, "--timeout-minutes")
+    # Only now: these imports take seconds, a wrong option should not.
+    import torch.distributed as dist
+
+    from checkpoints_convert.command_line import DTYPES, dtype_of, find_checkpoint, join_ranks
+    from checkpoints_convert.export import export_hf
+    from megatron_tgdpo.checkpoints.manifest import read_metadata
+    from megatron_tgdpo.storage.atomic_directory import refuse_existing
+
     checkpoint = find_checkpoint(arguments.megatron)
     stored = dtype_of(read_metadata(checkpoint), checkpoint)
     refuse_existing(arguments.out)

@@ -12,13 +12,9 @@ from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_weights.mapping import GlobalParameter, Heads, global_parameters, join_shards, read_shard
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
-from megatron_tgdpo.models.hf_weights.spec_names import FUSED_NORMS
 
 # Blocks of up to 32 MiB are used again by the allocator; the first touch of larger, fresh ones costs more than reading.
 PIECE_BYTES = 16 << 20
-
-# Names in checkpoints are those of fused layers.
-_RENAMED = {f"decoder.layers.{local}": f"decoder.layers.{fused}" for local, fused in FUSED_NORMS.items()}
 
 T = TypeVar("T")
 
@@ -66,7 +62,7 @@ class Piece:
     def read_megatron(self, checkpoint: CheckpointReader) -> Tensor:
         """The rows from a Megatron checkpoint, in the stored dtype, without padding."""
         end = self.end if self.hf_index is None else self.start + self.hf_end - self.hf_start
-        return checkpoint.rows(checkpoint_key(self.parameter), self.parameter.layer, self.start, end)
+        return checkpoint.rows(self.parameter.checkpoint_key, self.parameter.layer, self.start, end)
 
     def to_hf(self, rows: Tensor, heads: Heads, vocab_size: int) -> list[tuple[str, int, Tensor]]:
         """What :meth:`read_megatron` gave as (HF name, first row, rows)."""
@@ -91,19 +87,11 @@ def converted(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return result
 
 
-def checkpoint_key(parameter: GlobalParameter) -> str:
-    """The name of the tensor that holds a parameter in a Megatron checkpoint."""
-    for prefix, renamed in _RENAMED.items():
-        if parameter.key.startswith(prefix):
-            return renamed + parameter.key.removeprefix(prefix)
-    return parameter.key
-
-
 def checkpoint_sizes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Size of every tensor of the model by its name in a Megatron checkpoint, the vocabulary padded for one rank."""
     layers = hf_config.num_hidden_layers
     return {
-        checkpoint_key(parameter): parameter.shape if parameter.layer is None else (layers, *parameter.shape)
+        parameter.checkpoint_key: parameter.shape if parameter.layer is None else (layers, *parameter.shape)
         for parameter in global_parameters(hf_config)
     }
 
@@ -112,7 +100,7 @@ def extra_state_keys(hf_config: PretrainedConfig) -> list[str]:
     """Names of the empty objects that megatron-core saves beside, and asks of a checkpoint: one for every linear."""
     layers = hf_config.num_hidden_layers
     return [
-        f"{checkpoint_key(parameter).removesuffix('weight')}_extra_state/shard_{parameter.layer}_{layers}"
+        f"{parameter.checkpoint_key.removesuffix('weight')}_extra_state/shard_{parameter.layer}_{layers}"
         for parameter in global_parameters(hf_config)
         if parameter.kind in ("qkv", "glu", "row") and parameter.key.endswith(".weight")
     ]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from megatron_tgdpo.checkpoints.directory import hf_folder
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.checkpoints.model_directory import hf_directory
+from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.rotary import rope_settings
 
@@ -67,7 +67,7 @@ def make_probes(hf: Path, hf_config: PretrainedConfig, length: int) -> list[Prob
         Probe(f"{n} random tokens", torch.randint(0, hf_config.vocab_size, (n,), generator=random))
         for n in (length, max(2, length // 16))
     ]
-    directory = hf_folder(hf)
+    directory = hf_directory(hf)
     if not (directory / "tokenizer_config.json").is_file():
         return probes
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -101,7 +101,7 @@ def reference_outputs(hf: Path, probes: list[Probe], stored: torch.dtype, device
             attn_implementation="eager",
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{hf}: transformers cannot load it: {' '.join(str(error).split())}") from error
+        raise UserError(f"{hf}: transformers cannot load it: {one_line(error)}") from error
     model = model.eval().to(device)
     for parameter in model.parameters():
         parameter.copy_(parameter.to(stored))

@@ -5,22 +5,28 @@ The format: 8 bytes of header length (little-endian), a JSON header padded with 
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from checkpoints_convert.sequential_file import SequentialFile
-from megatron_tgdpo.storage.files import bytes_of
+from megatron_tgdpo.storage.dtypes import SAFETENSORS_DTYPES, dtype_name
+from megatron_tgdpo.storage.files import bytes_of, start_writeback
 
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _ALIGNMENT = 8
 
+T = TypeVar("T")
 
-class SafetensorsFile(SequentialFile):
+
+class SafetensorsFile:
     """A new file of tensors whose names, shapes and dtype are known before their content.
+
+    A context manager: leaving it syncs and closes the file.
 
     Args:
         path: The file, which must not exist.
@@ -28,6 +34,7 @@ class SafetensorsFile(SequentialFile):
         dtype: Of all of them: bf16, fp16 or fp32.
 
     Attributes:
+        path: As given.
         size: Of the whole file, in bytes.
 
     Raises:
@@ -35,21 +42,33 @@ class SafetensorsFile(SequentialFile):
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> None:
-        super().__init__(path)
+        self.path = path
+        self._stream = path.open("xb")
         self._dtype = dtype
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._starts: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
+        position, dtype_in_header = 0, dtype_name(dtype, SAFETENSORS_DTYPES)
         for name, shape in self._shapes.items():
             end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            header[name] = {"dtype": dtype_in_header, "shape": list(shape), "data_offsets": [position, end]}
             self._starts[name] = position
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
-        self._data = self.write(struct.pack("<Q", len(text)) + text)
+        self._data = self._stream.write(struct.pack("<Q", len(text)) + text)
         self.size = self._data + position
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._stream:
+            if kind is None:
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
 
     def write_rows(self, name: str, first: int, rows: Tensor) -> None:
         """Writes a tensor's rows from ``first`` on, in the order in which they lie in the file.
@@ -65,7 +84,8 @@ class SafetensorsFile(SequentialFile):
         shape = self._shapes[name]
         if rows.dtype != self._dtype or tuple(rows.shape[1:]) != shape[1:] or first + rows.shape[0] > shape[0]:
             raise ValueError(f"{name}: rows {list(rows.shape)} of {rows.dtype} at {first} do not fit {list(shape)}")
-        skipped = first * math.prod(shape[1:]) * self._dtype.itemsize
-        if self._data + self._starts[name] + skipped != self.tell():
+        place = self._data + self._starts[name] + first * math.prod(shape[1:]) * self._dtype.itemsize
+        if place != self._stream.tell():
             raise ValueError(f"{name}: row {first} is not what comes next in {self.path}")
-        self.write(bytes_of(rows.contiguous()))
+        self._stream.write(bytes_of(rows.contiguous()))
+        start_writeback(self._stream.fileno(), place, rows.nbytes)

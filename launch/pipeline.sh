@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submits the whole mission to Slurm as a chain of jobs, and prints their ids: HF model and preference pairs in, a DPO
-# guide, a TGDPO policy trained with it, both exported to HF, and their figures on the validation pairs.
+# guide, a TGDPO policy trained with it, both exported to HF, and their metrics on the validation pairs.
 #
 #   bash launch/pipeline.sh CONFIG.yaml OUT_DIR [section.key=value ...]
 #
@@ -28,7 +28,7 @@ shift 2
 settings=$("${prefix[@]}" "$python" - "$config" model.guide="$out/dpo_hf" output_dir="$out/tgdpo" "$@" <<'PYTHON'
 import sys
 
-from megatron_tgdpo.config.schema import load_config
+from megatron_tgdpo.config.loading import load_config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.hub import hub_name, local_path
 
@@ -61,7 +61,7 @@ PYTHON
 mapfile -t words <<<"$settings"
 policy=${words[0]} train=${words[1]} validation=${words[2]}
 [ -n "$validation" ] || fail "$config: data.validation is not set: name a file of pairs, the models are compared on it"
-preprocess=(PYTHON -m tgdpo.preprocess "${words[@]:3}")
+preprocess=(PYTHON -m tgdpo preprocess "${words[@]:3}")
 
 read -ra stage_options <<<"${TGDPO_STAGE_OPTIONS:-}"
 read -ra train_options <<<"${TGDPO_TRAIN_OPTIONS:-}"
@@ -90,7 +90,7 @@ training() { # NAME AFTER OVERRIDES...
 }
 then_() { echo "${1:+:$1}${2:+:$2}${3:+:$3}"; } # JOB_IDS...: as a dependency, without those that are complete
 
-stage convert "$out/base/tgdpo.json" "" PYTHON -m checkpoints_convert.hf_to_megatron --hf "$policy" --out "$out/base"
+stage convert "$out/base/tgdpo.json" "" PYTHON -m tgdpo convert to-megatron --hf "$policy" --out "$out/base"
 convert=$job
 stage preprocess-train "$out/data/train.manifest.json" "" "${preprocess[@]}" --input "$train" --output "$out/data/train"
 data=$job
@@ -99,15 +99,15 @@ stage preprocess-validation "$out/data/validation.manifest.json" "" "${preproces
 inputs=$(then_ "$convert" "$data" "$job")
 training dpo "$inputs" loss.method=dpo model.guide=null
 dpo=$job
-stage export-dpo "$out/dpo_hf/config.json" "$(then_ "$dpo")" PYTHON -m checkpoints_convert.megatron_to_hf \
+stage export-dpo "$out/dpo_hf/config.json" "$(then_ "$dpo")" PYTHON -m tgdpo convert to-hf \
   --megatron "$out/dpo" --out "$out/dpo_hf"
 training tgdpo "${inputs}$(then_ "$job")" model.guide="$out/dpo_hf"
 tgdpo=$job
-stage export-tgdpo "$out/tgdpo_hf/config.json" "$(then_ "$tgdpo")" PYTHON -m checkpoints_convert.megatron_to_hf \
+stage export-tgdpo "$out/tgdpo_hf/config.json" "$(then_ "$tgdpo")" PYTHON -m tgdpo convert to-hf \
   --megatron "$out/tgdpo" --out "$out/tgdpo_hf"
 # Training has evaluated its final weights at its last step: these are the lines of the last steps, DPO first.
 # shellcheck disable=SC2016 # for the shell in the job
 stage evaluate "$out/validation.jsonl" "$(then_ "$dpo" "$tgdpo")" bash -c \
   'tail -qn 1 "$1/dpo/metrics.jsonl" "$1/tgdpo/metrics.jsonl" >"$1/validation.part" && mv "$1/validation.part" "$1/validation.jsonl"' \
   - "$out"
-echo "figures on the validation pairs: $out/validation.jsonl; aligned model (HF): $out/tgdpo_hf"
+echo "metrics on the validation pairs: $out/validation.jsonl; aligned model (HF): $out/tgdpo_hf"

@@ -41,15 +41,15 @@ trap stage_failed ERR
 set -E
 
 single() { OMP_NUM_THREADS=$threads "$python" "$@"; }
-ranks() { # COUNT MODULE ARGS...
+ranks() { # COUNT COMMAND ARGS...
   local count=$1
   shift
-  OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node "$count" -m "$@"
+  OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node "$count" -m tgdpo "$@"
 }
 
 preprocess() {
   for name in train validation; do
-    single -m tgdpo.preprocess --input "$out/data/$name.jsonl" --tokenizer "$out/base" \
+    single -m tgdpo preprocess --input "$out/data/$name.jsonl" --tokenizer "$out/base" \
       --output "$out/pairs/$name" --max-length 128 --max-prompt-length 32 --workers 2
   done
 }
@@ -57,7 +57,7 @@ preprocess() {
 train() { # NAME RANKS OVERRIDES...
   local name=$1 count=$2
   shift 2
-  ranks "$count" megatron_tgdpo.train "tools/demo/$name.yaml" model.policy="$out/base_megatron" \
+  ranks "$count" train "tools/examples/quickstart/$name.yaml" model.policy="$out/base_megatron" \
     data.train="$out/pairs/train" data.validation="$out/pairs/validation" output_dir="$out/$name" \
     precision.dtype="$dtype" "$@"
 }
@@ -78,13 +78,13 @@ stage "language: text and preference pairs" single -m tools.examples.quickstart.
 stage "base model: SentencePiece tokenizer and a small Llama" single -m tools.examples.quickstart.make_base \
   --data "$out/data" --out "$out/base"
 stage "preference pairs to a Megatron-Core dataset" preprocess
-stage "base model from HF to Megatron" single -m checkpoints_convert.hf_to_megatron \
+stage "base model from HF to Megatron" single -m tgdpo convert to-megatron \
   --hf "$out/base" --out "$out/base_megatron"
 stage "guide: DPO, tensor parallel over $workers" train dpo "$workers" parallel.tensor="$workers"
-stage "guide to HF" single -m checkpoints_convert.megatron_to_hf --megatron "$out/dpo" --out "$out/dpo_hf"
+stage "guide to HF" single -m tgdpo convert to-hf --megatron "$out/dpo" --out "$out/dpo_hf"
 stage "policy: TGDPO with the guide, pipeline parallel over $workers" train tgdpo "$workers" \
   model.guide="$out/dpo_hf" parallel.pipeline="$workers"
-stage "policy to HF" single -m checkpoints_convert.megatron_to_hf --megatron "$out/tgdpo" --out "$out/tgdpo_hf"
+stage "policy to HF" single -m tgdpo convert to-hf --megatron "$out/tgdpo" --out "$out/tgdpo_hf"
 stage "comparison" single -m tools.examples.quickstart.evaluate --base "$out/base" --model dpo="$out/dpo_hf" \
   --model tgdpo="$out/tgdpo_hf" --guide "$out/dpo_hf" --pairs "$out/data/heldout.jsonl" --beta 0.5 --out "$out/results.json"
 
@@ -101,7 +101,7 @@ PYTHON
 
 printf '\n=== done in %d s after installation\n' "$((SECONDS - installed))"
 cat <<TEXT
-figures:            $out/results.json
+metrics:            $out/results.json
 aligned model (HF): $out/tgdpo_hf
 training curves:    $python -m tensorboard.main --logdir $out
 to use the model, $out/generate.py:

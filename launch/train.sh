@@ -47,7 +47,7 @@ fi
 # In a process group of its own: the terminal's Ctrl-C reaches this script alone.
 set -m
 "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}" \
-  -m megatron_tgdpo.train "$@" &
+  -m tgdpo train "$@" &
 launcher=$!
 set +m
 while :; do

@@ -1,1 +1,3 @@
-"""TGDPO and DPO training on Megatron-Core; start with ``python -m megatron_tgdpo.train``."""
+"""TGDPO and DPO training on Megatron-Core; start with ``tgdpo train``."""
+
+__version__ = "0.2.0"

@@ -1,5 +1,7 @@
 """The exceptions that mean "the input is wrong", shown to the user as a single line."""
 
+_LONGEST_LINE = 500
+
 
 class UserError(Exception):
     """Bad input or an impossible request; the message is one line that names the culprit and the fix.
@@ -29,3 +31,14 @@ class StorageError(UserError):
 
 class AgreedStorageError(StorageError, AgreedError):
     """A storage failure, raised with the same message on every rank."""
+
+
+def one_line(error: BaseException, *, named: bool = False) -> str:
+    """What an error of somebody else's code says, in one line of at most 500 characters.
+
+    Args:
+        error: The error; one that says nothing is called by its type.
+        named: Whether the type stands before what it says: ``KeyError: 'norm'``.
+    """
+    text, kind = " ".join(str(error).split())[:_LONGEST_LINE], type(error).__name__
+    return f"{kind}: {text}" if named and text else text or kind

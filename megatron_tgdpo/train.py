@@ -1,4 +1,4 @@
-"""``python -m megatron_tgdpo.train CONFIG.yaml section.key=value ...``, a process per rank, under torchrun or srun.
+"""``tgdpo train CONFIG.yaml section.key=value ...``, a process per rank, under torchrun or srun.
 
 USR1, TERM or Ctrl-C to any rank ends the run at the next step boundary, with a checkpoint; a second Ctrl-C at once.
 """
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from megatron_tgdpo import signals
-from megatron_tgdpo.config.loading import load_config
+from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.resilience.entry import run_and_exit, run_on_all_ranks
 
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     by a second Ctrl-C, else as :func:`~megatron_tgdpo.resilience.entry.run_and_exit` says.
     """
     signals.listen()
-    parser = argparse.ArgumentParser(prog="python -m megatron_tgdpo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tgdpo train", description=__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print config, rank grid and memory per rank, then stop")
@@ -29,8 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(args: argparse.Namespace, rank: int) -> int:
+    if args.world_size is not None and args.world_size < 1:
+        raise UserError(f"--world-size is {args.world_size}: it must be positive")
+    # Only now: a wrong option should not take the seconds of an import, nor a wrong key those of the next.
+    from megatron_tgdpo.config.loading import load_config
+
     config = load_config(args.config, args.overrides)
-    # Only now: these imports take seconds, a wrong key should not.
     import torch.distributed as dist
 
     from megatron_tgdpo.distributed.ranks import read_rank_environment

@@ -1,7 +1,7 @@
 """Makes preference pairs from a model's own answers: n samples a prompt, scored, the best against the worst.
 
-    python -m tgdpo.build_preferences --prompts prompts.jsonl --model DIR --score REWARD_MODEL_DIR --out pairs.jsonl
-    python -m tgdpo.build_preferences --prompts prompts.jsonl --model DIR --score module:function --out pairs.jsonl
+    tgdpo build-preferences --prompts prompts.jsonl --model DIR --score REWARD_MODEL_DIR --out pairs.jsonl
+    tgdpo build-preferences --prompts prompts.jsonl --model DIR --score module:function --out pairs.jsonl
 
 The prompts file has any layout of docs/data.md; responses in it are ignored. The output has that of TRL, with all
 samples and scores beside each pair. Start the same command again to continue after an interruption: the result is the
@@ -9,43 +9,25 @@ same. See docs/evaluation.md.
 """
 
 import argparse
-import json
-import math
-import statistics
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_tgdpo.data.encode import encode_prompt
-from megatron_tgdpo.data.example import as_keys
-from megatron_tgdpo.data.manifest import digest_file
-from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_tgdpo.errors import UserError
-from tgdpo.generation.command import (
+from tgdpo.command_line import (
     add_columns_argument,
     add_model_arguments,
-    open_sampler,
+    check_present,
+    check_sampling,
+    check_scratch,
     positive,
     print_json,
     run,
-    sampling_settings,
 )
-from tgdpo.generation.journal import SUFFIX, Journal, finished_summary, summary_path, write_whole
-from tgdpo.generation.models import default_device, dtype_of, fingerprint, tokenizer_directory
-from tgdpo.generation.prompts import Prompt, read_prompts
-from tgdpo.generation.rewards import FunctionScorer, RewardModelScorer, Scorer, as_plain
-from tgdpo.generation.sampling import Request, Sampler, request_seed
-from tgdpo.generation.text_figures import length_figures
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; ``None`` means this process's."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tgdpo.build_preferences", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="tgdpo build-preferences", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON, JSONL or Parquet file")
     parser.add_argument("--score", required=True, metavar="DIR|MODULE:FUNCTION", help="reward model, or a function")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file of pairs to write")
@@ -56,163 +38,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def pick_pair(samples: Sequence[str], scores: Sequence[float]) -> tuple[int, int] | str:
-    """Which answer is the best and which the worst, the earlier of equals.
-
-    Args:
-        samples: The answers; blank ones cannot be trained on and are left out.
-        scores: One an answer.
-
-    Returns:
-        Two indices, or why there is no pair: ``tie`` (no score differs) or ``too_few_answers`` (fewer than two texts).
-    """
-    usable = [index for index, text in enumerate(samples) if text.strip()]
-    if len({samples[index] for index in usable}) < 2:
-        return "too_few_answers"
-    best, worst = max(usable, key=lambda i: scores[i]), min(usable, key=lambda i: scores[i])
-    if scores[best] == scores[worst] or samples[best] == samples[worst]:
-        return "tie"
-    return best, worst
-
-
-def build(given: argparse.Namespace) -> dict[str, Any]:
-    """Runs the whole job, or what is left of it, and returns the summary."""
-    device = default_device()
-    dtype = dtype_of(given.dtype, device)
-    tokenizer = load_tokenizer(str(tokenizer_directory(given.model)), given.chat_template, given.template_kwargs)
-    settings = {
-        "prompts": digest_file(given.prompts).sha256,
-        **({"columns": given.columns} if given.columns else {}),
-        "score": given.score if ":" in given.score else fingerprint(Path(given.score)),
-        "samples": given.samples,
-        "max_prompt_length": given.max_prompt_length,
-        **sampling_settings(given, tokenizer, dtype, device),
-    }
-    summary = finished_summary(given.out, settings)
-    if summary is not None:
-        return summary
-    prompts, encoded, overlong = _encode(read_prompts(given.prompts, given.columns), tokenizer, given.max_prompt_length)
-    with Journal(given.out.with_name(given.out.name + SUFFIX), settings, created=time.time()) as journal:
-        if journal.done < math.ceil(len(prompts) / given.batch):
-            scorer = _scorer(given.score, dtype, device)
-            with open_sampler(given, tokenizer, dtype, device) as sampler:
-                journal.fill(
-                    len(prompts),
-                    given.batch,
-                    "prompt",
-                    lambda items: _answer_batch(
-                        [prompts[i] for i in items], [encoded[i] for i in items], sampler, scorer, given
-                    ),
-                )
-        summary = _finish(journal, prompts, given.out, settings, overlong)
-        journal.remove()
-    return summary
-
-
-def _encode(
-    prompts: list[Prompt], tokenizer: Tokenizer, limit: int | None
-) -> tuple[list[Prompt], list[list[int]], int]:
-    kept, encoded = [], []
-    for prompt in prompts:
-        ids = encode_prompt(prompt.content, tokenizer, prompt.place, prompt.variables)
-        if limit is None or len(ids) <= limit:
-            kept.append(prompt)
-            encoded.append(ids)
-    if not kept:
-        raise UserError(f"all {len(prompts)} prompts are longer than --max-prompt-length {limit}")
-    return kept, encoded, len(prompts) - len(kept)
-
-
-def _scorer(name: str, dtype: Any, device: Any) -> Scorer:
-    return FunctionScorer(name) if ":" in name else RewardModelScorer(Path(name), dtype, device)
-
-
-def _answer_batch(
-    prompts: Sequence[Prompt],
-    encoded: Sequence[list[int]],
-    sampler: Sampler,
-    scorer: Scorer,
-    given: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """Samples and scores the answers to some prompts."""
-    requests = [
-        Request(ids, request_seed(given.seed, prompt.number, sample), given.temperature, prompt.place)
-        for prompt, ids in zip(prompts, encoded, strict=True)
-        for sample in range(given.samples)
-    ]
-    answers = sampler.sample(requests)
-    results = []
-    for index, prompt in enumerate(prompts):
-        own = answers[index * given.samples : (index + 1) * given.samples]
-        texts = [answer.text for answer in own]
-        results.append(
-            {
-                "samples": texts,
-                "scores": scorer.score(prompt.content, texts, prompt.place),
-                "finished": [answer.finished for answer in own],
-                "tokens": [len(answer.ids) for answer in own],
-            }
-        )
-    return results
-
-
-def _finish(
-    journal: Journal, prompts: Sequence[Prompt], out: Path, settings: dict[str, Any], overlong: int
-) -> dict[str, Any]:
-    """Writes the pairs, then the summary."""
-    counts: Counter[str] = Counter()
-    gaps: list[float] = []
-    tokens: dict[str, list[int]] = {"chosen": [], "rejected": [], "all": []}
-
-    def lines() -> Iterator[str]:
-        results = (result for part in journal.parts() for result in part)
-        for prompt, result in zip(prompts, results, strict=True):
-            pair = pick_pair(result["samples"], result["scores"])
-            counts["cut_off"] += result["finished"].count(False)
-            tokens["all"] += result["tokens"]
-            if isinstance(pair, str):
-                counts[pair] += 1
-                continue
-            gaps.append(result["scores"][pair[0]] - result["scores"][pair[1]])
-            for side, index in zip(("chosen", "rejected"), pair, strict=True):
-                tokens[side].append(result["tokens"][index])
-            yield json.dumps(_record(prompt, pair, result), ensure_ascii=False) + "\n"
-        if not gaps:
-            raise UserError(
-                f"{out}: no pair: of {len(prompts)} prompts {counts['tie']} had answers of one score, "
-                f"{counts['too_few_answers']} fewer than two different answers"
-            )
-
-    write_whole(out, lines())
-    summary = {
-        "settings": settings,
-        "prompts": len(prompts),
-        "pairs": len(gaps),
-        "ties": counts["tie"],
-        "too_few_answers": counts["too_few_answers"],
-        "overlong_prompts": overlong,
-        "answers_cut_off": counts["cut_off"],
-        "score_gap_mean": statistics.fmean(gaps),
-        "tokens": {name: length_figures(values) for name, values in tokens.items()},
-    }
-    write_whole(summary_path(out), [json.dumps(summary, indent=2) + "\n"])
-    return summary
-
-
-def _record(prompt: Prompt, pair: tuple[int, int], result: dict[str, Any]) -> dict[str, Any]:
-    """A pair in TRL's layout: plain where the prompt is plain, else conversational."""
-    chosen, rejected = (
-        text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
-        for text in (result["samples"][index] for index in pair)
-    )
-    record = {"prompt": as_plain(prompt.content), **as_keys(prompt.variables), "chosen": chosen, "rejected": rejected}
-    return {**record, **{key: result[key] for key in ("samples", "scores", "finished")}, "source": prompt.number}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status."""
     given = parse_arguments(arguments)
-    return run(lambda: print_json({k: v for k, v in build(given).items() if k != "settings"}))
+    return run(lambda: _build(given))
+
+
+def _build(given: argparse.Namespace) -> None:
+    check_present(given, "--model", "--prompts", "--chat-template")
+    check_sampling(given)
+    check_scratch(given)
+    # Only now: these imports take seconds, a wrong option should not.
+    from tgdpo.generation.build_pairs import build
+
+    print_json({key: value for key, value in build(given).items() if key != "settings"})
 
 
 if __name__ == "__main__":

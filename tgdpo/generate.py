@@ -1,10 +1,10 @@
 """Answers the questions of AlpacaEval 2, Arena-Hard or MT-Bench, in the files that those projects read.
 
-    python -m tgdpo.generate --benchmark alpaca_eval --questions alpaca_eval.json --model DIR --name NAME \
+    tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model DIR --name NAME \
         --out NAME.json
-    python -m tgdpo.generate --benchmark arena_hard --questions question.jsonl --model DIR --name NAME \
+    tgdpo generate --benchmark arena_hard --questions question.jsonl --model DIR --name NAME \
         --out NAME.jsonl
-    python -m tgdpo.generate --benchmark mt_bench --questions question.jsonl --model DIR --name NAME \
+    tgdpo generate --benchmark mt_bench --questions question.jsonl --model DIR --name NAME \
         --out NAME.jsonl
 
 Question files are the projects' own. Start the same command again to continue after an interruption: the result is the
@@ -12,30 +12,18 @@ same. Prints the lengths of the answers and their self-BLEU. See docs/evaluation
 """
 
 import argparse
-import json
-import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_tgdpo.data.encode import encode_prompt
-from megatron_tgdpo.data.fields import Message
-from megatron_tgdpo.data.manifest import digest_file
-from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
-from tgdpo.generation.command import add_model_arguments, open_sampler, print_json, run, sampling_settings
-from tgdpo.generation.journal import SUFFIX, Journal, finished_summary, summary_path, write_whole
-from tgdpo.generation.models import default_device, dtype_of, tokenizer_directory
-from tgdpo.generation.prompt_sets import BENCHMARKS, AnswerSet, Benchmark, Question, read_questions
-from tgdpo.generation.sampling import Request, Sampler, request_seed
-from tgdpo.generation.text_figures import SELF_BLEU_ANSWERS, length_figures, self_bleu
+from tgdpo.command_line import add_model_arguments, check_present, check_sampling, check_scratch, print_json, run
+from tgdpo.generation.prompt_sets import BENCHMARKS
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; ``None`` means this process's."""
-    parser = argparse.ArgumentParser(prog="python -m tgdpo.generate", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="tgdpo generate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--benchmark", choices=tuple(BENCHMARKS), required=True, help="whose files")
     parser.add_argument("--questions", required=True, metavar="FILE", help="the benchmark's own file")
     parser.add_argument("--name", required=True, help="the model's name in the answers")
@@ -47,110 +35,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return given
 
 
-def answer(given: argparse.Namespace) -> dict[str, Any]:
-    """Runs the whole job, or what is left of it, and returns the summary."""
-    benchmark = BENCHMARKS[given.benchmark]
-    if benchmark.named_by_file and given.out.name != f"{given.name}.jsonl":
-        raise UserError(f"--out {given.out}: {given.benchmark} takes names from files: call it {given.name}.jsonl")
-    device = default_device()
-    dtype = dtype_of(given.dtype, device)
-    tokenizer = load_tokenizer(str(tokenizer_directory(given.model)), given.chat_template, given.template_kwargs)
-    settings = {
-        "benchmark": given.benchmark,
-        "questions": digest_file(given.questions).sha256,
-        "name": given.name,
-        **sampling_settings(given, tokenizer, dtype, device),
-    }
-    summary = finished_summary(given.out, settings)
-    if summary is not None:
-        return summary
-    questions = read_questions(given.questions, benchmark)
-    with Journal(given.out.with_name(given.out.name + SUFFIX), settings, created=time.time()) as journal:
-        if journal.done < math.ceil(len(questions) / given.batch):
-            with open_sampler(given, tokenizer, dtype, device) as sampler:
-                journal.fill(
-                    len(questions),
-                    given.batch,
-                    "question",
-                    lambda items: _answer_batch([questions[i] for i in items], benchmark, sampler, tokenizer, given),
-                )
-        summary = _finish(journal, questions, benchmark, given, settings)
-        journal.remove()
-    return summary
-
-
-def _answer_batch(
-    questions: Sequence[Question],
-    benchmark: Benchmark,
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    given: argparse.Namespace,
-) -> list[dict[str, list[Any]]]:
-    """Turn after turn, each with the answers before it in its prompt."""
-    talks: list[list[Message]] = [[] for _ in questions]
-    results: list[dict[str, list[Any]]] = [{"texts": [], "tokens": [], "finished": []} for _ in questions]
-    for turn in range(max(len(question.turns) for question in questions)):
-        active = [index for index, question in enumerate(questions) if turn < len(question.turns)]
-        requests = []
-        for index in active:
-            question = questions[index]
-            talks[index].append(Message("user", question.turns[turn]))
-            own = benchmark.temperature(question.record)
-            requests.append(
-                Request(
-                    encode_prompt(talks[index], tokenizer, question.place),
-                    request_seed(given.seed, question.key, turn),
-                    own if given.temperature is None else given.temperature,
-                    question.place,
-                )
-            )
-        for index, made in zip(active, sampler.sample(requests), strict=True):
-            text = made.text.strip()
-            talks[index].append(Message("assistant", text))
-            results[index]["texts"].append(text)
-            results[index]["tokens"].append(len(made.ids))
-            results[index]["finished"].append(made.finished)
-    return results
-
-
-def _finish(
-    journal: Journal,
-    questions: Sequence[Question],
-    benchmark: Benchmark,
-    given: argparse.Namespace,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """Writes the answers, then the summary."""
-    results = [result for part in journal.parts() for result in part]
-    records = [
-        benchmark.render(question, AnswerSet(result["texts"], result["tokens"], given.name, journal.created))
-        for question, result in zip(questions, results, strict=True)
-    ]
-    if benchmark.named_by_file:
-        write_whole(given.out, [json.dumps(record, ensure_ascii=False) + "\n" for record in records])
-    else:
-        write_whole(given.out, [json.dumps(records, ensure_ascii=False, indent=2) + "\n"])
-    texts = [text for result in results for text in result["texts"]]
-    finished = [flag for result in results for flag in result["finished"]]
-    summary = {
-        "settings": settings,
-        "questions": len(questions),
-        "answers": len(texts),
-        "answers_cut_off": finished.count(False),
-        "empty_answers": sum(not text for text in texts),
-        "tokens": length_figures([count for result in results for count in result["tokens"]]),
-        "characters": length_figures([len(text) for text in texts]),
-        "self_bleu": self_bleu(texts),
-        "self_bleu_answers": min(SELF_BLEU_ANSWERS, sum(bool(text) for text in texts)),
-    }
-    write_whole(summary_path(given.out), [json.dumps(summary, indent=2) + "\n"])
-    return summary
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status."""
     given = parse_arguments(arguments)
-    return run(lambda: print_json({k: v for k, v in answer(given).items() if k != "settings"}))
+    return run(lambda: _answer(given))
+
+
+def _answer(given: argparse.Namespace) -> None:
+    if BENCHMARKS[given.benchmark].named_by_file and given.out.name != f"{given.name}.jsonl":
+        raise UserError(f"--out {given.out}: {given.benchmark} takes names from files: call it {given.name}.jsonl")
+    check_present(given, "--model", "--questions", "--chat-template")
+    check_sampling(given)
+    check_scratch(given)
+    # Only now: these imports take seconds, a wrong option should not.
+    from tgdpo.generation.answer_benchmarks import answer
+
+    print_json({key: value for key, value in answer(given).items() if key != "settings"})
 
 
 if __name__ == "__main__":

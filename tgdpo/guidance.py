@@ -1,7 +1,7 @@
 """Computes the token log-probs of reference and guide once, for ``guidance.mode: cached``.
 
-    torchrun --nproc-per-node 8 -m tgdpo.guidance CONFIG.yaml guidance.cache=DIR [section.key=value ...]
-    python -m tgdpo.guidance CONFIG.yaml guidance.cache=DIR --verify 100
+    torchrun --nproc-per-node 8 -m tgdpo guidance CONFIG.yaml guidance.cache=DIR [section.key=value ...]
+    tgdpo guidance CONFIG.yaml guidance.cache=DIR --verify 100
 
 CONFIG is that of the training. Only ``precision.dtype``, the data and the models must stay as they are for the training
 that uses the cache: layout and ``batch.tokens_per_micro_batch`` may be others (forward passes need little memory, so
@@ -13,7 +13,6 @@ again and compares.
 import argparse
 from collections.abc import Sequence
 
-from megatron_tgdpo.config.loading import load_config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.resilience.entry import run_and_exit, run_on_all_ranks
 
@@ -21,7 +20,7 @@ from megatron_tgdpo.resilience.entry import run_and_exit, run_on_all_ranks
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module. Exit status as :func:`~megatron_tgdpo.resilience.entry.run_and_exit` says."""
     parser = argparse.ArgumentParser(
-        prog="python -m tgdpo.guidance",
+        prog="tgdpo guidance",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,15 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
+    for name, value in (("--block-pairs", args.block_pairs), ("--verify", args.verify)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be positive")
+    # Only now: a wrong option should not take the seconds of an import, nor a wrong key those of the next.
+    from megatron_tgdpo.config.loading import load_config
+
     config = load_config(args.config, args.overrides)
     if config.guidance.cache is None:
         raise UserError(f"{args.config}: guidance.cache is not set: name the directory to write to")
     if not config.method.frozen:
         raise UserError(f"{args.config}: loss.method {config.loss.method} has no frozen models to compute")
-    for name, value in (("--block-pairs", args.block_pairs), ("--verify", args.verify)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: it must be positive")
-    # Only now: these imports take seconds, a wrong key should not.
     from megatron_tgdpo.guidance.precompute import precompute_guidance, verify_guidance
 
     def work(ranks, store) -> int:  # type: ignore[no-untyped-def]

@@ -1,6 +1,6 @@
 """Turns a YAML of the TGDPO reference code (LLaMA-Factory's keys) into this project's configuration.
 
-    python -m tgdpo.import_config REFERENCE.yaml --ranks 8 --out config.yaml
+    tgdpo import-config REFERENCE.yaml --ranks 8 --out config.yaml
         (--dataset-info dataset_info.json | --train pairs.jsonl [--validation F])
 
 ``--ranks`` is the number of GPUs that the reference run used: its batch size is per device, ours is global. Datasets
@@ -10,223 +10,34 @@ that is trained, or refused by name: ``--ignore KEY`` leaves it out. The layout 
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_tgdpo.config.loading import config_from_dict, to_yaml
-from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.config.values import typed
-from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.storage.atomic_file import write_atomically
-from megatron_tgdpo.storage.yaml_text import is_null, read_yaml_file
-from tgdpo.llamafactory.datasets import dataset_file
-from tgdpo.llamafactory.keys import READ, Reference, harmless, refuse_unknown
-from tgdpo.llamafactory.templates import NAMES, chat_template
-
-# Reference key -> our key, value as it is.
-_RENAMED = {
-    "model_name_or_path": "model.policy",
-    "ref_model": "model.reference",
-    "tgdpo_reward_model": "model.guide",
-    "cutoff_len": "data.max_length",
-    "preprocessing_num_workers": "data.workers",
-    "output_dir": "output_dir",
-    "logging_steps": "log.every_steps",
-    "save_steps": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep",
-    "eval_steps": "eval.every_steps",
-    "learning_rate": "optimizer.lr",
-    "weight_decay": "optimizer.weight_decay",
-    "max_grad_norm": "optimizer.clip_grad",
-    "adam_beta1": "optimizer.beta1",
-    "adam_beta2": "optimizer.beta2",
-    "adam_epsilon": "optimizer.eps",
-    "seed": "train.seed",
-}
-# What the reference code, or transformers, takes where the file is silent, as far as it bears on what is trained.
-_DEFAULTS: dict[str, Any] = {
-    "stage": "sft",
-    "finetuning_type": "lora",
-    "pref_loss": "sigmoid",
-    "pref_beta": 0.1,
-    "tgdpo_alpha": 0.5,
-    "simpo_gamma": 0.5,
-    "cutoff_len": 2048,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 5e-5,
-    "lr_scheduler_type": "linear",
-    "warmup_ratio": 0.0,
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_epsilon": 1e-8,
-    "num_train_epochs": 3.0,
-    "max_steps": -1,
-    "seed": 42,
-    "bf16": False,
-}
-# What null means where it is not the default.
-_NULLS = {"max_grad_norm": 0.0, "save_total_limit": 0}
-# Values without which the reference run would compute something else than this project does.
-_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "stage": ("tgdpo", "dpo"),
-    "finetuning_type": ("full",),
-    "pref_loss": ("sigmoid", "simpo"),
-}
-# Reference key -> our option of the loss.
-_LOSS_OPTIONS = {
-    "pref_beta": "beta",
-    "tgdpo_alpha": "alpha",
-    "pref_ftx": "sft_weight",
-    "dpo_label_smoothing": "label_smoothing",
-    "simpo_gamma": "gamma",
-}
-# What the reference code reads only for some methods.
-_ONLY_FOR = {
-    "tgdpo_alpha": ("tgdpo",),
-    "tgdpo_reward_model": ("tgdpo",),
-    "simpo_gamma": ("simpo",),
-    "ref_model": ("tgdpo", "dpo"),
-}
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
-_BESIDE = ".chat_template.jinja"
+from checkpoints_convert.arguments import check_positive
+from tgdpo.command_line import check_present, run
 
 
-def convert(
-    reference: Mapping[str, Any],
-    ranks: int,
-    train: str,
-    validation: str | None,
-    *,
-    source: str = "the reference config",
-    ignore: Sequence[str] = (),
-    max_prompt_length: bool = False,
-) -> dict[str, Any]:
-    """Maps the reference code's keys to ours.
-
-    Args:
-        reference: The YAML, as :mod:`megatron_tgdpo.storage.yaml_text` reads it, or plain values.
-        ranks: GPUs of the reference run.
-        train: Path of the training pairs.
-        validation: Path of the validation pairs, or None.
-        source: What the reference is, for messages.
-        ignore: Keys to leave out.
-        max_prompt_length: Take it over. The authors' code never reads it.
-
-    Returns:
-        Nested values for :func:`megatron_tgdpo.config.loading.config_from_dict`, without layout and chat template.
-
-    Raises:
-        UserError: A key cannot be carried over, or has a value that this project does not compute; it is named.
-    """
-    refuse_unknown(reference, source, ignore)
-    given = typed(Reference, {key: reference[key] for key in reference if key in READ}, "", source)
-    if any("${" in str(value) for value in given.values()):
-        raise UserError(f"{source}: has ${{...}}: write the values out")
-    given = {key: _NULLS.get(key, _DEFAULTS.get(key)) if value is None else value for key, value in given.items()}
-    values = {**_DEFAULTS, **{key: value for key, value in given.items() if value is not None and key not in ignore}}
-    for key, allowed in _REQUIRED_VALUES.items():
-        if values[key] not in allowed and key not in ignore:
-            default = "" if values[key] is given.get(key) else ", which is the reference code's default: set it"
-            raise UserError(f"{source}: {key}: {values[key]} is not supported here, only {', '.join(allowed)}{default}")
-    schedule = values["lr_scheduler_type"]
-    if schedule not in _SCHEDULES:
-        raise UserError(f"{source}: lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")
-    method = _method(values)
-    values = {key: value for key, value in values.items() if method in _ONLY_FOR.get(key, (method,))}
-    flat = {ours: values[theirs] for theirs, ours in _RENAMED.items() if theirs in values}
-    flat |= {f"loss.{ours}": values[theirs] for theirs, ours in _LOSS_OPTIONS.items() if values.get(theirs) is not None}
-    for option in ("loss.sft_weight", "loss.label_smoothing"):
-        if not flat.get(option):
-            # 0 is how the reference code says that it is not used, whatever the method.
-            flat.pop(option, None)
-    flat |= {
-        "loss.method": method,
-        "data.train": train,
-        "data.validation": validation,
-        "data.max_prompt_length": values.get("max_prompt_length") if max_prompt_length else None,
-        "batch.global_pairs": values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * ranks,
-        "optimizer.schedule": _SCHEDULES[schedule],
-        "optimizer.warmup_ratio": _warmup_ratio(values, source),
-        "precision.dtype": "bf16" if values["bf16"] else "fp32",
-        "train.steps" if values["max_steps"] > 0 else "train.epochs": (
-            values["max_steps"] if values["max_steps"] > 0 else values["num_train_epochs"]
-        ),
-    }
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        section, _, key = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[key] = value
-    return nested
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns the exit status."""
+    args = _parser().parse_args(arguments)
+    return run(lambda: _main(args))
 
 
-def _method(values: Mapping[str, Any]) -> str:
-    if values["pref_loss"] == "simpo":
-        return "simpo"
-    return "tgdpo" if values["stage"] == "tgdpo" else "dpo"
+def _main(args: argparse.Namespace) -> None:
+    check_positive(args, "--ranks", "--gpus-per-node", "--gpu-memory-gib")
+    check_present(args, "--dataset-info")
+    # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
+    # needs.
+    warnings.filterwarnings("ignore")
+    from tgdpo.llamafactory.conversion import import_config
 
-
-def _warmup_ratio(values: Mapping[str, Any], source: str) -> float:
-    """Warm-up as a fraction of all steps. A number of steps takes precedence there, and ``constant`` has no warm-up."""
-    steps, total = values["warmup_steps"], values["max_steps"]
-    if values["lr_scheduler_type"] == "constant":
-        return 0.0
-    if steps == 0:
-        return values["warmup_ratio"]
-    if 0 < steps < 1:
-        return steps
-    if total <= 0:
-        raise UserError(
-            f"{source}: warmup_steps: {steps:g} is a number of steps, of which epochs do not say how many there are: "
-            "give max_steps, or leave it out with --ignore warmup_steps and set optimizer.warmup_ratio"
-        )
-    if steps != int(steps) or not 0 < steps < total:
-        raise UserError(f"{source}: warmup_steps: {steps:g} is not a number of steps below max_steps: {total}")
-    return steps / total
-
-
-def not_carried_over(reference: Mapping[str, Any]) -> list[str]:
-    """Keys of the reference file that have no counterpart and change nothing that is trained."""
-    return sorted(filter(harmless, reference))
-
-
-def _notes(reference: Mapping[str, Any], config: Config, ignore: Sequence[str]) -> list[str]:
-    """What the reader of an imported config should know: lines."""
-    lines = []
-    left = [key for key in not_carried_over(reference) if key not in ignore]
-    if left:
-        lines.append(f"left out, without effect on what is trained: {', '.join(left)}")
-    if ignore:
-        lines.append(f"left out as asked, whatever the effect: {', '.join(ignore)}")
-    if "max_prompt_length" in reference and config.data.max_prompt_length is None:
-        lines.append("max_prompt_length: left out, the authors' code never reads it; --max-prompt-length takes it over")
-    if config.precision.dtype == "fp32":
-        lines.append("precision.dtype is fp32: the reference code trains in fp32 where bf16 is not set")
-    if config.optimizer.schedule == "constant" and not config.optimizer.warmup_ratio:
-        lines.append("lr_scheduler_type: constant has no warm-up in transformers, whatever warmup_ratio says")
-    return lines
-
-
-def main() -> None:
-    """Command line; see the module."""
-    args = _parser().parse_args()
-    try:
-        config, lines = _import(args)
-        if config.data.chat_template is not None:
-            write_atomically(Path(config.data.chat_template), chat_template(str(_read(args.reference)["template"])))
-        write_atomically(args.out, to_yaml(config))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    lines = import_config(args)
     print("\n".join([f"{args.out}: written", *lines]))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tgdpo.import_config", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="tgdpo import-config", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("reference", type=Path)
     parser.add_argument("--ranks", type=int, required=True, help="GPUs of the reference run, and of this one")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default %(default)s")
@@ -245,88 +56,5 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _import(args: argparse.Namespace) -> tuple[Config, list[str]]:
-    """The config, and what to say about it."""
-    source = str(args.reference)
-    for name in ("ranks", "gpus_per_node", "gpu_memory_gib"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be positive")
-    reference = _read(args.reference)
-    strangers = sorted(set(args.ignore) - set(reference) - {"finetuning_type"})
-    if strangers:
-        raise UserError(f"--ignore {strangers[0]}: {source} does not have it")
-    train, validation = args.train, args.validation
-    lines = []
-    if args.dataset_info:
-        train = dataset_file(args.dataset_info, str(reference.get("dataset")))
-        if validation is None and not _absent(reference, "eval_dataset", args.ignore):
-            validation = dataset_file(args.dataset_info, str(reference["eval_dataset"]))
-    elif validation is None and not _absent(reference, "eval_dataset", args.ignore):
-        lines.append(f"eval_dataset: {reference['eval_dataset']}: left out, give --validation")
-    values = convert(
-        reference,
-        args.ranks,
-        train,
-        validation,
-        source=source,
-        ignore=args.ignore,
-        max_prompt_length=args.max_prompt_length,
-    )
-    if not _absent(reference, "template", args.ignore):
-        if (name := str(reference["template"])) not in NAMES:
-            raise UserError(
-                f"{source}: template: {name} is not one of those known here, {', '.join(NAMES)}: give it as Jinja in "
-                "data.chat_template, or take the tokenizer's own, with --ignore template"
-            )
-        values["data"]["chat_template"] = str(Path(f"{args.out}{_BESIDE}").absolute())
-    config = config_from_dict(values, source)
-    layout, line = _layout(config, args)
-    lines.append(line)
-    if layout:
-        values["parallel"] = layout["parallel"]
-        values["train"] |= layout["train"]
-        config = config_from_dict(values, source)
-    return config, [*_notes(reference, config, args.ignore), *lines]
-
-
-def _absent(reference: Mapping[str, Any], key: str, ignore: Sequence[str]) -> bool:
-    return key in ignore or is_null(reference.get(key))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_yaml_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The planner's layout as values of the config, if the models are here, and a line on it."""
-    paths = [Path(path) for path in config.model_paths.values()]
-    missing = [str(path) for path in paths if not any((path / at / "config.json").is_file() for at in ("", "hf"))]
-    if missing:
-        return {}, f"layout: NOT planned, there is no {missing[0]}/config.json here: set parallel (see tgdpo.plan)"
-    from megatron_tgdpo.models.hf_config import read_hf_config
-    from megatron_tgdpo.planning.cluster import Cluster
-    from megatron_tgdpo.planning.layouts import choose_layout
-
-    nodes, rest = divmod(args.ranks, args.gpus_per_node) if args.ranks > args.gpus_per_node else (1, 0)
-    if rest:
-        raise UserError(f"--ranks {args.ranks} are not whole nodes of --gpus-per-node {args.gpus_per_node}")
-    cluster = Cluster(nodes, min(args.ranks, args.gpus_per_node), args.gpu_memory_gib)
-    plan = choose_layout(config, [read_hf_config(path) for path in paths], cluster)
-    layout = plan.layout
-    values = {
-        "parallel": {
-            "tensor": layout.tensor,
-            "pipeline": layout.pipeline,
-            "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
-        },
-        "train": {"recompute": plan.recompute},
-    }
-    gib = plan.memory.total / 2**30
-    return values, f"layout: {layout}, recompute {plan.recompute}, {gib:.1f} GiB on the fullest GPU (planned)"
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

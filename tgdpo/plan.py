@@ -1,25 +1,30 @@
 """Memory, traffic and estimated step time of a run, on paper: for one layout, or ranked over all that are possible.
 
-    python -m tgdpo.plan --model DIR_OR_CONFIG_JSON [--method dpo] [--nodes 4] [--tensor 8 --pipeline 4 ...]
-    python -m tgdpo.plan --model DIR_OR_CONFIG_JSON --schedules [--tensor 8]
+    tgdpo plan --model DIR_OR_CONFIG_JSON [--method dpo] [--nodes 4] [--tensor 8 --pipeline 4 ...]
+    tgdpo plan --model DIR_OR_CONFIG_JSON --schedules [--tensor 8]
 
 Reads only ``config.json``. Reference and guide have the policy's shape unless given. What is computed, and how well it
-is checked: docs/planning.md. ``python -m megatron_tgdpo.train CONFIG --dry-run`` gives the same memory for a config.
+is checked: docs/planning.md. ``tgdpo train CONFIG --dry-run`` gives the same memory for a config.
 """
 
 import argparse
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields
 
-from megatron_tgdpo.config.checks import RECOMPUTE_CHOICES
+from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.planning.cluster import Cluster
+from tgdpo.command_line import check_present, run
+
+_MAY_BE_ZERO = ("reserve_gib", "response_share")
+_LARGEST = 10**9
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tgdpo.plan")
+    parser = argparse.ArgumentParser(prog="tgdpo plan", description=(__doc__ or "").splitlines()[0])
     models = parser.add_argument_group("models (HF directory, or its config.json)")
     models.add_argument("--model", required=True, help="the policy")
     models.add_argument("--reference", help="if its shape differs from the policy's")
@@ -37,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision.dtype; default %(default)s")
     batch.add_argument("--global-pairs", type=int, default=128, help="batch.global_pairs; default %(default)s")
     batch.add_argument("--max-length", type=int, default=2048, help="data.max_length; default %(default)s")
-    batch.add_argument("--row-tokens", type=int, help="batch.tokens_per_micro_batch; default 2 x max-length")
+    batch.add_argument(
+        "--pack-tokens", type=int, dest="seq_length", help="batch.tokens_per_micro_batch; default 2 x max-length"
+    )
+    # The option's name in scripts that were written for 0.1.
+    batch.add_argument("--row-tokens", type=int, dest="seq_length", help=argparse.SUPPRESS)
     batch.add_argument(
         "--pair-tokens", type=int, help="mean tokens of a pair (sft: of prompt and answer); default max-length"
     )
@@ -68,18 +77,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Prints the plan."""
-    arguments = _parser().parse_args()
-    # megatron-core warns of parts that only training needs.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns the exit status."""
+    given = _parser().parse_args(arguments)
+    return run(lambda: _plan(given))
+
+
+def _plan(given: argparse.Namespace) -> None:
+    _check_numbers(given)
+    check_present(given, "--model", "--reference", "--guide")
+    # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
+    # needs.
     warnings.filterwarnings("ignore")
     from megatron_tgdpo.planning.command import plan
 
-    try:
-        print(plan(arguments))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    print(plan(given))
+
+
+def _check_numbers(given: argparse.Namespace) -> None:
+    for name, value in vars(given).items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        option = "--pack-tokens" if name == "seq_length" else f"--{name.replace('_', '-')}"
+        if value < 0 if name in _MAY_BE_ZERO else value <= 0:
+            raise UserError(f"{option} is {value}: it must be positive")
+        if not value <= _LARGEST:
+            raise UserError(f"{option} is {value:g}: it must be at most {_LARGEST:,}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

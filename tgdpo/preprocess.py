@@ -1,6 +1,6 @@
 """Tokenises preference pairs (JSON, JSONL, Parquet, Arrow) into a Megatron-Core dataset for TGDPO and DPO training.
 
-    python -m tgdpo.preprocess --input pairs.jsonl --tokenizer hf_model_dir --output data/pairs
+    tgdpo preprocess --input pairs.jsonl --tokenizer hf_model_dir --output data/pairs
 
 writes ``data/pairs.{bin,idx,source.npy,manifest.json}``; give ``data/pairs`` to training as ``data.train``. The
 layout of the records is detected; docs/data.md describes each, the truncation rules, what is dropped and the manifest.
@@ -8,21 +8,26 @@ layout of the records is detected; docs/data.md describes each, the truncation r
 
 import argparse
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions, json_object
+from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.summary import lost_ends_warning, summary
-from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.hub import MODEL, fetch, hub_name, local_path
+from tgdpo.command_line import (
+    add_columns_argument,
+    add_length_arguments,
+    add_template_arguments,
+    check_present,
+    run,
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; ``None`` means this process's."""
-    parser = argparse.ArgumentParser(prog="python -m tgdpo.preprocess", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="tgdpo preprocess", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--input",
         nargs="+",
@@ -36,40 +41,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--tokenizer", required=True, help="Hugging Face directory, model of the Hub, or SentencePiece .model file"
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
-    parser.add_argument("--chat-template", metavar="FILE", help="Jinja file replacing the tokenizer's own template")
-    parser.add_argument(
-        "--template-kwargs",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="variables for the template, such as '{\"enable_thinking\": false}'",
-    )
-    parser.add_argument(
-        "--columns",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="by a layout's key, the records' own, such as '{\"prompt\": \"question\"}'",
-    )
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        default=PreprocessOptions.max_length,
-        help="most tokens of prompt plus one response (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-prompt-length",
-        type=int,
-        default=PreprocessOptions.max_prompt_length,
-        help="most tokens of the prompt (default: no limit)",
-    )
-    parser.add_argument(
-        "--overlong-prompt",
-        choices=OVERLONG_PROMPT_RULES,
-        default=PreprocessOptions.overlong_prompt,
-        help="a prompt above --max-prompt-length keeps its last tokens, is dropped, or stops the run "
-        "(default: %(default)s)",
-    )
+    add_template_arguments(parser)
+    add_columns_argument(parser)
+    add_length_arguments(parser)
     parser.add_argument(
         "--workers", type=int, default=_usable_cores(), help="processes (default: this machine's cores, %(default)s)"
     )
@@ -84,27 +58,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status."""
     given = parse_arguments(arguments)
-    # As for Ctrl-C: what was half written is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        manifest = _run(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: no dataset was written", file=sys.stderr)
-        return 130
-    print(summary(given.output, manifest))
-    if (warning := lost_ends_warning(given.output, manifest, manifest["responses"])) is not None:
-        print(f"warning: {warning}", file=sys.stderr)
-    return 0
+    return run(lambda: _run(given), interrupted="no dataset was written")
 
 
-def _run(given: argparse.Namespace) -> dict[str, Any]:
-    name = hub_name(given.tokenizer)
-    tokenizer = given.tokenizer if name is None else str(local_path(str(fetch(name, MODEL, weights=False))))
+def _run(given: argparse.Namespace) -> None:
     options = PreprocessOptions(
-        tokenizer=tokenizer,
+        tokenizer=given.tokenizer,
         chat_template=given.chat_template,
         template_kwargs=given.template_kwargs,
         columns=given.columns,
@@ -115,6 +74,10 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         strict=given.strict,
         chosen_only=given.chosen_only,
     )
+    check_present(given, "--chat-template")
+    name = hub_name(given.tokenizer)
+    if name is not None:
+        options = replace(options, tokenizer=str(local_path(str(fetch(name, MODEL, weights=False)))))
     with warnings.catch_warnings():
         # megatron-core warns of missing GPU libraries, which tokenising does not use.
         warnings.simplefilter("ignore")
@@ -122,7 +85,10 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         from megatron_tgdpo.data.preprocess import preprocess
         from megatron_tgdpo.data.sources import Source
     sources = [Source(path, given.split, given.subset) for path in given.input]
-    return preprocess(sources, given.output, options, overwrite=given.overwrite)
+    manifest = preprocess(sources, given.output, options, overwrite=given.overwrite)
+    print(summary(given.output, manifest))
+    if (warning := lost_ends_warning(given.output, manifest, manifest["responses"])) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _usable_cores() -> int:

@@ -1,7 +1,7 @@
 """One HTML page that shows what a guide rewards, token by token, on the pairs of a run's config.
 
-    python -m tgdpo.report CONFIG.yaml --out report.html [--cache DIR] [section.key=value ...]
-    python -m tgdpo.report CONFIG.yaml --out report.html [--reference DIR --guide DIR] [--policy DIR]
+    tgdpo report CONFIG.yaml --out report.html [--cache DIR] [section.key=value ...]
+    tgdpo report CONFIG.yaml --out report.html [--reference DIR --guide DIR] [--policy DIR]
 
 Log-probs come from a guidance cache (``--cache`` is ``guidance.cache``; a config with ``guidance.mode: cached`` needs
 neither), or from Hugging Face directories run by transformers (the config's own where none are given). alpha, beta,
@@ -18,23 +18,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tgdpo.config.loading import load_config
-from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
+from tgdpo.command_line import check_present, run
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from megatron_tgdpo.config.schema import Config
     from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tgdpo.report", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="tgdpo report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
-    parser.add_argument("--cache", type=Path, help="what tgdpo.guidance wrote")
+    parser.add_argument("--cache", type=Path, help="what tgdpo guidance wrote")
     parser.add_argument("--reference", help="HF directory; default: the config's reference")
     parser.add_argument("--guide", help="HF directory; default: model.guide")
     parser.add_argument("--policy", help="HF directory whose log-ratios are added")
@@ -52,31 +52,34 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status."""
     given = parse_arguments(arguments)
-    # megatron-core warns of parts that only training needs.
+    return run(lambda: _main(given))
+
+
+def _main(given: argparse.Namespace) -> None:
+    _check_writable(given.out)
+    check_present(given, "--cache")
+    # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
+    # needs.
     warnings.filterwarnings("ignore")
-    try:
-        cache = [f"guidance.cache={given.cache}"] if given.cache else []
-        config = load_config(given.config, [*given.overrides, *cache])
-        if config.loss.method != "tgdpo":
-            raise UserError(
-                f"{given.config}: loss.method {config.loss.method} has no token weights: give a TGDPO run's config, or "
-                "set loss.method=tgdpo model.guide=DIR"
-            )
-        _check_writable(given.out)
-        print(_report(given, config))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    from megatron_tgdpo.config.loading import load_config
+
+    cache = [f"guidance.cache={given.cache}"] if given.cache else []
+    config = load_config(given.config, [*given.overrides, *cache])
+    if config.loss.method != "tgdpo":
+        raise UserError(
+            f"{given.config}: loss.method {config.loss.method} has no token weights: give a TGDPO run's config, or "
+            "set loss.method=tgdpo model.guide=DIR"
+        )
+    print(_report(given, config))
 
 
 def _report(given: argparse.Namespace, config: Config) -> str:
-    # Here, not above: these imports take seconds, a wrong key should not.
+    # Here, not above: these imports take seconds, a wrong key of the config should not.
     from megatron_tgdpo.data.tokenizers import load_tokenizer
     from megatron_tgdpo.setup.datasets import preprocess_options
     from megatron_tgdpo.setup.hub_inputs import pin_here
     from megatron_tgdpo.storage.atomic_file import write_atomically
-    from tgdpo.reporting.build import chance_warning, report_figures, report_pairs, summary
+    from tgdpo.reporting.build import chance_warning, report_metrics, report_pairs, summary
     from tgdpo.reporting.render import render_page
     from tgdpo.reporting.sources import check_finite, choose_pairs, open_split
 
@@ -85,18 +88,18 @@ def _report(given: argparse.Namespace, config: Config) -> str:
     pairs = choose_pairs(dataset, given.pairs)
     logps, models = _logps(given, config, dataset, pairs)
     check_finite(logps, pairs)
-    figures = report_figures(pairs, logps)
-    warning = chance_warning(figures)
+    metrics = report_metrics(pairs, logps)
+    warning = chance_warning(metrics)
     options = preprocess_options(config)
     tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.template_kwargs)
     shown = report_pairs(dataset, pairs, logps, tokenizer)
     facts = {**models, "data": dataset.prefix, "pairs": f"{len(pairs):,} of {len(dataset):,}"}
     alpha, beta = config.loss.options["alpha"], config.loss.options["beta"]
-    page = render_page(shown, figures, alpha=alpha, beta=beta, facts=facts, warning=warning)
+    page = render_page(shown, metrics, alpha=alpha, beta=beta, facts=facts, warning=warning)
     write_atomically(given.out, page)
     if warning:
         print(f"WARNING: {warning}", file=sys.stderr)
-    return f"{summary(figures, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
+    return f"{summary(metrics, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
 
 
 def _logps(
@@ -107,7 +110,7 @@ def _logps(
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_tgdpo.setup.model_inputs import compare_with_data
-    from megatron_tgdpo.setup.models import DTYPES
+    from megatron_tgdpo.storage.dtypes import DTYPES
     from tgdpo.reporting.sources import cached_logps, model_logps, open_cache
 
     disable_progress_bar()

@@ -1,28 +1,24 @@
 """Trains every combination of some alphas and betas, one after another, and prints a table.
 
-    python -m tgdpo.sweep CONFIG.yaml --alpha 0 0.5 1 --beta 0.1 0.2 --out DIR [--ranks N] [section.key=value ...]
+    tgdpo sweep CONFIG.yaml --alpha 0 0.5 1 --beta 0.1 0.2 --out DIR [--ranks N] [section.key=value ...]
 
 With ``guidance.mode: cached`` all runs read one cache, which depends on neither. Each run writes to
 ``DIR/alphaA-betaB``; one that is done is not made again, one that was interrupted continues. The first that fails ends
 the sweep. Ctrl-C, TERM or USR1 has the one that runs save, and ends the sweep. ``DIR/results.json`` has the table's
-figures.
+metrics.
 """
 
 import argparse
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_tgdpo.config.loading import load_config
-from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.output.directory import is_done
-from megatron_tgdpo.setup.hub_inputs import as_recorded
-from megatron_tgdpo.storage.atomic_file import write_atomically
 from tgdpo.child_processes import Commands
+from tgdpo.command_line import positive
+from tgdpo.generation.tables import align
 
 COLUMNS = (
     "train/loss", "rewards/margins", "eval/loss", "eval/rewards/accuracies", "eval/rewards/margins",
@@ -40,65 +36,72 @@ def combinations(alphas: Sequence[float], betas: Sequence[float], out: Path) -> 
     }  # fmt: skip
 
 
-def last_figures(config: Config) -> dict[str, float]:
+def last_metrics(output_dir: Path) -> dict[str, float]:
     """What the last step of a finished run logged."""
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(lines[-1])
 
 
-def format_table(results: dict[str, dict[str, float]]) -> str:
-    """One line a run, columns aligned; a figure that was not logged is a dash."""
-    names = [name for name in COLUMNS if any(name in figures for figures in results.values())]
+def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """One line a run, columns aligned; a metric that was not logged is a dash."""
+    names = [name for name in COLUMNS if any(name in metrics for metrics in results.values())]
     rows = [["run", *names]]
-    for run, figures in results.items():
-        rows.append([run, *(f"{figures[name]:.4f}" if name in figures else "-" for name in names)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
+    for run, metrics in results.items():
+        rows.append([run, *(f"{metrics[name]:.4f}" if name in metrics else "-" for name in names)])
+    return align(rows)
 
 
 def _command(config_file: str, overrides: list[str], ranks: int) -> list[str]:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, "-m", "megatron_tgdpo.train", config_file, *overrides]
+    return [*launcher, "-m", "tgdpo", "train", config_file, *overrides]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module. Exit status: 0, that of the run that failed, or 75 where it was asked to stop."""
     parser = argparse.ArgumentParser(
-        prog="python -m tgdpo.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tgdpo sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="YAML file of one of the trainings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all runs")
     parser.add_argument("--alpha", type=float, nargs="+", required=True, help="values of loss.alpha")
     parser.add_argument("--beta", type=float, nargs="+", required=True, help="values of loss.beta")
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
-    parser.add_argument("--ranks", type=int, default=1, help="processes on this machine; default %(default)s")
+    parser.add_argument("--ranks", type=positive, default=1, help="processes on this machine; default %(default)s")
     args = parser.parse_intermixed_args(arguments)
-    runs = combinations(args.alpha, args.beta, args.out.resolve())
     try:
-        # All of them before the first is trained: a value out of range should not wait for its turn.
-        configs = {name: load_config(args.config, [*args.overrides, *own]) for name, own in runs.items()}
-        results: dict[str, Any] = {}
-        with Commands() as commands:
-            for number, (name, own) in enumerate(runs.items(), start=1):
-                if not is_done(as_recorded(configs[name])):
-                    print(f"=== {number}/{len(runs)} {name}", flush=True)
-                    command = _command(args.config, [*args.overrides, *own], args.ranks)
-                    status = commands.run(command, launches_ranks=args.ranks > 1)
-                    if commands.asked and status:
-                        print("asked to stop; start the same command again to continue", file=sys.stderr)
-                    if status:
-                        sys.exit(status)
-                results[name] = last_figures(configs[name])
-        write_atomically(args.out / "results.json", json.dumps(results, indent=2) + "\n")
+        print(format_table(_sweep(args)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    print(format_table(results))
+
+
+def _sweep(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Makes the runs that are missing; the last metrics of each."""
+    # Only now: these imports take seconds, a wrong option should not.
+    from megatron_tgdpo.config.loading import load_config
+    from megatron_tgdpo.output.directory import is_done
+    from megatron_tgdpo.setup.hub_inputs import as_recorded
+    from megatron_tgdpo.storage.atomic_file import write_atomically
+
+    runs = combinations(args.alpha, args.beta, args.out.resolve())
+    # All of them before the first is trained: a value out of range should not wait for its turn.
+    configs = {name: load_config(args.config, [*args.overrides, *own]) for name, own in runs.items()}
+    results = {}
+    with Commands() as commands:
+        for number, (name, own) in enumerate(runs.items(), start=1):
+            if not is_done(as_recorded(configs[name])):
+                print(f"=== {number}/{len(runs)} {name}", flush=True)
+                command = _command(args.config, [*args.overrides, *own], args.ranks)
+                status = commands.run(command, launches_ranks=args.ranks > 1)
+                if commands.asked and status:
+                    print("asked to stop; start the same command again to continue", file=sys.stderr)
+                if status:
+                    sys.exit(status)
+            results[name] = last_metrics(Path(configs[name].output_dir))
+    write_atomically(args.out / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ The files are those of ``megatron.core.dist_checkpointing``; two things differ f
   ``torch.load(weights_only=False)``, either of which runs code that a prepared file holds. Here the metadata goes
   through an unpickler that knows only the classes of the format, and everything else through ``weights_only=True``.
 
-Nothing here imports megatron-core; its own load and save are joined to this in ``checkpoints/strategies.py``.
+Nothing here imports megatron-core; its own load and save are joined to this in ``checkpoints/sharded.py``.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_tgdpo.checkpoints.directory import COMMON_FILE, TENSORS_FILE, TENSORS_SUFFIX
+from megatron_tgdpo.checkpoints.manifest import COMMON_FILE, TENSORS_FILE, TENSORS_SUFFIX
 from megatron_tgdpo.storage.files import FileDigest
 
 # What DCP's ``.metadata`` is made of. Of torch only named classes and dtypes; no function but the layout getter.

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.checkpoints.dcp_io import SafeReader
-from megatron_tgdpo.checkpoints.directory import (
+from megatron_tgdpo.checkpoints.manifest import (
     COMMON_FILE,
     TENSORS_FILE,
     TENSORS_SUFFIX,
@@ -30,7 +30,7 @@ from megatron_tgdpo.checkpoints.directory import (
     read_manifest,
 )
 from megatron_tgdpo.errors import AgreedError, AgreedStorageError, DamageError, UserError
-from megatron_tgdpo.storage.atomic_directory import is_of_storage, one_line
+from megatron_tgdpo.storage.atomic_directory import describe, is_of_storage
 from megatron_tgdpo.storage.files import FilePart, read_error
 
 
@@ -134,7 +134,7 @@ def _items(path: Path) -> Iterator[Callable[[], object]]:
     except (OSError, MemoryError) as error:
         raise read_error(file, error) from error
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
-        raise DamageError(f"{file}: {one_line(error)}") from error
+        raise DamageError(f"{file}: {describe(error)}") from error
     for index, stored in stored_items:
         yield partial(_check_archive, path / stored.relative_path, index.fqn, stored.offset, stored.length)
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_tgdpo.checkpoints.dcp_io import SafeReader
-from megatron_tgdpo.checkpoints.directory import check_files
+from megatron_tgdpo.checkpoints.manifest import check_files
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.atomic_directory import load_error
 from megatron_tgdpo.storage.files import FilePart, FileReader
@@ -34,7 +34,6 @@ class CheckpointReader:
 
     Args:
         path: The checkpoint.
-        files: Reads its files; by default through the page cache.
 
     Attributes:
         path: As given.
@@ -45,10 +44,10 @@ class CheckpointReader:
         StorageError: It cannot be read.
     """
 
-    def __init__(self, path: Path, files: FileReader | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         check_files(path)
         self.path = path
-        self._files = files or FileReader(path)
+        self._files = FileReader(path)
         self._places: dict[MetadataIndex, tuple[str, int]] = {}
         with self._errors():
             metadata = SafeReader(path).read_metadata()

@@ -52,7 +52,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "loss.beta", "loss.alpha", "loss.label_smoothing", "loss.sft_weight", "loss.gamma",
         "batch.global_pairs",
         "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay",
-        "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio",
+        "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio", "optimizer.warmup_steps",
         "precision.fp8", "precision.fp8_format", "precision.fp8_amax_history", "precision.fp8_amax_algorithm",
         "precision.fp8_params", "precision.first_last_layers_bf16", "precision.frozen",
         "train.steps", "train.epochs",

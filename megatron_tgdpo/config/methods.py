@@ -1,31 +1,55 @@
-"""What each training method needs: its options and their defaults, its frozen models, and which metrics it has."""
+"""The training methods, a row each: the loss, its options and their defaults, the frozen models that it uses."""
 
-from dataclasses import dataclass
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_tgdpo.loss.preference import LossFunction
 
 
 @dataclass(frozen=True)
 class Method:
-    """One value of ``loss.method``; its loss is the function of that name in ``loss/preference.py``.
+    """One value of ``loss.method``.
 
     Attributes:
+        loss: ``module:name`` of its :data:`~megatron_tgdpo.loss.preference.LossFunction`; a name, so that configs are
+            read without torch.
         options: Keys of the ``loss`` section that it uses, with their defaults.
-        frozen: Roles of the frozen models whose log-probs it uses.
-        without: Beginnings of the names of metrics that mean nothing for it.
+        frozen: Roles of the frozen models whose log-probs it uses: ``reference``, or ``reference`` and ``guide``.
         chosen_only: Rejected responses have no part in it.
     """
 
-    options: dict[str, float]
-    frozen: tuple[str, ...]
-    without: tuple[str, ...]
+    loss: str
+    options: Mapping[str, float] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
     chosen_only: bool = False
 
+    @property
+    def loss_function(self) -> "LossFunction":
+        function: LossFunction = pkgutil.resolve_name(self.loss)
+        return function
 
-_REFERENCE = "logps/reference_"
-_GUIDE = "guidance/"
+    @property
+    def without(self) -> tuple[str, ...]:
+        """Beginnings of the names of metrics that mean nothing for it."""
+        absent = [metrics for role, metrics in _METRICS_OF.items() if role not in self.frozen]
+        return (*absent, *(_METRICS_OF_REJECTED if self.chosen_only else ()))
 
-METHODS = {
-    "tgdpo": Method({"beta": 0.1, "alpha": 0.5}, ("reference", "guide"), ()),
-    "dpo": Method({"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0}, ("reference",), (_GUIDE,)),
-    "simpo": Method({"beta": 2.0, "gamma": 1.0}, (), (_GUIDE, _REFERENCE)),
-    "sft": Method({}, (), (_GUIDE, _REFERENCE, "rewards/", "margins/", "logps/rejected"), chosen_only=True),
+
+_METRICS_OF = {"guide": "guidance/", "reference": "logps/reference_"}
+_METRICS_OF_REJECTED = ("rewards/", "margins/", "logps/rejected")
+
+METHODS: dict[str, Method] = {
+    "tgdpo": Method(
+        "megatron_tgdpo.loss.preference:tgdpo_loss", {"beta": 0.1, "alpha": 0.5}, frozen=("reference", "guide")
+    ),
+    "dpo": Method(
+        "megatron_tgdpo.loss.preference:dpo_loss",
+        {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0},
+        frozen=("reference",),
+    ),
+    "simpo": Method("megatron_tgdpo.loss.preference:simpo_loss", {"beta": 2.0, "gamma": 1.0}),
+    "sft": Method("megatron_tgdpo.loss.preference:sft_loss", chosen_only=True),
 }

@@ -146,8 +146,8 @@ ELSEWHERE = {
     "lr_decay_style": "optimizer.schedule",
     "scheduler": "optimizer.schedule",
     "lr_warmup_fraction": "optimizer.warmup_ratio",
-    "warmup_steps": "optimizer.warmup_ratio, a fraction of all steps",
-    "lr_warmup_iters": "optimizer.warmup_ratio, a fraction of all steps",
+    "warmup_steps": "optimizer.warmup_steps",
+    "lr_warmup_iters": "optimizer.warmup_steps",
     "min_lr": "none: schedules end at zero",
     "optim": "none: it is always Adam with decoupled weight decay",
     # precision

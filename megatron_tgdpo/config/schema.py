@@ -1,7 +1,8 @@
 """The run's configuration: typed sections, one YAML file, ``section.key=value`` overrides, nothing unknown accepted.
 
-A default lives here and nowhere else. Fields without a default are required. Every ``batch`` figure counts pairs
-(1 chosen + 1 rejected) unless it says tokens.
+A default lives here and nowhere else, and with it what the value must be; rules.py has what values must be together.
+Fields without a default are required. Every ``batch`` figure counts pairs (1 chosen and 1 rejected) unless it says
+tokens.
 """
 
 import math
@@ -10,6 +11,15 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_tgdpo.config.constraints import (
+    FP8_RECIPES,
+    RECOMPUTE_CHOICES,
+    at_least,
+    fraction,
+    one_of,
+    positive,
+    share,
+)
 from megatron_tgdpo.config.methods import METHODS, Method
 from megatron_tgdpo.data.sources import Source, read_sets, read_sources
 from megatron_tgdpo.storage.hub import local_path
@@ -24,7 +34,8 @@ class ModelConfig:
     policy: str = MISSING  # what the policy starts from
     reference: str | None = None  # null: same as policy
     guide: str | None = None  # required by method tgdpo
-    layer_spec: str = "auto"  # auto | local | transformer_engine; auto: Transformer Engine where usable on CUDA
+    # auto: Transformer Engine where usable on CUDA
+    layer_spec: str = one_of(("auto", "local", "transformer_engine"), "auto")
 
 
 @dataclass(frozen=True)
@@ -35,26 +46,29 @@ class DataConfig:
     # The same for evaluation, or several sets by name; null: no evaluation.
     validation: Any = field(default=None, metadata={"type": _SOURCES | None})
     shuffle: bool = True  # new order every epoch from train.seed; false: file order
-    max_length: int = 2048  # tokens of prompt plus response, per sequence
-    max_prompt_length: int | None = None  # tokens of the prompt; null: no limit of its own
-    overlong_prompt: str = "truncate"  # a prompt past max_prompt_length: truncate | drop | error
+    max_length: int = positive(2048, at_most=1 << 29)  # tokens of prompt plus response, per sequence (packs: int32)
+    max_prompt_length: int | None = positive(None)  # tokens of the prompt; null: no limit of its own
+    overlong_prompt: str = one_of(("truncate", "drop", "error"), "truncate")  # a prompt past max_prompt_length
     tokenizer: str | None = None  # HF directory, model of the Hub, or SentencePiece .model; null: the policy's
     chat_template: str | None = None  # Jinja file; null: the tokenizer's own
     template_kwargs: dict[str, Any] | None = None  # variables for the chat template, as enable_thinking: false
     columns: dict[str, str] | None = None  # by a layout's key, the records' own: {prompt: question}
-    workers: int = 4  # processes that tokenise when train or validation is a raw file
+    workers: int = positive(4, at_most=1 << 12)  # processes that tokenise when train or validation is a raw file
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """An option that the method does not use must be null; one that it uses has the default in config/methods.py."""
 
-    method: str = "tgdpo"  # tgdpo | dpo | simpo | sft
-    beta: float | None = None  # tgdpo, dpo: strength of the KL constraint, per nat; simpo: scale of the rewards
-    alpha: float | None = None  # tgdpo: strength of the token-level guidance; 0 is DPO
-    label_smoothing: float | None = None  # dpo: probability that a pair's label is wrong
-    sft_weight: float | None = None  # dpo: weight of the mean NLL of chosen tokens (the reference code's pref_ftx)
-    gamma: float | None = None  # simpo: margin by which chosen rewards should exceed rejected ones, in nats
+    method: str = one_of(METHODS, "tgdpo")
+    # tgdpo, dpo: strength of the KL constraint, per nat; simpo: scale of the rewards
+    beta: float | None = positive(None)
+    alpha: float | None = at_least(0, None)  # tgdpo: strength of the token-level guidance; 0 is DPO
+    label_smoothing: float | None = fraction(None, below=0.5)  # dpo: probability that a pair's label is wrong
+    # dpo: weight of the mean NLL of chosen tokens (the reference code's pref_ftx)
+    sft_weight: float | None = at_least(0, None)
+    # simpo: margin by which chosen rewards should exceed rejected ones, in nats
+    gamma: float | None = at_least(0, None)
 
     @property
     def options(self) -> dict[str, float]:
@@ -64,7 +78,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    mode: str = "colocated"  # colocated: reference and guide ride in the policy's pipeline | cached: read from cache
+    # colocated: reference and guide run in the policy's pipeline | cached: they are read from cache
+    mode: str = one_of(("colocated", "cached"), "colocated")
     cache: str | None = None  # directory that tgdpo.guidance writes and mode cached reads
     verify: bool = True  # compare the cache's checksums before training from it
     prefetch: bool = False  # experimental: run the next step's frozen forwards in the pipeline bubbles of this one
@@ -72,44 +87,49 @@ class GuidanceConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    tensor: int = 1  # ranks that share each layer
-    pipeline: int = 1  # stages of consecutive layers
-    context: int = 1  # ranks that share each sequence
-    virtual_pipeline: int | None = None  # chunks of layers per stage, for the interleaved schedule; null: no chunks
+    tensor: int = positive(1)  # ranks that share each layer
+    pipeline: int = positive(1)  # stages of consecutive layers
+    context: int = positive(1)  # ranks that share each sequence
+    # chunks of layers per stage, for the interleaved schedule; null: no chunks
+    virtual_pipeline: int | None = positive(None)
     sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor ranks
-    device: str = "auto"  # auto | cuda | cpu; auto takes the CPU only on a machine without an NVIDIA device
-    timeout_minutes: float = 30.0  # a collective that takes longer ends the run, as does a rank silent for 3/4 of it
+    # auto takes the CPU only on a machine without an NVIDIA device
+    device: str = one_of(("auto", "cuda", "cpu"), "auto")
+    # a collective that takes longer ends the run, as does a rank silent for 3/4 of it
+    timeout_minutes: float = positive(30.0, at_most=525_600)
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    global_pairs: int = MISSING  # pairs per optimizer step, over all ranks
-    tokens_per_micro_batch: int | None = None  # tokens of one pack; null: 2 x data.max_length, which holds any pair
+    global_pairs: int = positive(MISSING)  # pairs per optimizer step, over all ranks
+    # tokens of one pack; null: 2 x data.max_length, which holds any pair
+    tokens_per_micro_batch: int | None = positive(None)
     shared_prompts: bool | None = None  # compute a pair's prompt once for both responses; null: where that is possible
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    lr: float = MISSING  # peak learning rate
-    beta1: float = 0.9  # Adam first moment decay
-    beta2: float = 0.999  # Adam second moment decay
-    eps: float = 1e-8  # Adam denominator term
-    weight_decay: float = 0.0  # decoupled; never on norms and biases
-    clip_grad: float = 1.0  # maximum global gradient norm; 0: no clipping
-    schedule: str = "cosine"  # constant | linear | cosine, to zero at the last step
-    warmup_ratio: float = 0.1  # fraction of all steps that warm up linearly from 0
+    lr: float = at_least(0, MISSING)  # peak learning rate
+    beta1: float = fraction(0.9)  # Adam first moment decay
+    beta2: float = fraction(0.999)  # Adam second moment decay
+    eps: float = at_least(1.2e-38, 1e-8)  # Adam denominator term; less is zero in fp32
+    weight_decay: float = at_least(0, 0.0)  # decoupled; never on norms and biases
+    clip_grad: float = at_least(0, 1.0)  # maximum global gradient norm; 0: no clipping
+    schedule: str = one_of(("constant", "linear", "cosine"), "cosine")  # linear and cosine: to zero at the last step
+    warmup_ratio: float = fraction(0.1)  # fraction of all steps that warm up linearly from 0
+    warmup_steps: int | None = at_least(0, None)  # how many steps do, whatever warmup_ratio says; null: that fraction
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    dtype: str = "bf16"  # bf16 | fp32, of weights and activations; gradients and optimizer state are fp32
-    fp8: str = "none"  # none | delayed | tensorwise | blockwise | mxfp8: how the layers' products are scaled to FP8
-    fp8_format: str = "hybrid"  # hybrid (E4M3 forward, E5M2 backward) | e4m3
-    fp8_amax_history: int = 1024  # products that delayed scaling looks back on
-    fp8_amax_algorithm: str = "max"  # max | most_recent, over that history
+    dtype: str = one_of(("bf16", "fp32"), "bf16")  # of weights and activations; gradients and optimizer state are fp32
+    fp8: str = one_of(FP8_RECIPES, "none")  # how the layers' products are scaled to FP8
+    fp8_format: str = one_of(("hybrid", "e4m3"), "hybrid")  # hybrid: E4M3 forward, E5M2 backward
+    fp8_amax_history: int = positive(1024, at_most=1 << 20)  # products that delayed scaling looks back on
+    fp8_amax_algorithm: str = one_of(("max", "most_recent"), "max")  # over that history
     fp8_params: bool = False  # the policy's layer weights are held, and gathered over data ranks, in FP8
     first_last_layers_bf16: bool = False  # the first and the last layer of every model stay in bf16
-    frozen: str = "same"  # same (as the policy) | bf16 | fp8, of reference and guide
+    frozen: str = one_of(("same", "bf16", "fp8"), "same")  # of reference and guide; same: as the policy
 
 
 @dataclass(frozen=True)
@@ -121,49 +141,55 @@ class OverlapConfig:
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    optimizer: float = 0.0  # part of the optimizer's state, and of its update, that lives on the CPU
+    optimizer: float = share(0.0)  # part of the optimizer's state, and of its update, that lives on the CPU
     frozen: bool = False  # layers of reference and guide stay in pinned host memory between uses
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int | None = None  # optimizer steps; exactly one of steps and epochs is set
-    epochs: float | None = None  # passes over data.train
-    seed: int = 0  # of the data order and all random numbers
-    exit_step: int | None = None  # stop after this step with a checkpoint; the schedule still spans the whole run
-    resume: str = "same"  # same: a run goes on only as it was | changed: also with other values and inputs, logged
+    steps: int | None = positive(None)  # optimizer steps; exactly one of steps and epochs is set
+    epochs: float | None = positive(None)  # passes over data.train
+    # of the data order and all random numbers; there is room to add a rank
+    seed: int = at_least(0, 0, at_most=(1 << 63) - (1 << 20))
+    # stop after this step with a checkpoint; the schedule still spans the whole run
+    exit_step: int | None = positive(None)
+    # same: a run goes on only as it was | changed: also with other values and inputs, logged
+    resume: str = one_of(("same", "changed"), "same")
     branch_from: str | None = None  # training checkpoint with whose weights, optimizer and step a new run begins
     rehash: bool = False  # read models and data again to tell whether they changed; false: if size, times or inode did
-    fused: str = "auto"  # auto (fused Adam, weight gradients and activations where importable) | off
-    keep_logits_mib: int = 1024  # MiB for logits of the policy that backward need not compute again
-    recompute: str = "none"  # none | selective | full: policy activations computed again in backward, to save memory
+    # auto (fused Adam, weight gradients and activations where importable) | off
+    fused: str = one_of(("auto", "off"), "auto")
+    keep_logits_mib: int = at_least(0, 1024)  # MiB for logits of the policy that backward need not compute again
+    recompute: str = one_of(RECOMPUTE_CHOICES, "none")  # policy activations computed again in backward, to save memory
     check_start: bool = True  # stop unless the loss of a fresh run is ln 2 for every pair of the first step
     # (turn off for a policy that deliberately differs from the reference)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every_steps: int | None = None  # evaluate on data.validation every so many steps and at the end; null: at the end
+    # evaluate on data.validation every so many steps and at the end; null: at the end
+    every_steps: int | None = positive(None)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int | None = None  # save every so many steps and at the end; null: 10 times, at least every 30 minutes
-    keep: int = 2  # newest checkpoints to keep; 0: all
+    # save every so many steps and at the end; null: 10 times, at least every 30 minutes
+    every_steps: int | None = positive(None)
+    keep: int = at_least(0, 2)  # newest checkpoints to keep; 0: all
     background: bool = True  # training goes on while a checkpoint is written; false: it waits
     verify: bool = True  # compare a checkpoint's checksums before continuing from it or loading a model from it
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    every_steps: int = 1  # progress line every so many steps; metrics.jsonl and TensorBoard get every step
+    every_steps: int = positive(1)  # progress line every so many steps; metrics.jsonl and TensorBoard get every step
     wandb: bool = False  # log to Weights & Biases too
 
 
 @dataclass(frozen=True)
 class PreflightConfig:
     enabled: bool = True  # check machines, storage and network before the models are loaded
-    slow_group_ratio: float = 0.5  # warn of process groups slower than this part of the median of their kind
+    slow_group_ratio: float = fraction(0.5)  # warn of process groups slower than this part of the median of their kind
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jinja2
 
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.sandbox import compile_template, run_template, split_marks
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.storage.files import read_error
 
 # For a raw SentencePiece model, which carries no template: the reference code's template named "default".
@@ -71,7 +71,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}:{error.lineno}: the chat template does not compile: {error.message}") from error
         except Exception as error:  # too deep for the parser, too large for Python's compiler, ...
-            raise UserError(f"{name}: the chat template does not compile: {_one_line(error)}") from error
+            raise UserError(f"{name}: the chat template does not compile: {_reason(error)}") from error
 
     def render(
         self,
@@ -111,7 +111,7 @@ class ChatTemplate:
         try:
             return split_marks(run_template(self._template, values))
         except Exception as error:  # what a template does may raise anything
-            reason = _one_line(error)
+            reason = _reason(error)
             raise UserError(f"{place}: the chat template of {self.name} refuses this record: {reason}") from error
 
     def _turn(self, message: Message) -> dict[str, Any]:
@@ -212,6 +212,5 @@ def read_template(path: str) -> str:
         raise UserError(f"cannot read the chat template {path}: {error}") from error
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, jinja2.TemplateError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+def _reason(error: BaseException) -> str:
+    return one_line(error, named=not isinstance(error, jinja2.TemplateError))

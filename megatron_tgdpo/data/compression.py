@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.storage.files import read_error
 
 _BUFFER_BYTES = 1 << 20
@@ -83,8 +83,7 @@ class _Content(io.RawIOBase):
             if isinstance(error, OSError) and error.errno is not None:
                 raise read_error(self._path, error) from error
             raise UserError(
-                f"{self._path}: cannot be decompressed ({self._compression}): {' '.join(str(error).split())}; "
-                "is the file truncated?"
+                f"{self._path}: cannot be decompressed ({self._compression}): {one_line(error)}; is the file truncated?"
             ) from error
         buffer[: len(block)] = block
         return len(block)

@@ -16,6 +16,7 @@ from megatron_tgdpo.data.manifest import (
     DATA_SUFFIXES,
     FORMAT_VERSION,
     MANIFEST_SUFFIX,
+    READING_VERSION,
     content_fingerprint,
     digest_file,
     read_manifest,
@@ -288,6 +289,12 @@ def _check_match(dataset: PreferenceDataset, options: PreprocessOptions, tokeniz
         raise UserError(
             f"{dataset.prefix} was made by dropping pairs ({_counts(dropped)}) and strict is on: mend the source"
         )
+    if dataset.manifest.get("reading_version", 1) != READING_VERSION:
+        logger.warning(
+            "%s was made by another version, which reads some records otherwise: preprocess again, unless docs/data.md "
+            "says that it may stay",
+            dataset.prefix,
+        )
 
 
 def _same_ids(made_with: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
@@ -323,6 +330,7 @@ def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progre
     tokenizer = _tokenizer(options)
     key = {
         "format_version": FORMAT_VERSION,
+        "reading_version": READING_VERSION,
         # Names are part of it, because errors quote them from the manifest.
         "sources": [(source.path, source.size, source.sha256) for source in sources],
         "tokenizer": [tokenizer.fingerprint, tokenizer.template_fingerprint],

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_tgdpo.data import scored_layouts
@@ -32,13 +32,30 @@ _ABOUT = re.compile(
     r"(\w*[-_ ])?(score|scores|rating|ratings|rank|reward|rewards|model|policy|source|id|idx|index|tokens|length|"
     r"logps?|logprobs?|rationale|reason|critique|type|category)(s)?"
 )
-LAYOUTS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
-    **SINGLE,
-    **SIDED,
-    "swift": parse_swift,
-    "scored": scored_layouts.parse_scored,
-    "ranked": scored_layouts.parse_ranked,
-    "preference": scored_layouts.parse_preference,
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A shape of records.
+
+    Attributes:
+        parse: Turns a record, and how errors name it, into a pair or a single answer.
+        matches: Whether a record has this shape and can have no other. None for those here, which share keys and are
+            told apart together, by `detect_layout`.
+        keys: What it reads, beside `KEYS`.
+    """
+
+    parse: Callable[[Mapping[str, Any], str], Example]
+    matches: Callable[[Mapping[str, Any]], bool] | None = None
+    keys: tuple[str, ...] = ()
+
+
+LAYOUTS: dict[str, Layout] = {
+    **{name: Layout(parse) for name, parse in (SINGLE | SIDED).items()},
+    "swift": Layout(parse_swift),
+    "scored": Layout(scored_layouts.parse_scored),
+    "ranked": Layout(scored_layouts.parse_ranked),
+    "preference": Layout(scored_layouts.parse_preference),
 }
 
 
@@ -79,6 +96,9 @@ def detect_layout(record: Any, place: str, *, chosen_only: bool = False) -> str:
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
+    found = _matching(record)
+    if found is not None:
+        return found
     _refuse_unknown(record, place)
     if any(record.get(key) is not None for key in REJECTED_KEYS[1:]):
         return "swift"
@@ -94,7 +114,8 @@ def detect_layout(record: Any, place: str, *, chosen_only: bool = False) -> str:
 
 def is_known_key(key: str) -> bool:
     """Whether a layout reads a key, or refuses it: of a Parquet file, other columns need not be read."""
-    return key in KEYS or key.lower().startswith("rejected")
+    named = key in KEYS or any(key in layout.keys for layout in LAYOUTS.values())
+    return named or key.lower().startswith("rejected")
 
 
 def is_single(layout: str) -> bool:
@@ -120,7 +141,7 @@ def parse_record(record: Any, layout: str, place: str, *, chosen_only: bool = Fa
         record = _without_rejected(record)
     if layout in SIDED:
         _check_responses(record, place)
-    example = LAYOUTS[layout](record, place)
+    example = LAYOUTS[layout].parse(record, place)
     if isinstance(example.prompt, str) and example.variables:
         raise UserError(
             f"{place}: '{next(iter(example.variables))}' is for a chat template, which a plain prompt does not meet: "
@@ -144,6 +165,9 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
+    own = _matching(record)
+    if own is not None:
+        return parse_record(record, own, place).prompt
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if chosen is not None:
         both = record if rejected is not None else {**record, "rejected": chosen}
@@ -166,6 +190,11 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
             "'messages', 'question' or 'prompt', or chosen and rejected lists of messages that share one"
         )
     return found
+
+
+def _matching(record: Mapping[str, Any]) -> str | None:
+    """The layout that says itself that a record is of its shape."""
+    return next((name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(record)), None)
 
 
 def _open_dialogue(record: Mapping[str, Any], key: str, place: str) -> tuple[Message, ...]:

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.storage.files import FileDigest, file_digest, read_error
+from megatron_tgdpo.storage.atomic_file import replacing
+from megatron_tgdpo.storage.files import FileDigest, file_digest, read_error, sync
 from megatron_tgdpo.storage.json_text import check_shape, parse_json
 
 FORMAT_VERSION = 1
+# Raised whenever some record gets other tokens than before: what training itself made of raw files is then made anew.
+READING_VERSION = 2
 MANIFEST_SUFFIX = ".manifest.json"
 DATA_SUFFIXES = (".bin", ".idx", ".source.npy")
 # What is read of a manifest.
@@ -48,15 +51,6 @@ def digest_file(path: str) -> FileDigest:
         raise read_error(path, error) from error
 
 
-def fsync_path(path: str | Path) -> None:
-    """Waits until a file's content, or a directory's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def commit(staging_prefix: str, prefix: str, manifest: Mapping[str, Any]) -> None:
     """Renames finished data files into place, then writes the manifest; an older manifest goes first.
 
@@ -71,23 +65,17 @@ def commit(staging_prefix: str, prefix: str, manifest: Mapping[str, Any]) -> Non
         UserError: another process wrote a dataset there at the same time.
     """
     for suffix in DATA_SUFFIXES:
-        fsync_path(staging_prefix + suffix)
+        sync(Path(staging_prefix + suffix))
     ours = {suffix: os.stat(staging_prefix + suffix).st_ino for suffix in DATA_SUFFIXES}
-    staged_manifest = Path(staging_prefix + MANIFEST_SUFFIX)
-    with open(staged_manifest, "w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    Path(prefix + MANIFEST_SUFFIX).unlink(missing_ok=True)
-    directory = Path(prefix).parent
-    for suffix in DATA_SUFFIXES:
-        os.replace(staging_prefix + suffix, prefix + suffix)
-    fsync_path(directory)
-    _check_own(prefix, ours)
-    ours[MANIFEST_SUFFIX] = staged_manifest.stat().st_ino
-    os.replace(staged_manifest, prefix + MANIFEST_SUFFIX)
-    fsync_path(directory)
+    manifest_file = Path(prefix + MANIFEST_SUFFIX)
+    with replacing(manifest_file) as staged_manifest:
+        staged_manifest.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        manifest_file.unlink(missing_ok=True)
+        for suffix in DATA_SUFFIXES:
+            os.replace(staging_prefix + suffix, prefix + suffix)
+        sync(manifest_file.parent)
+        _check_own(prefix, ours)
+        ours[MANIFEST_SUFFIX] = staged_manifest.stat().st_ino
     _check_own(prefix, ours)
 
 

@@ -30,6 +30,7 @@ from megatron_tgdpo.data.manifest import (
     DATA_SUFFIXES,
     FORMAT_VERSION,
     MANIFEST_SUFFIX,
+    READING_VERSION,
     commit,
     digest_file,
     length_summary,
@@ -129,7 +130,7 @@ def write_dataset(
     except OSError as error:
         raise write_error(f"the dataset {prefix}", error) from error
     finally:
-        for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX):
+        for suffix in DATA_SUFFIXES:
             with suppress(OSError):
                 os.unlink(staging + suffix)
     return manifest
@@ -209,6 +210,7 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
+        "reading_version": READING_VERSION,
         "pairs": len(lengths),
         "responses": int(np.count_nonzero(lengths[:, 1:])),
         "dropped": dict(sorted(tally.dropped.items())),

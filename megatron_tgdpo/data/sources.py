@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.storage.files import read_error
 from megatron_tgdpo.storage.hub import DATASET, fetch, hub_name, local_path
 
@@ -194,9 +194,8 @@ def _declared_files(path: str, subset: str | None) -> dict[str, list[str]]:
         with tempfile.TemporaryDirectory() as scratch:
             found = load_dataset_builder(path, subset, cache_dir=scratch).config.data_files or {}
     except Exception as error:  # of many types, for a directory's content
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{path}: no dataset in this directory ({reason}); name files by a list or a glob, as {path}/*"
+            f"{path}: no dataset in this directory ({one_line(error)}); name files by a list or a glob, as {path}/*"
         ) from error
     splits = {str(split): [str(file) for file in files] for split, files in found.items()}
     _check_all_read(path, splits)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import UserError, one_line
 
 ROWS = 256
 _PARQUET_START = b"PAR1"
@@ -50,8 +50,9 @@ def read_rows(path: str, kind: str, is_wanted: Callable[[str], bool]) -> Iterato
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} record {number + 1}: cannot read the {kind.capitalize()} file: {reason}") from error
+        raise UserError(
+            f"{path} record {number + 1}: cannot read the {kind.capitalize()} file: {one_line(error)}"
+        ) from error
 
 
 class _Table(Protocol):

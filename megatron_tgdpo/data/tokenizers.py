@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tgdpo.data.chat import DEFAULT_TEMPLATE, NO_VARIABLES, ChatTemplate, read_template
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.storage.files import read_error
 
 NO_TEMPLATE = "none"
@@ -89,8 +89,7 @@ class HuggingFaceTokenizer:
         try:
             hf: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a broken file raises anything from KeyError to the Rust library's own type
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"cannot open the tokenizer in {path}: {reason}") from error
+            raise UserError(f"cannot open the tokenizer in {path}: {one_line(error)}") from error
         # A text is cut by the run's own limits; a directory may say anything here, also what is no number.
         hf.model_max_length = int(1e30)
         self._hf = hf
@@ -148,8 +147,7 @@ class SentencePieceTokenizer:
             definition = protobuf.ModelProto.FromString(model)
             pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, DecodeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"cannot open {path} as a SentencePiece model: {reason}") from error
+            raise UserError(f"cannot open {path} as a SentencePiece model: {one_line(error)}") from error
         self._pieces = pieces
         self.vocab_size: int = pieces.get_piece_size()
         self.bos_id = pieces.bos_id() if pieces.bos_id() >= 0 else None

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from packaging.version import Version as PackagingVersion
 
+from megatron_tgdpo.errors import one_line
+
 Version = tuple[int, ...]
 
 # What megatron-core 0.16.1 asks for (its package metadata: transformer-engine >=2.9.0a0,<2.12.0).
@@ -87,6 +89,11 @@ def dotted(version: Version | None) -> str:
     return "none" if version is None else ".".join(map(str, version))
 
 
+def supported_engine(version: Version | None) -> bool:
+    """Whether megatron-core supports this Transformer Engine."""
+    return version is not None and TE_VERSIONS[0] <= version[:2] < TE_VERSIONS[1]
+
+
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
@@ -101,7 +108,7 @@ def _transformer_engine() -> tuple[Version | None, str]:
     except Exception as error:
         # Beside ImportError whatever its loader meets: a library that does not fit this CUDA or torch (OSError), a part
         # that is not installed (FileNotFoundError, AssertionError).
-        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None, one_line(error, named=True)
     return parse_version(str(engine.__version__)), ""
 
 

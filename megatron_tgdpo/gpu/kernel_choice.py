@@ -1,5 +1,8 @@
 """Which layer spec and which core attention a model gets: pure functions of its config and the machine."""
 
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -7,14 +10,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, dotted
+from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, dotted, supported_engine
 from megatron_tgdpo.models.attention.base import PackCache
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.layer_spec import local_block_spec
 
 LayerSpec = Literal["local", "transformer_engine"]
-# transformer_engine, varlen and flex: one kernel call a pack; blocks: models/attention/sdpa.py, which runs everywhere.
-CoreAttention = Literal["transformer_engine", "varlen", "flex", "blocks"]
 
 
 def choose_layer_spec(requested: str, found: Capabilities, dtype: str = "bf16") -> LayerSpec:
@@ -32,7 +33,7 @@ def choose_layer_spec(requested: str, found: Capabilities, dtype: str = "bf16") 
         )
     low, high = TE_VERSIONS
     engine = found.transformer_engine
-    supported = engine is not None and low <= engine[:2] < high
+    supported = supported_engine(engine)
     if requested == "local" or (requested == "auto" and (not supported or dtype == "fp32")):
         return "local"
     if found.device != "cuda":
@@ -45,21 +46,44 @@ def choose_layer_spec(requested: str, found: Capabilities, dtype: str = "bf16") 
     return "transformer_engine"
 
 
-def choose_attention(config: LanguageModelConfig, spec: LayerSpec, found: Capabilities) -> CoreAttention:
-    """The fastest core attention that computes what the model asks for, on this machine.
+@dataclass(frozen=True)
+class AttentionBackend:
+    """A core attention.
 
-    Softcaps are for FlexAttention: neither Transformer Engine nor torch's flash attention has them. Flash attention
-    and cuDNN want half precision and heads of a multiple of 8 up to 256.
+    Attributes:
+        module: ``module:name`` of its :class:`~megatron_tgdpo.models.attention.base.PackedAttention`; a name, so that
+            nothing is imported that is not used.
+        serves: Whether it computes what the model asks for, on this machine, in layers of this spec.
     """
-    if found.device != "cuda":
-        return "blocks"
-    if config.attn_logit_softcapping is not None:
-        return "flex"
-    if not config.bf16 or config.kv_channels % 8 or config.kv_channels > 256:
-        return "flex" if config.window_size is not None else "blocks"
-    if spec == "transformer_engine" and _engine_attends(config, found):
-        return "transformer_engine"
-    return "varlen" if found.varlen else "flex"
+
+    module: str
+    serves: Callable[[LanguageModelConfig, LayerSpec, Capabilities], bool]
+
+
+def choose_attention(config: LanguageModelConfig, spec: LayerSpec, found: Capabilities) -> str:
+    """The key in ATTENTION_BACKENDS of the fastest that computes what the model asks for, on this machine."""
+    return next(name for name, backend in ATTENTION_BACKENDS.items() if backend.serves(config, spec, found))
+
+
+def _transformer_engine_serves(config: LanguageModelConfig, spec: LayerSpec, found: Capabilities) -> bool:
+    return spec == "transformer_engine" and _flash_takes(config, found) and _engine_attends(config, found)
+
+
+def _varlen_serves(config: LanguageModelConfig, spec: LayerSpec, found: Capabilities) -> bool:
+    return found.varlen and _flash_takes(config, found)
+
+
+def _flex_serves(config: LanguageModelConfig, spec: LayerSpec, found: Capabilities) -> bool:
+    """Where it is worth it: plain attention in fp32 is SDPA's."""
+    special = config.attn_logit_softcapping is not None or config.window_size is not None
+    return found.device == "cuda" and (special or _flash_takes(config, found))
+
+
+def _flash_takes(config: LanguageModelConfig, found: Capabilities) -> bool:
+    """Flash attention and cuDNN want half precision and heads of a multiple of 8 up to 256, and cap no scores, neither
+    Transformer Engine's nor torch's."""
+    sizes = config.bf16 and config.kv_channels % 8 == 0 and config.kv_channels <= 256
+    return found.device == "cuda" and sizes and config.attn_logit_softcapping is None
 
 
 def _engine_attends(config: LanguageModelConfig, found: Capabilities) -> bool:
@@ -78,7 +102,7 @@ def _engine_attends(config: LanguageModelConfig, found: Capabilities) -> bool:
 
 
 def build_block_spec(
-    config: LanguageModelConfig, pg: ProcessGroupCollection, spec: LayerSpec, attention: CoreAttention
+    config: LanguageModelConfig, pg: ProcessGroupCollection, spec: LayerSpec, attention: str
 ) -> TransformerBlockSubmodules:
     """This pipeline stage's layers, of the chosen spec with the chosen core attention."""
     if spec == "local":
@@ -88,14 +112,18 @@ def build_block_spec(
     return te_block_spec(config, pg, core_attention_spec(attention), load_parts())
 
 
-def core_attention_spec(attention: CoreAttention) -> ModuleSpec:
+def core_attention_spec(attention: str) -> ModuleSpec:
     """What a layer spec takes as core attention; the layers built from one spec share a cache of what packs need."""
-    if attention == "blocks":
-        from megatron_tgdpo.models.attention.sdpa import PackedCausalAttention as Module
-    elif attention == "varlen":
-        from megatron_tgdpo.models.attention.varlen import VarlenAttention as Module  # type: ignore[assignment]
-    elif attention == "flex":
-        from megatron_tgdpo.models.attention.flex import FlexPackedAttention as Module  # type: ignore[assignment]
-    else:
-        from megatron_tgdpo.models.attention.transformer_engine import TransformerEngineAttention as Module  # type: ignore[assignment]
-    return ModuleSpec(module=Module, params={"cache": PackCache()})
+    module = pkgutil.resolve_name(ATTENTION_BACKENDS[attention].module)
+    return ModuleSpec(module=module, params={"cache": PackCache()})
+
+
+# The fastest first. All but the last make one kernel call a pack; the last runs everywhere.
+ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
+    "transformer_engine": AttentionBackend(
+        "megatron_tgdpo.models.attention.transformer_engine:TransformerEngineAttention", _transformer_engine_serves
+    ),
+    "varlen": AttentionBackend("megatron_tgdpo.models.attention.varlen:VarlenAttention", _varlen_serves),
+    "flex": AttentionBackend("megatron_tgdpo.models.attention.flex:FlexPackedAttention", _flex_serves),
+    "blocks": AttentionBackend("megatron_tgdpo.models.attention.sdpa:PackedCausalAttention", lambda *_: True),
+}

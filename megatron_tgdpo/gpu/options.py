@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.schema import Config, TrainConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities, detect
@@ -53,7 +53,7 @@ def check_gpu_options(
     check_precision(config, found, spec)
     check_overlap(config, layout, found, spec)
     for role, hf_config in configs.items():
-        recipe = policy_recipe(config) if role == "policy" else frozen_recipe(config)
+        recipe = policy_recipe(config.precision) if role == "policy" else frozen_recipe(config)
         if recipe is not None:
             kwargs = transformer_config_kwargs(hf_config, layout, dtype=torch.bfloat16, device=torch.device("cpu"))
             try:
@@ -82,8 +82,8 @@ def model_options(
         Arguments of LanguageModelConfig, and the function that makes a stage's layers.
     """
     found = capabilities(device)
-    overrides = frozen_transformer_kwargs(config) if frozen else policy_transformer_kwargs(config)
-    overrides |= overlap_kwargs(config) | _fused_kwargs(config, hf_config, found, frozen=frozen)
+    overrides = frozen_transformer_kwargs(config) if frozen else policy_transformer_kwargs(config.precision)
+    overrides |= overlap_kwargs(config.overlap) | _fused_kwargs(config.train, hf_config, found, frozen=frozen)
     spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
     return overrides, partial(_block_spec, spec=spec, found=found)
 
@@ -113,8 +113,10 @@ def _block_spec(
     return build_block_spec(config, pg, spec, choose_attention(config, spec, found))
 
 
-def _fused_kwargs(config: Config, hf_config: PretrainedConfig, found: Capabilities, *, frozen: bool) -> dict[str, Any]:
-    if config.train.fused == "off" or found.device != "cuda":
+def _fused_kwargs(
+    train: TrainConfig, hf_config: PretrainedConfig, found: Capabilities, *, frozen: bool
+) -> dict[str, Any]:
+    if train.fused == "off" or found.device != "cuda":
         return {}
     return {
         # megatron-core's output layer asks for apex's kernel wherever the flag is set, whatever the layer spec.

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 
-from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.schema import Config, OffloadConfig, OverlapConfig, PrecisionConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities
 from megatron_tgdpo.gpu.precision import policy_recipe
+from megatron_tgdpo.models.fp8 import finish_gather, is_fp8
 from megatron_tgdpo.models.language_model import LanguageModel
 
 
@@ -41,40 +41,40 @@ def check_overlap(config: Config, layout: ParallelLayout, found: Capabilities, s
         )
 
 
-def ddp_config(config: Config) -> DistributedDataParallelConfig:
+def ddp_config(overlap: OverlapConfig, precision: PrecisionConfig) -> DistributedDataParallelConfig:
     """The data-parallel wrapper's settings."""
     return DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.overlap.grad_reduce,
-        overlap_param_gather=config.overlap.param_gather,
-        fp8_param_gather=config.precision.fp8_params,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
+        fp8_param_gather=precision.fp8_params,
     )
 
 
-def optimizer_kwargs(config: Config) -> dict[str, Any]:
+def optimizer_kwargs(precision: PrecisionConfig, overlap: OverlapConfig, offload: OffloadConfig) -> dict[str, Any]:
     """What FP8, overlap and offload add to megatron-core's OptimizerConfig.
 
     The CPU part of the optimizer goes through the precision-aware code path, in fp32 (Megatron-LM 0.16.1
     ``arguments.py``: one is not to be had without the other).
     """
     kwargs: dict[str, Any] = {
-        "fp8_recipe": policy_recipe(config),
-        "overlap_param_gather": config.overlap.param_gather,
+        "fp8_recipe": policy_recipe(precision),
+        "overlap_param_gather": overlap.param_gather,
     }
-    if config.offload.optimizer:
+    if offload.optimizer:
         kwargs |= {
             "optimizer_cpu_offload": True,
-            "optimizer_offload_fraction": config.offload.optimizer,
+            "optimizer_offload_fraction": offload.optimizer,
             "overlap_cpu_optimizer_d2h_h2d": True,
             "use_precision_aware_optimizer": True,
         }
     return kwargs
 
 
-def transformer_kwargs(config: Config) -> dict[str, Any]:
+def transformer_kwargs(overlap: OverlapConfig) -> dict[str, Any]:
     """What tensor parallel overlap adds to a LanguageModelConfig."""
-    return {"tp_comm_overlap": True} if config.overlap.tensor else {}
+    return {"tp_comm_overlap": True} if overlap.tensor else {}
 
 
 def wire_overlap(chunks: Sequence[DistributedDataParallel], policy: Sequence[LanguageModel]) -> None:
@@ -108,10 +108,8 @@ def finish_param_gather(model: DistributedDataParallel) -> None:
     if not model.ddp_config.overlap_param_gather:
         return
     model.start_param_sync(force_sync=True)
-    fp8 = [parameter for parameter in model.parameters() if parameter.requires_grad and is_float8tensor(parameter)]
-    if fp8:
-        # What a forward would have done after its own gather: the transposed copies follow from the gathered bytes.
-        post_all_gather_processing(fp8)
+    # What a forward would have done after its own gather.
+    finish_gather([parameter for parameter in model.parameters() if parameter.requires_grad and is_fp8(parameter)])
 
 
 def start_user_buffers(config: Config, hidden_size: int, layout: ParallelLayout) -> None:
@@ -122,7 +120,7 @@ def start_user_buffers(config: Config, hidden_size: int, layout: ParallelLayout)
     from transformer_engine.pytorch.module import base
 
     modes = base.UserBufferQuantizationMode
-    quantization = [modes.NONE if policy_recipe(config) is None else modes.FP8]
+    quantization = [modes.NONE if policy_recipe(config.precision) is None else modes.FP8]
     if quantization == [modes.FP8] and (config.precision.first_last_layers_bf16 or config.precision.frozen == "bf16"):
         quantization.append(modes.NONE)
     base.initialize_ub(

@@ -8,14 +8,16 @@ check_*_support``, ``pytorch/utils.py: assert_dim_for_fp8_exec`` and ``assert_di
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.constraints import Rule, first_broken
+from megatron_tgdpo.config.schema import Config, PrecisionConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, Version, dotted
+from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, Version, dotted, supported_engine
 from megatron_tgdpo.planning.memory import LinearBytes
 
 # Scaling without a memory: what a weight or activation becomes depends on nothing but itself.
@@ -25,9 +27,9 @@ _STATELESS = ("tensorwise", "blockwise", "mxfp8")
 _FROZEN_DEFAULT = "tensorwise"
 
 
-def policy_recipe(config: Config) -> str | None:
+def policy_recipe(precision: PrecisionConfig) -> str | None:
     """The policy's FP8 recipe, None for bf16 or fp32."""
-    return None if config.precision.fp8 == "none" else config.precision.fp8
+    return None if precision.fp8 == "none" else precision.fp8
 
 
 def frozen_recipe(config: Config) -> str | None:
@@ -36,7 +38,7 @@ def frozen_recipe(config: Config) -> str | None:
     if precision.frozen == "bf16" or not config.method.frozen:
         return None
     if precision.frozen == "same":
-        return policy_recipe(config)
+        return policy_recipe(config.precision)
     return precision.fp8 if precision.fp8 in _STATELESS else _FROZEN_DEFAULT
 
 
@@ -68,15 +70,15 @@ def linear_bytes(config: Config) -> LinearBytes:
     copies = 2
     policy = copies if config.precision.fp8_params else copies + torch.bfloat16.itemsize
     return LinearBytes(
-        policy=None if policy_recipe(config) is None else policy,
+        policy=None if policy_recipe(config.precision) is None else policy,
         frozen=1 if frozen_params_fp8(config) else None,
         plain_ends=config.precision.first_last_layers_bf16,
     )
 
 
-def policy_transformer_kwargs(config: Config) -> dict[str, Any]:
+def policy_transformer_kwargs(precision: PrecisionConfig) -> dict[str, Any]:
     """What FP8 adds to the policy's LanguageModelConfig."""
-    return _transformer_kwargs(config, policy_recipe(config), config.precision.fp8_params)
+    return _transformer_kwargs(precision, policy_recipe(precision), precision.fp8_params)
 
 
 def frozen_transformer_kwargs(config: Config) -> dict[str, Any]:
@@ -84,13 +86,12 @@ def frozen_transformer_kwargs(config: Config) -> dict[str, Any]:
     recipe, held = frozen_recipe(config), frozen_params_fp8(config)
     # Else Transformer Engine keeps what it quantised, and all layers would be on the device after all.
     streamed = {"disable_parameter_transpose_cache": True} if recipe is not None and not held else {}
-    return _transformer_kwargs(config, recipe, held) | streamed
+    return _transformer_kwargs(config.precision, recipe, held) | streamed
 
 
-def _transformer_kwargs(config: Config, recipe: str | None, params: bool) -> dict[str, Any]:
+def _transformer_kwargs(precision: PrecisionConfig, recipe: str | None, params: bool) -> dict[str, Any]:
     if recipe is None:
         return {}
-    precision = config.precision
     return {
         "fp8": precision.fp8_format,
         "fp8_recipe": recipe,
@@ -114,90 +115,142 @@ def check_precision(config: Config, found: Capabilities, spec: str) -> None:
     Raises:
         UserError: Names the key, the reason and the way out.
     """
-    _check_meaning(config)
-    if policy_recipe(config) is None and frozen_recipe(config) is None:
-        return
-    if config.precision.dtype != "bf16":
-        raise UserError("precision.fp8 and precision.frozen=fp8 need precision.dtype=bf16 for everything beside")
-    if found.device != "cuda" or found.compute_capability is None:
-        raise UserError("FP8 needs a CUDA GPU: set precision.fp8=none and precision.frozen=same")
-    _check_engine(found.transformer_engine, spec)
-    for recipe in {policy_recipe(config), frozen_recipe(config)} - {None}:
-        _check_gpu(str(recipe), found)
+    asked = _Asked(config, policy_recipe(config.precision), frozen_recipe(config), found, spec)
+    rules = (*_MEANING, *_MACHINE) if asked.recipes else _MEANING
+    broken = first_broken(rules, asked)
+    if broken:
+        raise UserError(broken)
+    for recipe in asked.recipes:
+        broken = first_broken(_GPU, _Kernels(recipe, found.compute_capability or (0,), found.cuda or (0,)))
+        if broken:
+            raise UserError(broken)
     if config.offload.frozen and frozen_params_fp8(config):
         raise UserError("offload.frozen moves plain weights only: set it to false, or keep frozen weights out of FP8")
 
 
-def _check_meaning(config: Config) -> None:
-    precision, recipe = config.precision, policy_recipe(config)
-    if precision.dtype == "fp32" and precision.frozen == "bf16":
-        raise UserError("precision.frozen=bf16 with precision.dtype=fp32: all models have one dtype, set frozen=same")
-    if recipe is None and precision.fp8_params:
-        raise UserError("precision.fp8_params=true needs precision.fp8: choose a recipe, or set it to false")
-    if recipe is None and frozen_recipe(config) is None and precision.first_last_layers_bf16:
-        raise UserError("precision.first_last_layers_bf16=true without FP8 means nothing: set it to false")
-    if recipe == "delayed" and precision.first_last_layers_bf16:
-        raise UserError(
-            "precision.first_last_layers_bf16 does not go with fp8=delayed, whose amax reduction spans all layers: "
-            "choose another recipe"
-        )
-    if recipe == "delayed" and precision.frozen == "same" and config.method.frozen:
-        raise UserError(
-            "precision.frozen=same with fp8=delayed would make the reference depend on what it saw before: set "
-            "precision.frozen to bf16 or fp8 (with tensorwise scaling)"
-        )
-    if recipe == "mxfp8" and precision.fp8_params:
-        raise UserError(
-            "precision.fp8_params with fp8=mxfp8 would keep weights in the gradient buffer between steps, which this "
-            "trainer does not arrange: set it to false"
-        )
-    if config.offload.optimizer and precision.fp8_params and recipe != "delayed":
-        raise UserError(
-            "offload.optimizer with precision.fp8_params works with fp8=delayed only: switch one of them off"
-        )
-    if config.method.frozen and recipe != frozen_recipe(config) and config.train.check_start:
-        raise UserError(
-            f"the policy computes in {recipe or precision.dtype}, reference and guide in "
-            f"{frozen_recipe(config) or precision.dtype}, so the first loss is not ln 2: set train.check_start=false, "
-            "or precision.frozen=same"
-        )
+@dataclass(frozen=True)
+class _Asked:
+    """What the rules are about."""
+
+    config: Config
+    policy: str | None
+    frozen: str | None
+    found: Capabilities
+    spec: str
+
+    @property
+    def recipes(self) -> list[str]:
+        return sorted({recipe for recipe in (self.policy, self.frozen) if recipe})
+
+    @property
+    def computes_in(self) -> tuple[str, str]:
+        """Of the policy, and of reference and guide."""
+        dtype = self.config.precision.dtype
+        return self.policy or dtype, self.frozen or dtype
+
+    @property
+    def engine(self) -> str:
+        return dotted(self.found.transformer_engine)
 
 
-def _check_engine(version: Version | None, spec: str) -> None:
-    low, high = TE_VERSIONS
-    if version is None or not low <= version[:2] < high:
-        raise UserError(
-            f"FP8 needs Transformer Engine >={dotted(low)},<{dotted(high)} (megatron-core 0.16), found "
-            f"{dotted(version)}: install one of these, or set precision.fp8=none and precision.frozen=same"
-        )
-    if spec != "transformer_engine":
-        raise UserError("FP8 needs model.layer_spec=transformer_engine (or auto): the local layers have no FP8")
+@dataclass(frozen=True)
+class _Kernels:
+    """A recipe and what runs it."""
+
+    recipe: str
+    capability: Version
+    cuda: Version
+
+    @property
+    def has(self) -> str:
+        return f"{dotted(self.capability)} and {dotted(self.cuda)}"
 
 
-def _check_gpu(recipe: str, found: Capabilities) -> None:
-    assert found.compute_capability is not None
-    capability, cuda = found.compute_capability, found.cuda or (0,)
-    name = f"fp8 recipe {recipe}"
-    if capability < (8, 9):
-        raise UserError(
-            f"{name} needs compute capability 8.9 (Ada, Hopper or later), this GPU has {dotted(capability)}"
-        )
-    if capability < (9, 0) and cuda < (12, 1):
-        raise UserError(f"{name} on Ada needs CUDA 12.1, torch was built with {dotted(cuda)}")
-    if recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
-        raise UserError(
-            f"{name} needs compute capability 9.0 (Hopper or later) and CUDA 12.9, found {dotted(capability)} and "
-            f"{dotted(cuda)}"
-        )
-    if recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
-        raise UserError(f"{name} needs compute capability 10.x (Blackwell), this GPU has {dotted(capability)}")
+# What means nothing, or something else than it says.
+_MEANING = (
+    Rule(
+        lambda c: c.config.precision.dtype == "fp32" and c.config.precision.frozen == "bf16",
+        "precision.frozen=bf16 with precision.dtype=fp32: all models have one dtype, set frozen=same",
+    ),
+    Rule(
+        lambda c: c.policy is None and c.config.precision.fp8_params,
+        "precision.fp8_params=true needs precision.fp8: choose a recipe, or set it to false",
+    ),
+    Rule(
+        lambda c: not c.recipes and c.config.precision.first_last_layers_bf16,
+        "precision.first_last_layers_bf16=true without FP8 means nothing: set it to false",
+    ),
+    Rule(
+        lambda c: c.policy == "delayed" and c.config.precision.first_last_layers_bf16,
+        "precision.first_last_layers_bf16 does not go with fp8=delayed, whose amax reduction spans all layers: "
+        "choose another recipe",
+    ),
+    Rule(
+        lambda c: c.policy == "delayed" and c.config.precision.frozen == "same" and bool(c.config.method.frozen),
+        "precision.frozen=same with fp8=delayed would make the reference depend on what it saw before: set "
+        "precision.frozen to bf16 or fp8 (with tensorwise scaling)",
+    ),
+    Rule(
+        lambda c: c.policy == "mxfp8" and c.config.precision.fp8_params,
+        "precision.fp8_params with fp8=mxfp8 would keep weights in the gradient buffer between steps, which this "
+        "trainer does not arrange: set it to false",
+    ),
+    Rule(
+        lambda c: c.config.offload.optimizer and c.config.precision.fp8_params and c.policy != "delayed",
+        "offload.optimizer with precision.fp8_params works with fp8=delayed only: switch one of them off",
+    ),
+    Rule(
+        lambda c: c.config.method.frozen and c.policy != c.frozen and c.config.train.check_start,
+        "the policy computes in {c.computes_in[0]}, reference and guide in {c.computes_in[1]}, so the first loss is "
+        "not ln 2: set train.check_start=false, or precision.frozen=same",
+    ),
+)
+# What FP8 needs.
+_MACHINE = (
+    Rule(
+        lambda c: c.config.precision.dtype != "bf16",
+        "precision.fp8 and precision.frozen=fp8 need precision.dtype=bf16 for everything beside",
+    ),
+    Rule(
+        lambda c: c.found.device != "cuda" or c.found.compute_capability is None,
+        "FP8 needs a CUDA GPU: set precision.fp8=none and precision.frozen=same",
+    ),
+    Rule(
+        lambda c: not supported_engine(c.found.transformer_engine),
+        f"FP8 needs Transformer Engine >={dotted(TE_VERSIONS[0])},<{dotted(TE_VERSIONS[1])} (megatron-core 0.16), "
+        "found {c.engine}: install one of these, or set precision.fp8=none and precision.frozen=same",
+    ),
+    Rule(
+        lambda c: c.spec != "transformer_engine",
+        "FP8 needs model.layer_spec=transformer_engine (or auto): the local layers have no FP8",
+    ),
+)
+# What a recipe needs of the GPU.
+_GPU = (
+    Rule(
+        lambda c: c.capability < (8, 9),
+        "fp8 recipe {c.recipe} needs compute capability 8.9 (Ada, Hopper or later) and CUDA 12.1, found {c.has}",
+    ),
+    Rule(
+        lambda c: c.capability < (9, 0) and c.cuda < (12, 1),
+        "fp8 recipe {c.recipe} on Ada needs CUDA 12.1, found {c.has}",
+    ),
+    Rule(
+        lambda c: c.recipe == "blockwise" and (c.capability < (9, 0) or c.cuda < (12, 9)),
+        "fp8 recipe {c.recipe} needs compute capability 9.0 (Hopper or later) and CUDA 12.9, found {c.has}",
+    ),
+    Rule(
+        lambda c: c.recipe == "mxfp8" and not (10, 0) <= c.capability < (12, 0),
+        "fp8 recipe {c.recipe} needs compute capability 10.x (Blackwell), found {c.has}",
+    ),
+)
 
 
 def fp8_seq_length_multiple(config: Config) -> int:
     """What the tokens of a pack, over all its ranks, must be a multiple of for FP8; 1 without it."""
     parallel = config.parallel
     ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-    recipes = {policy_recipe(config), frozen_recipe(config)} - {None}
+    recipes = {policy_recipe(config.precision), frozen_recipe(config)} - {None}
     return math.lcm(*(ranks * _local_tokens(str(recipe), parallel.sequence_parallel) for recipe in recipes))
 
 

@@ -31,7 +31,7 @@ from megatron_tgdpo.storage.json_text import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-_AGAIN = "run tgdpo.guidance again"
+_AGAIN = "run tgdpo guidance again"
 _THREADS = 8
 
 
@@ -218,7 +218,7 @@ class GuidanceCache:
         self.directory = directory
         self.key = GuidanceKey(**manifest["key"])
         if use_guide and self.key.guide is None:
-            raise UserError(f"{directory}: made without a guide, loss.method tgdpo needs one's values: {_AGAIN}")
+            raise UserError(f"{directory}: made without a guide, whose values this loss.method needs: {_AGAIN}")
         self.guided = use_guide
         self.shards = Shards(lengths, manifest["block_pairs"])
         self._checksums: list[str] = manifest["shards"]
@@ -291,4 +291,4 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> GuidanceCache:
     """The guidance cache of a dataset of the run, by its name in ``config.datasets``."""
     directory = Path(str(config.guidance.cache)) / name
-    return GuidanceCache(directory, dataset.trained_lengths, use_guide=config.loss.method == "tgdpo")
+    return GuidanceCache(directory, dataset.trained_lengths, use_guide="guide" in config.method.frozen)

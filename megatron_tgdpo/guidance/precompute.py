@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_tgdpo.checkpoints.model_directory import model_files
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
@@ -42,7 +43,7 @@ from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.models.rounding import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.setup.datasets import Prepared, prepare_data
-from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weight_files
+from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files
 from megatron_tgdpo.setup.hub_inputs import pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
 from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
@@ -138,7 +139,7 @@ def verify_guidance(config: Config, sample: int, ranks: RankEnvironment, store: 
                 raise AgreedError(
                     f"{work.directory}: a log-prob of the {role} in {len(pairs)} sampled pairs differs by {found} nats "
                     f"from the model's, and rounding explains {allowed}: remove the cache and run "
-                    "tgdpo.guidance again"
+                    "tgdpo guidance again"
                 )
             logger.info("%s: %s of %d pairs computed again: differs by up to %s nats", name, role, len(pairs), found)
 
@@ -155,7 +156,7 @@ def _on_each_dataset(
     device = resolve_device(config.parallel.device)
     if device.type == "cpu":
         enable_cpu_backend()
-    layout = replace(layout_of(config, ranks.world_size), virtual=1)
+    layout = replace(layout_of(config.parallel, ranks.world_size), virtual=1)
     config, _ = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     configs = read_model_configs(config)
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
@@ -163,7 +164,7 @@ def _on_each_dataset(
     run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
     cache, paths = Path(str(config.guidance.cache)), config.model_paths
     digests = hash_files(
-        lambda: [file for role in config.method.frozen for file in weight_files(Path(paths[role]))],
+        lambda: [file for role in config.method.frozen for file in model_files(Path(paths[role]))],
         cache / HASHES_FILE,
         ranks,
         dist.PrefixStore("hashes", store),

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from megatron_tgdpo.checkpoints.directory import check_hf_files
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory
+from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_weights.reader import refuse_adapter
 from megatron_tgdpo.models.rotary import RotaryFrequencies
@@ -31,7 +31,7 @@ def read_hf_config(path: Path) -> PretrainedConfig:
             change the maths.
     """
     refuse_adapter(path)
-    directory = path / "hf" if (path / "hf" / "config.json").is_file() else path
+    directory = hf_directory(path)
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(f"{path}: no config.json there, give an HF or a Megatron checkpoint directory")
@@ -66,7 +66,7 @@ def read_hf_config(path: Path) -> PretrainedConfig:
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
     except Exception as error:  # transformers raises many types for one cause: the file's content
-        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file}: {one_line(error)}") from error
     return hf_config
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.checkpoints.directory import check_files, saved_checkpoints
+from megatron_tgdpo.checkpoints.directory import saved_checkpoints
+from megatron_tgdpo.checkpoints.manifest import check_files
 from megatron_tgdpo.config.changes import INPUTS, RULE_OF, Inputs, Recorded, Rule, check_changes, find_changes, flatten
 from megatron_tgdpo.config.loading import read_recorded, to_dict, to_yaml
 from megatron_tgdpo.config.schema import Config

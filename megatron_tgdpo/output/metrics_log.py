@@ -1,16 +1,17 @@
-"""A run's metrics, a step at a time, in ``metrics.jsonl`` and TensorBoard's event files, and perhaps at W&B."""
+"""A run's metrics, a step at a time, in ``metrics.jsonl`` and wherever else the loggers write them."""
 
 import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.schema import Config, LogConfig
+from megatron_tgdpo.output.logger import Logger
 from megatron_tgdpo.output.metrics import StepMetrics
 from megatron_tgdpo.output.tensorboard import TensorBoard
 from megatron_tgdpo.output.wandb import WandbLog
@@ -24,6 +25,45 @@ _RETRY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
+class LoggerKind:
+    """A logger beside ``metrics.jsonl``.
+
+    Attributes:
+        logger: The class.
+        wanted: Whether a run has it, by its ``log`` section.
+        on_disk: It writes to the output directory: what a full disk refuses is kept and written again. Others get
+            every step once.
+    """
+
+    logger: type[Logger]
+    wanted: Callable[[LogConfig], bool]
+    on_disk: bool
+
+
+LOGGERS: dict[str, LoggerKind] = {
+    "tensorboard": LoggerKind(TensorBoard, lambda log: True, on_disk=True),
+    "wandb": LoggerKind(WandbLog, lambda log: log.wandb, on_disk=False),
+}
+
+
+def check_loggers(config: LogConfig) -> None:
+    """Checks that the loggers of a run can be had, before anything is loaded.
+
+    Raises:
+        UserError: One cannot; the message names its key.
+    """
+    for kind in LOGGERS.values():
+        if kind.wanted(config):
+            kind.logger.check()
+
+
+def _open(config: Config, step: int, *, on_disk: bool) -> Iterator[Logger]:
+    for kind in LOGGERS.values():
+        if kind.on_disk == on_disk and kind.wanted(config.log):
+            yield kind.logger(config, step)
+
+
+@dataclass(frozen=True)
 class _Step:
     number: int
     values: dict[str, float]
@@ -31,7 +71,7 @@ class _Step:
 
 
 class MetricsLog:
-    """Appends one JSON object a step to ``metrics.jsonl``, and the same metrics to TensorBoard and perhaps W&B.
+    """Appends one JSON object a step to ``metrics.jsonl``, and gives the same metrics to the run's loggers.
 
     Steps that cannot be written, as on a full disk, are kept and written later; :meth:`check` says whether all are.
 
@@ -40,20 +80,21 @@ class MetricsLog:
         step: Last completed step; what an interrupted run logged after it is cut off, so no step appears twice.
 
     Raises:
-        UserError: W&B is asked for, and its files cannot be written; a StorageError where that may pass.
+        UserError: A logger cannot be opened, or write its files; a StorageError where that may pass.
     """
 
     def __init__(self, config: Config, step: int) -> None:
         self._config = config
         self._directory = Path(config.output_dir)
-        self._what = f"{config.output_dir}: {METRICS_FILE} or tensorboard"
+        on_disk = [name for name, kind in LOGGERS.items() if kind.on_disk and kind.wanted(config.log)]
+        self._what = f"{config.output_dir}: {' or '.join([METRICS_FILE, *on_disk])}"
         self._written = step
         self._unwritten: list[_Step] = []
         self._files: _Files | None = None
         self._failure: OSError | None = None
         self._failed_at = 0.0
         try:
-            self._wandb = WandbLog(config) if config.log.wandb else None
+            self._others = list(_open(config, step, on_disk=False))
         except OSError as error:
             raise write_error(self._directory, error) from error
         self._try()
@@ -70,8 +111,8 @@ class MetricsLog:
         # Each attempt begins an event file.
         if self._failure is None or time.monotonic() - self._failed_at > _RETRY_SECONDS:
             self._try()
-        if self._wandb is not None:
-            self._wandb.write(step, values)
+        for other in self._others:
+            other.write(step, values, evaluations or {})
 
     def check(self) -> None:
         """Writes what could not be written before. Call it before a checkpoint is saved: a run that continues from
@@ -91,8 +132,8 @@ class MetricsLog:
         with contextlib.suppress(OSError):
             if self._files is not None:
                 self._files.close()
-        if self._wandb is not None:
-            self._wandb.close()
+        for other in self._others:
+            other.close()
 
     def _try(self) -> None:
         try:
@@ -129,29 +170,31 @@ class _Files:
     """
 
     def __init__(self, config: Config, step: int) -> None:
-        self.directory = Path(config.output_dir)
-        path = self.directory / METRICS_FILE
+        path = Path(config.output_dir) / METRICS_FILE
+        self._loggers: list[Logger] = []
         # Unbuffered: what one write could not write would be written by the next.
         self._lines = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open for the run
         try:
             # Needs no room, unlike a shorter copy.
             os.truncate(self._lines.fileno(), _end_of(path, step))
-            self._board = TensorBoard(self.directory / "tensorboard", config, step)
+            for opened in _open(config, step, on_disk=True):
+                self._loggers.append(opened)
         except BaseException:
-            self._lines.close()
+            self.close()
             raise
 
     def write(self, step: _Step) -> None:
         line = memoryview((json.dumps({"step": step.number, **step.values}) + "\n").encode())
         while line:
             line = line[self._lines.write(line) :]
-        self._board.write(step.number, step.values, step.evaluations)
+        for each in self._loggers:
+            each.write(step.number, step.values, step.evaluations)
 
     def close(self) -> None:
-        try:
-            self._lines.close()
-        finally:
-            self._board.close()
+        with contextlib.ExitStack() as closing:
+            for each in self._loggers:
+                closing.callback(each.close)
+            closing.callback(self._lines.close)
 
 
 def _end_of(path: Path, step: int) -> int:

@@ -11,6 +11,7 @@ from torch.utils.tensorboard.summary import hparams
 from megatron_tgdpo.config.changes import RULE_OF, Rule, flatten
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.output.logger import Logger
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, eval_group
 
 _RESULTS = ("train/loss", "rewards/accuracies", "rewards/margins")
@@ -94,17 +95,11 @@ def hyperparameters(config: Config) -> dict[str, str | float]:
     }
 
 
-class TensorBoard:
-    """Writes a run's event files (first rank only).
+class TensorBoard(Logger):
+    """Writes a run's event files; of a step that an interrupted run wrote, too, the first are hidden."""
 
-    Args:
-        directory: Of the event files.
-        config: The run.
-        step: Last completed step; what an interrupted run wrote after it is hidden, so no step appears twice.
-    """
-
-    def __init__(self, directory: Path, config: Config, step: int) -> None:
-        self._writer = SummaryWriter(str(directory), purge_step=step + 1)
+    def __init__(self, config: Config, step: int) -> None:
+        self._writer = SummaryWriter(str(Path(config.output_dir) / "tensorboard"), purge_step=step + 1)
         without, sets = config.method.without, tuple(config.validation_sets)
         self._writer.add_custom_scalars(chart_layout(without, sets or ("",)))
         there = _of_run((*_RESULTS, *_EVALUATION_RESULTS), without, sets)
@@ -116,7 +111,7 @@ class TensorBoard:
             events.add_summary(summary)
         self._writer.flush()
 
-    def write(self, step: int, values: dict[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
+    def write(self, step: int, values: Mapping[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
         """Writes a step's metrics and, where it was followed by evaluations, the histograms of those, by group."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)

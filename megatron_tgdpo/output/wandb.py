@@ -2,12 +2,15 @@
 
 import importlib
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.output.logger import Logger
+from megatron_tgdpo.output.metrics import StepMetrics
 from megatron_tgdpo.storage.atomic_file import write_atomically
 
 _ID_FILE = "wandb_run"
@@ -27,16 +30,15 @@ def import_wandb() -> Any:
         ) from error
 
 
-class WandbLog:
-    """One W&B run for the whole of a training, however often it is interrupted (first rank only).
+class WandbLog(Logger):
+    """One W&B run for the whole of a training, however often it is interrupted.
 
-    W&B drops steps that it has already, so those that are repeated after a resume do not appear twice.
-
-    Args:
-        config: The run; its ``output_dir`` keeps the W&B run's id, and W&B's files.
+    W&B drops steps that it has already, so those that are repeated after a resume do not appear twice. ``output_dir``
+    keeps the W&B run's id, and W&B's files.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, step: int) -> None:
+        del step
         directory = Path(config.output_dir)
         id_file = directory / _ID_FILE
         if not id_file.exists():
@@ -49,9 +51,15 @@ class WandbLog:
             resume="allow",
         )
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    @classmethod
+    def check(cls) -> None:
+        """Raises a UserError if wandb is not installed."""
+        import_wandb()
+
+    def write(self, step: int, values: Mapping[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
         """Writes a step's metrics."""
-        self._run.log(values, step=step)
+        del evaluations
+        self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         """Sends what is left."""

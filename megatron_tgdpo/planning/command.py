@@ -17,22 +17,13 @@ from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import all_plans, make_plan
 from megatron_tgdpo.planning.report import plan_text, schedules_table, table
 
-_MAY_BE_ZERO = ("reserve_gib", "response_share")
-_LARGEST = 10**9
-
 
 def plan(arguments: argparse.Namespace) -> str:
     """The text for parsed arguments.
 
     Raises:
-        UserError: A config is not supported, the layout does not divide, or a number makes no sense.
+        UserError: A config is not supported, or the layout does not divide.
     """
-    for name, value in vars(arguments).items():
-        too_small = isinstance(value, int | float) and (value < 0 if name in _MAY_BE_ZERO else value <= 0)
-        if too_small and not isinstance(value, bool):
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
-        if isinstance(value, int | float) and not value <= _LARGEST:
-            raise UserError(f"--{name.replace('_', '-')} is {value:g}: it must be at most {_LARGEST:,}")
     job = _job(arguments)
     cluster = Cluster(**{field.name: getattr(arguments, field.name) for field in fields(Cluster)})
     sequence_parallel = not arguments.no_sequence_parallel

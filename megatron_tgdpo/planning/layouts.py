@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.config.checks import RECOMPUTE_CHOICES
+from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
@@ -129,5 +129,5 @@ def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: C
         raise UserError(f"no layout of {cluster.gpus} GPUs divides the model")
     raise UserError(
         f"no layout of {cluster.gpus} GPUs fits: the smallest takes {least / GIB:.0f} GiB a GPU, with {usable} usable; "
-        "take more GPUs, or look for another way with tgdpo.plan (shorter packs, guidance.mode cached)"
+        "take more GPUs, or look for another way with tgdpo plan (shorter packs, guidance.mode cached)"
     )

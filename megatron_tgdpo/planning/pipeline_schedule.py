@@ -106,7 +106,7 @@ def one_f_one_b(
         micro_batches: Per step.
         colocated: Frozen passes run in the policy's forward.
         frozen_before: For each stage, how many frozen passes it runs before each of its policy passes, and after the
-            last one: [stages][2 x micro_batches + 1]. They read from a channel of their own, in order.
+            last one: ``[stages][2 x micro_batches + 1]``. They read from a channel of their own, in order.
 
     Raises:
         ValueError: The stages would wait for each other.

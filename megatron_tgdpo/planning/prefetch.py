@@ -35,7 +35,7 @@ class PrefetchPlan:
         micro_batches: Of this step.
         frozen: Micro batches of the next step.
         frozen_before: For each stage, how many frozen passes it runs before each of its policy passes, and after the
-            last one: [stages][2 x micro_batches + 1].
+            last one: ``[stages][2 x micro_batches + 1]``.
         timeline: The step, with synchronous exchanges.
     """
 

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_tgdpo.checkpoints.directory import hf_folder
+from megatron_tgdpo.checkpoints.model_directory import model_files
 from megatron_tgdpo.config.loading import to_yaml
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.storage.hub import local_path
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "numpy", "transformer-engine", "apex")
-_WEIGHT_ENDINGS = (".safetensors", ".distcp")
 _TIMEOUT_SECONDS = 20
 _GPU_QUERY = "index,ecc.errors.uncorrected.volatile.total,remapped_rows.failure"
 
@@ -78,8 +77,8 @@ def package_versions() -> dict[str, str]:
 
 def model_fingerprint(path: Path) -> str:
     """Of the config's content and the weight files' names and sizes: cheap, and different for another model's files."""
-    config = hf_folder(path) / "config.json"
-    sizes = [f"{file.name} {file.stat().st_size}" for file in sorted(path.iterdir()) if file.suffix in _WEIGHT_ENDINGS]
+    config, *weights = model_files(path)
+    sizes = [f"{file.name} {file.stat().st_size}" for file in weights]
     return _short("\n".join([config.read_text(encoding="utf-8"), *sizes]))
 
 

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint, read_metadata
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.config.loading import load_config
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.output.directory import is_done

@@ -19,7 +19,7 @@ import psutil
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.signals import FAILED_STATUS, last_words
-from megatron_tgdpo.storage.atomic_file import remove_stale, temporary_path
+from megatron_tgdpo.storage.atomic_file import replacing
 from megatron_tgdpo.storage.files import write_error
 from megatron_tgdpo.storage.json_text import parse_json
 
@@ -70,7 +70,6 @@ class RunLock:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._write(0)
-            remove_stale(self._file, self._file)
         except OSError as error:
             raise write_error(self._file.parent, error) from error
         self._thread.start()
@@ -123,13 +122,8 @@ class RunLock:
     def _write(self, count: int) -> None:
         # Whoever reads it finds a whole name, whenever this process ends. Not synced: that may take longer than others
         # watch, and a machine that went down writes nothing.
-        temporary = temporary_path(self._file)
-        try:
+        with replacing(self._file, synced=False) as temporary:
             temporary.write_text(json.dumps({**self._owner, "beat": count}) + "\n", encoding="utf-8")
-            temporary.replace(self._file)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
         try:

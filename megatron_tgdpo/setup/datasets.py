@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_tgdpo.batching.packer import check_pairs_fit
 from megatron_tgdpo.batching.sampler import DatasetPart
+from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.joined import join, open_sources
@@ -18,7 +19,6 @@ from megatron_tgdpo.data.same_ids import LackingTokens
 from megatron_tgdpo.data.summary import lost_ends, lost_ends_warning, summary
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.setup.layout import whole_packs
-from megatron_tgdpo.setup.model_inputs import hf_directory
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.hub import local_path
 
@@ -54,7 +54,9 @@ def preprocess_options(config: Config) -> PreprocessOptions:
     """What the run asks of its data."""
     return PreprocessOptions(
         tokenizer=str(
-            local_path(config.data.tokenizer) if config.data.tokenizer else hf_directory(config.model.policy)
+            local_path(config.data.tokenizer)
+            if config.data.tokenizer
+            else hf_directory(local_path(config.model.policy))
         ),
         chat_template=config.data.chat_template,
         template_kwargs=config.data.template_kwargs or {},

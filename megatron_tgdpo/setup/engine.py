@@ -21,8 +21,9 @@ from megatron_tgdpo.gpu.overlap import ddp_config, optimizer_kwargs, start_user_
 from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.setup.layout import pack_format
 from megatron_tgdpo.setup.learning_rate import build_scheduler
-from megatron_tgdpo.setup.models import DTYPES, load_frozen_models, load_model
+from megatron_tgdpo.setup.models import load_frozen_models, load_model
 from megatron_tgdpo.setup.optimizer import build_optimizer
+from megatron_tgdpo.storage.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,14 @@ def build_engine(
     frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device)
     keep_bytes = config.train.keep_logits_mib * 2**20
     modules = [ColocatedModel(chunk, [] if prefetch else frozen, keep_bytes=keep_bytes) for chunk in policy]
-    chunks = [DistributedDataParallel(module.config, ddp_config(config), module) for module in modules]
+    chunks = [
+        DistributedDataParallel(module.config, ddp_config(config.overlap, config.precision), module)
+        for module in modules
+    ]
     wire_overlap(chunks, policy)
     fused, dtype = config.train.fused == "auto", DTYPES[config.precision.dtype]
-    optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=optimizer_kwargs(config))
+    options = optimizer_kwargs(config.precision, config.overlap, config.offload)
+    optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=options)
     prefetcher = build_prefetcher(config, configs, frozen, layout, pg, device) if prefetch else None
     communicator = None
     if layout.pipeline > 1:

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoints.directory import hf_folder
+from megatron_tgdpo.checkpoints.model_directory import model_files
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_all_ranks, run_on_rank0
-from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.signals import leave_if_requested
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.files import read_error, write_error
@@ -29,38 +28,17 @@ logger = logging.getLogger(__name__)
 
 HASHES_FILE = "hashes.json"
 
-_WEIGHT_ENDINGS = (".safetensors", ".distcp")
 _THREADS = 8
 
 
-def weight_files(path: Path) -> list[Path]:
-    """``config.json`` and every weight file of a model: what its fingerprint is of.
-
-    Args:
-        path: An HF or Megatron directory.
-
-    Raises:
-        UserError: There are no weight files, or no such directory.
-        StorageError: The directory cannot be read.
-    """
-    try:
-        files = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_ENDINGS)
-        config = hf_folder(path) / "config.json"
-    except OSError as error:
-        raise read_error(path, error) from error
-    if not files:
-        raise UserError(f"{path}: no weight files ({', '.join(_WEIGHT_ENDINGS)}) there")
-    return [config, *files]
-
-
 def weights_fingerprint(path: Path, digests: Mapping[str, str]) -> str:
-    """sha256 (hex) over the content of :func:`weight_files`; their names have no part in it.
+    """sha256 (hex) over the content of :func:`model_files`; their names have no part in it.
 
     Args:
         path: An HF or Megatron directory.
         digests: From :func:`hash_files`.
     """
-    return sha256("\n".join(digests[os.path.abspath(file)] for file in weight_files(path)).encode()).hexdigest()
+    return sha256("\n".join(digests[os.path.abspath(file)] for file in model_files(path)).encode()).hexdigest()
 
 
 def hash_files(

@@ -6,14 +6,13 @@ from dataclasses import replace
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_tgdpo.batching.packed_sequence import PackFormat
-from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.schema import Config, ParallelConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.gpu.precision import fp8_seq_length_multiple
 
 
-def layout_of(config: Config, world_size: int) -> ParallelLayout:
+def layout_of(parallel: ParallelConfig, world_size: int) -> ParallelLayout:
     """The parallel layout of a run."""
-    parallel = config.parallel
     return make_layout(
         parallel.tensor,
         parallel.pipeline,

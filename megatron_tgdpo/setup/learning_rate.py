@@ -13,10 +13,11 @@ def build_scheduler(
 ) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then constant, linear or cosine to 0 after ``total_steps``.
 
-    As in transformers' schedules, the first step of a warm-up has learning rate 0, and warm-up takes
-    ``ceil(warmup_ratio * total_steps)`` steps.
+    As in transformers' schedules, the first step of a warm-up has learning rate 0, and warm-up takes ``warmup_steps``,
+    or else ``ceil(warmup_ratio * total_steps)``, steps.
     """
-    warmup = min(math.ceil(settings.warmup_ratio * total_steps), total_steps - 1)
+    asked = settings.warmup_steps
+    warmup = min(math.ceil(settings.warmup_ratio * total_steps) if asked is None else asked, total_steps - 1)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

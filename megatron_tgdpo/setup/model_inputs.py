@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoints.directory import check_hf_files, is_megatron_checkpoint
+from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
@@ -13,12 +13,6 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.rotary import longest_exact
 from megatron_tgdpo.storage.hub import local_path
-
-
-def hf_directory(path: str) -> Path:
-    """Where a model directory keeps its config and tokenizer: itself, or ``hf/`` in a Megatron checkpoint."""
-    directory = local_path(path)
-    return directory / "hf" if is_megatron_checkpoint(directory) else directory
 
 
 def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
@@ -88,10 +82,10 @@ def _tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
     directory = local_path(path)
     if directory.is_dir():
         check_hf_files(directory)
-        return load_tokenizer(str(hf_directory(path)), chat_template)
+        return load_tokenizer(str(hf_directory(directory)), chat_template)
     return load_tokenizer(path, chat_template)
 
 
 def _has_tokenizer(path: str) -> bool:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    return any((hf_directory(path) / name).exists() for name in names)
+    return any((hf_directory(local_path(path)) / name).exists() for name in names)

@@ -10,7 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoints.directory import is_megatron_checkpoint
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
@@ -18,8 +18,8 @@ from megatron_tgdpo.gpu.layer_offload import serve_from_host
 from megatron_tgdpo.gpu.options import building, model_options
 from megatron_tgdpo.models.hf_weights.load import load_hf_weights, load_megatron_weights, refuse_non_finite
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
+from megatron_tgdpo.storage.dtypes import DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # megatron-core's arguments for each value of train.recompute.
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},

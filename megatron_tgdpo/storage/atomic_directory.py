@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
-from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.errors import StorageError, UserError, one_line
 from megatron_tgdpo.storage.atomic_file import refuse_live, remove_stale, temporary_path
 from megatron_tgdpo.storage.files import sync
 
@@ -140,7 +140,7 @@ class AtomicDirectory:
             raise
 
     def _message(self, error: BaseException) -> str:
-        text = f"{self.path}: saving failed, nothing was changed: {one_line(error)}"
+        text = f"{self.path}: saving failed, nothing was changed: {describe(error)}"
         if self._needed:
             with contextlib.suppress(OSError):
                 free = shutil.disk_usage(self.path.parent).free
@@ -161,7 +161,7 @@ def refuse_existing(path: Path) -> None:
 def load_error(path: Path, error: BaseException) -> UserError:
     """What to raise for an error while reading a checkpoint: one of its content, or of storage that may work later."""
     kind = StorageError if is_of_storage(error) else UserError
-    return kind(f"{path}: cannot load: {one_line(error)}")
+    return kind(f"{path}: cannot load: {describe(error)}")
 
 
 def is_of_storage(error: BaseException) -> bool:
@@ -176,11 +176,11 @@ def is_of_storage(error: BaseException) -> bool:
     return False
 
 
-def one_line(error: BaseException) -> str:
-    """An error in one line; of DCP's collected failures the first, named by its rank."""
+def describe(error: BaseException) -> str:
+    """An error in one line, its type first; of DCP's collected failures the first one, named by its rank."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
-        return f"rank {rank}: {one_line(cause)}"
+        return f"rank {rank}: {describe(cause)}"
     if isinstance(error, UserError):
         return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return one_line(error, named=True)

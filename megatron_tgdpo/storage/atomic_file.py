@@ -39,10 +39,14 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields the name of a file to write; it is synced and takes the place of ``path`` on leaving, whole or not at all.
+def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
+    """Yields the name of a file to write; it takes the place of ``path`` on leaving, whole or not at all.
 
     What killed writers of ``path`` left is removed.
+
+    Args:
+        path: The file.
+        synced: Whether the new content must survive a power cut, which takes as long as the disk does.
 
     Raises:
         OSError: It cannot be written.
@@ -50,9 +54,11 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = temporary_path(path)
     try:
         yield temporary
-        sync(temporary)
+        if synced:
+            sync(temporary)
         temporary.replace(path)
-        sync(path.parent)
+        if synced:
+            sync(path.parent)
         remove_stale(path, path)
     finally:
         with contextlib.suppress(OSError):

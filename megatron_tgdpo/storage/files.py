@@ -43,7 +43,7 @@ class FileReader:
         try:
             descriptor = self._open(name)
             while view:
-                count = self._read(descriptor, view, offset)
+                count = os.preadv(descriptor, [view], offset)
                 if not count:
                     raise DamageError(f"{self._directory / name}: ends at byte {offset:,}: truncated")
                 view, offset = view[count:], offset + count
@@ -54,14 +54,8 @@ class FileReader:
         if name not in self._descriptors:
             if len(self._descriptors) >= _OPEN_FILES:
                 self.close()
-            self._descriptors[name] = self._open_file(self._directory / name)
+            self._descriptors[name] = os.open(self._directory / name, os.O_RDONLY)
         return self._descriptors[name]
-
-    def _open_file(self, path: Path) -> int:
-        return os.open(path, os.O_RDONLY)
-
-    def _read(self, descriptor: int, view: memoryview, offset: int) -> int:
-        return os.preadv(descriptor, [view], offset)
 
     def close(self) -> None:
         """Closes what is open; reading again opens it again."""

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.errors import StorageError, UserError, one_line
 
 MODEL, DATASET = "model", "dataset"
 
@@ -110,9 +110,9 @@ def fetch(name: HubName, kind: str, *, weights: bool = True) -> HubName:
     except errors.LocalEntryNotFoundError as error:
         raise UserError(_not_cached(name, kind)) from error
     except errors.HFValidationError as error:
-        raise UserError(f"{name}: no such file or directory, and no name of the Hub: {_line(error)}") from error
+        raise UserError(f"{name}: no such file or directory, and no name of the Hub: {one_line(error)}") from error
     except Exception as error:  # of many libraries' own types
-        raise StorageError(f"{name}: cannot be fetched from the Hub: {_line(error)}") from error
+        raise StorageError(f"{name}: cannot be fetched from the Hub: {one_line(error)}") from error
     return HubName(name.repo, Path(found).name)
 
 
@@ -126,7 +126,3 @@ def _not_cached(name: HubName, kind: str) -> str:
         f"{name}: no such file or directory, not (or not all of it) in the Hub's cache {constants.HF_HUB_CACHE}, and "
         f"{offline}: fetch it where there is a network, with the same HF_HOME: hf download {name.repo}{options}"
     )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

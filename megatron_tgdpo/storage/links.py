@@ -1,7 +1,8 @@
 """Symbolic links in model directories: followed where huggingface_hub made them, refused elsewhere.
 
 A directory from somewhere else may link to any file of whoever reads it, and what is copied into a checkpoint or an
-export is passed on. Source of the layout: huggingface_hub 2.4 ``file_download.py`` and ``utils/_shared_blobs.py``:
+export is passed on. Weights are read, not copied: they may be links to anywhere. Source of the layout:
+huggingface_hub 2.4 ``file_download.py`` and ``utils/_shared_blobs.py``:
 
     CACHE/models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/ETAG
     CACHE/models--OWNER--NAME/blobs/ETAG              a file, or -> ../../blobs/XX/HASH

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import UserError, one_line
 
 _LIMIT_BYTES = 1 << 20
 _LIMIT_VALUES = 20_000
@@ -77,7 +77,7 @@ def read_yaml(content: bytes | str, source: str, *, lines: bool = True) -> Any:
             f"{place}: not valid YAML: {', '.join(filter(None, (error.problem, error.context)))}"
         ) from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: escapes that PyYAML does not check
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{source}: not valid YAML: {one_line(error)}") from error
 
 
 def is_null(value: Any) -> bool:

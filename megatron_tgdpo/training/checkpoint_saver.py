@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
 from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.config.schema import CheckpointConfig
 from megatron_tgdpo.errors import AgreedStorageError, UserError
+from megatron_tgdpo.models.fp8 import is_fp8
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
 from megatron_tgdpo.training.engine_state import training_state
 
@@ -169,5 +169,5 @@ def live_storages(engine: Engine) -> set[int]:
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     # An FP8 tensor of Transformer Engine has no storage of its own; what a checkpoint has of it is a new tensor.
-    plain = (tensor for tensor in tensors if not is_float8tensor(tensor))
+    plain = (tensor for tensor in tensors if not is_fp8(tensor))
     return {tensor.untyped_storage().data_ptr() for tensor in plain}

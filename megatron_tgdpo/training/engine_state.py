@@ -16,8 +16,7 @@ from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.gpu.overlap import finish_param_gather
-from megatron_tgdpo.models.fp8_history import history_shards, restore_history
-from megatron_tgdpo.models.fp8_weights import dequantised
+from megatron_tgdpo.models.fp8 import dequantised, history_shards, restore_history
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
 from megatron_tgdpo.training.sharding import load_optimizer_shards, optimizer_shards, weight_shards
 

@@ -16,9 +16,8 @@ group whose backward is the identity: the gradients of the group's ranks then ad
 the group's first rank reports its pairs, so that step 3 counts each once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,9 +25,10 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
+from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.config.schema import LossConfig
 from megatron_tgdpo.frozen.colocated import TokenLogps
-from megatron_tgdpo.loss.preference import OverRanks, PreferenceLoss, dpo_loss, sft_loss, simpo_loss, tgdpo_loss
+from megatron_tgdpo.loss.preference import OverRanks, PreferenceLoss
 from megatron_tgdpo.output.metrics import PackMetrics, pack_metrics
 
 LossFunction = Callable[[TokenLogps], tuple[Tensor, Tensor, PackMetrics]]
@@ -61,23 +61,16 @@ def forward_step(
 
 def method_loss(logps: TokenLogps, batch: PreferenceBatch, config: LossConfig, over_ranks: OverRanks) -> PreferenceLoss:
     """The loss of ``config.method``, from the log-probs that it uses."""
-    policy, lengths = logps.policy, batch.response_lengths
-    options: dict[str, Any] = {**config.options, "over_ranks": over_ranks}
-    if config.method == "sft":
-        return sft_loss(policy, lengths, **options)
-    if config.method == "simpo":
-        return simpo_loss(policy, lengths, **options)
-    reference, guide = frozen_logps(logps, batch)
-    if config.method == "dpo":
-        return dpo_loss(policy, reference, lengths, **options)
-    assert guide is not None, "neither a guide nor its log-probs"
-    return tgdpo_loss(policy, reference, guide, lengths, **options)
+    method = METHODS[config.method]
+    frozen = frozen_logps(logps, batch, method.frozen)
+    return method.loss_function(logps.policy, frozen, batch.response_lengths, config.options, over_ranks)
 
 
-def frozen_logps(logps: TokenLogps, batch: PreferenceBatch) -> tuple[Tensor, Tensor | None]:
-    """Token log-probs [R] of reference and guide: from the models that ran along, or else from the cache."""
+def frozen_logps(logps: TokenLogps, batch: PreferenceBatch, roles: Sequence[str]) -> dict[str, Tensor]:
+    """Token log-probs [R] of the frozen models by role: from those that ran in the pipeline, or else from the cache."""
     if logps.frozen:
-        reference, *guide = logps.frozen
-        return reference, guide[0] if guide else None
-    assert batch.reference_logps is not None, "neither a reference nor a guidance cache"
-    return batch.reference_logps, batch.guide_logps
+        return dict(zip(roles, logps.frozen, strict=True))
+    cached = {"reference": batch.reference_logps, "guide": batch.guide_logps}
+    found = {role: values for role, values in cached.items() if role in roles and values is not None}
+    assert len(found) == len(roles), f"log-probs of {roles} are wanted, {list(found)} are there"
+    return found

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megatron_tgdpo.batching.sampler import Sampler
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints.directory import read_metadata
 from megatron_tgdpo.checkpoints.integrity import find_damage
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.config.changes import Inputs, Recorded, check_changes, find_changes
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks

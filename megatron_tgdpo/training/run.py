@@ -45,7 +45,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     if device.type == "cpu":
         enable_cpu_backend()
     parallel = config.parallel
-    layout = layout_of(config, ranks.world_size)
+    layout = layout_of(config.parallel, ranks.world_size)
     config, pins = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     model_configs = read_model_configs(config)
     used = models_that_run(config, model_configs)
@@ -73,7 +73,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
 
 def dry_run(config: Config, world_size: int) -> str:
     """The resolved config, the parallel layout, and parameters and memory per rank, without loading anything."""
-    layout = layout_of(config, world_size)
+    layout = layout_of(config.parallel, world_size)
     config = pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
     check_layout(configs, layout)

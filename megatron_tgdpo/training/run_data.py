@@ -15,7 +15,8 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.sampler import DatasetPart, Sampler, make_sampler
-from megatron_tgdpo.checkpoints.directory import hf_files, remove_incomplete
+from megatron_tgdpo.checkpoints.directory import remove_incomplete
+from megatron_tgdpo.checkpoints.model_directory import hf_files, model_files
 from megatron_tgdpo.config.changes import INPUTS, Inputs
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
@@ -24,10 +25,10 @@ from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_rank0
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance.cache import GuidanceCache, guidance_key, model_fingerprints, open_guidance
 from megatron_tgdpo.output.directory import claim_output_dir
-from megatron_tgdpo.output.wandb import import_wandb
+from megatron_tgdpo.output.metrics_log import check_loggers
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.datasets import Prepared, prepare_data, write_summary
-from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weight_files, weights_fingerprint
+from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import Pins, record_pins
 from megatron_tgdpo.setup.model_inputs import check_tokenizers
 from megatron_tgdpo.signals import leave_if_requested
@@ -81,8 +82,7 @@ def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) ->
     """
     hf_files(local_path(config.model.policy))  # every checkpoint gets a copy of them
     lacking = check_tokenizers(config)
-    if config.log.wandb:
-        import_wandb()
+    check_loggers(config.log)
     lock.acquire()
     claim_output_dir(config)
     record_pins(Path(config.output_dir), pins or {})
@@ -121,7 +121,7 @@ def check_inputs(config: Config, prepared: Mapping[str, Prepared], ranks: RankEn
     """
 
     def files() -> list[Path]:
-        weights = [file for path in config.model_paths.values() for file in weight_files(Path(path))]
+        weights = [file for path in config.model_paths.values() for file in model_files(Path(path))]
         return weights + [Path(file) for dataset in _open(prepared).values() for file in dataset.files]
 
     record = Path(config.output_dir) / HASHES_FILE
@@ -171,7 +171,7 @@ def open_data(
         done: Steps that were made before, and how many pairs of ``data.train`` they consumed.
 
     Raises:
-        UserError: A pair holds a token id that a model does not have.
+        UserError: A pair holds a token id that a model does not have, or warm-up takes all steps.
     """
     role, vocab_size = min(((role, found.vocab_size) for role, found in configs.items()), key=lambda item: item[1])
     datasets = _open(prepared)
@@ -194,6 +194,11 @@ def open_data(
         config.train.seed,
         *done,
     )
+    if (config.optimizer.warmup_steps or 0) >= order.steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps} and the run has {order.steps} steps: the peak "
+            "learning rate would never be reached, make it smaller"
+        )
     caches = {}
     if config.guidance.mode == "cached":
         caches = {name: open_guidance(config, name, dataset) for name, dataset in {"train": train, **datasets}.items()}

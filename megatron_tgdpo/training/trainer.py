@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_tgdpo import signals
 from megatron_tgdpo.batching.collate import PreferenceBatch, collate
 from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
@@ -28,8 +29,8 @@ from megatron_tgdpo.output.metrics import StepMetrics, eval_group
 from megatron_tgdpo.output.metrics_log import MetricsLog
 from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.setup.engine import Engine
-from megatron_tgdpo.setup.model_inputs import hf_directory
 from megatron_tgdpo.signals import StoppedEarly
+from megatron_tgdpo.storage.hub import local_path
 from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.training.engine_state import load_checkpoint
 from megatron_tgdpo.training.resume import StartPoint
@@ -81,7 +82,7 @@ class Trainer:
         self.saver = CheckpointSaver(
             engine,
             self.output_dir,
-            hf_directory(config.model.policy),
+            hf_directory(local_path(config.model.policy)),
             config.checkpoint,
             config.parallel.timeout_minutes,
         )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_tgdpo.checkpoints.directory import read_metadata
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from tests.distributed.common import assert_same_weights, read_weights
 from tests.distributed.worker_conversion import LENGTHS, pack_tokens, upstream_gradient
 from tests.launch import PATIENCE

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_tgdpo.checkpoints.directory import read_metadata
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from tests.distributed.common import assert_same_weights, read_weights
 from tests.launch import run_module
 from tests.processes import run_forked

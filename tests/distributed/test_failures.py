@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_tgdpo.checkpoints.directory import is_complete
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.signals import FAILED_STATUS, STORAGE_STATUS
+from tests.checkpoints import is_complete
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.launch import PATIENCE, run_module
 from tests.processes import run_forked, started_ranks

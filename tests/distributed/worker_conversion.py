@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from checkpoints_convert import export as export_module
-from checkpoints_convert.command_line import dtype_name
 from checkpoints_convert.export import export_hf
 from checkpoints_convert.import_hf import import_hf
 from checkpoints_convert.logits import packed_outputs, packing_of
@@ -33,10 +32,11 @@ from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_para
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.hf_weights.load import load_weights
+from megatron_tgdpo.models.hf_weights.load import mapped_parameters
 from megatron_tgdpo.models.hf_weights.mapping import Heads, join_shards, parameter_count
-from megatron_tgdpo.models.hf_weights.model_mapping import mapped_parameters
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
+from megatron_tgdpo.storage.dtypes import dtype_name
+from tests.checkpoints import load_weights, save
 
 CPU = torch.device("cpu")
 ROW, LENGTHS = 200, [90, 70, 30]
@@ -146,13 +146,13 @@ def convert(
     saved = out / "checkpoints" / "step_00000005"
     state = {"model": model.sharded_state_dict(), "optimizer": optimizer_state(model), "step": 5}
     metadata = {"dtype": dtype_name(dtype), "parameters": parameter_count(hf_config)}
-    sharded.save(saved, state, hf, {**metadata, "step": 5})
+    save(saved, state, hf, {**metadata, "step": 5})
     export(saved, out / "exported", dtype, max_shard_bytes=40_000)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     load_weights(model, root / "megatron" / hf.name, hf_config, pg)
-    sharded.save(out / "resharded-megatron", {"model": model.sharded_state_dict()}, hf, metadata)
+    save(out / "resharded-megatron", {"model": model.sharded_state_dict()}, hf, metadata)
     export(out / "resharded-megatron", out / "resharded", dtype)
 
 
@@ -181,7 +181,7 @@ def run_single(root: Path) -> None:
         model = build_language_model(hf_config, layout, pg, dtype=hf_config.dtype, device=CPU)
         load_weights(model, hf, hf_config, pg)
         metadata = {"dtype": dtype_name(hf_config.dtype), "parameters": parameter_count(hf_config)}
-        sharded.save(root / "live" / hf.name, {"model": model.sharded_state_dict()}, hf, metadata)
+        save(root / "live" / hf.name, {"model": model.sharded_state_dict()}, hf, metadata)
     destroy_model_parallel()
 
 
@@ -196,7 +196,7 @@ def run_faults(root: Path) -> None:
     report = {}
     no_space = OSError(errno.ENOSPC, "No space left on device")
     actions = {
-        "save": lambda path: sharded.save(path, {"model": model.sharded_state_dict()}, hf, {"dtype": "fp32"}),
+        "save": lambda path: save(path, {"model": model.sharded_state_dict()}, hf, {"dtype": "fp32"}),
         "import": lambda path: import_hf(hf, path, hf_config),
         "export": lambda path: export(root / "megatron" / "untied", path, torch.float32, max_shard_bytes=100_000),
     }

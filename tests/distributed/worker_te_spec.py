@@ -18,17 +18,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from checkpoints_convert.logits import packing_of
-from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import ParallelLayout, init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.gpu.kernel_choice import core_attention_spec
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.hf_weights.load import load_weights
-from megatron_tgdpo.models.hf_weights.spec_names import local_name
+from megatron_tgdpo.models.hf_weights.mapping import local_name
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
 from megatron_tgdpo.models.layer_spec_te import te_block_spec
 from tests import fake_te
+from tests.checkpoints import load_weights, save
 
 CPU = torch.device("cpu")
 ROW, LENGTHS = 128, [60, 40]
@@ -95,7 +94,7 @@ def compare(hf: Path, root: Path, layout: ParallelLayout, pg: ProcessGroupCollec
     for writer, reader in (("local", "te"), ("te", "local")):
         path = root / "checkpoints" / f"{hf.name}-{writer}"
         state = {"model": models[writer].sharded_state_dict()}
-        sharded.save(path, state, hf, {"dtype": "fp32", "parameters": 0})
+        save(path, state, hf, {"dtype": "fp32", "parameters": 0})
         fresh = build(reader, hf_config, layout, pg)
         load_weights(fresh, path, hf_config, pg)
         found[f"{writer} to {reader}"] = bool(torch.equal(run(fresh)[0], results[reader][0]))

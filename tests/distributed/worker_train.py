@@ -28,7 +28,7 @@ from megatron_tgdpo.distributed.ranks import connect_store, read_rank_environmen
 from megatron_tgdpo.gpu.overlap import ddp_config
 from megatron_tgdpo.guidance.precompute import precompute_guidance, verify_guidance
 from megatron_tgdpo.setup import engine
-from megatron_tgdpo.setup.models import DTYPES
+from megatron_tgdpo.storage.dtypes import DTYPES
 from megatron_tgdpo.training import checkpoint_saver, engine_state
 from megatron_tgdpo.training.run import run
 from tools.benchmarks.save import gathered_state
@@ -45,7 +45,9 @@ def export(config: Config, out: Path) -> None:
 @contextmanager
 def buckets_of(parameters: int | None) -> Iterator[None]:
     """Sets the size of megatron-core's gradient buckets, which is no option of the project."""
-    with mock.patch.object(engine, "ddp_config", lambda config: replace(ddp_config(config), bucket_size=parameters)):
+    with mock.patch.object(
+        engine, "ddp_config", lambda *sections: replace(ddp_config(*sections), bucket_size=parameters)
+    ):
         yield
 
 

@@ -133,20 +133,21 @@ def _one_collective_at_a_time() -> None:
 
 def _present_a_gpu() -> None:
     """What the project finds on an H100; models are still made and kept on the CPU."""
-    from megatron_tgdpo.gpu import options as gpu_setup
+    from megatron_tgdpo.gpu import options
     from megatron_tgdpo.gpu.capabilities import Capabilities
-    from megatron_tgdpo.setup import engine
+    from megatron_tgdpo.setup import models
+    from megatron_tgdpo.training import run
 
     found = Capabilities(
         device="cuda", compute_capability=CAPABILITY, cuda=(13, 0), transformer_engine=(2, 11, 0), cudnn=(9, 19, 0),
         adam="transformer_engine", multi_tensor="transformer_engine",
     )  # fmt: skip
-    options = gpu_setup.model_options
+    chosen = options.model_options
 
     def model_options(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
-        overrides, spec = options(*args, **kwargs)
+        overrides, spec = chosen(*args, **kwargs)
         # Else megatron-core takes weights for made on the CPU first, and Transformer Engine makes none in FP8.
         return {**overrides, "use_cpu_initialization": False}, spec
 
-    gpu_setup.capabilities = engine.capabilities = lambda device: found
-    gpu_setup.model_options = engine.model_options = model_options
+    options.capabilities = run.capabilities = lambda device: found
+    options.model_options = models.model_options = model_options

@@ -22,7 +22,7 @@ from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options
-from megatron_tgdpo.models.fp8_weights import write_parameter
+from megatron_tgdpo.models.fp8 import write_parameter
 from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.setup.engine import Engine, build_engine
 from megatron_tgdpo.setup.model_inputs import read_model_configs
@@ -133,5 +133,5 @@ def random_weights() -> Iterator[None]:
             value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
             write_parameter(parameter, value.normal_(0.0, 0.02) if value.dim() > 1 else value.fill_(1.0))
 
-    with mock.patch("megatron_tgdpo.setup.engine.load_hf_weights", fill):
+    with mock.patch("megatron_tgdpo.setup.models.load_hf_weights", fill):
         yield

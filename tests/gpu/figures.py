@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.distributed.layout import make_layout
-from megatron_tgdpo.planning.activations import Row
+from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.step_time import pack_flops
 
@@ -146,7 +146,7 @@ def step_flops(
     prompts, responses = lengths[:, 0], lengths[:, 1:].sum(axis=1)
     tokens = int(((1 if shared else 2) * prompts + responses).sum())
     batch = Batch(len(lengths), round(tokens / len(lengths)), float(responses.sum()) / tokens, shared_prompts=False)
-    job = Job(policy, frozen, Row(row, row, 2), batch)
+    job = Job(policy, frozen, Pack(row, row, 2), batch)
     return sum(pack_flops(job, make_layout(1, 1, 1, False, 1), "none", stage=0)) * tokens / row
 
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_tgdpo.batching.packed_sequence import Segment, pack_segments
-from megatron_tgdpo.config.checks import FP8_RECIPES
+from megatron_tgdpo.config.constraints import FP8_RECIPES
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError

@@ -8,11 +8,9 @@ or with the status of failing storage; no checkpoint is taken for damaged; and t
 one that nothing disturbed. Rounds in which no fault struck are not counted.
 """
 
-import argparse
 import errno
 import json
 import random
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from megatron_tgdpo.signals import STORAGE_STATUS
 from tests.distributed.common import make_problem, merged
 from tests.processes import run_forked
 from tests.series import assert_same_series, logged_steps
+from tests.soak import command
 
 EVERY = 3  # steps between saves
 STEPS_PER_ROUND = 7
@@ -98,17 +97,5 @@ def soak(directory: Path, faults: int, seed: int) -> None:
     print(f"no checkpoint was taken for damaged; the series of {saved + EVERY} steps is the undisturbed one")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--faults", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, help="where to leave the runs (default: a temporary directory)")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = arguments.directory or Path(temporary)
-        directory.mkdir(parents=True, exist_ok=True)
-        soak(directory, arguments.faults, arguments.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command.run(soak, __doc__, "faults", 20)

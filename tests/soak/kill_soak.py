@@ -7,23 +7,23 @@ finished save are lost. At the end: the metrics are those of a run that was neve
 bit.
 """
 
-import argparse
 import json
 import random
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 
-from megatron_tgdpo.checkpoints.directory import complete_checkpoints, is_complete
+from megatron_tgdpo.checkpoints.directory import complete_checkpoints
+from tests.checkpoints import is_complete
 from tests.distributed.common import make_problem, merged
 from tests.launch import PATIENCE, ROOT, environment
 from tests.series import assert_same_series, logged_steps
+from tests.soak import command
 
 KINDS = ("one rank", "during a save", "the launcher", "all ranks", "while starting")
 EVERY = 4  # steps between saves
@@ -166,17 +166,5 @@ def soak(directory: Path, kills: int, seed: int) -> None:
     print(f"the series of {saved + EVERY} steps is the uninterrupted one")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, help="where to leave the runs (default: a temporary directory)")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = arguments.directory or Path(temporary)
-        directory.mkdir(parents=True, exist_ok=True)
-        soak(directory, arguments.kills, arguments.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command.run(soak, __doc__, "kills", 30)

@@ -9,23 +9,23 @@ the steps since the last finished save are lost; every checkpoint is whole. In t
 that nobody stopped, to the last bit.
 """
 
-import argparse
 import json
 import random
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_tgdpo.checkpoints.directory import complete_checkpoints, is_complete
+from megatron_tgdpo.checkpoints.directory import complete_checkpoints
 from megatron_tgdpo.signals import FAILED_STATUS, INTERRUPTED_STATUS, STOPPED_STATUS
+from tests.checkpoints import is_complete
 from tests.distributed.common import make_problem, merged
 from tests.forked import Forked
 from tests.launch import PATIENCE
 from tests.processes import run_forked, started_ranks
 from tests.series import assert_same_series, logged_steps, wait_for_step
+from tests.soak import command
 from tests.soak.kill_soak import Job
 
 EVERY = 4  # steps between saves
@@ -159,17 +159,5 @@ def soak(directory: Path, signals: int, seed: int) -> None:
     print(f"the series of {saved + EVERY} steps is the undisturbed one")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--signals", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, help="where to leave the runs (default: a temporary directory)")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = arguments.directory or Path(temporary)
-        directory.mkdir(parents=True, exist_ok=True)
-        soak(directory, arguments.signals, arguments.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command.run(soak, __doc__, "signals", 20)

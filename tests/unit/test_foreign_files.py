@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints.directory import read_manifest
+from megatron_tgdpo.checkpoints.manifest import FORMAT, _own_digest, read_manifest
 from megatron_tgdpo.data.manifest import DATA_SUFFIXES
 from megatron_tgdpo.data.manifest import read_manifest as read_dataset_manifest
 from megatron_tgdpo.errors import DamageError, UserError
@@ -32,12 +32,19 @@ def test_an_error_of_bad_input_is_one_printable_line() -> None:
 def test_json_nested_too_deeply_is_a_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json(DEEP)
-    for name in ("config.json", "model.safetensors.index.json", "tgdpo.json", MANIFEST_FILE, "d.manifest.json"):
+    (tmp_path / "megatron").mkdir()
+    for name in (
+        "config.json",
+        "model.safetensors.index.json",
+        MANIFEST_FILE,
+        "d.manifest.json",
+        "megatron/tgdpo.json",
+    ):
         (tmp_path / name).write_text(DEEP)
     for read in (
         lambda: read_hf_config(tmp_path),
         lambda: HfCheckpoint(tmp_path),
-        lambda: read_manifest(tmp_path),
+        lambda: read_manifest(tmp_path / "megatron"),
         lambda: GuidanceCache(tmp_path, np.ones((3, 3), np.int64), use_guide=False),
         lambda: read_dataset_manifest(str(tmp_path / "d")),
     ):
@@ -63,7 +70,7 @@ def test_a_checkpoint_that_names_no_step_counts_as_any_other(tmp_path: Path) -> 
     (checkpoint / "hf").mkdir(parents=True)
     for name in (".metadata", "common.pt", "hf/config.json"):
         (checkpoint / name).write_text("{}")
-    (checkpoint / "metadata.json").write_text(json.dumps(checkpoint_directory._FORMAT))
+    (checkpoint / "metadata.json").write_text(json.dumps(FORMAT))
     (checkpoint / "tgdpo.json").write_text('{"format_version": 1}')
     assert checkpoint_directory.newest_checkpoint(tmp_path) == checkpoint
     assert [count_restart(tmp_path, "7", 5) for _ in range(3)] == [0, 1, 2]
@@ -86,7 +93,7 @@ def test_a_checkpoint_s_manifest_says_what_is_read_of_it(tmp_path: Path, changes
     content = {"format_version": 1, "step": 4, **changes}
     if files := content.pop("files", None):
         digests = {name: FileDigest(**entry) for name, entry in files.items()}
-        content |= {"files": files, "sha256": checkpoint_directory._own_digest(content, digests)}
+        content |= {"files": files, "sha256": _own_digest(content, digests)}
     (tmp_path / "tgdpo.json").write_text(json.dumps(content))
     with pytest.raises(DamageError, match="not readable") as caught:
         read_manifest(tmp_path)

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints.directory import check_hf_files, read_manifest
+from megatron_tgdpo.checkpoints.manifest import _own_digest, read_manifest
+from megatron_tgdpo.checkpoints.model_directory import check_hf_files
 from megatron_tgdpo.config.changes import INPUTS, check_changes, find_changes
 from megatron_tgdpo.config.loading import config_from_dict, load_config, to_dict, to_yaml
 from megatron_tgdpo.data.dataset import PreferenceDataset
@@ -35,7 +35,7 @@ from tests.tiny_models import make_llama
 from tests.unit.commands.test_import_config import ENTRY, REFERENCE
 from tests.unit.config.test_loading import VALID
 from tests.unit.data.conftest import hf_directory as tokenizer_directory
-from tgdpo.import_config import convert
+from tgdpo.llamafactory.conversion import convert, read_reference
 from tgdpo.llamafactory.datasets import dataset_file
 from tgdpo.llamafactory.templates import NAMES, chat_template
 
@@ -88,10 +88,10 @@ def test_overrides(place: Path, override: str) -> None:
 
 @fuzz(text=texts([yaml.safe_dump(REFERENCE)]))
 def test_reference_configs(place: Path, text: str) -> None:
-    from tgdpo.import_config import _read
-
     (place / "lf.yaml").write_bytes(to_bytes(text))
-    one_line_or_result(lambda: config_from_dict(convert(_read(place / "lf.yaml"), 8, "pairs", None), "lf.yaml"))
+    one_line_or_result(
+        lambda: config_from_dict(convert(read_reference(place / "lf.yaml"), 8, "pairs", None), "lf.yaml")
+    )
 
 
 @fuzz(
@@ -151,7 +151,7 @@ def _with_its_digest(text: str) -> str:
         content = json.loads(text)
         files = {name: FileDigest(**entry) for name, entry in content.pop("files").items()}
         content.pop("sha256", None)
-        own = checkpoint_directory._own_digest(content, files)
+        own = _own_digest(content, files)
         return json.dumps({**content, "files": {name: vars(entry) for name, entry in files.items()}, "sha256": own})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return text

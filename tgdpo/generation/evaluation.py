@@ -1,4 +1,4 @@
-"""The figures by which models are judged on preference pairs and on their own answers."""
+"""The metrics by which models are judged on preference pairs and on their own answers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -55,7 +55,7 @@ def score_pairs(model: PreTrainedModel, rows: Sequence[PromptAndResponse]) -> Pa
     return PairScores(torch.stack(sums), torch.tensor([len(logps) for logps in scores], dtype=torch.float64))
 
 
-def preference_figures(scores: PairScores, reference: PairScores | None, beta: float) -> dict[str, Any]:
+def preference_metrics(scores: PairScores, reference: PairScores | None, beta: float) -> dict[str, Any]:
     """Accuracies with Wilson's interval, means over pairs with the normal interval.
 
     Args:
@@ -72,7 +72,7 @@ def preference_figures(scores: PairScores, reference: PairScores | None, beta: f
     rewards = scores.logps if reference is None else beta * (scores.logps - reference.logps)
     margins = rewards[0::2] - rewards[1::2]
     pairs, correct = margins.numel(), int((margins > 0).sum())
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "pairs": pairs,
         "correct": correct,
         "ties": int((margins == 0).sum()),
@@ -83,15 +83,15 @@ def preference_figures(scores: PairScores, reference: PairScores | None, beta: f
         "reward_rejected": None,
     }
     if reference is not None:
-        figures["margin"] = mean_interval(margins.tolist())
-        figures["reward_chosen"] = mean_interval(rewards[0::2].tolist())
-        figures["reward_rejected"] = mean_interval(rewards[1::2].tolist())
-    return figures
+        metrics["margin"] = mean_interval(margins.tolist())
+        metrics["reward_chosen"] = mean_interval(rewards[0::2].tolist())
+        metrics["reward_rejected"] = mean_interval(rewards[1::2].tolist())
+    return metrics
 
 
-def swap_warning(figures: dict[str, Any]) -> str | None:
-    """What :func:`~megatron_tgdpo.guidance.monitor.guide_warning` says of a model's :func:`preference_figures`."""
-    return guide_warning(figures["correct"], figures["pairs"], ties=figures["ties"])
+def swap_warning(metrics: dict[str, Any]) -> str | None:
+    """What :func:`~megatron_tgdpo.guidance.monitor.guide_warning` says of a model's :func:`preference_metrics`."""
+    return guide_warning(metrics["correct"], metrics["pairs"], ties=metrics["ties"])
 
 
 def sample_answers(
@@ -108,7 +108,7 @@ def sample_answers(
     return answers
 
 
-def answer_figures(
+def answer_metrics(
     model: PreTrainedModel, reference: PreTrainedModel | None, prompts: Sequence[list[int]], answers: Sequence[Answer]
 ) -> dict[str, Any]:
     """Length of a model's own answers, and its divergence from the reference along them.
@@ -129,7 +129,7 @@ def answer_figures(
         ``kl_per_token`` (nats; a ratio with the delta method's interval over answers; None for the reference).
     """
     lengths = [len(answer.ids) for answer in answers]
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "answers": len(answers),
         "tokens": mean_interval(lengths),
         "finished": wilson(sum(answer.finished for answer in answers), len(answers)),
@@ -138,10 +138,10 @@ def answer_figures(
     if reference is not None:
         rows = [(prompt, answer.ids) for prompt, answer in zip(prompts, answers, strict=True)]
         sums = [values.double().sum().item() for values in token_divergences(model, reference, rows)]
-        figures["kl_per_token"] = ratio_interval(sums, lengths)
-    return figures
+        metrics["kl_per_token"] = ratio_interval(sums, lengths)
+    return metrics
 
 
-def as_json(figures: dict[str, Any]) -> dict[str, Any]:
+def as_json(metrics: dict[str, Any]) -> dict[str, Any]:
     """Estimates as dictionaries of value, low and high."""
-    return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in figures.items()}
+    return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in metrics.items()}

@@ -164,7 +164,7 @@ def check_writable(path: Path) -> None:
 
 
 def summary_path(out: Path) -> Path:
-    """Where the figures and settings of a finished job are kept, beside its output."""
+    """Where the metrics and settings of a finished job are kept, beside its output."""
     return out.with_name(out.name + ".summary.json")
 
 

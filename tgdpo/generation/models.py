@@ -11,22 +11,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from megatron_tgdpo.checkpoints.directory import (
-    check_files,
-    hf_folder,
-    is_megatron_checkpoint,
-    newest_checkpoint,
-    read_metadata,
-)
+from megatron_tgdpo.checkpoints import model_directory
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.manifest import TENSORS_FILE, check_files, read_metadata
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, model_files
 from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import Tokenizer
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.models.hf_weights.reader import refuse_adapter
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_WEIGHTS = (".safetensors", ".distcp", ".metadata")
+from megatron_tgdpo.storage.dtypes import DTYPES
 
 
 def default_device() -> torch.device:
@@ -69,15 +64,16 @@ def tokenizer_directory(path: Path) -> Path:
     Raises:
         UserError: It is no model directory.
     """
-    return hf_folder(_megatron_checkpoint(path) or path)
+    return model_directory.hf_directory(_megatron_checkpoint(path) or path)
 
 
 def fingerprint(path: Path) -> str:
     """sha256 (hex) of a model directory's config and of its weight files' names, sizes and times of change."""
     directory = _megatron_checkpoint(path) or path
-    digest = hashlib.sha256((hf_folder(directory) / "config.json").read_bytes())
-    for file in sorted(directory.iterdir()):
-        if file.name.endswith(_WEIGHTS):
+    config, *weights = model_files(directory)
+    digest = hashlib.sha256(config.read_bytes())
+    for file in (directory / TENSORS_FILE, *weights):
+        if file.is_file():
             status = file.stat()
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -99,7 +95,7 @@ def load_model(kind: Any, directory: Path, dtype: torch.dtype, device: torch.dev
             directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # a broken directory raises anything from OSError to the Rust library's own type
-        raise UserError(f"{directory}: cannot load the model: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{directory}: cannot load the model: {one_line(error)}") from error
     return model.to(device).eval()
 
 
@@ -140,9 +136,10 @@ def _megatron_checkpoint(path: Path) -> Path | None:
 
 def _export(checkpoint: Path, out: Path) -> None:
     # Here, because it imports megatron-core, which HF directories do not need.
+    from checkpoints_convert.arguments import DEFAULT_SHARD_SIZE, parse_size
     from checkpoints_convert.command_line import dtype_of as stored_dtype
-    from checkpoints_convert.command_line import join_ranks, parse_size
-    from checkpoints_convert.export import DEFAULT_SHARD_SIZE, export_hf
+    from checkpoints_convert.command_line import join_ranks
+    from checkpoints_convert.export import export_hf
 
     stored = stored_dtype(read_metadata(checkpoint), checkpoint)
     size = parse_size("the shard size", DEFAULT_SHARD_SIZE)

@@ -2,14 +2,16 @@
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from megatron_tgdpo.data.chat import NO_VARIABLES
 from megatron_tgdpo.data.encode import encode_responses
+from megatron_tgdpo.data.example import as_keys
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import load_tokenizer
@@ -22,8 +24,16 @@ PromptContent = str | tuple[Message, ...]
 class Scorer(Protocol):
     """Scores answers to a prompt; higher is better."""
 
-    def score(self, prompt: PromptContent, answers: Sequence[str], place: str) -> list[float]:
+    def score(
+        self, prompt: PromptContent, answers: Sequence[str], place: str, variables: Mapping[str, Any] = NO_VARIABLES
+    ) -> list[float]:
         """One finite number an answer.
+
+        Args:
+            prompt: Plain text or messages.
+            answers: The answers to it.
+            place: Its record, for errors.
+            variables: What its record tells the chat template beside messages, such as ``tools``.
 
         Raises:
             UserError: It cannot; starts with ``place``.
@@ -35,7 +45,8 @@ class FunctionScorer:
     """A user's ``module:function``, called as ``function(prompt, answers)``.
 
     ``prompt`` is a string, or a list of ``{"role": ..., "content": ...}``; ``answers`` a list of strings; the result
-    one number for each.
+    one number for each. What else a record has for the chat template comes by name: ``tools``, ``documents``,
+    ``chat_template_kwargs``.
 
     Raises:
         UserError: There is no such function.
@@ -52,10 +63,12 @@ class FunctionScorer:
         self._name = name
         self._function = found
 
-    def score(self, prompt: PromptContent, answers: Sequence[str], place: str) -> list[float]:
+    def score(
+        self, prompt: PromptContent, answers: Sequence[str], place: str, variables: Mapping[str, Any] = NO_VARIABLES
+    ) -> list[float]:
         """See :class:`Scorer`."""
         try:
-            scores = self._function(as_plain(prompt), list(answers))
+            scores = self._function(as_plain(prompt), list(answers), **as_keys(variables))
         except Exception as error:
             raise UserError(f"{place}: {self._name} raised {type(error).__name__}: {error}") from error
         try:
@@ -91,9 +104,11 @@ class RewardModelScorer:
         self._pad = self._model.config.pad_token_id
 
     @torch.inference_mode()
-    def score(self, prompt: PromptContent, answers: Sequence[str], place: str) -> list[float]:
+    def score(
+        self, prompt: PromptContent, answers: Sequence[str], place: str, variables: Mapping[str, Any] = NO_VARIABLES
+    ) -> list[float]:
         """See :class:`Scorer`."""
-        rows = [torch.tensor(self._ids(prompt, answer, place)) for answer in answers]
+        rows = [torch.tensor(self._ids(prompt, answer, place, variables)) for answer in answers]
         batches = [rows] if self._pad is not None else [[row] for row in rows]
         scores: list[float] = []
         for batch in batches:
@@ -104,14 +119,17 @@ class RewardModelScorer:
             scores += logits[:, 0].float().tolist()
         return checked(scores, len(answers), f"{place}: {self._directory}")
 
-    def _ids(self, prompt: PromptContent, answer: str, place: str) -> list[int]:
+    def _ids(self, prompt: PromptContent, answer: str, place: str, variables: Mapping[str, Any]) -> list[int]:
         if isinstance(prompt, str):
             before, response, _ = encode_responses(Example(prompt, answer, answer), self._tokenizer, place)
             return [*before, *response]
         template = self._tokenizer.template
         if template is None:
             raise UserError(f"{place}: the reward model {self._directory} has no chat template for messages")
-        return self._tokenizer.encode(template.render([*prompt, Message("assistant", answer)], place))
+        turns = [*prompt, Message("assistant", answer)]
+        if variables or any(message.extra for message in prompt):
+            template.check_read(turns, variables, place)
+        return self._tokenizer.encode(template.render(turns, place, variables=variables))
 
 
 def as_plain(prompt: PromptContent) -> Any:

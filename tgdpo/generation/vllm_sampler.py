@@ -20,7 +20,7 @@ class VllmSampler:
     Args:
         directory: HF directory.
         tokenizer: Of the same directory.
-        top_p: As for :class:`~tgdpo.generation.sampling.TransformersSampler`.
+        top_p: As for :class:`~tgdpo.generation.transformers_sampler.TransformersSampler`.
         max_new_tokens: Limit of an answer.
         dtype: Of the weights.
 

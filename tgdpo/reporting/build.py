@@ -6,20 +6,20 @@ import numpy as np
 
 from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair
 from megatron_tgdpo.data.tokenizers import Tokenizer
-from tgdpo.reporting.figures import NEGATIVE_SHARES, Figures, make_figures
+from tgdpo.reporting.metrics import NEGATIVE_SHARES, Metrics, make_metrics
 from tgdpo.reporting.render import ReportPair
 from tgdpo.reporting.sentences import SentenceSplitter
 from tgdpo.reporting.token_text import token_texts
 
 
-def report_figures(pairs: Sequence[PreferencePair], logps: Mapping[str, Sequence[np.ndarray]]) -> Figures:
-    """Figures of pairs whose ``logps["guide"]`` and ``logps["reference"]`` are [c + r] a pair."""
-    sided = []
+def report_metrics(pairs: Sequence[PreferencePair], logps: Mapping[str, Sequence[np.ndarray]]) -> Metrics:
+    """Metrics of pairs whose ``logps["guide"]`` and ``logps["reference"]`` are [c + r] a pair."""
+    by_response = []
     for pair, guide, reference in zip(pairs, logps["guide"], logps["reference"], strict=True):
         logratios = guide.astype(np.float64) - reference.astype(np.float64)
         chosen, _ = pair.trained_lengths
-        sided.append((logratios[:chosen], logratios[chosen:]))
-    return make_figures(sided)
+        by_response.append((logratios[:chosen], logratios[chosen:]))
+    return make_metrics(by_response)
 
 
 def report_pairs(
@@ -63,29 +63,29 @@ def _trained_texts(
     ]
 
 
-def chance_warning(figures: Figures) -> str:
+def chance_warning(metrics: Metrics) -> str:
     """What to say of a guide that knows no better than chance; empty for one that does."""
-    if figures.accuracy > 0.5:
+    if metrics.accuracy > 0.5:
         return ""
     return (
-        f"The guide prefers the chosen response in only {figures.correct} of {figures.pairs} pairs, which is no better "
+        f"The guide prefers the chosen response in only {metrics.correct} of {metrics.pairs} pairs, which is no better "
         "than chance. Are guide and reference swapped, or is the guide untrained? Its token weights would mislead."
     )
 
 
-def summary(figures: Figures, alpha: float, beta: float) -> str:
-    """The report's figures in a few lines of text."""
-    low, high = figures.interval
-    toward = alpha * beta * figures.toward
-    limits = ", ".join(f"{share:.1%} {figures.alpha_limit(share, beta):.3g}" for share in NEGATIVE_SHARES)
+def summary(metrics: Metrics, alpha: float, beta: float) -> str:
+    """The report's metrics in a few lines of text."""
+    low, high = metrics.interval
+    toward = alpha * beta * metrics.toward
+    limits = ", ".join(f"{share:.1%} {metrics.alpha_limit(share, beta):.3g}" for share in NEGATIVE_SHARES)
     return "\n".join(
         [
-            f"{figures.pairs} pairs, {len(toward)} response tokens, alpha {alpha:g}, beta {beta:g}",
-            f"guide accuracy   {figures.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}), "
-            f"mean margin {beta * figures.margins.mean():+.3f}",
+            f"{metrics.pairs} pairs, {len(toward)} response tokens, alpha {alpha:g}, beta {beta:g}",
+            f"guide accuracy   {metrics.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}), "
+            f"mean margin {beta * metrics.margins.mean():+.3f}",
             f"token weights    mean {1 + toward.mean():.3f}, deviation {toward.std():.3f}, "
             f"{1 + toward[0]:.3f} to {1 + toward[-1]:.3f}",
-            f"negative weights {figures.negative_fraction(alpha, beta):.2%} of the tokens",
+            f"negative weights {metrics.negative_fraction(alpha, beta):.2%} of the tokens",
             f"largest alpha for at most that share of negative weights: {limits}",
         ]
     )

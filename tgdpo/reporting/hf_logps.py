@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_tgdpo.checkpoints.directory import is_megatron_checkpoint
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.data.dataset import PreferencePair
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.models.hf_config import read_hf_config
 
 
@@ -32,9 +32,7 @@ def response_logps(
         UserError: No HF model that this project knows is there, or its vocabulary is too small for the pairs.
     """
     if is_megatron_checkpoint(directory):
-        raise UserError(
-            f"{directory}: is a Megatron checkpoint: export it with python -m checkpoints_convert.megatron_to_hf"
-        )
+        raise UserError(f"{directory}: is a Megatron checkpoint: export it with tgdpo convert to-hf")
     vocab_size = read_hf_config(directory).vocab_size
     largest = max(int(ids.max()) for pair in pairs for ids in (pair.prompt, pair.chosen, pair.rejected))
     if largest >= vocab_size:
@@ -52,7 +50,7 @@ def _load(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
             directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # transformers raises many types for one cause: the directory's content
-        raise UserError(f"{directory}: cannot load the model: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{directory}: cannot load the model: {one_line(error)}") from error
     return model.to(device).eval()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tgdpo.reporting.figures import NEGATIVE_SHARES, QUANTILES, Figures
+from tgdpo.reporting.metrics import NEGATIVE_SHARES, QUANTILES, Metrics
 
 _DIRECTORY = Path(__file__).parent / "page"
 _SCRIPTS = ("data.js", "tokens.js", "charts.js", "pairs.js", "main.js")
@@ -39,13 +39,13 @@ class ReportPair:
 
 
 def render_page(
-    pairs: Sequence[ReportPair], figures: Figures, *, alpha: float, beta: float, facts: dict[str, str], warning: str
+    pairs: Sequence[ReportPair], metrics: Metrics, *, alpha: float, beta: float, facts: dict[str, str], warning: str
 ) -> str:
     """Renders the page.
 
     Args:
         pairs: What it shows, at least one pair; all with the same models.
-        figures: Of the same pairs.
+        metrics: Of the same pairs.
         alpha: Strength of the guidance that the page opens with.
         beta: Strength of the KL constraint that it opens with.
         facts: What the heading says, by name.
@@ -62,14 +62,14 @@ def render_page(
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        data=_payload(pairs, figures, alpha, beta),
+        data=_payload(pairs, metrics, alpha, beta),
         facts=facts,
         warning=warning,
     )
 
 
-def _payload(pairs: Sequence[ReportPair], figures: Figures, alpha: float, beta: float) -> dict[str, Any]:
-    toward = figures.toward
+def _payload(pairs: Sequence[ReportPair], metrics: Metrics, alpha: float, beta: float) -> dict[str, Any]:
+    toward = metrics.toward
     return {
         "alpha": alpha,
         "beta": beta,
@@ -84,18 +84,18 @@ def _payload(pairs: Sequence[ReportPair], figures: Figures, alpha: float, beta: 
             }
             for pair in pairs
         ],
-        "figures": {
-            "correct": figures.correct,
-            "accuracy": figures.accuracy,
-            "interval": figures.interval,
-            "margin": float(figures.margins.mean()),
+        "metrics": {
+            "correct": metrics.correct,
+            "accuracy": metrics.accuracy,
+            "interval": metrics.interval,
+            "margin": float(metrics.margins.mean()),
             "toward": [float(value) for value in (toward.mean(), toward.std(), toward[0], toward[-1])],
-            "tails": [[share, figures.tail(share)] for share in NEGATIVE_SHARES],
-            "scale": figures.scale,
-            "edges": figures.edges.tolist(),
-            "counts": figures.counts.tolist(),
+            "tails": [[share, metrics.tail(share)] for share in NEGATIVE_SHARES],
+            "scale": metrics.scale,
+            "edges": metrics.edges.tolist(),
+            "counts": metrics.counts.tolist(),
             "quantiles": QUANTILES,
-            "positions": [[asdict(one) for one in side] for side in figures.positions],
+            "positions": [[asdict(one) for one in response] for response in metrics.positions],
         },
     }
 

@@ -22,20 +22,22 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_convert.command_line import DTYPES
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import global_parameters
+from megatron_tgdpo.storage.dtypes import DTYPES
 from tgdpo.child_processes import run_captured
 
 _Tensor = tuple[str, tuple[int, ...]]
 _FILE_BYTES = 5e9
-# transformers imports a model's config class, and much more with it, only when it is asked for.
-_CONFIG = "import transformers.models.llama.configuration_llama"
+# What the commands import only when they are asked for work, as transformers does a model's config class.
+_IMPORTS = (
+    "import transformers.models.llama.configuration_llama, checkpoints_convert.import_hf, checkpoints_convert.export"
+)
 _COMMANDS = {
-    "base": f"{_CONFIG}; from checkpoints_convert import hf_to_megatron, megatron_to_hf",
-    "import": f"{_CONFIG}; from checkpoints_convert.hf_to_megatron import main; start(); main()",
-    "export": f"{_CONFIG}; from checkpoints_convert.megatron_to_hf import main; start(); main()",
+    "base": _IMPORTS,
+    "import": f"{_IMPORTS}; from checkpoints_convert.hf_to_megatron import main; start(); main()",
+    "export": f"{_IMPORTS}; from checkpoints_convert.megatron_to_hf import main; start(); main()",
     "base transformers": "from transformers import LlamaForCausalLM",
     "transformers": "from transformers import LlamaForCausalLM; start(); "
     "LlamaForCausalLM.from_pretrained(source, dtype='auto').save_pretrained(target)",
@@ -131,7 +133,7 @@ def _groups(
 
 
 def measure(name: str, source: Path, target: Path, arguments: list[str], *, synced: bool = False) -> Measurement:
-    """Runs one side in a process of its own; ``target`` is removed first."""
+    """Runs one variant in a process of its own; ``target`` is removed first."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
     code = _CHILD.format(code=_COMMANDS[name])
@@ -149,9 +151,9 @@ def _best(runs: list[Measurement]) -> Measurement:
 
 
 def measure_all(directory: Path, source: Path, runs: int) -> dict[str, Measurement]:
-    """All sides, each the best of ``runs``."""
+    """All variants, each the best of ``runs``."""
     megatron, back = directory / "megatron", directory / "back"
-    sides: dict[str, tuple[str, Path, Path, list[str], bool]] = {
+    variants: dict[str, tuple[str, Path, Path, list[str], bool]] = {
         "base": ("base", source, back, [], False),
         "import": ("import", source, megatron, ["--hf", str(source), "--out", str(megatron)], False),
         "export": ("export", megatron, back, ["--megatron", str(megatron), "--out", str(back)], False),
@@ -161,14 +163,14 @@ def measure_all(directory: Path, source: Path, runs: int) -> dict[str, Measureme
         "copy": ("copy", source, back, [], False),
         "copy, synced": ("copy", source, back, [], True),
     }
-    measured: dict[str, list[Measurement]] = {side: [] for side in sides}
+    measured: dict[str, list[Measurement]] = {variant: [] for variant in variants}
     for _ in range(runs):
         # In turn, so that the state of the page cache favours none of them.
-        for side, (name, origin, target, arguments, synced) in sides.items():
-            measured[side].append(measure(name, origin, target, arguments, synced=synced))
-    results = {side: _best(runs_of_side) for side, runs_of_side in measured.items()}
-    for side, best in results.items():
-        print(f"{side:>22}: whole {best.whole:7.2f} s  work {best.work:7.2f} s  peak {best.peak / 1e9:6.3f} GB")
+        for variant, (name, origin, target, arguments, synced) in variants.items():
+            measured[variant].append(measure(name, origin, target, arguments, synced=synced))
+    results = {variant: _best(runs_of_variant) for variant, runs_of_variant in measured.items()}
+    for variant, best in results.items():
+        print(f"{variant:>22}: whole {best.whole:7.2f} s  work {best.work:7.2f} s  peak {best.peak / 1e9:6.3f} GB")
     shutil.rmtree(back)
     return results
 
@@ -176,16 +178,16 @@ def measure_all(directory: Path, source: Path, runs: int) -> dict[str, Measureme
 def report(results: dict[str, Measurement]) -> None:
     """Prints peaks above a process that only imports, and the ratios of times."""
     base, theirs = results["base"].peak, results["base transformers"].peak
-    for side in ("import", "export"):
-        print(f"{side} peak above imports: {(results[side].peak - base) / 1e9:.3f} GB")
+    for variant in ("import", "export"):
+        print(f"{variant} peak above imports: {(results[variant].peak - base) / 1e9:.3f} GB")
     print(f"transformers peak above imports: {(results['transformers'].peak - theirs) / 1e9:.3f} GB")
     for field in ("whole", "work"):
-        ours = sum(getattr(results[side], field) for side in ("import", "export"))
-        for side in ("transformers", "transformers, synced"):
-            print(f"import + export over {side}, {field}: {ours / getattr(results[side], field):.2f}")
+        ours = sum(getattr(results[variant], field) for variant in ("import", "export"))
+        for variant in ("transformers", "transformers, synced"):
+            print(f"import + export over {variant}, {field}: {ours / getattr(results[variant], field):.2f}")
     both = results["import"].work + results["export"].work
-    for side in ("copy", "copy, synced"):
-        print(f"import + export over twice {side}, work: {both / (2 * results[side].work):.2f}")
+    for variant in ("copy", "copy, synced"):
+        print(f"import + export over twice {variant}, work: {both / (2 * results[variant].work):.2f}")
 
 
 def bounded(directory: Path, shape: Shape, dtype: torch.dtype, layer_counts: tuple[int, int]) -> None:

@@ -29,7 +29,7 @@ from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
 from megatron_tgdpo.setup.engine import Engine, build_engine, policy_chunks
 from megatron_tgdpo.setup.model_inputs import read_model_configs
-from megatron_tgdpo.setup.models import DTYPES
+from megatron_tgdpo.storage.dtypes import DTYPES
 from megatron_tgdpo.training.checkpoint_saver import live_storages
 from megatron_tgdpo.training.engine_state import training_state
 from megatron_tgdpo.training.sharding import load_optimizer_shards
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.save")
     parser.add_argument("--size", choices=[name for name in SHAPES if name != "tiny"], default="60m")
     parser.add_argument("--data-ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--directory", type=Path, help="default: a temporary one")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:

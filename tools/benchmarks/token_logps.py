@@ -2,7 +2,7 @@
 
     python -m tools.benchmarks.token_logps [--vocabulary 128256] [--tokens 4096] [--hidden 256] [--device cpu|cuda]
 
-Each side runs in a fresh process; peak memory is what the computation adds to its inputs (allocator peak on a GPU,
+Each variant runs in a fresh process; peak memory is what the computation adds to its inputs (allocator peak on a GPU,
 resident set on a CPU). Prints both, and the ratio.
 """
 
@@ -55,11 +55,11 @@ def _peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(side: str, problem: Problem) -> Measurement:
-    """Runs one side in this process."""
+def measure(variant: str, problem: Problem) -> Measurement:
+    """Runs one variant in this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)
-    compute = {"full": full_logits, "chunked": chunked}[side]
+    compute = {"full": full_logits, "chunked": chunked}[variant]
     hidden = torch.randn(problem.tokens, problem.hidden, device=problem.device).requires_grad_()
     weight = (torch.randn(problem.vocabulary, problem.hidden, device=problem.device) / 16).requires_grad_()
     targets = torch.randint(problem.vocabulary, (problem.tokens,), device=problem.device)
@@ -74,7 +74,7 @@ def measure(side: str, problem: Problem) -> Measurement:
 
 
 def main() -> None:
-    """Runs both sides and prints them."""
+    """Runs both variants and prints them."""
     parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.token_logps")
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -82,12 +82,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     problem = Problem(**vars(parser.parse_args()))
     results = {}
-    for side in ("full", "chunked"):
+    for variant in ("full", "chunked"):
         # A fresh process each: a resident set never shrinks.
         with multiprocessing.get_context("spawn").Pool(1, end_with_parent) as pool:
-            results[side] = pool.apply(measure, (side, problem))
-        result = results[side]
-        print(f"{side:>8}: peak {result.peak_bytes / 2**20:8.0f} MiB  {result.seconds:6.2f} s  sum {result.total:.2f}")
+            results[variant] = pool.apply(measure, (variant, problem))
+        result = results[variant]
+        print(
+            f"{variant:>8}: peak {result.peak_bytes / 2**20:8.0f} MiB  {result.seconds:6.2f} s  sum {result.total:.2f}"
+        )
     full, ours = results["full"], results["chunked"]
     print(f"chunked / full: memory {ours.peak_bytes / full.peak_bytes:.3f}, time {ours.seconds / full.seconds:.2f}")
 

@@ -1,46 +1,71 @@
 """Weights into this rank's slice of a model, from an HF directory or a Megatron checkpoint."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
 from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.fp8_weights import dequantised, write_parameter
+from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families.family import Kind
+from megatron_tgdpo.models.fp8 import dequantised, without_fp8, write_parameter
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.check import open_hf
-from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, read_shard
-from megatron_tgdpo.models.hf_weights.model_mapping import MappedParameter, mapped_parameters
+from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, OUTPUT, Heads, expected_shapes, local_name, read_shard
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.models.language_model import LanguageModel
 
+_LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
-def load_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection) -> None:
-    """Loads the model's weights, converting to the dtype of its parameters.
 
-    Collective over all ranks if ``path`` is a Megatron checkpoint (all of them call it, with the same arguments); no
-    collectives if it is an HF directory.
+@dataclass(frozen=True)
+class MappedParameter:
+    """One parameter of this rank and the HF tensors it is made of.
+
+    Attributes:
+        name: The parameter's name in the model, which depends on its layer spec.
+        parameter: The parameter itself, this rank's shard.
+        kind: See ``families/family.py``.
+        hf_names: Names of the HF tensors.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    kind: Kind
+    hf_names: tuple[str, ...]
+
+
+def mapped_parameters(model: LanguageModel, hf_config: PretrainedConfig) -> Iterator[MappedParameter]:
+    """Goes through the parameters of this rank's slice of the model, in the model's order.
 
     Args:
-        model: This rank's slice; every parameter is overwritten.
-        path: An HF directory, or a Megatron checkpoint (of training too: only the model part is read).
-        hf_config: The config that the model was built from.
-        pg: Process groups.
+        model: This rank's slice of a language model.
+        hf_config: The config it was built from.
 
     Raises:
-        UserError: The checkpoint is missing, incomplete, corrupt or of another model.
+        KeyError: The family's table lacks a parameter of the model.
     """
-    if checkpoint_directory.is_megatron_checkpoint(path):
-        load_megatron_weights([model], path, hf_config)
-    else:
-        load_hf_weights(model, path, hf_config, pg)
+    weights = family_of(hf_config.architectures).weights
+    for name, parameter in model.named_parameters():
+        match = _LAYER_PARAMETER.fullmatch(name)
+        layer = None
+        key = name
+        if match:
+            # The index in the module list is local to the pipeline stage; layer_number is global and 1-based.
+            layer = int(model.decoder.layers[int(match[1])].layer_number) - 1
+            key = local_name(match[2])
+        # The last stage's copy of tied embeddings.
+        weight = weights[EMBEDDING if key == OUTPUT and hf_config.tie_word_embeddings else key]
+        names = tuple(hf_name.format(layer=layer) for hf_name, _ in weight.hf_tensors)
+        yield MappedParameter(name, parameter, weight.kind, names)
 
 
 def load_megatron_weights(
@@ -111,8 +136,7 @@ def refuse_non_finite(chunks: Sequence[LanguageModel], path: Path, hf_config: Pr
     """
     for chunk in chunks:
         for mapped in mapped_parameters(chunk, hf_config):
-            weight = mapped.parameter.detach()
-            weight = dequantize_fp8_tensor(weight) if is_float8tensor(weight) else weight
+            weight = without_fp8(mapped.parameter.detach())
             if not all(math.isfinite(float(bound)) for bound in torch.aminmax(weight)):
                 raise UserError(f"{path}: {_non_finite(path, mapped, weight.dtype)}: get or make these weights again")
 
@@ -120,7 +144,7 @@ def refuse_non_finite(chunks: Sequence[LanguageModel], path: Path, hf_config: Pr
 def _non_finite(path: Path, mapped: MappedParameter, dtype: torch.dtype) -> str:
     """Which of a parameter's tensors holds NaN or infinity, as far as the files tell."""
     names = list(mapped.hf_names)
-    if not checkpoint_directory.is_megatron_checkpoint(path):
+    if not is_megatron_checkpoint(path):
         files = HfCheckpoint(path)
         stored = [name for name in names if name in files.tensors]
         names = [name for name in stored if not files.whole(name).isfinite().all()]

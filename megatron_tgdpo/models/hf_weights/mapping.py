@@ -20,6 +20,22 @@ from megatron_tgdpo.models.rotary import head_dim
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+# A layer's norms before attention and MLP: modules of their own in the local layer spec, whose names families use; in
+# Transformer Engine's fused with the linear that follows. Checkpoints of both hold the fused names: the local spec's
+# layers are mapped to them by megatron-core (``sharded_state_dict_keys_map``). Prefixes, relative to a layer.
+FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+_LAYERS = "decoder.layers."
+
+
+def local_name(name: str) -> str:
+    """The local spec's name of a layer's parameter, given either spec's; relative to the layer."""
+    for local, fused in FUSED_NORMS.items():
+        if name.startswith(fused):
+            return local + name.removeprefix(fused)
+    return name
 
 
 @dataclass(frozen=True)
@@ -42,8 +58,7 @@ class GlobalParameter:
     """One whole parameter of a model and the HF tensors it is made of.
 
     Attributes:
-        key: megatron-core's name in the model, without the layer's number (``pieces.checkpoint_key`` gives the name in
-            checkpoints, where all layers are stacked in one tensor).
+        key: megatron-core's name in the local spec's model, without the layer's number.
         layer: 0-based layer, None for a parameter outside the layers.
         kind: See ``families/family.py``.
         shape: Of the whole parameter (of one layer), the vocabulary padded.
@@ -55,6 +70,14 @@ class GlobalParameter:
     kind: Kind
     shape: tuple[int, ...]
     hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def checkpoint_key(self) -> str:
+        """Name of the tensor in a Megatron checkpoint, in which all layers are stacked."""
+        for local, fused in FUSED_NORMS.items():
+            if self.key.startswith(_LAYERS + local):
+                return _LAYERS + fused + self.key.removeprefix(_LAYERS + local)
+        return self.key
 
 
 def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[GlobalParameter]:
@@ -76,7 +99,7 @@ def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[Glob
             for hf_name, dimensions in weight.hf_tensors
         )
         rows = padded if weight.kind == "vocab" else sum(shape[0] for _, shape in tensors)
-        key = name if layer is None else f"decoder.layers.{name}"
+        key = name if layer is None else _LAYERS + name
         return GlobalParameter(key, layer, weight.kind, (rows, *tensors[0][1][1:]), tensors)
 
     first = [make(EMBEDDING, weights.pop(EMBEDDING), None)]

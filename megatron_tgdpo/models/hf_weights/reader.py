@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.storage.dtypes import SAFETENSORS_DTYPES
 from megatron_tgdpo.storage.files import FileReader, read_error
 from megatron_tgdpo.storage.json_text import parse_json
 
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # A header longer than this is not a header (the format's own limit).
 _MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 16 << 20
@@ -54,7 +54,7 @@ class TensorInfo:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype in torch's terms."""
-        return _DTYPES[self.dtype]
+        return SAFETENSORS_DTYPES[self.dtype]
 
 
 class HfCheckpoint:
@@ -260,11 +260,11 @@ def _parse(file: Path, header: dict[str, Any], data: int) -> tuple[dict[str, Ten
                 raise ValueError(name)
             last = max(last, data + end)
             continue
-        if dtype not in _DTYPES:
-            raise UserError(f"{file}: {name} is stored as {dtype}, only {', '.join(_DTYPES)} are supported")
+        if dtype not in SAFETENSORS_DTYPES:
+            raise UserError(f"{file}: {name} is stored as {dtype}, only {', '.join(SAFETENSORS_DTYPES)} are supported")
         if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
             raise ValueError(name)
-        if end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+        if end - start != math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
             raise UserError(f"{file}: {name} has {end - start} bytes, its shape {list(shape)} and {dtype} need others")
         infos[name] = TensorInfo(file.name, shape, dtype, data + start)
         last = max(last, data + end)

@@ -16,10 +16,10 @@ from tools.benchmarks.training_step.table import Spread, aligned
 
 def test_table() -> None:
     table = aligned(
-        ["side", "s", "ratio"], [["reference", "10.00", "1.0"], ["ours", "4.50", Spread.of([2, 9, 3]).text(1)]]
+        ["variant", "s", "ratio"], [["reference", "10.00", "1.0"], ["ours", "4.50", Spread.of([2, 9, 3]).text(1)]]
     )
     assert table.splitlines() == [
-        "side           s          ratio",
+        "variant           s          ratio",
         "reference  10.00            1.0",
         "ours        4.50  3.0 (2.0-9.0)",
     ]
@@ -114,7 +114,7 @@ def test_sizes_are_what_they_are_called(name: str) -> None:
         (["compare", "--json", "absent/out.json"], "there is no directory absent"),
         (["profile", "--trace", "absent/out.json"], "there is no directory absent"),
         (["preprocess", "--factor", "1"], "--factor is 1"),
-        (["lengths", "--sides", "swift"], "there is no side 'swift', choose from reference"),
+        (["lengths", "--variants", "swift"], "there is no variant 'swift', choose from reference"),
         (["lengths", "--mean", "4"], "leaves responses without words"),
     ],
 )

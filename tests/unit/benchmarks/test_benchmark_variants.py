@@ -13,9 +13,9 @@ from tests import reference
 from tests.tiny_models import make_llama
 from tools.benchmarks.training_step.measure import Job, check_losses, loss_differences
 from tools.benchmarks.training_step.problem import ALPHA, BETA, CLIP, LEARNING_RATE, Problem
-from tools.benchmarks.training_step.recorder import SideResult
+from tools.benchmarks.training_step.recorder import VariantResult
 from tools.benchmarks.training_step.reference_step import ReferenceStep
-from tools.benchmarks.training_step.report import figures, yardstick_lines
+from tools.benchmarks.training_step.report import metrics, yardstick_lines
 
 SETTINGS = reference.Settings(2, 2, LEARNING_RATE, beta=BETA, alpha=ALPHA, clip_grad=CLIP)
 PROBLEM = Problem("scratch", "policy", "guide", "pairs", "tokenizer", 96, 8, 4, "cpu", "fp32", 1)
@@ -23,7 +23,7 @@ PROBLEM = Problem("scratch", "policy", "guide", "pairs", "tokenizer", 96, 8, 4, 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sides")
+    root = tmp_path_factory.mktemp("variants")
     for seed, name in enumerate(("policy", "moved", "guide")):
         make_llama(root / name, seed=seed)
     return root
@@ -45,36 +45,36 @@ def tokens(pair: PreferencePair) -> reference.Tokens:
 def test_loss_and_gradient_of_a_pair(models: Path, pairs: list[PreferencePair], guided: bool) -> None:
     """The policy is not the reference here, as after some steps: every term of the loss counts."""
     guide = models / "guide" if guided else None
-    side = ReferenceStep(models / "policy", guide, "fp32", torch.device("cpu"))
-    side.policy.load_state_dict(reference.load(models / "moved").state_dict())
+    variant = ReferenceStep(models / "policy", guide, "fp32", torch.device("cpu"))
+    variant.policy.load_state_dict(reference.load(models / "moved").state_dict())
     policy, frozen = reference.load(models / "moved"), reference.load(models / "policy")
     guide_model = reference.load(guide) if guide is not None else None
     for pair in pairs:
-        side.policy.zero_grad()
+        variant.policy.zero_grad()
         policy.zero_grad()
-        loss, wanted = side.pair_loss(pair), reference.pair_loss(policy, frozen, guide_model, tokens(pair), SETTINGS)
+        loss, wanted = variant.pair_loss(pair), reference.pair_loss(policy, frozen, guide_model, tokens(pair), SETTINGS)
         loss.backward()
         wanted.backward()
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
         assert abs(loss.item() - math.log(2)) > 1e-3
-        for ours, theirs in zip(side.policy.parameters(), policy.parameters(), strict=True):
+        for ours, theirs in zip(variant.policy.parameters(), policy.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5 * float(theirs.grad.abs().max()))
-    assert all(weight.grad is None for weight in side.reference.parameters())
+    assert all(weight.grad is None for weight in variant.reference.parameters())
 
 
 def test_steps(models: Path, pairs: list[PreferencePair]) -> None:
-    side = ReferenceStep(models / "policy", models / "guide", "fp32", torch.device("cpu"))
+    variant = ReferenceStep(models / "policy", models / "guide", "fp32", torch.device("cpu"))
     wanted = reference.train(
         models / "policy", models / "policy", models / "guide", [tokens(pair) for pair in pairs], SETTINGS
     )
-    losses = [side.step(pairs[:2]), side.step(pairs[2:])]
+    losses = [variant.step(pairs[:2]), variant.step(pairs[2:])]
     assert losses == pytest.approx(wanted.losses, rel=1e-5)
     assert losses[0] == pytest.approx(math.log(2), rel=1e-5)
     assert abs(losses[1] - math.log(2)) > 5e-5
     # Beside what the steps changed in all, not element by element: Adam moves a weight whose gradient is only rounding
     # as far as any other.
     start = reference.load(models / "policy").state_dict()
-    for name, weight in side.policy.named_parameters():
+    for name, weight in variant.policy.named_parameters():
         change = wanted.weights[name] - start[name]
         assert (weight.detach() - wanted.weights[name]).norm() < 0.02 * change.norm(), name
 
@@ -87,12 +87,12 @@ def test_timed_steps_take_every_pair_once() -> None:
     ]
 
 
-def result(losses: list[float], seconds: float = 1.0, peak: int = 300) -> SideResult:
-    return SideResult(losses, [seconds, seconds], imported_bytes=100, weight_bytes=50, peak_bytes=peak)
+def result(losses: list[float], seconds: float = 1.0, peak: int = 300) -> VariantResult:
+    return VariantResult(losses, [seconds, seconds], imported_bytes=100, weight_bytes=50, peak_bytes=peak)
 
 
-def jobs(*sides: str) -> list[Job]:
-    return [Job(side, side, PROBLEM) for side in sides]
+def jobs(*variants: str) -> list[Job]:
+    return [Job(variant, variant, PROBLEM) for variant in variants]
 
 
 def test_losses_are_compared_within_an_objective() -> None:
@@ -121,7 +121,7 @@ def test_figures_are_ratios_of_the_same_round() -> None:
         "cached": [result(losses, 1.0, 350), result(losses, 4.0, 350), result(losses, 2.0, 350)],
         "dpo-cached": [result(losses, 1.0, 350), result(losses, 5.0, 350), result(losses, 2.0, 350)],
     }
-    row = figures(PROBLEM, 800, results)["cached"]
+    row = metrics(PROBLEM, 800, results)["cached"]
     assert (row["speed_ratio"].median, row["speed_ratio"].low, row["speed_ratio"].high) == (3.0, 2.0, 4.0)
     assert row["pairs_per_second"].median == 2.0  # 8 pairs in two steps of 2 s
     assert row["tokens_per_second"].median == 200.0

@@ -14,12 +14,14 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints import integrity, sharded
+from megatron_tgdpo.checkpoints import integrity
 from megatron_tgdpo.checkpoints.integrity import find_damage
+from megatron_tgdpo.checkpoints.manifest import read_manifest
+from megatron_tgdpo.checkpoints.model_directory import copy_hf_files
 from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
 from megatron_tgdpo.resilience.restarts import count_restart
 from megatron_tgdpo.training.resume import newest_undamaged
-from tests.checkpoints import flip, without_manifest
+from tests.checkpoints import flip, is_complete, save, without_manifest
 from tests.tiny_models import make_llama
 
 
@@ -28,7 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, single_rank_group: dist.Proc
     root = tmp_path_factory.mktemp("checkpoint")
     data = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
     state = {name: ShardedTensor.from_rank_offsets(name, data + i) for i, name in enumerate(("one", "two"))}
-    sharded.save(root / "saved", {**state, "step": 5}, make_llama(root / "hf", layers=1), {"step": 5})
+    save(root / "saved", {**state, "step": 5}, make_llama(root / "hf", layers=1), {"step": 5})
     return root / "saved"
 
 
@@ -65,7 +67,7 @@ def test_nothing_is_found_where_nothing_is_wrong(saved: Path, older: Path, one_r
 
 
 def test_the_manifest_names_every_file(saved: Path) -> None:
-    manifest = checkpoint_directory.read_manifest(saved)
+    manifest = read_manifest(saved)
     there = {str(file.relative_to(saved)) for file in saved.rglob("*") if file.is_file()}
     assert manifest.files is not None
     assert manifest.files.keys() == there - {"tgdpo.json"}
@@ -88,7 +90,7 @@ def test_a_truncated_an_empty_and_a_missing_file(copy: Path, one_rank: None, nam
         os.truncate(file, left)
         for content in (True, False):
             assert find_damage(copy, content=content) == f"{file}: {left:,} bytes, {size:,} were written"
-    assert not checkpoint_directory.is_complete(copy)
+    assert not is_complete(copy)
     file.unlink()
     assert find_damage(copy) == f"{file}: missing"
 
@@ -288,4 +290,4 @@ def test_a_copy_checks_its_source(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     flip(copy / "hf" / "tokenizer.json", 10)
     with pytest.raises(UserError, match=r"hf/tokenizer\.json: its bytes are not those that were written"):
-        checkpoint_directory.copy_hf_files(copy, tmp_path / "target")
+        copy_hf_files(copy, tmp_path / "target")

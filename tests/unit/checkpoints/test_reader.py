@@ -11,10 +11,10 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_tgdpo.checkpoints import reader as checkpoint_reader
-from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import DamageError, StorageError, UserError
 from megatron_tgdpo.storage.files import FilePart
+from tests.checkpoints import save
 from tests.tiny_models import make_llama
 
 LAYERS, ROWS, COLUMNS = 3, 6, 8
@@ -30,7 +30,7 @@ def checkpoint(tmp_path: Path, one_rank: None) -> Path:
         part = STACK[layer, 3 * row : 3 * row + 3, 4 * column : 4 * column + 4].clone()
         offsets = (0, layer, LAYERS), (1, row, 2), (2, column, 2)
         state[f"{layer}{row}{column}"] = ShardedTensor.from_rank_offsets("stack", part, *offsets, prepend_axis_num=1)
-    sharded.save(tmp_path / "saved", state, make_llama(tmp_path / "hf", layers=1), {"dtype": "fp32"})
+    save(tmp_path / "saved", state, make_llama(tmp_path / "hf", layers=1), {"dtype": "fp32"})
     return tmp_path / "saved"
 
 

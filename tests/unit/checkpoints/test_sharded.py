@@ -13,8 +13,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from checkpoints_convert.command_line import find_checkpoint
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
 from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.checkpoints.manifest import read_metadata
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.errors import UserError
-from tests.checkpoints import without_manifest
+from tests.checkpoints import is_complete, save, without_manifest
 from tests.tiny_models import make_llama
 
 WEIGHT = torch.arange(12.0).view(3, 4)
@@ -40,7 +42,7 @@ def state(weight: torch.Tensor = WEIGHT, key: str = "w") -> dict[str, Any]:
 @pytest.fixture
 def saved(tmp_path: Path, hf: Path, one_rank: None) -> Path:
     path = tmp_path / "step_00000003"
-    sharded.save(path, state(), hf, {"step": 3, "dtype": "fp32", "parameters": 12})
+    save(path, state(), hf, {"step": 3, "dtype": "fp32", "parameters": 12})
     return path
 
 
@@ -53,9 +55,9 @@ def test_comes_back(saved: Path) -> None:
     assert loaded["random"] == {"seed": 5}
     assert loaded["groups"] == [{"lr": 0.1, "betas": (0.9, 0.95)}]
     metadata = {"format_version": 1, "step": 3, "dtype": "fp32", "parameters": 12}
-    assert checkpoint_directory.read_metadata(saved) == metadata
-    assert checkpoint_directory.is_complete(saved)
-    assert checkpoint_directory.is_megatron_checkpoint(saved)
+    assert read_metadata(saved) == metadata
+    assert is_complete(saved)
+    assert is_megatron_checkpoint(saved)
 
 
 def test_default_loader_of_megatron_core_reads_it(saved: Path) -> None:
@@ -75,7 +77,7 @@ def test_holds_what_an_export_needs_and_no_code(saved: Path, hf: Path) -> None:
 def test_saving_over_something_is_refused(saved: Path, hf: Path) -> None:
     before = sorted(path.name for path in saved.iterdir())
     with pytest.raises(UserError, match="exists and is not empty"):
-        sharded.save(saved, state(), hf, {})
+        save(saved, state(), hf, {})
     assert sorted(path.name for path in saved.iterdir()) == before
 
 
@@ -87,8 +89,8 @@ def test_an_interrupted_save_is_never_taken_for_whole(saved: Path, hf: Path) -> 
     shutil.copytree(saved, checkpoints / "step_00000010.tmp")  # killed before the rename
     shutil.copytree(saved, checkpoints / "step_00000020")
     (checkpoints / "step_00000020" / "tgdpo.json").unlink()
-    assert not checkpoint_directory.is_complete(checkpoints / "step_00000010.tmp")
-    assert not checkpoint_directory.is_complete(checkpoints / "step_00000020")
+    assert not is_complete(checkpoints / "step_00000010.tmp")
+    assert not is_complete(checkpoints / "step_00000020")
     assert find_checkpoint(output_dir) == checkpoints / "step_00000003"
     for path in (checkpoints / "step_00000010.tmp", checkpoints / "step_00000020"):
         with pytest.raises(UserError, match="not a complete Megatron checkpoint"):
@@ -132,7 +134,7 @@ def test_truncated_data_is_refused(saved: Path) -> None:
 def test_unknown_version_is_refused(saved: Path) -> None:
     (saved / "tgdpo.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(UserError, match="format_version is 99"):
-        checkpoint_directory.read_metadata(saved)
+        read_metadata(saved)
 
 
 class Payload:
@@ -162,7 +164,7 @@ def test_plain_values_cannot_run_code(saved: Path) -> None:
 def test_objects_cannot_run_code(saved: Path, hf: Path, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     hostile = {"random": ShardedObject("random", Payload(mark), (1,), (0,))}
-    sharded.save(tmp_path / "hostile", hostile, hf, {})
+    save(tmp_path / "hostile", hostile, hf, {})
     with pytest.raises(UserError, match="cannot load"):
         sharded.load(tmp_path / "hostile", {"random": ShardedObject("random", None, (1,), (0,))})
     assert not mark.exists()
@@ -170,7 +172,7 @@ def test_objects_cannot_run_code(saved: Path, hf: Path, tmp_path: Path) -> None:
 
 def test_values_that_could_not_be_read_back_are_not_saved(hf: Path, tmp_path: Path, one_rank: None) -> None:
     with pytest.raises(UserError, match="a plain value of the checkpoint cannot be saved"):
-        sharded.save(tmp_path / "new", {**state(), "plain": Payload(tmp_path / "executed")}, hf, {})
+        save(tmp_path / "new", {**state(), "plain": Payload(tmp_path / "executed")}, hf, {})
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("new")] == []
 
 

@@ -12,6 +12,11 @@ def even_words(prompt: list[dict[str, str]], answers: list[str]) -> list[int]:
     return [sum(word[-1] in "02468" for word in answer.split()) for answer in answers]
 
 
+def even_words_and_tools(prompt: list[dict[str, str]], answers: list[str], tools: list[object]) -> list[int]:
+    """The same, and how many tools there are."""
+    return [len(tools) + words for words in even_words(prompt, answers)]
+
+
 def even_words_killed_once(prompt: list[dict[str, str]], answers: list[str]) -> list[int]:
     """The same; the process is killed at the prompt about w17, if the file KILL is in the working directory."""
     kill = Path("KILL")

@@ -19,7 +19,8 @@ from megatron_tgdpo.errors import UserError
 from tests.launch import PATIENCE, environment
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.commands.scores import even_words
-from tgdpo.build_preferences import build, main, parse_arguments, pick_pair
+from tgdpo.build_preferences import main, parse_arguments
+from tgdpo.generation.build_pairs import NoPairError, build, pick_pair
 from tgdpo.generation.rewards import RewardModelScorer
 
 PROMPTS = [f"w{number} w5" for number in (9, 11, 13, 15, 17, 19, 21)]
@@ -103,14 +104,25 @@ def test_a_killed_run_continues_to_the_same_result(model: Path, prompts: Path, t
     [
         (["a", "b", "c"], [1.0, 3.0, 2.0], (1, 0)),
         (["a", "b", "c", "d"], [3.0, 1.0, 3.0, 1.0], (0, 1)),
-        (["a", "b"], [2.0, 2.0], "tie"),
-        (["a", "a", "a"], [1.0, 2.0, 3.0], "too_few_answers"),
         (["a", " ", "b"], [2.0, 9.0, 1.0], (0, 2)),
+    ],
+)
+def test_pick_pair(samples: list[str], scores: list[float], expected: tuple[int, int]) -> None:
+    assert pick_pair(samples, scores) == expected
+
+
+@pytest.mark.parametrize(
+    ("samples", "scores", "reason"),
+    [
+        (["a", "b"], [2.0, 2.0], "ties"),
+        (["a", "a", "a"], [1.0, 2.0, 3.0], "too_few_answers"),
         (["a", "", " "], [2.0, 9.0, 1.0], "too_few_answers"),
     ],
 )
-def test_pick_pair(samples: list[str], scores: list[float], expected: object) -> None:
-    assert pick_pair(samples, scores) == expected
+def test_answers_that_make_no_pair(samples: list[str], scores: list[float], reason: str) -> None:
+    with pytest.raises(NoPairError) as raised:
+        pick_pair(samples, scores)
+    assert raised.value.reason == reason
 
 
 def test_reward_model_scores_the_whole_templated_conversation(tmp_path: Path) -> None:
@@ -130,6 +142,48 @@ def test_reward_model_scores_the_whole_templated_conversation(tmp_path: Path) ->
         assert scorer.score((Message("user", "w5 w6"),), answers, "here") == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match="a reward model has 1 output, this one has 2"):
         RewardModelScorer(make_reward_model(tmp_path / "two", num_labels=2), torch.float32, torch.device("cpu"))
+
+
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def test_tools_of_a_prompt_reach_the_reward_model(tmp_path: Path) -> None:
+    directory = make_reward_model(tmp_path / "reward")
+    talk, answers = (Message("user", "w5 w6"),), ["w7 w8"]
+    bare = RewardModelScorer(directory, torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"^f:3: the chat template of .*reward does not read 'tools'"):
+        bare.score(talk, answers, "f:3", {"tools": TOOLS})
+    calling = Message("assistant", "w9", {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]})
+    with pytest.raises(UserError, match=r"^f:4: .* does not read 'tool_calls' of a message of assistant"):
+        bare.score((*talk, calling, Message("user", "w5")), answers, "f:4")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    template = "{% for tool in tools or [] %}w11 {{ tool.function.name }} {% endfor %}" + tokenizer.chat_template
+    (directory / "chat_template.jinja").write_text(template)
+    scorer = RewardModelScorer(directory, torch.float32, torch.device("cpu"))
+    given, without = (scorer.score(talk, answers, "f:5", variables) for variables in ({"tools": TOOLS}, {}))
+    assert given != pytest.approx(without)
+    whole = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]
+    text = AutoTokenizer.from_pretrained(directory).apply_chat_template(whole, tools=TOOLS, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = AutoModelForSequenceClassification.from_pretrained(directory).eval()(ids).logits.item()
+    assert given == pytest.approx([expected], rel=1e-5)
+
+
+def test_tools_of_a_prompt_reach_the_scoring_function(tmp_path: Path, model: Path) -> None:
+    reads_tools = tmp_path / "model"
+    shutil.copytree(model, reads_tools)
+    template = AutoTokenizer.from_pretrained(model).chat_template
+    (reads_tools / "chat_template.jinja").write_text("{% if tools %}w11 {% endif %}" + template)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"instruction": "w5", "tools": TOOLS}) + "\n")
+    score = "tests.unit.tools.scores:even_words_and_tools"
+    summary = build(parse_arguments(arguments(reads_tools, prompts, tmp_path / "a.jsonl", score=score)))
+    assert summary["pairs"] == 1
+    (record,) = read(tmp_path / "a.jsonl")
+    assert record["scores"] == [1 + found for found in even_words(record["prompt"], record["samples"])]
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: .*even_words raised TypeError: .*'tools'"):
+        build(parse_arguments(arguments(reads_tools, prompts, tmp_path / "b.jsonl")))
 
 
 def make_reward_model(path: Path, **options: Any) -> Path:
@@ -170,7 +224,8 @@ def test_bad_input_is_one_line(model: Path, prompts: Path, tmp_path: Path, capsy
         (arguments(bare, prompts, tmp_path / "a"), "cannot open the tokenizer in"),
         (arguments(model, wrong, tmp_path / "b"), f"{wrong}:2: no prompt (keys: query)"),
         (arguments(model, prompts, tmp_path / "file" / "c"), "c.unfinished: cannot be written"),
-        (arguments(tmp_path / "nothing", prompts, tmp_path / "d"), "neither an HF directory"),
+        (arguments(tmp_path / "nothing", prompts, tmp_path / "d"), "nothing: no such file or directory"),
+        (arguments(tmp_path, prompts, tmp_path / "j"), "neither an HF directory"),
         (arguments(model, prompts, tmp_path / "e", temperature=-1), "--temperature is -1.0"),
         (arguments(model, prompts, tmp_path / "f", top_p=0), "--top-p is 0.0"),
         (arguments(model, prompts, tmp_path / "g", max_prompt_length=2), "all 7 prompts are longer"),

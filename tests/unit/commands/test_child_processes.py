@@ -26,7 +26,7 @@ time.sleep(600)
 # Two commands, the second of which must not be started once the first was asked to stop.
 PARENT = """
 import sys
-from tools.child_processes import Commands
+from tgdpo.child_processes import Commands
 with Commands() as commands:
     command = [sys.executable, *(["-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", sys.executable]
         if sys.argv[3] == "launcher" else []), "-c", sys.argv[1], sys.argv[2]]

@@ -1,4 +1,4 @@
-"""The comparison of models: figures against slower or hand-made computations, swapped guides, Megatron checkpoints."""
+"""The comparison of models: metrics against slower or hand-made computations, swapped guides, Megatron checkpoints."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from tests.reference import response_logps as one_by_one
 from tests.tiny_models import make_llama, make_model, make_tokenizer
 from tgdpo.evaluate import main
 from tgdpo.generation import logps
-from tgdpo.generation.evaluation import PairScores, preference_figures
+from tgdpo.generation.evaluation import PairScores, preference_metrics
 from tgdpo.generation.models import fingerprint, hf_directory
 
 ROWS = [([5, 6, 7], [8, 9, 10, 2]), ([11], [12, 2]), ([13, 14, 15, 16], [17]), ([5] * 9, [6, 7, 8, 9, 10, 11, 12])]
@@ -81,16 +81,16 @@ def test_preference_figures_by_hand() -> None:
     # Sums of log-probs and tokens of chosen and rejected in turn, three pairs.
     scores = PairScores(torch.tensor([-3.0, -4.0, -6.0, -2.0, -5.0, -5.0]).double(), torch.tensor([2, 1, 1, 2, 1, 5]))
     reference = PairScores(torch.tensor([-4.0, -3.0, -7.0, -4.0, -6.0, -6.0]).double(), scores.tokens)
-    figures = preference_figures(scores, reference, beta=0.5)
+    metrics = preference_metrics(scores, reference, beta=0.5)
     # Log-ratios +1 -1, +1 +2, +1 +1: margins 1, -0.5 and 0.
-    assert figures["accuracy"] == wilson(1, 3)
-    assert (figures["correct"], figures["ties"], figures["pairs"]) == (1, 1, 3)
-    assert figures["margin"] == mean_interval([1.0, -0.5, 0.0])
-    assert figures["reward_chosen"] == mean_interval([0.5, 0.5, 0.5])
-    assert figures["reward_rejected"] == mean_interval([-0.5, 1.0, 0.5])
+    assert metrics["accuracy"] == wilson(1, 3)
+    assert (metrics["correct"], metrics["ties"], metrics["pairs"]) == (1, 1, 3)
+    assert metrics["margin"] == mean_interval([1.0, -0.5, 0.0])
+    assert metrics["reward_chosen"] == mean_interval([0.5, 0.5, 0.5])
+    assert metrics["reward_rejected"] == mean_interval([-0.5, 1.0, 0.5])
     # Per token: -1.5 above -4, -6 below -1, -5 below -1.
-    assert figures["accuracy_per_token"] == wilson(1, 3)
-    own = preference_figures(scores, None, beta=0.5)
+    assert metrics["accuracy_per_token"] == wilson(1, 3)
+    own = preference_metrics(scores, None, beta=0.5)
     assert own["accuracy"] == wilson(1, 3)
     assert own["margin"] is None
 
@@ -152,8 +152,8 @@ def test_megatron_checkpoints_are_evaluated_as_their_models_are(
     _, out = evaluate(
         tmp_path, pairs, reference=models["reference"], guide=models["guide"], model=f"megatron={checkpoint}"
     )
-    figures = json.loads(out.read_text())["models"]
-    assert alike({**figures["megatron"], "directory": ""}, {**figures["guide"], "directory": ""})
+    metrics = json.loads(out.read_text())["models"]
+    assert alike({**metrics["megatron"], "directory": ""}, {**metrics["guide"], "directory": ""})
     before = fingerprint(checkpoint)
     assert fingerprint(checkpoint) == before
     next(checkpoint.glob("*.distcp")).touch()

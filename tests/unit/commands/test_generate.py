@@ -1,4 +1,4 @@
-"""Answer files in the layouts of the three benchmarks, their figures, resumption, and errors that name the line."""
+"""Answer files in the layouts of the three benchmarks, their metrics, resumption, and errors that name the line."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_tgdpo.errors import UserError
 from tests.tiny_models import make_llama
-from tgdpo.generate import answer, main, parse_arguments
+from tgdpo.generate import main, parse_arguments
+from tgdpo.generation.answer_benchmarks import answer
 from tgdpo.generation.journal import Journal
-from tgdpo.generation.prompt_sets import BENCHMARKS, read_questions
-from tgdpo.generation.text_figures import length_figures, self_bleu
+from tgdpo.generation.prompt_sets import BENCHMARKS
+from tgdpo.generation.questions import read_questions
+from tgdpo.generation.text_metrics import length_metrics, self_bleu
 
 # As in the projects' own files, but for the texts.
 QUESTIONS: dict[str, list[dict[str, Any]]] = {
@@ -163,15 +165,17 @@ def test_questions_in_a_wrong_layout(tmp_path: Path, benchmark: str, line: str, 
         read_questions(str(path), BENCHMARKS[benchmark])
 
 
-def test_a_file_that_the_project_would_take_for_another_model(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mt_bench takes names from files: call it tiny\.jsonl"):
-        answer(parse_arguments(arguments(model, tmp_path, "mt_bench", out=tmp_path / "other.jsonl")))
+def test_a_file_that_the_project_would_take_for_another_model(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(model, tmp_path, "mt_bench", out=tmp_path / "other.jsonl")) == 1
+    assert "mt_bench takes names from files: call it tiny.jsonl\n" in capsys.readouterr().err
 
 
 def test_lengths() -> None:
-    figures = length_figures([*range(1, 20), 100])
-    assert figures == {"mean": 14.5, "median": 10.5, "p95": 19, "min": 1, "max": 100}
-    assert length_figures([4]) == {"mean": 4, "median": 4, "p95": 4, "min": 4, "max": 4}
+    metrics = length_metrics([*range(1, 20), 100])
+    assert metrics == {"mean": 14.5, "median": 10.5, "p95": 19, "min": 1, "max": 100}
+    assert length_metrics([4]) == {"mean": 4, "median": 4, "p95": 4, "min": 4, "max": 4}
 
 
 def test_self_bleu() -> None:

@@ -1,9 +1,10 @@
 """The reference code's YAML becomes the same run here."""
 
 import json
-import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 import yaml
 
@@ -11,12 +12,15 @@ from megatron_tgdpo.config.loading import config_from_dict, load_config
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.fields import Message
+from megatron_tgdpo.data.layouts import detect_layout, parse_record, rename
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.setup.optimizer import build_scheduler
 from megatron_tgdpo.storage.yaml_text import read_yaml
 from tests.launch import run_module
 from tests.published_configs import PUBLISHED
-from tgdpo.import_config import convert, main, not_carried_over
-from tgdpo.llamafactory.datasets import dataset_file
+from tgdpo.import_config import main
+from tgdpo.llamafactory.conversion import convert, not_carried_over
+from tgdpo.llamafactory.datasets import dataset_files
 from tgdpo.llamafactory.keys import HARMLESS, ONLY, READ
 from tgdpo.llamafactory.templates import NAMES, chat_template
 
@@ -141,7 +145,6 @@ def test_null_is_the_default_or_what_it_means_there() -> None:
 @pytest.mark.parametrize(
     ("changes", "ratio"),
     [
-        ({"warmup_steps": 100, "max_steps": 1000}, 0.1),
         ({"warmup_steps": 0.25}, 0.25),
         ({"warmup_steps": 0}, 0.1),
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, 0.0),
@@ -150,15 +153,32 @@ def test_null_is_the_default_or_what_it_means_there() -> None:
 )
 def test_warm_up(changes: dict, ratio: float) -> None:
     config = config_from_dict(convert({**REFERENCE, **changes}, 8, "p", None))
-    assert config.optimizer.warmup_ratio == ratio
-    if config.train.steps:
-        assert math.ceil(ratio * config.train.steps) == changes["warmup_steps"]
+    assert (config.optimizer.warmup_ratio, config.optimizer.warmup_steps) == (ratio, None)
+
+
+# As a fraction, 7 of 25 would be 8.
+@pytest.mark.parametrize(
+    "changes", [{"max_steps": 25}, {"max_steps": -1}, {"lr_scheduler_type": "constant_with_warmup"}]
+)
+def test_warm_up_in_steps(changes: dict) -> None:
+    config = config_from_dict(convert({**REFERENCE, "warmup_steps": 7, **changes}, 8, "p", None))
+    assert (config.optimizer.warmup_steps, config.optimizer.warmup_ratio) == (7, 0.0)
+    total = config.train.steps or 25
+    groups = SimpleNamespace(param_groups=[{"params": []}])
+    scheduler = build_scheduler(groups, config.optimizer, total)  # type: ignore[arg-type]
+    rates = []
+    for _ in range(9):
+        rates.append(groups.param_groups[0]["lr"] / config.optimizer.lr)
+        scheduler.step(1)
+    assert rates[:8] == pytest.approx([step / 7 for step in range(8)])
+    assert rates[8] <= 1.0
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"warmup_steps": 100}, "warmup_steps: 100 is a number of steps.*give max_steps"),
+        ({"warmup_steps": 1.5}, r"warmup_steps: 1\.5 is not a number of steps"),
+        ({"warmup_steps": -1}, "warmup_steps: -1 is not a number of steps"),
         ({"warmup_steps": 100, "max_steps": 50}, "warmup_steps: 100 is not a number of steps below max_steps: 50"),
         ({"per_device_train_batch_size": "two"}, "per_device_train_batch_size is 'two': it must be a whole number"),
         ({"eval_steps": 0.1}, r"eval_steps is '0\.1': it must be a whole number"),
@@ -263,6 +283,13 @@ ENTRY = {
 }
 
 
+def dataset_file(info_file: Path, name: str) -> str:
+    files, columns = dataset_files(info_file, {"dataset": name})
+    assert not columns
+    (file,) = files["dataset"]
+    return file
+
+
 def info(tmp_path: Path, **changes: object) -> Path:
     entry = {key: value for key, value in {**ENTRY, **changes}.items() if value is not None}
     (tmp_path / "pairs.json").write_text("[]")
@@ -314,6 +341,74 @@ def test_columns_that_only_this_project_would_read_are_refused(tmp_path: Path) -
         dataset_file(file, "name")
 
 
+def renamed_columns(tmp_path: Path, *records: dict[str, object]) -> Path:
+    columns = {"prompt": "q", "query": "more", "system": "sys", "chosen": "good", "rejected": "bad"}
+    file = info(tmp_path, formatting=None, tags=None, columns=columns)
+    (tmp_path / "pairs.json").write_text(json.dumps(list(records)))
+    return file
+
+
+RENAMED = {"q": "a", "more": "b", "sys": "s", "good": "c", "bad": "d"}
+
+
+def test_renamed_columns_become_data_columns(tmp_path: Path) -> None:
+    file = renamed_columns(tmp_path, RENAMED)
+    files, columns = dataset_files(file, {"dataset": "name", "eval_dataset": "name"})
+    assert files == {key: [str(tmp_path / "pairs.json")] for key in ("dataset", "eval_dataset")}
+    config = config_from_dict(convert(REFERENCE, 8, files["dataset"], None, columns=columns))
+    assert config.data.columns == columns
+    record = rename(RENAMED, config.data.columns or {}, "f:1")
+    ours = {"instruction": "a", "input": "b", "system": "s", "chosen": "c", "rejected": "d"}
+    assert parse_record(record, detect_layout(record, "f:1"), "f:1") == parse_record(ours, "instruction", "f:1")
+
+
+def test_what_only_this_project_would_read_beside_renamed_columns_is_refused(tmp_path: Path) -> None:
+    """Also a key of another layout, which would be taken for the prompt."""
+    # "instruction" is not read: the column that is called so here takes its place.
+    dataset_files(renamed_columns(tmp_path, {**RENAMED, "instruction": "x", "id": 3}), {"dataset": "name"})
+    for key in ("prompt", "history", "conversations"):
+        value = [["u", "v"]] if key == "history" else [{"role": "user", "content": "other"}]
+        file = renamed_columns(tmp_path, RENAMED, {**RENAMED, key: value})
+        with pytest.raises(UserError, match=rf"pairs\.json record 2: has '{key}', which is read here"):
+            dataset_files(file, {"dataset": "name"})
+    turn = {"role": "assistant", "content": "b"}
+    file = info(tmp_path, formatting=None, tags=None, columns=None)
+    (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": "a", "chosen": [turn], "rejected": [turn]}]))
+    with pytest.raises(UserError, match=r"record 1: by its columns, of which chosen, .* are read, it is no pair"):
+        dataset_files(file, {"dataset": "name"})
+    without = {key: value for key, value in RENAMED.items() if key != "more"}
+    with pytest.raises(UserError, match=r"pairs\.json record 1: no key 'more', which data\.columns names"):
+        dataset_files(renamed_columns(tmp_path, without), {"dataset": "name"})
+
+
+def test_renamed_columns_of_parquet_are_read(tmp_path: Path) -> None:
+    file = renamed_columns(tmp_path)
+    entry = json.loads(file.read_text())["name"]
+    file.write_text(json.dumps({"name": {**entry, "file_name": "pairs.parquet"}}))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([RENAMED]), tmp_path / "pairs.parquet")
+    files, columns = dataset_files(file, {"dataset": "name"})
+    assert files["dataset"] == [str(tmp_path / "pairs.parquet")]
+    assert columns["instruction"] == "q"
+
+
+def test_several_datasets_become_a_list(tmp_path: Path) -> None:
+    entry = {"file_name": "a.json", "ranking": True}
+    renamed = {**entry, "columns": {"prompt": "q", "chosen": "chosen", "rejected": "rejected"}}
+    entries = {"a": entry, "b": {**entry, "file_name": "b.json"}, "other": {**renamed, "file_name": "b.json"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text("[]")
+    (tmp_path / "lf.yaml").write_text(yaml.safe_dump({**REFERENCE, "dataset": "b, a", "eval_dataset": "a"}))
+    arguments = [str(tmp_path / "lf.yaml"), "--ranks", "8", "--dataset-info", str(tmp_path / "dataset_info.json")]
+    run_module("tools.import_llamafactory_config", [*arguments, "--out", str(tmp_path / "ours.yaml")])
+    data = load_config(tmp_path / "ours.yaml").data
+    assert data.train == [str(tmp_path / "b.json"), str(tmp_path / "a.json")]
+    assert (data.validation, data.columns) == (str(tmp_path / "a.json"), None)
+    for key in ("dataset", "eval_dataset"):
+        with pytest.raises(UserError, match=r"other calls its columns otherwise than a \(instruction: q, as here\)"):
+            dataset_files(tmp_path / "dataset_info.json", {"dataset": "a", key: "a, other"})
+
+
 @pytest.mark.parametrize("content", ["[" * 9999, "3", '{"name": 3}', "{", "\ud800"])
 def test_a_dataset_info_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "dataset_info.json").write_bytes(content.encode("utf-8", "surrogatepass"))
@@ -325,18 +420,13 @@ def test_a_dataset_info_that_is_none_is_named(tmp_path: Path, content: str) -> N
     ("changes", "name", "message"),
     [
         ({}, "other", "no entry 'other'"),
-        ({}, "name,other", "several datasets"),
+        ({}, "name, other", "no entry 'other'"),
         ({"file_name": None, "hf_hub_url": "a/b"}, "name", "hf_hub_url is not downloaded here"),
         ({"file_name": "nowhere.json"}, "name", "nowhere.json is not a file"),
         ({"ranking": None}, "name", "not a file of preference pairs"),
         ({"num_samples": 10}, "name", "num_samples has no counterpart"),
         ({"formatting": "openai"}, "name", "formatting 'openai'"),
-        (
-            {"columns": {"messages": "turns"}},
-            "name",
-            "columns.messages is 'turns', which must be called 'conversations'",
-        ),
-        ({"columns": {"query": "question"}, "formatting": "alpaca"}, "name", "columns.query is 'question'"),
+        ({"columns": {"prompt": "question"}}, "name", "columns.prompt is 'question', which has no counterpart"),
         ({"columns": 3}, "name", "columns is not a mapping"),
         ({"file_name": 3}, "name", "not a file of preference pairs"),
         ({"formatting": []}, "name", r"formatting \[\] is not supported"),

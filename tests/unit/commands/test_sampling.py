@@ -10,7 +10,8 @@ from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from tests.tiny_models import make_llama
 from tgdpo.generation.models import stop_ids
-from tgdpo.generation.sampling import Answer, Request, TransformersSampler, request_seed
+from tgdpo.generation.sampling import Answer, Request, request_seed
+from tgdpo.generation.transformers_sampler import TransformersSampler
 
 PROMPTS = [[1, 5, 9], [7], [3, 4, 5, 6, 7, 8, 9, 10], [12, 11]]
 

@@ -112,7 +112,7 @@ def test_rows_divide_under_sequence_parallelism(tmp_path: Path) -> None:
     ("overrides", "expected"),
     [
         (["parallel.context=2", "batch.shared_prompts=true"], "batch.shared_prompts is true with parallel.context > 1"),
-        (["parallel.context=2", "batch.tokens_per_micro_batch=4098"], "not divisible by 2 x parallel.context = 4"),
+        (["parallel.context=2", "batch.tokens_per_micro_batch=4098"], "not divisible by 2 x parallel.context = 2 x 2"),
         (["loss.method=simpo"], "loss.method simpo uses no guide"),
         (["loss.method=sft", "model.guide=null", "loss.beta=0.1"], "loss.beta is set but loss.method sft"),
         (["loss.method=simpo", "model.guide=null", "model.reference=x"], "simpo uses no reference"),

@@ -100,7 +100,7 @@ def test_what_is_no_whole_number_is_refused(tmp_path: Path, written: str) -> Non
         ("loss.alpha=-Infinity", "loss.alpha is -Infinity: it must be a finite number"),
         ("optimizer.lr=1e400", "optimizer.lr is 1e400: the number is too large"),
         ("parallel.timeout_minutes=1e300", "parallel.timeout_minutes is 1e+300: it must be at most 525,600"),
-        ("optimizer.eps=1e-300", "optimizer.eps is 1e-300, zero in fp32"),
+        ("optimizer.eps=1e-300", "optimizer.eps is 1e-300: it must be at least 1.2e-38"),
         ("data.max_length=99999999999999999999", "data.max_length is 1e+20: it must be at most 536,870,912"),
         ("data.workers=1000000", "data.workers is 1e+06: it must be at most 4,096"),
         ("train.steps=99999999999", "train.steps is 1e+11: it must be at most 2,147,483,647"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints_convert import hf_to_megatron, megatron_to_hf
-from checkpoints_convert.command_line import parse_size, run
+from checkpoints_convert.arguments import parse_size, run
 from megatron_tgdpo.errors import UserError
 from tests.launch import ROOT, environment
 from tests.tiny_models import make_llama
@@ -68,7 +68,7 @@ def test_bad_sizes(text: str) -> None:
 
 def test_conversions_do_not_import_megatron_core() -> None:
     """It would add seconds and print warnings."""
-    code = "import sys, checkpoints_convert.hf_to_megatron, checkpoints_convert.megatron_to_hf; "
+    code = "import sys, checkpoints_convert.import_hf, checkpoints_convert.export; "
     code += "sys.exit('megatron.core' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=environment(), capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

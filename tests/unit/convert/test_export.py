@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 from checkpoints_convert import megatron_to_hf, pieces
 from checkpoints_convert.export import export_hf
 from checkpoints_convert.import_hf import import_hf
-from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
-from tests.checkpoints import flip, without_manifest
+from tests.checkpoints import flip, save, without_manifest
 from tests.launch import ROOT, environment
 from tests.tiny_models import make_llama
 
@@ -71,7 +70,7 @@ def resave(checkpoint: Path, out: Path, change: Callable[[Tensors], object]) -> 
         tensors[key] = torch.stack(layers) if stacked else reader.rows(key, None, 0, info.size[0])
     change(tensors)
     state = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()}
-    sharded.save(out, {"model": state}, checkpoint, {"dtype": "fp32", "step": 7})
+    save(out, {"model": state}, checkpoint, {"dtype": "fp32", "step": 7})
     return out
 
 
@@ -265,7 +264,7 @@ def test_directory_that_only_looks_like_a_leftover_is_kept(checkpoint: Path, tmp
     "patch",
     [
         mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),
-        mock.patch("os.pwrite", side_effect=OSError(28, "No space left on device")),
+        mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")),
     ],
 )
 def test_full_disk_is_reported(checkpoint: Path, tmp_path: Path, patch: mock._patch) -> None:
@@ -282,16 +281,16 @@ def other_export(checkpoint: Path, out: Path, release: Path, host: str | None = 
     """Another process that exports to ``out`` and waits in the middle until ``release`` is there."""
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from checkpoints_convert import command_line, megatron_to_hf, sequential_file\n"
+        "from checkpoints_convert import megatron_to_hf, safetensors_file\n"
         "from megatron_tgdpo.storage import atomic_file\n"
-        "write, (release, host) = sequential_file._write, sys.argv[1:3]\n"
+        "write, (release, host) = safetensors_file.start_writeback, sys.argv[1:3]\n"
         "def later(*arguments):\n"
         "    Path(release + '.reached').touch()\n"
         "    while not Path(release).exists(): time.sleep(0.02)\n"
         "    write(*arguments)\n"
-        "sequential_file._write = later\n"
+        "safetensors_file.start_writeback = later\n"
         "if host: atomic_file._here = lambda: (host, '1')\n"
-        "del sys.argv[1:3]\ncommand_line.run(megatron_to_hf.main)"
+        "del sys.argv[1:3]\nmegatron_to_hf.run(megatron_to_hf.main)"
     )
     command = [sys.executable, "-c", code, str(release), host or "", "--megatron", str(checkpoint), "--out", str(out)]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert import pieces
 from checkpoints_convert.compare import different_weights
 from checkpoints_convert.import_hf import import_hf
-from megatron_tgdpo.checkpoints.directory import is_complete, read_metadata
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING
+from tests.checkpoints import is_complete
 from tests.launch import ROOT, environment
 from tests.tiny_models import make_llama
 
@@ -178,6 +179,28 @@ def test_a_linked_tokenizer_is_refused_before_the_work(hf: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_are_read_through_links_and_their_files_not_passed_on(hf: Path, tmp_path: Path) -> None:
+    """People keep weights in a store; nothing but tensors of the model comes out of them."""
+    store = tmp_path / "store"
+    store.mkdir()
+    tensors = load_file(hf / "model.safetensors")
+    (hf / "model.safetensors").rename(store / "blob")
+    (hf / "model.safetensors").symlink_to(store / "blob")
+    (tmp_path / "id_rsa").write_text("a private key")
+    (hf / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    convert(hf, tmp_path / "out")
+    stored = CheckpointReader(tmp_path / "out").rows(EMBEDDING, None, 0, 131)
+    assert torch.equal(stored, tensors["model.embed_tokens.weight"])
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any(path.is_symlink() or b"a private key" in path.read_bytes() for path in written)
+    # Nor does a file that holds no tensors come through as weights.
+    (hf / "model.safetensors").unlink()
+    (hf / "model.safetensors").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        convert(hf, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_existing_output_is_kept(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
@@ -198,8 +221,8 @@ def test_full_disk_is_reported_before_the_work(hf: Path, tmp_path: Path) -> None
 def test_killed_in_the_middle(hf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
-        "import os, sys\nfrom checkpoints_convert import hf_to_megatron, sequential_file\n"
-        "sequential_file._write = lambda *_: os.kill(os.getpid(), 9)\nhf_to_megatron.main()"
+        "import os, sys\nfrom checkpoints_convert import hf_to_megatron, import_hf\n"
+        "import_hf.start_writeback = lambda *_: os.kill(os.getpid(), 9)\nhf_to_megatron.main()"
     )
     command = [sys.executable, "-c", code, "--hf", str(hf), "--out", str(out)]
     assert subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True).returncode == -signal.SIGKILL

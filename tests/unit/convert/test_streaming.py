@@ -1,13 +1,8 @@
 """The parts of a streaming conversion."""
 
-import errno
-import fcntl
 import json
-import os
-import random
 import threading
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +11,6 @@ from safetensors.torch import load_file
 
 from checkpoints_convert.pieces import share
 from checkpoints_convert.safetensors_file import SafetensorsFile
-from checkpoints_convert.sequential_file import SequentialFile
 from checkpoints_convert.streaming import read_ahead
 
 
@@ -34,6 +28,8 @@ def test_file_is_as_the_library_would_write_it(tmp_path: Path, dtype: torch.dtyp
         assert torch.equal(tensor, tensors[name])
     with safe_open(tmp_path / "f", framework="pt") as stream:
         assert stream.metadata() == {"format": "pt"}
+    with pytest.raises(FileExistsError):
+        SafetensorsFile(tmp_path / "f", shapes, dtype)
     content = (tmp_path / "f").read_bytes()
     length = int.from_bytes(content[:8], "little")
     assert length % 8 == 0
@@ -53,28 +49,6 @@ def test_rows_that_do_not_fit(tmp_path: Path, first: int, rows: torch.Tensor, me
     file = SafetensorsFile(tmp_path / "f", {"a": (5, 3)}, torch.float32)
     with pytest.raises(ValueError, match=message), file:
         file.write_rows("a", first, rows)
-
-
-@pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("length", [0, 1, 4096, (8 << 20) - 1, 8 << 20, (20 << 20) + 5])
-def test_a_file_holds_what_was_written(tmp_path: Path, length: int, direct: bool) -> None:
-    content = random.Random(length).randbytes(length)
-    pwrite = os.pwrite
-
-    def refusing(descriptor: int, view: memoryview, place: int) -> int:
-        """A file system that opens files past its page cache but does not write so."""
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return pwrite(descriptor, view, place)
-
-    with mock.patch("os.pwrite", pwrite if direct else refusing), SequentialFile(tmp_path / "f") as file:
-        for start in range(0, length, 3_000_001):
-            file.write(content[start : start + 3_000_001])
-        assert file.tell() == length
-    assert (tmp_path / "f").read_bytes() == content
-    with pytest.raises(FileExistsError):
-        SequentialFile(tmp_path / "f")
-    assert (tmp_path / "f").read_bytes() == content
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -16,7 +16,7 @@ from tests.unit.data.conftest import plain_record
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tgdpo.preprocess", *arguments],
+        [sys.executable, "-m", "tgdpo", "preprocess", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -69,7 +69,7 @@ def test_killed_run_leaves_no_worker_and_no_dataset(tmp_path, sp_model, write_js
     output = tmp_path / "out"
     arguments = ["--input", source, "--tokenizer", sp_model, "--output", str(output / "pairs"), "--workers", "2"]
     parent = subprocess.Popen(
-        [sys.executable, "-m", "tgdpo.preprocess", *arguments],
+        [sys.executable, "-m", "tgdpo", "preprocess", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.manifest import MANIFEST_SUFFIX
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import preprocess
+from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.errors import StorageError, UserError
 from tests.unit.data.conftest import plain_record
 
@@ -206,6 +208,46 @@ def test_a_cached_dataset_that_cannot_be_read_is_not_made_again(tmp_path, hf_dir
     monkeypatch.undo()
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == before
     assert open_or_preprocess(source, options, str(tmp_path / "cache"), progress=False).prefix == first.prefix
+
+
+def as_before_reading_versions(prefix: str) -> None:
+    """Turns a dataset's manifest into one of when there was no ``reading_version``."""
+    path = Path(prefix + MANIFEST_SUFFIX)
+    content = json.loads(path.read_text())
+    assert content.pop("reading_version") > 1
+    path.write_text(json.dumps(content))
+
+
+def test_what_an_older_version_made_of_a_raw_file_is_made_anew(tmp_path, hf_directory, write_jsonl):
+    """It lies where it was put by name of content, tokenizer and options alone, and may hold other tokens."""
+    options, cache = PreprocessOptions(hf_directory), str(tmp_path / "cache")
+    source, other = (write_jsonl([plain_record(index)], f"{name}.jsonl") for index, name in enumerate("ab"))
+    content = Path(source).read_bytes()
+    tokenizer = load_tokenizer(hf_directory)
+    key = {
+        "format_version": 1,
+        "sources": [(source, len(content), hashlib.sha256(content).hexdigest())],
+        "tokenizer": [tokenizer.fingerprint, tokenizer.template_fingerprint],
+        "options": options.length_rules(),
+    }
+    old = f"{cache}/a-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+    preprocess([other], old, options, progress=False)
+    as_before_reading_versions(old)
+    preprocess([source], str(tmp_path / "right"), options, progress=False)
+    opened = open_or_preprocess(source, options, cache, progress=False)
+    assert opened.fingerprint == PreferenceDataset(str(tmp_path / "right")).fingerprint
+    assert opened.fingerprint != PreferenceDataset(old).fingerprint
+
+
+def test_a_dataset_of_an_older_version_is_taken_with_a_warning(prefix, tmp_path, hf_directory, caplog):
+    options = PreprocessOptions(hf_directory)
+    open_or_preprocess(prefix, options, str(tmp_path / "cache"))
+    assert not caplog.messages
+    as_before_reading_versions(prefix)
+    assert len(open_or_preprocess(prefix, options, str(tmp_path / "cache"))) == 20
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        f"{prefix} was made by another version, which reads some records otherwise"
+    ]
 
 
 def test_strict_also_holds_for_a_dataset_made_before(tmp_path, hf_directory, write_jsonl):

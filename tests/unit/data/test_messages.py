@@ -8,6 +8,7 @@ import pytest
 
 from megatron_tgdpo.batching.collate import collate
 from megatron_tgdpo.batching.packed_sequence import PackFormat
+from megatron_tgdpo.data import sandbox
 from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.dataset import PreferenceDataset, open_or_preprocess
 from megatron_tgdpo.data.encode import encode_example, encode_prompt, encode_responses
@@ -323,6 +324,49 @@ def test_hostile_templates_end_with_one_line(source: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^f:1: the chat template of t refuses this record: .*{message}") as error:
         ChatTemplate(source, {}, "t").render([Message("user", "a")], "f:1")
     assert "\n" not in str(error.value)
+
+
+def refused(source: str) -> str:
+    with pytest.raises(UserError) as error:
+        ChatTemplate(source, {}, "t").render([Message("user", "a")], "f:1")
+    return str(error.value)
+
+
+# Without the limits these end all the same, so that it shows.
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(1000) %}{% endfor %}",
+        "{% for i in range(40) %}{% for j in range(40) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(9) }}",
+        "{% macro f() %}{{ caller() }}{% endmacro %}" + "{% call f() %}{% endcall %}" * 600,
+    ],
+)
+def test_loops_and_macros_end_by_turns_and_by_time(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = [Message("user", "a")]
+    assert ChatTemplate(source, {}, "t").render(talk, "f:1") == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "MAX_TURNS", 900)
+        assert "it does not end" in refused(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "MAX_SECONDS", -1.0)
+        assert "it does not end" in refused(source)
+    # Each rendering has its own turns and time.
+    template = ChatTemplate(source, {}, "t")
+    monkeypatch.setattr(sandbox, "MAX_TURNS", 2000)
+    assert [template.render(talk, "f:1") for _ in range(5)] == [""] * 5
+
+
+@pytest.mark.parametrize(
+    "operation", ["'a' * 101", "101 * 'a'", "[1] * 101", "(1, 2) * 51", "2 ** 101", "2 ** 45 * 2 ** 45 * 2 ** 45"]
+)
+def test_products_have_a_size(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = f"{{% set x = {operation} %}}done"
+    assert ChatTemplate(source, {}, "t").render([Message("user", "a")], "f:1") == "done"
+    monkeypatch.setattr(sandbox, "MAX_SIZE", 100)
+    assert "would be too large" in refused(source)
+    smaller = "{% set x = ('a' * 100, [1] * 99, 2 ** 49, 2 ** 40 * 2 ** 40) %}done"
+    assert ChatTemplate(smaller, {}, "t").render([Message("user", "a")], "f:1") == "done"
 
 
 @pytest.mark.parametrize(

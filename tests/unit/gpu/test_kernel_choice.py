@@ -11,7 +11,13 @@ import torch
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu import capabilities
 from megatron_tgdpo.gpu.capabilities import Capabilities
-from megatron_tgdpo.gpu.kernel_choice import choose_attention, choose_layer_spec
+from megatron_tgdpo.gpu.kernel_choice import (
+    ATTENTION_BACKENDS,
+    choose_attention,
+    choose_layer_spec,
+    core_attention_spec,
+)
+from megatron_tgdpo.models.attention.base import PackedAttention
 from megatron_tgdpo.models.config import LanguageModelConfig
 
 CPU = Capabilities("cpu")
@@ -109,3 +115,8 @@ CAP, WINDOW = {"attn_logit_softcapping": 50.0}, {"window_size": (4095, 0)}
 )
 def test_core_attention(options: dict, spec: Any, found: Capabilities, wanted: str) -> None:
     assert choose_attention(config(**options), spec, found) == wanted
+
+
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+def test_every_backend_is_there(backend: str) -> None:
+    assert issubclass(core_attention_spec(backend).module, PackedAttention)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_tgdpo.config.checks import FP8_RECIPES
+from megatron_tgdpo.config.constraints import FP8_RECIPES
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
@@ -97,7 +97,7 @@ def test_every_combination_builds_or_is_refused_with_its_reason(monkeypatch: pyt
     base, seen, accepted = config_from_dict(VALID), set(), 0
     for values, check_start in itertools.product(PRECISIONS, (False, True)):
         config = configured(base, values, check_start=check_start)
-        recipes = {policy_recipe(config), frozen_recipe(config)} - {None}
+        recipes = {policy_recipe(config.precision), frozen_recipe(config)} - {None}
         built = False
         for (capability, cuda), engine in itertools.product(GPUS, ENGINES):
             device = "cpu" if capability is None else "cuda"
@@ -127,15 +127,22 @@ def test_every_combination_builds_or_is_refused_with_its_reason(monkeypatch: pyt
 
 def check_builds(config: Config) -> None:
     """megatron-core takes what we accept, and takes it as it was meant."""
-    policy, frozen = build(config, policy_transformer_kwargs(config)), build(config, frozen_transformer_kwargs(config))
-    assert policy.fp8 == (config.precision.fp8_format if policy_recipe(config) else None)
+    policy, frozen = (
+        build(config, policy_transformer_kwargs(config.precision)),
+        build(config, frozen_transformer_kwargs(config)),
+    )
+    assert policy.fp8 == (config.precision.fp8_format if policy_recipe(config.precision) else None)
     assert frozen.fp8 == (config.precision.fp8_format if frozen_recipe(config) else None)
     assert (policy.fp8_param, frozen.fp8_param) == (config.precision.fp8_params, frozen_params_fp8(config))
-    if policy_recipe(config):
+    if policy_recipe(config.precision):
         assert policy.fp8_recipe == config.precision.fp8
-    assert isinstance(ddp_config(config), DistributedDataParallelConfig)
+    assert isinstance(ddp_config(config.overlap, config.precision), DistributedDataParallelConfig)
     OptimizerConfig(
-        optimizer="adam", lr=1e-3, bf16=policy.bf16, use_distributed_optimizer=True, **optimizer_kwargs(config)
+        optimizer="adam",
+        lr=1e-3,
+        bf16=policy.bf16,
+        use_distributed_optimizer=True,
+        **optimizer_kwargs(config.precision, config.overlap, config.offload),
     )
 
 
@@ -148,7 +155,9 @@ def test_what_megatron_core_rejects_is_refused() -> None:
         try:
             # As they would be asked for, without our own rule that no recipe means no FP8 at all.
             ends = {"first_last_layers_bf16": config.precision.first_last_layers_bf16}
-            build(config, {"fp8_param": config.precision.fp8_params} | policy_transformer_kwargs(config) | ends)
+            build(
+                config, {"fp8_param": config.precision.fp8_params} | policy_transformer_kwargs(config.precision) | ends
+            )
             build(config, frozen_transformer_kwargs(config))
         except (ValueError, AssertionError):
             rejected += 1
@@ -175,7 +184,7 @@ def test_recipes_of_policy_and_frozen_models(
 ) -> None:
     precision = {"fp8": fp8, "frozen": frozen, "fp8_params": params}
     config = config_from_dict({**VALID, "precision": precision})
-    assert (policy_recipe(config), frozen_recipe(config), frozen_params_fp8(config)) == (policy, other, held)
+    assert (policy_recipe(config.precision), frozen_recipe(config), frozen_params_fp8(config)) == (policy, other, held)
 
 
 SIZES = {

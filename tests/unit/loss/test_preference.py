@@ -8,31 +8,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.loss.preference import (
     PreferenceLoss,
-    dpo_loss,
     guidance_token_weights,
-    sft_loss,
-    simpo_loss,
+    on_one_rank,
     sum_per_sequence,
-    tgdpo_loss,
 )
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "losses.json").read_text())
 LENGTHS = torch.tensor([3, 5, 7, 1])
+NONE = torch.zeros(0)
 
 
 def random_logps(seed: int) -> Tensor:
     return -5 * torch.rand(16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def compute(method: str, policy: Tensor, reference: Tensor, guide: Tensor, lengths: Tensor, **options: float):
-    """The loss of any method, from the models that it uses."""
-    if method == "tgdpo":
-        return tgdpo_loss(policy, reference, guide, lengths, **options)
-    if method == "dpo":
-        return dpo_loss(policy, reference, lengths, **options)
-    return {"simpo": simpo_loss, "sft": sft_loss}[method](policy, lengths, **options)
+def compute(
+    method: str, policy: Tensor, reference: Tensor, guide: Tensor, lengths: Tensor = LENGTHS, **options: float
+) -> PreferenceLoss:
+    """The loss of any method, as training calls it: with the models that it uses, and the defaults of its options."""
+    row = METHODS[method]
+    frozen = {role: values for role, values in (("reference", reference), ("guide", guide)) if role in row.frozen}
+    return row.loss_function(policy, frozen, lengths, {**row.options, **options}, on_one_rank)
 
 
 def loss_and_gradient(
@@ -40,9 +39,9 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     policy = policy.clone().requires_grad_()
     if guide is None:
-        losses = dpo_loss(policy, reference, LENGTHS, beta=beta).losses
+        losses = compute("dpo", policy, reference, NONE, beta=beta).losses
     else:
-        losses = tgdpo_loss(policy, reference, guide, LENGTHS, beta=beta, alpha=alpha).losses
+        losses = compute("tgdpo", policy, reference, guide, beta=beta, alpha=alpha).losses
     (gradient,) = torch.autograd.grad(losses.sum(), policy)
     return losses.detach(), gradient
 
@@ -98,8 +97,8 @@ def test_shared_tokens_do_not_cancel_under_guidance() -> None:
     reference = torch.tensor([-1.0, -2.0, -3.0, -2.0])
     guide = torch.tensor([-1.0, -1.0, -3.0, -1.0])
     policy = torch.tensor([-1.0, -2.5, -3.0, -2.5])
-    dpo = dpo_loss(policy, reference, lengths, beta=0.1)
-    tgdpo = tgdpo_loss(policy, reference, guide, lengths, beta=0.1, alpha=0.5)
+    dpo = compute("dpo", policy, reference, NONE, lengths, beta=0.1)
+    tgdpo = compute("tgdpo", policy, reference, guide, lengths, beta=0.1, alpha=0.5)
     assert dpo.weighted_margins.item() == pytest.approx(0.0, abs=1e-7)
     # weights differ by 2 * alpha * reward = 2 * 0.5 * 0.1 * 1; times beta and the log-ratio of -0.5
     assert tgdpo.weighted_margins.item() == pytest.approx(0.1 * 0.1 * -0.5, rel=1e-5)
@@ -109,18 +108,18 @@ def test_rewards_of_each_method() -> None:
     """Two tokens against one: log-ratios -0.5 and 1 sum to 0.5; log-probs -1.5 and -2 have mean -1.75."""
     policy, reference = torch.tensor([-1.5, -2.0, -4.0]), torch.tensor([-1.0, -3.0, -2.0])
     lengths = torch.tensor([2, 1])
-    dpo = dpo_loss(policy, reference, lengths, beta=0.1, label_smoothing=0.3, sft_weight=1.0)
+    dpo = compute("dpo", policy, reference, NONE, lengths, beta=0.1, label_smoothing=0.3, sft_weight=1.0)
     assert dpo.rewards.tolist() == pytest.approx([0.05, -0.2])
     assert dpo.weighted_margins.tolist() == pytest.approx([0.25])
-    simpo = simpo_loss(policy, lengths, beta=2.0, gamma=0.5)
+    simpo = compute("simpo", policy, NONE, NONE, lengths, beta=2.0, gamma=0.5)
     assert simpo.rewards.tolist() == pytest.approx([-3.5, -8.0])
     assert simpo.weighted_margins.tolist() == pytest.approx([4.5 - 0.5])
-    assert sft_loss(policy, lengths).rewards.tolist() == pytest.approx([-1.75, -4.0])
+    assert compute("sft", policy, NONE, NONE, lengths).rewards.tolist() == pytest.approx([-1.75, -4.0])
 
 
 def test_sft_without_rejected_responses() -> None:
-    with_rejected = sft_loss(torch.tensor([-1.5, -2.0, -4.0]), torch.tensor([2, 1]))
-    alone = sft_loss(torch.tensor([-1.5, -2.0]), torch.tensor([2, 0]))
+    with_rejected = compute("sft", torch.tensor([-1.5, -2.0, -4.0]), NONE, NONE, torch.tensor([2, 1]))
+    alone = compute("sft", torch.tensor([-1.5, -2.0]), NONE, NONE, torch.tensor([2, 0]))
     assert alone.losses.tolist() == with_rejected.losses.tolist() == [3.5]
     assert alone.count.item() == with_rejected.count.item() == 2
     assert alone.rewards.tolist() == [-1.75, 0.0]
@@ -128,7 +127,7 @@ def test_sft_without_rejected_responses() -> None:
 
 def test_no_gradient_reaches_reference_or_guide() -> None:
     policy, reference, guide = (random_logps(seed).requires_grad_() for seed in (1, 2, 3))
-    loss = tgdpo_loss(policy, reference, guide, LENGTHS, beta=0.1, alpha=0.5)
+    loss = compute("tgdpo", policy, reference, guide, beta=0.1, alpha=0.5)
     loss.losses.sum().backward()
     assert policy.grad is not None
     assert reference.grad is None

@@ -113,6 +113,6 @@ def test_transformer_config_follows_config_and_layout(hf: Path) -> None:
     assert {key: made[key] for key in wanted} == wanted
 
 
-@pytest.mark.parametrize(("tensor", "packs"), [(1, 256), (2, 256), (8, 256), (3, 384)])
+@pytest.mark.parametrize(("tensor", "rows"), [(1, 256), (2, 256), (8, 256), (3, 384)])
 def test_vocabulary_is_padded_alike_for_usual_layouts(hf: Path, tensor: int, rows: int) -> None:
     assert padded_vocab_size(read_hf_config(hf), tensor) == rows

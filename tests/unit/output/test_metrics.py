@@ -15,6 +15,7 @@ from megatron_tgdpo.output import metrics as tables
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, pack_metrics, reduce_metrics
 
 BETA, ALPHA = 0.2, 1.5
+OPTIONS = {"beta": BETA, "alpha": ALPHA}
 
 
 def reduced(
@@ -22,7 +23,7 @@ def reduced(
 ) -> StepMetrics:
     metrics = []
     for policy, reference, guide, lengths, indices in packs:
-        loss = tgdpo_loss(policy, reference, guide, lengths, beta=BETA, alpha=ALPHA)
+        loss = tgdpo_loss(policy, {"reference": reference, "guide": guide}, lengths, OPTIONS)
         metrics.append(pack_metrics(loss, indices))
     pg = SimpleNamespace(dp_cp=group, pp=group)
     return reduce_metrics(metrics, pg, torch.device("cpu"), without=without)  # type: ignore[arg-type]
@@ -112,8 +113,8 @@ def test_context_ranks_count_their_tokens_and_one_of_them_the_pairs(single_rank_
     ones = torch.ones(4, dtype=torch.int64)
 
     def share(held: torch.Tensor, own: torch.Tensor, over_ranks: Callable[..., torch.Tensor]) -> PreferenceLoss:
-        tokens = [tensor[held] for tensor in (policy, reference, guide)]
-        return tgdpo_loss(*tokens, own, beta=BETA, alpha=ALPHA, over_ranks=over_ranks)
+        frozen = {"reference": reference[held], "guide": guide[held]}
+        return tgdpo_loss(policy[held], frozen, own, OPTIONS, over_ranks)
 
     # Rank 0 holds the first token of every sequence, rank 1 the rest; both know the sums of both.
     shares = ((firsts, ones), (~firsts, lengths - ones))
@@ -129,7 +130,7 @@ def test_context_ranks_count_their_tokens_and_one_of_them_the_pairs(single_rank_
 
 def test_sft_loss_is_a_mean_over_tokens(single_rank_group: dist.ProcessGroup) -> None:
     packs = [pack(1, [2, 3, 4, 1], [0, 1]), pack(2, [5, 6], [2])]
-    metrics = [pack_metrics(sft_loss(policy, lengths), indices) for policy, _, _, lengths, indices in packs]
+    metrics = [pack_metrics(sft_loss(policy, {}, lengths, {}), indices) for policy, _, _, lengths, indices in packs]
     pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
     values = reduce_metrics(metrics, pg, torch.device("cpu")).values  # type: ignore[arg-type]
     chosen = torch.cat([packs[0][0][:2], packs[0][0][5:9], packs[1][0][:5]])

@@ -17,14 +17,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_results(root: Path) -> None:
-    figures = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    metrics = json.loads((root / "results.json").read_text(encoding="utf-8"))
     study = Study(root, SHORT)
-    assert list(figures["arms"]) == [arm.name for arm in study.arms]
-    for name, arm in figures["arms"].items():
+    assert list(metrics["arms"]) == [arm.name for arm in study.arms]
+    for name, arm in metrics["arms"].items():
         assert arm["rate"] in SHORT.rates
-        assert arm["against"].keys() == {"sft", *figures["arms"]} - {name}
+        assert arm["against"].keys() == {"sft", *metrics["arms"]} - {name}
         assert 0 <= arm["against"]["sft"]["value"] <= 1
-    assert figures["credit"].keys() == {"dpo", "simpo", "reference"}
+    assert metrics["credit"].keys() == {"dpo", "simpo", "reference"}
     report = (root / "results.txt").read_text(encoding="utf-8")
     assert "TGDPO, SimPO guide, alpha 0.5" in report
     for plot in ("win_rates.svg", "credit.svg"):

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from megatron_tgdpo.planning.pipeline_schedule import (
+    BACKWARD,
     FORWARD,
     FROZEN,
     Compute,
@@ -115,3 +116,11 @@ def test_plans_are_complete_whatever_the_costs() -> None:
                 }
                 frozen_slots = [slot for slot in slots if slot.compute.kind == FROZEN]
                 assert all(before[slot.compute.micro_batch] <= slot.start for slot in frozen_slots)
+
+
+def test_a_stage_works_when_its_input_is_there() -> None:
+    stages = one_f_one_b(uniform(2, 1, 2), 1).stages
+    assert [[(slot.compute.kind, slot.start, slot.end) for slot in slots] for slots in stages] == [
+        [(FORWARD, 0, 1), (BACKWARD, 4, 6)],
+        [(FORWARD, 1, 2), (BACKWARD, 2, 4)],
+    ]

@@ -1,4 +1,4 @@
-"""Figures of the final table, each against a slower or hand-made computation."""
+"""Metrics of the final table, each against a slower or hand-made computation."""
 
 import math
 from random import Random
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tools.examples.quickstart.evaluate import format_table, guide_figures, preference_figures, sampling_figures
+from tools.examples.quickstart.evaluate import format_table, guide_metrics, preference_metrics, sampling_metrics
 from tools.examples.quickstart.scoring import Response, auc, response_logps
 
 
@@ -58,40 +58,40 @@ def test_response_logps_equal_one_by_one() -> None:
         assert values.shape == (len(response.response_ids),)
 
 
-def test_preference_figures() -> None:
+def test_preference_metrics() -> None:
     logps = [torch.tensor([-1.0, -2.0]), torch.tensor([-4.0]), torch.tensor([-6.0]), torch.tensor([-2.0])]
     base = [torch.tensor([-2.0, -2.0]), torch.tensor([-3.0]), torch.tensor([-7.0]), torch.tensor([-4.0])]
     # Log-ratios: chosen +1, rejected -1; then chosen +1, rejected +2.
-    figures = preference_figures(logps, base, beta=0.5)
-    assert figures["accuracy"] == 0.5
-    assert figures["margin"] == pytest.approx(0.5 * (2 - 1) / 2)
+    metrics = preference_metrics(logps, base, beta=0.5)
+    assert metrics["accuracy"] == 0.5
+    assert metrics["margin"] == pytest.approx(0.5 * (2 - 1) / 2)
     # By itself: -3 against -4, then -6 against -2.
-    assert preference_figures(logps, None, beta=0.5) == {"accuracy": 0.5, "margin": None}
+    assert preference_metrics(logps, None, beta=0.5) == {"accuracy": 0.5, "margin": None}
 
 
-def test_sampling_figures() -> None:
+def test_sampling_metrics() -> None:
     prompt = "write two sentences about the harbor"
     answers = [("the salty sailor rows the boat. every fool moors the tidal net.", 14), ("", 1)]
-    figures = sampling_figures([prompt, prompt], answers)
-    assert figures["bad_words"] == pytest.approx(1 / 8)
-    assert figures["quality"] == pytest.approx((7 / 8 + 0) / 2)
-    assert figures["well_formed"] == 0.5
-    assert figures["right_count"] == 0.5
-    assert figures["tokens"] == 7.5
+    metrics = sampling_metrics([prompt, prompt], answers)
+    assert metrics["bad_words"] == pytest.approx(1 / 8)
+    assert metrics["quality"] == pytest.approx((7 / 8 + 0) / 2)
+    assert metrics["well_formed"] == 0.5
+    assert metrics["right_count"] == 0.5
+    assert metrics["tokens"] == 7.5
 
 
 def test_guide_that_lowers_bad_tokens_finds_them() -> None:
     response = Response([1], [5, 6, 7, 2], [False, True, False, False], [True, True, True, False])
     base = [torch.tensor([-1.0, -1.0, -3.0, -1.0])]
     guide = [torch.tensor([-0.5, -3.0, -3.0, -1.0])]
-    figures = guide_figures(guide, base, [response], beta=0.1)
-    assert figures["auc"] == figures["auc_content"] == 1.0
+    metrics = guide_metrics(guide, base, [response], beta=0.1)
+    assert metrics["auc"] == metrics["auc_content"] == 1.0
     # By surprisal the bad token ties with two others and is below one: (0 + 0.5 + 0.5) / 3; among content words 0.25.
-    assert figures["surprisal_auc"] == pytest.approx(1 / 3)
-    assert figures["surprisal_auc_content"] == pytest.approx(0.25)
-    assert figures["reward_bad"] == pytest.approx(-0.2)
-    assert figures["reward_good"] == pytest.approx((0.05 + 0 + 0) / 3)
-    assert (figures["tokens"], figures["bad_tokens"]) == (4, 1)
+    assert metrics["surprisal_auc"] == pytest.approx(1 / 3)
+    assert metrics["surprisal_auc_content"] == pytest.approx(0.25)
+    assert metrics["reward_bad"] == pytest.approx(-0.2)
+    assert metrics["reward_good"] == pytest.approx((0.05 + 0 + 0) / 3)
+    assert (metrics["tokens"], metrics["bad_tokens"]) == (4, 1)
 
 
 def test_table_columns_line_up() -> None:

@@ -1,6 +1,9 @@
 """The launch scripts stop with one clear line where they cannot go on, before they change anything."""
 
+import importlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.launch import PATIENCE, ROOT
+from tgdpo.commands import COMMANDS, CONVERSIONS
+
+LAUNCH = [path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch", ".yaml", ".def", "")]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(LAUNCH) if path.is_file()}
+OURS = "megatron_tgdpo|checkpoints_convert|tgdpo|tools"
 
 
 def run(script: str, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -62,3 +70,33 @@ def test_quickstart_spares_an_older_run(tmp_path: Path) -> None:
     expected = f"quickstart.sh: {tmp_path} is not empty: remove it or name another directory\n"
     assert result.stderr == expected
     assert (tmp_path / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("script", TEXTS)
+def test_what_a_script_names_is_there(script: str) -> None:
+    """Modules that it runs, names that it imports, commands, and files of this project."""
+    text = TEXTS[script]
+    for module in re.findall(rf"-m ((?:{OURS})[\w.]*)", text):
+        assert importlib.util.find_spec(module) is not None, module
+    for module, names in re.findall(rf"^ *from ((?:{OURS})[\w.]*) import (.+)$", text, re.M):
+        assert not set(re.split(r",\s*", names)) - set(vars(importlib.import_module(module))), module
+    conversions = {command.name for command in CONVERSIONS}
+    for name, word in re.findall(r"(?:-m|#  ) tgdpo ([a-z][a-z-]+)(?: ([a-z-]+))?", text):
+        assert name in {command.name for command in COMMANDS}
+        assert name != "convert" or word in conversions
+    for file in re.findall(r"(?<![\w/.])(?:tools|launch)/[\w./-]+\.(?:yaml|sh|sbatch)\b", text):
+        assert (ROOT / file).is_file(), file
+
+
+def test_the_quickstart_has_its_configs() -> None:
+    text = TEXTS["launch/quickstart.sh"]
+    (folder,) = re.findall(r'train "(tools/[\w/]+)/\$name\.yaml"', text)
+    names = re.findall(r"^stage .* train (\w+) ", text, re.M)
+    assert names == ["dpo", "tgdpo"]
+    assert all((ROOT / folder / f"{name}.yaml").is_file() for name in names)
+
+
+def test_containers_hold_every_package() -> None:
+    for name in ("launch/container/Dockerfile", "launch/container/apptainer.def"):
+        for package in ("megatron_tgdpo", "checkpoints_convert", "tgdpo", "tools", "tests", "launch"):
+            assert re.search(rf"^(?:COPY|   ) {package} /opt/megatron-tgdpo/{package}$", TEXTS[name], re.M), package

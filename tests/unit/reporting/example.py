@@ -1,8 +1,8 @@
-"""A report whose figures are known: tokens with markup in them, and many pairs of plain ones."""
+"""A report whose metrics are known: tokens with markup in them, and many pairs of plain ones."""
 
 import numpy as np
 
-from tgdpo.reporting.figures import Figures, make_figures
+from tgdpo.reporting.metrics import Metrics, make_metrics
 from tgdpo.reporting.render import ReportPair, render_page
 
 MARKUP = [
@@ -38,17 +38,17 @@ def _pair(index: int, texts: tuple[list[str], list[str]], x: np.ndarray) -> Repo
     )
 
 
-def figures_of(pairs: list[ReportPair]) -> Figures:
-    """Figures of the pairs' log-probs, in double precision as the page computes them."""
-    sided = []
+def metrics_of(pairs: list[ReportPair]) -> Metrics:
+    """Metrics of the pairs' log-probs, in double precision as the page computes them."""
+    logratios_by_response = []
     for pair in pairs:
         x = pair.logps["guide"].astype(np.float64) - pair.logps["reference"].astype(np.float64)
-        sided.append((x[: len(pair.texts[0])], x[len(pair.texts[0]) :]))
-    return make_figures(sided)
+        logratios_by_response.append((x[: len(pair.texts[0])], x[len(pair.texts[0]) :]))
+    return make_metrics(logratios_by_response)
 
 
 def render(pairs: list[ReportPair]) -> str:
     """The page of the pairs, whose own text has markup too."""
     return render_page(
-        pairs, figures_of(pairs), alpha=ALPHA, beta=BETA, facts={"guide": "<em>g</em>"}, warning="<s>careful</s>"
+        pairs, metrics_of(pairs), alpha=ALPHA, beta=BETA, facts={"guide": "<em>g</em>"}, warning="<s>careful</s>"
     )

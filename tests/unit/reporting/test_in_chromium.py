@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.browser import CHROMIUM, NO_CHROMIUM, Page, chromium
-from tests.unit.reporting.example import ALPHA, BETA, MARKUP, figures_of, make_pairs, render
+from tests.unit.reporting.example import ALPHA, BETA, MARKUP, make_pairs, metrics_of, render
 from tgdpo.reporting.render import ReportPair
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
@@ -60,20 +60,20 @@ def test_loads_without_problems_and_draws_little(page: Page) -> None:
 
 
 def test_summary_is_pythons_at_any_alpha_and_beta(page: Page, pairs: list[ReportPair]) -> None:
-    figures = figures_of(pairs)
+    metrics = metrics_of(pairs)
     for alpha, beta in ((ALPHA, BETA), (7.5, 0.1)):
         set_control(page, "alpha", alpha)
         set_control(page, "beta", beta)
         text = page.evaluate("document.getElementById('tiles').innerText")
-        assert f"{figures.accuracy:.1%}".replace("%", " %") in text
-        assert f"{figures.negative_fraction(alpha, beta):.2%}".replace("%", " %") in text
-        assert f"{beta * figures.margins.mean():+.3f}".replace("-", "\u2212") in text
-        assert f"{figures.alpha_limit(0.01, beta):.3g}" in text
+        assert f"{metrics.accuracy:.1%}".replace("%", " %") in text
+        assert f"{metrics.negative_fraction(alpha, beta):.2%}".replace("%", " %") in text
+        assert f"{beta * metrics.margins.mean():+.3f}".replace("-", "\u2212") in text
+        assert f"{metrics.alpha_limit(0.01, beta):.3g}" in text
     set_control(page, "alpha", ALPHA)
     set_control(page, "beta", BETA)
 
 
-def test_hover_and_keyboard_show_the_figures(page: Page) -> None:
+def test_hover_and_keyboard_show_the_metrics(page: Page) -> None:
     set_control(page, "sort", "dataset")
     page.wait_for(f"document.querySelector({json.dumps(FIRST)})")
     page.hover(FIRST)
@@ -105,7 +105,7 @@ def test_markup_is_text(page: Page) -> None:
 
 
 def test_sorts_and_filters(page: Page, pairs: list[ReportPair]) -> None:
-    margins = figures_of(pairs).margins
+    margins = metrics_of(pairs).margins
     against = sorted(range(PAIRS), key=lambda k: margins[k])
     set_control(page, "sort", "disagreement")
     assert shown_pairs(page) == against

@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_writes_the_page_and_says_the_figures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_the_page_and_says_the_metrics(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run / "report.html"
     policy = ["--policy", str(run / "guide")]
     assert main([str(run / "config.yaml"), "loss.alpha=0.25", "--out", str(out), "--pairs", "4", *policy]) == 0

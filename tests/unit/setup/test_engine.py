@@ -1,11 +1,14 @@
 """Checks made before anything is loaded: vocabularies, tokenizers, layouts, and the parameter count of a dry run."""
 
+import json
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from megatron_tgdpo.config.checks import RECOMPUTE_CHOICES
+from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import make_layout
@@ -14,10 +17,11 @@ from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.memory import stage_parameters
 from megatron_tgdpo.resilience.run_lock import RunLock
+from megatron_tgdpo.setup.datasets import prepare_data
 from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
 from megatron_tgdpo.setup.models import RECOMPUTE
 from megatron_tgdpo.training.run import dry_run
-from megatron_tgdpo.training.run_data import prepare_on_rank0
+from megatron_tgdpo.training.run_data import open_data, prepare_on_rank0
 from tests.tiny_models import make_llama, make_tokenizer
 from tests.unit.config.test_loading import VALID
 
@@ -80,6 +84,27 @@ def test_a_linked_file_of_the_policy_is_refused_before_the_first_save(tmp_path: 
     with pytest.raises(UserError, match=r"vocab.json: a link to .*/secret"):
         prepare_on_rank0(config_from_dict(values), RunLock(out))
     assert not out.exists()
+
+
+def test_warm_up_that_takes_all_steps_is_refused(policy: Path, tmp_path: Path) -> None:
+    """Where epochs decide, only the data tells how many steps there are."""
+    pairs = [{"prompt": f"w{number}", "chosen": " w5", "rejected": " w6"} for number in range(7, 15)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = {**VALID["data"], "train": str(tmp_path / "pairs.jsonl"), "validation": None, "workers": 1}
+    values = {
+        **VALID,
+        "model": {"policy": str(policy)},
+        "data": data,
+        "loss": {"method": "dpo"},
+        "train": {"epochs": 2},
+    }
+    optimizer, batch = {**VALID.get("optimizer", {}), "lr": 1e-3}, {**VALID["batch"], "global_pairs": 4}
+    for steps, fits in ((None, True), (3, True), (4, False)):
+        config = config_from_dict({**values, "batch": batch, "optimizer": {**optimizer, "warmup_steps": steps}})
+        made = prepare_data(config, tmp_path / "cache", [])
+        prepared = json.dumps({name: asdict(each) for name, each in made.items()})
+        with nullcontext() if fits else pytest.raises(UserError, match="warmup_steps is 4 and the run has 4 steps"):
+            assert open_data(config, prepared, read_model_configs(config)).order.steps == 4
 
 
 def test_dynamic_rope_scaling_holds_up_to_its_original_length(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tgdpo import signals
+from megatron_tgdpo.checkpoints.model_directory import model_files
 from megatron_tgdpo.data.manifest import FileDigest, digest_file
 from megatron_tgdpo.distributed.ranks import RankEnvironment
 from megatron_tgdpo.errors import AgreedStorageError, StorageError, UserError
 from megatron_tgdpo.setup import fingerprints
-from megatron_tgdpo.setup.fingerprints import hash_files, shares, weight_files, weights_fingerprint
+from megatron_tgdpo.setup.fingerprints import hash_files, shares, weights_fingerprint
 from megatron_tgdpo.signals import StoppedEarly
 from megatron_tgdpo.storage.files import read_error
 
@@ -46,7 +47,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def hashes(model: Path, again: bool = False) -> dict[str, str]:
-    return hash_files(lambda: weight_files(model), model.parent / "hashes.json", ALONE, dist.HashStore(), again=again)
+    return hash_files(lambda: model_files(model), model.parent / "hashes.json", ALONE, dist.HashStore(), again=again)
 
 
 def test_files_are_read_once_and_on_request(model: Path, reads: list[str]) -> None:
@@ -96,7 +97,7 @@ def on_ranks(model: Path, ranks: int) -> list[dict[str, str] | Exception]:
     def one(rank: int) -> dict[str, str] | Exception:
         place, own = RankEnvironment(rank, ranks, rank, None, None), dist.PrefixStore("all", store)
         try:
-            return hash_files(lambda: weight_files(model), record, place, own)
+            return hash_files(lambda: model_files(model), record, place, own)
         except (UserError, StoppedEarly) as error:
             return error
 
@@ -157,6 +158,6 @@ def test_shares_are_of_about_one_size() -> None:
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no weight files"):
-        weight_files(tmp_path)
+        model_files(tmp_path)
     with pytest.raises(UserError, match="absent: cannot be read"):
-        weight_files(tmp_path / "absent")
+        model_files(tmp_path / "absent")

@@ -5,12 +5,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage import atomic_file
-from megatron_tgdpo.storage.atomic_file import write_atomically
+from megatron_tgdpo.storage.atomic_file import replacing, write_atomically
 
 
 @pytest.fixture
@@ -88,3 +89,11 @@ def test_a_live_writer_is_named(tmp_path: Path, dead: int) -> None:
 def test_a_process_that_started_has_a_time_and_another_has_none(dead: int) -> None:
     assert atomic_file._started(os.getpid()) == atomic_file._started(os.getpid())
     assert atomic_file._started(dead) is None
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_file_is_synced_unless_that_takes_too_long(tmp_path: Path, synced: bool) -> None:
+    with mock.patch("os.fsync", side_effect=os.fsync) as fsync, replacing(tmp_path / "f", synced=synced) as temporary:
+        temporary.write_text("new")
+    assert bool(fsync.call_count) == synced
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tgdpo.checkpoints.directory import copy_hf_files, hf_files
+from megatron_tgdpo.checkpoints.model_directory import copy_hf_files, hf_files
 from megatron_tgdpo.errors import UserError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -56,6 +56,7 @@ def test_a_linked_folder_of_templates_is_not_followed(model: Path, secret: Path,
 
 def test_a_linked_folder_of_a_megatron_checkpoint_is_not_followed(model: Path, tmp_path: Path) -> None:
     (tmp_path / "step_00000001").mkdir()
+    (tmp_path / "step_00000001" / "tgdpo.json").write_text('{"format_version": 1}')
     (tmp_path / "step_00000001" / "hf").symlink_to(model)
     refuse(tmp_path / "step_00000001", tmp_path, "hf/config.json")
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.layouts import parse_record
 from megatron_tgdpo.data.tokenizers import load_tokenizer
@@ -51,7 +52,7 @@ def test_dpo_equals_trl(tmp_path: Path, single_rank_group: dist.ProcessGroup) ->
             for name, packs in logps.items():
                 packs += [response_logps(models[name], prompt, side) for side in sides]
     policy, reference = torch.cat(logps["policy"]), torch.cat(logps["reference"])
-    loss = dpo_loss(policy, reference, torch.tensor(lengths), beta=0.3)
+    loss = dpo_loss(policy, {"reference": reference}, torch.tensor(lengths), {**METHODS["dpo"].options, "beta": 0.3})
     metrics = pack_metrics(loss, torch.arange(len(PAIRS)))
     pg = SimpleNamespace(dp_cp=single_rank_group, pp=single_rank_group)
     ours = reduce_metrics([metrics], pg, torch.device("cpu")).values  # type: ignore[arg-type]

@@ -59,10 +59,10 @@ function figure(title, drawing, header, rows) {
 
 // Tokens by value; shown[side] maps x to what is shown, and may reverse it.
 function histogram(title, axis, shown) {
-  const series = figures.counts.map((counts, side) => {
+  const series = metrics.counts.map((counts, side) => {
     const total = counts.reduce((sum, count) => sum + count, 0);
     const bins = counts.map((count, k) => {
-      const [low, high] = [shown[side](figures.edges[k]), shown[side](figures.edges[k + 1])].sort((a, b) => a - b);
+      const [low, high] = [shown[side](metrics.edges[k]), shown[side](metrics.edges[k + 1])].sort((a, b) => a - b);
       return { low, high, count, share: count / total };
     });
     return bins.sort((a, b) => a.low - b.low);
@@ -95,9 +95,9 @@ function histogram(title, axis, shown) {
   return figure(title, drawing, [axis, "chosen", "rejected"], rows);
 }
 
-// Quantiles by token position, a box a side: middle half, median, and a line from the first to the last quantile.
+// Quantiles by token position, a box a response: middle half, median, and a line from the first to the last quantile.
 function positions(title, axis, shown) {
-  const sides = figures.positions.map((bins, side) =>
+  const sides = metrics.positions.map((bins, side) =>
     bins.map((bin) => ({ ...bin, values: bin.quantiles.map(shown[side]).sort((a, b) => a - b) })),
   );
   const all = sides.flat().flatMap((bin) => bin.values);
@@ -111,7 +111,7 @@ function positions(title, axis, shown) {
       const middle = MARGIN.left + slot * (k + (s ? 0.68 : 0.32));
       const width = slot * 0.26;
       const [least, lower, median, upper, most] = bin.values.map(y);
-      const spread = figures.quantiles.map((share, q) => `${percent(share, 0)} ${number(bin.values[q])}`).join(", ");
+      const spread = metrics.quantiles.map((share, q) => `${percent(share, 0)} ${number(bin.values[q])}`).join(", ");
       return svg(
         "g",
         { class: s ? "rejected" : "chosen" },
@@ -130,7 +130,7 @@ function positions(title, axis, shown) {
     ...boxes,
     ...axisBottom(longest.map((bin, k) => [MARGIN.left + slot * (k + 0.5), String(bin.first)]), axis),
   );
-  const header = ["side", "tokens", "count", ...figures.quantiles.map((share) => percent(share, 0))];
+  const header = ["response", "tokens", "count", ...metrics.quantiles.map((share) => percent(share, 0))];
   const rows = sides.flatMap((side, s) =>
     side.map((bin) => [s ? "rejected" : "chosen", name(bin), String(bin.count), ...bin.values.map((value) => number(value))]),
   );

@@ -3,7 +3,7 @@
 // 1 + alpha beta x on chosen and 1 - alpha beta x on rejected responses.
 
 const report = JSON.parse(document.getElementById("data").textContent);
-const figures = report.figures;
+const metrics = report.metrics;
 const settings = { alpha: report.alpha, beta: report.beta };
 
 const logps = Object.fromEntries(Object.entries(report.logps).map(([model, text]) => [model, decodeFloats(text)]));

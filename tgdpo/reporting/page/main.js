@@ -11,11 +11,11 @@ function drawTiles(target) {
   const { alpha, beta } = settings;
   const count = pairs.reduce((sum, pair) => sum + negativeWeightsOfPair(pair), 0);
   const tokens = logps.guide.length;
-  const [mean, deviation, least, most] = figures.toward.map((value) => alpha * beta * value);
-  const [low, high] = figures.interval.map((share) => percent(share));
+  const [mean, deviation, least, most] = metrics.toward.map((value) => alpha * beta * value);
+  const [low, high] = metrics.interval.map((share) => percent(share));
   target.replaceChildren(
-    tile("Guide accuracy", percent(figures.accuracy), `${figures.correct} of ${pairs.length} pairs; 95 % interval ${low} to ${high}`),
-    tile("Guide margin", signed(beta * figures.margin), "chosen less rejected, summed token rewards, mean over pairs"),
+    tile("Guide accuracy", percent(metrics.accuracy), `${metrics.correct} of ${pairs.length} pairs; 95 % interval ${low} to ${high}`),
+    tile("Guide margin", signed(beta * metrics.margin), "chosen less rejected, summed token rewards, mean over pairs"),
     tile("Negative weights", percent(count / tokens, 2), `${count.toLocaleString("en-US")} of ${tokens.toLocaleString("en-US")} tokens are pushed the other way`),
     tile("Token weights", plain(1 + mean), `mean; deviation ${plain(deviation)}, from ${plain(1 + least)} to ${plain(1 + most)}`),
     alphaTile(),
@@ -24,7 +24,7 @@ function drawTiles(target) {
 
 // Up to which alpha at most so many tokens have negative weights.
 function alphaTile() {
-  const rows = figures.tails.map(([share, tail]) => {
+  const rows = metrics.tails.map(([share, tail]) => {
     const limit = tail < 0 ? -1 / (settings.beta * tail) : Infinity;
     const row = element(
       "tr",
@@ -46,7 +46,7 @@ function drawLegend(target) {
     node.style.setProperty("--strength", strength);
     return node;
   };
-  const full = settings.beta * figures.scale;
+  const full = settings.beta * metrics.scale;
   target.replaceChildren(
     element("span", {}, "reward ", sample("minus", 1, signed(-full, 2)), sample("minus", 0.5, signed(-full / 2, 2)), sample("", 0, "0"),
       sample("plus", 0.5, signed(full / 2, 2)), sample("plus", 1, signed(full, 2)), " (striped: negative)"),

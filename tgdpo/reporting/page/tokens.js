@@ -11,7 +11,7 @@ function tokenNode(response, k) {
   const node = element("span", { class: "token", tabindex: k ? -1 : 0 }, visibleText(response.texts[k]));
   node.classList.add(x < 0 ? "minus" : "plus", weight < 1 ? "less" : "more");
   node.classList.toggle("negative", weight < 0);
-  node.style.setProperty("--strength", Math.min(Math.abs(x) / figures.scale, 1).toFixed(3));
+  node.style.setProperty("--strength", Math.min(Math.abs(x) / metrics.scale, 1).toFixed(3));
   node.dataset.token = k;
   return node;
 }

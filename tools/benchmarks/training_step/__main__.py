@@ -1,14 +1,15 @@
 """Speed and memory of a training step beside what else one could run; where a step's time goes.
 
-    python -m tools.benchmarks.training_step compare    --size 20m --vocabulary 128256 --json figures.json
-    python -m tools.benchmarks.training_step profile    --size 20m --side colocated --trace trace.json
+    python -m tools.benchmarks.training_step compare    --size 20m --vocabulary 128256 --json metrics.json
+    python -m tools.benchmarks.training_step profile    --size 20m --variant colocated --trace trace.json
     python -m tools.benchmarks.training_step lengths    --size 20m --vocabulary 32000
     python -m tools.benchmarks.training_step preprocess
 
-compare runs every side (--sides) on the same random-weight Llama and the same pairs, each in a process of its own, in
-turns, and fails unless all of them compute the same losses. profile prints the time of one step by groups of operators.
+compare runs every variant (--variants) on the same random-weight Llama and the same pairs, each in a process of its
+own, in turns, and fails unless all of them compute the same losses. profile prints the time of one step by groups of
+operators.
 lengths compares steps over as many tokens in sequences of more and of less equal length. preprocess measures
-tgdpo.preprocess. docs/performance.md says what is measured and how.
+tgdpo preprocess. docs/performance.md says what is measured and how.
 """
 
 import argparse
@@ -18,16 +19,22 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from megatron_tgdpo.errors import UserError
 from tools.benchmarks.training_step.models import SHAPES
-from tools.benchmarks.training_step.variants import REFERENCE, SIDES, usable_cores
+from tools.benchmarks.training_step.variants import REFERENCE, VARIANTS, usable_cores
 
 _POSITIVE = (
     "vocabulary", "global_pairs", "threads", "pairs", "rounds", "max_length", "mean", "top", "copies", "workers",
 )  # fmt: skip
+
+
+def _older_name(parser: argparse.ArgumentParser, option: str, **options: Any) -> None:
+    """Adds the name that an option had in 0.1: it works and is not listed."""
+    parser.add_argument(option, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    compare = commands.add_parser("compare", help="all sides on the same problem")
+    compare = commands.add_parser("compare", help="all variants on the same problem")
     profile = commands.add_parser("profile", help="where the time of one step goes")
     lengths = commands.add_parser("lengths", help="sequences of more and of less equal length")
     preprocess = commands.add_parser("preprocess", help="speed and memory of preprocessing")
@@ -45,16 +52,18 @@ def _parser() -> argparse.ArgumentParser:
         _add_step_options(command)
     for command in (compare, lengths):
         command.add_argument("--pairs", type=int, default=64, help="default: %(default)s")
-        command.add_argument("--rounds", type=int, default=3, help="of all sides (default: %(default)s)")
-        sides = f"of {', '.join(SIDES)}"
+        command.add_argument("--rounds", type=int, default=3, help="of all variants (default: %(default)s)")
+        variants = f"of {', '.join(VARIANTS)}"
         default = None if command is compare else ["colocated", REFERENCE]
         command.add_argument(
-            "--sides", nargs="+", metavar="SIDE", default=default, help=f"{sides} (default: %(default)s)"
+            "--variants", nargs="+", metavar="VARIANT", default=default, help=f"{variants} (default: %(default)s)"
         )
+        _older_name(command, "--sides", dest="variants", nargs="+")
     for command in (compare, profile):
         command.add_argument("--max-length", type=int, default=1024, help="tokens of a sequence (default: %(default)s)")
-    compare.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    profile.add_argument("--side", choices=SIDES, default="colocated", help="default: %(default)s")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write all metrics there")
+    profile.add_argument("--variant", choices=VARIANTS, default="colocated", help="default: %(default)s")
+    _older_name(profile, "--side", dest="variant", choices=VARIANTS)
     profile.add_argument("--trace", type=Path, default=Path("trace.json"), help="default: %(default)s")
     profile.add_argument("--top", type=int, default=25, help="operators to list (default: %(default)s)")
     lengths.add_argument("--mean", type=int, default=256, help="tokens of prompts and responses (default: %(default)s)")
@@ -112,7 +121,7 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 1 for bad input, or where sides do not compute the same losses."""
+    """Command line; returns the exit status: 1 for bad input, or where variants do not compute the same losses."""
     given = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

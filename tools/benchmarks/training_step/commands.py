@@ -19,15 +19,15 @@ from tools.benchmarks.training_step.preprocessing import fast_tokenizer, preproc
 from tools.benchmarks.training_step.profiling import OperatorTime, ProfilingRecorder, group_seconds, step_operators
 from tools.benchmarks.training_step.settings import Settings, describe_model, fill_cache, make_problem, write_models
 from tools.benchmarks.training_step.table import Spread, aligned
-from tools.benchmarks.training_step.variants import CACHED, REFERENCE, choose_responses
+from tools.benchmarks.training_step.variants import CACHED, REFERENCE, choose_variants
 
 _SHAPES_WIDTH = 60
 
 
 def compare(given: argparse.Namespace, scratch: Path) -> None:
-    """Runs all sides on the same problem."""
+    """Runs all variants on the same problem."""
     settings = Settings.from_arguments(given)
-    sides, left_out = choose_responses(given.sides)
+    variants, left_out = choose_variants(given.variants)
     pairs = tokenise(scratch, find_source(scratch, given.pairs, given.pairs_from or SHARED_DATA), given.max_length)
     problem = make_problem(scratch, scratch, pairs, settings)
     for line in left_out:
@@ -38,16 +38,16 @@ def compare(given: argparse.Namespace, scratch: Path) -> None:
         "pairs": pairs.describe(),
         "left_out": left_out,
     }
-    if any(side.name in CACHED for side in sides):
+    if any(variant.name in CACHED for variant in variants):
         begun = time.perf_counter()
         fill_cache(problem)
         facts["cache_seconds"] = time.perf_counter() - begun
         _progress(f"guidance cache filled in {facts['cache_seconds']:.1f} s, start-up included")
-    jobs = [Job(side.name, side.name, problem) for side in sides]
+    jobs = [Job(variant.name, variant.name, problem) for variant in variants]
     results = measure(jobs, given.rounds, _progress)
     differences = loss_differences(jobs, results)
     check_losses(jobs, differences)
-    table = report.figures(problem, pairs.sequence_tokens(), results)
+    table = report.metrics(problem, pairs.sequence_tokens(), results)
     print(facts["model"], facts["pairs"], sep="\n")
     steps = f"{problem.steps - 1} steps of {problem.global_pairs} pairs"
     print(f"{given.rounds} rounds of {steps}; median (lowest-highest); ratios to {REFERENCE}, round by round\n")
@@ -55,28 +55,28 @@ def compare(given: argparse.Namespace, scratch: Path) -> None:
     for line in report.yardstick_lines(results):
         print(f"\n{line}")
     if given.json:
-        figures = report.as_json(problem, jobs, results, table, differences, facts)
-        write_atomically(given.json, json.dumps(figures, indent=2) + "\n")
+        metrics = report.as_json(problem, jobs, results, table, differences, facts)
+        write_atomically(given.json, json.dumps(metrics, indent=2) + "\n")
 
 
 def profile(given: argparse.Namespace, scratch: Path) -> None:
     """Prints where the time of one step goes, and writes a Chrome trace of it."""
     settings = Settings.from_arguments(given)
-    (side,), _ = choose_responses([given.side])
+    (variant,), _ = choose_variants([given.variant])
     source = find_source(scratch, given.global_pairs, given.pairs_from or SHARED_DATA)
     pairs = tokenise(scratch, source, given.max_length)
     problem = make_problem(scratch, scratch, pairs, settings)
     parameters = write_models(scratch, settings, given.max_length)
-    if side.name in CACHED:
+    if variant.name in CACHED:
         fill_cache(problem)
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
-    run, recorder = side.load(), ProfilingRecorder(device)
+    run, recorder = variant.load(), ProfilingRecorder(device)
     run(problem, recorder)
     recorder.profiler.export_chrome_trace(str(given.trace))
     operators = step_operators(recorder.profiler.events(), device)
     print(describe_model(settings, parameters), pairs.describe(), sep="\n")
-    print(f"one step of {side.name}, {problem.global_pairs} pairs\n")
+    print(f"one step of {variant.name}, {problem.global_pairs} pairs\n")
     _print_profile(operators, given.top)
     print(f"\nChrome trace (for chrome://tracing or ui.perfetto.dev): {given.trace}")
 
@@ -95,7 +95,7 @@ def _print_profile(operators: list[OperatorTime], top: int) -> None:
 def lengths(given: argparse.Namespace, scratch: Path) -> None:
     """Compares steps over as many tokens, in sequences whose lengths spread twice as widely."""
     settings = Settings.from_arguments(given)
-    sides, _ = choose_responses(given.sides)
+    variants, _ = choose_variants(given.variants)
     spreads = (given.spread, 2 * given.spread)
     problems = {}
     for spread in spreads:
@@ -104,13 +104,13 @@ def lengths(given: argparse.Namespace, scratch: Path) -> None:
         pairs = spread_pairs(directory, given.pairs, given.mean, spread)
         problems[spread] = make_problem(directory, scratch, pairs, settings)
     parameters = write_models(scratch, settings, problems[spreads[-1]].max_length)
-    if any(side.name in CACHED for side in sides):
+    if any(variant.name in CACHED for variant in variants):
         for problem in problems.values():
             fill_cache(problem)
     jobs = [
-        Job(f"{side.name}, spread {spread:g}", side.name, problem)
+        Job(f"{variant.name}, spread {spread:g}", variant.name, problem)
         for spread, problem in problems.items()
-        for side in sides
+        for variant in variants
     ]
     results = measure(jobs, given.rounds, _progress)
     check_losses(jobs, loss_differences(jobs, results))
@@ -119,11 +119,13 @@ def lengths(given: argparse.Namespace, scratch: Path) -> None:
         f"{given.pairs} pairs; lengths evenly from {given.mean} x (1 - spread) to {given.mean} x (1 + spread) tokens\n"
     )
     rows = []
-    for side in sides:
-        narrow, wide = ([sum(result.seconds) for result in results[job.label]] for job in jobs if job.side == side.name)
+    for variant in variants:
+        narrow, wide = (
+            [sum(result.seconds) for result in results[job.label]] for job in jobs if job.variant == variant.name
+        )
         ratio = Spread.of([after / before for before, after in zip(narrow, wide, strict=True)])
-        rows.append([side.name, Spread.of(narrow).text(2), Spread.of(wide).text(2), ratio.text(3)])
-    print(aligned(["side", *(f"s at spread {spread:g}" for spread in spreads), "ratio"], rows))
+        rows.append([variant.name, Spread.of(narrow).text(2), Spread.of(wide).text(2), ratio.text(3)])
+    print(aligned(["variant", *(f"s at spread {spread:g}" for spread in spreads), "ratio"], rows))
 
 
 def preprocess(given: argparse.Namespace, scratch: Path) -> None:

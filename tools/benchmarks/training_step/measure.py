@@ -1,4 +1,4 @@
-"""Runs sides in processes of their own, in turns, and checks that they computed the same losses."""
+"""Runs variants in processes of their own, in turns, and checks that they computed the same losses."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from pathlib import Path
 from megatron_tgdpo.errors import UserError
 from tgdpo.child_processes import run_captured
 from tools.benchmarks.training_step.problem import Problem
-from tools.benchmarks.training_step.recorder import SideResult
-from tools.benchmarks.training_step.variants import SIDES
+from tools.benchmarks.training_step.recorder import VariantResult
+from tools.benchmarks.training_step.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[3]
 _ERROR_LINES = 20
@@ -20,16 +20,16 @@ _ERROR_LINES = 20
 
 @dataclass(frozen=True)
 class Job:
-    """A side's name and the problem that it solves; ``label`` names both together."""
+    """A variant's name and the problem that it solves; ``label`` names both together."""
 
     label: str
-    side: str
+    variant: str
     problem: Problem
 
     @property
     def group(self) -> tuple[str, str]:
         """Jobs of the same group must compute the same losses."""
-        return self.problem.data, SIDES[self.side].objective
+        return self.problem.data, VARIANTS[self.variant].objective
 
 
 def run_tool(module: str, arguments: Sequence[str], problem: Problem) -> str:
@@ -57,23 +57,23 @@ def run_tool(module: str, arguments: Sequence[str], problem: Problem) -> str:
     raise RuntimeError("\n".join([f"{module} {' '.join(arguments)} ended with status {done.returncode}:", *last]))
 
 
-def run_job(job: Job) -> SideResult:
-    """One side in a fresh process."""
+def run_job(job: Job) -> VariantResult:
+    """One variant in a fresh process."""
     directory = Path(job.problem.directory)
     path, out = directory / "problem.json", directory / "result.json"
     job.problem.write(path)
     out.unlink(missing_ok=True)
-    run_tool("tools.benchmarks.training_step.worker", [str(path), job.side, str(out)], job.problem)
-    return SideResult(**json.loads(out.read_text(encoding="utf-8")))
+    run_tool("tools.benchmarks.training_step.worker", [str(path), job.variant, str(out)], job.problem)
+    return VariantResult(**json.loads(out.read_text(encoding="utf-8")))
 
 
-def measure(jobs: Sequence[Job], rounds: int, progress: Callable[[str], None]) -> dict[str, list[SideResult]]:
+def measure(jobs: Sequence[Job], rounds: int, progress: Callable[[str], None]) -> dict[str, list[VariantResult]]:
     """Runs all jobs one after another, ``rounds`` times over, so that a slow spell of the machine meets all of them.
 
     Returns:
         By label, a result a round.
     """
-    results: dict[str, list[SideResult]] = {job.label: [] for job in jobs}
+    results: dict[str, list[VariantResult]] = {job.label: [] for job in jobs}
     for number in range(1, rounds + 1):
         for job in jobs:
             result = run_job(job)
@@ -82,7 +82,7 @@ def measure(jobs: Sequence[Job], rounds: int, progress: Callable[[str], None]) -
     return results
 
 
-def loss_differences(jobs: Sequence[Job], results: dict[str, list[SideResult]]) -> dict[str, float]:
+def loss_differences(jobs: Sequence[Job], results: dict[str, list[VariantResult]]) -> dict[str, float]:
     """Each job's largest relative difference from the first job of its group, over all steps and rounds."""
     first: dict[tuple[str, str], list[float]] = {}
     differences = {}
@@ -95,15 +95,15 @@ def loss_differences(jobs: Sequence[Job], results: dict[str, list[SideResult]]) 
 
 
 def check_losses(jobs: Sequence[Job], differences: dict[str, float]) -> None:
-    """Fails the benchmark where sides did not compute the same; in bf16 they differ by their rounding.
+    """Fails the benchmark where variants did not compute the same; in bf16 they differ by their rounding.
 
     Raises:
-        UserError: A job's losses differ by more than its side's tolerance in fp32.
+        UserError: A job's losses differ by more than its variant's tolerance in fp32.
     """
     for job in jobs:
-        difference, limit = differences[job.label], SIDES[job.side].loss_tolerance
+        difference, limit = differences[job.label], VARIANTS[job.variant].loss_tolerance
         if job.problem.dtype == "fp32" and difference > limit:
             raise UserError(
-                f"{job.label}: its losses differ by {difference:.2g} (relative) from those of the other sides, "
+                f"{job.label}: its losses differ by {difference:.2g} (relative) from those of the other variants, "
                 f"{limit:g} is allowed: they do not compute the same, so their times mean nothing"
             )

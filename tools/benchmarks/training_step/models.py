@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# Logits of a random model then differ by about a nat, not by hundredths, so that losses tell sides apart.
+# Logits of a random model then differ by about a nat, not by hundredths, so that losses tell variants apart.
 _WEIGHT_STD = 0.05
 
 

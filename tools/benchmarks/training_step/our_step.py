@@ -64,7 +64,7 @@ class OurStep:
         if device.type == "cpu":
             enable_cpu_backend()
         ranks = RankEnvironment(0, 1, 0, None, None)
-        layout, model_configs = layout_of(config, ranks.world_size), read_model_configs(config)
+        layout, model_configs = layout_of(config.parallel, ranks.world_size), read_model_configs(config)
         prefixes = prepare_on_rank0(config, RunLock(Path(config.output_dir)))
         init_distributed(ranks, device, config.parallel.timeout_minutes, connect_store(ranks))
         pg = init_model_parallel(layout, config.train.seed, config.parallel.timeout_minutes)
@@ -84,8 +84,8 @@ class OurStep:
 
 def run(problem: Problem, recorder: Recorder, config: Config) -> None:
     """All steps of a problem."""
-    side = OurStep(config)
-    recorder.built(weight for chunk in side.engine.chunks for weight in chunk.parameters())
+    variant = OurStep(config)
+    recorder.built(weight for chunk in variant.engine.chunks for weight in chunk.parameters())
     for step in range(1, problem.steps + 1):
         recorder.begin()
-        recorder.end(side.step(step).metrics.values["loss"])
+        recorder.end(variant.step(step).metrics.values["loss"])

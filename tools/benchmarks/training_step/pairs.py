@@ -49,7 +49,7 @@ class Pairs:
     tokenizer: str
 
     def sequence_tokens(self) -> int:
-        """Tokens of all sequences, prompt plus response, without padding: what every side is asked about."""
+        """Tokens of all sequences, prompt plus response, without padding: what every variant is asked about."""
         return int(self.dataset.lengths.sum() + self.dataset.lengths[:, 0].sum())
 
     def describe(self) -> str:

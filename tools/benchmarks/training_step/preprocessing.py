@@ -18,7 +18,7 @@ from tools.benchmarks.training_step.pairs import Source
 _CHILD = """
 import json, sys, time
 import megatron_tgdpo.data.preprocess
-from tools.preprocess_preferences import main
+from tgdpo.preprocess import main
 begun = time.perf_counter()
 status = main(sys.argv[1:])
 seconds = time.perf_counter() - begun

@@ -1,17 +1,17 @@
-"""What one comparison is about: the models, the pairs and the settings that all sides share."""
+"""What one comparison is about: the models, the pairs and the settings that all variants share."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 BETA, ALPHA, CLIP = 0.1, 0.5, 1.0
-# Each step then changes the losses by far more than the sides may differ.
+# Each step then changes the losses by far more than the variants may differ.
 LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
 class Problem:
-    """All that a side needs to know, as plain values that travel to its process.
+    """All that a variant needs to know, as plain values that travel to its process.
 
     The first step warms up; the following ones are timed, and take every pair once.
 
@@ -26,7 +26,7 @@ class Problem:
         global_pairs: Pairs of a step; divides ``pairs``.
         device: ``cpu`` or ``cuda``.
         dtype: ``fp32`` or ``bf16``.
-        threads: Of a side's process.
+        threads: Of a variant's process.
     """
 
     directory: str

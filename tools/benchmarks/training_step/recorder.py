@@ -1,4 +1,4 @@
-"""What a side reports from its own process: losses, times and memory of its steps."""
+"""What a variant reports from its own process: losses, times and memory of its steps."""
 
 import gc
 import os
@@ -16,14 +16,14 @@ _RESET_PEAK = "5"
 
 
 @dataclass(frozen=True)
-class SideResult:
-    """What one side did in one process.
+class VariantResult:
+    """What one variant did in one process.
 
     Attributes:
         losses: Mean loss over the pairs of each step, the warm-up first.
         seconds: Of each timed step, from its pairs' token ids to the updated parameters.
         imported_bytes: Memory of the process after imports, before any model.
-        weight_bytes: Of the weights of all models that the side holds.
+        weight_bytes: Of the weights of all models that the variant holds.
         peak_bytes: Largest memory during the steps, warm-up included.
     """
 
@@ -41,7 +41,7 @@ class SideResult:
 
 @dataclass
 class Recorder:
-    """Watches the steps of a side; created in its process after its imports.
+    """Watches the steps of a variant; created in its process after its imports.
 
     Memory is the resident set on a CPU, and what the allocator handed out on a GPU.
     """
@@ -77,9 +77,9 @@ class Recorder:
         self.seconds.append(time.perf_counter() - self._begun)
         self.losses.append(loss)
 
-    def result(self) -> SideResult:
+    def result(self) -> VariantResult:
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident_bytes("VmHWM")
-        return SideResult(self.losses, self.seconds[1:], self.imported_bytes, self.weight_bytes, peak)
+        return VariantResult(self.losses, self.seconds[1:], self.imported_bytes, self.weight_bytes, peak)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

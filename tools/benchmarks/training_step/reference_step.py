@@ -107,8 +107,10 @@ def _response_logps(model: LlamaForCausalLM, tokens: Tensor, attention_mask: Ten
 def run(problem: Problem, recorder: Recorder, *, guided: bool) -> None:
     """All steps of a problem."""
     dataset = PreferenceDataset(problem.data)
-    side = ReferenceStep(problem.policy, problem.guide if guided else None, problem.dtype, torch.device(problem.device))
-    recorder.built(side.weights())
+    variant = ReferenceStep(
+        problem.policy, problem.guide if guided else None, problem.dtype, torch.device(problem.device)
+    )
+    recorder.built(variant.weights())
     for step in range(1, problem.steps + 1):
         recorder.begin()
-        recorder.end(side.step([dataset[index] for index in problem.step_indices(step)]))
+        recorder.end(variant.step([dataset[index] for index in problem.step_indices(step)]))

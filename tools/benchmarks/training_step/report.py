@@ -1,4 +1,4 @@
-"""What ``compare`` prints and writes: figures of all sides, their ratios to the reference, where they were taken."""
+"""What ``compare`` prints and writes: metrics of all variants, their ratios to the reference, where they were taken."""
 
 import os
 import platform
@@ -15,15 +15,15 @@ import torch
 from megatron_tgdpo.planning.memory import GIB
 from tools.benchmarks.training_step.measure import Job
 from tools.benchmarks.training_step.problem import Problem
-from tools.benchmarks.training_step.recorder import SideResult
+from tools.benchmarks.training_step.recorder import VariantResult
 from tools.benchmarks.training_step.table import Spread, aligned
-from tools.benchmarks.training_step.variants import POLICY_ONLY, REFERENCE, SIDES
+from tools.benchmarks.training_step.variants import POLICY_ONLY, REFERENCE, VARIANTS
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "trl")
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """What the metrics depend on besides the code."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -47,18 +47,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def figures(
-    problem: Problem, sequence_tokens: int, results: dict[str, list[SideResult]]
+def metrics(
+    problem: Problem, sequence_tokens: int, results: dict[str, list[VariantResult]]
 ) -> dict[str, dict[str, Spread]]:
-    """Every side's figures over the rounds.
+    """Every variant's metrics over the rounds.
 
     Args:
         problem: What was compared.
         sequence_tokens: Of all pairs' sequences, prompt plus response, without padding.
-        results: By side, a result a round.
+        results: By variant, a result a round.
     """
     table = {}
-    for side, rounds in results.items():
+    for variant, rounds in results.items():
         rates = [problem.pairs / sum(result.seconds) for result in rounds]
         columns: dict[str, list[float]] = {
             "pairs_per_second": rates,
@@ -69,19 +69,19 @@ def figures(
         baseline = results.get(REFERENCE)
         if baseline is not None:
             both = list(zip(rounds, baseline, strict=True))
-            # Round by round: what slowed one side in a round most likely slowed the other.
+            # Round by round: what slowed one variant in a round most likely slowed the other.
             columns["speed_ratio"] = [sum(theirs.seconds) / sum(ours.seconds) for ours, theirs in both]
             columns["peak_ratio"] = [ours.peak_bytes / theirs.peak_bytes for ours, theirs in both]
             columns["added_ratio"] = [ours.added_bytes / theirs.added_bytes for ours, theirs in both]
-        table[side] = {name: Spread.of(values) for name, values in columns.items()}
+        table[variant] = {name: Spread.of(values) for name, values in columns.items()}
     return table
 
 
-def step_ratio(results: dict[str, list[SideResult]], side: str, yardstick: str) -> Spread | None:
-    """Time of a side's steps over another's, round by round; None where one of them did not run."""
-    if side not in results or yardstick not in results:
+def step_ratio(results: dict[str, list[VariantResult]], variant: str, yardstick: str) -> Spread | None:
+    """Time of a variant's steps over another's, round by round; None where one of them did not run."""
+    if variant not in results or yardstick not in results:
         return None
-    both = zip(results[side], results[yardstick], strict=True)
+    both = zip(results[variant], results[yardstick], strict=True)
     return Spread.of([sum(ours.seconds) / sum(theirs.seconds) for ours, theirs in both])
 
 
@@ -97,29 +97,29 @@ _COLUMNS = {
 
 
 def compare_table(table: dict[str, dict[str, Spread]], differences: dict[str, float]) -> str:
-    """Median (lowest-highest) of every figure of every side, and the largest relative difference of its losses."""
+    """Median (lowest-highest) of every figure of every variant, and the largest relative difference of its losses."""
     names = [name for name in _COLUMNS if all(name in row for row in table.values())]
-    header = ["side", "models", *(_COLUMNS[name][0] for name in names), "loss difference"]
+    header = ["variant", "models", *(_COLUMNS[name][0] for name in names), "loss difference"]
     rows = [
         [
-            side,
-            SIDES[side].models,
+            variant,
+            VARIANTS[variant].models,
             *(row[name].text(_COLUMNS[name][1]) for name in names),
-            f"{differences[side]:.1e}",
+            f"{differences[variant]:.1e}",
         ]
-        for side, row in table.items()
+        for variant, row in table.items()
     ]
     return aligned(header, rows, text_columns=2)
 
 
-def yardstick_lines(results: dict[str, list[SideResult]]) -> list[str]:
+def yardstick_lines(results: dict[str, list[VariantResult]]) -> list[str]:
     """Cached guidance beside training that has no frozen models at all."""
     ratio = step_ratio(results, "cached", POLICY_ONLY)
     return [] if ratio is None else [f"step of cached over policy-only DPO ({POLICY_ONLY}): {ratio.text(3)}"]
 
 
 def as_json(
-    problem: Problem, jobs: list[Job], results: dict[str, list[SideResult]], table: dict[str, dict[str, Spread]],
+    problem: Problem, jobs: list[Job], results: dict[str, list[VariantResult]], table: dict[str, dict[str, Spread]],
     differences: dict[str, float], facts: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that was measured, for ``--json``."""
@@ -127,10 +127,10 @@ def as_json(
         **machine(),
         **facts,
         "problem": asdict(problem),
-        "sides": {
+        "variants": {
             job.label: {
-                "models": SIDES[job.side].models,
-                "figures": {name: asdict(spread) for name, spread in table[job.label].items()},
+                "models": VARIANTS[job.variant].models,
+                "metrics": {name: asdict(spread) for name, spread in table[job.label].items()},
                 "loss_difference": differences[job.label],
                 "rounds": [asdict(result) for result in results[job.label]],
             }

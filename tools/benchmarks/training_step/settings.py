@@ -9,7 +9,7 @@ import torch
 from megatron_tgdpo.config.loading import to_yaml
 from megatron_tgdpo.distributed.cpu_backend import resolve_device
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.setup.models import DTYPES
+from megatron_tgdpo.storage.dtypes import DTYPES
 from tools.benchmarks.training_step.measure import run_tool
 from tools.benchmarks.training_step.models import SHAPES, ParameterCount, llama_config, write_model
 from tools.benchmarks.training_step.our_step import our_config

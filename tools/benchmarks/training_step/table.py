@@ -1,4 +1,4 @@
-"""Aligned text tables, and figures with their spread."""
+"""Aligned text tables, and metrics with their spread."""
 
 import statistics
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Spread:
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """Lines of equal columns, the first ``text_columns`` to the left, figures to the right."""
+    """Lines of equal columns, the first ``text_columns`` to the left, metrics to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = []
     for row in (header, *rows):

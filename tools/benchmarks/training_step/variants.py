@@ -1,4 +1,4 @@
-"""The sides that can be compared. Their modules are imported in their own processes only."""
+"""The variants that can be compared. Their modules are imported in their own processes only."""
 
 import os
 from collections.abc import Callable
@@ -18,15 +18,15 @@ _LOSS_TOLERANCE = 2e-4
 
 
 @dataclass(frozen=True)
-class Side:
+class Variant:
     """One way to make a step.
 
     Attributes:
         name: On the command line and in tables.
-        objective: ``tgdpo`` or ``dpo``; the losses of all sides of an objective must agree.
+        objective: ``tgdpo`` or ``dpo``; the losses of all variants of an objective must agree.
         models: What runs in a step.
-        load: Imports what the side needs and returns what runs all steps of a problem.
-        loss_tolerance: Largest relative difference of a step's loss, in fp32, from the first side of the objective.
+        load: Imports what the variant needs and returns what runs all steps of a problem.
+        loss_tolerance: Largest relative difference of a step's loss, in fp32, from the first variant of the objective.
     """
 
     name: str
@@ -71,22 +71,22 @@ POLICY_ONLY = "dpo-cached"
 # As little memory as a step can do with.
 _LEAN: dict[str, Any] = {"keep_logits_mib": 0, "recompute": "full"}
 _THREE, _TWO = "policy, reference, guide", "policy, reference"
-SIDES = {
-    side.name: side
-    for side in (
-        Side(REFERENCE, "tgdpo", _THREE, _reference(guided=True)),
-        Side("colocated", "tgdpo", _THREE, _ours(guided=True, mode="colocated")),
-        Side("colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False)),
-        Side("colocated-lean", "tgdpo", _THREE, _ours(guided=True, mode="colocated", **_LEAN)),
-        Side("cached", "tgdpo", "policy", _ours(guided=True, mode="cached")),
-        Side("cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False)),
-        Side("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", **_LEAN)),
-        Side("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective")),
-        Side("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full")),
-        Side("reference-dpo", "dpo", _TWO, _reference(guided=False)),
-        Side("trl", "dpo", _TWO, _trl),
-        Side("dpo-colocated", "dpo", _TWO, _ours(guided=False, mode="colocated")),
-        Side(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached")),
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant(REFERENCE, "tgdpo", _THREE, _reference(guided=True)),
+        Variant("colocated", "tgdpo", _THREE, _ours(guided=True, mode="colocated")),
+        Variant("colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False)),
+        Variant("colocated-lean", "tgdpo", _THREE, _ours(guided=True, mode="colocated", **_LEAN)),
+        Variant("cached", "tgdpo", "policy", _ours(guided=True, mode="cached")),
+        Variant("cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False)),
+        Variant("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", **_LEAN)),
+        Variant("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective")),
+        Variant("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full")),
+        Variant("reference-dpo", "dpo", _TWO, _reference(guided=False)),
+        Variant("trl", "dpo", _TWO, _trl),
+        Variant("dpo-colocated", "dpo", _TWO, _ours(guided=False, mode="colocated")),
+        Variant(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached")),
     )
 }
 CACHED = ("cached", "cached-unshared", "cached-lean", "cached-selective", "cached-full", POLICY_ONLY)
@@ -97,19 +97,19 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_responses(names: list[str] | None) -> tuple[list[Side], list[str]]:
-    """The sides of these names, all by default, and lines that say which are left out and why.
+def choose_variants(names: list[str] | None) -> tuple[list[Variant], list[str]]:
+    """The variants of these names, all by default, and lines that say which are left out and why.
 
     Raises:
-        UserError: A name is unknown, or names a side that cannot run here.
+        UserError: A name is unknown, or names a variant that cannot run here.
     """
-    unknown = [name for name in names or () if name not in SIDES]
+    unknown = [name for name in names or () if name not in VARIANTS]
     if unknown:
-        raise UserError(f"--sides: there is no side '{unknown[0]}', choose from {', '.join(SIDES)}")
-    chosen = [SIDES[name] for name in names or SIDES]
+        raise UserError(f"--variants: there is no variant '{unknown[0]}', choose from {', '.join(VARIANTS)}")
+    chosen = [VARIANTS[name] for name in names or VARIANTS]
     if find_spec("trl") is not None or (names and "trl" not in names):
         return chosen, []
     why = "trl is not installed: pip install 'megatron-tgdpo[benchmark]'"
     if names:
-        raise UserError(f"--sides: {why}")
-    return [side for side in chosen if side.name != "trl"], [f"side trl is left out: {why}"]
+        raise UserError(f"--variants: {why}")
+    return [variant for variant in chosen if variant.name != "trl"], [f"variant trl is left out: {why}"]

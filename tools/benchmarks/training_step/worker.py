@@ -1,4 +1,4 @@
-"""Runs one side and writes what it recorded; its arguments are PROBLEM.json SIDE OUT.json."""
+"""Runs one variant and writes what it recorded; its arguments are PROBLEM.json VARIANT OUT.json."""
 
 import json
 import logging
@@ -13,10 +13,10 @@ from transformers.utils import logging as transformers_logging
 from megatron_tgdpo.errors import UserError
 from tools.benchmarks.training_step.problem import Problem
 from tools.benchmarks.training_step.recorder import Recorder
-from tools.benchmarks.training_step.variants import SIDES
+from tools.benchmarks.training_step.variants import VARIANTS
 
 
-def main(problem_path: str, side: str, out: str) -> None:
+def main(problem_path: str, variant: str, out: str) -> None:
     """Exit status 1 and one line for bad input; else the result is in ``out``."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -24,7 +24,7 @@ def main(problem_path: str, side: str, out: str) -> None:
     problem = Problem.read(Path(problem_path))
     torch.set_num_threads(problem.threads)
     try:
-        run = SIDES[side].load()
+        run = VARIANTS[variant].load()
         recorder = Recorder(torch.device(problem.device))
         run(problem, recorder)
     except UserError as error:

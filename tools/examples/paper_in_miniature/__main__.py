@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.atomic_file import write_atomically
-from tgdpo.generation.command import positive, run
+from tgdpo.command_line import positive, run
 from tools.examples.paper_in_miniature.jobs import run_jobs
 from tools.examples.paper_in_miniature.results import best_rate, collect, text_report
 from tools.examples.paper_in_miniature.study import DPO, SHORT, SIMPO, TUNING_SEED, Arm, Scale, Study
@@ -57,12 +57,12 @@ def conduct(study: Study, workers: int) -> None:
         run_jobs(f"{title}, reported seeds", jobs, workers)
     jobs = [study.crediting(seed, guide, rates[guide.name]) for seed in seeds for guide in (DPO, SIMPO)]
     run_jobs("token rewards", jobs, workers)
-    figures = collect(study, rates)
-    write_atomically(study.root / "results.json", json.dumps(figures, indent=1) + "\n")
-    report = text_report(figures)
+    metrics = collect(study, rates)
+    write_atomically(study.root / "results.json", json.dumps(metrics, indent=1) + "\n")
+    report = text_report(metrics)
     write_atomically(study.root / "results.txt", report + "\n")
     print(f"\n{report}")
-    _draw(study, figures)
+    _draw(study, metrics)
 
 
 def _tune(study: Study, workers: int) -> dict[str, float]:
@@ -88,11 +88,11 @@ def _guide_rate(arm: Arm, rates: dict[str, float]) -> float | None:
     return None if arm.guide is None else rates[arm.guide]
 
 
-def _draw(study: Study, figures: dict) -> None:
+def _draw(study: Study, metrics: dict) -> None:
     from tools.examples.paper_in_miniature.plots import plot_credit, plot_win_rates
 
     for name, plot in (("win_rates.svg", plot_win_rates), ("credit.svg", plot_credit)):
-        plot(figures, study.root / name)
+        plot(metrics, study.root / name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

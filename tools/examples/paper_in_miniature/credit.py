@@ -23,7 +23,7 @@ from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.storage.atomic_file import write_atomically
-from tgdpo.generation.command import run
+from tgdpo.command_line import run
 from tgdpo.generation.logps import response_logps
 from tgdpo.generation.models import default_device, load_causal_lm
 from tools.examples.paper_in_miniature.language import BAD, token_credits
@@ -43,7 +43,7 @@ def correlation(left: Tensor, right: Tensor) -> float:
 
 
 def agreement(rewards: Sequence[Tensor], credits_: Sequence[Tensor]) -> dict[str, float]:
-    """The figures of the module's text, of one tensor [tokens] an answer each."""
+    """The metrics of the module's text, of one tensor [tokens] an answer each."""
     reward, credit = torch.cat(list(rewards)).double(), torch.cat(list(credits_)).double()
     return {
         "pearson": correlation(reward, credit),

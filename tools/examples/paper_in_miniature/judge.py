@@ -15,11 +15,12 @@ from pathlib import Path
 from megatron_tgdpo.data.encode import encode_prompt
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.storage.atomic_file import write_atomically
-from tgdpo.generation.command import run
+from tgdpo.command_line import run
 from tgdpo.generation.models import default_device, dtype_of
 from tgdpo.generation.prompts import read_prompts
 from tgdpo.generation.rewards import as_plain
-from tgdpo.generation.sampling import Request, make_sampler, request_seed
+from tgdpo.generation.samplers import make_sampler
+from tgdpo.generation.sampling import Request, request_seed
 from tools.examples.paper_in_miniature.language import MAX_WORDS, score
 
 _BATCH = 200

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from tgdpo.generation.command import positive
+from tgdpo.command_line import positive
 from tools.examples.paper_in_miniature.base import write_base
 from tools.examples.paper_in_miniature.language import draw_answer, draw_request
 

@@ -1,4 +1,4 @@
-"""A study's figures as pictures. Colours are those of Okabe and Ito, which colour-blind people tell apart."""
+"""A study's metrics as pictures. Colours are those of Okabe and Ito, which colour-blind people tell apart."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,17 +12,17 @@ _COLOURS = {"dpo": "#0072B2", "simpo": "#D55E00"}
 _TITLES = {"dpo": "DPO", "simpo": "SimPO"}
 
 
-def plot_win_rates(figures: Mapping[str, Any], out: Path) -> None:
+def plot_win_rates(metrics: Mapping[str, Any], out: Path) -> None:
     """Win rate over the SFT model against alpha, one line a guide, and the unguided methods as bands."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for method, style in (("dpo", "--"), ("simpo", ":")):
-        rate = figures["arms"][method]["against"]["sft"]
+        rate = metrics["arms"][method]["against"]["sft"]
         axes.axhline(rate["value"], linestyle=style, color=_COLOURS[method], label=f"{_TITLES[method]} alone")
         if rate["low"] is not None:
             axes.axhspan(rate["low"], rate["high"], color=_COLOURS[method], alpha=0.08)
     for guide, marker in (("dpo", "o"), ("simpo", "s")):
-        points = guided_points(figures, guide)
+        points = guided_points(metrics, guide)
         values = [rate["value"] for _, rate in points]
         errors = _errors([rate for _, rate in points])
         alphas = [alpha + (0.02 if guide == "simpo" else 0.0) for alpha, _ in points]
@@ -35,7 +35,7 @@ def plot_win_rates(figures: Mapping[str, Any], out: Path) -> None:
     figure.savefig(out)
 
 
-def plot_credit(figures: Mapping[str, Any], out: Path) -> None:
+def plot_credit(metrics: Mapping[str, Any], out: Path) -> None:
     """How each guide's token rewards agree with the oracle's credits."""
     names = {"pearson": "Pearson", "spearman": "Spearman", "auc_bad": "AUC of bad tokens"}
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -43,7 +43,7 @@ def plot_credit(figures: Mapping[str, Any], out: Path) -> None:
     colours = {**_COLOURS, "reference": "#999999"}
     labels = {"dpo": "DPO guide", "simpo": "SimPO guide", "reference": "SFT model's log-prob"}
     for position, (source, colour) in enumerate(colours.items()):
-        credit = [figures["credit"][source][name] for name in names]
+        credit = [metrics["credit"][source][name] for name in names]
         values = [entry["value"] for entry in credit]
         places = [index + 0.27 * (position - 1) for index in range(len(names))]
         axes.bar(places, values, width=0.25, color=colour, label=labels[source])
@@ -54,9 +54,9 @@ def plot_credit(figures: Mapping[str, Any], out: Path) -> None:
     figure.savefig(out)
 
 
-def guided_points(figures: Mapping[str, Any], guide: str) -> Sequence[tuple[float, Mapping[str, Any]]]:
+def guided_points(metrics: Mapping[str, Any], guide: str) -> Sequence[tuple[float, Mapping[str, Any]]]:
     """(alpha, win rate over the SFT model) of a guide's arms by alpha; alpha 0, DPO whatever the guide, is in both."""
-    arms = [arm for arm in figures["arms"].values() if arm["alpha"] is not None]
+    arms = [arm for arm in metrics["arms"].values() if arm["alpha"] is not None]
     return sorted(
         ((arm["alpha"], arm["against"]["sft"]) for arm in arms if arm["guide"] == guide or arm["alpha"] == 0),
         key=lambda point: point[0],

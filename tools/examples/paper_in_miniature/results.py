@@ -1,4 +1,4 @@
-"""From a study's files to its figures: learning rates by the tuning seed, win rates and agreement over the others."""
+"""From a study's files to its metrics: learning rates by the tuning seed, win rates and agreement over the others."""
 
 import json
 import statistics
@@ -12,7 +12,7 @@ from tgdpo.generation.tables import align, with_interval
 from tools.examples.paper_in_miniature.statistics import seed_interval, win_rate
 from tools.examples.paper_in_miniature.study import DPO, SIMPO, TUNING_SEED, Arm, Study
 
-_CREDIT_FIGURES = ("pearson", "spearman", "auc_bad", "sequence_pearson")
+_CREDIT_METRICS = ("pearson", "spearman", "auc_bad", "sequence_pearson")
 
 
 def scores(path: Path) -> list[float]:
@@ -29,7 +29,7 @@ def best_rate(study: Study, arm: Arm) -> float:
 
 
 def collect(study: Study, rates: Mapping[str, float]) -> dict[str, Any]:
-    """All figures of a finished study, as plain values.
+    """All metrics of a finished study, as plain values.
 
     Args:
         rates: Learning rate of each arm, by its name.
@@ -42,7 +42,7 @@ def collect(study: Study, rates: Mapping[str, float]) -> dict[str, Any]:
         values = [of(seed) for seed in seeds]
         return {**asdict(seed_interval(values)), "seeds": values}
 
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "scale": study.scale.as_json(),
         "sft": {
             "score": over_seeds(lambda s: statistics.fmean(sft[s])),
@@ -59,17 +59,17 @@ def collect(study: Study, rates: Mapping[str, float]) -> dict[str, Any]:
         },
         "credit": {
             guide.name: {
-                name: over_seeds(lambda s, g=guide, n=name: _read(study.credit(s, g))[n]) for name in _CREDIT_FIGURES
+                name: over_seeds(lambda s, g=guide, n=name: _read(study.credit(s, g))[n]) for name in _CREDIT_METRICS
             }
             for guide in (DPO, SIMPO)
         },
     }
-    figures["credit"]["reference"] = {
-        name: over_seeds(lambda s, n=name: _read(study.credit(s, DPO))["reference"][n]) for name in _CREDIT_FIGURES
+    metrics["credit"]["reference"] = {
+        name: over_seeds(lambda s, n=name: _read(study.credit(s, DPO))["reference"][n]) for name in _CREDIT_METRICS
     }
     for arm in study.arms:
         own, rate = judged[arm.name], rates[arm.name]
-        figures["arms"][arm.name] = {
+        metrics["arms"][arm.name] = {
             "title": arm.title,
             "guide": arm.guide,
             "alpha": arm.alpha,
@@ -85,7 +85,7 @@ def collect(study: Study, rates: Mapping[str, float]) -> dict[str, Any]:
                 },
             },
         }
-    return figures
+    return metrics
 
 
 def estimate(figure: Mapping[str, Any]) -> Estimate:
@@ -93,14 +93,14 @@ def estimate(figure: Mapping[str, Any]) -> Estimate:
     return Estimate(figure["value"], figure["low"], figure["high"])
 
 
-def text_report(figures: Mapping[str, Any]) -> str:
+def text_report(metrics: Mapping[str, Any]) -> str:
     """Two tables: the arms, and the guides."""
     rows = [["arm", "lr", "oracle score", "wins over SFT", "wins over DPO", "wins over SimPO", "words"]]
-    sft = figures["sft"]
+    sft = metrics["sft"]
     rows.append(
         ["SFT model", "-", _show(sft["score"], "{:.3f}"), "-", "-", "-", f"{sft['words']['value']:.1f}"]
     )  # fmt: skip
-    for arm in figures["arms"].values():
+    for arm in metrics["arms"].values():
         against = arm["against"]
         wins = [_show(against[other], "{:.1%}") if other in against else "-" for other in ("sft", "dpo", "simpo")]
         rows.append(
@@ -109,7 +109,7 @@ def text_report(figures: Mapping[str, Any]) -> str:
     credit = [["token rewards of", "Pearson", "Spearman", "AUC of bad tokens", "Pearson of answers"]]
     titles = {"dpo": "DPO guide", "simpo": "SimPO guide", "reference": "(SFT model's log-prob)"}
     for name, title in titles.items():
-        credit.append([title, *(_show(figures["credit"][name][key], "{:.3f}") for key in _CREDIT_FIGURES)])
+        credit.append([title, *(_show(metrics["credit"][name][key], "{:.3f}") for key in _CREDIT_METRICS)])
     return f"{align(rows)}\n\n{align(credit)}"
 
 

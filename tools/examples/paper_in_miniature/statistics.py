@@ -1,4 +1,4 @@
-"""Figures of a study, with 95% intervals over its seeds."""
+"""Metrics of a study, with 95% intervals over its seeds."""
 
 import math
 import statistics

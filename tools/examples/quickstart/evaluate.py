@@ -1,4 +1,4 @@
-"""Compares models of the demonstration language and prints one aligned table; writes the same figures as JSON.
+"""Compares models of the demonstration language and prints one aligned table; writes the same metrics as JSON.
 
     python -m tools.examples.quickstart.evaluate --base DIR --model dpo=DIR --model tgdpo=DIR --guide DIR \
         --pairs heldout.jsonl --out results.json [--beta 0.1] [--prompts 400] [--seed 0]
@@ -43,7 +43,7 @@ COLUMNS = {
 }
 
 
-def preference_figures(
+def preference_metrics(
     logps: list[torch.Tensor], base_logps: list[torch.Tensor] | None, beta: float
 ) -> dict[str, float | None]:
     """Accuracy and margin over pairs.
@@ -63,7 +63,7 @@ def preference_figures(
     }
 
 
-def sampling_figures(prompts: list[str], answers: list[tuple[str, int]]) -> dict[str, float]:
+def sampling_metrics(prompts: list[str], answers: list[tuple[str, int]]) -> dict[str, float]:
     """The oracle's means over sampled answers; bad_words is over all their content words together."""
     verdicts = [judge(prompt, text) for prompt, (text, _) in zip(prompts, answers, strict=True)]
     return {
@@ -75,7 +75,7 @@ def sampling_figures(prompts: list[str], answers: list[tuple[str, int]]) -> dict
     }
 
 
-def guide_figures(
+def guide_metrics(
     guide_logps: list[torch.Tensor], base_logps: list[torch.Tensor], responses: list[Response], beta: float
 ) -> dict[str, float]:
     """AUC of low token rewards, beta * (log pi_guide - log pi_base), as a sign of bad words.
@@ -102,10 +102,10 @@ def guide_figures(
 
 
 def format_table(rows: dict[str, dict[str, float | None]]) -> str:
-    """Returns the figures as text, one line a model, columns aligned."""
+    """Returns the metrics as text, one line a model, columns aligned."""
     lines = [["model", *(title for title, _ in COLUMNS.values())]]
-    for name, figures in rows.items():
-        cells = ["-" if (value := figures[key]) is None else form.format(value) for key, (_, form) in COLUMNS.items()]
+    for name, metrics in rows.items():
+        cells = ["-" if (value := metrics[key]) is None else form.format(value) for key, (_, form) in COLUMNS.items()]
         lines.append([name, *cells])
     return align(lines)
 
@@ -117,9 +117,9 @@ def _load(directory: Path) -> LlamaForCausalLM:
 
 def _report(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
     records = read_jsonl(args.pairs)
-    sides = [(r["prompt"][0]["content"], r[side][0]["content"]) for r in records for side in ("chosen", "rejected")]
-    responses = [encode_response(tokenizer, prompt, answer) for prompt, answer in sides]
-    prompts = [prompt for prompt, _ in sides[::2]][: args.prompts]
+    texts = [(r["prompt"][0]["content"], r[role][0]["content"]) for r in records for role in ("chosen", "rejected")]
+    responses = [encode_response(tokenizer, prompt, answer) for prompt, answer in texts]
+    prompts = [prompt for prompt, _ in texts[::2]][: args.prompts]
     max_new_tokens = 2 * max(len(response.response_ids) for response in responses)
     rows: dict[str, dict[str, float | None]] = {}
     samples = {}
@@ -128,12 +128,12 @@ def _report(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dic
         model = _load(directory)
         logps = response_logps(model, responses)
         answers = sample_answers(model, tokenizer, prompts, args.seed, max_new_tokens)
-        rows[name] = {**preference_figures(logps, base_logps, args.beta), **sampling_figures(prompts, answers)}
+        rows[name] = {**preference_metrics(logps, base_logps, args.beta), **sampling_metrics(prompts, answers)}
         samples[name] = answers[0][0]
         base_logps = base_logps or logps
     assert base_logps is not None
     guide_logps = response_logps(_load(args.guide), responses)
-    guide = guide_figures(guide_logps, base_logps, responses, args.beta)
+    guide = guide_metrics(guide_logps, base_logps, responses, args.beta)
     return {"models": rows, "guide": guide, "pairs": len(records), "prompts": len(prompts), "beta": args.beta,
             "example": {"prompt": prompts[0], "answers": samples}}  # fmt: skip
 

@@ -73,11 +73,11 @@ def main(argv: list[str] | None = None) -> None:
         rng = Random(f"{args.seed}/{name}")
         pairs = [draw_pair(rng) for _ in range(getattr(args, name))]
         _write_jsonl(args.out / f"{name}.jsonl", (pair_record(*pair) for pair in pairs))
-        for side, index in (("chosen", 1), ("rejected", 2)):
+        for response, index in (("chosen", 1), ("rejected", 2)):
             verdicts = [judge(pair[0], pair[index]) for pair in pairs]
             bad = sum(v.bad_words for v in verdicts) / max(1, sum(v.content_words for v in verdicts))
             quality = sum(v.quality for v in verdicts) / max(1, len(verdicts))
-            print(f"{name}.jsonl: {len(pairs)} pairs, {side}: oracle quality {quality:.3f}, bad words {bad:.1%}")
+            print(f"{name}.jsonl: {len(pairs)} pairs, {response}: oracle quality {quality:.3f}, bad words {bad:.1%}")
     prompt, chosen, rejected = draw_pair(Random(args.seed))
     print(f"example\n  prompt:   {prompt}\n  chosen:   {chosen}\n  rejected: {rejected}")
 

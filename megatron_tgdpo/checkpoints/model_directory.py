@@ -1,0 +1,135 @@
+"""What is in a model directory, an HF one or a Megatron checkpoint: its config and tokenizer, and its weights."""
+
+from pathlib import Path
+
+from megatron_tgdpo.checkpoints.manifest import (
+    FORMAT_FILE,
+    HF_FOLDER,
+    METADATA_FILE,
+    TENSORS_FILE,
+    TENSORS_SUFFIX,
+    check_file,
+    read_manifest,
+)
+from megatron_tgdpo.errors import DamageError, UserError
+from megatron_tgdpo.storage.files import read_error
+from megatron_tgdpo.storage.json_text import parse_json
+from megatron_tgdpo.storage.links import real_file
+
+_HF_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_HF_SUFFIXES = (".model", ".tiktoken")
+_HF_FOLDERS = ("additional_chat_templates",)
+_WEIGHT_SUFFIXES = (".safetensors", TENSORS_SUFFIX)
+
+
+def is_megatron_checkpoint(path: Path) -> bool:
+    """Whether this is a Megatron checkpoint directory, whole or not, rather than an HF one."""
+    return any((path / name).is_file() for name in (METADATA_FILE, FORMAT_FILE, TENSORS_FILE))
+
+
+def hf_directory(path: Path) -> Path:
+    """Where a model directory keeps its config and tokenizer: itself, or ``hf/`` in a Megatron checkpoint."""
+    return path / HF_FOLDER if is_megatron_checkpoint(path) else path
+
+
+def model_files(path: Path) -> list[Path]:
+    """``config.json``, then every weight file of a model directory by name: what makes it this model.
+
+    Raises:
+        UserError: There are no weight files, or no such directory.
+        StorageError: It cannot be read.
+    """
+    try:
+        weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+        config = hf_directory(path) / "config.json"
+    except OSError as error:
+        raise read_error(path, error) from error
+    if not weights:
+        raise UserError(f"{path}: no weight files ({', '.join(_WEIGHT_SUFFIXES)}) there")
+    return [config, *weights]
+
+
+def check_hf_files(path: Path, name: str | None = None) -> None:
+    """Checks config, tokenizer and templates of a Megatron checkpoint; an HF directory says nothing of its own.
+
+    Args:
+        path: An HF directory or a Megatron checkpoint.
+        name: The only file to check; all of them by default.
+
+    Raises:
+        DamageError: One is missing or damaged.
+        StorageError: One cannot be read.
+    """
+    if is_megatron_checkpoint(path):
+        for found, written in (read_manifest(path).files or {}).items():
+            folder, _, rest = found.partition("/")
+            if folder == HF_FOLDER and name in (None, rest):
+                check_file(path / found, written)
+
+
+def hf_files(source: Path) -> dict[str, Path]:
+    """Config, tokenizer, generation config and chat templates of a model directory, no weights and no code.
+
+    Args:
+        source: An HF directory, or a Megatron checkpoint.
+
+    Returns:
+        The file to read, by its name relative to the HF files.
+
+    Raises:
+        UserError: One is a link out of the directory.
+        StorageError: One cannot be read.
+    """
+    folder = hf_directory(source)
+    try:
+        files = [folder / name for name in _HF_FILES]
+        files += [file for file in sorted(folder.iterdir()) if file.suffix in _HF_SUFFIXES]
+        files += [file for name in _HF_FOLDERS for file in sorted((folder / name).glob("*.jinja"))]
+        return {str(file.relative_to(folder)): real_file(file, source) for file in files if file.is_file()}
+    except OSError as error:
+        raise read_error(source, error) from error
+
+
+def copy_hf_files(source: Path, target: Path) -> None:
+    """Copies :func:`hf_files`.
+
+    Args:
+        source: An HF directory, or a Megatron checkpoint.
+        target: An existing directory.
+
+    Raises:
+        DamageError: A file is damaged: a checkpoint's manifest says so, or it ends in the middle of its JSON.
+        UserError: One is a link out of the directory.
+        StorageError: One cannot be read.
+        OSError: One cannot be written.
+    """
+    check_hf_files(source)
+    for name, file in hf_files(source).items():
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise read_error(file, error) from error
+        if name.endswith(".json"):
+            _check_json(hf_directory(source) / name, content)
+        copy = target / name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(content)
+
+
+def _check_json(file: Path, content: bytes) -> None:
+    try:
+        parse_json(content)
+    except ValueError as error:
+        raise DamageError(f"{file}: not readable: {error}: truncated or damaged, get it again") from error

@@ -1,0 +1,69 @@
+"""What a value may be, said at its field with the default, and what several values may be together.
+
+A field of a section is ``name: int = positive(4)``: what the functions here return stands for the default, and carries
+what holds of the value. Null, where the field's type has it, is always allowed.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import field
+from typing import Any, NamedTuple
+
+FP8_RECIPES = ("none", "delayed", "tensorwise", "blockwise", "mxfp8")
+RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
+
+# What is wrong with a value, as it follows "KEY is "; None for nothing.
+Constraint = Callable[[Any], str | None]
+
+
+def positive(default: Any, *, at_most: float | None = None) -> Any:
+    """A number above 0; above ``at_most`` it is a slip."""
+    return _number(default, at_most, lambda value: value > 0, "it must be positive")
+
+
+def at_least(least: float, default: Any, *, at_most: float | None = None) -> Any:
+    """A number that is not less; above ``at_most`` it is a slip."""
+    must = f"be at least {least}" if least else "not be negative"
+    return _number(default, at_most, lambda value: value >= least, f"it must {must}")
+
+
+def fraction(default: Any, *, below: float = 1) -> Any:
+    """A number in [0, below)."""
+    return _number(default, None, lambda value: 0 <= value < below, f"it must be in [0, {below})")
+
+
+def share(default: Any) -> Any:
+    """A number in [0, 1]."""
+    return _number(default, None, lambda value: 0 <= value <= 1, "it must be in [0, 1]")
+
+
+def one_of(choices: Collection[str], default: Any) -> Any:
+    """One of some words."""
+
+    def constraint(value: Any) -> str | None:
+        return None if value in choices else f"'{value}': choose one of {', '.join(choices)}"
+
+    return field(default=default, metadata={"constraint": constraint})
+
+
+def _number(default: Any, at_most: float | None, holds: Callable[[Any], bool], must: str) -> Any:
+    def constraint(value: Any) -> str | None:
+        return None if holds(value) else f"{value}: {must}"
+
+    return field(default=default, metadata={"constraint": constraint, "at_most": at_most})
+
+
+class Rule(NamedTuple):
+    """What values must not be together.
+
+    Attributes:
+        broken: Whether they are so, of what the rules of a table are about, such as the config.
+        message: What to say then, with the keys and the way out; ``{c...}`` stands for attributes of that.
+    """
+
+    broken: Callable[[Any], bool]
+    message: str
+
+
+def first_broken(rules: Iterable[Rule], c: Any) -> str | None:
+    """The message of the first rule that is broken; later ones may build on it."""
+    return next((rule.message.format(c=c) for rule in rules if rule.broken(c)), None)

@@ -1,0 +1,120 @@
+"""Which values of a config contradict others, one rule each: its condition, and what to do about it.
+
+In the order of the sections; a rule may count on those above it. What values are wrong on their own stands at the
+fields (schema.py); what the machine, the models and the data must be like, where these are read.
+"""
+
+from dataclasses import fields
+
+from megatron_tgdpo.config.constraints import Rule
+from megatron_tgdpo.config.schema import Config, LossConfig
+
+
+def _sequence_multiple(c: Config) -> int:
+    """What each sequence is padded to a multiple of, see batching/packed_sequence.py."""
+    return 2 * c.parallel.context if c.parallel.context > 1 else 1
+
+
+def _interleaved(c: Config) -> bool:
+    return c.parallel.virtual_pipeline not in (None, 1)
+
+
+def _unused_option(option: str) -> Rule:
+    return Rule(
+        lambda c: option not in c.method.options and getattr(c.loss, option) is not None,
+        f"loss.{option} is set but loss.method {{c.loss.method}} does not use it: remove it, or set it to null",
+    )
+
+
+TRAIN = (
+    Rule(
+        lambda c: (c.train.steps is None) == (c.train.epochs is None),
+        "set exactly one of train.steps and train.epochs",
+    ),
+)
+
+LOSS = tuple(_unused_option(field.name) for field in fields(LossConfig) if field.name != "method")
+
+MODELS = (
+    Rule(
+        lambda c: "guide" in c.method.frozen and c.model.guide is None,
+        "loss.method {c.loss.method} needs model.guide (a checkpoint directory); without a guide use loss.method=dpo",
+    ),
+    Rule(
+        lambda c: "guide" not in c.method.frozen and c.model.guide is not None,
+        "loss.method {c.loss.method} uses no guide: remove model.guide or set loss.method=tgdpo",
+    ),
+    Rule(
+        lambda c: "reference" not in c.method.frozen and c.model.reference is not None,
+        "loss.method {c.loss.method} uses no reference: remove model.reference",
+    ),
+)
+
+GUIDANCE = (
+    Rule(
+        lambda c: c.guidance.mode == "cached" and not c.method.frozen,
+        "loss.method {c.loss.method} has no frozen models whose log-probs a cache could hold: set "
+        "guidance.mode=colocated",
+    ),
+    Rule(
+        lambda c: c.guidance.mode == "cached" and c.guidance.cache is None,
+        "guidance.mode cached needs guidance.cache (a directory): fill it with tgdpo.guidance",
+    ),
+    Rule(
+        lambda c: c.guidance.prefetch and (c.guidance.mode == "cached" or not c.method.frozen),
+        "guidance.prefetch is true but no frozen models run: set it to false",
+    ),
+    Rule(
+        lambda c: c.guidance.prefetch and c.parallel.pipeline == 1,
+        "guidance.prefetch is true with one stage, where there are no bubbles: set it to false",
+    ),
+)
+
+PARALLEL = (
+    Rule(
+        lambda c: c.parallel.context > 1 and c.shared_prompts,
+        "batch.shared_prompts is true with parallel.context > 1: a prompt that two responses share cannot be split "
+        "over context ranks yet, set one of them to its default",
+    ),
+    Rule(
+        lambda c: _interleaved(c) and c.parallel.pipeline == 1,
+        "parallel.virtual_pipeline is {c.parallel.virtual_pipeline} with one stage: there is nothing to interleave, "
+        "set it to null",
+    ),
+    Rule(
+        lambda c: _interleaved(c) and c.guidance.mode == "colocated" and bool(c.method.frozen),
+        "parallel.virtual_pipeline is {c.parallel.virtual_pipeline} with guidance.mode colocated: frozen models run "
+        "once a stage, not once a chunk; use guidance.mode=cached, or set it to null",
+    ),
+)
+
+OVERLAP = (
+    Rule(
+        lambda c: c.overlap.param_gather and not c.overlap.grad_reduce,
+        "overlap.param_gather needs overlap.grad_reduce: megatron-core overlaps both or only the gradients",
+    ),
+    Rule(
+        lambda c: c.overlap.tensor and not c.parallel.sequence_parallel,
+        "overlap.tensor needs parallel.sequence_parallel=true: it hides the traffic of that",
+    ),
+)
+
+# Whether the longest pair fits a pack, the data says: batching/packer.py.
+LENGTHS = (
+    Rule(
+        lambda c: c.seq_length % _sequence_multiple(c) != 0,
+        "batch.tokens_per_micro_batch {c.seq_length} is not divisible by 2 x parallel.context = "
+        "2 x {c.parallel.context}",
+    ),
+    Rule(
+        lambda c: c.parallel.sequence_parallel and c.seq_length // c.parallel.context % c.parallel.tensor != 0,
+        "batch.tokens_per_micro_batch {c.seq_length} is not divisible by parallel.tensor x parallel.context = "
+        "{c.parallel.tensor} x {c.parallel.context} (sequence parallelism)",
+    ),
+    Rule(
+        lambda c: c.data.max_prompt_length is not None and c.data.max_prompt_length >= c.data.max_length,
+        "data.max_prompt_length must be smaller than data.max_length: the response needs room",
+    ),
+)
+
+RULES: tuple[Rule, ...] = (*TRAIN, *LOSS, *MODELS, *GUIDANCE, *PARALLEL, *OVERLAP, *LENGTHS)

@@ -1,0 +1,40 @@
+"""What a logger of metrics is; metrics_log.py has a row for each."""
+
+import abc
+from collections.abc import Mapping
+
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.output.metrics import StepMetrics
+
+
+class Logger(abc.ABC):
+    """Writes a run's metrics somewhere, on the first rank only.
+
+    Args:
+        config: The run.
+        step: Last completed step. What an interrupted run wrote after it is made again, and must not appear twice.
+
+    Raises:
+        OSError: A file cannot be written; as by every method.
+    """
+
+    @abc.abstractmethod
+    def __init__(self, config: Config, step: int) -> None: ...
+
+    @classmethod  # noqa: B027 - most need nothing
+    def check(cls) -> None:
+        """Raises a UserError where what it needs is not installed; called before the models are loaded."""
+
+    @abc.abstractmethod
+    def write(self, step: int, values: Mapping[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
+        """Writes a step.
+
+        Args:
+            step: Its number.
+            values: Its metrics by name, with those of evaluations that followed it.
+            evaluations: Those, by the group of their metrics, for their histograms.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Writes what is left."""

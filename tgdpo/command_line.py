@@ -1,0 +1,187 @@
+"""Options that several commands have, and how a command ends.
+
+Imports nothing heavy: help, wrong options and missing files are answered before a library is loaded.
+"""
+
+import argparse
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.arguments import DTYPE_NAMES
+from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions, json_object
+from megatron_tgdpo.errors import UserError
+
+
+def positive(text: str) -> int:
+    """An option's whole number above zero."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """An option's whole number from zero."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """An option's finite number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, temperature: float | None, max_new_tokens: int | None
+) -> None:
+    """Adds the options that say which model samples, and how; None for defaults that depend on something else."""
+    parser.add_argument(
+        "--model", type=Path, required=True, help="HF directory, Megatron checkpoint or training output directory"
+    )
+    add_template_arguments(parser)
+    default = "as the benchmark does" if temperature is None else "%(default)s"
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help=f"0 takes the likeliest token (default: {default})"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of each token (default: %(default)s, all)")
+    default = "as the benchmark does" if max_new_tokens is None else "%(default)s"
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=max_new_tokens, help=f"limit of an answer (default: {default})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, default=8, help="prompts that are answered together (default: %(default)s)"
+    )
+    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers", help="what generates")
+    add_precision_arguments(parser)
+
+
+def add_template_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options about the chat template."""
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja file replacing the tokenizer's own template")
+    parser.add_argument(
+        "--template-kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="variables for the template, such as '{\"enable_thinking\": false}'",
+    )
+
+
+def add_columns_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that maps keys of records."""
+    parser.add_argument(
+        "--columns",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="by a layout's key, the records' own, such as '{\"prompt\": \"question\"}'",
+    )
+
+
+def add_length_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which tokens of a pair are kept; `PreprocessOptions` says what is out of range."""
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=PreprocessOptions.max_length,
+        help="most tokens of prompt plus one response (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-prompt-length",
+        type=int,
+        default=PreprocessOptions.max_prompt_length,
+        help="most tokens of the prompt (default: no limit)",
+    )
+    parser.add_argument(
+        "--overlong-prompt",
+        choices=OVERLONG_PROMPT_RULES,
+        default=PreprocessOptions.overlong_prompt,
+        help="a prompt above --max-prompt-length keeps its last tokens, is dropped, or stops the run "
+        "(default: %(default)s)",
+    )
+
+
+def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options about weights in memory and on disk."""
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of weights (default: bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument("--scratch", type=Path, help="where a Megatron checkpoint is exported to for the time")
+
+
+def check_temperature(given: argparse.Namespace) -> None:
+    """Refuses a ``--temperature`` that is out of range; None is left out.
+
+    Raises:
+        UserError: It is.
+    """
+    if given.temperature is not None and not 0 <= given.temperature < math.inf:
+        raise UserError(f"--temperature is {given.temperature}: it must be finite and not negative")
+
+
+def check_sampling(given: argparse.Namespace) -> None:
+    """Refuses numbers of :func:`add_model_arguments` that are out of range.
+
+    Raises:
+        UserError: One is.
+    """
+    check_temperature(given)
+    if not 0 < given.top_p <= 1:
+        raise UserError(f"--top-p is {given.top_p}: it must be above 0 and at most 1")
+
+
+def check_present(given: argparse.Namespace, *options: str) -> None:
+    """Refuses options (``--chat-template``) that name files or directories which are not there; None is left out.
+
+    Raises:
+        UserError: One does.
+    """
+    for option in options:
+        path = getattr(given, option.lstrip("-").replace("-", "_"))
+        if path is not None and not Path(path).exists():
+            raise UserError(f"{option} {path}: no such file or directory")
+
+
+def check_scratch(given: argparse.Namespace) -> None:
+    """Refuses a ``--scratch`` that is no directory.
+
+    Raises:
+        UserError: It is none.
+    """
+    if given.scratch is not None and not given.scratch.is_dir():
+        raise UserError(f"--scratch {given.scratch}: no such directory")
+
+
+def run(action: Callable[[], object], *, interrupted: str = "start the same command again to continue") -> int:
+    """Runs a command; bad input ends it with one line. Returns the exit status.
+
+    Args:
+        action: The command.
+        interrupted: What is said after ``interrupted:`` when Ctrl-C ends it.
+    """
+    # As for Ctrl-C: temporary exports and what was half written are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Prints metrics for people and programs."""
+    print(json.dumps(values, indent=2))

@@ -1,0 +1,164 @@
+"""Models compared on held-out preference pairs and on answers of their own; the command is ``tgdpo evaluate``."""
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
+from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
+from tgdpo.generation.evaluation import (
+    answer_metrics,
+    as_json,
+    distinct_prompts,
+    pair_rows,
+    preference_metrics,
+    sample_answers,
+    score_pairs,
+    swap_warning,
+)
+from tgdpo.generation.journal import check_writable, write_whole
+from tgdpo.generation.logps import PromptAndResponse
+from tgdpo.generation.models import default_device, dtype_of, hf_directory, load_causal_lm, tokenizer_directory
+from tgdpo.generation.roles import REFERENCE
+from tgdpo.generation.tables import align, with_interval
+from tgdpo.generation.transformers_sampler import TransformersSampler
+
+COLUMNS = {
+    "accuracy": ("accuracy", "{:.1%}"),
+    "accuracy_per_token": ("per token", "{:.1%}"),
+    "margin": ("margin (nats)", "{:+.3f}"),
+    "reward_chosen": ("reward chosen", "{:+.3f}"),
+    "reward_rejected": ("reward rejected", "{:+.3f}"),
+    "kl_per_token": ("KL / token", "{:.4f}"),
+    "tokens": ("tokens", "{:.1f}"),
+    "finished": ("finished", "{:.1%}"),
+}
+
+
+def report(given: argparse.Namespace, models: dict[str, Path], options: PreprocessOptions) -> None:
+    """Compares the models of a command line, writes the metrics to its ``--out`` and prints the table.
+
+    Args:
+        given: The options of ``tgdpo evaluate``.
+        models: Their directories by name, the reference first.
+        options: How pairs become tokens; the tokenizer is looked for in the reference's directory.
+
+    Raises:
+        UserError: A model, the pairs or the output are not what they must be; says which.
+    """
+    results = evaluate(given, models, options)
+    write_whole(given.out, [json.dumps({k: v for k, v in results.items() if k != "table"}, indent=2) + "\n"])
+    counts = f"{results['pairs']} held-out pairs, {results['prompts']} answers a model"
+    print(f"{counts}, beta {results['beta']}; in brackets 95% intervals")
+    print(results["table"])
+    for name, row in results["models"].items():
+        if row["warning"]:
+            bar = "!" * 100
+            print(f"{bar}\n{name}: {row['warning']}\n{bar}", file=sys.stderr)
+
+
+def evaluate(given: argparse.Namespace, models: dict[str, Path], options: PreprocessOptions) -> dict[str, Any]:
+    """Scores every model and returns what goes into the JSON file, and its ``table``; see :func:`report`."""
+    tokenizer, lacking = _shared_tokenizer(given, models)
+    check_writable(given.out)
+    options = replace(options, tokenizer=str(tokenizer_directory(given.reference)))
+    rows, dropped = _read_pairs(given, options, lacking)
+    prompts = distinct_prompts(rows, given.prompts)
+    metrics = _all_metrics(given, models, tokenizer, rows, prompts)
+    return {
+        "pairs_file": given.pairs,
+        "pairs": len(rows) // 2,
+        "dropped_pairs": dropped,
+        "prompts": len(prompts),
+        "beta": given.beta,
+        "temperature": given.temperature,
+        "seed": given.seed,
+        "max_new_tokens": given.max_new_tokens,
+        "models": {name: {"directory": str(models[name]), **as_json(row)} for name, row in metrics.items()},
+        "table": _table(metrics),
+    }
+
+
+def _read_pairs(
+    given: argparse.Namespace, options: PreprocessOptions, lacking: Sequence[LackingTokens]
+) -> tuple[list[PromptAndResponse], dict[str, int]]:
+    """The pairs as training has them, and how many it would drop, by reason."""
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="tgdpo-pairs-") as cache:
+        # megatron-core, which reads datasets, warns of missing GPU libraries.
+        warnings.simplefilter("ignore")
+        from megatron_tgdpo.data.dataset import open_or_preprocess
+
+        dataset = open_or_preprocess(given.pairs, options, cache)
+        for tokens in lacking:
+            tokens.check(dataset)
+        return pair_rows(dataset, given.limit), dataset.manifest["dropped"]
+
+
+def _all_metrics(
+    given: argparse.Namespace,
+    models: dict[str, Path],
+    tokenizer: Tokenizer,
+    rows: list[PromptAndResponse],
+    prompts: list[list[int]],
+) -> dict[str, dict[str, Any]]:
+    """One model at a time beside the reference, which stays loaded."""
+    reference = _load(given, models[REFERENCE])
+    reference_scores = score_pairs(reference, rows)
+    result = {REFERENCE: preference_metrics(reference_scores, None, given.beta) | {"warning": None}}
+    result[REFERENCE] |= _answers(given, reference, None, tokenizer, prompts)
+    for name, path in models.items():
+        if name != REFERENCE:
+            model = _load(given, path)
+            metrics = preference_metrics(score_pairs(model, rows), reference_scores, given.beta)
+            metrics["warning"] = swap_warning(metrics)
+            result[name] = metrics | _answers(given, model, reference, tokenizer, prompts)
+            del model  # before the next is loaded
+    return result
+
+
+def _answers(
+    given: argparse.Namespace,
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+) -> dict[str, Any]:
+    if not prompts:
+        return {}
+    sampler = TransformersSampler(model, tokenizer, top_p=1.0, max_new_tokens=given.max_new_tokens)
+    answers = sample_answers(sampler, prompts, temperature=given.temperature, seed=given.seed, batch=given.batch)
+    return answer_metrics(model, reference, prompts, answers)
+
+
+def _load(given: argparse.Namespace, path: Path) -> PreTrainedModel:
+    device = default_device()
+    with hf_directory(path, given.scratch) as directory:
+        return load_causal_lm(directory, dtype_of(given.dtype, device), device)
+
+
+def _shared_tokenizer(given: argparse.Namespace, models: dict[str, Path]) -> tuple[Tokenizer, list[LackingTokens]]:
+    """The reference's tokenizer, once all models are known to give text the same ids; and what pairs must not hold."""
+    tokenizer = load_tokenizer(str(tokenizer_directory(given.reference)), given.chat_template, given.template_kwargs)
+    others = {name: path for name, path in models.items() if name != REFERENCE}
+    told = f"the reference {given.reference}"
+    return tokenizer, [
+        compare_tokenizers(f"{name} {path}", load_tokenizer(str(tokenizer_directory(path))), told, tokenizer)
+        for name, path in others.items()
+    ]
+
+
+def _table(metrics: dict[str, dict[str, Any]]) -> str:
+    columns = {key: value for key, value in COLUMNS.items() if any(key in row for row in metrics.values())}
+    rows = [["model", *(title for title, _ in columns.values())]]
+    for name, row in metrics.items():
+        rows.append([name, *(with_interval(row.get(key), form) for key, (_, form) in columns.items())])
+    return align(rows)

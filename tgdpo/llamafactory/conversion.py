@@ -1,0 +1,310 @@
+"""A config of the TGDPO reference code as one of this project; the command is ``tgdpo import-config``."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tgdpo.config.loading import config_from_dict, to_yaml
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.values import typed
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.layouts import choose_layout
+from megatron_tgdpo.storage.atomic_file import write_atomically
+from megatron_tgdpo.storage.yaml_text import is_null, read_yaml_file
+from tgdpo.llamafactory.datasets import dataset_files
+from tgdpo.llamafactory.keys import READ, Reference, harmless, refuse_unknown
+from tgdpo.llamafactory.templates import NAMES, chat_template
+
+# Reference key -> our key, value as it is.
+_RENAMED = {
+    "model_name_or_path": "model.policy",
+    "ref_model": "model.reference",
+    "tgdpo_reward_model": "model.guide",
+    "cutoff_len": "data.max_length",
+    "preprocessing_num_workers": "data.workers",
+    "output_dir": "output_dir",
+    "logging_steps": "log.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "eval.every_steps",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "max_grad_norm": "optimizer.clip_grad",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_epsilon": "optimizer.eps",
+    "seed": "train.seed",
+}
+# What the reference code, or transformers, takes where the file is silent, as far as it bears on what is trained.
+_DEFAULTS: dict[str, Any] = {
+    "stage": "sft",
+    "finetuning_type": "lora",
+    "pref_loss": "sigmoid",
+    "pref_beta": 0.1,
+    "tgdpo_alpha": 0.5,
+    "simpo_gamma": 0.5,
+    "cutoff_len": 2048,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "num_train_epochs": 3.0,
+    "max_steps": -1,
+    "seed": 42,
+    "bf16": False,
+}
+# What null means where it is not the default.
+_NULLS = {"max_grad_norm": 0.0, "save_total_limit": 0}
+# Values without which the reference run would compute something else than this project does.
+_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "stage": ("tgdpo", "dpo"),
+    "finetuning_type": ("full",),
+    "pref_loss": ("sigmoid", "simpo"),
+}
+# Reference key -> our option of the loss.
+_LOSS_OPTIONS = {
+    "pref_beta": "beta",
+    "tgdpo_alpha": "alpha",
+    "pref_ftx": "sft_weight",
+    "dpo_label_smoothing": "label_smoothing",
+    "simpo_gamma": "gamma",
+}
+# What the reference code reads only for some methods.
+_ONLY_FOR = {
+    "tgdpo_alpha": ("tgdpo",),
+    "tgdpo_reward_model": ("tgdpo",),
+    "simpo_gamma": ("simpo",),
+    "ref_model": ("tgdpo", "dpo"),
+}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+_BESIDE = ".chat_template.jinja"
+
+
+def convert(
+    reference: Mapping[str, Any],
+    ranks: int,
+    train: str | Sequence[str],
+    validation: str | Sequence[str] | None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    source: str = "the reference config",
+    ignore: Sequence[str] = (),
+    max_prompt_length: bool = False,
+) -> dict[str, Any]:
+    """Maps the reference code's keys to ours.
+
+    Args:
+        reference: The YAML, as :mod:`megatron_tgdpo.storage.yaml_text` reads it, or plain values.
+        ranks: GPUs of the reference run.
+        train: Path, or paths, of the training pairs.
+        validation: The same of the validation pairs, or None.
+        columns: By this project's name of a column, what the files call it, where that is another.
+        source: What the reference is, for messages.
+        ignore: Keys to leave out.
+        max_prompt_length: Take it over. The authors' code never reads it.
+
+    Returns:
+        Nested values for :func:`megatron_tgdpo.config.loading.config_from_dict`, without layout and chat template.
+
+    Raises:
+        UserError: A key cannot be carried over, or has a value that this project does not compute; it is named.
+    """
+    refuse_unknown(reference, source, ignore)
+    given = typed(Reference, {key: reference[key] for key in reference if key in READ}, "", source)
+    if any("${" in str(value) for value in given.values()):
+        raise UserError(f"{source}: has ${{...}}: write the values out")
+    given = {key: _NULLS.get(key, _DEFAULTS.get(key)) if value is None else value for key, value in given.items()}
+    values = {**_DEFAULTS, **{key: value for key, value in given.items() if value is not None and key not in ignore}}
+    for key, allowed in _REQUIRED_VALUES.items():
+        if values[key] not in allowed and key not in ignore:
+            default = "" if values[key] is given.get(key) else ", which is the reference code's default: set it"
+            raise UserError(f"{source}: {key}: {values[key]} is not supported here, only {', '.join(allowed)}{default}")
+    schedule = values["lr_scheduler_type"]
+    if schedule not in _SCHEDULES:
+        raise UserError(f"{source}: lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")
+    method = _method(values)
+    values = {key: value for key, value in values.items() if method in _ONLY_FOR.get(key, (method,))}
+    flat = {ours: values[theirs] for theirs, ours in _RENAMED.items() if theirs in values}
+    flat |= {f"loss.{ours}": values[theirs] for theirs, ours in _LOSS_OPTIONS.items() if values.get(theirs) is not None}
+    for option in ("loss.sft_weight", "loss.label_smoothing"):
+        if not flat.get(option):
+            # 0 is how the reference code says that it is not used, whatever the method.
+            flat.pop(option, None)
+    flat |= {
+        "loss.method": method,
+        "data.train": train,
+        "data.validation": validation,
+        "data.columns": dict(columns) if columns else None,
+        "data.max_prompt_length": values.get("max_prompt_length") if max_prompt_length else None,
+        "batch.global_pairs": values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * ranks,
+        "optimizer.schedule": _SCHEDULES[schedule],
+        **_warmup(values, source),
+        "precision.dtype": "bf16" if values["bf16"] else "fp32",
+        "train.steps" if values["max_steps"] > 0 else "train.epochs": (
+            values["max_steps"] if values["max_steps"] > 0 else values["num_train_epochs"]
+        ),
+    }
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = value
+    return nested
+
+
+def _method(values: Mapping[str, Any]) -> str:
+    if values["pref_loss"] == "simpo":
+        return "simpo"
+    return "tgdpo" if values["stage"] == "tgdpo" else "dpo"
+
+
+def _warmup(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Warm-up as our keys. A number of steps takes precedence there, and ``constant`` has no warm-up."""
+    steps, total = values["warmup_steps"], values["max_steps"]
+    if values["lr_scheduler_type"] == "constant":
+        return {"optimizer.warmup_ratio": 0.0}
+    if 0 <= steps < 1:
+        return {"optimizer.warmup_ratio": steps or values["warmup_ratio"]}
+    if steps != int(steps) or steps < 0:
+        raise UserError(f"{source}: warmup_steps: {steps:g} is not a number of steps")
+    if 0 < total <= steps:
+        raise UserError(f"{source}: warmup_steps: {steps:g} is not a number of steps below max_steps: {total}")
+    return {"optimizer.warmup_ratio": 0.0, "optimizer.warmup_steps": int(steps)}
+
+
+def not_carried_over(reference: Mapping[str, Any]) -> list[str]:
+    """Keys of the reference file that have no counterpart and change nothing that is trained."""
+    return sorted(filter(harmless, reference))
+
+
+def _notes(reference: Mapping[str, Any], config: Config, ignore: Sequence[str]) -> list[str]:
+    """What the reader of an imported config should know: lines."""
+    lines = []
+    left = [key for key in not_carried_over(reference) if key not in ignore]
+    if left:
+        lines.append(f"left out, without effect on what is trained: {', '.join(left)}")
+    if ignore:
+        lines.append(f"left out as asked, whatever the effect: {', '.join(ignore)}")
+    if "max_prompt_length" in reference and config.data.max_prompt_length is None:
+        lines.append("max_prompt_length: left out, the authors' code never reads it; --max-prompt-length takes it over")
+    if config.precision.dtype == "fp32":
+        lines.append("precision.dtype is fp32: the reference code trains in fp32 where bf16 is not set")
+    if config.optimizer.schedule == "constant" and not (config.optimizer.warmup_ratio or config.optimizer.warmup_steps):
+        lines.append("lr_scheduler_type: constant has no warm-up in transformers, whatever warmup_ratio says")
+    return lines
+
+
+def import_config(args: argparse.Namespace) -> list[str]:
+    """Writes the config, and its chat template beside it.
+
+    Args:
+        args: The options of ``tgdpo import-config``.
+
+    Returns:
+        What to say about it, lines.
+
+    Raises:
+        UserError: A file cannot be read or written, or a key cannot be carried over; it is named.
+    """
+    config, lines = _import(args)
+    if config.data.chat_template is not None:
+        write_atomically(
+            Path(config.data.chat_template), chat_template(str(read_reference(args.reference)["template"]))
+        )
+    write_atomically(args.out, to_yaml(config))
+    return lines
+
+
+def _import(args: argparse.Namespace) -> tuple[Config, list[str]]:
+    """The config, and what to say about it."""
+    source = str(args.reference)
+    reference = read_reference(args.reference)
+    strangers = sorted(set(args.ignore) - set(reference) - {"finetuning_type"})
+    if strangers:
+        raise UserError(f"--ignore {strangers[0]}: {source} does not have it")
+    refuse_unknown(reference, source, args.ignore)  # before the data is read
+    train, validation = args.train, args.validation
+    columns: dict[str, str] = {}
+    lines = []
+    evaluates = validation is None and not _absent(reference, "eval_dataset", args.ignore)
+    if args.dataset_info:
+        keys = ["dataset", *(["eval_dataset"] if evaluates else [])]
+        found, columns = dataset_files(args.dataset_info, {key: str(reference.get(key)) for key in keys})
+        train, *others = (paths[0] if len(paths) == 1 else paths for paths in found.values())
+        validation = others[0] if others else validation
+    elif evaluates:
+        lines.append(f"eval_dataset: {reference['eval_dataset']}: left out, give --validation")
+    values = convert(
+        reference,
+        args.ranks,
+        train,
+        validation,
+        columns=columns,
+        source=source,
+        ignore=args.ignore,
+        max_prompt_length=args.max_prompt_length,
+    )
+    if not _absent(reference, "template", args.ignore):
+        if (name := str(reference["template"])) not in NAMES:
+            raise UserError(
+                f"{source}: template: {name} is not one of those known here, {', '.join(NAMES)}: give it as Jinja in "
+                "data.chat_template, or take the tokenizer's own, with --ignore template"
+            )
+        values["data"]["chat_template"] = str(Path(f"{args.out}{_BESIDE}").absolute())
+    config = config_from_dict(values, source)
+    layout, line = _layout(config, args)
+    lines.append(line)
+    if layout:
+        values["parallel"] = layout["parallel"]
+        values["train"] |= layout["train"]
+        config = config_from_dict(values, source)
+    return config, [*_notes(reference, config, args.ignore), *lines]
+
+
+def _absent(reference: Mapping[str, Any], key: str, ignore: Sequence[str]) -> bool:
+    return key in ignore or is_null(reference.get(key))
+
+
+def read_reference(path: Path) -> dict[str, Any]:
+    """The YAML of the reference code, unchecked.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return read_yaml_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The planner's layout as values of the config, if the models are here, and a line on it."""
+    paths = [Path(path) for path in config.model_paths.values()]
+    missing = [str(path) for path in paths if not any((path / at / "config.json").is_file() for at in ("", "hf"))]
+    if missing:
+        return {}, f"layout: NOT planned, there is no {missing[0]}/config.json here: set parallel (see tgdpo plan)"
+    nodes, rest = divmod(args.ranks, args.gpus_per_node) if args.ranks > args.gpus_per_node else (1, 0)
+    if rest:
+        raise UserError(f"--ranks {args.ranks} are not whole nodes of --gpus-per-node {args.gpus_per_node}")
+    cluster = Cluster(nodes, min(args.ranks, args.gpus_per_node), args.gpu_memory_gib)
+    plan = choose_layout(config, [read_hf_config(path) for path in paths], cluster)
+    layout = plan.layout
+    values = {
+        "parallel": {
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
+        },
+        "train": {"recompute": plan.recompute},
+    }
+    gib = plan.memory.total / 2**30
+    return values, f"layout: {layout}, recompute {plan.recompute}, {gib:.1f} GiB on the fullest GPU (planned)"
