@@ -20,8 +20,9 @@ from megatron_tgdpo.frozen.prefetch import Prefetcher, build_prefetcher
 from megatron_tgdpo.gpu.overlap import ddp_config, optimizer_kwargs, start_user_buffers, wire_overlap
 from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.setup.layout import pack_format
+from megatron_tgdpo.setup.learning_rate import build_scheduler
 from megatron_tgdpo.setup.models import load_frozen_models, load_model
-from megatron_tgdpo.setup.optimizer import build_optimizer, build_scheduler
+from megatron_tgdpo.setup.optimizer import build_optimizer
 from megatron_tgdpo.storage.dtypes import DTYPES
 
 

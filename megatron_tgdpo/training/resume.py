@@ -1,5 +1,6 @@
 """Where a run goes on: after its newest checkpoint, after one that it branches from, or at its start."""
 
+import itertools
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +9,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tgdpo.batching.sampler import Sampler
+from megatron_tgdpo.checkpoints import directory as checkpoint_directory
 from megatron_tgdpo.checkpoints.integrity import find_damage
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.config.changes import Inputs, Recorded, check_changes, find_changes
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
-from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.errors import AgreedError, StorageError, UserError
 from megatron_tgdpo.output.directory import record_start, recorded_by, recorded_run
-from megatron_tgdpo.training.checkpoint import newest_undamaged
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,58 @@ def find_start(config: Config, inputs: Inputs) -> StartPoint:
         if damage is not None:
             raise AgreedError(f"train.branch_from: {damage}")
     return raise_on_all_ranks(lambda: _start_at(path, config, inputs, asked=asked))
+
+
+def newest_undamaged(output_dir: Path, verify: bool) -> Path | None:
+    """The newest checkpoint without damage. Collective.
+
+    Damaged ones that are newer are renamed to ``NAME.damaged``, with a warning: the run will save those steps again.
+    Without one to go on from nothing is renamed.
+
+    Args:
+        output_dir: The run's directory.
+        verify: Whether to read the checkpoints whole and compare checksums.
+
+    Returns:
+        The same on every rank; None if there never was a checkpoint.
+
+    Raises:
+        AgreedError: There are checkpoints, and all of them are damaged; or one is of another format version.
+        AgreedStorageError: A checkpoint, or the directory, cannot be read.
+    """
+    is_first = dist.get_rank() == 0
+    found = [raise_on_all_ranks(lambda: _checkpoints(output_dir) if is_first else ([], []))]
+    dist.broadcast_object_list(found, src=0)
+    saved, damaged = found[0]
+    damages: list[tuple[Path, str]] = []
+    for path in reversed(saved):
+        damage = find_damage(path, content=verify)
+        if damage is None:
+            raise_on_all_ranks(lambda: _rename_damaged(damages) if is_first else None)
+            return path
+        damages.append((path, damage))
+    if damages or damaged:
+        what = damages[0][1] if damages else f"{damaged[-1]}: set aside for its damage"
+        raise AgreedError(
+            f"{what}: no undamaged checkpoint is left in {output_dir / 'checkpoints'}: put one back, or delete the "
+            "damaged ones to train from the beginning"
+        )
+    return None
+
+
+def _checkpoints(output_dir: Path) -> tuple[list[Path], list[Path]]:
+    return checkpoint_directory.saved_checkpoints(output_dir), checkpoint_directory.set_aside(output_dir)
+
+
+def _rename_damaged(damages: list[tuple[Path, str]]) -> None:
+    for path, damage in damages:
+        names = (f"{path.name}{checkpoint_directory.DAMAGED_SUFFIX}{number or ''}" for number in itertools.count())
+        target = next(target for target in map(path.with_name, names) if not target.exists())
+        logger.warning("%s: it is set aside as %s, and an earlier checkpoint is used", damage, target.name)
+        try:
+            path.rename(target)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be renamed to {target.name}: {error.strerror}") from error
 
 
 def _start_at(path: Path | None, config: Config, inputs: Inputs, *, asked: bool) -> StartPoint:

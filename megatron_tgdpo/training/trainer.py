@@ -31,10 +31,10 @@ from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.setup.engine import Engine
 from megatron_tgdpo.signals import StoppedEarly
 from megatron_tgdpo.storage.hub import local_path
-from megatron_tgdpo.training.checkpoint import load_checkpoint
+from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, save_due
+from megatron_tgdpo.training.engine_state import load_checkpoint
 from megatron_tgdpo.training.resume import StartPoint
 from megatron_tgdpo.training.run_data import RunData
-from megatron_tgdpo.training.saver import CheckpointSaver, save_due
 from megatron_tgdpo.training.start_check import check_start
 from megatron_tgdpo.training.step import StepResult, evaluate_packs, train_step
 

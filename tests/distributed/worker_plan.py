@@ -24,8 +24,8 @@ from megatron_tgdpo.distributed.layout import destroy_model_parallel, init_model
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.model_inputs import read_model_configs
-from megatron_tgdpo.training.checkpoint import training_state
-from megatron_tgdpo.training.saver import live_storages
+from megatron_tgdpo.training.checkpoint_saver import live_storages
+from megatron_tgdpo.training.engine_state import training_state
 from megatron_tgdpo.training.step import forward_backward
 from tests.live_storages import LiveStorages
 from tests.sent_bytes import SentBytes

@@ -29,7 +29,7 @@ from megatron_tgdpo.gpu.overlap import ddp_config
 from megatron_tgdpo.guidance.precompute import precompute_guidance, verify_guidance
 from megatron_tgdpo.setup import engine
 from megatron_tgdpo.storage.dtypes import DTYPES
-from megatron_tgdpo.training import checkpoint, saver
+from megatron_tgdpo.training import checkpoint_saver, engine_state
 from megatron_tgdpo.training.run import run
 from tools.benchmarks.save import gathered_state
 
@@ -58,9 +58,9 @@ def state_of(kind: str | None) -> Iterator[None]:
         yield
         return
     with (
-        mock.patch.object(checkpoint, "training_state", gathered_state),
-        mock.patch.object(saver, "training_state", gathered_state),
-        mock.patch.object(checkpoint, "load_optimizer_shards", DistributedOptimizer.load_state_dict),
+        mock.patch.object(engine_state, "training_state", gathered_state),
+        mock.patch.object(checkpoint_saver, "training_state", gathered_state),
+        mock.patch.object(engine_state, "load_optimizer_shards", DistributedOptimizer.load_state_dict),
     ):
         yield
 

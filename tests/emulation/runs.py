@@ -19,8 +19,8 @@ from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.gpu import options
 from megatron_tgdpo.setup.engine import Engine, build_engine
 from megatron_tgdpo.setup.model_inputs import read_model_configs
-from megatron_tgdpo.training.checkpoint import checkpoint_path, load_checkpoint
-from megatron_tgdpo.training.saver import CheckpointSaver
+from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, checkpoint_path
+from megatron_tgdpo.training.engine_state import load_checkpoint
 from megatron_tgdpo.training.step import train_step
 from tests.gpu.figures import random_pairs
 

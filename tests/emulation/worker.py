@@ -25,7 +25,7 @@ from megatron_tgdpo.setup.engine import (  # noqa: E402
     policy_chunks,
     unwrapped,
 )
-from megatron_tgdpo.training.checkpoint import checkpoint_path  # noqa: E402
+from megatron_tgdpo.training.checkpoint_saver import checkpoint_path  # noqa: E402
 from tests.emulation import kernels  # noqa: E402
 from tests.emulation.cases import cases  # noqa: E402
 from tests.emulation.runs import BEFORE, CPU, DATA, Runs, dirty_memory  # noqa: E402

@@ -12,8 +12,8 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.setup.engine import Engine
-from megatron_tgdpo.training.checkpoint import checkpoint_path, load_checkpoint
-from megatron_tgdpo.training.saver import CheckpointSaver
+from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, checkpoint_path
+from megatron_tgdpo.training.engine_state import load_checkpoint
 from megatron_tgdpo.training.step import train_step
 from tests.gpu.bench import Bench, packs_of
 from tests.gpu.figures import Figure, at_most, largest_relative_difference, random_pairs, skipped

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from megatron_tgdpo.signals import INTERRUPTED_STATUS
-from megatron_tgdpo.training.saver import save_due
+from megatron_tgdpo.training.checkpoint_saver import save_due
 from tests.launch import ROOT, environment
 
 # One call that never comes back to Python's own handlers, as a backward pass or a collective.

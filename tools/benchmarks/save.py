@@ -30,8 +30,8 @@ from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
 from megatron_tgdpo.setup.engine import Engine, build_engine, policy_chunks
 from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.storage.dtypes import DTYPES
-from megatron_tgdpo.training.checkpoint import training_state
-from megatron_tgdpo.training.saver import live_storages
+from megatron_tgdpo.training.checkpoint_saver import live_storages
+from megatron_tgdpo.training.engine_state import training_state
 from megatron_tgdpo.training.sharding import load_optimizer_shards
 from tools.benchmarks.training_step.models import SHAPES, llama_config, write_model
 from tools.benchmarks.training_step.recorder import reset_peak, resident_bytes

@@ -8,7 +8,8 @@ import torch
 from transformers import get_scheduler
 
 from megatron_tgdpo.config.schema import OptimizerSettings
-from megatron_tgdpo.setup.optimizer import GroupStepAdamW, build_scheduler
+from megatron_tgdpo.setup.learning_rate import build_scheduler
+from megatron_tgdpo.setup.optimizer import GroupStepAdamW
 
 
 def step(optimizer: torch.optim.Optimizer, seed: int) -> None:

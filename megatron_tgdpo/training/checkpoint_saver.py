@@ -18,7 +18,7 @@ from megatron_tgdpo.config.schema import CheckpointConfig
 from megatron_tgdpo.errors import AgreedStorageError, UserError
 from megatron_tgdpo.models.fp8 import is_fp8
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
-from megatron_tgdpo.training.checkpoint import checkpoint_path, training_state
+from megatron_tgdpo.training.engine_state import training_state
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,11 @@ _LEAST_TIMEOUT_MINUTES = 120.0
 # Without checkpoint.every_steps: so many saves a run, and never longer without one.
 _SAVES = 10
 _LONGEST_UNSAVED_SECONDS = 30 * 60
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step goes."""
+    return output_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def save_due(step: int, steps: int, every: int | None, waited: float) -> bool:

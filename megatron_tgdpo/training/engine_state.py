@@ -1,10 +1,9 @@
-"""A run's checkpoints: ``checkpoints/step_XXXXXXXX``, saved complete or not at all, loaded onto any layout.
+"""The engine's state to and from a checkpoint, on any layout.
 
 Only the policy is saved, with its optimizer state and what delayed scaling remembers; the learning rate and the data
 order follow from the step.
 """
 
-import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
 from megatron_tgdpo.checkpoints import sharded
-from megatron_tgdpo.checkpoints.integrity import find_damage
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
-from megatron_tgdpo.errors import AgreedError, StorageError
 from megatron_tgdpo.gpu.overlap import finish_param_gather
 from megatron_tgdpo.models.fp8 import dequantised, history_shards, restore_history
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
@@ -28,62 +24,6 @@ logger = logging.getLogger(__name__)
 
 # What of a parameter group is the optimizer's state; everything else (learning rate, betas, ...) is a setting.
 _GROUP_STATE = ("params", "step")
-
-
-def checkpoint_path(output_dir: Path, step: int) -> Path:
-    return output_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def newest_undamaged(output_dir: Path, verify: bool) -> Path | None:
-    """The newest checkpoint without damage. Collective.
-
-    Damaged ones that are newer are renamed to ``NAME.damaged``, with a warning: the run will save those steps again.
-    Without one to go on from nothing is renamed.
-
-    Args:
-        output_dir: The run's directory.
-        verify: Whether to read the checkpoints whole and compare checksums.
-
-    Returns:
-        The same on every rank; None if there never was a checkpoint.
-
-    Raises:
-        AgreedError: There are checkpoints, and all of them are damaged; or one is of another format version.
-        AgreedStorageError: A checkpoint, or the directory, cannot be read.
-    """
-    is_first = dist.get_rank() == 0
-    found = [raise_on_all_ranks(lambda: _checkpoints(output_dir) if is_first else ([], []))]
-    dist.broadcast_object_list(found, src=0)
-    saved, aside = found[0]
-    damages: list[tuple[Path, str]] = []
-    for path in reversed(saved):
-        damage = find_damage(path, content=verify)
-        if damage is None:
-            raise_on_all_ranks(lambda: _set_aside(damages) if is_first else None)
-            return path
-        damages.append((path, damage))
-    if damages or aside:
-        what = damages[0][1] if damages else f"{aside[-1]}: set aside for its damage"
-        raise AgreedError(
-            f"{what}: no undamaged checkpoint is left in {output_dir / 'checkpoints'}: put one back, or delete the "
-            "damaged ones to train from the beginning"
-        )
-    return None
-
-
-def _checkpoints(output_dir: Path) -> tuple[list[Path], list[Path]]:
-    return checkpoint_directory.saved_checkpoints(output_dir), checkpoint_directory.set_aside(output_dir)
-
-
-def _set_aside(damages: list[tuple[Path, str]]) -> None:
-    for path, damage in damages:
-        names = (f"{path.name}{checkpoint_directory.DAMAGED_SUFFIX}{number or ''}" for number in itertools.count())
-        target = next(target for target in map(path.with_name, names) if not target.exists())
-        logger.warning("%s: it is set aside as %s, and an earlier checkpoint is used", damage, target.name)
-        try:
-            path.rename(target)
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be renamed to {target.name}: {error.strerror}") from error
 
 
 def load_checkpoint(engine: Engine, path: Path, step: int) -> None:

@@ -1,0 +1,33 @@
+"""The learning-rate schedule: warm-up, then constant, linear or cosine."""
+
+import math
+
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_tgdpo.config.schema import OptimizerSettings
+
+
+def build_scheduler(
+    optimizer: DistributedOptimizer, settings: OptimizerSettings, total_steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then constant, linear or cosine to 0 after ``total_steps``.
+
+    As in transformers' schedules, the first step of a warm-up has learning rate 0, and warm-up takes ``warmup_steps``,
+    or else ``ceil(warmup_ratio * total_steps)``, steps.
+    """
+    asked = settings.warmup_steps
+    warmup = min(math.ceil(settings.warmup_ratio * total_steps) if asked is None else asked, total_steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=0.0,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=total_steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )
