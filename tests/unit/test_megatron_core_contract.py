@@ -120,8 +120,8 @@ CONTRACT = [
     Relied(f"{_SCHEDULES}.forward_step_calc_loss", "output_tensor loss_func config num_microbatches", "",
            "training/forward.py derives the gradient's scale from it"),
     Relied(f"{_SCHEDULES}.get_schedule_table", "num_microbatches num_model_chunks microbatch_group_size_per_vp_stage",
-           "planning/schedule.py", "order of passes of the interleaved schedule"),
-    Relied("pipeline_parallel.p2p_communication.P2PCommunicator", "pp_group config", "frozen/colocated.py",
+           "planning/pipeline_schedule.py", "order of passes of the interleaved schedule"),
+    Relied("pipeline_parallel.p2p_communication.P2PCommunicator", "pp_group config", "frozen/communicator.py",
            "base class of ours"),
     Relied("pipeline_parallel.p2p_communication.P2PCommunicator._communicate", "tensor_send_next tensor_send_prev "
            "recv_prev recv_next tensor_shape wait_on_reqs", "", "overridden: frozen hidden states travel too"),
@@ -207,7 +207,10 @@ def test_it_is_imported_where_the_table_says_and_nowhere_else() -> None:
 def test_functions_that_are_replaced_take_what_is_passed() -> None:
     """They are called by megatron-core with any of its own parameters."""
     for name, ours in (
-        ("pipeline_parallel.p2p_communication.P2PCommunicator._communicate", "frozen.colocated.ColocatedCommunicator"),
+        (
+            "pipeline_parallel.p2p_communication.P2PCommunicator._communicate",
+            "frozen.communicator.ColocatedCommunicator",
+        ),
         ("dist_checkpointing.strategies.common.TorchCommonLoadStrategy.load_common", "checkpoints.sharded._LoadCommon"),
     ):
         module, _, owner = ours.rpartition(".")
