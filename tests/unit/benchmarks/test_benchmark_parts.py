@@ -19,7 +19,7 @@ def test_table() -> None:
         ["variant", "s", "ratio"], [["reference", "10.00", "1.0"], ["ours", "4.50", Spread.of([2, 9, 3]).text(1)]]
     )
     assert table.splitlines() == [
-        "variant           s          ratio",
+        "variant        s          ratio",
         "reference  10.00            1.0",
         "ours        4.50  3.0 (2.0-9.0)",
     ]
@@ -121,3 +121,13 @@ def test_sizes_are_what_they_are_called(name: str) -> None:
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_older_names_of_options_work() -> None:
+    parse = __main__._parser().parse_args
+    assert parse(["compare", "--sides", "reference", "cached"]) == parse(
+        ["compare", "--variants", "reference", "cached"]
+    )
+    assert parse(["compare"]).variants is None
+    assert parse(["profile", "--side", "cached"]).variant == "cached"
+    assert parse(["profile"]).variant == "colocated"

@@ -220,25 +220,26 @@ def test_templates_write_what_the_reference_code_writes(name: str) -> None:
     assert with_system.endswith(RENDERED[name][RENDERED[name].index("U1") :])
 
 
-def imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reference: dict, *options: str) -> Config:
+def imported(tmp_path: Path, reference: dict, *options: str) -> Config | None:
+    """The config that was written; None where the command refused."""
     (tmp_path / "reference.yaml").write_text(yaml.safe_dump(reference))
     arguments = [str(tmp_path / "reference.yaml"), "--train", "pairs.jsonl", "--out", str(tmp_path / "ours.yaml")]
-    monkeypatch.setattr("sys.argv", ["import", *arguments, *options])
-    main()
+    if main([*arguments, *options]):
+        return None
     return load_config(tmp_path / "ours.yaml")
 
 
-def test_the_layout_is_the_planner_s_and_fits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_layout_is_the_planner_s_and_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(PUBLISHED["Llama-3-8B"]))
     roles = ("model_name_or_path", "ref_model", "tgdpo_reward_model")
     reference = {**REFERENCE, **dict.fromkeys(roles, str(tmp_path / "model"))}
-    config = imported(monkeypatch, tmp_path, reference, "--ranks", "8")
+    config = imported(tmp_path, reference, "--ranks", "8")
+    assert config is not None
     assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel) == (2, 1, True)
     assert "TP2 x PP1 x DP4" in capsys.readouterr().out
-    more = imported(monkeypatch, tmp_path, reference, "--ranks", "8", "--gpu-memory-gib", "40")
+    more = imported(tmp_path, reference, "--ranks", "8", "--gpu-memory-gib", "40")
+    assert more is not None
     assert more.parallel.tensor * more.parallel.pipeline > 2
     for options, message in (
         (("--ranks", "1"), "no layout of 1 GPUs fits: the smallest takes"),
@@ -246,20 +247,17 @@ def test_the_layout_is_the_planner_s_and_fits(
         (("--ranks", "0"), "--ranks is 0: it must be positive"),
         (("--ranks", "8", "--ignore", "foo"), "--ignore foo"),
     ):
-        with pytest.raises(SystemExit):
-            imported(monkeypatch, tmp_path, reference, *options)
+        assert imported(tmp_path, reference, *options) is None
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
 
 
-def test_a_template_that_is_not_known_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        imported(monkeypatch, tmp_path, {**REFERENCE, "template": "falcon"}, "--ranks", "8")
+def test_a_template_that_is_not_known_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert imported(tmp_path, {**REFERENCE, "template": "falcon"}, "--ranks", "8") is None
     assert "template: falcon is not one of those known here" in capsys.readouterr().err
-    own = imported(monkeypatch, tmp_path, {**REFERENCE, "template": "falcon"}, "--ranks", "8", "--ignore", "template")
+    own = imported(tmp_path, {**REFERENCE, "template": "falcon"}, "--ranks", "8", "--ignore", "template")
+    assert own is not None
     assert own.data.chat_template is None
 
 

@@ -39,6 +39,8 @@ def test_the_reference_shows_docstrings(site: Path) -> None:
     page = (site / "api" / "megatron_tgdpo.loss" / "index.html").read_text()
     assert "megatron_tgdpo.loss.preference" in page
     assert "<code>" in page
+    for page_of_api in (site / "api").rglob("index.html"):
+        assert not re.search(r":(class|func|mod|meth):", page_of_api.read_text()), page_of_api
 
 
 def test_a_page_loads_nothing_from_elsewhere(site: Path) -> None:
