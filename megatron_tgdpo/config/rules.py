@@ -58,7 +58,7 @@ GUIDANCE = (
     ),
     Rule(
         lambda c: c.guidance.mode == "cached" and c.guidance.cache is None,
-        "guidance.mode cached needs guidance.cache (a directory): fill it with tgdpo.guidance",
+        "guidance.mode cached needs guidance.cache (a directory): fill it with tgdpo guidance",
     ),
     Rule(
         lambda c: c.guidance.prefetch and (c.guidance.mode == "cached" or not c.method.frozen),

@@ -80,7 +80,7 @@ class LossConfig:
 class GuidanceConfig:
     # colocated: reference and guide run in the policy's pipeline | cached: they are read from cache
     mode: str = one_of(("colocated", "cached"), "colocated")
-    cache: str | None = None  # directory that tgdpo.guidance writes and mode cached reads
+    cache: str | None = None  # directory that tgdpo guidance writes and mode cached reads
     verify: bool = True  # compare the cache's checksums before training from it
     prefetch: bool = False  # experimental: run the next step's frozen forwards in the pipeline bubbles of this one
 

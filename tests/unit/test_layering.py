@@ -69,6 +69,9 @@ def imported(file: Path) -> Iterator[str]:
                 name = f"{node.module}.{alias.name}"
                 if name in MODULES or node.module in MODULES:
                     yield name if name in MODULES else node.module
+                else:
+                    ours = node.module.split(".")[0] in PACKAGES
+                    assert not ours, f"{file}:{node.lineno}: there is no module {node.module}"
 
 
 def layer_of(module: str) -> str:

@@ -99,7 +99,7 @@ def test_damage_is_named(cache: Path, damage: str) -> None:
         path.write_bytes(shard_path(cache, 0).read_bytes())
     else:
         path.write_bytes(content[:-1] if damage == "truncate" else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"shard-00001\.safetensors: missing or damaged: run tgdpo.guidance"):
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors: missing or damaged: run tgdpo guidance"):
         GuidanceCache(cache, LENGTHS, use_guide=True).check_content()
 
 
