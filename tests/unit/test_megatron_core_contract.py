@@ -207,7 +207,10 @@ def test_it_is_imported_where_the_table_says_and_nowhere_else() -> None:
 def test_functions_that_are_replaced_take_what_is_passed() -> None:
     """They are called by megatron-core with any of its own parameters."""
     for name, ours in (
-        ("pipeline_parallel.p2p_communication.P2PCommunicator._communicate", "frozen.colocated.ColocatedCommunicator"),
+        (
+            "pipeline_parallel.p2p_communication.P2PCommunicator._communicate",
+            "frozen.communicator.ColocatedCommunicator",
+        ),
         ("dist_checkpointing.strategies.common.TorchCommonLoadStrategy.load_common", "checkpoints.sharded._LoadCommon"),
     ):
         module, _, owner = ours.rpartition(".")
