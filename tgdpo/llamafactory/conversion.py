@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.planning.layouts import choose_layout
-
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import config_from_dict, to_yaml
 from megatron_tgdpo.config.schema import Config
@@ -14,6 +12,7 @@ from megatron_tgdpo.config.values import typed
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.layouts import choose_layout
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.yaml_text import is_null, read_yaml_file
 from tgdpo.llamafactory.datasets import dataset_files
