@@ -36,7 +36,7 @@ from tests.unit.commands.test_import_config import ENTRY, REFERENCE
 from tests.unit.config.test_loading import VALID
 from tests.unit.data.conftest import hf_directory as tokenizer_directory
 from tgdpo.llamafactory.conversion import convert, read_reference
-from tgdpo.llamafactory.datasets import dataset_file
+from tgdpo.llamafactory.datasets import dataset_files
 from tgdpo.llamafactory.templates import NAMES, chat_template
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def test_reference_configs(place: Path, text: str) -> None:
 def test_dataset_infos(place: Path, info: str, pairs: str) -> None:
     (place / "dataset_info.json").write_bytes(to_bytes(info))
     (place / "pairs.json").write_bytes(to_bytes(pairs))
-    one_line_or_result(lambda: dataset_file(place / "dataset_info.json", "name"))
+    one_line_or_result(lambda: dataset_files(place / "dataset_info.json", {"dataset": "name"}))
 
 
 @pytest.fixture(scope="module")

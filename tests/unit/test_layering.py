@@ -22,7 +22,7 @@ storage         errors distributed
 data            errors signals storage
 checkpoints     errors distributed storage
 batching        errors data
-config          errors storage data
+config          errors loss storage data
 models          errors loss distributed storage checkpoints batching
 planning        errors loss distributed config models
 output          errors loss storage checkpoints config models

@@ -14,7 +14,7 @@ from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import detect_layout, parse_record, rename
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.setup.optimizer import build_scheduler
+from megatron_tgdpo.setup.learning_rate import build_scheduler
 from megatron_tgdpo.storage.yaml_text import read_yaml
 from tests.launch import run_module
 from tests.published_configs import PUBLISHED
