@@ -255,7 +255,8 @@ def _import(args: argparse.Namespace) -> tuple[Config, list[str]]:
     if strangers:
         raise UserError(f"--ignore {strangers[0]}: {source} does not have it")
     refuse_unknown(reference, source, args.ignore)  # before the data is read
-    train, validation, columns = args.train, args.validation, {}
+    train, validation = args.train, args.validation
+    columns: dict[str, str] = {}
     lines = []
     evaluates = validation is None and not _absent(reference, "eval_dataset", args.ignore)
     if args.dataset_info:

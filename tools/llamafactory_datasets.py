@@ -1,6 +1,6 @@
 """Finds the files behind datasets' names in LLaMA-Factory's ``dataset_info.json``."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +128,12 @@ def _check(entry: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[s
     return formatting
 
 
-def _check_records(file: str, read: Collection[str], renamed: Mapping[str, str]) -> None:
+def _check_records(file: str, read: Mapping[str, str], renamed: Mapping[str, str]) -> None:
     """Refuses records in which this project reads more than the reference code, which reads its columns alone.
 
     Args:
         file: Of the pairs.
-        read: Columns that it reads, by their names here.
+        read: Columns that it reads: by their names here, those in the file.
         renamed: As :func:`dataset_files` returns it.
     """
     kind = detect_format(file)
