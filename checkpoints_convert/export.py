@@ -85,7 +85,7 @@ def export_hf(
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
         directory.run_on_all_ranks(lambda: _write(reader, hf_config, directory.temporary, mine, stored, dtype))
         directory.run_on_rank0(lambda: _finish(directory.temporary, template, files, dtype, size))
-        directory.publish()
+        directory.commit()
     return Summary(out, parameter_count(hf_config), dtype_name(dtype), size, time.perf_counter() - started)
 
 

@@ -72,7 +72,7 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
         metadata = {"dtype": dtype_name(stored), "step": None, "parameters": count}
         digests = directory.collect(writer.digests)
         directory.run_on_rank0(lambda: write_description(directory.temporary, hf, metadata, digests))
-        directory.publish()
+        directory.commit()
     return Summary(out, count, dtype_name(stored), size, time.perf_counter() - started)
 
 

@@ -30,7 +30,7 @@ trap 'forward TERM' TERM USR1 HUP
 trap 'forward INT' INT
 
 status=0
-output_dir=$("$python" -m megatron_tgdpo.resilience.restarts "$@") || status=$?
+output_dir=$("$python" -m megatron_tgdpo.resilience.requeue "$@") || status=$?
 case $status in
   0) ;;
   3) echo "train.sh: finished already: $output_dir/DONE" && exit 0 ;;

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_tgdpo import signals
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.resilience.entry import run_and_exit, run_on_all_ranks
+from megatron_tgdpo.resilience.entry import run_and_exit, run_distributed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tgdpo train", description=__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--dry-run", action="store_true", help="print config, rank grid and memory per rank, then stop")
+    parser.add_argument("--dry-run", action="store_true", help="print config, layout and memory per rank, then stop")
     parser.add_argument("--world-size", type=int, help="ranks to assume in a dry run; default: as launched")
     args = parser.parse_intermixed_args(arguments)
     run_and_exit(lambda rank: _main(args, rank))
@@ -55,7 +55,7 @@ def _main(args: argparse.Namespace, rank: int) -> int:
             return signals.STOPPED_STATUS
         return 0
 
-    return run_on_all_ranks(config.parallel.timeout_minutes, train)
+    return run_distributed(config.parallel.timeout_minutes, train)
 
 
 if __name__ == "__main__":

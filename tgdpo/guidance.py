@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.resilience.entry import run_and_exit, run_on_all_ranks
+from megatron_tgdpo.resilience.entry import run_and_exit, run_distributed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def _main(args: argparse.Namespace) -> int:
             verify_guidance(config, args.verify, ranks, store)
         return 0
 
-    return run_on_all_ranks(config.parallel.timeout_minutes, work)
+    return run_distributed(config.parallel.timeout_minutes, work)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def write(
             directory.run_on_all_ranks(lambda: _write_sharded(staged.sharded, directory.temporary, group))
         )
         directory.run_on_rank0(lambda: write_description(directory.temporary, hf_dir, metadata, digests))
-        directory.publish()
+        directory.commit()
 
 
 class _SafeLoadPlanner(MCoreLoadPlanner):

@@ -1,4 +1,4 @@
-"""megatron-core's configuration of a language model, from its HF config and the rank grid."""
+"""megatron-core's configuration of a language model, from its HF config and the parallel layout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -153,7 +153,7 @@ def build_language_model(
 
     Args:
         hf_config: From :func:`read_hf_config`.
-        layout: The rank grid, already initialised (``init_model_parallel``).
+        layout: The parallel layout, already initialised (``init_model_parallel``).
         pg: Its process groups.
         dtype: Of parameters and activations.
         device: CPU needs the CPU backend (``enable_cpu_backend``).

@@ -54,7 +54,7 @@ def run_and_exit(action: Callable[[int], int]) -> NoReturn:
         os._exit(_status(error))
 
 
-def run_on_all_ranks(timeout_minutes: float, action: Callable[["RankEnvironment", "dist.Store"], int]) -> int:
+def run_distributed(timeout_minutes: float, action: Callable[["RankEnvironment", "dist.Store"], int]) -> int:
     """Joins the ranks in a store and watches over them while they run an action that joins them in process groups.
 
     Args:

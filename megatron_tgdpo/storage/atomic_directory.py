@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class AtomicDirectory:
-    """Context manager: what is written into ``temporary`` becomes ``path`` by :meth:`publish`, or is deleted.
+    """Context manager: what is written into ``temporary`` becomes ``path`` by :meth:`commit`, or is deleted.
 
     Entering and every method are collective, and raise the same error on every rank if they fail on any, so that no
     rank goes on to wait for one that failed.
@@ -72,13 +72,13 @@ class AtomicDirectory:
         self._needed = size
         self.run_on_rank0(self._check_space)
 
-    def publish(self) -> None:
+    def commit(self) -> None:
         """Syncs everything and renames ``temporary`` to ``path``.
 
         Raises:
             UserError: It could not be done; another process has made ``path`` meanwhile, or taken ``temporary`` away.
         """
-        self.run_on_rank0(self._publish)
+        self.run_on_rank0(self._commit)
 
     def collect(self, found: Mapping[str, T]) -> dict[str, T]:
         """What all ranks have found, under names that differ; on every rank."""
@@ -119,7 +119,7 @@ class AtomicDirectory:
         if shutil.disk_usage(self.path.parent).free < self._needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _publish(self) -> None:
+    def _commit(self) -> None:
         for folder, _, names in os.walk(self.temporary):
             for name in names:
                 sync(Path(folder, name))

@@ -40,7 +40,7 @@ class Runs:
 
     Args:
         root: Has ``policy`` and ``guide`` in it.
-        layout: The rank grid.
+        layout: The parallel layout.
         pg: Its process groups.
     """
 

@@ -17,7 +17,7 @@ from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.output import metrics_log
 from megatron_tgdpo.output.directory import recorded_run
-from megatron_tgdpo.resilience.restarts import count_restart
+from megatron_tgdpo.resilience.requeue import count_restart
 from megatron_tgdpo.storage.files import FileDigest
 from megatron_tgdpo.storage.json_text import parse_json
 

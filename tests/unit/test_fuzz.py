@@ -27,7 +27,7 @@ from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.output import metrics_log
 from megatron_tgdpo.output.directory import is_done, recorded_run
-from megatron_tgdpo.resilience.restarts import count_restart
+from megatron_tgdpo.resilience.requeue import count_restart
 from megatron_tgdpo.storage.files import FileDigest
 from tests.fuzzing import fuzz, jsons, one_line_or_result, texts, to_bytes
 from tests.published_configs import PUBLISHED

@@ -19,7 +19,7 @@ from megatron_tgdpo.checkpoints.integrity import find_damage
 from megatron_tgdpo.checkpoints.manifest import read_manifest
 from megatron_tgdpo.checkpoints.model_directory import copy_hf_files
 from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
-from megatron_tgdpo.resilience.restarts import count_restart
+from megatron_tgdpo.resilience.requeue import count_restart
 from megatron_tgdpo.training.resume import newest_undamaged
 from tests.checkpoints import flip, is_complete, save, without_manifest
 from tests.tiny_models import make_llama

@@ -1,6 +1,6 @@
 """What a launcher asks, in one process, before it starts the ranks: is the run finished, do restarts still help?
 
-    python -m megatron_tgdpo.resilience.restarts CONFIG.yaml section.key=value ... [--job ID] [--limit N]
+    python -m megatron_tgdpo.resilience.requeue CONFIG.yaml section.key=value ... [--job ID] [--limit N]
 
 Prints the run's output directory. With ``--job`` it counts the launches of that job that begin at the same checkpoint,
 so that a run that cannot get further ends instead of being requeued for ever.
@@ -73,7 +73,7 @@ def main() -> int:
     Exit status: 0 start the ranks, 3 the run is finished, 74 storage failed and may not the next time, 1 do not start.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_tgdpo.resilience.restarts", description=(__doc__ or "").split("\n")[0]
+        prog="python -m megatron_tgdpo.resilience.requeue", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
