@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_tgdpo.batching.packed_sequence import PackedSequence, Segment, pack_segments
-from megatron_tgdpo.loss.token_logps import token_logps
+from megatron_tgdpo.loss.vocab_parallel_logps import token_logps
 from megatron_tgdpo.models.language_model import LanguageModel
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.checkpoints.manifest import check_files
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
+from megatron_tgdpo.checkpoints.save import stage, write
 from megatron_tgdpo.errors import DamageError
 from megatron_tgdpo.models.hf_weights.load import load_hf_weights, load_megatron_weights
 from megatron_tgdpo.models.language_model import LanguageModel
@@ -18,7 +18,7 @@ from megatron_tgdpo.models.language_model import LanguageModel
 
 def save(path: Path, sharded_state_dict: dict[str, Any], hf_dir: Path, metadata: Mapping[str, Any]) -> None:
     """Stages a state and writes it; collective over the default group."""
-    sharded.write(path, sharded.stage(sharded_state_dict), hf_dir, metadata)
+    write(path, stage(sharded_state_dict), hf_dir, metadata)
 
 
 def load_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfig, pg: ProcessGroupCollection) -> None:

@@ -16,13 +16,7 @@ from dataclasses import replace
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.summary import lost_ends_warning, summary
 from megatron_tgdpo.storage.hub import MODEL, fetch, hub_name, local_path
-from tgdpo.command_line import (
-    add_columns_argument,
-    add_length_arguments,
-    add_template_arguments,
-    check_present,
-    run,
-)
+from tgdpo.command_line import add_columns_argument, add_length_arguments, add_template_arguments, check_present, run
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

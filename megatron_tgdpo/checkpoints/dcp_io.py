@@ -8,7 +8,7 @@ The files are those of ``megatron.core.dist_checkpointing``; two things differ f
   ``torch.load(weights_only=False)``, either of which runs code that a prepared file holds. Here the metadata goes
   through an unpickler that knows only the classes of the format, and everything else through ``weights_only=True``.
 
-Nothing here imports megatron-core; its own load and save are joined to this in ``checkpoints/sharded.py``.
+Nothing here imports megatron-core; its own load and save are joined to this in ``checkpoints/load.py``.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
-from megatron_tgdpo.loss.token_logps import response_hidden, token_logps
+from megatron_tgdpo.loss.vocab_parallel_logps import response_hidden, token_logps
 from megatron_tgdpo.models.language_model import LanguageModel
 
 

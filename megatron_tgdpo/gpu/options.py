@@ -15,10 +15,7 @@ from megatron_tgdpo.config.schema import Config, TrainConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities, detect
-from megatron_tgdpo.gpu.kernel_choice import LayerSpec, build_block_spec, choose_attention, choose_layer_spec
-from megatron_tgdpo.gpu.overlap import check_overlap
-from megatron_tgdpo.gpu.overlap import transformer_kwargs as overlap_kwargs
-from megatron_tgdpo.gpu.precision import (
+from megatron_tgdpo.gpu.fp8 import (
     check_fp8_sizes,
     check_precision,
     frozen_recipe,
@@ -26,6 +23,9 @@ from megatron_tgdpo.gpu.precision import (
     policy_recipe,
     policy_transformer_kwargs,
 )
+from megatron_tgdpo.gpu.kernel_choice import LayerSpec, build_block_spec, choose_attention, choose_layer_spec
+from megatron_tgdpo.gpu.overlap import check_overlap
+from megatron_tgdpo.gpu.overlap import transformer_kwargs as overlap_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
 
 

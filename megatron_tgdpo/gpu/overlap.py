@@ -16,8 +16,8 @@ from megatron_tgdpo.config.schema import Config, OffloadConfig, OverlapConfig, P
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities
-from megatron_tgdpo.gpu.precision import policy_recipe
-from megatron_tgdpo.models.fp8 import finish_gather, is_fp8
+from megatron_tgdpo.gpu.fp8 import policy_recipe
+from megatron_tgdpo.models.fp8_tensors import finish_gather, is_fp8
 from megatron_tgdpo.models.language_model import LanguageModel
 
 

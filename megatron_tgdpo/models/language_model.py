@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
-from megatron_tgdpo.models.fp8 import load_without, without_content
+from megatron_tgdpo.models.fp8_tensors import load_without, without_content
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.layer_spec import local_block_spec
 from megatron_tgdpo.models.rotary import RotaryFrequencies

@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.config.schema import Config, ParallelConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
-from megatron_tgdpo.gpu.precision import fp8_seq_length_multiple
+from megatron_tgdpo.gpu.fp8 import fp8_seq_length_multiple
 
 
 def layout_of(parallel: ParallelConfig, world_size: int) -> ParallelLayout:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.checkpoints.save import StagedState, stage, write
 from megatron_tgdpo.config.schema import CheckpointConfig
 from megatron_tgdpo.errors import AgreedStorageError, UserError
-from megatron_tgdpo.models.fp8 import is_fp8
+from megatron_tgdpo.models.fp8_tensors import is_fp8
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
 from megatron_tgdpo.training.engine_state import training_state
 
@@ -133,14 +133,14 @@ class CheckpointSaver:
         return None
 
     def _start(self, step: int, metadata: Mapping[str, Any]) -> None:
-        staged = sharded.stage(training_state(self._engine, is_loading=False), live_storages(self._engine))
+        staged = stage(training_state(self._engine, is_loading=False), live_storages(self._engine))
         self._writing = self._thread.submit(self._write, step, staged, {"step": step, **metadata})
 
-    def _write(self, step: int, staged: sharded.StagedState, metadata: Mapping[str, Any]) -> float:
+    def _write(self, step: int, staged: StagedState, metadata: Mapping[str, Any]) -> float:
         begin = time.monotonic()
         path = checkpoint_path(self._output_dir, step)
         try:
-            sharded.write(path, staged, self._hf_dir, metadata, self._group)
+            write(path, staged, self._hf_dir, metadata, self._group)
         except Exception as error:
             if dist.get_rank() == 0 or not isinstance(error, UserError):
                 logger.error("checkpoint of step %d: %s", step, error)

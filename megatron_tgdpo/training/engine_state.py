@@ -12,11 +12,11 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.gpu.overlap import finish_param_gather
-from megatron_tgdpo.models.fp8 import dequantised, history_shards, restore_history
+from megatron_tgdpo.models.fp8_tensors import dequantised, history_shards, restore_history
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
 from megatron_tgdpo.training.sharding import load_optimizer_shards, optimizer_shards, weight_shards
 
@@ -44,7 +44,7 @@ def load_checkpoint(engine: Engine, path: Path, step: int) -> None:
     has_history = "fp8" in wanted and raise_on_all_ranks(lambda: _has_history(path, wanted["fp8"]))
     if not has_history:
         wanted.pop("fp8", None)
-    state = sharded.load(path, wanted)
+    state = load_sharded(path, wanted)
     for number, chunk in enumerate(policy_chunks(engine)):
         chunk.load_state_dict(state["model"][str(number)])
         if has_history:

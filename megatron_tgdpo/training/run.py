@@ -12,8 +12,8 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks
+from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
-from megatron_tgdpo.gpu.precision import linear_bytes
 from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.memory import rank_memory

@@ -22,7 +22,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_tgdpo.models.fp8 import plain_part
+from megatron_tgdpo.models.fp8_tensors import plain_part
 
 # A rectangle: where it begins in its tensor, and its size.
 Box = tuple[tuple[int, ...], tuple[int, ...]]

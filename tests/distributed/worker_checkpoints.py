@@ -15,13 +15,12 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.checkpoints import manifest
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.distributed.ranks import RankEnvironment, connect_store, read_rank_environment
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.files import FileDigest, file_digest
-from megatron_tgdpo.training import trainer
+from megatron_tgdpo.training import checkpoint_saver, trainer
 from megatron_tgdpo.training.run import run
 from tests.checkpoints import flip
 from tests.distributed.common import merged
@@ -40,7 +39,7 @@ class Runner:
 
 def train_past_a_write(runner: Runner, config: dict[str, Any]) -> None:
     """The checkpoint of step 3 is not written before step 5 is made."""
-    write, train_step = sharded.write, trainer.train_step
+    write, train_step = checkpoint_saver.write, trainer.train_step
     steps = iter(range(1, 100))
     fifth = threading.Event()
 
@@ -54,7 +53,7 @@ def train_past_a_write(runner: Runner, config: dict[str, Any]) -> None:
             fifth.set()
         return result
 
-    with mock.patch.object(sharded, "write", later), mock.patch.object(trainer, "train_step", counted):
+    with mock.patch.object(checkpoint_saver, "write", later), mock.patch.object(trainer, "train_step", counted):
         runner(config)
 
 
@@ -94,7 +93,7 @@ def main() -> None:
     checkpoints = Path(f"{base}-damaged") / "checkpoints"
     flip_a_bit(checkpoints / "step_00000004")
     runner(damaged)
-    with mock.patch.object(checkpoint_directory, "file_digest", unreadable):
+    with mock.patch.object(manifest, "file_digest", unreadable):
         write_error(runner, damaged, f"{base}-unreadable-{ranks.rank}")
     for path in checkpoints.glob("step_*[0-9]"):
         flip_a_bit(path)

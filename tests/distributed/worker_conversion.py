@@ -26,7 +26,7 @@ from checkpoints_convert.export import export_hf
 from checkpoints_convert.import_hf import import_hf
 from checkpoints_convert.logits import packed_outputs, packing_of
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.checkpoints import save as checkpoint_save
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
@@ -206,7 +206,7 @@ def run_faults(root: Path) -> None:
         target = root / "faults" / f"{action}-{fault}"
         copied = {"export": export_module}.get(action, checkpoint_directory)
         patches = {
-            "common": mock.patch.object(sharded, "write_common", side_effect=no_space),
+            "common": mock.patch.object(checkpoint_save, "write_common", side_effect=no_space),
             "space": mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),
             "finish": mock.patch.object(copied, "copy_hf_files", side_effect=no_space),
         }

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.checkpoints import save
 from megatron_tgdpo.train import main
 from megatron_tgdpo.training.step import StepResult
 from megatron_tgdpo.training.trainer import Trainer
@@ -26,7 +26,7 @@ def is_last() -> bool:
 
 
 def inject(fail: Sequence[int] = (), slow: float = 0, broken: int = 0) -> None:
-    numbers, write = itertools.count(), sharded.write_sharded
+    numbers, write = itertools.count(), save._write_sharded
 
     def faulty(*arguments: Any) -> Any:
         number = next(numbers)
@@ -44,7 +44,7 @@ def inject(fail: Sequence[int] = (), slow: float = 0, broken: int = 0) -> None:
             raise ZeroDivisionError
         guard(trainer, step, result)
 
-    sharded.write_sharded = faulty
+    save._write_sharded = faulty
     Trainer._guard = broken_guard  # type: ignore[method-assign]
 
 

@@ -20,11 +20,7 @@ from checkpoints_convert.export import export_hf  # noqa: E402
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend  # noqa: E402
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout  # noqa: E402
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment  # noqa: E402
-from megatron_tgdpo.setup.engine import (  # noqa: E402
-    Engine,
-    policy_chunks,
-    unwrapped,
-)
+from megatron_tgdpo.setup.engine import Engine, policy_chunks, unwrapped  # noqa: E402
 from megatron_tgdpo.training.checkpoint_saver import checkpoint_path  # noqa: E402
 from tests.emulation import kernels  # noqa: E402
 from tests.emulation.cases import cases  # noqa: E402

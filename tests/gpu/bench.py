@@ -22,7 +22,7 @@ from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options
-from megatron_tgdpo.models.fp8 import write_parameter
+from megatron_tgdpo.models.fp8_tensors import write_parameter
 from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.setup.engine import Engine, build_engine
 from megatron_tgdpo.setup.model_inputs import read_model_configs

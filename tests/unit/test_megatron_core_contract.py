@@ -41,7 +41,7 @@ class Relied:
     why: str
 
 
-_SHARDED = "checkpoints/sharded.py"
+_SAVE, _LOAD, _FP8 = "checkpoints/save.py", "checkpoints/load.py", "models/fp8_tensors.py"
 _SHARDING = "training/sharding.py"
 _TORCH = "dist_checkpointing.strategies.torch"
 _DISTRIBUTED_OPTIMIZER = "optimizer.distrib_optimizer.DistributedOptimizer"
@@ -51,37 +51,37 @@ _RANDOM = "tensor_parallel.random"
 # fmt: off
 CONTRACT = [
     # Checkpoints: its save and load in this process, without its forked writers and without free unpickling.
-    Relied("dist_checkpointing.core.CheckpointingException", None, _SHARDED, "what its checks raise, caught"),
-    Relied("dist_checkpointing.dict_utils.extract_matching_values", "x predicate", _SHARDED, "tells this rank's part"),
-    Relied("dist_checkpointing.dict_utils.merge", "x1 x2", _SHARDED, "as its load does"),
-    Relied("dist_checkpointing.dict_utils.nested_values", "x", f"{_SHARDED} training/engine_state.py {_SHARDING}",
+    Relied("dist_checkpointing.core.CheckpointingException", None, _LOAD, "what its checks raise, caught"),
+    Relied("dist_checkpointing.dict_utils.extract_matching_values", "x predicate", _SAVE, "tells this rank's part"),
+    Relied("dist_checkpointing.dict_utils.merge", "x1 x2", _LOAD, "as its load does"),
+    Relied("dist_checkpointing.dict_utils.nested_values", "x", f"{_SAVE} training/engine_state.py {_SHARDING}",
            "goes through a sharded state dict"),
-    Relied("dist_checkpointing.state_dict_utils.save_preprocess", "sharded_state_dict", _SHARDED,
+    Relied("dist_checkpointing.state_dict_utils.save_preprocess", "sharded_state_dict", _SAVE,
            "applies factories, parts plain values from sharded ones, checks them over ranks"),
-    Relied("dist_checkpointing.state_dict_utils.load_preprocess", "sharded_state_dict", _SHARDED,
+    Relied("dist_checkpointing.state_dict_utils.load_preprocess", "sharded_state_dict", _LOAD,
            "returns sharded state, what is not stored, factories"),
-    Relied("dist_checkpointing.strategies.base.LoadShardedStrategy", "", _SHARDED, "base class of ours"),
-    Relied("dist_checkpointing.strategies.common.TorchCommonLoadStrategy", "", _SHARDED, "base class of ours"),
+    Relied("dist_checkpointing.strategies.base.LoadShardedStrategy", "", _LOAD, "base class of ours"),
+    Relied("dist_checkpointing.strategies.common.TorchCommonLoadStrategy", "", _LOAD, "base class of ours"),
     Relied("dist_checkpointing.strategies.common.TorchCommonLoadStrategy.load_common", "checkpoint_dir", "",
            "overridden: the file is read once, with weights_only"),
     Relied(f"{_TORCH}.MCoreLoadPlanner", "shapes_validation_sharded_tensors allow_shape_mismatch_sharded_tensors",
-           _SHARDED, "checks shapes against the checkpoint's"),
+           _LOAD, "checks shapes against the checkpoint's"),
     Relied(f"{_TORCH}.MCoreLoadPlanner.create_local_plan", "", "", "overridden: names a missing tensor on all ranks"),
     Relied(f"{_TORCH}.MCoreLoadPlanner.load_bytes", "read_item value", "", "overridden: it unpickles freely"),
-    Relied(f"{_TORCH}.MCoreSavePlanner", "dedup_replicated_tensors", _SHARDED, "ranks save without duplicates"),
+    Relied(f"{_TORCH}.MCoreSavePlanner", "dedup_replicated_tensors", _SAVE, "ranks save without duplicates"),
     Relied(f"{_TORCH}._replace_state_dict_keys_with_sharded_keys", "sharded_state_dict keep_only_main_replica",
-           _SHARDED, "flattens a state dict to the names in a checkpoint"),
-    Relied(f"{_TORCH}._replace_sharded_keys_with_state_dict_keys", "state_dict flat_mapping rename_mapping", _SHARDED,
+           f"{_SAVE} {_LOAD}", "flattens a state dict to the names in a checkpoint"),
+    Relied(f"{_TORCH}._replace_sharded_keys_with_state_dict_keys", "state_dict flat_mapping rename_mapping", _LOAD,
            "undoes it"),
-    Relied(f"{_TORCH}._restore_dict_types", "x keys_template", _SHARDED, "keys that were numbers are numbers again"),
-    Relied(f"{_TORCH}._unwrap_pyt_sharded_tensor", "sh_ten", _SHARDED, "the plain tensors of what DCP has filled"),
-    Relied(f"{_TORCH}.mcore_to_pyt_state_dict", "state_dict is_loading", _SHARDED, "what DCP takes"),
-    Relied("dist_checkpointing.utils.extract_sharded_base", "sharded_state_dict", _SHARDED, "as its load does"),
-    Relied("dist_checkpointing.utils.force_all_tensors_to_non_fp8", "sharded_state_dict", f"{_SHARDED} models/fp8.py",
+    Relied(f"{_TORCH}._restore_dict_types", "x keys_template", _LOAD, "keys that were numbers are numbers again"),
+    Relied(f"{_TORCH}._unwrap_pyt_sharded_tensor", "sh_ten", _LOAD, "the plain tensors of what DCP has filled"),
+    Relied(f"{_TORCH}.mcore_to_pyt_state_dict", "state_dict is_loading", f"{_SAVE} {_LOAD}", "what DCP takes"),
+    Relied("dist_checkpointing.utils.extract_sharded_base", "sharded_state_dict", _LOAD, "as its load does"),
+    Relied("dist_checkpointing.utils.force_all_tensors_to_non_fp8", "sharded_state_dict", f"{_LOAD} {_FP8}",
            "FP8 becomes bf16, in place"),
-    Relied("dist_checkpointing.validation.determine_global_metadata", "sharded_state_dict", _SHARDED,
+    Relied("dist_checkpointing.validation.determine_global_metadata", "sharded_state_dict", _LOAD,
            "returns (this rank's, all ranks') metadata"),
-    Relied("dist_checkpointing.validation.validate_sharding_integrity", "global_metadata", _SHARDED,
+    Relied("dist_checkpointing.validation.validate_sharding_integrity", "global_metadata", _LOAD,
            "every part of every tensor is asked for once"),
     # Gradients and their reduction.
     Relied("distributed.DistributedDataParallel", "config ddp_config module", "gpu/overlap.py setup/engine.py "
@@ -126,10 +126,10 @@ CONTRACT = [
     Relied("pipeline_parallel.p2p_communication.P2PCommunicator._communicate", "tensor_send_next tensor_send_prev "
            "recv_prev recv_next tensor_shape wait_on_reqs", "", "overridden: frozen hidden states travel too"),
     # FP8.
-    Relied("fp8_utils.dequantize_fp8_tensor", "fp8_tensor", "models/fp8.py", "bf16 of an FP8 weight"),
-    Relied("fp8_utils.get_fp8_recipe", "config", "models/fp8.py", "makes the history before the first forward"),
-    Relied("fp8_utils.is_float8tensor", "tensor", "models/fp8.py", "tells an FP8 weight"),
-    Relied("fp8_utils.post_all_gather_processing", "model_params", "models/fp8.py", "transposed copies after a gather"),
+    Relied("fp8_utils.dequantize_fp8_tensor", "fp8_tensor", _FP8, "bf16 of an FP8 weight"),
+    Relied("fp8_utils.get_fp8_recipe", "config", _FP8, "makes the history before the first forward"),
+    Relied("fp8_utils.is_float8tensor", "tensor", _FP8, "tells an FP8 weight"),
+    Relied("fp8_utils.post_all_gather_processing", "model_params", _FP8, "transposed copies after a gather"),
     # The model.
     Relied("extensions.transformer_engine", None, "models/layer_spec_te.py", "TENorm and the fused linears; HAVE_TE"),
     Relied("models.gpt.gpt_model.GPTModel", "config transformer_layer_spec vocab_size max_sequence_length pre_process "
@@ -211,7 +211,7 @@ def test_functions_that_are_replaced_take_what_is_passed() -> None:
             "pipeline_parallel.p2p_communication.P2PCommunicator._communicate",
             "frozen.communicator.ColocatedCommunicator",
         ),
-        ("dist_checkpointing.strategies.common.TorchCommonLoadStrategy.load_common", "checkpoints.sharded._LoadCommon"),
+        ("dist_checkpointing.strategies.common.TorchCommonLoadStrategy.load_common", "checkpoints.load._LoadCommon"),
     ):
         module, _, owner = ours.rpartition(".")
         overriding = getattr(getattr(importlib.import_module(f"megatron_tgdpo.{module}"), owner), name.split(".")[-1])

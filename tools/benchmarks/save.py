@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.checkpoints import save as save_module
+from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
@@ -114,11 +115,11 @@ def _measure(rank: int, job: Job) -> None:
     state_of = training_state if job.owned else gathered_state
 
     def save() -> None:
-        staged = sharded.stage(state_of(engine, is_loading=False), live_storages(engine))
-        sharded.write(path, staged, Path(job.policy), {"dtype": job.dtype, "step": 1})
+        staged = save_module.stage(state_of(engine, is_loading=False), live_storages(engine))
+        save_module.write(path, staged, Path(job.policy), {"dtype": job.dtype, "step": 1})
 
     def load() -> None:
-        state = sharded.load(path, state_of(engine, is_loading=True))["optimizer"]
+        state = load_sharded(path, state_of(engine, is_loading=True))["optimizer"]
         if job.owned:
             load_optimizer_shards(engine.optimizer, state)
         else:

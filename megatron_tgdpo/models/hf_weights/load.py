@@ -10,13 +10,13 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoints import sharded
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
+from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.families.family import Kind
-from megatron_tgdpo.models.fp8 import dequantised, without_fp8, write_parameter
+from megatron_tgdpo.models.fp8_tensors import dequantised, without_fp8, write_parameter
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.check import open_hf
 from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, OUTPUT, Heads, expected_shapes, local_name, read_shard
@@ -93,7 +93,7 @@ def load_megatron_weights(
             )
     # Together: every part of every tensor must be asked for by some rank.
     wanted = {str(number): dequantised(chunk.sharded_state_dict()) for number, chunk in enumerate(chunks)}
-    loaded = sharded.load(path, {"model": wanted})["model"]
+    loaded = load_sharded(path, {"model": wanted})["model"]
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[str(number)])
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_tgdpo.models.fp8 import history_shards, restore_history
+from megatron_tgdpo.models.fp8_tensors import history_shards, restore_history
 
 NAMES = ("decoder.layers.0.mlp.linear_fc1", "decoder.layers.1.mlp.linear_fc1")
 LAYERS, HISTORY = 6, 4

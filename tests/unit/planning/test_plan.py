@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu.precision import linear_bytes
+from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.models.attention import sdpa as attention
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tgdpo.loss.token_logps import CHUNK_ELEMENTS, chunk_rows, token_logps
+from megatron_tgdpo.loss.vocab_parallel_logps import CHUNK_ELEMENTS, chunk_rows, token_logps
 
 VOCABULARY, PADDED, HIDDEN, TOKENS = 131, 256, 24, 37
 

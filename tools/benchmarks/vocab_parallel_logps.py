@@ -1,6 +1,7 @@
 """Peak memory and time of token log-probs, forward and backward, beside full float32 logits.
 
-    python -m tools.benchmarks.token_logps [--vocabulary 128256] [--tokens 4096] [--hidden 256] [--device cpu|cuda]
+    python -m tools.benchmarks.vocab_parallel_logps [--vocabulary 128256] [--tokens 4096] [--hidden 256]
+        [--device cpu|cuda]
 
 Each variant runs in a fresh process; peak memory is what the computation adds to its inputs (allocator peak on a GPU,
 resident set on a CPU). Prints both, and the ratio.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.loss.token_logps import token_logps
+from megatron_tgdpo.loss.vocab_parallel_logps import token_logps
 from tgdpo.child_processes import end_with_parent
 
 
@@ -75,7 +76,7 @@ def measure(variant: str, problem: Problem) -> Measurement:
 
 def main() -> None:
     """Runs both variants and prints them."""
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.token_logps")
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.vocab_parallel_logps")
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=256)

@@ -1,4 +1,4 @@
-"""Saves and loads megatron-core's sharded state dicts as checkpoint directories (see ``checkpoints/directory.py``).
+"""Loads megatron-core's sharded state dicts from checkpoint directories that ``checkpoints/save.py`` made.
 
 Global tensor names do not depend on the layout, so any layout can load what any other saved.
 """
@@ -6,8 +6,6 @@ Global tensor names do not depend on the layout, so any layout can load what any
 import io
 import pickle
 import warnings
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges, is_main_replica
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
-    MCoreSavePlanner,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
     _restore_dict_types,
@@ -34,121 +31,16 @@ from megatron.core.dist_checkpointing.validation import determine_global_metadat
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from megatron_tgdpo.checkpoints.dcp_io import SafeReader, Writer, serialise_common, write_common
-from megatron_tgdpo.checkpoints.directory import write_description
+from megatron_tgdpo.checkpoints.dcp_io import SafeReader
 from megatron_tgdpo.checkpoints.manifest import COMMON_FILE, check_files
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
-from megatron_tgdpo.storage.atomic_directory import AtomicDirectory, describe, load_error
-from megatron_tgdpo.storage.files import FileDigest
+from megatron_tgdpo.storage.atomic_directory import describe, load_error
 
 _LOADING_ERRORS = (
     pickle.UnpicklingError, OSError, MemoryError, EOFError, LookupError, AttributeError, TypeError, ValueError,
     RuntimeError,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StagedState:
-    """What is to be written, apart from what training will change.
-
-    Attributes:
-        sharded: The sharded tensors and objects that this rank writes, in host memory.
-        common: The content of ``common.pt``.
-        size: Bytes of tensor data over all ranks.
-    """
-
-    sharded: Any
-    common: bytes
-    size: int
-
-
-def stage(sharded_state_dict: dict[str, Any], live: Container[int] = ()) -> StagedState:
-    """Prepares a state for :func:`write`. Collective over the default group.
-
-    Args:
-        sharded_state_dict: megatron-core's: ShardedTensors, ShardedObjects and factories, and plain values (numbers,
-            strings, containers, tensors), which are taken from rank 0. Consumed: do not use it afterwards.
-        live: Addresses of the storages that will be written to before the state is: what lies in them is copied to
-            host memory, if this rank is to write it.
-
-    Raises:
-        UserError: On every rank: a plain value is not one that could be read back.
-    """
-    sharded, common = save_preprocess(sharded_state_dict)
-    # Only what this rank writes: of several ranks that have a tensor one does.
-    sharded, _ = extract_matching_values(sharded, lambda item: is_main_replica(item.replica_id))
-    for item in nested_values(sharded):
-        if isinstance(item, ShardedTensor) and item.data is not None:
-            is_live = item.data.untyped_storage().data_ptr() in live
-            # Nor is an accelerator's memory held until the state is written.
-            item.data = item.data.detach().to("cpu", copy=is_live)
-    is_first = dist.get_rank() == 0
-    return StagedState(
-        sharded, raise_on_all_ranks(lambda: _serialised(common) if is_first else b""), _total_bytes(sharded)
-    )
-
-
-def _serialised(common: dict[str, Any]) -> bytes:
-    try:
-        return serialise_common(common)
-    except (pickle.PickleError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"a plain value of the checkpoint cannot be saved: {describe(error)}") from error
-
-
-def _write_sharded(sharded: Any, directory: Path, group: dist.ProcessGroup | None = None) -> dict[str, FileDigest]:
-    """Writes sharded tensors and objects, one file a rank, synced to disk; collective over ``group`` (of all ranks).
-
-    Returns:
-        Size and sha256 of this rank's files, by name.
-
-    Raises:
-        CheckpointException: On every rank, if any rank failed; its ``failures`` has (exception, traceback) by rank.
-    """
-    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    writer = Writer(directory)
-    dcp.save(
-        mcore_to_pyt_state_dict(flat),
-        storage_writer=writer,
-        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        process_group=group,
-    )
-    return writer.digests
-
-
-def write(
-    path: Path,
-    staged: StagedState,
-    hf_dir: Path,
-    metadata: Mapping[str, Any],
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """Writes a staged state: afterwards ``path`` is complete on every rank's view, or an error is raised on every rank.
-
-    May run in a thread of its own. Collective over ``group``, which then must be one (of all ranks) that nothing else
-    uses meanwhile.
-
-    Args:
-        path: The checkpoint's directory, on storage that all ranks share; it must not exist, or be empty. It is written
-            under a temporary name first.
-        staged: From :func:`stage`.
-        hf_dir: An HF directory or another Megatron checkpoint, whose config, tokenizer and templates are copied.
-        metadata: Goes into ``tgdpo.json``. By convention ``dtype`` (``bf16``, ``fp16`` or ``fp32``), ``step`` (None if
-            not from training; set if missing) and ``parameters`` (count); anything that JSON holds may be added.
-        group: See above; None for the default group.
-
-    Raises:
-        UserError: On every rank, if any rank failed: ``path`` is not empty, the disk is full, or anything else.
-            Nothing is left behind.
-    """
-    with AtomicDirectory(path, group) as directory:
-        directory.reserve(staged.size)
-        directory.run_on_rank0(lambda: write_common(staged.common, directory.temporary))
-        digests = directory.collect(
-            directory.run_on_all_ranks(lambda: _write_sharded(staged.sharded, directory.temporary, group))
-        )
-        directory.run_on_rank0(lambda: write_description(directory.temporary, hf_dir, metadata, digests))
-        directory.commit()
 
 
 class _SafeLoadPlanner(MCoreLoadPlanner):
@@ -242,7 +134,7 @@ class _LoadCommon(TorchCommonLoadStrategy):
         return self._common
 
 
-def load(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
+def load_sharded(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
     """Loads what ``sharded_state_dict`` asks for, from a checkpoint saved at any layout; the rest is not read.
 
     Collective over the default group. No file is unpickled freely (see ``checkpoints/dcp_io.py``).
@@ -290,12 +182,3 @@ def _open(path: Path, *, is_first: bool) -> tuple[_LoadCommon, _LoadSharded]:
         return _LoadCommon(path), _LoadSharded(path)
     except _LOADING_ERRORS as error:
         raise load_error(path, error) from error
-
-
-def _total_bytes(sharded: Any) -> int:
-    """Bytes of tensor data that all ranks write."""
-    items = [item for item in nested_values(sharded) if isinstance(item, ShardedTensor) and item.data is not None]
-    local = sum(item.data.numel() * item.data.element_size() for item in items)
-    sizes: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(sizes, local)
-    return sum(sizes)

@@ -17,9 +17,7 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities, Version, detect, parse_version
-from megatron_tgdpo.gpu.options import check_gpu_options
-from megatron_tgdpo.gpu.overlap import check_overlap, ddp_config, optimizer_kwargs
-from megatron_tgdpo.gpu.precision import (
+from megatron_tgdpo.gpu.fp8 import (
     check_fp8_sizes,
     check_precision,
     frozen_params_fp8,
@@ -28,6 +26,8 @@ from megatron_tgdpo.gpu.precision import (
     policy_recipe,
     policy_transformer_kwargs,
 )
+from megatron_tgdpo.gpu.options import check_gpu_options
+from megatron_tgdpo.gpu.overlap import check_overlap, ddp_config, optimizer_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.setup.layout import pack_format
 from tests.unit.config.test_loading import VALID

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from checkpoints_convert.command_line import find_checkpoint
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
-from megatron_tgdpo.checkpoints import sharded
+from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.errors import UserError
@@ -50,7 +50,7 @@ def test_comes_back(saved: Path) -> None:
     wanted = state(torch.zeros(3, 4))
     wanted["random"] = ShardedObject("random", None, (1,), (0,))
     del wanted["groups"]
-    loaded = sharded.load(saved, wanted)
+    loaded = load_sharded(saved, wanted)
     assert torch.equal(loaded["model"]["w"], WEIGHT)
     assert loaded["random"] == {"seed": 5}
     assert loaded["groups"] == [{"lr": 0.1, "betas": (0.9, 0.95)}]
@@ -94,7 +94,7 @@ def test_an_interrupted_save_is_never_taken_for_whole(saved: Path, hf: Path) -> 
     assert find_checkpoint(output_dir) == checkpoints / "step_00000003"
     for path in (checkpoints / "step_00000010.tmp", checkpoints / "step_00000020"):
         with pytest.raises(UserError, match="not a complete Megatron checkpoint"):
-            sharded.load(path, state())
+            load_sharded(path, state())
     assert checkpoint_directory.remove_incomplete(checkpoints) == [checkpoints / "step_00000010.tmp"]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000020"]
     shutil.rmtree(checkpoints / "step_00000003")
@@ -118,7 +118,7 @@ def test_newest_is_by_number(saved: Path) -> None:
 )
 def test_another_model_is_refused(saved: Path, wanted: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        sharded.load(saved, wanted)
+        load_sharded(saved, wanted)
     assert "\n" not in str(error.value)
 
 
@@ -126,9 +126,9 @@ def test_truncated_data_is_refused(saved: Path) -> None:
     file = next(saved.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"distcp: 100 bytes, [\d,]+ were written"):
-        sharded.load(saved, state())
+        load_sharded(saved, state())
     with pytest.raises(UserError, match="cannot load"):
-        sharded.load(without_manifest(saved), state())
+        load_sharded(without_manifest(saved), state())
 
 
 def test_unknown_version_is_refused(saved: Path) -> None:
@@ -150,14 +150,14 @@ class Payload:
 def test_metadata_cannot_run_code(saved: Path) -> None:
     (without_manifest(saved) / ".metadata").write_bytes(pickle.dumps(Payload(saved / "executed")))
     with pytest.raises(UserError, match="does not belong into checkpoint metadata"):
-        sharded.load(saved, state())
+        load_sharded(saved, state())
     assert not (saved / "executed").exists()
 
 
 def test_plain_values_cannot_run_code(saved: Path) -> None:
     torch.save({"x": Payload(saved / "executed")}, without_manifest(saved) / "common.pt")
     with pytest.raises(UserError, match="cannot load"):
-        sharded.load(saved, state())
+        load_sharded(saved, state())
     assert not (saved / "executed").exists()
 
 
@@ -166,7 +166,7 @@ def test_objects_cannot_run_code(saved: Path, hf: Path, tmp_path: Path) -> None:
     hostile = {"random": ShardedObject("random", Payload(mark), (1,), (0,))}
     save(tmp_path / "hostile", hostile, hf, {})
     with pytest.raises(UserError, match="cannot load"):
-        sharded.load(tmp_path / "hostile", {"random": ShardedObject("random", None, (1,), (0,))})
+        load_sharded(tmp_path / "hostile", {"random": ShardedObject("random", None, (1,), (0,))})
     assert not mark.exists()
 
 
