@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo.batching.collate import PreferenceBatch, collate
 from megatron_tgdpo.batching.packed_sequence import PackFormat
+from megatron_tgdpo.checkpoints.save import stage
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferencePair
@@ -107,9 +108,9 @@ def measure(config: Config, world_size: int) -> dict[str, Any]:
     with LiveStorages(known) as step:
         forward_backward(engine, [pack] * (2 * layout.pipeline), 2 * layout.pipeline, forward_only=False)
     facts["step_peak"] = step.peak
-    with LiveStorages(known) as save:
-        staged = save.stage(training_state(engine, is_loading=False), live_storages(engine))
-    facts["save"], facts["save_peak"] = save.bytes(), save.peak
+    with LiveStorages(known) as storages:
+        staged = stage(training_state(engine, is_loading=False), live_storages(engine))
+    facts["save"], facts["save_peak"] = storages.bytes(), storages.peak
     del staged
     facts |= sent_in_a_step(engine, pack, 2 * layout.pipeline)
     destroy_model_parallel()
