@@ -5,6 +5,7 @@ Arguments: the step, and a pattern of the files, then those of training.
 
 import resource
 import sys
+from pathlib import Path
 
 from megatron_tgdpo.output import metrics_log
 from megatron_tgdpo.train import main
@@ -17,7 +18,9 @@ def inject(step: int, pattern: str) -> None:
         if wanted.number < step:
             write(files, wanted)
             return
-        newest = max((file.stat() for file in files.directory.glob(pattern)), key=lambda stat: stat.st_mtime_ns)
+        newest = max(
+            (file.stat() for file in Path(files._lines.name).parent.glob(pattern)), key=lambda stat: stat.st_mtime_ns
+        )
         resource.setrlimit(resource.RLIMIT_FSIZE, (newest.st_size + 20, resource.RLIM_INFINITY))
         try:
             write(files, wanted)
