@@ -1,17 +1,31 @@
-"""Checkpoint directories of a run: which are complete, and how one goes.
+"""Checkpoint directories of a run: which are complete, how one comes to be and goes.
 
 A save (``checkpoints/save.py``) writes under a temporary name and renames: a directory without that ending and with all
 its files (``checkpoints/manifest.py``) is complete.
 """
 
+import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from megatron_tgdpo.checkpoints.manifest import UNFINISHED_SUFFIX, check_files
-from megatron_tgdpo.errors import DamageError, StorageError
-from megatron_tgdpo.storage.files import read_error
+from megatron_tgdpo.checkpoints.manifest import (
+    COMMON_FILE,
+    FORMAT,
+    FORMAT_FILE,
+    HF_FOLDER,
+    TENSORS_FILE,
+    UNFINISHED_SUFFIX,
+    check_files,
+    file_size,
+    write_manifest,
+)
+from megatron_tgdpo.checkpoints.model_directory import copy_hf_files
+from megatron_tgdpo.errors import DamageError, StorageError, UserError
+from megatron_tgdpo.storage.files import FileDigest, file_digest, read_error
 
 logger = logging.getLogger(__name__)
 
@@ -92,3 +106,34 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 def remove_checkpoint(path: Path) -> None:
     """Deletes a checkpoint; renamed first, so that one whose removal is interrupted is not taken for complete."""
     shutil.rmtree(path.rename(path.with_name(path.name + REMOVING_SUFFIX)))
+
+
+def write_description(
+    directory: Path, hf_dir: Path, metadata: Mapping[str, Any], digests: Mapping[str, FileDigest]
+) -> None:
+    """Adds to a directory of tensors what makes it a checkpoint of this project: ``tgdpo.json`` last.
+
+    Args:
+        directory: With the tensors, not yet renamed.
+        hf_dir: An HF directory or another Megatron checkpoint, whose config, tokenizer and templates are copied.
+        metadata: Goes into ``tgdpo.json``.
+        digests: Of the files of tensors, as their writers know them.
+
+    Raises:
+        UserError: A file of tensors is not here as it was written, so not on storage that all ranks share; or a file
+            of ``hf_dir`` is damaged.
+        OSError: Something cannot be written.
+    """
+    (directory / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+    (directory / HF_FOLDER).mkdir()
+    copy_hf_files(hf_dir, directory / HF_FOLDER)
+    files = dict(digests)
+    for name, written in files.items():
+        size = file_size(directory / name)
+        if size != written.size:
+            raise UserError(f"{directory / name}: {size:,} bytes are here, its rank wrote {written.size:,}")
+    small = [directory / FORMAT_FILE, directory / TENSORS_FILE, directory / COMMON_FILE]
+    for file in [*small, *sorted((directory / HF_FOLDER).rglob("*"))]:
+        if file.is_file():
+            files[str(file.relative_to(directory))] = file_digest(file)
+    write_manifest(directory, metadata, files)

@@ -3,7 +3,6 @@
 A checkpoint is written under a temporary name and renamed when it is whole (``storage/atomic_directory.py``).
 """
 
-import json
 import pickle
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -22,20 +21,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 
 from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, write_common
-from megatron_tgdpo.checkpoints.manifest import (
-    COMMON_FILE,
-    FORMAT,
-    FORMAT_FILE,
-    HF_FOLDER,
-    TENSORS_FILE,
-    file_size,
-    write_manifest,
-)
-from megatron_tgdpo.checkpoints.model_directory import copy_hf_files
+from megatron_tgdpo.checkpoints.directory import write_description
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory, describe
-from megatron_tgdpo.storage.files import FileDigest, file_digest
+from megatron_tgdpo.storage.files import FileDigest
 
 
 @dataclass(frozen=True)
@@ -148,34 +138,3 @@ def _total_bytes(sharded: Any) -> int:
     sizes: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, local)
     return sum(sizes)
-
-
-def write_description(
-    directory: Path, hf_dir: Path, metadata: Mapping[str, Any], digests: Mapping[str, FileDigest]
-) -> None:
-    """Adds to a directory of tensors what makes it a checkpoint of this project: ``tgdpo.json`` last.
-
-    Args:
-        directory: With the tensors, not yet renamed.
-        hf_dir: An HF directory or another Megatron checkpoint, whose config, tokenizer and templates are copied.
-        metadata: Goes into ``tgdpo.json``.
-        digests: Of the files of tensors, as their writers know them.
-
-    Raises:
-        UserError: A file of tensors is not here as it was written, so not on storage that all ranks share; or a file
-            of ``hf_dir`` is damaged.
-        OSError: Something cannot be written.
-    """
-    (directory / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
-    (directory / HF_FOLDER).mkdir()
-    copy_hf_files(hf_dir, directory / HF_FOLDER)
-    files = dict(digests)
-    for name, written in files.items():
-        size = file_size(directory / name)
-        if size != written.size:
-            raise UserError(f"{directory / name}: {size:,} bytes are here, its rank wrote {written.size:,}")
-    small = [directory / FORMAT_FILE, directory / TENSORS_FILE, directory / COMMON_FILE]
-    for file in [*small, *sorted((directory / HF_FOLDER).rglob("*"))]:
-        if file.is_file():
-            files[str(file.relative_to(directory))] = file_digest(file)
-    write_manifest(directory, metadata, files)

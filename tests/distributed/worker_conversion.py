@@ -25,6 +25,7 @@ from checkpoints_convert import export as export_module
 from checkpoints_convert.export import export_hf
 from checkpoints_convert.import_hf import import_hf
 from checkpoints_convert.logits import packed_outputs, packing_of
+from megatron_tgdpo.checkpoints import directory as checkpoint_directory
 from megatron_tgdpo.checkpoints import save as checkpoint_save
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
@@ -203,7 +204,7 @@ def run_faults(root: Path) -> None:
         if (action, fault) in (("import", "common"), ("export", "common")):
             continue
         target = root / "faults" / f"{action}-{fault}"
-        copied = {"export": export_module}.get(action, checkpoint_save)
+        copied = {"export": export_module}.get(action, checkpoint_directory)
         patches = {
             "common": mock.patch.object(checkpoint_save, "write_common", side_effect=no_space),
             "space": mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),

@@ -130,7 +130,7 @@ def test_bad_input_is_not_tried_again(cluster: Cluster, config_file: Path, tmp_p
 def test_restarts_without_progress_end(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
     """A python whose training always crashes."""
     crashing = tmp_path / "python"
-    crashing.write_text('#!/bin/sh\n[ "$2" != megatron_tgdpo.train ] || exit 70\nexec "$REAL_PYTHON" "$@"\n')
+    crashing.write_text('#!/bin/sh\n[ "$2 $3" != "tgdpo train" ] || exit 70\nexec "$REAL_PYTHON" "$@"\n')
     crashing.chmod(0o755)
     variables = {"REAL_PYTHON": sys.executable, "TGDPO_PYTHON": str(crashing), "TGDPO_MAX_RESTARTS": "1"}
     job = cluster.train(tmp_path, [str(config_file), f"output_dir={tmp_path}/run"], **variables)

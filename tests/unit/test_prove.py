@@ -39,7 +39,7 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path: Path) -> None:
     for name in ("blocks window beside blocks in fp32", "llama: bf16 losses beside fp32 on the CPU, 4 steps"):
         assert figures[name]["passed"] is True
         assert figures[name]["value"] > 0
-    for name in ("tiny, rows of 256, bf16, cached: pairs", "tiny, rows of 256: pairs/s over plain HF"):
+    for name in ("tiny, packs of 256, bf16, cached: pairs", "tiny, packs of 256: pairs/s over plain HF"):
         assert figures[name]["value"] > 0
     # What it cannot is said, with the reason that the configuration gives.
     assert "needs a CUDA GPU" in figures["llama: losses of the Transformer Engine spec beside local"]["note"]

@@ -47,7 +47,7 @@ def plan_of(recipe: Path, tmp_path: Path) -> Plan:
     pack = Pack(config.seq_length, config.data.max_length, 2, batch.gathered_keys, keep)
     job = Job(model, frozen, pack, batch)
     cluster = Cluster(nodes=int(said["nodes"]), gpus_per_node=int(said["gpus"]))
-    return make_plan(job, cluster, layout_of(config.parallel, cluster.gpus), config.train.recompute)
+    return make_plan(job, cluster, layout_of(config, cluster.gpus), config.train.recompute)
 
 
 def test_there_are_recipes_for_every_model_and_method() -> None:
@@ -59,7 +59,7 @@ def test_there_are_recipes_for_every_model_and_method() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_is_what_its_name_and_launch_line_say(recipe: Path) -> None:
     config, said, text = load_config(recipe), parts(recipe), recipe.read_text()
-    layout = layout_of(config.parallel, int(said["nodes"]) * int(said["gpus"]))
+    layout = layout_of(config, int(said["nodes"]) * int(said["gpus"]))
     assert config.loss.method == said["method"]
     assert (layout.tensor, layout.pipeline, layout.data) == (int(said["tp"]), int(said["pp"]), int(said["dp"]))
     assert str(layout) in text.splitlines()[0]

@@ -11,9 +11,9 @@ from tests.launch import ROOT, environment
 # One call that never comes back to Python's own handlers, as a backward pass or a collective.
 BUSY = """
 import hashlib, logging
-from megatron_tgdpo import stopping
+from megatron_tgdpo import signals
 logging.basicConfig(level=logging.INFO)
-stopping.listen()
+signals.listen()
 print("ready", flush=True)
 hashlib.pbkdf2_hmac("sha512", b"", b"", 2**31 - 1)
 """

@@ -177,7 +177,7 @@ def test_tools_of_a_prompt_reach_the_scoring_function(tmp_path: Path, model: Pat
     (reads_tools / "chat_template.jinja").write_text("{% if tools %}w11 {% endif %}" + template)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"instruction": "w5", "tools": TOOLS}) + "\n")
-    score = "tests.unit.tools.scores:even_words_and_tools"
+    score = "tests.unit.commands.scores:even_words_and_tools"
     summary = build(parse_arguments(arguments(reads_tools, prompts, tmp_path / "a.jsonl", score=score)))
     assert summary["pairs"] == 1
     (record,) = read(tmp_path / "a.jsonl")

@@ -11,7 +11,7 @@ PROCESSES = 100
 FORK_AND_COMPARE = f"""
 import os, torch
 import megatron.core.tensor_parallel.random
-from megatron_tgdpo.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 
 torch.set_num_threads(1)
 angles = torch.arange(1728.0)[:, None] * torch.arange(1, 65) / 64

@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from megatron_tgdpo.checkpoints.manifest import write_manifest
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.config import transformer_config_kwargs
 from megatron_tgdpo.models.hf_config import padded_vocab_size, read_hf_config
+from megatron_tgdpo.storage.files import file_digest
 from tests.tiny_models import make_llama
 
 CPU = torch.device("cpu")
@@ -36,6 +38,7 @@ def kwargs(hf: Path, tensor: int, pipeline: int, sequence_parallel: bool = False
 def test_reads_the_config_of_a_megatron_checkpoint(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text((hf / "config.json").read_text())
+    write_manifest(tmp_path, {}, {"hf/config.json": file_digest(tmp_path / "hf" / "config.json")})
     ours, theirs = read_hf_config(tmp_path).to_dict(), read_hf_config(hf).to_dict()
     assert ours.pop("_name_or_path", None) != theirs.pop("_name_or_path", "")
     assert ours == theirs

@@ -2,7 +2,6 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -101,8 +100,7 @@ def test_warm_up_that_takes_all_steps_is_refused(policy: Path, tmp_path: Path) -
     optimizer, batch = {**VALID.get("optimizer", {}), "lr": 1e-3}, {**VALID["batch"], "global_pairs": 4}
     for steps, fits in ((None, True), (3, True), (4, False)):
         config = config_from_dict({**values, "batch": batch, "optimizer": {**optimizer, "warmup_steps": steps}})
-        made = prepare_data(config, tmp_path / "cache", [])
-        prepared = json.dumps({name: asdict(each) for name, each in made.items()})
+        prepared = prepare_data(config, tmp_path / "cache", [])
         with nullcontext() if fits else pytest.raises(UserError, match="warmup_steps is 4 and the run has 4 steps"):
             assert open_data(config, prepared, read_model_configs(config)).order.steps == 4
 

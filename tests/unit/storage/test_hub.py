@@ -19,7 +19,7 @@ PAIR = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
 FETCH = """
 import sys
 from megatron_tgdpo.errors import StorageError, UserError
-from megatron_tgdpo.hub import fetch, hub_name, local_path
+from megatron_tgdpo.storage.hub import fetch, hub_name, local_path
 kind, text = sys.argv[1:]
 try:
     pinned = fetch(hub_name(text), kind)
