@@ -113,6 +113,24 @@ def add_length_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def preprocess_options(given: argparse.Namespace, tokenizer: str, **others: Any) -> PreprocessOptions:
+    """What :func:`add_template_arguments`, :func:`add_columns_argument` and :func:`add_length_arguments` ask of data.
+
+    Raises:
+        UserError: A number is out of range.
+    """
+    return PreprocessOptions(
+        tokenizer=tokenizer,
+        chat_template=given.chat_template,
+        template_kwargs=given.template_kwargs,
+        columns=given.columns,
+        max_length=given.max_length,
+        max_prompt_length=given.max_prompt_length,
+        overlong_prompt=given.overlong_prompt,
+        **others,
+    )
+
+
 def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options about weights in memory and on disk."""
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of weights (default: bf16 on a GPU, fp32 on a CPU)")

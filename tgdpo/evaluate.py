@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.errors import UserError
 from tgdpo.command_line import (
     add_columns_argument,
@@ -25,6 +24,7 @@ from tgdpo.command_line import (
     not_negative,
     positive,
     positive_number,
+    preprocess_options,
     run,
 )
 from tgdpo.generation.roles import GUIDE, REFERENCE, named_models
@@ -80,15 +80,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     check_present(given, "--chat-template")
     check_scratch(given)
     # The tokenizer is the reference's, wherever that keeps it.
-    options = PreprocessOptions(
-        tokenizer=str(given.reference),
-        chat_template=given.chat_template,
-        template_kwargs=given.template_kwargs,
-        columns=given.columns,
-        max_length=given.max_length,
-        max_prompt_length=given.max_prompt_length,
-        overlong_prompt=given.overlong_prompt,
-    )
+    options = preprocess_options(given, str(given.reference))
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.generation.compare_models import report
 

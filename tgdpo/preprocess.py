@@ -13,10 +13,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.summary import lost_ends_warning, summary
 from megatron_tgdpo.storage.hub import MODEL, fetch, hub_name, local_path
-from tgdpo.command_line import add_columns_argument, add_length_arguments, add_template_arguments, check_present, run
+from tgdpo.command_line import (
+    add_columns_argument,
+    add_length_arguments,
+    add_template_arguments,
+    check_present,
+    preprocess_options,
+    run,
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,17 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> None:
-    options = PreprocessOptions(
-        tokenizer=given.tokenizer,
-        chat_template=given.chat_template,
-        template_kwargs=given.template_kwargs,
-        columns=given.columns,
-        max_length=given.max_length,
-        max_prompt_length=given.max_prompt_length,
-        overlong_prompt=given.overlong_prompt,
-        workers=given.workers,
-        strict=given.strict,
-        chosen_only=given.chosen_only,
+    options = preprocess_options(
+        given, given.tokenizer, workers=given.workers, strict=given.strict, chosen_only=given.chosen_only
     )
     check_present(given, "--chat-template")
     name = hub_name(given.tokenizer)
