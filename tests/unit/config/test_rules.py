@@ -1,0 +1,57 @@
+"""Every rule on values that go together is broken by some config, and is the one that says so."""
+
+import pytest
+
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.rules import RULES
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.values import merged, typed_override
+from megatron_tgdpo.errors import UserError
+from tests.unit.config.test_loading import VALID
+
+_CACHED = ["guidance.mode=cached", "guidance.cache=dir"]
+# Overrides that break one rule, and what its message begins with.
+BROKEN = [
+    (["train.epochs=1"], "set exactly one of train.steps and train.epochs"),
+    (["loss.method=sft", "model.guide=null", "loss.beta=1"], "loss.beta is set but loss.method sft"),
+    (["loss.method=dpo", "model.guide=null", "loss.alpha=1"], "loss.alpha is set but loss.method dpo"),
+    (["loss.label_smoothing=0.1"], "loss.label_smoothing is set but loss.method tgdpo"),
+    (["loss.sft_weight=0.1"], "loss.sft_weight is set but loss.method tgdpo"),
+    (["loss.gamma=1"], "loss.gamma is set but loss.method tgdpo"),
+    (["model.guide=null"], "loss.method tgdpo needs model.guide"),
+    (["loss.method=dpo"], "loss.method dpo uses no guide"),
+    (["loss.method=simpo", "model.guide=null", "model.reference=ref"], "loss.method simpo uses no reference"),
+    (["loss.method=simpo", "model.guide=null", *_CACHED], "loss.method simpo has no frozen models"),
+    (["guidance.mode=cached"], "guidance.mode cached needs guidance.cache"),
+    ([*_CACHED, "guidance.prefetch=true", "parallel.pipeline=2"], "guidance.prefetch is true but no frozen models"),
+    (["guidance.prefetch=true"], "guidance.prefetch is true with one stage"),
+    (["parallel.context=2", "batch.shared_prompts=true"], "batch.shared_prompts is true with parallel.context"),
+    ([*_CACHED, "parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is 2 with one stage"),
+    (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is 2 with guidance.mode"),
+    (["overlap.param_gather=true"], "overlap.param_gather needs overlap.grad_reduce"),
+    (["parallel.tensor=2", "overlap.tensor=true"], "overlap.tensor needs parallel.sequence_parallel"),
+    (
+        ["parallel.context=2", "batch.tokens_per_micro_batch=4098"],
+        "batch.tokens_per_micro_batch 4098 is not divisible by 2 x",
+    ),
+    (
+        ["parallel.tensor=4", "parallel.sequence_parallel=true", "batch.tokens_per_micro_batch=4098"],
+        "batch.tokens_per_micro_batch 4098 is not divisible by parallel.tensor x",
+    ),
+    (["data.max_prompt_length=2048"], "data.max_prompt_length must be smaller than data.max_length"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BROKEN)
+def test_a_rule_refuses_what_breaks_it(overrides: list[str], message: str) -> None:
+    values = VALID
+    for override in overrides:
+        values = merged(values, typed_override(Config, override))
+    with pytest.raises(UserError) as error:
+        config_from_dict(values)
+    assert str(error.value).startswith(f"config: {message}")
+
+
+def test_no_rule_is_left_out() -> None:
+    """A rule without a case would be one that nobody has seen refuse anything."""
+    assert len({message for _, message in BROKEN}) == len(BROKEN) == len(RULES)
