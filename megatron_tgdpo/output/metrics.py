@@ -28,11 +28,7 @@ def _largest(values: Tensor) -> Tensor:
     return values.max() if values.numel() else values.new_full((), float("-inf"))
 
 
-def _token_weights(loss: PreferenceLoss) -> Tensor:
-    return loss.token_weights.double()
-
-
-# What is added up over packs and ranks, by name: of pairs, then of tokens.
+# What is added up over packs and ranks, by name: of pairs, then of tokens, with their weights in float64.
 _PAIR_SUMS: dict[str, _Formula] = {
     "pairs": lambda loss: loss.losses.new_full((), loss.losses.numel()),
     "count": lambda loss: loss.count,
@@ -48,12 +44,12 @@ _PAIR_SUMS: dict[str, _Formula] = {
     "guide_correct": lambda loss: (loss.guide_rewards[0::2] > loss.guide_rewards[1::2]).sum(),
     "responses_difference": lambda loss: loss.logratios.double().square().sum(),
 }
-_TOKEN_SUMS: dict[str, _Formula] = {
-    "tokens": lambda loss: loss.token_weights.new_full((), loss.token_weights.numel(), dtype=torch.float64),
-    "weight": lambda loss: _token_weights(loss).sum(),
-    "weight_squared": lambda loss: _token_weights(loss).square().sum(),
-    "weight_negative": lambda loss: (_token_weights(loss) < 0).sum(),
-    "tokens_difference": lambda loss: loss.token_logratios.double().square().sum(),
+_TOKEN_SUMS: dict[str, Callable[[PreferenceLoss, Tensor], Tensor]] = {
+    "tokens": lambda loss, weights: weights.new_full((), weights.numel()),
+    "weight": lambda loss, weights: weights.sum(),
+    "weight_squared": lambda loss, weights: weights.square().sum(),
+    "weight_negative": lambda loss, weights: (weights < 0).sum(),
+    "tokens_difference": lambda loss, weights: loss.token_logratios.double().square().sum(),
 }
 # The sums of pairs that are reported as means over pairs, under their own names.
 _PAIR_MEANS = (
@@ -61,13 +57,13 @@ _PAIR_MEANS = (
     "logps/reference_chosen", "logps/reference_rejected", "margins/weighted",
 )  # fmt: skip
 # What the largest is taken of over packs and ranks, by name; -inf where a pack has none.
-_MAXIMA: dict[str, Callable[[PreferenceLoss, Tensor], Tensor]] = {
-    "weight_max": lambda loss, _: _largest(_token_weights(loss)),
-    "negative_weight_min": lambda loss, _: _largest(-_token_weights(loss)),
-    "largest_difference": lambda loss, _: _largest(loss.token_logratios.double().abs()),
+_MAXIMA: dict[str, Callable[[PreferenceLoss, Tensor, Tensor], Tensor]] = {
+    "weight_max": lambda loss, weights, pairs: _largest(weights),
+    "negative_weight_min": lambda loss, weights, pairs: _largest(-weights),
+    "largest_difference": lambda loss, weights, pairs: _largest(loss.token_logratios.double().abs()),
     # Without a boolean index, whose size a GPU would have to tell the host.
-    "negative_bad_pair": lambda loss, pair_indices: _largest(
-        torch.where(torch.isfinite(loss.losses), float("-inf"), -pair_indices.double())
+    "negative_bad_pair": lambda loss, weights, pairs: _largest(
+        torch.where(torch.isfinite(loss.losses), float("-inf"), -pairs.double())
     ),
 }
 
@@ -118,11 +114,11 @@ def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, *, count_pairs: boo
         pair_indices: [P] int64, each pair's index in the dataset.
         count_pairs: False on all but one of the context-parallel ranks, which all know the same pairs.
     """
-    zero = loss.losses.new_zeros(())
+    zero, weights = loss.losses.new_zeros(()), loss.token_weights.double()
     sums = {name: formula(loss) if count_pairs else zero for name, formula in _PAIR_SUMS.items()}
-    sums |= {name: formula(loss) for name, formula in _TOKEN_SUMS.items()}
-    maxima = {name: formula(loss, pair_indices) for name, formula in _MAXIMA.items()}
-    return PackMetrics(sums, _weight_counts(_token_weights(loss)), maxima)
+    sums |= {name: formula(loss, weights) for name, formula in _TOKEN_SUMS.items()}
+    maxima = {name: formula(loss, weights, pair_indices) for name, formula in _MAXIMA.items()}
+    return PackMetrics(sums, _weight_counts(weights), maxima)
 
 
 def _weight_counts(weights: Tensor) -> Tensor:

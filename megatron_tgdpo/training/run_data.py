@@ -112,7 +112,7 @@ def check_inputs(config: Config, prepared: Mapping[str, Prepared], ranks: RankEn
         store: Joins all ranks; its keys must be unused.
 
     Returns:
-        The same on every rank: a fingerprint for each key of ``config_changes.INPUTS``, None where it is not used.
+        The same on every rank: a fingerprint for each key of ``config/changes.py: INPUTS``, None where it is not used.
 
     Raises:
         UserError: On every rank: a file is not there, the data is damaged, or the cache is of something else; a
