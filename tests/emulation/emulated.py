@@ -35,6 +35,7 @@ class _Device:
 # it must ask here.
 _ASKED = {
     ".is_cuda": ".is_cpu", "assert torch.cuda.is_available()": "assert True",
+    "if not torch.cuda.is_available()": "if False",
     'device="cuda"': 'device="cpu"', 'device = "cuda"': 'device = "cpu"', 'torch.device("cuda")': 'torch.device("cpu")',
 }  # fmt: skip
 

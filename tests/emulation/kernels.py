@@ -1,6 +1,6 @@
 """Transformer Engine's compiled module in plain torch: what its Python calls, by the names it calls it.
 
-Stands in for ``transformer_engine_torch`` of 2.11.0. FP8 values are rounded as the kernels round them (torch's own
+Stands in for ``transformer_engine_torch`` of 2.9.0 to 2.20.2. FP8 values are rounded as the kernels round them (torch's own
 float8 dtypes, saturated), products are exact in fp32. Layouts are Hopper's, where a product needs its operands
 row-wise, so that a weight whose transposed copy is missing or stale fails here too. What nothing here needs raises
 NotImplementedError when it is called.
@@ -9,6 +9,7 @@ NotImplementedError when it is called.
 """
 
 import enum
+import importlib.metadata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -19,33 +20,47 @@ from torch import Tensor
 
 calls: Counter[str] = Counter()
 
+_VERSION = tuple(map(int, importlib.metadata.version("transformer_engine").split(".")[:2]))
+
 
 def _enum(name: str, members: str, start: int = 0) -> Any:
     return enum.IntEnum(name, members, start=start)
 
 
-DType = _enum(
+# Its Python compares the names with its own from 2.17 on.
+DType = enum.IntEnum(
     "DType",
-    "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 kFloat4E2M1",
-)
+    {
+        "kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6, "kFloat8E4M3": 7, "kFloat8E5M2": 8,
+        "kFloat4E2M1": 10,
+    },
+)  # fmt: skip
 _GEMMS = "GEMM{0}_INPUT GEMM{0}_WEIGHT GEMM{0}_OUTPUT"
 FP8FwdTensors = _enum("FP8FwdTensors", " ".join(_GEMMS.format(n) for n in (1, 2, 3)))
 FP8BwdTensors = _enum("FP8BwdTensors", " ".join(f"GRAD_OUTPUT{n} GRAD_INPUT{n}" for n in (1, 2, 3)))
 Float8BlockScaleTensorFormat = _enum("Float8BlockScaleTensorFormat", "GEMM_READY COMPACT")
 CommOverlapType = _enum("CommOverlapType", "RS AG")
 CommOverlapAlgo = _enum("CommOverlapAlgo", "NONE")
+# Compared too, from 2.19 on, where the second is gone.
 NVTE_Fused_Attn_Backend = _enum(
     "NVTE_Fused_Attn_Backend",
-    "NVTE_No_Backend NVTE_F16_max512_seqlen NVTE_F16_arbitrary_seqlen NVTE_FP8",
+    f"NVTE_No_Backend {'NVTE_F16_max512_seqlen ' * (_VERSION < (2, 19))}NVTE_F16_arbitrary_seqlen NVTE_FP8",
     start=-1,
 )
+NVTEScalingMode = _enum(
+    "NVTEScalingMode",
+    "NVTE_DELAYED_TENSOR_SCALING NVTE_MXFP8_1D_SCALING NVTE_BLOCK_SCALING_1D NVTE_BLOCK_SCALING_2D "
+    "NVTE_NVFP4_1D_SCALING NVTE_INVALID_SCALING",
+)
+NVTERoutingMapFormat = _enum("NVTERoutingMapFormat", "BYTEMAP BITMAP_U8")
+NVTEQBHistogramMode = _enum("NVTEQBHistogramMode", "TWO_KERNEL FUSED_ATOMIC")
 NVTE_QKV_Layout = _enum(
     "NVTE_QKV_Layout",
     "NVTE_SB3HD NVTE_SBH3D NVTE_SBHD_SB2HD NVTE_SBHD_SBH2D NVTE_SBHD_SBHD_SBHD NVTE_BS3HD NVTE_BSH3D NVTE_BSHD_BS2HD "
     "NVTE_BSHD_BSH2D NVTE_BSHD_BSHD_BSHD NVTE_T3HD NVTE_TH3D NVTE_THD_T2HD NVTE_THD_TH2D NVTE_THD_THD_THD "
     "NVTE_SBHD_BSHD_BSHD NVTE_BSHD_SBHD_SBHD NVTE_THD_BSHD_BSHD NVTE_THD_SBHD_SBHD NVTE_Paged_KV_BSHD_BSHD_BSHD "
     "NVTE_Paged_KV_BSHD_SBHD_SBHD NVTE_Paged_KV_SBHD_BSHD_BSHD NVTE_Paged_KV_SBHD_SBHD_SBHD "
-    "NVTE_Paged_KV_THD_BSHD_BSHD NVTE_Paged_KV_THD_SBHD_SBHD",
+    "NVTE_Paged_KV_THD_BSHD_BSHD NVTE_Paged_KV_THD_SBHD_SBHD NVTE_BHSD_BHSD_BHSD NVTE_QKV_Layout_NOT_SET",
 )
 NVTE_Bias_Type = _enum("NVTE_Bias_Type", "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI")
 NVTE_Mask_Type = _enum(
@@ -56,7 +71,8 @@ NVTE_Mask_Type = _enum(
 NVTE_Softmax_Type = _enum("NVTE_Softmax_Type", "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX")
 NVTE_QKV_Format = _enum(
     "NVTE_QKV_Format",
-    "NVTE_SBHD NVTE_BSHD NVTE_THD NVTE_BSHD_2SBHD NVTE_SBHD_2BSHD NVTE_THD_2BSHD NVTE_THD_2SBHD",
+    "NVTE_SBHD NVTE_BSHD NVTE_THD NVTE_BSHD_2SBHD NVTE_SBHD_2BSHD NVTE_THD_2BSHD NVTE_THD_2SBHD NVTE_BHSD "
+    "NVTE_QKV_Format_NOT_SET",
 )
 
 
@@ -117,8 +133,10 @@ def get_stream_priority_range() -> tuple[int, int]:
 
 
 def get_fused_attn_backend(*args: Any, **kwargs: Any) -> Any:
-    del args, kwargs
-    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+    del kwargs
+    chosen = NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+    # Given one description of the case, it also says why there is none.
+    return (chosen, "") if len(args) == 1 else chosen
 
 
 # ---- casts to FP8 and back
@@ -177,8 +195,9 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
         if quantizer.with_amax_reduction:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
         scale = _scale(amax, _LARGEST[quantizer.dtype], quantizer.force_pow_2_scales, quantizer.amax_epsilon)
-        quantizer.scale.copy_(scale.view(1))
-        quantizer.amax.copy_(amax.view(1))
+        if hasattr(quantizer, "scale"):
+            quantizer.scale.copy_(scale.view(1))
+            quantizer.amax.copy_(amax.view(1))
     data = _cast(x, scale, quantizer.dtype)
     if output._data is not None:
         output._data.copy_(data.view(output._data.shape))
@@ -195,9 +214,41 @@ def _empty_like(quantizer: Any, tensor: Tensor) -> Any:
     return quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device, pin_memory: bool
+) -> Any:
+    """What ``make_empty`` of its quantizers calls from 2.16 on, as the module allocates it on Hopper."""
+    del device, pin_memory
+    copies = {"row": quantizer.rowwise_usage, "column": quantizer.columnwise_usage}
+    transposed = [shape[-1], *shape[:-1]]
+    sizes = {"row": shape, "column": transposed}
+    data = {name: torch.empty(sizes[name], dtype=torch.uint8) if used else None for name, used in copies.items()}
+    whole = {"shape": shape, "dtype": dtype}
+    common = {"fp8_dtype": quantizer.dtype, "quantizer": quantizer}
+    if type(quantizer).__name__ == "Float8BlockQuantizer":
+        from transformer_engine.pytorch import Float8BlockwiseQTensor, Float8BlockwiseQTensorStorage
+
+        scales = {
+            name: torch.empty(quantizer.get_scale_shape(shape, columnwise=name == "column")) if used else None
+            for name, used in copies.items()
+        }
+        common |= {
+            "rowwise_data": data["row"], "rowwise_scale_inv": scales["row"],
+            "columnwise_data": data["column"], "columnwise_scale_inv": scales["column"],
+            "is_2D_scaled": quantizer.block_scaling_dim == 2,
+        }  # fmt: skip
+        return Float8BlockwiseQTensorStorage(**common) if quantizer.internal else Float8BlockwiseQTensor(**whole, **common)
+    from transformer_engine.pytorch import Float8Tensor, Float8TensorStorage
+
+    common |= {"data": data["row"], "fp8_scale_inv": torch.empty(1), "data_transpose": data["column"]}
+    return Float8TensorStorage(**common) if quantizer.internal else Float8Tensor(**whole, **common)
+
+
 def _internal(quantizer: Any, tensor: Tensor) -> Any:
     """A storage without being a tensor, as the module makes for what only its own products read."""
     whole = _empty_like(quantizer, tensor)
+    if not isinstance(whole, Tensor):
+        return whole
     if type(quantizer).__name__ == "Float8BlockQuantizer":
         from transformer_engine.pytorch import Float8BlockwiseQTensorStorage
 
@@ -237,7 +288,7 @@ def _over_blocks(scale: Tensor, rows: int, columns: int) -> Tensor:
 def _quantize_blocks(x: Tensor, quantizer: Any, output: Any) -> Any:
     flat = x.reshape(-1, x.shape[-1])
     # To be gathered over ranks: nothing is transposed yet.
-    compact = output._data_format == Float8BlockScaleTensorFormat.COMPACT
+    compact = getattr(output, "_data_format", None) == Float8BlockScaleTensorFormat.COMPACT
     if quantizer.rowwise_usage and output._rowwise_data is not None:
         scale, inverse = _block_scales(flat, quantizer, False)
         output._rowwise_data.copy_(_cast(flat, scale, quantizer.dtype).view(output._rowwise_data.shape))
@@ -286,6 +337,11 @@ def fp8_transpose(data: Tensor, dtype: Any, out: Tensor | None = None) -> Tensor
     del dtype
     result = _transposed(data)
     return result if out is None else out.copy_(result.view(out.shape))
+
+
+def swap_first_dims(tensor: Tensor, out: Tensor | None = None) -> Tensor:
+    result = tensor.transpose(0, 1).contiguous()
+    return result if out is None else out.copy_(result)
 
 
 def compute_amax(tensor: Tensor, amax: Tensor) -> None:
@@ -432,25 +488,26 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_kv: Tensor, scale:
     return varlen(q.float(), k.float(), v.float(), cu_q, cu_kv, scale, tuple(window)).to(q.dtype)
 
 
-def fused_attn_fwd(
-    max_q: int, max_kv: int, training: bool, scale: float, dropout: float, fast_fill: bool, layout: Any, bias: Any,
-    mask: Any, softmax: Any, window: Any, cu_q: Tensor, cu_kv: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any,
-    **options: Any,
-) -> list[Tensor]:  # fmt: skip
-    del max_q, max_kv, dropout, fast_fill, bias, softmax, rest, options
-    assert layout == NVTE_QKV_Layout.NVTE_THD_THD_THD
+def _attention_operands(arguments: Sequence[Any]) -> tuple[list[Tensor], Any]:
+    """Tensors in their order, and the window. What stands between them differs from version to version."""
+    assert NVTE_QKV_Layout.NVTE_THD_THD_THD in [a for a in arguments if isinstance(a, NVTE_QKV_Layout)]
+    (mask,) = (a for a in arguments if isinstance(a, NVTE_Mask_Type))
     assert mask == NVTE_Mask_Type.NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK
+    window = next(a for a in arguments if isinstance(a, tuple | list) and len(a) == 2)
+    return [a for a in arguments if isinstance(a, Tensor)], window
+
+
+def fused_attn_fwd(max_q: int, max_kv: int, training: bool, scale: float, *rest: Any, **options: Any) -> list[Tensor]:
+    del max_q, max_kv, training, options
+    (cu_q, cu_kv, q, k, v, *_), window = _attention_operands(rest)
     out = _attend(q, k, v, cu_q, cu_kv, scale, window)
     # What backward is given: softmax statistics and the generator's state, unused here.
-    return [out, torch.zeros(*q.shape[:2], 1), torch.zeros(2, dtype=torch.int64)] if training else [out]
+    return [out, torch.zeros(*q.shape[:2], 1), torch.zeros(2, dtype=torch.int64)]
 
 
-def fused_attn_bwd(
-    max_q: int, max_kv: int, scale: float, dropout: float, fast_fill: bool, layout: Any, bias: Any, mask: Any,
-    softmax: Any, window: Any, deterministic: bool, cu_q: Tensor, cu_kv: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    out: Tensor, gradient: Tensor, *rest: Any, **options: Any,
-) -> list[Tensor | None]:  # fmt: skip
-    del max_q, max_kv, dropout, fast_fill, layout, bias, mask, softmax, deterministic, out, rest, options
+def fused_attn_bwd(max_q: int, max_kv: int, scale: float, *rest: Any, **options: Any) -> list[Tensor | None]:
+    del max_q, max_kv, options
+    (cu_q, cu_kv, q, k, v, _, gradient, *_), window = _attention_operands(rest)
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         again = _attend(*inputs, cu_q, cu_kv, scale, window)
