@@ -1,6 +1,6 @@
 """Stand-ins for Transformer Engine's modules on the CPU: the same constructors, parameter names and results.
 
-Signatures: megatron-core 0.16.1 ``extensions/transformer_engine.py`` and TransformerEngine 2.9
+Signatures: megatron-core 0.16.1 ``extensions/transformer_engine.py`` and TransformerEngine 2.9 to 2.20
 ``DotProductAttention``. Enough of them to build, load, save and run the Transformer Engine layer spec without it.
 """
 
@@ -113,7 +113,7 @@ def importable() -> Iterator[None]:
     """``transformer_engine.pytorch.DotProductAttention`` can be imported inside, as this module's."""
     package, pytorch = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
     pytorch.DotProductAttention = DotProductAttention  # type: ignore[attr-defined]
-    pytorch.fp8_autocast = lambda *, enabled: nullcontext(enabled)  # type: ignore[attr-defined]
+    pytorch.autocast = lambda *, enabled: nullcontext(enabled)  # type: ignore[attr-defined]
     package.pytorch = pytorch  # type: ignore[attr-defined]
     modules = {"transformer_engine": package, "transformer_engine.pytorch": pytorch}
     assert not modules.keys() & sys.modules.keys()

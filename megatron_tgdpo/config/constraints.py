@@ -9,6 +9,7 @@ from dataclasses import field
 from typing import Any, NamedTuple
 
 FP8_RECIPES = ("none", "delayed", "tensorwise", "blockwise", "mxfp8")
+FP4_RECIPES = ("none", "nvfp4")
 RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
 
 # What is wrong with a value, as it follows "KEY is "; None for nothing.

@@ -160,6 +160,8 @@ ELSEWHERE = {
     "fp8_amax_history_len": "precision.fp8_amax_history",
     "fp8_param_gather": "precision.fp8_params",
     "fp8_param": "precision.fp8_params",
+    "fp4_recipe": "precision.fp4",
+    "fp4_format": "precision.fp4, with the value nvfp4",
     "first_last_layers_bf16": "precision.first_last_layers_bf16",
     # overlap, offload
     "overlap_grad_reduce": "overlap.grad_reduce",

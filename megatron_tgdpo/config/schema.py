@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from megatron_tgdpo.config.constraints import (
+    FP4_RECIPES,
     FP8_RECIPES,
     RECOMPUTE_CHOICES,
     at_least,
@@ -128,6 +129,7 @@ class PrecisionConfig:
     fp8_amax_history: int = positive(1024, at_most=1 << 20)  # products that delayed scaling looks back on
     fp8_amax_algorithm: str = one_of(("max", "most_recent"), "max")  # over that history
     fp8_params: bool = False  # the policy's layer weights are held, and gathered over data ranks, in FP8
+    fp4: str = one_of(FP4_RECIPES, "none")  # in the place of fp8: the same products in FP4
     first_last_layers_bf16: bool = False  # the first and the last layer of every model stay in bf16
     frozen: str = one_of(("same", "bf16", "fp8"), "same")  # of reference and guide; same: as the policy
 

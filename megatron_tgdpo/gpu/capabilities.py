@@ -13,8 +13,10 @@ from megatron_tgdpo.errors import one_line
 
 Version = tuple[int, ...]
 
-# What megatron-core 0.16.1 asks for (its package metadata: transformer-engine >=2.9.0a0,<2.12.0).
-TE_VERSIONS: tuple[Version, Version] = ((2, 9), (2, 12))
+# Transformer Engine: the oldest that megatron-core 0.16 asks for (0.19 names no version), and the newest that
+# tests/emulation has run with. Later ones are used with a warning.
+OLDEST_TE: Version = (2, 9)
+NEWEST_TESTED_TE: Version = (2, 20)
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,13 @@ def dotted(version: Version | None) -> str:
 
 
 def supported_engine(version: Version | None) -> bool:
-    """Whether megatron-core supports this Transformer Engine."""
-    return version is not None and TE_VERSIONS[0] <= version[:2] < TE_VERSIONS[1]
+    """Whether this Transformer Engine is one that can be used."""
+    return version is not None and version[:2] >= OLDEST_TE
+
+
+def untested_engine(version: Version | None) -> bool:
+    """Whether this Transformer Engine is newer than any that was tested."""
+    return version is not None and version[:2] > NEWEST_TESTED_TE
 
 
 def _yes(value: bool) -> str:

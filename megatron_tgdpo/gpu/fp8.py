@@ -1,9 +1,10 @@
-"""FP8: what the configuration asks of megatron-core and Transformer Engine, and what neither may be asked.
+"""FP8 and FP4: what the configuration asks of megatron-core and Transformer Engine, and what neither may be asked.
 
-Everything here is a pure function of its arguments. Sources of the refusals: megatron-core 0.16.1
-``transformer/transformer_config.py: __post_init__``, ``fp8_utils.py: get_fp8_context`` and ``optimizer/``; Megatron-LM
-0.16.1 ``training/arguments.py: validate_args``; TransformerEngine 2.9 to 2.11 ``pytorch/quantization.py:
-check_*_support``, ``pytorch/utils.py: assert_dim_for_fp8_exec`` and ``assert_dim_for_all_gather``.
+Everything here is a pure function of its arguments. Sources of the refusals: megatron-core 0.16.1 and 0.19.2
+``transformer/transformer_config.py: __post_init__``, ``fp8_utils.py: get_fp8_context``, ``fp4_utils.py:
+get_fp4_context`` and ``optimizer/``; Megatron-LM 0.16.1 ``training/arguments.py: validate_args``; TransformerEngine 2.9
+to 2.20 ``pytorch/quantization.py: check_*_support``, ``pytorch/utils.py: assert_dim_for_fp8_exec`` and
+``assert_dim_for_all_gather``.
 """
 
 import math
@@ -17,23 +18,33 @@ from megatron_tgdpo.config.constraints import Rule, first_broken
 from megatron_tgdpo.config.schema import Config, PrecisionConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, Version, dotted, supported_engine
+from megatron_tgdpo.gpu.capabilities import OLDEST_TE, Capabilities, Version, dotted, supported_engine
 from megatron_tgdpo.planning.memory import LinearBytes
 
 # Scaling without a memory: what a weight or activation becomes depends on nothing but itself.
 _STATELESS = ("tensorwise", "blockwise", "mxfp8")
+_FP4 = "nvfp4"
+# Values of 4 bits, and a scale of 8 for 16 of them.
+_FP4_BYTES = 0.5 + 1 / 16
 # Delayed scaling's history is no part of a frozen model, and precision.frozen=fp8 needs a recipe without fp8 for the
 # policy too.
 _FROZEN_DEFAULT = "tensorwise"
 
 
 def policy_recipe(precision: PrecisionConfig) -> str | None:
-    """The policy's FP8 recipe, None for bf16 or fp32."""
+    """The policy's FP8 or FP4 recipe, None for bf16 or fp32."""
+    if precision.fp4 != "none":
+        return precision.fp4
     return None if precision.fp8 == "none" else precision.fp8
 
 
+def asked_by(recipe: str) -> str:
+    """The recipe as key and value."""
+    return f"precision.{'fp4' if recipe == _FP4 else 'fp8'}={recipe}"
+
+
 def frozen_recipe(config: Config) -> str | None:
-    """The FP8 recipe of reference and guide, None for the plain dtype and for methods without them."""
+    """The FP8 or FP4 recipe of reference and guide, None for the plain dtype and for methods without them."""
     precision = config.precision
     if precision.frozen == "bf16" or not config.method.frozen:
         return None
@@ -48,59 +59,72 @@ def frozen_precision(config: Config) -> str:
     if recipe is None:
         return precision.dtype
     ends = "-ends-bf16" if precision.first_last_layers_bf16 else ""
+    if recipe == _FP4:
+        return f"{precision.dtype}-fp4-{recipe}{ends}"
     return f"{precision.dtype}-fp8-{recipe}-{precision.fp8_format}{ends}"
 
 
 def frozen_params_fp8(config: Config) -> bool:
     """Whether reference and guide hold their layers' weights in FP8: where they compute in it, quantised once.
 
-    Only those that ``offload.frozen`` moves are held in the plain dtype, and quantised whenever they come.
+    Only those that ``offload.frozen`` moves are held in the plain dtype, and quantised whenever they come. So are those
+    that compute in FP4.
     """
-    precision = config.precision
+    precision, recipe = config.precision, frozen_recipe(config)
     asked = precision.frozen == "fp8" or precision.fp8_params
-    return frozen_recipe(config) is not None and (asked or not config.offload.frozen)
+    return recipe not in (None, _FP4) and (asked or not config.offload.frozen)
 
 
 def linear_bytes(config: Config) -> LinearBytes:
     """What a weight of the layers' linears takes on the device.
 
-    The policy's products read an FP8 copy, and its transpose in backward; Transformer Engine keeps both beside bf16
-    weights, and FP8 weights are just these. Frozen models need no transpose.
+    The policy's products read an FP8 or FP4 copy, and its transpose in backward; Transformer Engine keeps both beside
+    bf16 weights, and FP8 weights are just these. Frozen models need no transpose.
     """
-    copies = 2
-    policy = copies if config.precision.fp8_params else copies + torch.bfloat16.itemsize
+    plain, recipe = torch.bfloat16.itemsize, policy_recipe(config.precision)
+    one = _FP4_BYTES if recipe == _FP4 else 1
+    frozen: float | None = 1 if frozen_params_fp8(config) else None
+    if frozen_recipe(config) == _FP4 and not config.offload.frozen:
+        frozen = plain + one
     return LinearBytes(
-        policy=None if policy_recipe(config.precision) is None else policy,
-        frozen=1 if frozen_params_fp8(config) else None,
+        policy=None if recipe is None else 2 * one + (0 if config.precision.fp8_params else plain),
+        frozen=frozen,
         plain_ends=config.precision.first_last_layers_bf16,
     )
 
 
 def policy_transformer_kwargs(precision: PrecisionConfig) -> dict[str, Any]:
-    """What FP8 adds to the policy's LanguageModelConfig."""
+    """What FP8 or FP4 adds to the policy's LanguageModelConfig."""
     return _transformer_kwargs(precision, policy_recipe(precision), precision.fp8_params)
 
 
 def frozen_transformer_kwargs(config: Config) -> dict[str, Any]:
-    """What FP8 adds to the LanguageModelConfig of reference and guide."""
+    """What FP8 or FP4 adds to the LanguageModelConfig of reference and guide."""
     recipe, held = frozen_recipe(config), frozen_params_fp8(config)
     # Else Transformer Engine keeps what it quantised, and all layers would be on the device after all.
-    streamed = {"disable_parameter_transpose_cache": True} if recipe is not None and not held else {}
-    return _transformer_kwargs(config.precision, recipe, held) | streamed
+    streamed = recipe is not None and config.offload.frozen and not held
+    return _transformer_kwargs(config.precision, recipe, held) | (
+        {"disable_parameter_transpose_cache": True} if streamed else {}
+    )
 
 
 def _transformer_kwargs(precision: PrecisionConfig, recipe: str | None, params: bool) -> dict[str, Any]:
     if recipe is None:
         return {}
+    ends = {
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": 1,
+        "num_layers_at_end_in_bf16": 1,
+    }
+    if recipe == _FP4:
+        return {"fp4": "e2m1", "fp4_recipe": recipe, **ends}
     return {
         "fp8": precision.fp8_format,
         "fp8_recipe": recipe,
         "fp8_param": params,
         "fp8_amax_history_len": precision.fp8_amax_history,
         "fp8_amax_compute_algo": precision.fp8_amax_algorithm,
-        "first_last_layers_bf16": precision.first_last_layers_bf16,
-        "num_layers_at_start_in_bf16": 1,
-        "num_layers_at_end_in_bf16": 1,
+        **ends,
     }
 
 
@@ -121,7 +145,8 @@ def check_precision(config: Config, found: Capabilities, spec: str) -> None:
     if broken:
         raise UserError(broken)
     for recipe in asked.recipes:
-        broken = first_broken(_GPU, _Kernels(recipe, found.compute_capability or (0,), found.cuda or (0,)))
+        key = asked_by(recipe) if recipe == asked.policy else f"precision.frozen=fp8 (recipe {recipe})"
+        broken = first_broken(_GPU, _Kernels(recipe, key, found.compute_capability or (0,), found.cuda or (0,)))
         if broken:
             raise UserError(broken)
     if config.offload.frozen and frozen_params_fp8(config):
@@ -149,15 +174,20 @@ class _Asked:
         return self.policy or dtype, self.frozen or dtype
 
     @property
+    def kind(self) -> str:
+        return "FP4" if _FP4 in self.recipes else "FP8"
+
+    @property
     def engine(self) -> str:
         return dotted(self.found.transformer_engine)
 
 
 @dataclass(frozen=True)
 class _Kernels:
-    """A recipe and what runs it."""
+    """A recipe, the key that asks for it, and what runs it."""
 
     recipe: str
+    key: str
     capability: Version
     cuda: Version
 
@@ -170,16 +200,20 @@ class _Kernels:
 # What means nothing, or something else than it says.
 _MEANING = (
     Rule(
+        lambda c: c.config.precision.fp4 != "none" and c.config.precision.fp8 != "none",
+        "precision.fp4 and precision.fp8 are for the same products: set one of them to none",
+    ),
+    Rule(
         lambda c: c.config.precision.dtype == "fp32" and c.config.precision.frozen == "bf16",
         "precision.frozen=bf16 with precision.dtype=fp32: all models have one dtype, set frozen=same",
     ),
     Rule(
-        lambda c: c.policy is None and c.config.precision.fp8_params,
+        lambda c: c.config.precision.fp8 == "none" and c.config.precision.fp8_params,
         "precision.fp8_params=true needs precision.fp8: choose a recipe, or set it to false",
     ),
     Rule(
         lambda c: not c.recipes and c.config.precision.first_last_layers_bf16,
-        "precision.first_last_layers_bf16=true without FP8 means nothing: set it to false",
+        "precision.first_last_layers_bf16=true without FP8 or FP4 means nothing: set it to false",
     ),
     Rule(
         lambda c: c.policy == "delayed" and c.config.precision.first_last_layers_bf16,
@@ -210,40 +244,47 @@ _MEANING = (
 _MACHINE = (
     Rule(
         lambda c: c.config.precision.dtype != "bf16",
-        "precision.fp8 and precision.frozen=fp8 need precision.dtype=bf16 for everything beside",
+        "precision.fp8, fp4 and frozen=fp8 need precision.dtype=bf16 for everything beside",
     ),
     Rule(
         lambda c: c.found.device != "cuda" or c.found.compute_capability is None,
-        "FP8 needs a CUDA GPU: set precision.fp8=none and precision.frozen=same",
+        "{c.kind} needs a CUDA GPU: set precision.fp8=none, precision.fp4=none and precision.frozen=same",
     ),
     Rule(
         lambda c: not supported_engine(c.found.transformer_engine),
-        f"FP8 needs Transformer Engine >={dotted(TE_VERSIONS[0])},<{dotted(TE_VERSIONS[1])} (megatron-core 0.16), "
-        "found {c.engine}: install one of these, or set precision.fp8=none and precision.frozen=same",
+        f"{{c.kind}} needs Transformer Engine >={dotted(OLDEST_TE)}, found {{c.engine}}: install one of these, or set "
+        "precision.fp8=none, precision.fp4=none and precision.frozen=same",
     ),
     Rule(
         lambda c: c.spec != "transformer_engine",
-        "FP8 needs model.layer_spec=transformer_engine (or auto): the local layers have no FP8",
+        "{c.kind} needs model.layer_spec=transformer_engine (or auto): the local layers have no {c.kind}",
     ),
 )
 # What a recipe needs of the GPU.
 _GPU = (
     Rule(
+        lambda c: c.recipe == "nvfp4" and not (10, 0) <= c.capability < (12, 0),
+        "{c.key} needs compute capability 10.x (Blackwell), this GPU has {c.found[0]}: set it to none",
+    ),
+    Rule(
+        lambda c: c.recipe == "nvfp4" and c.cuda < (12, 8),
+        "{c.key} needs CUDA 12.8, torch was built with {c.found[1]}: set it to none",
+    ),
+    Rule(
         lambda c: c.capability < (8, 9),
-        "fp8 recipe {c.recipe} needs compute capability 8.9 (Ada, Hopper or later), this GPU has {c.found[0]}",
+        "{c.key} needs compute capability 8.9 (Ada, Hopper or later), this GPU has {c.found[0]}",
     ),
     Rule(
         lambda c: c.capability < (9, 0) and c.cuda < (12, 1),
-        "fp8 recipe {c.recipe} on Ada needs CUDA 12.1, torch was built with {c.found[1]}",
+        "{c.key} on Ada needs CUDA 12.1, torch was built with {c.found[1]}",
     ),
     Rule(
         lambda c: c.recipe == "blockwise" and (c.capability < (9, 0) or c.cuda < (12, 9)),
-        "fp8 recipe {c.recipe} needs compute capability 9.0 (Hopper or later) and CUDA 12.9, found {c.found[0]} and "
-        "{c.found[1]}",
+        "{c.key} needs compute capability 9.0 (Hopper or later) and CUDA 12.9, found {c.found[0]} and {c.found[1]}",
     ),
     Rule(
         lambda c: c.recipe == "mxfp8" and not (10, 0) <= c.capability < (12, 0),
-        "fp8 recipe {c.recipe} needs compute capability 10.x (Blackwell), this GPU has {c.found[0]}",
+        "{c.key} needs compute capability 10.x (Blackwell), this GPU has {c.found[0]}: choose another recipe",
     ),
 )
 
@@ -262,7 +303,7 @@ def _local_tokens(recipe: str, sequence_parallel: bool) -> int:
 
 
 def _step(recipe: str) -> int:
-    return 32 if recipe == "mxfp8" else 16
+    return 32 if recipe in ("mxfp8", _FP4) else 16
 
 
 def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, seq_length: int, layout: ParallelLayout) -> None:
@@ -290,4 +331,4 @@ def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, seq_length: int, lay
     }
     for name, (size, multiple) in sizes.items():
         if size % multiple:
-            raise UserError(f"fp8 recipe {recipe}: the {name} is {size:g}, it must be a multiple of {multiple}")
+            raise UserError(f"recipe {recipe}: the {name} is {size:g}, it must be a multiple of {multiple}")

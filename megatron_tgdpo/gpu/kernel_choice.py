@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu.capabilities import TE_VERSIONS, Capabilities, dotted, supported_engine
+from megatron_tgdpo.gpu.capabilities import OLDEST_TE, Capabilities, dotted, supported_engine
 from megatron_tgdpo.models.attention.base import PackCache
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.layer_spec import local_block_spec
@@ -31,7 +31,6 @@ def choose_layer_spec(requested: str, found: Capabilities, dtype: str = "bf16") 
             f"Transformer Engine is installed but cannot be imported ({found.transformer_engine_error}): mend the "
             "installation, or set model.layer_spec=local"
         )
-    low, high = TE_VERSIONS
     engine = found.transformer_engine
     supported = supported_engine(engine)
     if requested == "local" or (requested == "auto" and (not supported or dtype == "fp32")):
@@ -40,8 +39,8 @@ def choose_layer_spec(requested: str, found: Capabilities, dtype: str = "bf16") 
         raise UserError("model.layer_spec=transformer_engine needs a CUDA GPU: set it to auto or local")
     if not supported:
         raise UserError(
-            f"model.layer_spec=transformer_engine needs Transformer Engine >={dotted(low)},<{dotted(high)} "
-            f"(megatron-core 0.16), found {dotted(engine)}: install one of these, or set it to auto or local"
+            f"model.layer_spec=transformer_engine needs Transformer Engine >={dotted(OLDEST_TE)}, found "
+            f"{dotted(engine)}: install one of these, or set it to auto or local"
         )
     return "transformer_engine"
 
@@ -90,13 +89,16 @@ def _engine_attends(config: LanguageModelConfig, found: Capabilities) -> bool:
     """Whether Transformer Engine has a kernel for packed, bottom-right causal training.
 
     Source: TransformerEngine 2.9 ``fused_attn.cpp`` (cuDNN: Hopper or Blackwell, not sm120; cuDNN 9.6 but 9.10.0 and
-    9.10.1; heads over 128 on Hopper only) and ``dot_product_attention/utils.py`` (flash-attn where it is installed).
+    9.10.1; heads over 128 on Hopper only), later ones (cuDNN 9.14.0 without windows) and
+    ``dot_product_attention/utils.py`` (flash-attn where it is installed).
     """
     assert found.compute_capability is not None
     if found.flash_attn:
         return True
     cudnn = found.cudnn or (0,)
     if not (9, 0) <= found.compute_capability < (12, 0) or cudnn < (9, 6) or (9, 10, 0) <= cudnn < (9, 10, 2):
+        return False
+    if config.window_size is not None and cudnn[:3] == (9, 14, 0):
         return False
     return config.kv_channels <= 128 or found.compute_capability[0] == 9
 

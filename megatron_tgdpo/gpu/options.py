@@ -104,6 +104,8 @@ def describe_model(config: Config, model_config: LanguageModelConfig, device: to
     if model_config.fp8:
         held = " with FP8 weights" if model_config.fp8_param else ""
         precision = f"FP8 {model_config.fp8_recipe} ({model_config.fp8}){held}"
+    if model_config.fp4:
+        precision = f"FP4 {model_config.fp4_recipe}"
     return f"layer spec {spec}, core attention {choose_attention(model_config, spec, found)}, {precision}"
 
 

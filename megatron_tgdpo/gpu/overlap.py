@@ -16,7 +16,7 @@ from megatron_tgdpo.config.schema import Config, OffloadConfig, OverlapConfig, P
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities
-from megatron_tgdpo.gpu.fp8 import policy_recipe
+from megatron_tgdpo.gpu.fp8 import asked_by, policy_recipe
 from megatron_tgdpo.models.fp8_tensors import finish_gather, is_fp8
 from megatron_tgdpo.models.language_model import LanguageModel
 
@@ -31,8 +31,9 @@ def check_overlap(config: Config, layout: ParallelLayout, found: Capabilities, s
         raise UserError("overlap.tensor is done by Transformer Engine's layers: it needs a GPU and that layer spec")
     if config.overlap.tensor and layout.tensor == 1:
         raise UserError("overlap.tensor with parallel.tensor=1 has no traffic to hide: set it to false")
-    if config.overlap.tensor and config.precision.fp8 == "blockwise":
-        raise UserError("overlap.tensor does not go with fp8=blockwise, whose tensors user buffers do not hold")
+    recipe = policy_recipe(config.precision)
+    if config.overlap.tensor and recipe in ("blockwise", "nvfp4"):
+        raise UserError(f"overlap.tensor does not go with {asked_by(recipe)}, whose tensors user buffers do not hold")
     if config.offload.optimizer and found.device != "cuda":
         raise UserError("offload.optimizer moves state from a GPU to the CPU: set it to 0 without a GPU")
     if config.offload.optimizer and found.transformer_engine is None:
@@ -59,7 +60,7 @@ def optimizer_kwargs(precision: PrecisionConfig, overlap: OverlapConfig, offload
     ``arguments.py``: one is not to be had without the other).
     """
     kwargs: dict[str, Any] = {
-        "fp8_recipe": policy_recipe(precision),
+        "fp8_recipe": None if precision.fp8 == "none" else precision.fp8,
         "overlap_param_gather": overlap.param_gather,
     }
     if offload.optimizer:

@@ -16,6 +16,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_tgdpo.loss.preference import sum_per_sequence
@@ -25,6 +26,8 @@ from megatron_tgdpo.models.language_model import LanguageModel
 _FACTOR = 4.0
 # How often it is measured: of a few pairs alone, one time could be small by chance.
 DRAWS = 4
+# One bit of mantissa; torch has no finfo of FP4.
+_E2M1_EPS = 0.5
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,18 @@ def rounding_noise(models: Sequence[LanguageModel], device: torch.device, draw: 
             place = model.pg_collection.pp.rank() * len(models) + number
             generator = torch.Generator(device).manual_seed(place * DRAWS + draw)
             plain = torch.finfo(model.config.params_dtype).eps / 2
-            product = torch.finfo(torch.float8_e4m3fn).eps / 2 if model.config.fp8 else plain
+            product = _product_unit(model.config, plain)
             for layer in model.decoder.layers:
                 for module, unit in ((layer.self_attention, product), (layer.mlp, product), (layer, plain)):
                     hooks.callback(module.register_forward_hook(_disturbing(unit, generator)).remove)
         yield
+
+
+def _product_unit(config: TransformerConfig, plain: float) -> float:
+    """What one operand of a product of the layers is rounded by, relative to it."""
+    if config.fp4:
+        return _E2M1_EPS / 2
+    return torch.finfo(torch.float8_e4m3fn).eps / 2 if config.fp8 else plain
 
 
 def _disturbing(unit: float, generator: torch.Generator) -> Callable[..., tuple[Tensor, ...]]:

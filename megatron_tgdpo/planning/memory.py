@@ -63,16 +63,16 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class LinearBytes:
-    """What a weight of the layers' linears takes on the device where they compute in FP8.
+    """What a weight of the layers' linears takes on the device where they compute in FP8 or FP4.
 
     Attributes:
-        policy: Bytes in the policy, with the copies that its products read; None where it does not compute in FP8.
+        policy: Bytes in the policy, with the copies that its products read; None where it computes in its dtype.
         frozen: The same of reference and guide.
-        plain_ends: The first and the last layer do not compute in FP8.
+        plain_ends: The first and the last layer compute in their dtype.
     """
 
-    policy: int | None = None
-    frozen: int | None = None
+    policy: float | None = None
+    frozen: float | None = None
     plain_ends: bool = False
 
 
@@ -127,10 +127,11 @@ def stage_memory(
     size = pack.dtype_bytes
     state = (2 if size == 4 else 3) * 4
 
-    def weights(hf_config: PretrainedConfig, parameters: int, linear: int | None) -> int:
+    def weights(hf_config: PretrainedConfig, parameters: int, linear: float | None) -> int:
         if linear is None:
             return parameters * size
-        return parameters * size + (linear - size) * stage_linears(hf_config, layout, stage, plain_ends=fp8.plain_ends)
+        linears = stage_linears(hf_config, layout, stage, plain_ends=fp8.plain_ends)
+        return round(parameters * size + (linear - size) * linears)
 
     workspace = max(layer_workspace(policy, layout, pack, recompute), frozen_workspace(frozen, layout, pack))
     if stage == layout.pipeline - 1:

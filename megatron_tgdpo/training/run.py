@@ -12,6 +12,7 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks
+from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
 from megatron_tgdpo.models.config import check_layout
@@ -104,6 +105,9 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     counts = [sum(p.numel() for module in part for p in module.parameters()) for part in parts]
     found = capabilities(engine.device)
     logger.info("layout %s on %s; fused parts: %s", layout, found.describe(), config.train.fused)
+    if untested_engine(found.transformer_engine):
+        newest = dotted(NEWEST_TESTED_TE)
+        logger.warning("Transformer Engine %s is newer than any tested (%s)", dotted(found.transformer_engine), newest)
     logger.info("policy: %s", describe_model(config, modules[0].policy.config, engine.device))
     for model in frozen.models:
         logger.info("frozen: %s", describe_model(config, model.config, engine.device))

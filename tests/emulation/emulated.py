@@ -134,13 +134,16 @@ def _one_collective_at_a_time() -> None:
 
 def _present_a_gpu() -> None:
     """What the project finds on an H100; models are still made and kept on the CPU."""
+    import transformer_engine
+
     from megatron_tgdpo.gpu import options
-    from megatron_tgdpo.gpu.capabilities import Capabilities
+    from megatron_tgdpo.gpu.capabilities import Capabilities, parse_version
     from megatron_tgdpo.setup import models
     from megatron_tgdpo.training import run
 
     found = Capabilities(
-        device="cuda", compute_capability=CAPABILITY, cuda=(13, 0), transformer_engine=(2, 11, 0), cudnn=(9, 19, 0),
+        device="cuda", compute_capability=CAPABILITY, cuda=(13, 0), cudnn=(9, 19, 0),
+        transformer_engine=parse_version(transformer_engine.__version__),
         adam="transformer_engine", multi_tensor="transformer_engine",
     )  # fmt: skip
     chosen = options.model_options

@@ -1,7 +1,7 @@
 """Transformer Engine's compiled module in plain torch: what its Python calls, by the names it calls it.
 
-Stands in for ``transformer_engine_torch`` of 2.9.0 to 2.20.2. FP8 values are rounded as the kernels round them (torch's own
-float8 dtypes, saturated), products are exact in fp32. Layouts are Hopper's, where a product needs its operands
+Stands in for ``transformer_engine_torch`` of 2.9.0 to 2.20.2. FP8 values are rounded as the kernels round them (torch's
+own float8 dtypes, saturated), products are exact in fp32. Layouts are Hopper's, where a product needs its operands
 row-wise, so that a weight whose transposed copy is missing or stale fails here too. What nothing here needs raises
 NotImplementedError when it is called.
 
@@ -237,7 +237,9 @@ def create_empty_quantized_tensor(
             "columnwise_data": data["column"], "columnwise_scale_inv": scales["column"],
             "is_2D_scaled": quantizer.block_scaling_dim == 2,
         }  # fmt: skip
-        return Float8BlockwiseQTensorStorage(**common) if quantizer.internal else Float8BlockwiseQTensor(**whole, **common)
+        return (
+            Float8BlockwiseQTensorStorage(**common) if quantizer.internal else Float8BlockwiseQTensor(**whole, **common)
+        )
     from transformer_engine.pytorch import Float8Tensor, Float8TensorStorage
 
     common |= {"data": data["row"], "fp8_scale_inv": torch.empty(1), "data_transpose": data["column"]}

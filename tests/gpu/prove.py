@@ -2,9 +2,9 @@
 
     python -m tests.gpu.prove [--parts attention,bf16,...] [--out proof.json] [--minutes 30]
 
-Needs PyTorch >= 2.6 with CUDA and this project's requirements; Transformer Engine is optional, and what needs it is
-listed as not taken without it. Exit status 1 if a figure misses its limit. ``--device cpu --tiny`` runs the same code
-on a CPU with toy sizes; its speeds mean nothing.
+Needs PyTorch >= 2.6 with CUDA and this project's requirements; Transformer Engine (2.9 to 2.20) is optional, and what
+needs it is listed as not taken without it. All versions are printed, and kept with the figures. Exit status 1 if a
+figure misses its limit. ``--device cpu --tiny`` runs the same code on a CPU with toy sizes; its speeds mean nothing.
 
     attention  each core attention beside the block-wise one: packing, shared prompts, windows, softcaps
     bf16       training beside plain PyTorch in fp32 on the CPU, every family
@@ -22,7 +22,11 @@ on a CPU with toy sizes; its speeds mean nothing.
 
 import argparse
 import datetime
+import importlib.metadata
 import logging
+import platform
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -111,13 +115,46 @@ def describe(bench: Bench, peak: float | None) -> dict[str, Any]:
     return {
         "device": device,
         "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "cudnn": dotted(bench.found.cudnn),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if bench.device.type == "cuda" else None,
+        **versions(bench),
         "fused parts": bench.found.describe(),
         "peak_tflops": peak or peak_tflops(device),
         "command": " ".join(sys.argv),
     }
+
+
+# Distributions whose versions matter for what is measured.
+_PACKAGES = ("megatron-core", "transformer-engine", "apex", "flash-attn", "triton", "transformers")
+
+
+def versions(bench: Bench) -> dict[str, str]:
+    """Of all that the figures may depend on; ``none`` for what is not there."""
+    on_gpu = bench.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "driver": _driver() if on_gpu else "none",
+        "cudnn": dotted(bench.found.cudnn),
+        "nccl": dotted(torch.cuda.nccl.version()) if on_gpu else "none",
+        **{name: _installed(name) for name in _PACKAGES},
+    }
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version, of the first GPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown: no nvidia-smi"
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else f"unknown: {done.stderr.strip()[:100]}"
 
 
 if __name__ == "__main__":

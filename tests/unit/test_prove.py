@@ -1,6 +1,8 @@
 """The script that proves the GPU path, on a CPU: its control flow, its table, its formulas."""
 
 import json
+import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,15 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path: Path) -> None:
     done = run_module("tests.gpu.prove", arguments, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     proof = json.loads((tmp_path / "proof.json").read_text())
-    assert proof["machine"]["device"] == "CPU"
+    machine = proof["machine"]
+    assert machine["device"] == "CPU"
+    found = {name: machine[name] for name in ("torch", "megatron-core", "transformers")}
+    assert found == {name: version(name) for name in found}
+    assert machine["python"] == platform.python_version()
+    assert machine["transformer-engine"] == "none"
+    assert {"cuda", "driver", "cudnn", "nccl", "apex", "flash-attn", "triton"} <= machine.keys()
+    # As they are written, so they are printed.
+    assert f"megatron-core: {machine['megatron-core']}\n" in done.stdout
     figures = {figure["name"]: figure for figure in proof["figures"]}
     assert {figure["part"] for figure in figures.values()} == set(NAMES)
     # What a CPU can take is taken, and keeps its limits.

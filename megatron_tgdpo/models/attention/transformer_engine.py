@@ -1,8 +1,8 @@
 """Core attention on Transformer Engine's DotProductAttention, in its packed (thd) format.
 
-Source: ``transformer_engine.pytorch.DotProductAttention`` of versions 2.9 to 2.11. It caps no scores in any of them
-(``dot_product_attention/utils.py`` and ``backends.py`` know no softcap), and its thd format has no unfused path at 2.9,
-so fp32 is out. Nothing here imports Transformer Engine until a layer is built.
+Source: ``transformer_engine.pytorch.DotProductAttention`` of versions 2.9 to 2.20. It caps no scores before 2.20, and
+there with flash-attn alone (``dot_product_attention/utils.py: get_attention_backend``), so capped scores are out. Its
+thd format has no unfused path at 2.9, so fp32 is out. Nothing here imports Transformer Engine until a layer is built.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class TransformerEngineAttention(PackedAttention):
 
         super().__init__(config, layer_number, *args, **kwargs)
         if self.softcap is not None:
-            raise ValueError("Transformer Engine 2.9 to 2.11 cannot cap scores")
+            raise ValueError("scores are not capped by Transformer Engine")
         tensor = config.tensor_model_parallel_size
         # Heads of this rank, as if there were no tensor parallelism: the module's group is only for dropout. With more
         # ranks than key/value heads megatron-core gives each rank one of them.
@@ -46,7 +46,7 @@ class TransformerEngineAttention(PackedAttention):
         # Not a submodule: it has no parameters, and its FP8 state is not the model's.
         self._kernel = (kernel,)
         # Attention is bf16; in the layers' FP8 context it would join their amax reductions, on ranks with pairs only.
-        self._autocast = te.fp8_autocast
+        self._autocast = te.autocast
 
     def train(self, mode: bool = True) -> "TransformerEngineAttention":
         """The kernel keeps what backward needs only in training."""

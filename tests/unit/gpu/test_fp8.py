@@ -1,6 +1,7 @@
 """Every combination of precision keys either builds megatron-core's config or is refused with its reason."""
 
 import itertools
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,12 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu.capabilities import Capabilities, Version, detect, parse_version
+from megatron_tgdpo.gpu.capabilities import Capabilities, Version, detect, parse_version, untested_engine
 from megatron_tgdpo.gpu.fp8 import (
     check_fp8_sizes,
     check_precision,
     frozen_params_fp8,
+    frozen_precision,
     frozen_recipe,
     frozen_transformer_kwargs,
     policy_recipe,
@@ -32,32 +34,34 @@ from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.setup.layout import pack_format
 from tests.unit.config.test_loading import VALID
 
-# Ampere, Ada, Hopper, Blackwell, and the Blackwell of workstations; the CUDA of each is new enough or too old.
+# Ampere, Ada, Hopper, Blackwell, and the Blackwell of workstations; the CUDA of most is new enough or too old.
 GPUS: tuple[tuple[Version | None, Version | None], ...] = (
     (None, None), ((8, 0), (12, 9)), ((8, 9), (12, 0)), ((8, 9), (12, 1)), ((9, 0), (12, 8)), ((9, 0), (12, 9)),
-    ((10, 0), (13, 0)), ((12, 0), (13, 0)),
+    ((10, 0), (12, 6)), ((10, 0), (13, 0)), ((12, 0), (13, 0)),
 )  # fmt: skip
-ENGINES: tuple[Version | None, ...] = (None, (2, 8, 0), (2, 9, 0), (2, 11, 0), (2, 12, 0))
-PRECISIONS = list(
-    itertools.product(
-        ("bf16", "fp32"), FP8_RECIPES, ("hybrid", "e4m3"), (False, True), (False, True), ("same", "bf16", "fp8"),
-        (False, True),
-    )
-)  # fmt: skip
+ENGINES: tuple[Version | None, ...] = (None, (2, 8, 0), (2, 9, 0), (2, 20, 2), (3, 0, 0))
+_DTYPES, _BOTH, _FROZEN = ("bf16", "fp32"), (False, True), ("same", "bf16", "fp8")
+PRECISIONS = [
+    *itertools.product(_DTYPES, FP8_RECIPES, ("hybrid", "e4m3"), _BOTH, _BOTH, _FROZEN, _BOTH, ("none",)),
+    *itertools.product(_DTYPES, ("none", "tensorwise"), ("hybrid",), _BOTH, _BOTH, _FROZEN, _BOTH, ("nvfp4",)),
+]
 
 REASONS = (
-    "need precision.dtype=bf16", "needs a CUDA GPU", "needs Transformer Engine", "the local layers have no FP8",
-    "compute capability 8.9", "on Ada needs CUDA 12.1", "compute capability 9.0", "compute capability 10.x",
-    "all models have one dtype", "needs precision.fp8:", "without FP8 means nothing", "does not go with fp8=delayed",
+    "need precision.dtype=bf16", "FP8 needs a CUDA GPU", "FP8 needs Transformer Engine", "the local layers have no FP8",
+    "FP4 needs a CUDA GPU", "FP4 needs Transformer Engine", "the local layers have no FP4",
+    "precision.fp4=nvfp4 needs compute capability 10.x", "precision.fp4=nvfp4 needs CUDA 12.8",
+    "precision.fp8=mxfp8 needs compute capability 10.x", "for the same products",
+    "compute capability 8.9", "on Ada needs CUDA 12.1", "compute capability 9.0",
+    "all models have one dtype", "needs precision.fp8:", "without FP8 or FP4 means nothing", "with fp8=delayed, whose",
     "what it saw before", "in the gradient buffer between steps", "works with fp8=delayed only", "not ln 2",
 )  # fmt: skip
 
 
 def configured(base: Config, values: tuple, *, check_start: bool) -> Config:
-    dtype, fp8, fp8_format, params, ends, frozen, offload = values
+    dtype, fp8, fp8_format, params, ends, frozen, offload, fp4 = values
     precision = replace(
         base.precision, dtype=dtype, fp8=fp8, fp8_format=fp8_format, fp8_params=params,
-        first_last_layers_bf16=ends, frozen=frozen,
+        first_last_layers_bf16=ends, frozen=frozen, fp4=fp4,
     )  # fmt: skip
     train = replace(base.train, check_start=check_start)
     return replace(base, precision=precision, train=train, offload=replace(base.offload, optimizer=float(offload)))
@@ -74,11 +78,13 @@ def build(config: Config, kwargs: dict[str, Any]) -> LanguageModelConfig:
 
 
 def engine_runs(recipe: str, capability: Version, cuda: Version) -> bool:
-    """What Transformer Engine's own support functions say (2.9 and 2.11, ``quantization.py: check_*_support``)."""
+    """What Transformer Engine's own support functions say (2.9 and 2.20, ``quantization.py: check_*_support``)."""
     if recipe in ("delayed", "tensorwise"):
         return capability >= (9, 0) or (capability >= (8, 9) and cuda >= (12, 1))
     if recipe == "blockwise":
         return capability >= (9, 0) and cuda >= (12, 9)
+    if recipe == "nvfp4" and cuda < (12, 8):
+        return False
     return (10, 0) <= capability < (12, 0)
 
 
@@ -115,7 +121,7 @@ def test_every_combination_builds_or_is_refused_with_its_reason(monkeypatch: pyt
                     assert capability is not None
                     assert cuda is not None
                     assert engine is not None
-                    assert (2, 9) <= engine < (2, 12)
+                    assert engine >= (2, 9)
                     assert spec == "transformer_engine"
                     assert all(engine_runs(str(recipe), capability, cuda) for recipe in recipes)
                 if not built:
@@ -131,11 +137,13 @@ def check_builds(config: Config) -> None:
         build(config, policy_transformer_kwargs(config.precision)),
         build(config, frozen_transformer_kwargs(config)),
     )
-    assert policy.fp8 == (config.precision.fp8_format if policy_recipe(config.precision) else None)
-    assert frozen.fp8 == (config.precision.fp8_format if frozen_recipe(config) else None)
+    for built, recipe in ((policy, policy_recipe(config.precision)), (frozen, frozen_recipe(config))):
+        fp8, fp4 = (None, "e2m1") if recipe == "nvfp4" else (recipe and config.precision.fp8_format, None)
+        assert (built.fp8, built.fp4) == (fp8, fp4)
+        assert recipe in (None, built.fp8_recipe if fp8 else built.fp4_recipe)
     assert (policy.fp8_param, frozen.fp8_param) == (config.precision.fp8_params, frozen_params_fp8(config))
-    if policy_recipe(config.precision):
-        assert policy.fp8_recipe == config.precision.fp8
+    assert not policy.fp4_param
+    assert not frozen.fp4_param
     assert isinstance(ddp_config(config.overlap, config.precision), DistributedDataParallelConfig)
     OptimizerConfig(
         optimizer="adam",
@@ -162,7 +170,7 @@ def test_what_megatron_core_rejects_is_refused() -> None:
         except (ValueError, AssertionError):
             rejected += 1
             for capability in ((9, 0), (10, 0)):
-                found = Capabilities("cuda", capability, (13, 0), (2, 11, 0))
+                found = Capabilities("cuda", capability, (13, 0), (2, 20, 2))
                 assert refusal(config, found, "transformer_engine") is not None, values
     assert rejected > 20
 
@@ -177,12 +185,16 @@ def test_what_megatron_core_rejects_is_refused() -> None:
         ("tensorwise", "bf16", True, "tensorwise", None, False),
         ("delayed", "fp8", False, "delayed", "tensorwise", True),
         ("blockwise", "fp8", False, "blockwise", "blockwise", True),
+        ("nvfp4", "same", False, "nvfp4", "nvfp4", False),
+        ("nvfp4", "bf16", False, "nvfp4", None, False),
+        ("nvfp4", "fp8", False, "nvfp4", "tensorwise", True),
     ],
 )
 def test_recipes_of_policy_and_frozen_models(
     fp8: str, frozen: str, params: bool, policy: str | None, other: str | None, held: bool
 ) -> None:
-    precision = {"fp8": fp8, "frozen": frozen, "fp8_params": params}
+    kind = "fp4" if fp8 == "nvfp4" else "fp8"
+    precision = {kind: fp8, "frozen": frozen, "fp8_params": params}
     config = config_from_dict({**VALID, "precision": precision})
     assert (policy_recipe(config.precision), frozen_recipe(config), frozen_params_fp8(config)) == (policy, other, held)
 
@@ -201,6 +213,7 @@ SIZES = {
         ("tensorwise", {}, 4090, (1, False), "tokens of a pack"),
         ("tensorwise", {}, 4096 + 16, (2, True), "tokens of a pack"),
         ("mxfp8", {}, 4096 + 16, (1, False), "tokens of a pack .* is 4112, it must be a multiple of 32"),
+        ("nvfp4", {"hidden_size": 4096 + 16}, 4096, (1, False), "recipe nvfp4: the hidden size is 4112"),
         ("blockwise", {}, 4096 + 64, (2, True), "multiple of 128"),
         ("tensorwise", {"ffn_hidden_size": 14344}, 4096, (1, False), "MLP size"),
         ("tensorwise", {"hidden_size": 4104}, 4096, (1, False), "hidden size"),
@@ -218,11 +231,11 @@ def test_sizes_that_fp8_kernels_do_not_take(
         check_fp8_sizes({**SIZES, **changes}, recipe, pack, grid)
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"])
 @pytest.mark.parametrize(("tensor", "context"), [(1, 1), (2, 1), (8, 1), (8, 4)])
 def test_rows_are_cut_to_sizes_that_fp8_kernels_take(recipe: str, tensor: int, context: int) -> None:
     parallel = {"tensor": tensor, "context": context, "sequence_parallel": tensor > 1}
-    precision = {"fp8": recipe, "frozen": "bf16"}
+    precision = {"fp4" if recipe == "nvfp4" else "fp8": recipe, "frozen": "bf16"}
     batch = {"global_pairs": 1, "tokens_per_micro_batch": 65536}
     train = {**VALID["train"], "check_start": False}
     sections = {"parallel": parallel, "precision": precision, "batch": batch, "train": train}
@@ -245,6 +258,15 @@ def test_rows_are_cut_to_sizes_that_fp8_kernels_take(recipe: str, tensor: int, c
             "local",
             "Engine's layers",
         ),
+        (
+            {
+                "overlap": {"tensor": True},
+                "parallel": {"tensor": 2, "sequence_parallel": True},
+                "precision": {"fp4": "nvfp4"},
+            },
+            "transformer_engine",
+            "not go with precision.fp4=nvfp4",
+        ),
         ({"offload": {"optimizer": 0.5}}, "local", "moves state from a GPU"),
         ({"overlap": {"grad_reduce": True, "param_gather": True}, "offload": {"frozen": True}}, "local", None),
     ],
@@ -257,8 +279,9 @@ def test_overlap_and_offload_on_the_cpu(sections: dict, spec: str, message: str 
         return
     with pytest.raises(UserError, match=message):
         check_overlap(config, layout, found, spec)
-    with pytest.raises(UserError, match=message):
-        check_gpu_options(config, {}, layout, found)
+    if spec == "local":
+        with pytest.raises(UserError, match=message):
+            check_gpu_options(config, {}, layout, found)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +291,7 @@ def test_overlap_and_offload_on_the_cpu(sections: dict, spec: str, message: str 
         ({"overlap": {"tensor": True}}, "needs parallel.sequence_parallel"),
         ({"offload": {"optimizer": 1.5}}, r"in \[0, 1\]"),
         ({"precision": {"fp8": "fp4"}}, "choose one of none, delayed"),
+        ({"precision": {"fp4": "mxfp4"}}, "choose one of none, nvfp4"),
     ],
 )
 def test_contradictions_are_refused_by_the_config(sections: dict, message: str) -> None:
@@ -283,7 +307,36 @@ def test_optimizer_offload_needs_transformer_engine() -> None:
     check_overlap(config, layout, replace(found, transformer_engine=(2, 9, 0)), "local")
 
 
+@pytest.mark.parametrize(
+    ("precision", "capability", "cuda", "engine", "wanted"),
+    [
+        ({"fp4": "nvfp4"}, (9, 0), (13, 0), (2, 20, 2), "precision.fp4=nvfp4 needs compute capability 10.x .*has 9.0"),
+        ({"fp4": "nvfp4"}, (12, 0), (13, 0), (2, 20, 2), "precision.fp4=nvfp4 needs .* has 12.0: set it to none"),
+        ({"fp4": "nvfp4"}, (10, 0), (12, 6), (2, 20, 2), "precision.fp4=nvfp4 needs CUDA 12.8, .* with 12.6"),
+        ({"fp4": "nvfp4"}, (10, 0), (13, 0), (2, 8, 0), "Transformer Engine >=2.9, found 2.8.0"),
+        ({"fp8": "mxfp8"}, (9, 0), (13, 0), (2, 20, 2), "precision.fp8=mxfp8 needs compute capability 10.x .*has 9.0"),
+        ({"frozen": "fp8"}, (8, 0), (13, 0), (2, 20, 2), r"precision.frozen=fp8 \(recipe tensorwise\) needs .*8.9"),
+        ({"fp4": "nvfp4"}, (10, 3), (13, 0), (2, 9, 0), None),
+        ({"fp8": "mxfp8"}, (10, 0), (12, 8), (2, 9, 0), None),
+    ],
+)
+def test_a_recipe_is_refused_by_its_key_where_nothing_runs_it(
+    precision: dict, capability: Version, cuda: Version, engine: Version, wanted: str | None
+) -> None:
+    train = {**VALID["train"], "check_start": False}
+    config = config_from_dict({**VALID, "precision": precision, "train": train})
+    reason = refusal(config, Capabilities("cuda", capability, cuda, engine), "transformer_engine")
+    assert reason is None if wanted is None else re.search(wanted, str(reason)), reason
+
+
+def test_what_fp4_computed_is_kept_apart() -> None:
+    config = config_from_dict({**VALID, "precision": {"fp4": "nvfp4", "first_last_layers_bf16": True}})
+    assert frozen_precision(config) == "bf16-fp4-nvfp4-ends-bf16"
+
+
 def test_versions() -> None:
     assert parse_version("2.9.0a0+5fdd7bb") == (2, 9, 0)
     assert parse_version("13.0") == (13, 0)
+    assert untested_engine((2, 21, 0))
+    assert not any(untested_engine(version) for version in (None, (2, 9, 0), (2, 20, 2)))
     assert detect(torch.device("cpu")).describe().startswith("CPU; Transformer Engine none; Adam from ")

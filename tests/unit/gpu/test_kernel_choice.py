@@ -21,7 +21,7 @@ from megatron_tgdpo.models.attention.base import PackedAttention
 from megatron_tgdpo.models.config import LanguageModelConfig
 
 CPU = Capabilities("cpu")
-HOPPER = Capabilities("cuda", (9, 0), (12, 9), (2, 11, 0), cudnn=(9, 14, 0), varlen=True)
+HOPPER = Capabilities("cuda", (9, 0), (12, 9), (2, 11, 0), cudnn=(9, 19, 0), varlen=True)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,8 @@ HOPPER = Capabilities("cuda", (9, 0), (12, 9), (2, 11, 0), cudnn=(9, 14, 0), var
         ("transformer_engine", HOPPER, "transformer_engine"),
         ("auto", replace(HOPPER, transformer_engine=None), "local"),
         ("auto", replace(HOPPER, transformer_engine=(2, 8, 0)), "local"),
-        ("auto", replace(HOPPER, transformer_engine=(2, 12, 0)), "local"),
+        ("auto", replace(HOPPER, transformer_engine=(2, 9, 0)), "transformer_engine"),
+        ("auto", replace(HOPPER, transformer_engine=(2, 99, 0)), "transformer_engine"),
     ],
 )
 def test_layer_spec(requested: str, found: Capabilities, wanted: str) -> None:
@@ -73,7 +74,7 @@ def test_fp32_is_not_computed_in_tf32() -> None:
     [
         (CPU, "needs a CUDA GPU"),
         (replace(HOPPER, transformer_engine=None), "found none"),
-        (replace(HOPPER, transformer_engine=(2, 8, 0)), r">=2\.9,<2\.12 .*found 2\.8\.0"),
+        (replace(HOPPER, transformer_engine=(2, 8, 0)), r">=2\.9, found 2\.8\.0"),
     ],
 )
 def test_transformer_engine_where_it_is_not_usable(found: Capabilities, message: str) -> None:
@@ -106,6 +107,8 @@ CAP, WINDOW = {"attn_logit_softcapping": 50.0}, {"window_size": (4095, 0)}
         # cuDNN too old or broken, or the wrong GPU for it: flash-attn if it is there, else torch's.
         ({}, "transformer_engine", replace(HOPPER, cudnn=(9, 5, 0)), "varlen"),
         ({}, "transformer_engine", replace(HOPPER, cudnn=(9, 10, 1)), "varlen"),
+        (WINDOW, "transformer_engine", replace(HOPPER, cudnn=(9, 14, 0)), "varlen"),
+        ({}, "transformer_engine", replace(HOPPER, cudnn=(9, 14, 0)), "transformer_engine"),
         ({}, "transformer_engine", replace(HOPPER, compute_capability=(8, 0)), "varlen"),
         ({}, "transformer_engine", replace(HOPPER, compute_capability=(12, 0)), "varlen"),
         ({}, "transformer_engine", replace(HOPPER, compute_capability=(8, 0), flash_attn=True), "transformer_engine"),

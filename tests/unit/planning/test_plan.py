@@ -107,6 +107,8 @@ def test_weights_of_linears_in_fp8(llama: PretrainedConfig) -> None:
         ({"fp8": "tensorwise", "fp8_params": True}, False, LinearBytes(2, 1)),
         ({"fp8": "tensorwise"}, True, LinearBytes(4, None)),
         ({"fp8": "delayed", "frozen": "bf16"}, False, LinearBytes(4, None)),
+        ({"fp4": "nvfp4"}, False, LinearBytes(3.125, 2.5625)),
+        ({"fp4": "nvfp4"}, True, LinearBytes(3.125, None)),
         ({"frozen": "fp8", "first_last_layers_bf16": True}, False, LinearBytes(None, 1, plain_ends=True)),
     ],
 )
