@@ -1,7 +1,7 @@
 """The real Transformer Engine Python, and megatron-core's real wrappers of it, on the CPU: kernels emulated.
 
 :func:`install` goes before anything imports megatron-core, which looks for Transformer Engine on import. The machine
-that it plays is one H100.
+that it plays is one H100, or another GPU of the compute capability that EMULATED_CAPABILITY names (``10.0``).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 from tests.emulation import kernels
 
 COMMAND = "bash tests/emulation/run.sh"
-CAPABILITY = (9, 0)
+CAPABILITY = tuple(map(int, os.environ.get("EMULATED_CAPABILITY", "9.0").split(".")))
 
 
 class _Device:
@@ -36,6 +36,7 @@ class _Device:
 _ASKED = {
     ".is_cuda": ".is_cpu", "assert torch.cuda.is_available()": "assert True",
     "if not torch.cuda.is_available()": "if False",
+    "_mask, torch.cuda.current_device()": '_mask, "cpu"', "dtype=torch.bfloat16).cuda()": "dtype=torch.bfloat16)",
     'device="cuda"': 'device="cpu"', 'device = "cuda"': 'device = "cpu"', 'torch.device("cuda")': 'torch.device("cpu")',
 }  # fmt: skip
 

@@ -2,14 +2,16 @@
 
 Stands in for ``transformer_engine_torch`` of 2.9.0 to 2.20.2. FP8 values are rounded as the kernels round them (torch's
 own float8 dtypes, saturated), products are exact in fp32. Layouts are Hopper's, where a product needs its operands
-row-wise, so that a weight whose transposed copy is missing or stale fails here too. What nothing here needs raises
-NotImplementedError when it is called.
+row-wise, so that a weight whose transposed copy is missing or stale fails here too; of MXFP8 and NVFP4 they are
+Blackwell's, and NVFP4 is rounded to the nearest and not rotated (a rotation of both operands leaves their product as it
+is). What nothing here needs raises NotImplementedError when it is called.
 
 ``calls`` counts calls by kernel and operands; a tensor may say by its attribute ``counted_as`` what it is counted as.
 """
 
 import enum
 import importlib.metadata
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -185,6 +187,8 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     x = tensor.detach()
     if kind == "Float8BlockQuantizer":
         return _quantize_blocks(x, quantizer, output)
+    if kind in ("MXFP8Quantizer", "NVFP4Quantizer"):
+        return _quantize_small_blocks(x, quantizer, output)
     if kind == "Float8Quantizer":
         if quantizer.amax.numel():
             quantizer.amax.copy_(torch.maximum(quantizer.amax.view(()), _largest_value(x)).view(quantizer.amax.shape))
@@ -224,6 +228,8 @@ def create_empty_quantized_tensor(
     sizes = {"row": shape, "column": transposed}
     data = {name: torch.empty(sizes[name], dtype=torch.uint8) if used else None for name, used in copies.items()}
     whole = {"shape": shape, "dtype": dtype}
+    if type(quantizer).__name__ in ("MXFP8Quantizer", "NVFP4Quantizer"):
+        return _empty_small_blocks(quantizer, shape, dtype)
     common = {"fp8_dtype": quantizer.dtype, "quantizer": quantizer}
     if type(quantizer).__name__ == "Float8BlockQuantizer":
         from transformer_engine.pytorch import Float8BlockwiseQTensor, Float8BlockwiseQTensorStorage
@@ -237,13 +243,30 @@ def create_empty_quantized_tensor(
             "columnwise_data": data["column"], "columnwise_scale_inv": scales["column"],
             "is_2D_scaled": quantizer.block_scaling_dim == 2,
         }  # fmt: skip
-        return (
-            Float8BlockwiseQTensorStorage(**common) if quantizer.internal else Float8BlockwiseQTensor(**whole, **common)
-        )
+        if quantizer.internal:
+            return Float8BlockwiseQTensorStorage(**common, fake_dtype=dtype)
+        return Float8BlockwiseQTensor(**whole, **common)
     from transformer_engine.pytorch import Float8Tensor, Float8TensorStorage
 
     common |= {"data": data["row"], "fp8_scale_inv": torch.empty(1), "data_transpose": data["column"]}
-    return Float8TensorStorage(**common) if quantizer.internal else Float8Tensor(**whole, **common)
+    if quantizer.internal:
+        return Float8TensorStorage(**common, fake_dtype=dtype)
+    return Float8Tensor(**whole, **common)
+
+
+def _empty_small_blocks(quantizer: Any, shape: Sequence[int], dtype: torch.dtype) -> Any:
+    made, parts = quantizer.storage_metadata(dtype), quantizer.inner_tensor_specs(tuple(shape))
+    is_fp4 = type(quantizer).__name__ == "NVFP4Quantizer"
+    if is_fp4:
+        # Transposed copies are of two dimensions.
+        flat = quantizer.inner_tensor_specs((math.prod(shape[:-1]), shape[-1]))
+        parts |= {name: part for name, part in flat.items() if "columnwise" in name}
+    tensors = {name.removeprefix("_"): torch.empty(size, dtype=kind) for name, (size, kind) in parts.items()}
+    absent = dict.fromkeys(f"{side}_{part}" for side in ("rowwise", "columnwise") for part in ("data", "scale_inv"))
+    if is_fp4:
+        absent |= dict.fromkeys(("amax_rowwise", "amax_columnwise"))
+    whole = {} if quantizer.internal else {"shape": shape, "dtype": dtype}
+    return made["cls"](**whole, **absent | tensors, **made["nontensor_kwargs"])
 
 
 def _internal(quantizer: Any, tensor: Tensor) -> Any:
@@ -251,10 +274,11 @@ def _internal(quantizer: Any, tensor: Tensor) -> Any:
     whole = _empty_like(quantizer, tensor)
     if not isinstance(whole, Tensor):
         return whole
-    if type(quantizer).__name__ == "Float8BlockQuantizer":
-        from transformer_engine.pytorch import Float8BlockwiseQTensorStorage
+    if type(quantizer).__name__ in _BLOCK_STORAGES:
+        import transformer_engine.pytorch
 
-        return Float8BlockwiseQTensorStorage(**whole.get_metadata())
+        storage = getattr(transformer_engine.pytorch, _BLOCK_STORAGES[type(quantizer).__name__])
+        return storage(**whole.get_metadata())
     from transformer_engine.pytorch import Float8TensorStorage
 
     return Float8TensorStorage(
@@ -264,6 +288,13 @@ def _internal(quantizer: Any, tensor: Tensor) -> Any:
         data_transpose=whole._transpose,
         quantizer=quantizer,
     )
+
+
+_BLOCK_STORAGES = {
+    "Float8BlockQuantizer": "Float8BlockwiseQTensorStorage",
+    "MXFP8Quantizer": "MXFP8TensorStorage",
+    "NVFP4Quantizer": "NVFP4TensorStorage",
+}
 
 
 def _block_scales(x: Tensor, quantizer: Any, columnwise: bool) -> tuple[Tensor, Tensor]:
@@ -309,8 +340,95 @@ def _put(target: Tensor, source: Tensor) -> None:
     target[tuple(slice(0, n) for n in source.shape)].copy_(source)
 
 
+# ---- MXFP8 and NVFP4: small blocks of a row, or of a column
+
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_LARGEST_E2M1 = 6.0
+
+
+def _amax_of_blocks(x: Tensor, size: int, square: bool = False) -> Tensor:
+    """[M, K] -> [M, K / size]; of squares of values the same in ``size`` rows."""
+    rows, columns = x.shape
+    amax = x.abs().view(rows, columns // size, size).amax(-1)
+    if square:
+        amax = amax.view(rows // size, size, -1).amax(1).repeat_interleave(size, 0)
+    return amax
+
+
+def _to_mxfp8(x: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
+    """[M, K] -> bytes [M, K], and biased exponents of the scales [M, K / 32] that values are multiplied by."""
+    amax = _amax_of_blocks(x, 32)
+    exponent = torch.ceil(torch.log2(amax / _LARGEST[quantizer.dtype])).clamp(-127, 127)
+    exponent = torch.where(amax == 0, torch.full_like(exponent, -127.0), exponent)
+    data = _cast(x, torch.exp2(-exponent).repeat_interleave(32, 1), quantizer.dtype)
+    return data, (exponent + 127).to(torch.uint8)
+
+
+def _from_mxfp8(data: Tensor, scale: Tensor, dtype: Any) -> Tensor:
+    values = _values(data, dtype)
+    scale = scale[: values.shape[0], : values.shape[1] // 32]
+    return values * torch.exp2(scale.float() - 127).repeat_interleave(32, 1)
+
+
+def _to_nvfp4(x: Tensor, quantizer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """[M, K] -> two values a byte [M, K / 2], scales [M, K / 16] in the bytes of E4M3, and the tensor's amax [1]."""
+    largest = _largest_value(x)
+    if quantizer.with_amax_reduction:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+    whole = 448 * _LARGEST_E2M1 / largest if largest > 0 else torch.ones(())
+    scale = (_amax_of_blocks(x, 16, quantizer.with_2d_quantization) / _LARGEST_E2M1 * whole).clamp(max=448)
+    scale = scale.to(torch.float8_e4m3fn)
+    spread = scale.float().repeat_interleave(16, 1)
+    scaled = torch.where(spread > 0, x * whole / spread, torch.zeros_like(x))
+    code = (scaled.abs()[..., None] - _E2M1).abs().argmin(-1) + 8 * (scaled < 0)
+    return (code[:, ::2] + 16 * code[:, 1::2]).to(torch.uint8), scale.view(torch.uint8), largest.view(1)
+
+
+def _from_nvfp4(data: Tensor, scale: Tensor, largest: Tensor) -> Tensor:
+    code = torch.stack([data & 15, data >> 4], -1).flatten(-2).long()
+    values = _E2M1[code & 7] * (1 - 2.0 * (code >> 3))
+    scale = scale[: values.shape[0], : values.shape[1] // 16].contiguous().view(torch.float8_e4m3fn).float()
+    return values * scale.repeat_interleave(16, 1) * (largest / (448 * _LARGEST_E2M1))
+
+
+def _quantize_small_blocks(x: Tensor, quantizer: Any, output: Any) -> Any:
+    flat = x.reshape(-1, x.shape[-1]).float()
+    for side, used in (("rowwise", quantizer.rowwise_usage), ("columnwise", quantizer.columnwise_usage)):
+        data, scale = (getattr(output, f"_{side}_{part}") for part in ("data", "scale_inv"))
+        if not used or data is None:
+            continue
+        own = flat if side == "rowwise" else flat.t().contiguous()
+        if hasattr(output, "_fp4_dtype"):
+            bytes_, scales, largest = _to_nvfp4(own, quantizer)
+            getattr(output, f"_amax_{side}").copy_(largest)
+        else:
+            bytes_, scales = _to_mxfp8(own, quantizer)
+            if side == "columnwise":
+                # Scaled by columns, and not transposed.
+                bytes_, scales = bytes_.t(), scales.t()
+        data.copy_(bytes_.reshape(data.shape))
+        _put(scale, scales)
+    return output
+
+
+def _small_block_values(tensor: Any, columnwise: bool) -> Tensor:
+    """fp32 values [M, K] in the tensor's own orientation, from either copy."""
+    side = "columnwise" if columnwise else "rowwise"
+    data, scale = (getattr(tensor, f"_{side}_{part}") for part in ("data", "scale_inv"))
+    if hasattr(tensor, "_fp4_dtype"):
+        flat = data.reshape(data.shape[0], -1) if columnwise else data.reshape(-1, data.shape[-1])
+        values = _from_nvfp4(flat, scale, getattr(tensor, f"_amax_{side}"))
+        return values.t() if columnwise else values.view(*data.shape[:-1], -1)
+    flat = data.reshape(-1, data.shape[-1])
+    if columnwise:
+        return _from_mxfp8(flat.t().contiguous(), scale.t().contiguous(), tensor._fp8_dtype).t()
+    return _from_mxfp8(flat, scale, tensor._fp8_dtype).view(data.shape)
+
+
 def _block_values(tensor: Any, columnwise: bool) -> Tensor:
     """fp32 values in the tensor's own orientation, from either copy."""
+    if not hasattr(tensor, "_is_2D_scaled"):
+        return _small_block_values(tensor, columnwise)
     scale = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
     data = tensor._columnwise_data if columnwise else tensor._rowwise_data
     if not columnwise:

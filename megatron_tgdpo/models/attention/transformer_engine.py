@@ -28,7 +28,7 @@ class TransformerEngineAttention(PackedAttention):
 
         super().__init__(config, layer_number, *args, **kwargs)
         if self.softcap is not None:
-            raise ValueError("scores are not capped by Transformer Engine")
+            raise ValueError("Transformer Engine cannot cap scores")
         tensor = config.tensor_model_parallel_size
         # Heads of this rank, as if there were no tensor parallelism: the module's group is only for dropout. With more
         # ranks than key/value heads megatron-core gives each rank one of them.
