@@ -11,6 +11,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 # Seconds after which a test gives up what never comes. It says nothing of how long a thing takes: on a machine that is
 # busy with something else, that may be twenty times as long as usual.
 PATIENCE = 900.0
+# The Python of an environment with other versions of megatron-core and torch, that results are compared with; or "".
+OTHER_PYTHON = os.environ.get("TGDPO_OTHER_PYTHON", "")
 
 
 def environment() -> dict[str, str]:
@@ -19,10 +21,16 @@ def environment() -> dict[str, str]:
 
 
 def run_module(
-    module: str, arguments: Sequence[str], *, processes: int = 1, timeout: float = PATIENCE, check: bool = True
+    module: str,
+    arguments: Sequence[str],
+    *,
+    processes: int = 1,
+    timeout: float = PATIENCE,
+    check: bool = True,
+    python: str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``python -m module`` alone or under torchrun; fails the test with the output's end if it must succeed."""
-    launcher = [sys.executable]
+    launcher = [python]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(

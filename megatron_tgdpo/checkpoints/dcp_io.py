@@ -11,6 +11,7 @@ The files are those of ``megatron.core.dist_checkpointing``; two things differ f
 Nothing here imports megatron-core; its own load and save are joined to this in ``checkpoints/load.py``.
 """
 
+import copyreg
 import hashlib
 import io
 import os
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -48,17 +49,38 @@ _METADATA_CLASSES = {
     "torch.serialization": ("_get_layout",),
     "collections": ("OrderedDict",),
     "pathlib": ("PosixPath", "PurePosixPath"),
-    "pathlib._local": ("PosixPath", "PurePosixPath"),  # Python 3.13
 }
+_OTHER_NAMES = {"pathlib._local": "pathlib"}  # Python 3.13's, which no other version has
+# The first of what describes a tensor; torch 2.15 adds strides, which an older one cannot read and nothing here needs.
+_PROPERTIES = 5
+
+
+class _TensorProperties(TensorProperties):
+    """Reads what any version of torch wrote, and is torch's own class afterwards."""
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state[:_PROPERTIES])
+        self.__class__ = TensorProperties  # type: ignore[assignment]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = _OTHER_NAMES.get(module, module)
         if name in _METADATA_CLASSES.get(module, ()):
-            return super().find_class(module, name)
+            found = super().find_class(module, name)
+            return _TensorProperties if found is TensorProperties else found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into checkpoint metadata")
+
+
+class _MetadataPickler(pickle.Pickler):
+    """Writes what any version of torch and Python reads."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is TensorProperties:
+            return copyreg.__newobj__, (TensorProperties,), value.__getstate__()[:_PROPERTIES]  # type: ignore[attr-defined]
+        return NotImplemented
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -155,6 +177,22 @@ class Writer(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         with system_errors():
             return super().write_data(plan, planner)
+
+    def storage_meta(self) -> StorageMeta:
+        # Without the path, which is a temporary one, and of a class that differs between versions of Python.
+        return StorageMeta(save_id=self.save_id)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        content = io.BytesIO()
+        _MetadataPickler(content).dump(metadata)
+        file = Path(self.path, TENSORS_FILE)
+        part = file.with_name(f"{file.name}.tmp")
+        with system_errors(), part.open("wb") as stream:
+            stream.write(content.getbuffer())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
 
 
 class _HashingFileSystem(FileSystem):

@@ -16,8 +16,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import merge
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     _replace_sharded_keys_with_state_dict_keys,
@@ -59,23 +57,25 @@ class _SafeLoadPlanner(MCoreLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-class _LoadSharded(LoadShardedStrategy):
-    """Loads sharded tensors and objects like TorchDistLoadShardedStrategy, but trusts no pickle.
+class _Opened:
+    """A checkpoint whose small files have been read, trusting no pickle.
 
     Args:
-        checkpoint: Where they are; its metadata is read at once.
+        path: Where it is.
+
+    Attributes:
+        common: The plain values of the state dict.
     """
 
-    can_handle_sharded_objects = True  # type: ignore[assignment]
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__()
-        self._reader = SafeReader(checkpoint)
+    def __init__(self, path: Path) -> None:
+        # torch's reader makes errors of its own of those of the system.
+        content = (path / COMMON_FILE).read_bytes()
+        self.common: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        self._reader = SafeReader(path)
         self._reader.read_metadata()
 
-    def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        """Loads in place and returns the plain state dict; collective over the default group."""
-        del checkpoint_dir
+    def fill(self, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Loads sharded tensors and objects in place and returns the plain state dict; collective over all ranks."""
         flat, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         tensors = [item for items in flat.values() for item in items if isinstance(item, ShardedTensor)]
         planner = _SafeLoadPlanner(
@@ -88,50 +88,9 @@ class _LoadSharded(LoadShardedStrategy):
             warnings.simplefilter("ignore", FutureWarning)
             dcp.load_state_dict(state_dict, self._reader, planner=planner)
         plain = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state_dict.items()}
-        restored = _replace_sharded_keys_with_state_dict_keys(plain, flat_mapping, rename_mapping)
+        restored: dict[str, Any] = _replace_sharded_keys_with_state_dict_keys(plain, flat_mapping, rename_mapping)
         _restore_dict_types(restored, sharded_state_dict)
         return restored
-
-    def load_tensors_metadata(self, checkpoint_dir: Path) -> Any:
-        """Not offered: loading with an explicit mismatch check is not used."""
-        raise NotImplementedError
-
-    def load_sharded_metadata(self, checkpoint_dir: Path) -> Any:
-        """Not offered, see above."""
-        raise NotImplementedError
-
-    def remove_sharded_tensors(self, checkpoint_dir: str, key_prefix: str) -> None:
-        """Not offered: checkpoints are never edited."""
-        raise NotImplementedError
-
-    def check_backend_compatibility(self, loaded_backend: str) -> None:
-        """Only torch_dist."""
-        if loaded_backend != "torch_dist":
-            raise UserError(f"checkpoint backend {loaded_backend!r} is not supported, only torch_dist")
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        """Only version 1."""
-        if loaded_version != 1:
-            raise UserError(f"torch_dist version {loaded_version} is not supported, only 1")
-
-
-class _LoadCommon(TorchCommonLoadStrategy):
-    """Gives ``common.pt`` (plain values of the state dict), read before, with ``weights_only=True`` said.
-
-    Args:
-        checkpoint: Where it is.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__()
-        # torch's reader makes errors of its own of those of the system.
-        content = (checkpoint / COMMON_FILE).read_bytes()
-        self._common = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-    def load_common(self, checkpoint_dir: str | Path) -> Any:
-        """Returns the plain values."""
-        del checkpoint_dir
-        return self._common
 
 
 def load_sharded(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +105,9 @@ def load_sharded(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, An
         UserError: The checkpoint is incomplete or corrupt, or lacks a tensor or has it in another shape.
         StorageError: It cannot be read.
     """
-    common, sharded = raise_on_all_ranks(lambda: _open(path, is_first=dist.get_rank() == 0))
+    opened = raise_on_all_ranks(lambda: _open(path, is_first=dist.get_rank() == 0))
     try:
-        return _load(sharded_state_dict, path, common, sharded)
+        return _load(sharded_state_dict, opened)
     except CheckpointException as error:
         # DCP has brought what any rank met to all of them.
         found = load_error(path, error)
@@ -158,27 +117,27 @@ def load_sharded(path: Path, sharded_state_dict: dict[str, Any]) -> dict[str, An
         raise UserError(f"{path}: cannot load: {describe(error)}") from error
 
 
-def _load(sharded_state_dict: dict[str, Any], path: Path, common: _LoadCommon, sharded: _LoadSharded) -> dict[str, Any]:
+def _load(sharded_state_dict: dict[str, Any], opened: _Opened) -> dict[str, Any]:
     """What ``megatron.core.dist_checkpointing.load`` does once it has read the small files.
 
     It reads them on every rank for itself, and where one rank cannot, the others wait for it in the collectives below.
     """
     force_all_tensors_to_non_fp8(sharded_state_dict)
-    state = common.load_common(path)
+    state = opened.common
     wanted, not_stored, factories = load_preprocess(sharded_state_dict)
     merge(state, not_stored)
     wanted, _ = extract_sharded_base(wanted)
     _, global_metadata = determine_global_metadata(wanted)
     validate_sharding_integrity(global_metadata)
-    merge(state, sharded.load(wanted, path))
+    merge(state, opened.fill(wanted))
     result: dict[str, Any] = apply_factory_merges(state, factories)
     return result
 
 
-def _open(path: Path, *, is_first: bool) -> tuple[_LoadCommon, _LoadSharded]:
+def _open(path: Path, *, is_first: bool) -> _Opened:
     if is_first:
         check_files(path)
     try:
-        return _LoadCommon(path), _LoadSharded(path)
+        return _Opened(path)
     except _LOADING_ERRORS as error:
         raise load_error(path, error) from error

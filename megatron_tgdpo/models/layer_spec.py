@@ -10,6 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from megatron_tgdpo.mcore_compat import submodules_of
 from megatron_tgdpo.models.attention.sdpa import PackedCausalAttention
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.norm import RMSNorm
@@ -49,6 +50,6 @@ def local_block_spec(
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.post_norms:
         attention.linear_proj = RowParallelLinearPostNorm
-        members.mlp.submodules.linear_fc2 = RowParallelLinearPostNorm
+        submodules_of(members.mlp).linear_fc2 = RowParallelLinearPostNorm
     chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
     return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=RMSNorm)

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.mcore_compat import submodules_of
 from megatron_tgdpo.models.config import LanguageModelConfig
 
 
@@ -73,7 +74,8 @@ def te_block_spec(
     """
     # The local spec's skeleton: the layer, its attention, its MLP and residual additions are megatron-core's in both.
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
-    layers, attention = layer.submodules, layer.submodules.self_attention.submodules
+    layers = layer.submodules
+    attention, mlp = layers.self_attention.submodules, submodules_of(layers.mlp)
     # Parameters carry the names of checkpoints already.
     layers.sharded_state_dict_keys_map = {}
     layers.input_layernorm = layers.pre_mlp_layernorm = IdentityOp
@@ -82,8 +84,8 @@ def te_block_spec(
             parts, column_linear=with_fused_wgrad(parts.column_linear), row_linear=with_fused_wgrad(parts.row_linear)
         )
     row_linear = row_linear_with_post_norm(parts) if config.post_norms else parts.row_linear
-    attention.linear_qkv = layers.mlp.submodules.linear_fc1 = parts.column_linear
-    attention.linear_proj = layers.mlp.submodules.linear_fc2 = row_linear
+    attention.linear_qkv = mlp.linear_fc1 = parts.column_linear
+    attention.linear_proj = mlp.linear_fc2 = row_linear
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from tests import reference
 from tests.distributed.common import read_metrics, write_pairs
-from tests.launch import PATIENCE, SHARED_DATA
+from tests.launch import OTHER_PYTHON, PATIENCE, SHARED_DATA, run_module
 from tests.processes import run_forked
 from tests.tiny_models import make_model, make_tokenizer
 
@@ -329,6 +329,28 @@ class Runs:
             run_forked("tests.distributed.worker_train", [str(file)], processes=case.processes, timeout=patience)
         return self.inputs.root / "runs" / case.name
 
+    def by_other_versions(self, case: Case) -> Path:
+        """Trains the same cases with the other environment's Python, all of a process count in one launch."""
+        output, root = self.output(case), self.inputs.root / "other-versions"
+        file = self.inputs.root / f"cases{case.processes}.json"
+        if not root.joinpath(file.name).exists():
+            root.mkdir(exist_ok=True)
+            cases = json.loads(file.read_text())
+            for one in cases:
+                one["config"]["output_dir"] = str(root / Path(one["config"]["output_dir"]).name)
+                # The cache of the other versions is read: one written twice would not be.
+                one["export"] = None
+            cases = [one for one in cases if "precompute" not in one]
+            root.joinpath(file.name).write_text(json.dumps(cases))
+            run_module(
+                "tests.distributed.worker_train",
+                [str(root / file.name)],
+                processes=case.processes,
+                timeout=PATIENCE * len(cases),
+                python=OTHER_PYTHON,
+            )
+        return root / output.name
+
     def _disguised(self, name: str) -> dict[str, Any]:
         config = self.inputs.config(Case(name, 1, "random"))
         if name == "alpha-0":
@@ -398,6 +420,18 @@ def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
     print(case.name, {what: f"{max(values):.1e}" for what, values in differences.items()})
     for what, limit in LIMITS.items():
         assert all(value < limit for value in differences[what]), f"{what}: {differences[what]}"
+
+
+@pytest.mark.skipif(not OTHER_PYTHON, reason="TGDPO_OTHER_PYTHON names no environment (bash tests/run_newest.sh)")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_other_versions_train_alike(runs: Runs, case: Case) -> None:
+    if case.data == "real" and not SHARED_DATA.is_dir():
+        pytest.skip("the shared real data is not there")
+    here, there = read_metrics(runs.output(case)), read_metrics(runs.by_other_versions(case))
+    assert len(here) == len(there) == SETTINGS.steps
+    differences = [abs(one["train/loss"] / other["train/loss"] - 1) for one, other in zip(here, there, strict=True)]
+    print(case.name, f"{max(differences):.1e}")
+    assert max(differences) < 1e-6
 
 
 @pytest.mark.parametrize("name", DPO_IN_DISGUISE)

@@ -16,6 +16,7 @@ TABLE = """
 errors
 signals
 intervals
+mcore_compat
 loss
 distributed     errors signals
 storage         errors distributed
@@ -23,7 +24,7 @@ data            errors signals storage
 checkpoints     errors distributed storage
 batching        errors data
 config          errors loss storage data
-models          errors loss distributed storage checkpoints batching
+models          errors mcore_compat loss distributed storage checkpoints batching
 planning        errors loss distributed config models
 output          errors loss storage checkpoints config models
 frozen          loss distributed batching config models planning

@@ -1,7 +1,10 @@
 """A Megatron checkpoint is whole or refused, and no file in it can run code."""
 
+import copyreg
+import io
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
 from checkpoints_convert.command_line import find_checkpoint
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints.dcp_io import SafeReader
 from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
@@ -152,6 +157,49 @@ def test_metadata_cannot_run_code(saved: Path) -> None:
     with pytest.raises(UserError, match="does not belong into checkpoint metadata"):
         load_sharded(saved, state())
     assert not (saved / "executed").exists()
+
+
+def metadata_of(saved: Path) -> Metadata:
+    reader = SafeReader(saved)
+    return reader.read_metadata()
+
+
+class Newer(pickle.Pickler):
+    """Writes metadata as torch 2.15 does: with strides behind the five properties that older versions know."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, TensorProperties):
+            return copyreg.__newobj__, (TensorProperties,), (*value.__getstate__()[:5], (4, 1))
+        return NotImplemented
+
+
+def test_metadata_of_newer_torch_and_python_is_read(saved: Path) -> None:
+    metadata = metadata_of(saved)
+    metadata.storage_meta = StorageMeta(checkpoint_id=saved)
+    content = io.BytesIO()
+    Newer(content, protocol=2).dump(metadata)
+    # The module of Python 3.13's paths.
+    newer = re.sub(rb"cpathlib(\._local)?\n", b"cpathlib._local\n", content.getvalue())
+    assert newer.count(b"pathlib._local") == 1
+    (without_manifest(saved) / ".metadata").write_bytes(newer)
+    wanted = state(torch.zeros(3, 4))
+    wanted["random"] = ShardedObject("random", None, (1,), (0,))
+    assert torch.equal(load_sharded(saved, wanted)["model"]["w"], WEIGHT)
+    assert type(metadata_of(saved).state_dict_metadata["w"].properties) is TensorProperties
+
+
+def test_metadata_is_written_as_older_torch_and_python_read_it(saved: Path) -> None:
+    states = []
+
+    class Older(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            assert not module.startswith("pathlib")
+            if name == "TensorProperties":
+                return type(name, (), {"__setstate__": lambda self, state: states.append(state)})
+            return super().find_class(module, name)
+
+    Older(io.BytesIO((saved / ".metadata").read_bytes())).load()
+    assert [len(one) for one in states] == [5]
 
 
 def test_plain_values_cannot_run_code(saved: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_tgdpo.mcore_compat import submodules_of
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.layer_spec_te import TransformerEngineParts, te_block_spec
 
@@ -34,7 +35,7 @@ def test_only_the_layers_linears_add_to_the_gradient_buffer(fused: bool, post_no
     )  # fmt: skip
     pg: Any = SimpleNamespace(pp=SimpleNamespace(size=lambda: 1))
     (layer,) = te_block_spec(config, pg, torch.nn.Identity, PARTS).layer_specs
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention, mlp = submodules_of(layer.submodules.self_attention), submodules_of(layer.submodules.mlp)
     for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
         assert linear(32, 32, config=config).adds_to_main_grad is fused
     assert config.gradient_accumulation_fusion is False
