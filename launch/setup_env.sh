@@ -6,6 +6,8 @@
 # VENV_DIR is relative to the repository's root; EXTRAS is a comma-separated list from pyproject.toml. An environment is
 # reused if it was finished for this pyproject.toml, these extras, this torch and this path, and made anew otherwise.
 # TORCH_SPEC says which torch to install (default: torch==2.13.0 where no NVIDIA GPU is seen, torch>=2.6 where one is).
+# PYTHON names the interpreter (default: the first of python3.12, 3.11, 3.10 and 3.13). Under Python 3.10 and 3.11 pip takes
+# megatron-core 0.16, the last for them, and under a newer one the newest.
 # With the extra gpu, Transformer Engine's PyTorch part is compiled for that torch: it needs nvcc and takes a while.
 set -euo pipefail
 
@@ -30,14 +32,15 @@ if command -v flock >/dev/null; then flock 9; fi
 
 # A name on the PATH is not enough: version managers leave launchers for versions they do not run.
 python=
-for candidate in python3.12 python3.11 python3.10 python3.13 python3; do
+for candidate in ${PYTHON:-python3.12 python3.11 python3.10 python3.13 python3}; do
   if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' \
     >/dev/null 2>&1; then
     python=$candidate
     break
   fi
 done
-[ -n "$python" ] || fail "no Python 3.10 to 3.13 with the venv module found: install one (Debian: python3.11-venv)"
+[ -n "$python" ] ||
+  fail "${PYTHON:+PYTHON=$PYTHON: }no Python 3.10 to 3.13 with the venv module found: install one (Debian: python3.11-venv)"
 
 # The path is in the key because the environment's scripts name it: one that was moved does not work.
 key=$("$python" - "$PWD" "$venv" "$extras" "$TORCH_SPEC" <<'PYTHON'

@@ -26,6 +26,7 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import RankEnvironment, raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError, BadNodeError
+from megatron_tgdpo.mcore_compat import untested_version
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.resilience.preflight_facts import RankFacts, gather_facts
@@ -108,6 +109,7 @@ def _check_all(
     problems += [Problem(None, message) for message in _from_first_rank(room, group)]
     notes += placement_notes(results, hosts) + [f"node {fact.host}: {note}" for fact in facts for note in fact.notes]
     notes += slow_notes(slow_groups(results, config.preflight.slow_group_ratio), hosts)
+    notes += [note for note in (untested_version(),) if note is not None]
     if ranks.rank == 0:
         limit = allow_open_files(needed := files_needed(layout, device))
         logger.info("preflight: a rank opens about %d files and sockets at once, %d are allowed", needed, limit)

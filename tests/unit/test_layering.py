@@ -30,7 +30,7 @@ output          errors loss storage checkpoints config models
 frozen          loss distributed batching config models planning
 gpu             errors distributed config models planning
 setup           errors signals distributed storage data checkpoints batching config models output frozen gpu
-resilience      errors signals distributed storage checkpoints config models output setup
+resilience      errors signals mcore_compat distributed storage checkpoints config models output setup
 guidance        errors intervals distributed storage data checkpoints batching config models output frozen gpu \
                 setup resilience
 training        errors signals loss distributed storage data checkpoints batching config models planning output frozen \
