@@ -14,7 +14,7 @@ from megatron_tgdpo.gpu.capabilities import parse_version, supported_engine
 ROOT = Path(__file__).parents[2]
 CONTAINER = ROOT / "launch" / "container"
 # The base image's own, in versions that must not be replaced.
-OF_THE_IMAGE = {"torch"}
+OF_THE_IMAGE = {"torch", "triton"}
 
 
 def pins() -> dict[str, str]:
