@@ -1,7 +1,7 @@
 """The run's configuration: typed sections, one YAML file, ``section.key=value`` overrides, nothing unknown accepted.
 
 A default lives here and nowhere else, and with it what the value must be; rules.py has what values must be together.
-Fields without a default are required. Every ``batch`` figure counts pairs (1 chosen and 1 rejected) unless it says
+Fields without a default are required. Every key of ``batch`` counts pairs (1 chosen and 1 rejected) unless it says
 tokens.
 """
 

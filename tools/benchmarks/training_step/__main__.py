@@ -1,4 +1,4 @@
-"""Speed and memory of a training step beside what else one could run; where a step's time goes.
+"""Speed and memory of a training step, compared with what else one could run; where a step's time goes.
 
     python -m tools.benchmarks.training_step compare    --size 20m --vocabulary 128256 --json metrics.json
     python -m tools.benchmarks.training_step profile    --size 20m --variant colocated --trace trace.json
