@@ -89,7 +89,7 @@ def _plan(given: argparse.Namespace) -> None:
     # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
     # needs.
     warnings.filterwarnings("ignore")
-    from megatron_tgdpo.planning.command import plan
+    from tgdpo.planning import plan
 
     print(plan(given))
 

@@ -131,6 +131,11 @@ class PrecisionConfig:
     first_last_layers_bf16: bool = False  # the first and the last layer of every model stay in bf16
     frozen: str = one_of(("same", "bf16", "fp8"), "same")  # of reference and guide; same: as the policy
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of a weight or activation in ``dtype``."""
+        return 4 if self.dtype == "fp32" else 2
+
 
 @dataclass(frozen=True)
 class OverlapConfig:
