@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_tgdpo.storage.dtypes import SAFETENSORS_DTYPES, dtype_name
-from megatron_tgdpo.storage.files import bytes_of, start_writeback
+from megatron_tgdpo.storage.files import start_writeback
+from megatron_tgdpo.storage.tensor_files import bytes_of
 
 _ALIGNMENT = 8
 

@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # --- GPUs and NCCL -----------------------------------------------------------------------------------------------------
 # One hardware queue keeps kernels in the order of issue, which is how megatron-core overlaps tensor parallel traffic.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# Rows of one size and checkpoints of another fragment GPU memory otherwise.
+# Packs of one size and checkpoints of another fragment GPU memory otherwise.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # Warnings name a broken link or a wrong interface; INFO says which interfaces and protocols NCCL took.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -1,4 +1,4 @@
-"""95% confidence intervals of the figures that models are judged by. Standard library only.
+"""95% confidence intervals of the metrics that models are judged by. Standard library only.
 
 Observations (pairs, answers) are taken as independent draws; the intervals say nothing about another training seed.
 """
@@ -13,7 +13,7 @@ _Z = statistics.NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the ends of its 95% interval; the ends are None where there are too few observations for one."""
+    """A metric and the ends of its 95% interval; the ends are None where there are too few observations for one."""
 
     value: float
     low: float | None

@@ -5,7 +5,7 @@
 
 CONFIG is that of the training. Only ``precision.dtype``, the data and the models must stay as they are for the training
 that uses the cache: layout and ``batch.tokens_per_micro_batch`` may be others (forward passes need little memory, so
-larger rows and fewer ranks per model pay). Data-parallel replicas share the work. An interrupted computation continues
+larger packs and fewer ranks per model pay). Data-parallel replicas share the work. An interrupted computation continues
 where it stopped; complete shards are never computed again. ``--verify`` instead computes some pairs of a complete cache
 again and compares.
 """

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument(
         "--schedules",
         action="store_true",
-        help="instead of layouts: the bubble of every pipeline schedule for 2 to 8 stages and 8 to 64 rows",
+        help="instead of layouts: the bubble of every pipeline schedule for 2 to 8 stages and 8 to 64 packs",
     )
     layout.add_argument("--top", type=int, default=12, help="lines of the ranking; default %(default)s")
     cluster = parser.add_argument_group("cluster (H100 SXM; figures and sources in docs/planning.md)")
@@ -89,7 +89,7 @@ def _plan(given: argparse.Namespace) -> None:
     # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
     # needs.
     warnings.filterwarnings("ignore")
-    from megatron_tgdpo.planning.command import plan
+    from tgdpo.planning import plan
 
     print(plan(given))
 

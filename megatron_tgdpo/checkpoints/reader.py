@@ -19,7 +19,8 @@ from megatron_tgdpo.checkpoints.dcp_io import SafeReader
 from megatron_tgdpo.checkpoints.manifest import check_files
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.atomic_directory import load_error
-from megatron_tgdpo.storage.files import FilePart, FileReader
+from megatron_tgdpo.storage.files import FilePart
+from megatron_tgdpo.storage.tensor_files import FileReader
 
 _BLOCK_BYTES = 16 << 20
 # A zip entry's local header: 26 bytes, then the lengths of its name and its extra field.

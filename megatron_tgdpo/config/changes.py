@@ -145,13 +145,13 @@ def find_changes(recorded: Recorded, config: Config, inputs: Inputs | None) -> l
     return changes
 
 
-def check_changes(recorded: Recorded, config: Config, changes: list[Change], *, asked: bool) -> None:
+def check_changes(recorded: Recorded, changes: list[Change], output_dir: str, *, asked: bool) -> None:
     """Refuses changes that make another run of it, and those that were not asked for.
 
     Args:
         recorded: The run so far.
-        config: The config that continues it.
         changes: From :func:`find_changes`.
+        output_dir: Where it is to be continued.
         asked: Whether keys of ``Rule.ASKED`` may change.
 
     Raises:
@@ -161,13 +161,13 @@ def check_changes(recorded: Recorded, config: Config, changes: list[Change], *, 
     if fixed:
         raise UserError(
             f"{recorded.source} cannot be continued with {_listed(fixed)}: that makes another run, which may start "
-            f"from the weights of this one: model.policy=RUN/checkpoints/step_N, output_dir not {config.output_dir}"
+            f"from the weights of this one: model.policy=RUN/checkpoints/step_N, output_dir not {output_dir}"
         )
     unasked = [change for change in changes if change.rule is Rule.ASKED]
     if unasked and not asked:
         raise UserError(
             f"{recorded.source} was made with other values: {_listed(unasked)}: give train.resume=changed to continue "
-            f"with these, what was used so far to continue as before, or another output_dir than {config.output_dir} "
+            f"with these, what was used so far to continue as before, or another output_dir than {output_dir} "
             "for another run"
         )
 

@@ -1,7 +1,7 @@
 """The run's configuration: typed sections, one YAML file, ``section.key=value`` overrides, nothing unknown accepted.
 
 A default lives here and nowhere else, and with it what the value must be; rules.py has what values must be together.
-Fields without a default are required. Every ``batch`` figure counts pairs (1 chosen and 1 rejected) unless it says
+Fields without a default are required. Every key of ``batch`` counts pairs (1 chosen and 1 rejected) unless it says
 tokens.
 """
 
@@ -132,6 +132,11 @@ class PrecisionConfig:
     fp4: str = one_of(FP4_RECIPES, "none")  # in the place of fp8: the same products in FP4
     first_last_layers_bf16: bool = False  # the first and the last layer of every model stay in bf16
     frozen: str = one_of(("same", "bf16", "fp8"), "same")  # of reference and guide; same: as the policy
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of a weight or activation in ``dtype``."""
+        return 4 if self.dtype == "fp32" else 2
 
 
 @dataclass(frozen=True)

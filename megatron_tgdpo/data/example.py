@@ -10,6 +10,8 @@ from megatron_tgdpo.errors import UserError
 
 Response = str | tuple[Message, ...]
 
+# The keys of a pair's responses.
+RESPONSES = ("chosen", "rejected")
 # Where a turn begins in a text of Anthropic's HH.
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 # Templates are told of these; the last holds any others, as in TRL.
@@ -34,6 +36,16 @@ class Example:
     rejected: Response | None
     variables: Mapping[str, Any] = field(default_factory=dict)
     tie: bool = False
+
+
+def has_pair(record: Mapping[str, Any]) -> bool:
+    """Whether a record has both of `RESPONSES`."""
+    return all(record.get(key) is not None for key in RESPONSES)
+
+
+def has_no_pair(record: Mapping[str, Any]) -> bool:
+    """Whether a record has neither of `RESPONSES`."""
+    return all(record.get(key) is None for key in RESPONSES)
 
 
 def template_variables(record: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -135,8 +147,8 @@ def text_prompt(record: Mapping[str, Any], key: str, place: str) -> tuple[Messag
     return checked_prompt(with_system(record, messages, place), place)
 
 
-def chat_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...] | None:
-    """The prompt as messages from whichever key of a known layout holds it; None without one."""
+def chat_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...]:
+    """The prompt as messages from whichever key of a known layout holds it; raises a UserError where none does."""
     for key in ("conversations", "prompt"):
         if isinstance(record.get(key), list):
             return messages_prompt(record, key, place)
@@ -148,4 +160,7 @@ def chat_prompt(record: Mapping[str, Any], place: str) -> tuple[Message, ...] | 
     for key in ("prompt", "question"):
         if record.get(key) is not None:
             return text_prompt(record, key, place)
-    return None
+    raise UserError(
+        f"{place}: no prompt (keys: {', '.join(map(str, record))}); a record needs 'instruction', 'conversations', "
+        "'messages', 'question' or 'prompt', or chosen and rejected lists of messages that share one"
+    )

@@ -1,20 +1,28 @@
-"""The shapes in which people keep preference pairs and single answers, each turned into the same `Example`."""
+"""The shapes in which people keep preference pairs and single answers, a row each, turned into the same `Example`."""
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_tgdpo.data import scored_layouts
-from megatron_tgdpo.data.example import Example, chat_prompt, checked_prompt, is_hh, with_system
-from megatron_tgdpo.data.fields import Message, kind_of, messages_of, need, text_of
-from megatron_tgdpo.data.pair_layouts import REJECTED_KEYS, SIDED, SINGLE, parse_swift
+from megatron_tgdpo.data import pair_layouts, scored_layouts, single_layouts
+from megatron_tgdpo.data.example import (
+    RESPONSES,
+    Example,
+    chat_prompt,
+    has_pair,
+    instruction_prompt,
+    messages_prompt,
+    text_prompt,
+)
+from megatron_tgdpo.data.fields import Message, kind_of, text_of
 from megatron_tgdpo.errors import UserError
 
 __all__ = [
     "KEYS",
     "LAYOUTS",
     "Example",
+    "Layout",
     "detect_layout",
     "is_known_key",
     "is_single",
@@ -23,15 +31,15 @@ __all__ = [
     "rename",
 ]
 
-KEYS = (
-    "instruction", "input", "history", "system", "conversations", "prompt", "chosen", "rejected", "output", "messages",
-    "completion", "question", "tools", "documents", "chat_template_kwargs", *scored_layouts.KEYS,
-)  # fmt: skip
+# What any layout may have.
+KEYS = (*RESPONSES, "system", "tools", "documents", "chat_template_kwargs")
 # Words after "rejected" of keys that say something about a rejected response.
 _ABOUT = re.compile(
     r"(\w*[-_ ])?(score|scores|rating|ratings|rank|reward|rewards|model|policy|source|id|idx|index|tokens|length|"
     r"logps?|logprobs?|rationale|reason|critique|type|category)(s)?"
 )
+
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,22 +48,85 @@ class Layout:
 
     Attributes:
         parse: Turns a record, and how errors name it, into a pair or a single answer.
-        matches: Whether a record has this shape and can have no other. None for those here, which share keys and are
-            told apart together, by `detect_layout`.
+        matches: Whether a record has this shape. The rows above do not have it.
         keys: What it reads, beside `KEYS`.
+        prompt: Its prompt alone, whatever became of the responses; None: that of ``parse``.
+        single: It holds prompts with one answer, not pairs.
     """
 
-    parse: Callable[[Mapping[str, Any], str], Example]
-    matches: Callable[[Mapping[str, Any]], bool] | None = None
+    parse: Callable[[Record, str], Example]
+    matches: Callable[[Record], bool]
     keys: tuple[str, ...] = ()
+    prompt: Callable[[Record, str], str | tuple[Message, ...]] | None = None
+    single: bool = False
 
 
+def _pair_after(
+    key: str,
+    read: Callable[[Record, str, str], tuple[Message, ...]],
+    kind: type = object,
+    also: tuple[str, ...] = (),
+) -> Layout:
+    """The row of pairs whose prompt a key holds, as a value of some kind."""
+
+    def prompt(record: Record, place: str) -> tuple[Message, ...]:
+        return read(record, key, place)
+
+    def matches(record: Record) -> bool:
+        return has_pair(record) and record.get(key) is not None and isinstance(record[key], kind)
+
+    return Layout(pair_layouts.pair_after(prompt), matches, (key, *also), prompt)
+
+
+# A record is of the first that it matches.
 LAYOUTS: dict[str, Layout] = {
-    **{name: Layout(parse) for name, parse in (SINGLE | SIDED).items()},
-    "swift": Layout(parse_swift),
-    "scored": Layout(scored_layouts.parse_scored),
-    "ranked": Layout(scored_layouts.parse_ranked),
-    "preference": Layout(scored_layouts.parse_preference),
+    "swift": Layout(pair_layouts.parse_swift, pair_layouts.is_swift, ("messages", *pair_layouts.REJECTED_KEYS)),
+    "scored": Layout(scored_layouts.parse_scored, scored_layouts.is_scored, scored_layouts.ANSWER_KEYS, chat_prompt),
+    "ranked": Layout(scored_layouts.parse_ranked, scored_layouts.is_ranked, scored_layouts.ANSWER_KEYS, chat_prompt),
+    "preference": Layout(
+        scored_layouts.parse_preference, scored_layouts.is_preference, scored_layouts.PREFERENCE_KEYS, chat_prompt
+    ),
+    "single_messages": Layout(
+        single_layouts.parse_messages,
+        single_layouts.is_messages,
+        ("messages",),
+        single_layouts.messages_before_answer,
+        single=True,
+    ),
+    "single_sharegpt": Layout(
+        single_layouts.parse_sharegpt,
+        single_layouts.is_sharegpt,
+        ("conversations",),
+        single_layouts.sharegpt_before_answer,
+        single=True,
+    ),
+    "single_instruction": Layout(
+        single_layouts.parse_instruction,
+        single_layouts.is_instruction,
+        ("instruction", "input", "history", "output"),
+        instruction_prompt,
+        single=True,
+    ),
+    "single_completion": Layout(
+        single_layouts.parse_completion,
+        single_layouts.is_completion,
+        ("prompt", "completion"),
+        single_layouts.completion_prompt,
+        single=True,
+    ),
+    "sharegpt": _pair_after("conversations", messages_prompt),
+    "trl_conversational": _pair_after("prompt", messages_prompt, list),
+    "trl_implicit": Layout(pair_layouts.parse_two_dialogues, pair_layouts.is_two_dialogues),
+    "instruction": _pair_after(
+        "instruction", lambda record, _, place: instruction_prompt(record, place), also=("input", "history")
+    ),
+    "trl_plain": Layout(pair_layouts.parse_plain, pair_layouts.is_plain, ("prompt",), pair_layouts.plain_prompt),
+    "openai": _pair_after("messages", messages_prompt),
+    "context": _pair_after("context", messages_prompt, list),
+    "prompt_text": _pair_after("prompt", text_prompt, str),
+    "question": _pair_after("question", text_prompt),
+    "hh": Layout(pair_layouts.parse_two_hh, pair_layouts.is_two_hh),
+    "plain_implicit": Layout(pair_layouts.parse_two_texts, pair_layouts.is_two_texts),
 }
 
 
@@ -96,20 +167,14 @@ def detect_layout(record: Any, place: str, *, chosen_only: bool = False) -> str:
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
-    found = _matching(record)
-    _refuse_unknown(record, place, LAYOUTS[found].keys if found else ())
-    if found is not None:
-        return found
-    if any(record.get(key) is not None for key in REJECTED_KEYS[1:]):
-        return "swift"
-    if record.get("chosen") is None and record.get("rejected") is None:
-        found = scored_layouts.scored_layout(record) or _single_layout(record)
-        if found is not None:
-            return found
     if chosen_only:
         record = _without_rejected(record)
-    _check_responses(record, place)
-    return _pair_layout(record, place)
+    found = _matching(record)
+    _refuse_unknown(record, place, LAYOUTS[found].keys if found else ())
+    if found is None:
+        pair_layouts.check_responses(record, place)
+        raise _no_layout(record, place)
+    return found
 
 
 def is_known_key(key: str) -> bool:
@@ -120,7 +185,7 @@ def is_known_key(key: str) -> bool:
 
 def is_single(layout: str) -> bool:
     """Whether a layout holds prompts with one answer, not pairs."""
-    return layout in SINGLE
+    return LAYOUTS[layout].single
 
 
 def parse_record(record: Any, layout: str, place: str, *, chosen_only: bool = False) -> Example:
@@ -137,10 +202,8 @@ def parse_record(record: Any, layout: str, place: str, *, chosen_only: bool = Fa
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
-    if chosen_only and layout not in SINGLE:
+    if chosen_only and not is_single(layout):
         record = _without_rejected(record)
-    if layout in SIDED:
-        _check_responses(record, place)
     example = LAYOUTS[layout].parse(record, place)
     if isinstance(example.prompt, str) and example.variables:
         raise UserError(
@@ -165,54 +228,40 @@ def parse_prompt(record: Any, place: str) -> str | tuple[Message, ...]:
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: a record must be a JSON object, found {kind_of(record)}")
-    own = _matching(record)
-    if own is not None:
-        return parse_record(record, own, place).prompt
-    chosen, rejected = record.get("chosen"), record.get("rejected")
-    if chosen is not None:
-        both = record if rejected is not None else {**record, "rejected": chosen}
-        layout = _pair_layout(both, place)
-        # Their prompt is in their responses.
-        if layout in ("trl_implicit", "hh", "plain_implicit"):
-            return parse_record(both, layout, place).prompt
-    elif scored_layouts.scored_layout(record) or scored_layouts.is_scored_row(record):
-        layout = "scored"
-    else:
-        layout = _single_layout(record) or "trl_plain"
-    if layout in ("single_messages", "single_sharegpt"):
-        return _open_dialogue(record, "messages" if layout == "single_messages" else "conversations", place)
-    if layout in ("trl_plain", "single_completion") and isinstance(record.get("prompt"), str):
+    if (record.get("chosen") is None) != (record.get("rejected") is None):
+        # Half of a pair has its prompt, too, if it is the chosen half.
+        record = {**record, "rejected": record.get("chosen")}
+    found = _matching(record)
+    if found is not None:
+        prompt_of = LAYOUTS[found].prompt
+        return parse_record(record, found, place).prompt if prompt_of is None else prompt_of(record, place)
+    if has_pair(record):
+        raise _no_layout(record, place)
+    if isinstance(record.get("prompt"), str) and not scored_layouts.is_scored_row(record):
         return text_of(record["prompt"], "prompt", place)
-    found = chat_prompt(record, place)
-    if found is None:
-        raise UserError(
-            f"{place}: no prompt (keys: {', '.join(map(str, record))}); a record needs 'instruction', 'conversations', "
-            "'messages', 'question' or 'prompt', or chosen and rejected lists of messages that share one"
-        )
-    return found
+    return chat_prompt(record, place)
 
 
-def _matching(record: Mapping[str, Any]) -> str | None:
-    """The layout that says itself that a record is of its shape."""
-    return next((name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(record)), None)
+def _matching(record: Record) -> str | None:
+    return next((name for name, layout in LAYOUTS.items() if layout.matches(record)), None)
 
 
-def _open_dialogue(record: Mapping[str, Any], key: str, place: str) -> tuple[Message, ...]:
-    """A dialogue without the answer that it may end with."""
-    messages = messages_of(record[key], key, place)
-    if messages and messages[-1].role == "assistant":
-        messages = messages[:-1]
-    return checked_prompt(with_system(record, messages, place), place)
+def _no_layout(record: Record, place: str) -> UserError:
+    return UserError(
+        f"{place}: no known layout (keys: {', '.join(map(str, record))}); besides chosen and rejected a record needs "
+        "'instruction', 'conversations', 'messages', 'question' or 'prompt', or chosen and rejected must be whole "
+        "dialogues; name the prompt's key with data.columns (prompt: KEY)"
+    )
 
 
-def _refuse_unknown(record: Mapping[str, Any], place: str, known: tuple[str, ...]) -> None:
+def _refuse_unknown(record: Record, place: str, known: tuple[str, ...]) -> None:
     """Refuses what may be a rejected response that no layout has: it must not be left out without a word."""
     for key, value in record.items():
         name = str(key).lower()
         # A number is none, and what is empty holds none.
         if (
             not name.startswith("rejected")
-            or key in (*REJECTED_KEYS, *known)
+            or key in (*pair_layouts.REJECTED_KEYS, *known)
             or not value
             or isinstance(value, int | float)
         ):
@@ -224,78 +273,9 @@ def _refuse_unknown(record: Mapping[str, Any], place: str, known: tuple[str, ...
             )
 
 
-def _without_rejected(record: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_rejected(record: Record) -> Record:
     """A pair's record with the chosen response as both, so that every layout reads it by its one set of rules."""
-    if any(record.get(key) is not None for key in REJECTED_KEYS[1:]):
-        rest = {key: value for key, value in record.items() if key not in REJECTED_KEYS}
-        return {**rest, "rejected_messages": record.get("messages")}
-    return {**record, "rejected": record["chosen"]} if "chosen" in record else record
-
-
-def _check_responses(record: Mapping[str, Any], place: str) -> None:
-    chosen, rejected = need(record, "chosen", place), need(record, "rejected", place)
-    if kind_of(chosen) != kind_of(rejected):
-        raise UserError(
-            f"{place}: 'chosen' is {kind_of(chosen)} but 'rejected' is {kind_of(rejected)}; make them alike"
-        )
-
-
-def _starts_with_answer(response: Any) -> bool:
-    """Whether a list of messages begins with the assistant's: it is a response without its prompt."""
-    first = response[0] if isinstance(response, list) and response else None
-    return isinstance(first, Mapping) and first.get("from", first.get("role")) in ("gpt", "assistant")
-
-
-def _pair_layout(record: Mapping[str, Any], place: str) -> str:
-    """The layout of a record with chosen and rejected."""
-    chosen, rejected = record["chosen"], record["rejected"]
-    whole = isinstance(chosen, list) and not any(map(_starts_with_answer, (chosen, rejected)))
-    prompt = record.get("prompt")
-    if record.get("conversations") is not None:
-        return "sharegpt"
-    if isinstance(prompt, list):
-        return "trl_conversational"
-    if whole:
-        return "trl_implicit"
-    if record.get("instruction") is not None:
-        return "instruction"
-    if isinstance(prompt, str) and isinstance(chosen, str):
-        return "trl_plain"
-    if record.get("messages") is not None:
-        return "openai"
-    if isinstance(record.get("context"), list):
-        return "context"
-    if isinstance(prompt, str):
-        return "prompt_text"
-    if record.get("question") is not None:
-        return "question"
-    if isinstance(chosen, list):
-        return "trl_implicit"
-    if is_hh(chosen) and is_hh(rejected):
-        return "hh"
-    # Other keys may hold the prompt.
-    others = [
-        key for key, value in record.items() if key not in ("chosen", "rejected") and isinstance(value, str | list)
-    ]
-    if isinstance(chosen, str) and not others:
-        return "plain_implicit"
-    raise UserError(
-        f"{place}: no known layout (keys: {', '.join(map(str, record))}); besides chosen and rejected a record needs "
-        "'instruction', 'conversations', 'messages', 'question' or 'prompt', or chosen and rejected must be whole "
-        "dialogues; name the prompt's key with data.columns (prompt: KEY)"
-    )
-
-
-def _single_layout(record: Mapping[str, Any]) -> str | None:
-    """The layout of a record with one answer, None if it is not one."""
-    if record.get("messages") is not None:
-        return "single_messages"
-    # Prompts without answers are kept in this shape too; they end with the user's turn.
-    turns = record.get("conversations")
-    if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
-        return "single_sharegpt" if turns[-1].get("from", turns[-1].get("role")) in ("gpt", "assistant") else None
-    if record.get("instruction") is not None and record.get("output") is not None:
-        return "single_instruction"
-    if record.get("prompt") is not None and record.get("completion") is not None:
-        return "single_completion"
-    return None
+    if pair_layouts.is_swift(record):
+        rest = {key: value for key, value in record.items() if key not in pair_layouts.REJECTED_KEYS}
+        return record if record.get("messages") is None else {**rest, "rejected_messages": record["messages"]}
+    return record if record.get("chosen") is None else {**record, "rejected": record["chosen"]}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from megatron_tgdpo.data.example import Example, chat_prompt, template_variables
+from megatron_tgdpo.data.example import Example, chat_prompt, has_no_pair, template_variables
 from megatron_tgdpo.data.fields import RawRecord, kind_of, need, text_of
 from megatron_tgdpo.errors import UserError
 
@@ -18,21 +18,34 @@ _TWO = (("response_1", "response_2"), ("response1", "response2"))
 _PREFERENCES = ("preference_strength", "overall_preference")
 # A file with one answer a record, and this score; those to a prompt are neighbours.
 _ROW_SCORE = "helpfulness"
-KEYS = (
-    *_ANSWERS, *_SCORES, *(key for keys in _TWO for key in keys), *_PREFERENCES, "context", "response", _ROW_SCORE,
-)  # fmt: skip
+ANSWER_KEYS = (*_ANSWERS, *_SCORES, "response", _ROW_SCORE)
+PREFERENCE_KEYS = (*(key for keys in _TWO for key in keys), *_PREFERENCES)
 
 
-def scored_layout(record: Mapping[str, Any]) -> str | None:
-    """The layout of a record with scored answers, None if it is not one."""
-    answers = next((record[key] for key in _ANSWERS if isinstance(record.get(key), list)), None)
+def is_scored(record: Mapping[str, Any]) -> bool:
+    """Whether a record has answers with scores."""
+    answers = _answers_of(record)
     if answers and isinstance(answers[0], Mapping):
-        return "ranked" if "rank" in answers[0] else "scored"
-    if answers and any(isinstance(record.get(key), list) for key in _SCORES):
-        return "scored"
-    if _preference_keys(record) is not None:
-        return "preference"
-    return None
+        return "rank" not in answers[0]
+    return bool(answers) and any(isinstance(record.get(key), list) for key in _SCORES)
+
+
+def is_ranked(record: Mapping[str, Any]) -> bool:
+    """Whether a record has answers with ranks."""
+    answers = _answers_of(record)
+    return bool(answers) and isinstance(answers[0], Mapping) and "rank" in answers[0]
+
+
+def is_preference(record: Mapping[str, Any]) -> bool:
+    """Whether a record has two answers and says which is better."""
+    return has_no_pair(record) and _preference_keys(record) is not None
+
+
+def _answers_of(record: Mapping[str, Any]) -> list[Any]:
+    """The answers of a record that is no pair, if they are a list."""
+    lists = (record[key] for key in _ANSWERS if isinstance(record.get(key), list))
+    found: list[Any] = next(lists, []) if has_no_pair(record) else []
+    return found
 
 
 def parse_scored(record: Mapping[str, Any], place: str) -> Example:
@@ -84,8 +97,6 @@ def _preference_keys(record: Mapping[str, Any]) -> tuple[str, str, str] | None:
 def _best_and_worst(record: Mapping[str, Any], texts: list[Any], scores: list[float], key: str, place: str) -> Example:
     """The earlier of equals."""
     prompt = chat_prompt(record, place)
-    if prompt is None:
-        raise UserError(f"{place}: scored answers without a prompt (keys: {', '.join(map(str, record))})")
     best = max(range(len(scores)), key=scores.__getitem__)
     worst = min(range(len(scores)), key=scores.__getitem__)
     chosen, rejected = (text_of(texts[index], key, place) for index in (best, worst))

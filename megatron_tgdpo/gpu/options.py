@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.config.schema import Config, TrainConfig
+from megatron_tgdpo.config.schema import Config, ModelConfig, PrecisionConfig, TrainConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities, detect
@@ -96,17 +96,19 @@ def building(frozen: bool) -> contextlib.AbstractContextManager[Any]:
     return torch.no_grad() if frozen else contextlib.nullcontext()
 
 
-def describe_model(config: Config, model_config: LanguageModelConfig, device: torch.device) -> str:
+def describe_model(
+    model: ModelConfig, precision: PrecisionConfig, built: LanguageModelConfig, device: torch.device
+) -> str:
     """Layer spec, core attention and precision of a built model, for the log."""
     found = capabilities(device)
-    spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
-    precision = str(model_config.params_dtype).removeprefix("torch.")
-    if model_config.fp8:
-        held = " with FP8 weights" if model_config.fp8_param else ""
-        precision = f"FP8 {model_config.fp8_recipe} ({model_config.fp8}){held}"
-    if model_config.fp4:
-        precision = f"FP4 {model_config.fp4_recipe}"
-    return f"layer spec {spec}, core attention {choose_attention(model_config, spec, found)}, {precision}"
+    spec = choose_layer_spec(model.layer_spec, found, precision.dtype)
+    computed = str(built.params_dtype).removeprefix("torch.")
+    if built.fp8:
+        held = " with FP8 weights" if built.fp8_param else ""
+        computed = f"FP8 {built.fp8_recipe} ({built.fp8}){held}"
+    if built.fp4:
+        computed = f"FP4 {built.fp4_recipe}"
+    return f"layer spec {spec}, core attention {choose_attention(built, spec, found)}, {computed}"
 
 
 def _block_spec(

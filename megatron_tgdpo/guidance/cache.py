@@ -20,7 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save_file
 
-from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.methods import Method
+from megatron_tgdpo.config.schema import Config, GuidanceConfig
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.gpu.fp8 import frozen_precision
@@ -290,7 +291,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return result
 
 
-def open_guidance(config: Config, name: str, dataset: PreferenceDataset) -> GuidanceCache:
-    """The guidance cache of a dataset of the run, by its name in ``config.datasets``."""
-    directory = Path(str(config.guidance.cache)) / name
-    return GuidanceCache(directory, dataset.trained_lengths, use_guide="guide" in config.method.frozen)
+def open_guidance(guidance: GuidanceConfig, method: Method, name: str, dataset: PreferenceDataset) -> GuidanceCache:
+    """The guidance cache of a dataset of the run, by its name in ``Config.datasets``, with what the method uses."""
+    directory = Path(str(guidance.cache)) / name
+    return GuidanceCache(directory, dataset.trained_lengths, use_guide="guide" in method.frozen)

@@ -36,7 +36,7 @@ def claim_output_dir(config: Config) -> None:
         recorded = recorded_run(directory)
         if recorded is not None:
             changes = find_changes(recorded, config, None)
-            check_changes(recorded, config, changes, asked=config.train.resume == "changed")
+            check_changes(recorded, changes, config.output_dir, asked=config.train.resume == "changed")
             return
         write_atomically(directory / CONFIG_FILE, to_yaml(config))
     except OSError as error:
@@ -118,7 +118,7 @@ def is_done(config: Config) -> bool:
         return False
     recorded = Recorded(directory, _read_config(directory), {})
     changes = find_changes(recorded, config, None)
-    check_changes(recorded, config, changes, asked=config.train.resume == "changed")
+    check_changes(recorded, changes, config.output_dir, asked=config.train.resume == "changed")
     theirs, ours = flatten(recorded.config), flatten(to_dict(config))
     moved = any(theirs.get(key) != ours[key] for key in INPUTS)
     return not moved and all(change.rule is Rule.FREE for change in changes)

@@ -117,8 +117,7 @@ def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: C
     shared = config.shared_prompts
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, shared)
     keep = config.train.keep_logits_mib * 2**20
-    dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
-    pack = Pack(config.seq_length, config.longest_sequence, dtype_bytes, batch.gathered_keys, keep)
+    pack = Pack(config.seq_length, config.longest_sequence, config.precision.parameter_bytes, batch.gathered_keys, keep)
     plans = all_plans(Job(models[0], tuple(models[1:]), pack, batch), cluster)
     fitting = [plan for plan in plans if plan.fits]
     if fitting:

@@ -100,7 +100,7 @@ def _check_all(
     problems = compare_facts(facts) + _shared_storage(output_dir, hosts, group)
     results = [result for several in _all_gather(measure_groups(pg, device), group) for result in several]
     problems += network_problems(results, hosts)
-    size = parameter_count(policy) * (_OPTIMIZER_BYTES + (4 if config.precision.dtype == "fp32" else 2))
+    size = parameter_count(policy) * (_OPTIMIZER_BYTES + config.precision.parameter_bytes)
     # Storage is asked by one rank only: what others use of it changes meanwhile.
     keep, first = config.checkpoint.keep, ranks.rank == 0
     room, notes = raise_on_all_ranks(

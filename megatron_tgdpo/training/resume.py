@@ -139,7 +139,7 @@ def _start_at(path: Path | None, config: Config, inputs: Inputs, *, asked: bool)
 
 def _changes(recorded: Recorded, config: Config, inputs: Inputs, step: int, *, asked: bool) -> list[dict[str, Any]]:
     changes = find_changes(recorded, config, inputs)
-    check_changes(recorded, config, changes, asked=asked)
+    check_changes(recorded, changes, config.output_dir, asked=asked)
     if dist.get_rank() == 0:
         for change in changes:
             logger.info("continuing with %s", change)

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,9 +85,10 @@ def dry_run(config: Config, world_size: int) -> str:
     if layout.context > 1:
         # A rank gathers the keys of its tokens' sequences: half of them on average, and a bit.
         gathered = layout.context + 0.5
-    dtype_bytes = 4 if config.precision.dtype == "fp32" else 2
     keep = config.train.keep_logits_mib * 2**20
-    pack = Pack(config.seq_length // layout.context, config.longest_sequence, dtype_bytes, gathered, keep)
+    pack = Pack(
+        config.seq_length // layout.context, config.longest_sequence, config.precision.parameter_bytes, gathered, keep
+    )
     memory = rank_memory(configs["policy"], frozen, layout, pack, config.train.recompute, linear_bytes(config))
     lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
     return "\n".join(lines)
@@ -108,8 +110,9 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     if untested_engine(found.transformer_engine):
         newest = dotted(NEWEST_TESTED_TE)
         logger.warning("Transformer Engine %s is newer than any tested (%s)", dotted(found.transformer_engine), newest)
-    logger.info("policy: %s", describe_model(config, modules[0].policy.config, engine.device))
+    described = partial(describe_model, config.model, config.precision)
+    logger.info("policy: %s", described(modules[0].policy.config, engine.device))
     for model in frozen.models:
-        logger.info("frozen: %s", describe_model(config, model.config, engine.device))
+        logger.info("frozen: %s", described(model.config, engine.device))
     logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
     logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)

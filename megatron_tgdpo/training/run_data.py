@@ -91,7 +91,7 @@ def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) ->
     prepared = prepare_data(config, Path(config.output_dir) / "data", lacking)
     if config.guidance.mode == "cached":
         for name, each in prepared.items():
-            cache = open_guidance(config, name, each.open())
+            cache = open_guidance(config.guidance, config.method, name, each.open())
             if config.guidance.verify:
                 cache.check_content()
     write_summary(Path(config.output_dir), prepared)
@@ -138,7 +138,9 @@ def _fingerprints(config: Config, prepared: Mapping[str, Prepared], digests: Map
     if config.guidance.mode == "cached":
         frozen = model_fingerprints(config, digests)
         for name, dataset in datasets.items():
-            open_guidance(config, name, dataset).check_key(guidance_key(config, dataset, frozen))
+            open_guidance(config.guidance, config.method, name, dataset).check_key(
+                guidance_key(config, dataset, frozen)
+            )
     found: dict[str, str | None] = dict.fromkeys(INPUTS)
     for role, path in config.model_paths.items():
         found[f"model.{role}"] = weights_fingerprint(Path(path), digests)
@@ -201,7 +203,10 @@ def open_data(
         )
     caches = {}
     if config.guidance.mode == "cached":
-        caches = {name: open_guidance(config, name, dataset) for name, dataset in {"train": train, **datasets}.items()}
+        caches = {
+            name: open_guidance(config.guidance, config.method, name, dataset)
+            for name, dataset in {"train": train, **datasets}.items()
+        }
     guidance = caches.pop("train", None)
     return RunData(train, _by_set(datasets), order, guidance, _by_set(caches))
 

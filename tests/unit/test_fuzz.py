@@ -175,7 +175,9 @@ def test_checkpoint_manifests(place: Path, text: str, right_digest: bool) -> Non
     def compare() -> None:
         recorded = recorded_run(place / "run")
         if recorded is not None:
-            check_changes(recorded, CONFIG, find_changes(recorded, CONFIG, dict.fromkeys(INPUTS)), asked=True)
+            check_changes(
+                recorded, find_changes(recorded, CONFIG, dict.fromkeys(INPUTS)), CONFIG.output_dir, asked=True
+            )
 
     one_line_or_result(lambda: read_manifest(checkpoint))
     one_line_or_result(lambda: check_hf_files(checkpoint))
@@ -200,7 +202,7 @@ def test_what_a_run_left(place: Path, config: str, inputs: str, log: str, restar
     def compare() -> None:
         recorded = recorded_run(left)
         assert recorded is not None
-        check_changes(recorded, mine, find_changes(recorded, mine, dict.fromkeys(INPUTS)), asked=True)
+        check_changes(recorded, find_changes(recorded, mine, dict.fromkeys(INPUTS)), mine.output_dir, asked=True)
 
     one_line_or_result(compare)
     one_line_or_result(lambda: is_done(mine))

@@ -124,3 +124,14 @@ print("all")
         [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.stdout.strip() == "all", done.stderr
+
+
+@pytest.mark.parametrize("module", ["megatron_tgdpo.config.changes", "megatron_tgdpo.data.encode", "tgdpo.__main__"])
+def test_what_starts_often_is_without_torch(module: str) -> None:
+    """A config is read and checked, and a record encoded in a worker, without the seconds that torch's import takes."""
+    heavy = ("torch", "megatron.core", "transformers")
+    code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.strip() == "[]", done.stderr

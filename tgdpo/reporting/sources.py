@@ -55,7 +55,7 @@ def open_cache(config: Config, split: str, dataset: PreferenceDataset) -> Guidan
     Raises:
         UserError: It is missing, damaged, or of other data.
     """
-    cache = open_guidance(config, split, dataset)
+    cache = open_guidance(config.guidance, config.method, split, dataset)
     of_data = guidance_key(config, dataset, (cache.key.reference, cache.key.guide))
     cache.check_key(replace(of_data, dtype=cache.key.dtype))
     if config.guidance.verify:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.dtypes import SAFETENSORS_DTYPES
-from megatron_tgdpo.storage.files import FileReader, read_error
+from megatron_tgdpo.storage.files import read_error
 from megatron_tgdpo.storage.json_text import parse_json
+from megatron_tgdpo.storage.tensor_files import FileReader
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from tests.launch import run_module
 
 TINY = [
     "--size", "tiny", "--vocabulary", "600", "--global-pairs", "2", "--max-length", "96", "--threads", "1",
-    "--pairs-from", "absent",
 ]  # fmt: skip
 
 

@@ -1,15 +1,18 @@
 """Parts of tools.benchmarks.training_step: tables, lengths, groups of operators, profiles that add up, bad input."""
 
+import json
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_tgdpo.errors import UserError
 from tools.benchmarks.training_step import __main__
 from tools.benchmarks.training_step.lengths import spread_lengths, spread_pairs
 from tools.benchmarks.training_step.models import SHAPES, llama_config, write_model
 from tools.benchmarks.training_step.operators import GROUPS, PYTHON, STEP, group_of
+from tools.benchmarks.training_step.pairs import find_source
 from tools.benchmarks.training_step.profiling import ProfilingRecorder, group_seconds, step_operators
 from tools.benchmarks.training_step.table import Spread, aligned
 
@@ -38,6 +41,22 @@ def test_spread_pairs_have_these_lengths(tmp_path: Path) -> None:
     assert pairs.dataset.lengths.sum(axis=0).tolist() == [80, 80, 80]
     assert sorted(pairs.dataset.lengths[:, 0].tolist()) == [10, 17, 23, 30]
     assert pairs.sequence_tokens() == 4 * 80
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_pairs_of_a_file(tmp_path: Path, kind: str) -> None:
+    """The first ones, as they are; without a file, as many of the demonstration's."""
+    records = [{"prompt": f"{k}", "chosen": " a", "rejected": " b"} for k in range(3)]
+    file = tmp_path / "pairs"
+    lines = [json.dumps(record) for record in records]
+    file.write_text("\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]")
+    source = find_source(tmp_path, 2, file, tmp_path)
+    assert (source.kind, source.records, source.tokenizer) == ("given", records[:2], tmp_path)
+    with pytest.raises(UserError, match="pairs: has 3 pairs, 4 are needed"):
+        find_source(tmp_path, 4, file, tmp_path)
+    generated = find_source(tmp_path, 4, None, None)
+    assert (generated.kind, len(generated.records)) == ("generated", 4)
+    assert generated.tokenizer.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -116,6 +135,9 @@ def test_sizes_are_what_they_are_called(name: str) -> None:
         (["preprocess", "--factor", "1"], "--factor is 1"),
         (["lengths", "--variants", "swift"], "there is no variant 'swift', choose from reference"),
         (["lengths", "--mean", "4"], "leaves responses without words"),
+        (["preprocess", "--pairs-from", __file__], "--pairs-from and --tokenizer go together"),
+        (["preprocess", "--pairs-from", "absent", "--tokenizer", __file__], "--pairs-from absent: no such file"),
+        (["profile", "--pairs-from", __file__, "--tokenizer", "absent"], "--tokenizer absent: no such file"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.errors import UserError
-from tests.checkpoints import is_complete, save, without_manifest
+from tests.checkpoints import Payload, is_complete, save, without_manifest
 from tests.tiny_models import make_llama
 
 WEIGHT = torch.arange(12.0).view(3, 4)
@@ -140,16 +140,6 @@ def test_unknown_version_is_refused(saved: Path) -> None:
     (saved / "tgdpo.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(UserError, match="format_version is 99"):
         read_metadata(saved)
-
-
-class Payload:
-    """Unpickling it creates a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.mark,))
 
 
 def test_metadata_cannot_run_code(saved: Path) -> None:

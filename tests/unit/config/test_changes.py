@@ -15,6 +15,7 @@ from tests.unit.config.test_loading import VALID
 
 CONFIG = config_from_dict(VALID)
 CONTENT = {key: f"{key} {'0' * 64}" for key in INPUTS}
+OUT = CONFIG.output_dir
 RUN = Recorded(Path("out/checkpoints/step_00000004"), to_dict(CONFIG), CONTENT)
 
 
@@ -47,15 +48,15 @@ def test_the_same_run_has_no_changes() -> None:
 def test_what_changes_nothing_that_is_computed_may_change_unasked() -> None:
     changes = find_changes(RUN, changed(parallel={"tensor": 2}, checkpoint={"keep": 5}), CONTENT)
     assert [str(change) for change in changes] == ["parallel.tensor 2, was 1", "checkpoint.keep 5, was 2"]
-    check_changes(RUN, CONFIG, changes, asked=False)
+    check_changes(RUN, changes, OUT, asked=False)
 
 
 def test_what_changes_the_training_is_to_be_asked_for() -> None:
     config = changed(optimizer={"lr": 1e-3}, loss={"alpha": 0.9})
     changes = find_changes(RUN, config, CONTENT)
     with pytest.raises(UserError, match=r"loss\.alpha 0\.9, was 0\.5; optimizer\.lr 0\.001, was 1e-06: give train"):
-        check_changes(RUN, config, changes, asked=False)
-    check_changes(RUN, config, changes, asked=True)
+        check_changes(RUN, changes, OUT, asked=False)
+    check_changes(RUN, changes, OUT, asked=True)
     assert changes[0].record(4) == {"after_step": 4, "key": "loss.alpha", "was": 0.5, "now": 0.9}
 
 
@@ -66,7 +67,7 @@ def test_what_changes_the_training_is_to_be_asked_for() -> None:
 def test_what_makes_another_run_is_refused_even_if_asked_for(section: str, key: str, value: Any) -> None:
     config = changed(**{section: {key: value}})
     with pytest.raises(UserError, match=rf"step_00000004 cannot be continued with {section}\.{key}"):
-        check_changes(RUN, config, find_changes(RUN, config, CONTENT), asked=True)
+        check_changes(RUN, find_changes(RUN, config, CONTENT), OUT, asked=True)
 
 
 def test_files_are_compared_by_content_and_not_by_path() -> None:
@@ -78,7 +79,7 @@ def test_files_are_compared_by_content_and_not_by_path() -> None:
     assert guide.rule is Rule.ASKED
     (policy,) = find_changes(RUN, CONFIG, {**CONTENT, "model.policy": "f" * 64})
     with pytest.raises(UserError, match=r"cannot be continued with model\.policy of other weights"):
-        check_changes(RUN, CONFIG, [policy], asked=True)
+        check_changes(RUN, [policy], OUT, asked=True)
 
 
 def test_runs_of_versions_with_fewer_and_with_other_keys_can_be_compared() -> None:

@@ -22,7 +22,8 @@ from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
-from tests.checkpoints import flip, save, without_manifest
+from tests.checkpoints import Payload, flip, save, without_manifest
+from tests.distributed.common import assert_same_weights, read_weights
 from tests.launch import ROOT, environment
 from tests.tiny_models import make_llama
 
@@ -46,20 +47,6 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32, max_
     export_hf(checkpoint, out, template=checkpoint, stored=torch.float32, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
-def weights(path: Path) -> Tensors:
-    tensors: Tensors = {}
-    for file in sorted(path.glob("*.safetensors")):
-        tensors.update(load_file(file))
-    return tensors
-
-
-def assert_same(one: Path, other: Path) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
-
-
 def resave(checkpoint: Path, out: Path, change: Callable[[Tensors], object]) -> Path:
     """Saves the checkpoint's tensors again, changed."""
     reader = CheckpointReader(checkpoint)
@@ -77,10 +64,10 @@ def resave(checkpoint: Path, out: Path, change: Callable[[Tensors], object]) -> 
 def test_files_hold_what_fits(checkpoint: Path, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 7 * 64 * 4)
     export(checkpoint, tmp_path / "out", max_shard_bytes=60_000)
-    assert_same(tmp_path / "out", hf)
+    assert_same_weights(tmp_path / "out", hf)
     assert HfCheckpoint(tmp_path / "out").tensors.keys() == HfCheckpoint(hf).tensors.keys()
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    tensors = weights(hf)
+    tensors = read_weights(hf)
     assert not (tmp_path / "out" / ".unfinished").exists()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert index["weight_map"].keys() == tensors.keys()
@@ -94,8 +81,8 @@ def test_files_hold_what_fits(checkpoint: Path, hf: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bfloat16"), (torch.float16, "float16")])
 def test_dtype(checkpoint: Path, hf: Path, tmp_path: Path, dtype: torch.dtype, name: str) -> None:
     export(checkpoint, tmp_path / "out", dtype)
-    for tensor_name, tensor in weights(tmp_path / "out").items():
-        assert torch.equal(tensor, weights(hf)[tensor_name].to(dtype))
+    for tensor_name, tensor in read_weights(tmp_path / "out").items():
+        assert torch.equal(tensor, read_weights(hf)[tensor_name].to(dtype))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == name
 
@@ -108,7 +95,7 @@ def pad(tensors: Tensors) -> None:
 def test_vocabulary_padded_for_three_tensor_ranks(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
     padded = resave(checkpoint, tmp_path / "padded", pad)  # 384 rows = 3 x 128
     export(padded, tmp_path / "out")
-    assert_same(tmp_path / "out", hf)
+    assert_same_weights(tmp_path / "out", hf)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +131,7 @@ def test_optimizer_state_is_not_in_the_way(checkpoint: Path, hf: Path, tmp_path:
         checkpoint, tmp_path / "trained", lambda tensors: tensors.update({"optimizer.state.exp_avg.x": torch.ones(3)})
     )
     export(trained, tmp_path / "out")
-    assert_same(tmp_path / "out", hf)
+    assert_same_weights(tmp_path / "out", hf)
 
 
 @pytest.mark.parametrize(
@@ -230,16 +217,6 @@ def test_a_truncated_tokenizer_of_an_hf_directory_is_named(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
-class Payload:
-    """Unpickling it creates a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.mark,))
-
-
 def test_checkpoint_cannot_run_code(checkpoint: Path, tmp_path: Path) -> None:
     (without_manifest(checkpoint) / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
     with pytest.raises(UserError, match="does not belong into checkpoint metadata"):
@@ -313,7 +290,7 @@ def test_killed_in_the_middle(checkpoint: Path, hf: Path, tmp_path: Path) -> Non
         read_hf_config(left)
     export(checkpoint, out)
     assert not left.exists()
-    assert_same(out, hf)
+    assert_same_weights(out, hf)
 
 
 def test_another_process_that_exports_to_the_same_directory_is_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -336,7 +313,7 @@ def test_of_two_exports_on_two_machines_one_is_whole_and_the_other_says_so(
         _, errors = other.communicate()
         assert other.returncode == 1
     assert f"error: {out}: exists and is not empty" in errors
-    assert_same(out, hf)
+    assert_same_weights(out, hf)
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
 
 
@@ -347,7 +324,7 @@ def test_command_reports(
     monkeypatch.setattr(sys, "argv", ["command", "--megatron", str(checkpoint), "--out", str(out), "--dtype", "bf16"])
     megatron_to_hf.main()
     shown = capsys.readouterr()
-    count = sum(tensor.numel() for tensor in weights(out).values())
+    count = sum(tensor.numel() for tensor in read_weights(out).values())
     assert shown.out.startswith(f"{out}: {count:,} parameters in bf16, {2 * count:,} bytes, ")
     assert shown.out.endswith(" MB/s\n")
     assert "Megatron to HF: 100%" in shown.err

@@ -3,14 +3,18 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_tgdpo.data import layouts
+from megatron_tgdpo.data.encode import RecordBatch, encode_batch
 from megatron_tgdpo.data.example import Example
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import (
+    KEYS,
     LAYOUTS,
     Layout,
     detect_layout,
@@ -19,6 +23,8 @@ from megatron_tgdpo.data.layouts import (
     parse_prompt,
     parse_record,
 )
+from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.errors import UserError
 
 PAGE = Path(__file__).parents[3] / "docs" / "data.md"
@@ -50,7 +56,40 @@ def test_each_example(layout: str, text: str) -> None:
         assert (chosen_only.prompt, chosen_only.chosen, chosen_only.rejected) == (example.prompt, example.chosen, None)
 
 
-def test_a_layout_that_says_itself_what_it_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("layout", "text"), ROWS)
+def test_each_row_says_what_it_matches_and_reads(layout: str, text: str) -> None:
+    """No layout has a path of its own: the row alone finds its record, and names what it reads."""
+    record: dict[str, Any] = json.loads(text)
+    row = LAYOUTS[layout]
+    assert row.matches(record)
+    assert row.single == layout.startswith("single")
+    above = list(LAYOUTS)[: list(LAYOUTS).index(layout)]
+    assert not [name for name in above if LAYOUTS[name].matches(record)]
+    ignored = {"prompt", "score_chosen", "score_rejected"} if layout == "trl_implicit" else {"prompt"} - set(row.keys)
+    assert set(record) - ignored <= {*KEYS, *row.keys}
+    if row.prompt is not None:
+        assert row.prompt(record, "f:1") == row.parse(record, "f:1").prompt
+
+
+def test_a_single_answer_in_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch, hf_directory: str) -> None:
+    """It needs no rejected response, and may not lie in a file of pairs."""
+    row = Layout(
+        lambda record, place: Example(record["asked"], record["said"], None),
+        lambda record: "said" in record,
+        ("asked", "said"),
+        single=True,
+    )
+    monkeypatch.setattr(layouts, "LAYOUTS", {"own": row, **LAYOUTS})
+    record = {"asked": "The sky is", "said": " blue."}
+    batch = RecordBatch("f.json", "json", "own", (1,), (record,))
+    options = PreprocessOptions(hf_directory)
+    tokenizer = load_tokenizer(hf_directory)
+    assert encode_batch(batch, tokenizer, options).lengths[:, 2].tolist() == [0]
+    with pytest.raises(UserError, match=r"f\.json record 1: a single answer in a file that begins with a pair"):
+        encode_batch(replace(batch, layout="trl_plain"), tokenizer, options)
+
+
+def test_a_row_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked first, by its own keys, and does not hide a rejected response that it does not read."""
 
     def parse(record: Mapping[str, Any], place: str) -> Example:
@@ -62,7 +101,7 @@ def test_a_layout_that_says_itself_what_it_matches(monkeypatch: pytest.MonkeyPat
     assert not is_known_key("won")
     with pytest.raises(UserError, match="'rejected_text' is none of a known layout"):
         detect_layout(record, "f:1")
-    monkeypatch.setitem(LAYOUTS, "won", row)
+    monkeypatch.setattr(layouts, "LAYOUTS", {"won": row, **LAYOUTS})
     assert is_known_key("won")
     assert detect_layout(record, "f:1") == "won"
     assert parse_record(record, "won", "f:1") == Example("The sky is", " blue.", " green.")

@@ -53,6 +53,7 @@ def test_one_pair_in_many_shapes(record: dict[str, Any]) -> None:
 def test_dialogues_that_part_early_keep_all_their_turns() -> None:
     chosen, rejected = ([ASKED, turn, ASKED, last] for turn, last in ((GOOD, GOOD), (BAD, BAD)))
     prompt, ours, theirs = parsed({"chosen": chosen, "rejected": rejected})
+    assert parse_prompt({"messages": chosen, "rejected_messages": rejected}, "f:1") == prompt
     assert prompt == (Message("user", "Q"),)
     assert [[turn.content for turn in side] for side in (ours, theirs)] == [["A", "Q", "A"], ["B", "Q", "B"]]
     # At a user's turn: the answer before it is in both responses.
@@ -85,7 +86,7 @@ def test_rejected_responses_of_no_layout_are_refused(key: str, rest: dict[str, A
         ({"prompt": "Q", "responses": ["A", "B"], "scores": [1]}, "'scores' must be a list with a number for each"),
         ({"prompt": "Q", "responses": ["A", "B"], "scores": [1, None]}, "is no number"),
         ({"prompt": "Q", "answers": [{"answer": "A", "rank": "first"}]}, "is no number"),
-        ({"responses": ["A", "B"], "scores": [1, 2]}, "scored answers without a prompt"),
+        ({"responses": ["A", "B"], "scores": [1, 2]}, r"no prompt \(keys: responses, scores\)"),
         ({"prompt": "Q", "tools": [{"name": "f"}], "chosen": "A", "rejected": "B"}, "'tools' is for a chat template"),
         ({"prompt": [ASKED], "tools": "[", "chosen": "A", "rejected": "B"}, "'tools' is not the JSON that it must be"),
         (

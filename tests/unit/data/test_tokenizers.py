@@ -12,6 +12,7 @@ from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import NO_TEMPLATE, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from tests.tiny_models import make_tokenizer
+from tests.unit.data.test_same_ids import bos_by_post_processor
 from tgdpo.generation.sampling import make_answer
 
 
@@ -25,12 +26,7 @@ def test_plain_text_gets_eos_and_a_bos_only_where_it_is_the_default(hf_directory
     adding = tmp_path / "adds_bos"
     shutil.copytree(hf_directory, adding)
     definition = json.loads((adding / "tokenizer.json").read_text())
-    definition["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
-    }
+    bos_by_post_processor(definition, {})
     (adding / "tokenizer.json").write_text(json.dumps(definition))
     with_bos = load_tokenizer(str(adding))
     assert with_bos.adds_bos

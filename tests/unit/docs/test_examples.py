@@ -1,6 +1,9 @@
 """Every example is a valid config, and the packages say which version they are."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,25 @@ def test_hosted_tests_run_every_python_that_is_allowed() -> None:
         re.findall(r"python(3\.\d+)", re.search(r"for candidate in \$\{PYTHON:-(.*)\}; do", setup)[1])
     )
     assert any(step.get("run") == "bash tests/run.sh" for step in job["steps"])
+
+
+def test_hosted_tests_leave_one_python(tmp_path: Path) -> None:
+    """The step that hides the others from launch/setup_env.sh, run as the runner does."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    (step,) = [step for step in workflow["jobs"]["tests"]["steps"] if "GITHUB_PATH" in step.get("run", "")]
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    # What actions/setup-python puts on the path.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    runner = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "RUNNER_TEMP": str(tmp_path)}
+    script = step["run"].replace("${{ matrix.python }}", version)
+    subprocess.run(["bash", "-e", "-c", script], env={**runner, "GITHUB_PATH": f"{tmp_path}/path"}, check=True)
+    hidden = (tmp_path / "path").read_text().strip()
+    runs = {
+        name: subprocess.run(
+            [f"{hidden}/python{name}", "-c", "import sys; print(sys.version)"], capture_output=True
+        ).stdout
+        for name in workflow["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    }
+    assert {name for name, printed in runs.items() if printed} == {version}
+    assert runs[version].decode().startswith(version)

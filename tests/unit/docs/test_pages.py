@@ -112,5 +112,12 @@ def test_options_of_our_commands_exist(page: Page, options: set[str]) -> None:
     assert unknown == []
 
 
+@pages
+def test_pages_are_text_as_editors_leave_it(page: Page) -> None:
+    """What the hooks of .pre-commit-config.yaml would change in the next commit, whoever makes it."""
+    text = page.path.read_text(encoding="utf-8")
+    assert text == "\n".join(line.rstrip() for line in text.splitlines()).rstrip("\n") + "\n"
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1500

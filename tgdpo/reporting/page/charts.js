@@ -57,12 +57,12 @@ function figure(title, drawing, header, rows) {
   return element("figure", {}, element("figcaption", {}, title, key), drawing, numbers);
 }
 
-// Tokens by value; shown[side] maps x to what is shown, and may reverse it.
+// Tokens by value; shown[k] maps x of chosen (0) or rejected (1) tokens to what is shown, and may reverse it.
 function histogram(title, axis, shown) {
-  const series = metrics.counts.map((counts, side) => {
+  const series = metrics.counts.map((counts, response) => {
     const total = counts.reduce((sum, count) => sum + count, 0);
     const bins = counts.map((count, k) => {
-      const [low, high] = [shown[side](metrics.edges[k]), shown[side](metrics.edges[k + 1])].sort((a, b) => a - b);
+      const [low, high] = [shown[response](metrics.edges[k]), shown[response](metrics.edges[k + 1])].sort((a, b) => a - b);
       return { low, high, count, share: count / total };
     });
     return bins.sort((a, b) => a.low - b.low);
@@ -97,32 +97,32 @@ function histogram(title, axis, shown) {
 
 // Quantiles by token position, a box a response: middle half, median, and a line from the first to the last quantile.
 function positions(title, axis, shown) {
-  const sides = metrics.positions.map((bins, side) =>
-    bins.map((bin) => ({ ...bin, values: bin.quantiles.map(shown[side]).sort((a, b) => a - b) })),
+  const responses = metrics.positions.map((bins, response) =>
+    bins.map((bin) => ({ ...bin, values: bin.quantiles.map(shown[response]).sort((a, b) => a - b) })),
   );
-  const all = sides.flat().flatMap((bin) => bin.values);
+  const all = responses.flat().flatMap((bin) => bin.values);
   const [low, high] = [Math.min(...all), Math.max(...all)];
   const y = linear(low, high, HEIGHT - MARGIN.bottom - 4, MARGIN.top);
-  const bins = Math.max(...sides.map((side) => side.length));
+  const bins = Math.max(...responses.map((series) => series.length));
   const slot = (WIDTH - MARGIN.left - MARGIN.right) / bins;
   const name = (bin) => (bin.first === bin.last ? `${bin.first}` : `${bin.first}\u2013${bin.last}`);
-  const boxes = sides.flatMap((side, s) =>
-    side.map((bin, k) => {
-      const middle = MARGIN.left + slot * (k + (s ? 0.68 : 0.32));
+  const boxes = responses.flatMap((series, r) =>
+    series.map((bin, k) => {
+      const middle = MARGIN.left + slot * (k + (r ? 0.68 : 0.32));
       const width = slot * 0.26;
       const [least, lower, median, upper, most] = bin.values.map(y);
       const spread = metrics.quantiles.map((share, q) => `${percent(share, 0)} ${number(bin.values[q])}`).join(", ");
       return svg(
         "g",
-        { class: s ? "rejected" : "chosen" },
-        svg("title", {}, `${s ? "rejected" : "chosen"} tokens ${name(bin)} (${bin.count}): ${spread}`),
+        { class: RESPONSES[r] },
+        svg("title", {}, `${RESPONSES[r]} tokens ${name(bin)} (${bin.count}): ${spread}`),
         svg("line", { class: "whisker", x1: middle, x2: middle, y1: least, y2: most }),
         svg("rect", { x: middle - width / 2, width, y: upper, height: Math.max(lower - upper, 1) }),
         svg("line", { class: "median", x1: middle - width / 2, x2: middle + width / 2, y1: median, y2: median }),
       );
     }),
   );
-  const longest = sides[0].length >= sides[1].length ? sides[0] : sides[1];
+  const longest = responses[0].length >= responses[1].length ? responses[0] : responses[1];
   const drawing = svg(
     "svg",
     { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title },
@@ -131,8 +131,8 @@ function positions(title, axis, shown) {
     ...axisBottom(longest.map((bin, k) => [MARGIN.left + slot * (k + 0.5), String(bin.first)]), axis),
   );
   const header = ["response", "tokens", "count", ...metrics.quantiles.map((share) => percent(share, 0))];
-  const rows = sides.flatMap((side, s) =>
-    side.map((bin) => [s ? "rejected" : "chosen", name(bin), String(bin.count), ...bin.values.map((value) => number(value))]),
+  const rows = responses.flatMap((series, r) =>
+    series.map((bin) => [RESPONSES[r], name(bin), String(bin.count), ...bin.values.map((value) => number(value))]),
   );
   return figure(title, drawing, header, rows);
 }

@@ -2,6 +2,7 @@
 // Everything follows from x = log pi_g - log pi_ref of a token (nats): its reward is beta x, its weight
 // 1 + alpha beta x on chosen and 1 - alpha beta x on rejected responses.
 
+const RESPONSES = ["chosen", "rejected"];
 const report = JSON.parse(document.getElementById("data").textContent);
 const metrics = report.metrics;
 const settings = { alpha: report.alpha, beta: report.beta };
@@ -16,8 +17,8 @@ function decodeFloats(text) {
 function readPairs() {
   let first = 0;
   return report.pairs.map((pair, order) => {
-    const responses = pair.texts.map((texts, side) => {
-      const response = { side: side ? "rejected" : "chosen", sign: side ? -1 : 1, first, texts, sentences: pair.sentences[side] };
+    const responses = pair.texts.map((texts, index) => {
+      const response = { name: RESPONSES[index], sign: index ? -1 : 1, first, texts, sentences: pair.sentences[index] };
       first += texts.length;
       return response;
     });

@@ -56,8 +56,8 @@ function estimatedHeight(pair) {
 function fillBody(node) {
   const prompt = element("details", { class: "prompt" }, element("summary", {}, "Prompt"), element("pre", { dir: "auto" }, node.pair.prompt));
   if (node.pair.prompt.length < 600) prompt.open = true;
-  const sides = element("div", { class: "sides" }, ...node.pair.responses.map(responseNode));
-  node.querySelector(".body").replaceChildren(prompt, sides);
+  const responses = element("div", { class: "responses" }, ...node.pair.responses.map(responseNode));
+  node.querySelector(".body").replaceChildren(prompt, responses);
 }
 
 function emptyBody(node) {
@@ -76,14 +76,14 @@ function responseNode(response) {
   if (logps.policy) facts.push(`score ${signed(scoreOf(response))}`);
   const text = element(
     "div",
-    { class: "text", role: "group", "aria-label": `${response.side} response; arrow keys move from token to token` },
+    { class: "text", role: "group", "aria-label": `${response.name} response; arrow keys move from token to token` },
     ...sentenceRanges(response).map(([from, to]) => sentenceNode(response, from, to)),
   );
   text.response = response;
   return element(
     "section",
-    { class: `side ${response.side}` },
-    element("h3", {}, response.side, element("span", {}, facts.join(" \u00b7 "))),
+    { class: `response ${response.name}` },
+    element("h3", {}, response.name, element("span", {}, facts.join(" \u00b7 "))),
     text,
   );
 }
@@ -120,7 +120,7 @@ function makePairList(main) {
     },
     refresh() {
       nodes.forEach(headPair);
-      nodes.filter((node) => node.querySelector(".sides")).forEach(fillBody);
+      nodes.filter((node) => node.querySelector(".responses")).forEach(fillBody);
     },
   };
 }

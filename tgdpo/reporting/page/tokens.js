@@ -26,7 +26,7 @@ function tokenFacts(response, k) {
   const text = response.texts[k];
   const facts = [
     ["token", text === "" ? "part of the next character" : JSON.stringify(text)],
-    ["position", `${k + 1} of ${response.texts.length}, ${response.side}`],
+    ["position", `${k + 1} of ${response.texts.length}, ${response.name}`],
     ["reward", signed(settings.beta * logratio(i), 4)],
     ["weight", plain(weightOf(response, i), 4)],
     ["log \u03c0 guide", plain(logps.guide[i], 4)],

@@ -1,4 +1,4 @@
-"""Speed and memory of a training step beside what else one could run; where a step's time goes.
+"""Speed and memory of a training step, compared with what else one could run; where a step's time goes.
 
     python -m tools.benchmarks.training_step compare    --size 20m --vocabulary 128256 --json metrics.json
     python -m tools.benchmarks.training_step profile    --size 20m --variant colocated --trace trace.json
@@ -24,6 +24,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from megatron_tgdpo.errors import UserError
+from tgdpo.command_line import check_present
 from tools.benchmarks.training_step.models import SHAPES
 from tools.benchmarks.training_step.variants import REFERENCE, VARIANTS, usable_cores
 
@@ -76,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--pairs-from",
             type=Path,
-            metavar="DIR",
-            help="of real pairs (default: those beside the checkout, else the demonstration's)",
+            metavar="FILE",
+            help="of preference pairs, as training reads it (default: pairs of the demonstration's language)",
         )
+        command.add_argument("--tokenizer", type=Path, help="HF directory or SentencePiece model, of --pairs-from")
     for command in (compare, profile, lengths, preprocess):
         command.add_argument("--directory", type=Path, help="for scratch files (default: the system's)")
     return parser
@@ -103,6 +105,10 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError(f"--factor is {given.factor}: it must be at least 2")
     if given.command in ("compare", "lengths") and given.pairs % given.global_pairs:
         raise UserError(f"--pairs {given.pairs} is not a multiple of --global-pairs {given.global_pairs}")
+    if (values.get("pairs_from") is None) != (values.get("tokenizer") is None):
+        raise UserError("--pairs-from and --tokenizer go together: give both, or neither")
+    if values.get("pairs_from") is not None:
+        check_present(given, "--pairs-from", "--tokenizer")
     for name in ("json", "trace"):
         path = values.get(name)
         if path is not None and not path.absolute().parent.is_dir():

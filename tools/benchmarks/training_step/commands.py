@@ -14,7 +14,7 @@ from megatron_tgdpo.storage.atomic_file import write_atomically
 from tools.benchmarks.training_step import report
 from tools.benchmarks.training_step.lengths import spread_pairs
 from tools.benchmarks.training_step.measure import Job, check_losses, loss_differences, measure
-from tools.benchmarks.training_step.pairs import SHARED_DATA, find_source, tokenise
+from tools.benchmarks.training_step.pairs import find_source, tokenise
 from tools.benchmarks.training_step.preprocessing import fast_tokenizer, preprocess_once, write_records
 from tools.benchmarks.training_step.profiling import OperatorTime, ProfilingRecorder, group_seconds, step_operators
 from tools.benchmarks.training_step.settings import Settings, describe_model, fill_cache, make_problem, write_models
@@ -28,7 +28,8 @@ def compare(given: argparse.Namespace, scratch: Path) -> None:
     """Runs all variants on the same problem."""
     settings = Settings.from_arguments(given)
     variants, left_out = choose_variants(given.variants)
-    pairs = tokenise(scratch, find_source(scratch, given.pairs, given.pairs_from or SHARED_DATA), given.max_length)
+    source = find_source(scratch, given.pairs, given.pairs_from, given.tokenizer)
+    pairs = tokenise(scratch, source, given.max_length)
     problem = make_problem(scratch, scratch, pairs, settings)
     for line in left_out:
         _progress(line)
@@ -63,7 +64,7 @@ def profile(given: argparse.Namespace, scratch: Path) -> None:
     """Prints where the time of one step goes, and writes a Chrome trace of it."""
     settings = Settings.from_arguments(given)
     (variant,), _ = choose_variants([given.variant])
-    source = find_source(scratch, given.global_pairs, given.pairs_from or SHARED_DATA)
+    source = find_source(scratch, given.global_pairs, given.pairs_from, given.tokenizer)
     pairs = tokenise(scratch, source, given.max_length)
     problem = make_problem(scratch, scratch, pairs, settings)
     parameters = write_models(scratch, settings, given.max_length)
@@ -130,7 +131,7 @@ def lengths(given: argparse.Namespace, scratch: Path) -> None:
 
 def preprocess(given: argparse.Namespace, scratch: Path) -> None:
     """Measures preprocessing of a file and of a larger one: the difference is speed without start-up."""
-    source = find_source(scratch, given.pairs, given.pairs_from or SHARED_DATA)
+    source = find_source(scratch, given.pairs, given.pairs_from, given.tokenizer)
     tokenizer = fast_tokenizer(source, scratch)
     rows, passes = [], []
     for copies in (given.copies, given.copies * given.factor):

@@ -1,21 +1,21 @@
-"""The preference pairs of a benchmark, preprocessed: real ones where they are, else of the demonstration's language."""
+"""The preference pairs of a benchmark, preprocessed: those of a given file, else of the demonstration's language."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import preprocess
+from megatron_tgdpo.data.records import detect_format, read_records
 from megatron_tgdpo.errors import UserError
 from tools.examples.quickstart.language import draw_answer, draw_prompt
 from tools.examples.quickstart.make_data import draw_pair, pair_record
 from tools.examples.quickstart.tokenizer import save_tokenizer, train_sentencepiece
 
-SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
-_REAL_PAIRS, _REAL_TOKENIZER = "preference_pairs_en_300.json", "llama2_sentencepiece.model"
 _TOKENIZER_TEXTS = 2000
 
 
@@ -24,7 +24,7 @@ class Source:
     """Where pairs come from.
 
     Attributes:
-        kind: ``real`` or ``generated``.
+        kind: ``given`` or ``generated``.
         records: The pairs.
         tokenizer: HF directory or SentencePiece model.
     """
@@ -61,26 +61,28 @@ class Pairs:
         )
 
 
-def find_source(directory: Path, count: int, shared_data: Path) -> Source:
-    """The first ``count`` real pairs where they are, else so many of the demonstration's language.
+def find_source(directory: Path, count: int, file: Path | None, tokenizer: Path | None) -> Source:
+    """The first ``count`` pairs of a file, or so many of the demonstration's language.
 
     Args:
         directory: For a tokenizer that has to be made.
         count: Pairs.
-        shared_data: Where the real pairs and their SentencePiece model may be.
+        file: What training reads, JSON or JSONL; None: the demonstration's.
+        tokenizer: Of the pairs of a file.
 
     Raises:
-        UserError: There are fewer real pairs.
+        UserError: The file cannot be read, or has fewer pairs.
     """
-    path = shared_data / _REAL_PAIRS
-    if not path.is_file():
+    if file is None or tokenizer is None:
         rng = Random("benchmark")
-        records = [pair_record(*draw_pair(rng)) for _ in range(count)]
-        return Source("generated", records, _demo_tokenizer(directory / "tokenizer"))
-    records = json.loads(path.read_text(encoding="utf-8"))
+        generated = [pair_record(*draw_pair(rng)) for _ in range(count)]
+        return Source("generated", generated, _demo_tokenizer(directory / "tokenizer"))
+    kind = detect_format(str(file))
+    payloads = (raw.payload for raw in islice(read_records(str(file), kind), count))
+    records = [json.loads(payload) if kind == "jsonl" else payload for payload in payloads]
     if len(records) < count:
-        raise UserError(f"--pairs {count}: {path} has {len(records)}")
-    return Source("real", records[:count], shared_data / _REAL_TOKENIZER)
+        raise UserError(f"--pairs-from {file}: has {len(records)} pairs, {count} are needed: give a longer file")
+    return Source("given", records, tokenizer)
 
 
 def tokenise(directory: Path, source: Source, max_length: int) -> Pairs:

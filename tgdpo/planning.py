@@ -1,4 +1,4 @@
-"""From the planner's parsed arguments to its text (``tgdpo/plan.py`` says what they are)."""
+"""The work of ``tgdpo plan``: from its parsed arguments to its text."""
 
 import argparse
 from dataclasses import fields
@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.methods import METHODS
-from megatron_tgdpo.config.schema import TrainConfig
+from megatron_tgdpo.config.schema import PrecisionConfig, TrainConfig
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
@@ -49,7 +49,7 @@ def _job(arguments: argparse.Namespace) -> Job:
     shared = not (arguments.no_shared_prompts or METHODS[arguments.method].chosen_only)
     batch = Batch(arguments.global_pairs, arguments.pair_tokens or arguments.max_length, share, shared)
     keep = TrainConfig().keep_logits_mib * 2**20
-    dtype_bytes = 4 if arguments.dtype == "fp32" else 2
+    dtype_bytes = PrecisionConfig(dtype=arguments.dtype).parameter_bytes
     tokens = arguments.seq_length or 2 * arguments.max_length
     if tokens < batch.packed_pair_tokens:
         raise UserError(
