@@ -88,7 +88,7 @@ def test_the_probe_sees_what_is_imported() -> None:
         (["guidance", "x.yaml", "--verify", "0"], "error: --verify is 0"),
         (["report", "x.yaml", "--out", "{tmp}"], "error: {tmp}: is a directory"),
         (["evaluate", "--reference", "{tmp}/no", "--guide", "{tmp}", "--pairs", "x", "--out", "o"],
-         "error: reference {tmp}/no: no such directory"),
+         "error: --reference {tmp}/no: no such directory"),
         (["evaluate", "--reference", "{tmp}", "--pairs", "x", "--out", "o"], "error: nothing to compare"),
         (["generate", "--benchmark", "mt_bench", "--questions", "{tmp}", "--model", "{tmp}", "--name", "n", "--out",
           "o"], "error: --out o: mt_bench takes names from files"),

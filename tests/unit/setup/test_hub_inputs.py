@@ -11,7 +11,7 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.distributed.ranks import RankEnvironment
 from megatron_tgdpo.errors import AgreedError, UserError
 from megatron_tgdpo.setup import hub_inputs
-from megatron_tgdpo.setup.hub_inputs import PINS_FILE, as_recorded, pin_here, pin_inputs, record_pins
+from megatron_tgdpo.setup.hub_inputs import PINS_FILE, RUN, as_recorded, pin_here, pin_inputs, record_pins
 from megatron_tgdpo.storage.hub import DATASET, MODEL, HubName
 from tests.unit.config.test_loading import VALID
 
@@ -77,8 +77,8 @@ def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "owner/pairs.manifest.json").touch()
     monkeypatch.chdir(tmp_path)
     config = make_config(tmp_path / "out", validation=None)
-    assert alone(config) == (config, {MODEL: {}, DATASET: {}})
-    record_pins(tmp_path / "out", {MODEL: {}, DATASET: {}})
+    assert alone(config) == (config, {MODEL: {}, DATASET: {}, RUN: {}})
+    record_pins(tmp_path / "out", {MODEL: {}, DATASET: {}, RUN: {}})
     assert fetches.calls == []
     assert not (tmp_path / "out").exists()
 
