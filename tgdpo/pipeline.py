@@ -17,6 +17,7 @@ import argparse
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -227,6 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(args: argparse.Namespace) -> None:
+    # megatron-core warns of parts that only training needs.
+    warnings.filterwarnings("ignore")
     options = {"--prompts": args.prompts, "--max-new-tokens": args.max_new_tokens}
     sampling = [word for option, value in options.items() if value is not None for word in (option, str(value))]
     pipeline = Pipeline(args.config, args.overrides, sampling)

@@ -46,7 +46,7 @@ LOSS = tuple(_unused_option(field.name) for field in fields(LossConfig) if field
 MODELS = (
     Rule(
         lambda c: "guide" in c.method.frozen and c.model.guide is None,
-        "loss.method {c.loss.method} needs model.guide (a model), or guide.method=dpo, with which tgdpo dpo-guide trains one; "
+        "loss.method {c.loss.method} needs model.guide (a model), or guide.method=dpo to have one trained; "
         "without a guide use loss.method=dpo",
     ),
     Rule(
