@@ -114,12 +114,17 @@ class Pipeline:
         return content
 
     def _is_trained(self) -> bool:
+        # Before the imports, which take seconds.
+        if not self.output_dir.exists():
+            return False
         from megatron_tgdpo.output.directory import is_done
         from megatron_tgdpo.setup.hub_inputs import as_recorded
 
         return is_done(as_recorded(self.config))
 
     def _has_guide(self) -> bool:
+        if not Path(self.config.guide_dir).exists():
+            return self._is_trained()
         from megatron_tgdpo.setup.trained_guide import check_trained, is_trained
 
         if is_trained(self.config):
@@ -128,9 +133,11 @@ class Pipeline:
         return self._is_trained()
 
     def _has_cache(self) -> bool:
+        cache = Path(str(self.config.guidance.cache))
+        if not cache.exists():
+            return self._is_trained()
         from megatron_tgdpo.guidance.cache import MANIFEST_FILE
 
-        cache = Path(str(self.config.guidance.cache))
         # Whether it is of these models and data, training checks.
         return all((cache / name / MANIFEST_FILE).exists() for name in self.config.datasets) or self._is_trained()
 
