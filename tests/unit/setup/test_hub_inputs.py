@@ -72,8 +72,9 @@ def test_pinned_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetches = Fetches(tmp_path / "home", monkeypatch)
-    (tmp_path / "owner/policy").mkdir(parents=True)
-    (tmp_path / "owner/guide@v1").mkdir()
+    for name in ("policy", "guide@v1"):
+        (tmp_path / "owner" / name).mkdir(parents=True)
+        (tmp_path / "owner" / name / "config.json").touch()
     (tmp_path / "owner/pairs.manifest.json").touch()
     monkeypatch.chdir(tmp_path)
     config = make_config(tmp_path / "out", validation=None)
@@ -134,7 +135,7 @@ def test_a_rank_that_cannot_fetch_ends_all(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(hub_inputs, "fetch", nowhere)
     first, *others = on_ranks(make_config(tmp_path), [0, 1, 0])
-    assert {str(error) for error in (first, *others)} == {"no such model"}
+    assert {str(error) for error in (first, *others)} == {"model.policy: no such model"}
     assert all(isinstance(error, AgreedError) for error in others)
 
 
