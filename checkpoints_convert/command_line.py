@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint
-from megatron_tgdpo.checkpoints.manifest import check_files
+from megatron_tgdpo.checkpoints.find_model import find_model
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.errors import UserError
@@ -18,20 +17,30 @@ def join_ranks(timeout_minutes: float) -> None:
     init_distributed(ranks, torch.device("cpu"), timeout_minutes, connect_store(ranks))
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the newest complete one of a training output directory.
+def find_checkpoint(path: Path, option: str = "--megatron") -> Path:
+    """:func:`find_model`, of which only a Megatron checkpoint will do.
 
     Raises:
-        UserError: There is none, or it is damaged.
+        UserError: It is none, or it is damaged.
         StorageError: It cannot be read.
     """
-    if is_megatron_checkpoint(path):
-        check_files(path)
-        return path
-    newest = newest_checkpoint(path)
-    if newest is None:
-        raise UserError(f"{path}: neither a Megatron checkpoint nor a training output directory with a complete one")
-    return newest
+    found = find_model(path, option, weights=False)
+    if not is_megatron_checkpoint(found):
+        raise UserError(f"{option} {path}: an HF model: name a Megatron checkpoint or a training output directory")
+    return found
+
+
+def find_hf(path: Path, option: str = "--hf") -> Path:
+    """:func:`find_model`, of which only an HF directory will do.
+
+    Raises:
+        UserError: It is none.
+        StorageError: Storage or the Hub failed.
+    """
+    found = find_model(path, option)
+    if is_megatron_checkpoint(found):
+        raise UserError(f"{option} {path}: a Megatron checkpoint: name an HF directory, or a model of the Hub")
+    return found
 
 
 def dtype_of(metadata: dict, path: Path) -> torch.dtype:

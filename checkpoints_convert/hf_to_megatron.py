@@ -1,9 +1,10 @@
 """Converts an HF directory to a Megatron checkpoint, of any size on any machine: it is never in memory whole.
 
-    tgdpo convert to-megatron --hf DIR --out DIR [--dtype bf16|fp16|fp32]
+    tgdpo convert to-megatron --hf MODEL --out DIR [--dtype bf16|fp16|fp32]
 
-Alone, or under torchrun or srun, where the ranks divide the work; the result does not depend on their number. Without
-``--dtype`` the stored one is kept, and weights of several become fp32.
+``--hf`` is an HF directory or a model of the Hub, OWNER/NAME. Alone, or under torchrun or srun, where the ranks divide
+the work; the result does not depend on their number. Without ``--dtype`` the stored one is kept, and weights of several
+become fp32.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from checkpoints_convert.arguments import DTYPE_NAMES, check_positive, run, time
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="tgdpo convert to-megatron", description=__doc__.split("\n")[0])
-    parser.add_argument("--hf", type=Path, required=True, help="HF directory with safetensors")
+    parser.add_argument("--hf", type=Path, required=True, help="HF directory with safetensors, or a model of the Hub")
     parser.add_argument("--out", type=Path, required=True, help="Megatron checkpoint directory to make")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the stored weights (default: as in the HF files)")
     timeout_argument(parser)
@@ -24,15 +25,16 @@ def main() -> None:
     # Only now: these imports take seconds, a wrong option should not.
     import torch.distributed as dist
 
-    from checkpoints_convert.command_line import DTYPES, join_ranks
+    from checkpoints_convert.command_line import DTYPES, find_hf, join_ranks
     from checkpoints_convert.import_hf import import_hf
     from megatron_tgdpo.models.hf_config import read_hf_config
     from megatron_tgdpo.storage.atomic_directory import refuse_existing
 
-    hf_config = read_hf_config(arguments.hf)
+    hf = find_hf(arguments.hf)
+    hf_config = read_hf_config(hf)
     refuse_existing(arguments.out)
     join_ranks(arguments.timeout_minutes)
-    summary = import_hf(arguments.hf, arguments.out, hf_config, DTYPES.get(arguments.dtype))
+    summary = import_hf(hf, arguments.out, hf_config, DTYPES.get(arguments.dtype))
     if dist.get_rank() == 0:
         print(summary)
 

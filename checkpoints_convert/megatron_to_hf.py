@@ -4,7 +4,7 @@
         [--max-shard-size 5GB]
 
 ``--megatron`` may also be a training run's output directory: its newest complete checkpoint is taken. Config, tokenizer
-and templates come from the checkpoint itself unless ``--hf-template`` names another HF directory. Alone, or under
+and templates come from the checkpoint itself unless ``--hf-template`` names another model. Alone, or under
 torchrun or srun, where the ranks divide the files among them; the result does not depend on their number.
 """
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tgdpo convert to-hf", description=__doc__.split("\n")[0])
     parser.add_argument("--megatron", type=Path, required=True, help="Megatron checkpoint or training output directory")
     parser.add_argument("--out", type=Path, required=True, help="HF directory to make")
-    parser.add_argument("--hf-template", type=Path, help="HF directory for config and tokenizer (default: its own)")
+    parser.add_argument("--hf-template", type=Path, help="model whose config and tokenizer to take (default: its own)")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the written weights (default: as stored)")
     parser.add_argument("--max-shard-size", default=DEFAULT_SHARD_SIZE, help="largest weight file, like 500MB or 2GiB")
     timeout_argument(parser)
@@ -38,17 +38,20 @@ def main() -> None:
 
     from checkpoints_convert.command_line import DTYPES, dtype_of, find_checkpoint, join_ranks
     from checkpoints_convert.export import export_hf
+    from megatron_tgdpo.checkpoints.find_model import find_model
     from megatron_tgdpo.checkpoints.manifest import read_metadata
     from megatron_tgdpo.storage.atomic_directory import refuse_existing
 
     checkpoint = find_checkpoint(arguments.megatron)
     stored = dtype_of(read_metadata(checkpoint), checkpoint)
+    given = arguments.hf_template
+    template = find_model(given, "--hf-template", weights=False) if given else checkpoint
     refuse_existing(arguments.out)
     join_ranks(arguments.timeout_minutes)
     summary = export_hf(
         checkpoint,
         arguments.out,
-        template=arguments.hf_template or checkpoint,
+        template=template,
         stored=stored,
         dtype=DTYPES.get(arguments.dtype, stored),
         max_shard_bytes=max_shard_bytes,

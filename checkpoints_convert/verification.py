@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from checkpoints_convert.command_line import dtype_of, find_checkpoint
+from checkpoints_convert.command_line import dtype_of, find_checkpoint, find_hf
 from checkpoints_convert.compare import different_weights
 from checkpoints_convert.layout_options import Session, open_session
 from checkpoints_convert.logits import RowOutputs, packed_outputs
@@ -56,20 +56,20 @@ def verify(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: They differ, or one of them cannot be read.
     """
-    checkpoint = find_checkpoint(arguments.megatron)
-    hf_shapes = expected_shapes(read_hf_config(arguments.hf))
+    hf, checkpoint = find_hf(arguments.hf), find_checkpoint(arguments.megatron)
+    hf_shapes = expected_shapes(read_hf_config(hf))
     # Ours is built from the checkpoint's own config: what differs in the two configs must show in the logits.
     hf_config = read_hf_config(checkpoint)
     stored = dtype_of(read_metadata(checkpoint), checkpoint)
     session = open_session(arguments)
-    different = different_weights(arguments.hf, checkpoint, hf_config, stored)
+    different = different_weights(hf, checkpoint, hf_config, stored)
     different = sorted({*different, *(expected_shapes(hf_config).keys() ^ hf_shapes.keys())})
     if different:
-        raise UserError(f"{checkpoint}: {len(different)} weights differ from {arguments.hf}, first {different[0]}")
+        raise UserError(f"{checkpoint}: {len(different)} weights differ from {hf}, first {different[0]}")
     if session.is_first:
         print(f"weights: all {len(hf_shapes)} tensors equal to the bit in {stored}", flush=True)
     length = arguments.long_tokens or long_length(hf_config)
-    differences = compare_outputs(arguments.hf, checkpoint, hf_config, stored, length, session)
+    differences = compare_outputs(hf, checkpoint, hf_config, stored, length, session)
     if session.is_first:
         print("\n".join(str(difference) for difference in differences))
         for name, span in spans(hf_config).items():
@@ -77,7 +77,7 @@ def verify(arguments: argparse.Namespace) -> None:
                 print(f"note: the {name} of {span} was not passed, --long-tokens {span + 64} passes it")
     large = [difference for difference in differences if not difference.small]
     if large:
-        raise UserError(f"{checkpoint}: computes something else than {arguments.hf}: {large[0]}")
+        raise UserError(f"{checkpoint}: computes something else than {hf}: {large[0]}")
 
 
 def compare_outputs(

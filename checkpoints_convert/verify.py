@@ -17,7 +17,7 @@ from checkpoints_convert.arguments import check_positive, layout_arguments, run
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="tgdpo verify", description=__doc__.split("\n")[0])
-    parser.add_argument("--hf", type=Path, required=True, help="HF directory")
+    parser.add_argument("--hf", type=Path, required=True, help="HF directory, or a model of the Hub")
     parser.add_argument("--megatron", type=Path, required=True, help="Megatron checkpoint or training output directory")
     parser.add_argument("--long-tokens", type=int, help="length of the long sequences")
     layout_arguments(parser)

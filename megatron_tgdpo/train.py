@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tgdpo train", description=__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--guide", action="store_true", help="train what section guide of the config says")
     parser.add_argument("--dry-run", action="store_true", help="print config, layout and memory per rank, then stop")
     parser.add_argument("--world-size", type=int, help="ranks to assume in a dry run; default: as launched")
     args = parser.parse_intermixed_args(arguments)
@@ -35,6 +36,10 @@ def _main(args: argparse.Namespace, rank: int) -> int:
     from megatron_tgdpo.config.loading import load_config
 
     config = load_config(args.config, args.overrides)
+    if args.guide:
+        from megatron_tgdpo.config.guide import guide_config
+
+        config = guide_config(config, args.config)
     import torch.distributed as dist
 
     from megatron_tgdpo.distributed.ranks import read_rank_environment

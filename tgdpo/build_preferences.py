@@ -1,7 +1,7 @@
 """Makes preference pairs from a model's own answers: n samples a prompt, scored, the best against the worst.
 
-    tgdpo build-preferences --prompts prompts.jsonl --model DIR --score REWARD_MODEL_DIR --out pairs.jsonl
-    tgdpo build-preferences --prompts prompts.jsonl --model DIR --score module:function --out pairs.jsonl
+    tgdpo build-preferences --prompts prompts.jsonl --model MODEL --score REWARD_MODEL --out pairs.jsonl
+    tgdpo build-preferences --prompts prompts.jsonl --model MODEL --score module:function --out pairs.jsonl
 
 The prompts file has any layout of docs/data.md; responses in it are ignored. The output has that of TRL, with all
 samples and scores beside each pair. Start the same command again to continue after an interruption: the result is the
@@ -19,6 +19,7 @@ from tgdpo.command_line import (
     check_present,
     check_sampling,
     check_scratch,
+    find_models,
     positive,
     print_json,
     run,
@@ -29,7 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Reads the command line; ``None`` means this process's."""
     parser = argparse.ArgumentParser(prog="tgdpo build-preferences", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON, JSONL or Parquet file")
-    parser.add_argument("--score", required=True, metavar="DIR|MODULE:FUNCTION", help="reward model, or a function")
+    parser.add_argument("--score", required=True, metavar="MODEL|MODULE:FUNCTION", help="reward model, or a function")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file of pairs to write")
     parser.add_argument("--samples", type=positive, default=5, help="answers a prompt (default: %(default)s)")
     parser.add_argument("--max-prompt-length", type=positive, help="longer prompts are skipped (default: no limit)")
@@ -45,9 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(given: argparse.Namespace) -> None:
-    check_present(given, "--model", "--prompts", "--chat-template")
+    check_present(given, "--prompts", "--chat-template")
     check_sampling(given)
     check_scratch(given)
+    find_models(given, "--model")
+    if ":" not in given.score:
+        from megatron_tgdpo.checkpoints.find_model import find_model
+
+        given.score = str(find_model(given.score, "--score"))
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.generation.build_pairs import build
 

@@ -16,6 +16,8 @@ from checkpoints_convert.arguments import DTYPE_NAMES
 from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions, json_object
 from megatron_tgdpo.errors import UserError
 
+MODEL_HELP = "HF directory, model of the Hub, Megatron checkpoint, or output directory of a run"
+
 
 def positive(text: str) -> int:
     """An option's whole number above zero."""
@@ -46,9 +48,7 @@ def add_model_arguments(
     parser: argparse.ArgumentParser, *, temperature: float | None, max_new_tokens: int | None
 ) -> None:
     """Adds the options that say which model samples, and how; None for defaults that depend on something else."""
-    parser.add_argument(
-        "--model", type=Path, required=True, help="HF directory, Megatron checkpoint or training output directory"
-    )
+    parser.add_argument("--model", type=Path, required=True, metavar="MODEL", help=MODEL_HELP)
     add_template_arguments(parser)
     default = "as the benchmark does" if temperature is None else "%(default)s"
     parser.add_argument(
@@ -168,6 +168,26 @@ def check_present(given: argparse.Namespace, *options: str) -> None:
         path = getattr(given, option.lstrip("-").replace("-", "_"))
         if path is not None and not Path(path).exists():
             raise UserError(f"{option} {path}: no such file or directory")
+
+
+def find_models(given: argparse.Namespace, *options: str, weights: bool = True) -> None:
+    """Puts, in options (``--model``) that name models, the directories that they mean; None is left out.
+
+    Args:
+        given: The command line.
+        options: Their names.
+        weights: Whether weights are wanted of a model of the Hub.
+
+    Raises:
+        UserError: One means no model, see :func:`~megatron_tgdpo.checkpoints.find_model.find_model`.
+    """
+    from megatron_tgdpo.checkpoints.find_model import find_model
+
+    for option in options:
+        name = option.lstrip("-").replace("-", "_")
+        text = getattr(given, name)
+        if text is not None:
+            setattr(given, name, find_model(text, option, weights=weights))
 
 
 def check_scratch(given: argparse.Namespace) -> None:

@@ -1,10 +1,10 @@
 """Compares models on held-out preference pairs and on answers of their own, in one table; writes the metrics as JSON.
 
-    tgdpo evaluate --reference DIR --model dpo=DIR --model tgdpo=DIR --guide DIR --pairs heldout.jsonl \
+    tgdpo evaluate --reference MODEL --model dpo=MODEL --model tgdpo=MODEL --guide MODEL --pairs heldout.jsonl \
         --out results.json
 
-Directories are HF ones, Megatron checkpoints or training output directories. What each metric is, and which interval
-is given for it: docs/evaluation.md.
+A model is an HF directory, a model of the Hub (OWNER/NAME), a Megatron checkpoint, or a run's output directory. What
+each metric is, and which interval is given for it: docs/evaluation.md.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.checkpoints.find_model import find_model
 from tgdpo.command_line import (
     add_columns_argument,
     add_length_arguments,
@@ -33,11 +33,11 @@ from tgdpo.generation.roles import GUIDE, REFERENCE, named_models
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; ``None`` means this process's."""
     parser = argparse.ArgumentParser(prog="tgdpo evaluate", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--reference", type=Path, required=True, metavar="DIR", help="what rewards are relative to")
+    parser.add_argument("--reference", type=Path, required=True, metavar="MODEL", help="what rewards are relative to")
     parser.add_argument(
-        "--model", type=_named_directory, action="append", default=[], metavar="NAME=DIR", help="a model to compare"
+        "--model", type=_named_directory, action="append", default=[], metavar="NAME=MODEL", help="a model to compare"
     )
-    parser.add_argument("--guide", type=Path, metavar="DIR", help="a guide, compared too; a swapped one is reported")
+    parser.add_argument("--guide", type=Path, metavar="MODEL", help="a guide, compared too; a swapped one is reported")
     parser.add_argument("--pairs", required=True, metavar="FILE", help="held-out pairs, raw or preprocessed")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument("--limit", type=positive, help="pairs to score (default: all)")
@@ -61,8 +61,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def _named_directory(text: str) -> tuple[str, Path]:
     name, _, directory = text.partition("=")
     if not name or not directory or name in (REFERENCE, GUIDE):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR, with a name other than {REFERENCE} and {GUIDE}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL, with a name other than {REFERENCE} and {GUIDE}")
     return name, Path(directory)
+
+
+def _option(name: str) -> str:
+    """The option that named a model."""
+    return f"--{name}" if name in (REFERENCE, GUIDE) else f"--model {name}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,12 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(given: argparse.Namespace) -> None:
     models = named_models(given.reference, given.model, given.guide)
-    for name, path in models.items():
-        if not path.exists():
-            raise UserError(f"{name} {path}: no such directory")
     check_temperature(given)
     check_present(given, "--chat-template")
     check_scratch(given)
+    models = {name: find_model(path, _option(name)) for name, path in models.items()}
+    given.reference = models[REFERENCE]
     # The tokenizer is the reference's, wherever that keeps it.
     options = preprocess_options(given, str(given.reference))
     # Only now: these imports take seconds, a wrong option should not.

@@ -1,10 +1,10 @@
 """Answers the questions of AlpacaEval 2, Arena-Hard or MT-Bench, in the files that those projects read.
 
-    tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model DIR --name NAME \
+    tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model MODEL --name NAME \
         --out NAME.json
-    tgdpo generate --benchmark arena_hard --questions question.jsonl --model DIR --name NAME \
+    tgdpo generate --benchmark arena_hard --questions question.jsonl --model MODEL --name NAME \
         --out NAME.jsonl
-    tgdpo generate --benchmark mt_bench --questions question.jsonl --model DIR --name NAME \
+    tgdpo generate --benchmark mt_bench --questions question.jsonl --model MODEL --name NAME \
         --out NAME.jsonl
 
 Question files are the projects' own. Start the same command again to continue after an interruption: the result is the
@@ -17,7 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tgdpo.errors import UserError
-from tgdpo.command_line import add_model_arguments, check_present, check_sampling, check_scratch, print_json, run
+from tgdpo.command_line import (
+    add_model_arguments,
+    check_present,
+    check_sampling,
+    check_scratch,
+    find_models,
+    print_json,
+    run,
+)
 from tgdpo.generation.prompt_sets import BENCHMARKS
 
 
@@ -44,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _answer(given: argparse.Namespace) -> None:
     if BENCHMARKS[given.benchmark].named_by_file and given.out.name != f"{given.name}.jsonl":
         raise UserError(f"--out {given.out}: {given.benchmark} takes names from files: call it {given.name}.jsonl")
-    check_present(given, "--model", "--questions", "--chat-template")
+    check_present(given, "--questions", "--chat-template")
     check_sampling(given)
     check_scratch(given)
+    find_models(given, "--model")
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.generation.answer_benchmarks import answer
 

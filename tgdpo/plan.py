@@ -1,7 +1,7 @@
 """Memory, traffic and estimated step time of a run, on paper: for one layout, or ranked over all that are possible.
 
-    tgdpo plan --model DIR_OR_CONFIG_JSON [--method dpo] [--nodes 4] [--tensor 8 --pipeline 4 ...]
-    tgdpo plan --model DIR_OR_CONFIG_JSON --schedules [--tensor 8]
+    tgdpo plan --model MODEL_OR_CONFIG_JSON [--method dpo] [--nodes 4] [--tensor 8 --pipeline 4 ...]
+    tgdpo plan --model MODEL_OR_CONFIG_JSON --schedules [--tensor 8]
 
 Reads only ``config.json``. Reference and guide have the policy's shape unless given. What is computed, and how well it
 is checked: docs/planning.md. ``tgdpo train CONFIG --dry-run`` gives the same memory for a config.
@@ -12,12 +12,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.planning.cluster import Cluster
-from tgdpo.command_line import check_present, run
+from tgdpo.command_line import find_models, run
 
 _MAY_BE_ZERO = ("reserve_gib", "response_share")
 _LARGEST = 10**9
@@ -25,7 +26,7 @@ _LARGEST = 10**9
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgdpo plan", description=(__doc__ or "").splitlines()[0])
-    models = parser.add_argument_group("models (HF directory, or its config.json)")
+    models = parser.add_argument_group("models (each a config.json, or what training takes for a model)")
     models.add_argument("--model", required=True, help="the policy")
     models.add_argument("--reference", help="if its shape differs from the policy's")
     models.add_argument("--guide", help="if its shape differs from the policy's")
@@ -85,13 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(given: argparse.Namespace) -> None:
     _check_numbers(given)
-    check_present(given, "--model", "--reference", "--guide")
+    options = [f"--{role}" for role in ("model", "reference", "guide") if not _is_config_file(getattr(given, role))]
+    find_models(given, *options, weights=False)
     # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
     # needs.
     warnings.filterwarnings("ignore")
     from tgdpo.planning import plan
 
     print(plan(given))
+
+
+def _is_config_file(text: str | None) -> bool:
+    return text is not None and Path(text).name == "config.json" and Path(text).is_file()
 
 
 def _check_numbers(given: argparse.Namespace) -> None:

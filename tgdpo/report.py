@@ -1,10 +1,10 @@
 """One HTML page that shows what a guide rewards, token by token, on the pairs of a run's config.
 
     tgdpo report CONFIG.yaml --out report.html [--cache DIR] [section.key=value ...]
-    tgdpo report CONFIG.yaml --out report.html [--reference DIR --guide DIR] [--policy DIR]
+    tgdpo report CONFIG.yaml --out report.html [--reference MODEL --guide MODEL] [--policy MODEL]
 
 Log-probs come from a guidance cache (``--cache`` is ``guidance.cache``; a config with ``guidance.mode: cached`` needs
-neither), or from Hugging Face directories run by transformers (the config's own where none are given). alpha, beta,
+neither), or from models run by transformers (the config's own where none are given). alpha, beta,
 tokenizer and data are the config's. How to read the page: docs/insight.md.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tgdpo.errors import UserError
-from tgdpo.command_line import check_present, run
+from tgdpo.command_line import check_present, find_models, run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,9 +35,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--cache", type=Path, help="what tgdpo guidance wrote")
-    parser.add_argument("--reference", help="HF directory; default: the config's reference")
-    parser.add_argument("--guide", help="HF directory; default: model.guide")
-    parser.add_argument("--policy", help="HF directory whose log-ratios are added")
+    parser.add_argument("--reference", metavar="MODEL", help="default: the config's reference")
+    parser.add_argument("--guide", metavar="MODEL", help="default: model.guide")
+    parser.add_argument("--policy", metavar="MODEL", help="one whose log-ratios are added")
     parser.add_argument("--split", default="train", help="train, validation or validation/NAME; default %(default)s")
     parser.add_argument("--pairs", type=int, default=200, help="spread evenly over the data; default %(default)s")
     parser.add_argument("--device", help="of the models; default: a GPU if there is one")
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(given: argparse.Namespace) -> None:
     _check_writable(given.out)
     check_present(given, "--cache")
+    find_models(given, "--reference", "--guide", "--policy")
     # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
     # needs.
     warnings.filterwarnings("ignore")
@@ -116,7 +117,7 @@ def _logps(
     disable_progress_bar()
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[config.precision.dtype]
-    policy = {"policy": given.policy} if given.policy else {}
+    policy = {"policy": str(given.policy)} if given.policy else {}
     named = given.reference or given.guide
     if given.cache or (config.guidance.mode == "cached" and not named):
         for tokens in compare_with_data(config, policy):
@@ -125,7 +126,7 @@ def _logps(
         found = cached_logps(open_cache(config, given.split, dataset), directory, pairs)
         return {**found, **model_logps(policy, pairs, dtype, device)}, {"guidance": directory, **policy}
     of_config = config.model_paths
-    models = {role: getattr(given, role) or of_config[role] for role in ("reference", "guide")} | policy
+    models = {role: str(getattr(given, role) or of_config[role]) for role in ("reference", "guide")} | policy
     for tokens in compare_with_data(config, models):
         tokens.check(dataset)
     return model_logps(models, pairs, dtype, device), models

@@ -89,6 +89,9 @@ def _sweep(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     runs = combinations(args.alpha, args.beta, args.out.resolve())
     # All of them before the first is trained: a value out of range should not wait for its turn.
     configs = {name: load_config(args.config, [*args.overrides, *own]) for name, own in runs.items()}
+    shared = next(iter(configs.values())).guide
+    if shared.method is not None and shared.output_dir is None:
+        raise UserError(f"{args.config}: guide.output_dir is not set: name the directory of the one guide of all runs")
     results = {}
     with Commands() as commands:
         for number, (name, own) in enumerate(runs.items(), start=1):

@@ -1,5 +1,6 @@
 """What is in a model directory, an HF one or a Megatron checkpoint: its config and tokenizer, and its weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_tgdpo.checkpoints.manifest import (
@@ -31,6 +32,7 @@ _HF_FILES = (
 )
 _HF_SUFFIXES = (".model", ".tiktoken")
 _HF_FOLDERS = ("additional_chat_templates",)
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WEIGHT_SUFFIXES = (".safetensors", TENSORS_SUFFIX)
 
 
@@ -59,6 +61,25 @@ def model_files(path: Path) -> list[Path]:
     if not weights:
         raise UserError(f"{path}: no weight files ({', '.join(_WEIGHT_SUFFIXES)}) there")
     return [config, *weights]
+
+
+def refuse_adapter(path: Path, tensors: Iterable[str] = ()) -> None:
+    """Stops at a LoRA adapter, which has no config and not all weights.
+
+    Args:
+        path: A directory.
+        tensors: The names of its tensors, if known.
+
+    Raises:
+        UserError: It is one.
+    """
+    found = [name for name in _ADAPTER if (path / name).is_file() and not (path / "config.json").is_file()]
+    found += [name for name in tensors if ".lora_" in name]
+    if found:
+        raise UserError(
+            f"{path}: a LoRA adapter ({found[0]}), not a model: merge it into its base model first "
+            "(peft's merge_and_unload) and give the directory where that was saved"
+        )
 
 
 def check_hf_files(path: Path, name: str | None = None) -> None:

@@ -31,6 +31,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
     Rule.START: ("train.resume", "train.branch_from", "train.rehash", "train.exit_step"),
     Rule.FREE: (
         "model.layer_spec",
+        # The guide that comes of these is compared by its content, as any guide.
+        "guide.method", "guide.beta", "guide.gamma", "guide.lr", "guide.steps", "guide.epochs", "guide.output_dir",
         "data.validation", "data.columns", "data.workers",
         "guidance.mode", "guidance.cache", "guidance.verify", "guidance.prefetch",
         "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.virtual_pipeline",

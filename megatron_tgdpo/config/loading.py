@@ -76,7 +76,7 @@ def _build(values: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: {key}: {what}" if key else f"{source}: {what}") from error
     assert isinstance(config, Config)
     if config.loss.method in METHODS:
-        config = _with_method_defaults(config)
+        config = _with_trained_guide(_with_method_defaults(config))
     check(config, source)
     return config
 
@@ -88,3 +88,10 @@ def _with_method_defaults(config: Config) -> Config:
         if getattr(config.loss, name) is None
     }
     return replace(config, loss=replace(config.loss, **unset))
+
+
+def _with_trained_guide(config: Config) -> Config:
+    """With ``model.guide`` where section ``guide`` has the guide trained, unless it is set."""
+    if config.guide.method is None or config.model.guide is not None or "guide" not in config.method.frozen:
+        return config
+    return replace(config, model=replace(config.model, guide=config.guide_dir))

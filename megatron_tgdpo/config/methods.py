@@ -53,3 +53,6 @@ METHODS: dict[str, Method] = {
     "simpo": Method("megatron_tgdpo.loss.preference:simpo_loss", {"beta": 2.0, "gamma": 1.0}),
     "sft": Method("megatron_tgdpo.loss.preference:sft_loss", chosen_only=True),
 }
+
+# Those whose policy can be a guide: it must be there before there is one.
+GUIDE_METHODS = tuple(name for name, method in METHODS.items() if "guide" not in method.frozen)

@@ -5,9 +5,11 @@ fields (schema.py); what the machine, the models and the data must be like, wher
 """
 
 from dataclasses import fields
+from pathlib import Path
 
 from megatron_tgdpo.config.constraints import Rule
-from megatron_tgdpo.config.schema import Config, LossConfig
+from megatron_tgdpo.config.methods import METHODS
+from megatron_tgdpo.config.schema import Config, GuideConfig, LossConfig
 
 
 def _sequence_multiple(c: Config) -> int:
@@ -17,6 +19,12 @@ def _sequence_multiple(c: Config) -> int:
 
 def _interleaved(c: Config) -> bool:
     return c.parallel.virtual_pipeline not in (None, 1)
+
+
+def _is_trained_here(c: Config) -> bool:
+    """Whether ``model.guide`` is the guide's run, or a checkpoint of it, as a run's own ``config.yaml`` has it."""
+    guide, run = Path(str(c.model.guide)), Path(c.guide_dir)
+    return run in (guide, *guide.parents)
 
 
 def _unused_option(option: str) -> Rule:
@@ -38,7 +46,36 @@ LOSS = tuple(_unused_option(field.name) for field in fields(LossConfig) if field
 MODELS = (
     Rule(
         lambda c: "guide" in c.method.frozen and c.model.guide is None,
-        "loss.method {c.loss.method} needs model.guide (a checkpoint directory); without a guide use loss.method=dpo",
+        "loss.method {c.loss.method} needs model.guide (a model), or guide.method=dpo to have one trained; "
+        "without a guide use loss.method=dpo",
+    ),
+    Rule(
+        lambda c: "guide" not in c.method.frozen and c.guide.method is not None,
+        "loss.method {c.loss.method} trains without a guide: set guide.method=null or loss.method=tgdpo",
+    ),
+    Rule(
+        lambda c: "guide" in c.method.frozen and c.guide.method is None and c.guide != GuideConfig(),
+        "section guide has no method: set guide.method=dpo, or remove the section",
+    ),
+    Rule(
+        lambda c: c.guide.method is not None and not _is_trained_here(c),
+        "model.guide is {c.model.guide} and section guide has one trained in {c.guide_dir}: remove one of them",
+    ),
+    Rule(
+        lambda c: c.guide.gamma is not None and "gamma" not in METHODS[str(c.guide.method)].options,
+        "guide.gamma is set but guide.method {c.guide.method} does not use it: remove it",
+    ),
+    Rule(
+        lambda c: c.guide.beta is not None and "beta" not in METHODS[str(c.guide.method)].options,
+        "guide.beta is set but guide.method {c.guide.method} does not use it: remove it",
+    ),
+    Rule(
+        lambda c: c.guide.steps is not None and c.guide.epochs is not None,
+        "set at most one of guide.steps and guide.epochs",
+    ),
+    Rule(
+        lambda c: c.guide.method is not None and Path(c.guide_dir) == Path(c.output_dir),
+        "guide.output_dir is output_dir: the guide's run needs one of its own",
     ),
     Rule(
         lambda c: "guide" not in c.method.frozen and c.model.guide is not None,

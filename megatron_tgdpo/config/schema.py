@@ -7,6 +7,7 @@ tokens.
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -21,7 +22,7 @@ from megatron_tgdpo.config.constraints import (
     positive,
     share,
 )
-from megatron_tgdpo.config.methods import METHODS, Method
+from megatron_tgdpo.config.methods import GUIDE_METHODS, METHODS, Method
 from megatron_tgdpo.data.sources import Source, read_sets, read_sources
 from megatron_tgdpo.storage.hub import local_path
 
@@ -31,10 +32,11 @@ _SOURCES = str | dict[str, Any] | list[Any]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    # Each an HF or Megatron checkpoint directory, or a model of the Hub, OWNER/NAME or OWNER/NAME@REVISION.
+    # Each an HF directory, a model of the Hub (OWNER/NAME or OWNER/NAME@REVISION), a Megatron checkpoint, or the output
+    # directory of a run.
     policy: str = MISSING  # what the policy starts from
     reference: str | None = None  # null: same as policy
-    guide: str | None = None  # required by method tgdpo
+    guide: str | None = None  # required by method tgdpo; null: what section guide trains
     # auto: Transformer Engine where usable on CUDA
     layer_spec: str = one_of(("auto", "local", "transformer_engine"), "auto")
 
@@ -75,6 +77,19 @@ class LossConfig:
     def options(self) -> dict[str, float]:
         """The options that the method uses."""
         return {name: getattr(self, name) for name in METHODS[self.method].options}
+
+
+@dataclass(frozen=True)
+class GuideConfig:
+    """How the guide is trained from this file, for method tgdpo; all that is not here is as for the policy."""
+
+    method: str | None = one_of(GUIDE_METHODS, None)  # null: model.guide names a guide that is there
+    beta: float | None = positive(None)  # the guide's loss.beta; null: the method's default
+    gamma: float | None = at_least(0, None)  # the guide's loss.gamma (simpo); null: the method's default
+    lr: float | None = at_least(0, None)  # the guide's optimizer.lr; null: the policy's
+    steps: int | None = positive(None)  # the guide's train.steps; null with epochs null: as long as the policy
+    epochs: float | None = positive(None)  # the guide's train.epochs
+    output_dir: str | None = None  # of the guide's run; null: guide/ in output_dir
 
 
 @dataclass(frozen=True)
@@ -204,6 +219,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -266,6 +282,11 @@ class Config:
         """Whether a pair's prompt is computed once: not under context parallelism, nor for one response."""
         chosen = self.batch.shared_prompts
         return not self.method.chosen_only and (self.parallel.context == 1 if chosen is None else chosen)
+
+    @property
+    def guide_dir(self) -> str:
+        """The output directory of the guide's run, where section ``guide`` has one trained."""
+        return self.guide.output_dir or str(Path(self.output_dir) / "guide")
 
     @property
     def reference_path(self) -> str:

@@ -9,10 +9,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory
+from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory, refuse_adapter
 from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.hf_weights.reader import refuse_adapter
 from megatron_tgdpo.models.rotary import RotaryFrequencies
 from megatron_tgdpo.storage.files import read_error
 from megatron_tgdpo.storage.json_text import parse_json

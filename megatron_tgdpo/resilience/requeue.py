@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_tgdpo.checkpoints.directory import newest_checkpoint
 from megatron_tgdpo.checkpoints.manifest import read_metadata
+from megatron_tgdpo.config.guide import guide_config
 from megatron_tgdpo.config.loading import load_config
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.output.directory import is_done
@@ -77,11 +78,14 @@ def main() -> int:
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--guide", action="store_true", help="the run is that of the config's guide")
     parser.add_argument("--job", help="count the restarts of this job")
     parser.add_argument("--limit", type=int, default=5, help="restarts without a new checkpoint (default: %(default)s)")
     args = parser.parse_intermixed_args()
     try:
         config = load_config(args.config, args.overrides)
+        if args.guide:
+            config = guide_config(config, args.config)
         output_dir = Path(config.output_dir).absolute()
         print(output_dir)
         if is_done(as_recorded(config)):

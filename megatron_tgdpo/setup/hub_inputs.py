@@ -1,17 +1,22 @@
-"""The names of the Hub in a run's configuration, pinned to commits, and fetched by one rank of every node."""
+"""What a run's configuration names without saying which version, pinned: names of the Hub to commits, which one rank of
+every node fetches, and output directories of other runs to one of their checkpoints."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_tgdpo.checkpoints.find_model import find_local_model, is_output_dir, naming
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import prepared_prefix
 from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_all_ranks, run_on_rank0
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.output.directory import DONE_FILE
+from megatron_tgdpo.setup.trained_guide import check_trained, is_trained
 from megatron_tgdpo.signals import leave_if_requested
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.files import read_error
@@ -20,15 +25,20 @@ from megatron_tgdpo.storage.hub import DATASET, MODEL, HubName, fetch, hub_name,
 # In the output directory: names as the config has them, with the commits that they stand for there.
 PINS_FILE = "hub.json"
 
-# By kind, names as the config has them with the pinned names that they stand for.
+# Beside the kinds of the Hub: output directories, with the checkpoint that each stands for.
+RUN = "run"
+# By kind, names as the config has them with what they are pinned to.
 Pins = Mapping[str, Mapping[str, str]]
+
+logger = logging.getLogger(__name__)
 
 
 def pin_inputs(config: Config, ranks: RankEnvironment, store: dist.Store) -> tuple[Config, Pins]:
     """Fetches what the config names of the Hub, before any process group and its time-out exist. Every rank calls.
 
     The first rank decides which commits; of models one rank of every node fetches these. A name that was pinned in the
-    output directory stays with its commit, whatever the Hub has in the meantime.
+    output directory stays with its commit, whatever the Hub has in the meantime; so does another run's output directory
+    with its checkpoint, while that is there.
 
     Args:
         config: The run.
@@ -58,7 +68,12 @@ def pin_inputs(config: Config, ranks: RankEnvironment, store: dist.Store) -> tup
 
 
 def pin_here(config: Config, *, weights: bool) -> Config:
-    """The config with pinned names, after fetching them, for a command of one process; ``weights``: of models, too."""
+    """The config with pinned names, after fetching them, for a command of one process; ``weights``: of models, too.
+
+    Without weights, a guide that is still to be trained has the shape of what it starts from, the policy.
+    """
+    if not weights and not is_trained(config):
+        config = replace(config, model=replace(config.model, guide=config.model.policy))
     return with_pins(config, _fetch_all(config, weights=weights))
 
 
@@ -89,7 +104,7 @@ def with_pins(config: Config, pins: Pins) -> Config:
         return pins[kind].get(text, text)
 
     def of_model(text: str | None) -> Any:
-        return text if text is None else pinned(MODEL, text)
+        return text if text is None else pinned(RUN, pinned(MODEL, text))
 
     def of_data(text: str) -> str:
         return pinned(DATASET, text)
@@ -119,26 +134,41 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return [_mapped(entry, change) for entry in value] if isinstance(value, Sequence) else value
 
 
-def _named(config: Config) -> Iterator[tuple[str, str, bool]]:
-    """Kind, name as the config has it, and whether weights are wanted, of each text in the config that is a name."""
-    model = config.model
-    for path in (model.policy, model.reference, model.guide):
-        if path is not None and hub_name(path):
-            yield MODEL, path, True
-    if config.data.tokenizer is not None and hub_name(config.data.tokenizer):
-        yield MODEL, config.data.tokenizer, False
-    for sources in config.datasets.values():
+def _fetch_all(config: Config, *, weights: bool) -> dict[str, dict[str, str]]:
+    if weights:
+        check_trained(config)
+    recorded = _recorded_pins(Path(config.output_dir))
+    pins: dict[str, dict[str, str]] = {MODEL: {}, DATASET: {}, RUN: {}}
+    model, data = config.model, config.data
+    models = {"model.policy": model.policy, "model.reference": model.reference, "model.guide": model.guide}
+    for key, text in models.items():
+        if text is not None:
+            _pin_model(key, text, recorded, pins, weights=weights)
+    # Where it is not of a model, it is looked at with the data.
+    if data.tokenizer is not None and (hub_name(data.tokenizer) or is_output_dir(Path(data.tokenizer))):
+        _pin_model("data.tokenizer", data.tokenizer, recorded, pins, weights=False)
+    for name, sources in config.datasets.items():
         for source in sources:
             if hub_name(source.path) and prepared_prefix(source.path) is None:
-                yield DATASET, source.path, False
-
-
-def _fetch_all(config: Config, *, weights: bool) -> dict[str, dict[str, str]]:
-    recorded = _recorded_pins(Path(config.output_dir))
-    pins: dict[str, dict[str, str]] = {MODEL: {}, DATASET: {}}
-    for kind, text, wanted in _named(config):
-        pins[kind][text] = _fetch(recorded[kind].get(text, text), kind, weights=weights and wanted)
+                with naming(f"data.{name.replace('/', '.')}"):
+                    pinned = _fetch(recorded[DATASET].get(source.path, source.path), DATASET, weights=False)
+                pins[DATASET][source.path] = pinned
     return pins
+
+
+def _pin_model(key: str, text: str, recorded: Pins, pins: dict[str, dict[str, str]], *, weights: bool) -> None:
+    """Finds what a key names, and adds a pin where that may be another thing tomorrow."""
+    if hub_name(text):
+        if text not in pins[MODEL]:
+            with naming(key):
+                pins[MODEL][text] = _fetch(recorded[MODEL].get(text, text), MODEL, weights=weights)
+        return
+    before = recorded[RUN].get(text)
+    found = find_local_model(before if before is not None and Path(before).is_dir() else text, key)
+    if found != Path(text):
+        pins[RUN][text] = str(found)
+        unfinished = "" if (Path(text) / DONE_FILE).exists() else ", of a run that is not finished"
+        logger.info("%s %s: the checkpoint %s%s", key, text, found.name, unfinished)
 
 
 def _fetch(text: str, kind: str, *, weights: bool) -> str:
@@ -157,13 +187,13 @@ def _check_there(models: Mapping[str, str]) -> None:
 
 def _recorded_pins(output_dir: Path) -> dict[str, dict[str, str]]:
     file = output_dir / PINS_FILE
-    pins: dict[str, dict[str, str]] = {MODEL: {}, DATASET: {}}
+    pins: dict[str, dict[str, str]] = {MODEL: {}, DATASET: {}, RUN: {}}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         for kind in pins:
             for text, pinned in content.get(kind, {}).items():
-                name = hub_name(pinned)
-                if not isinstance(name, HubName) or not name.pinned:
+                name = None if kind == RUN else hub_name(pinned)
+                if not (isinstance(pinned, str) if kind == RUN else isinstance(name, HubName) and name.pinned):
                     raise ValueError(f"{pinned!r} is no pinned name")
                 pins[kind][text] = pinned
     except FileNotFoundError:

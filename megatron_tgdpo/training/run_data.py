@@ -31,6 +31,7 @@ from megatron_tgdpo.setup.datasets import Prepared, prepare_data, write_summary
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import Pins, record_pins
 from megatron_tgdpo.setup.model_inputs import check_tokenizers
+from megatron_tgdpo.setup.trained_guide import check_trained
 from megatron_tgdpo.signals import leave_if_requested
 from megatron_tgdpo.storage.hub import local_path
 
@@ -151,7 +152,9 @@ def _fingerprints(config: Config, prepared: Mapping[str, Prepared], digests: Map
         whole = sha256(json.dumps(of_data, sort_keys=True).encode()).hexdigest()
         found["data.validation"] = of_data.get("validation", whole)
     template = datasets["train"].manifest["tokenizer"]["template_fingerprint"]
-    return found | {"data.tokenizer": datasets["train"].ids_fingerprint, "data.chat_template": template}
+    found |= {"data.tokenizer": datasets["train"].ids_fingerprint, "data.chat_template": template}
+    check_trained(config, found)
+    return found
 
 
 def _open(prepared: Mapping[str, Prepared]) -> dict[str, PreferenceDataset]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -154,16 +155,18 @@ def test_a_real_time_limit_as_often_as_needed(cluster: Cluster, config_file: Pat
 
 @slow
 def test_the_whole_mission_as_a_chain_of_jobs(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
-    submit = ("bash", str(ROOT / "launch" / "pipeline.sh"), str(config_file), str(tmp_path / "out"), "train.steps=4")
+    config = merged(json.loads(config_file.read_text()), model={"guide": None}, guide={"method": "dpo", "beta": 0.01})
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    submit = ("bash", str(ROOT / "launch" / "pipeline.sh"), str(tmp_path / "config.yaml"), f"output_dir={out}")
     variables = {"TGDPO_TRAIN_OPTIONS": " ".join(SMALL), "TGDPO_STAGE_OPTIONS": "--cpus-per-task=1"}
     printed = cluster.run(*submit, **variables)
-    jobs = [line.split(": job ")[1].split()[0] for line in printed.splitlines() if ": job " in line]
-    assert len(jobs) == 8, printed
-    last = Job(cluster, jobs[-1], tmp_path / "out" / f"slurm-{jobs[-1]}-evaluate.out")
-    export = Job(cluster, jobs[-2], tmp_path / "out" / f"slurm-{jobs[-2]}-export-tgdpo.out")
-    assert export.wait() == "COMPLETED"
-    assert last.wait() == "COMPLETED"
-    assert (tmp_path / "out" / "tgdpo_hf" / "model.safetensors").exists()
-    assert (tmp_path / "out" / "validation.jsonl").read_text().count('"eval/loss"') == 2
+    jobs = dict(re.findall(r"^(\w+): job (\d+)", printed, re.M))
+    assert list(jobs) == ["guide", "train", "export", "evaluate"], printed
+    last = Job(cluster, jobs["evaluate"], out / f"slurm-{jobs['evaluate']}-evaluate.out")
+    assert last.wait() == "COMPLETED", last.text()
+    assert (out / "guide" / "DONE").exists()
+    assert (out / "hf" / "model.safetensors").exists()
+    assert list(json.loads((out / "evaluation.json").read_text())["models"]) == ["reference", "tgdpo", "guide"]
     again = cluster.run(*submit, **variables)
-    assert again.count("complete, skipped") == 8, again
+    assert again.count("complete, skipped") == 4, again

@@ -12,16 +12,18 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from megatron_tgdpo.checkpoints import model_directory
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint
-from megatron_tgdpo.checkpoints.manifest import TENSORS_FILE, check_files, read_metadata
+from megatron_tgdpo.checkpoints.find_model import find_local_model
+from megatron_tgdpo.checkpoints.manifest import TENSORS_FILE, read_metadata
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, model_files
 from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import Tokenizer
 from megatron_tgdpo.errors import UserError, one_line
-from megatron_tgdpo.models.hf_weights.reader import refuse_adapter
 from megatron_tgdpo.storage.dtypes import DTYPES
+
+# For errors of what changed since the command looked at its arguments.
+_WHAT = "the model"
 
 
 def default_device() -> torch.device:
@@ -39,22 +41,22 @@ def hf_directory(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     """An HF directory with the model's weights and tokenizer.
 
     Args:
-        path: An HF directory, a Megatron checkpoint, or a training run's output directory (its newest complete
-            checkpoint is taken). A Megatron checkpoint is exported, in the dtype it is stored in, and deleted at the
-            end. The export initialises torch.distributed with one rank, and ends it.
+        path: What ``checkpoints/find_model.py`` takes for a model, of the Hub once it is fetched. A Megatron checkpoint
+            is exported, in the dtype it is stored in, and deleted at the end. The export initialises torch.distributed
+            with one rank, and ends it.
         scratch: Where exports go; None for the system's temporary directory.
 
     Raises:
         UserError: It is none of these, or it cannot be exported.
     """
-    checkpoint = _megatron_checkpoint(path)
-    if checkpoint is None:
-        yield path
+    found = find_local_model(path, _WHAT)
+    if not is_megatron_checkpoint(found):
+        yield found
         return
     if scratch is not None and not scratch.is_dir():
         raise UserError(f"--scratch {scratch}: no such directory")
     with tempfile.TemporaryDirectory(prefix="tgdpo-export-", dir=scratch) as folder:
-        _export(checkpoint, Path(folder) / "hf")
+        _export(found, Path(folder) / "hf")
         yield Path(folder) / "hf"
 
 
@@ -64,12 +66,12 @@ def tokenizer_directory(path: Path) -> Path:
     Raises:
         UserError: It is no model directory.
     """
-    return model_directory.hf_directory(_megatron_checkpoint(path) or path)
+    return model_directory.hf_directory(find_local_model(path, _WHAT))
 
 
 def fingerprint(path: Path) -> str:
     """sha256 (hex) of a model directory's config and of its weight files' names, sizes and times of change."""
-    directory = _megatron_checkpoint(path) or path
+    directory = find_local_model(path, _WHAT)
     config, *weights = model_files(directory)
     digest = hashlib.sha256(config.read_bytes())
     for file in (directory / TENSORS_FILE, *weights):
@@ -116,23 +118,6 @@ def plain_generation(model: PreTrainedModel, stops: list[int]) -> None:
     """Removes sampling settings that came with the model: temperatures, penalties and the like are the caller's."""
     pad = stops[0] if stops else 0
     model.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=pad)
-
-
-def _megatron_checkpoint(path: Path) -> Path | None:
-    """The Megatron checkpoint that a path means; None for an HF directory."""
-    if is_megatron_checkpoint(path):
-        check_files(path)
-        return path
-    refuse_adapter(path)
-    if (path / "config.json").is_file():
-        return None
-    checkpoint = newest_checkpoint(path)
-    if checkpoint is None:
-        raise UserError(
-            f"{path}: neither an HF directory (no config.json) nor a Megatron checkpoint nor a training output "
-            "directory with a complete one"
-        )
-    return checkpoint
 
 
 def _export(checkpoint: Path, out: Path) -> None:

@@ -20,5 +20,5 @@ def named_models(reference: Path, models: Sequence[tuple[str, Path]], guide: Pat
             raise UserError(f"--model {name}={path}: the name {name} is taken")
         found[name] = path
     if len(found) == 1:
-        raise UserError("nothing to compare with the reference: give --model NAME=DIR or --guide DIR")
+        raise UserError("nothing to compare with the reference: give --model NAME=MODEL or --guide MODEL")
     return found

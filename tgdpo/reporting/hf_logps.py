@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.models.hf_config import read_hf_config
 
 
 def response_logps(
-    directory: Path, pairs: Sequence[PreferencePair], dtype: torch.dtype, device: torch.device
+    directory: Path, pairs: Sequence[PreferencePair], dtype: torch.dtype, device: torch.device, label: str = ""
 ) -> list[np.ndarray]:
     """Runs a model over pairs, chosen and rejected of one pair at a time, and forgets the model again.
 
@@ -24,6 +23,7 @@ def response_logps(
         pairs: Their token ids.
         dtype: Of weights and activations; logits are normalised in float32.
         device: Where to run.
+        label: Of the progress bar; the directory's name by default.
 
     Returns:
         For each pair float32 [c + r]: log-probs (nats) of the chosen tokens, then of the rejected ones.
@@ -31,15 +31,14 @@ def response_logps(
     Raises:
         UserError: No HF model that this project knows is there, or its vocabulary is too small for the pairs.
     """
-    if is_megatron_checkpoint(directory):
-        raise UserError(f"{directory}: is a Megatron checkpoint: export it with tgdpo convert to-hf")
     vocab_size = read_hf_config(directory).vocab_size
     largest = max(int(ids.max()) for pair in pairs for ids in (pair.prompt, pair.chosen, pair.rejected))
     if largest >= vocab_size:
         raise UserError(f"{directory}: has a vocabulary of {vocab_size}, the data holds token id {largest}")
     model = _load(directory, dtype, device)
     # To stderr, and only where a person looks.
-    return [_pair_logps(model, pair, device) for pair in tqdm(pairs, desc=directory.name, unit="pair", disable=None)]
+    bar = tqdm(pairs, desc=label or directory.name, unit="pair", disable=None)
+    return [_pair_logps(model, pair, device) for pair in bar]
 
 
 def _load(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from megatron_tgdpo.data.joined import join, open_sources
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance.cache import GuidanceCache, guidance_key, open_guidance
 from megatron_tgdpo.setup.datasets import preprocess_options
+from tgdpo.generation.models import hf_directory
 from tgdpo.reporting.hf_logps import response_logps
 
 
@@ -92,12 +93,16 @@ def cached_logps(cache: GuidanceLogps, name: str, pairs: Sequence[PreferencePair
 def model_logps(
     models: Mapping[str, str], pairs: Sequence[PreferencePair], dtype: torch.dtype, device: torch.device
 ) -> dict[str, list[np.ndarray]]:
-    """The same from Hugging Face directories, one model in memory at a time.
+    """The same from HF directories and Megatron checkpoints, one model in memory at a time.
 
     Raises:
         UserError: A directory holds no model that can be read.
     """
-    return {name: response_logps(Path(directory), pairs, dtype, device) for name, directory in models.items()}
+    found = {}
+    for name, model in models.items():
+        with hf_directory(Path(model)) as directory:
+            found[name] = response_logps(directory, pairs, dtype, device, label=name)
+    return found
 
 
 def check_finite(logps: Mapping[str, Sequence[np.ndarray]], pairs: Sequence[PreferencePair]) -> None:

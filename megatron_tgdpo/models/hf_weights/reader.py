@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tgdpo.checkpoints.model_directory import refuse_adapter
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.dtypes import SAFETENSORS_DTYPES
 from megatron_tgdpo.storage.files import read_error
@@ -43,7 +44,6 @@ _BUFFER = re.compile(
 # The model inside, saved without its head, has names without ``model.``; wrappers of it have one too many.
 _PREFIX = "model."
 _EXTRA_PREFIX, _NO_PREFIX = re.compile(r"model\.(model|lm_head)\."), re.compile(r"(layers|embed_tokens|norm)\.")
-_ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -139,25 +139,6 @@ class HfCheckpoint:
 def _some(names: list[str]) -> str:
     tail = f" and {len(names) - 1} other tensors" if len(names) > 1 else ""
     return f"tensor {names[0]}{tail}"
-
-
-def refuse_adapter(path: Path, tensors: Iterable[str] = ()) -> None:
-    """Stops at a LoRA adapter, which has no config and not all weights.
-
-    Args:
-        path: A directory.
-        tensors: The names of its tensors, if known.
-
-    Raises:
-        UserError: It is one.
-    """
-    found = [name for name in _ADAPTER if (path / name).is_file() and not (path / "config.json").is_file()]
-    found += [name for name in tensors if ".lora_" in name]
-    if found:
-        raise UserError(
-            f"{path}: a LoRA adapter ({found[0]}), not a model: merge it into its base model first "
-            "(peft's merge_and_unload) and give the directory where that was saved"
-        )
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:

@@ -224,7 +224,7 @@ def test_bad_input_is_one_line(model: Path, prompts: Path, tmp_path: Path, capsy
         (arguments(bare, prompts, tmp_path / "a"), "cannot open the tokenizer in"),
         (arguments(model, wrong, tmp_path / "b"), f"{wrong}:2: no prompt (keys: query)"),
         (arguments(model, prompts, tmp_path / "file" / "c"), "c.unfinished: cannot be written"),
-        (arguments(tmp_path / "nothing", prompts, tmp_path / "d"), "nothing: no such file or directory"),
+        (arguments(tmp_path / "nothing", prompts, tmp_path / "d"), "nothing: no such directory"),
         (arguments(tmp_path, prompts, tmp_path / "j"), "neither an HF directory"),
         (arguments(model, prompts, tmp_path / "e", temperature=-1), "--temperature is -1.0"),
         (arguments(model, prompts, tmp_path / "f", top_p=0), "--top-p is 0.0"),

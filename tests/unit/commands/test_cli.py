@@ -88,8 +88,12 @@ def test_the_probe_sees_what_is_imported() -> None:
         (["guidance", "x.yaml", "--verify", "0"], "error: --verify is 0"),
         (["report", "x.yaml", "--out", "{tmp}"], "error: {tmp}: is a directory"),
         (["evaluate", "--reference", "{tmp}/no", "--guide", "{tmp}", "--pairs", "x", "--out", "o"],
-         "error: reference {tmp}/no: no such directory"),
+         "error: --reference {tmp}/no: no such directory"),
         (["evaluate", "--reference", "{tmp}", "--pairs", "x", "--out", "o"], "error: nothing to compare"),
+        (["generate", "--benchmark", "mt_bench", "--questions", "{tmp}", "--model", "{tmp}/no", "--name", "n", "--out",
+          "n.jsonl"], "error: --model {tmp}/no: no such directory"),
+        (["plan", "--model", "{tmp}/no"], "error: --model {tmp}/no: no such directory"),
+        (["report", "x.yaml", "--out", "{tmp}/o", "--guide", "{tmp}/no"], "error: --guide {tmp}/no: no such directory"),
         (["generate", "--benchmark", "mt_bench", "--questions", "{tmp}", "--model", "{tmp}", "--name", "n", "--out",
           "o"], "error: --out o: mt_bench takes names from files"),
         (["build-preferences", "--prompts", "{tmp}", "--model", "{tmp}", "--score", "a:b", "--out", "o", "--top-p",
@@ -130,7 +134,7 @@ def test_version() -> None:
 
 def test_exit_status_is_the_commands_own(tmp_path: Path) -> None:
     done = tgdpo("plan", "--model", str(tmp_path / "no"))
-    assert (done.returncode, done.stderr) == (1, f"error: --model {tmp_path / 'no'}: no such file or directory\n")
+    assert (done.returncode, done.stderr) == (1, f"error: --model {tmp_path / 'no'}: no such directory\n")
     assert tgdpo("plan").returncode == 2
 
 

@@ -9,6 +9,7 @@ from megatron_tgdpo.config.values import merged, typed_override
 from megatron_tgdpo.errors import UserError
 from tests.unit.config.test_loading import VALID
 
+_GUIDE = ["guide.method=dpo"]
 _CACHED = ["guidance.mode=cached", "guidance.cache=dir"]
 # Overrides that break one rule, and what its message begins with.
 BROKEN = [
@@ -19,6 +20,13 @@ BROKEN = [
     (["loss.sft_weight=0.1"], "loss.sft_weight is set but loss.method tgdpo"),
     (["loss.gamma=1"], "loss.gamma is set but loss.method tgdpo"),
     (["model.guide=null"], "loss.method tgdpo needs model.guide"),
+    (["loss.method=dpo", "model.guide=null", *_GUIDE], "loss.method dpo trains without a guide"),
+    (["guide.beta=0.01"], "section guide has no method"),
+    (_GUIDE, "model.guide is"),
+    (["model.guide=null", *_GUIDE, "guide.gamma=1"], "guide.gamma is set but guide.method dpo"),
+    (["model.guide=null", "guide.method=sft", "guide.beta=1"], "guide.beta is set but guide.method sft"),
+    (["model.guide=null", *_GUIDE, "guide.steps=1", "guide.epochs=1"], "set at most one of guide.steps"),
+    (["model.guide=null", *_GUIDE, "guide.output_dir=${output_dir}"], "guide.output_dir is output_dir"),
     (["loss.method=dpo"], "loss.method dpo uses no guide"),
     (["loss.method=simpo", "model.guide=null", "model.reference=ref"], "loss.method simpo uses no reference"),
     (["loss.method=simpo", "model.guide=null", *_CACHED], "loss.method simpo has no frozen models"),

@@ -22,11 +22,11 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (hf_to_megatron.main, ["--hf", "{tmp}/nowhere", "--out", "{tmp}/out"], "no config.json there"),
+        (hf_to_megatron.main, ["--hf", "{tmp}/nowhere", "--out", "{tmp}/out"], "--hf .*: no such directory"),
         (hf_to_megatron.main, ["--hf", "{hf}", "--out", "{hf}"], "exists and is not empty"),
         (hf_to_megatron.main, ["--hf", "{adapter}", "--out", "{tmp}/out"], "a LoRA adapter .* merge_and_unload"),
-        (megatron_to_hf.main, ["--megatron", "{hf}", "--out", "{tmp}/out"], "neither a Megatron checkpoint"),
-        (megatron_to_hf.main, ["--megatron", "{tmp}/nowhere", "--out", "{tmp}/out"], "neither a Megatron checkpoint"),
+        (megatron_to_hf.main, ["--megatron", "{hf}", "--out", "{tmp}/out"], "--megatron .*: an HF model"),
+        (megatron_to_hf.main, ["--megatron", "{tmp}/nowhere", "--out", "{tmp}/out"], "no such directory"),
         (
             megatron_to_hf.main,
             ["--megatron", "{hf}", "--out", "{tmp}/out", "--max-shard-size", "5XB"],

@@ -221,4 +221,4 @@ def test_command_line(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     done = run_forked("tgdpo.plan", ["--model", str(tmp_path / "other.json")], check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("other.json: give an HF directory, or the config.json of one")
+    assert done.stderr.splitlines()[-1].endswith("other.json: a file: name the directory of the model")

@@ -97,7 +97,7 @@ def test_a_guide_no_better_than_chance_is_warned_of(run: Path, capsys: pytest.Ca
         (["--out", "{run}"], "is a directory"),
         (["--out", "{run}/x.html", "model.guide=null", "loss.method=dpo"], "loss.method dpo has no token weights"),
         (["--out", "{run}/x.html", "--split", "validation"], "data.validation is not set"),
-        (["--out", "{run}/x.html", "--guide", "{run}/none"], "no config.json"),
+        (["--out", "{run}/x.html", "--guide", "{run}/none"], "--guide {run}/none: no such directory"),
         (["--out", "{run}/x.html", "data.tokenizer={run}/none"], "no tokenizer at"),
     ],
 )
@@ -108,7 +108,7 @@ def test_bad_input_is_one_line(
     assert main([str(run / "config.yaml"), *filled]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert message in error
+    assert message.format(run=run) in error
     assert not (run / "x.html").exists()
 
 

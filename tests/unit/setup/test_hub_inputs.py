@@ -11,7 +11,7 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.distributed.ranks import RankEnvironment
 from megatron_tgdpo.errors import AgreedError, UserError
 from megatron_tgdpo.setup import hub_inputs
-from megatron_tgdpo.setup.hub_inputs import PINS_FILE, as_recorded, pin_here, pin_inputs, record_pins
+from megatron_tgdpo.setup.hub_inputs import PINS_FILE, RUN, as_recorded, pin_here, pin_inputs, record_pins
 from megatron_tgdpo.storage.hub import DATASET, MODEL, HubName
 from tests.unit.config.test_loading import VALID
 
@@ -72,13 +72,14 @@ def test_pinned_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetches = Fetches(tmp_path / "home", monkeypatch)
-    (tmp_path / "owner/policy").mkdir(parents=True)
-    (tmp_path / "owner/guide@v1").mkdir()
+    for name in ("policy", "guide@v1"):
+        (tmp_path / "owner" / name).mkdir(parents=True)
+        (tmp_path / "owner" / name / "config.json").touch()
     (tmp_path / "owner/pairs.manifest.json").touch()
     monkeypatch.chdir(tmp_path)
     config = make_config(tmp_path / "out", validation=None)
-    assert alone(config) == (config, {MODEL: {}, DATASET: {}})
-    record_pins(tmp_path / "out", {MODEL: {}, DATASET: {}})
+    assert alone(config) == (config, {MODEL: {}, DATASET: {}, RUN: {}})
+    record_pins(tmp_path / "out", {MODEL: {}, DATASET: {}, RUN: {}})
     assert fetches.calls == []
     assert not (tmp_path / "out").exists()
 
@@ -134,7 +135,7 @@ def test_a_rank_that_cannot_fetch_ends_all(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(hub_inputs, "fetch", nowhere)
     first, *others = on_ranks(make_config(tmp_path), [0, 1, 0])
-    assert {str(error) for error in (first, *others)} == {"no such model"}
+    assert {str(error) for error in (first, *others)} == {"model.policy: no such model"}
     assert all(isinstance(error, AgreedError) for error in others)
 
 

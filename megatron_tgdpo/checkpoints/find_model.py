@@ -1,0 +1,108 @@
+"""What a text means as a model, the same in every key and argument that takes one.
+
+In this order: a directory that is there, which is a Megatron checkpoint, an HF directory, or the output directory of a
+run (its newest complete checkpoint is taken); else a name of the Hub (``storage/hub.py``).
+"""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_tgdpo.errors import DamageError, UserError
+from megatron_tgdpo.storage.hub import MODEL, fetch, hub_name, local_path
+
+
+def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
+    """The HF directory or Megatron checkpoint that a text means; one of the Hub is fetched, which may take hours.
+
+    Args:
+        text: A path or a name of the Hub.
+        what: The key or the argument that has it, as ``model.guide`` or ``--model``, for errors.
+        weights: Whether weights are wanted of a model of the Hub; else its config and tokenizer alone.
+
+    Raises:
+        UserError: There is nothing there, no model, or no complete one; or the Hub has no such model, or cannot be
+            reached. One line that begins with ``what``.
+        StorageError: Storage or the Hub failed, which may pass.
+    """
+    name = hub_name(str(text))
+    if name is None:
+        return find_local_model(text, what)
+    with naming(what, _near(Path(text))):
+        pinned = fetch(name, MODEL, weights=weights)
+    return find_local_model(str(pinned), what)
+
+
+def find_local_model(text: str | Path, what: str) -> Path:
+    """As :func:`find_model`, without asking the Hub: of its names, only those that are pinned to a commit are known."""
+    path = local_path(str(text))
+    if not path.exists():
+        raise UserError(f"{what} {path}: no such directory{_near(path)}")
+    if not path.is_dir():
+        raise UserError(f"{what} {path}: a file: name the directory of the model")
+    # Only now: a wrong path should not take the seconds of torch's import.
+    from megatron_tgdpo.checkpoints.manifest import check_files
+    from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, refuse_adapter
+
+    if is_megatron_checkpoint(path):
+        try:
+            check_files(path)
+        except DamageError as error:
+            raise DamageError(
+                f"{what}: {error}: name another checkpoint, or its run's output directory for the newest complete one"
+            ) from error
+        return path
+    with naming(what):
+        refuse_adapter(path)
+    if (path / "config.json").is_file():
+        return path
+    if not is_output_dir(path):
+        raise UserError(
+            f"{what} {path}: neither an HF directory (no config.json) nor a Megatron checkpoint nor a training output "
+            "directory: name one of these, or a model of the Hub as OWNER/NAME"
+        )
+    with naming(what):
+        checkpoint = checkpoint_of_run(path)
+    if checkpoint is None:
+        raise UserError(
+            f"{what} {path}: a training output directory without a complete checkpoint: start its run again to "
+            "continue it, or name another model"
+        )
+    return checkpoint
+
+
+def is_output_dir(path: Path) -> bool:
+    """Whether a directory is the output directory of a run, whatever became of the run."""
+    return (path / "checkpoints").is_dir() or (path / "config.yaml").is_file()
+
+
+def checkpoint_of_run(output_dir: Path) -> Path | None:
+    """The checkpoint that a run's output directory stands for as a model; None where none is complete.
+
+    Raises:
+        UserError: One is of another format version.
+        StorageError: The directory or a file cannot be read.
+    """
+    from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+
+    return newest_checkpoint(output_dir)
+
+
+@contextmanager
+def naming(what: str, hint: str = "") -> Iterator[None]:
+    """Has bad input say which key or argument it is of."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{what}: {error}{hint}") from error
+
+
+def _near(path: Path) -> str:
+    """A question after the nearest name that is there, if one is near."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f": did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,303 @@
+"""Runs a config from the guide to the evaluation: each stage a process of its own, those that are finished skipped.
+
+    tgdpo pipeline CONFIG.yaml [--ranks N] [--prompts N] [section.key=value ...]
+
+    guide      where section guide has one trained: tgdpo train --guide
+    guidance   where guidance.mode is cached: tgdpo guidance
+    train      tgdpo train
+    export     the trained policy as an HF directory, output_dir/hf: tgdpo convert to-hf
+    evaluate   policy and guide against the reference on data.validation, output_dir/evaluation.json: tgdpo evaluate
+
+Start the same command again to continue after an interruption. Ctrl-C, TERM or USR1 has the stage that runs save and
+end. A stage whose inputs have changed since says so, or is made again where nothing is lost by that. On Slurm:
+launch/pipeline.sh.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_tgdpo.errors import UserError
+from tgdpo.child_processes import Commands
+from tgdpo.command_line import not_negative, positive
+
+if TYPE_CHECKING:
+    pass
+
+# In the output directory: of stages that leave no record of their inputs themselves, a digest of these.
+RECORD_FILE = "pipeline.json"
+HF_FOLDER = "hf"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: As in the module's table.
+        arguments: The words after ``tgdpo``, once the stages before it are complete.
+        is_complete: Whether it need not run; raises a UserError where it must not.
+        launches_ranks: Whether it runs on all ranks.
+        inputs: A digest of what goes into it, to be recorded when it is complete; None where its command does that.
+    """
+
+    name: str
+    arguments: Callable[[], list[str]]
+    is_complete: Callable[[], bool]
+    launches_ranks: bool = False
+    inputs: Callable[[], str] | None = None
+
+
+class Pipeline:
+    """The stages of a config.
+
+    Args:
+        file: The YAML file.
+        overrides: Of it, for every stage.
+        sampling: Further words for ``tgdpo evaluate``.
+
+    Raises:
+        UserError: The config is wrong.
+    """
+
+    def __init__(self, file: str, overrides: Sequence[str], sampling: Sequence[str] = ()) -> None:
+        from megatron_tgdpo.config.loading import load_config
+
+        self.config = load_config(file, overrides)
+        self.output_dir = Path(self.config.output_dir)
+        self._run = [file, *overrides]
+        self._sampling = list(sampling)
+
+    def stages(self) -> list[Stage]:
+        """In their order."""
+        config = self.config
+        found = []
+        if config.guide.method is not None:
+            found.append(Stage("guide", lambda: ["train", "--guide", *self._run], self._has_guide, launches_ranks=True))
+        if config.guidance.mode == "cached":
+            found.append(Stage("guidance", lambda: ["guidance", *self._run], self._has_cache, launches_ranks=True))
+        found.append(Stage("train", lambda: ["train", *self._run], self._is_trained, launches_ranks=True))
+        found.append(Stage("export", self._export, self._is_exported, inputs=self._export_inputs))
+        found += [self._evaluation(name, path) for name, path in self._validation_files().items()]
+        return found
+
+    def record(self, stage: Stage) -> None:
+        """Notes what went into a stage that is complete."""
+        from megatron_tgdpo.storage.atomic_file import write_atomically
+
+        if stage.inputs is not None:
+            content = {**self._recorded(), stage.name: stage.inputs()}
+            write_atomically(self.output_dir / RECORD_FILE, json.dumps(content, indent=2) + "\n")
+
+    def _recorded(self) -> dict[str, Any]:
+        from megatron_tgdpo.storage.files import read_error
+        from megatron_tgdpo.storage.json_text import parse_json
+
+        file = self.output_dir / RECORD_FILE
+        try:
+            content = parse_json(file.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise read_error(file, error) from error
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: not readable: remove it, and what it is of: {HF_FOLDER}/ and evaluation*.json")
+        return content
+
+    def _is_trained(self) -> bool:
+        # Before the imports, which take seconds.
+        if not self.output_dir.exists():
+            return False
+        from megatron_tgdpo.output.directory import is_done
+        from megatron_tgdpo.setup.hub_inputs import as_recorded
+
+        return is_done(as_recorded(self.config))
+
+    def _has_guide(self) -> bool:
+        if not Path(self.config.guide_dir).exists():
+            return self._is_trained()
+        from megatron_tgdpo.setup.trained_guide import check_trained, is_trained
+
+        if is_trained(self.config):
+            check_trained(self.config)
+            return True
+        return self._is_trained()
+
+    def _has_cache(self) -> bool:
+        cache = Path(str(self.config.guidance.cache))
+        if not cache.exists():
+            return self._is_trained()
+        from megatron_tgdpo.guidance.cache import MANIFEST_FILE
+
+        # Whether it is of these models and data, training checks.
+        return all((cache / name / MANIFEST_FILE).exists() for name in self.config.datasets) or self._is_trained()
+
+    def _export(self) -> list[str]:
+        return ["convert", "to-hf", "--megatron", str(self.output_dir), "--out", str(self.output_dir / HF_FOLDER)]
+
+    def _export_inputs(self) -> str:
+        from megatron_tgdpo.checkpoints.find_model import find_local_model
+        from megatron_tgdpo.checkpoints.manifest import METADATA_FILE
+        from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
+
+        checkpoint = find_local_model(self.output_dir, "output_dir")
+        if not is_megatron_checkpoint(checkpoint):
+            raise UserError(f"output_dir {self.output_dir}: holds an HF model: name another directory for the run")
+        return sha256((checkpoint / METADATA_FILE).read_bytes()).hexdigest()
+
+    def _is_exported(self) -> bool:
+        out = self.output_dir / HF_FOLDER
+        if not out.exists() or not self._is_trained():
+            return False
+        if self._recorded().get("export") != self._export_inputs():
+            raise UserError(f"{out}: not an export of the run's last checkpoint: remove it, or move it, to have one")
+        return True
+
+    def _validation_files(self) -> dict[str, str]:
+        """Validation sets that are one file each, or one preprocessed dataset."""
+        sets = self.config.validation_sets.items()
+        return {name: s[0].path for name, s in sets if len(s) == 1 and not (s[0].split or s[0].subset)}
+
+    def left_out(self) -> list[str]:
+        """Names of validation sets that are not evaluated."""
+        return [
+            name or "data.validation" for name in self.config.validation_sets if name not in self._validation_files()
+        ]
+
+    def _evaluation(self, name: str, pairs: str) -> Stage:
+        out = self.output_dir / f"evaluation{f'_{name}' if name else ''}.json"
+
+        def arguments() -> list[str]:
+            from megatron_tgdpo.setup.hub_inputs import as_recorded
+
+            config = as_recorded(self.config)
+            data = config.data
+            options = {
+                "--reference": config.reference_path,
+                "--model": f"{config.loss.method}={self.output_dir / HF_FOLDER}",
+                "--guide": config.model_paths.get("guide"),
+                "--pairs": pairs,
+                "--out": str(out),
+                "--beta": config.loss.beta,
+                "--max-length": data.max_length,
+                "--max-prompt-length": data.max_prompt_length,
+                "--overlong-prompt": data.overlong_prompt,
+                "--chat-template": data.chat_template,
+                "--template-kwargs": json.dumps(data.template_kwargs) if data.template_kwargs else None,
+                "--columns": json.dumps(data.columns) if data.columns else None,
+            }
+            given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+            return ["evaluate", *given, *self._sampling]
+
+        def inputs() -> str:
+            file = Path(pairs)
+            state = [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
+            return sha256(json.dumps([self._export_inputs(), arguments(), state]).encode()).hexdigest()
+
+        stage = f"evaluate/{name}" if name else "evaluate"
+
+        def is_complete() -> bool:
+            # A table of other models or pairs is made again: it costs no more than the first.
+            return out.exists() and self._is_exported() and self._recorded().get(stage) == inputs()
+
+        return Stage(stage, arguments, is_complete, inputs=inputs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module. Exit status: 0, that of the stage that failed, or 75 where it was asked to stop."""
+    parser = argparse.ArgumentParser(
+        prog="tgdpo pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all stages")
+    parser.add_argument("--ranks", type=positive, help="processes on this machine; default: as many as GPUs, or 1")
+    parser.add_argument(
+        "--prompts", type=not_negative, help="prompts that evaluate has answered (default 200); 0: none"
+    )
+    parser.add_argument("--max-new-tokens", type=positive, help="limit of such an answer (default 512)")
+    parser.add_argument("--only", metavar="STAGE", help="run this stage alone, if it is not complete")
+    parser.add_argument("--list", action="store_true", help="say which stages are complete, and run none")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        _main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _main(args: argparse.Namespace) -> None:
+    # megatron-core warns of parts that only training needs.
+    warnings.filterwarnings("ignore")
+    options = {"--prompts": args.prompts, "--max-new-tokens": args.max_new_tokens}
+    sampling = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    pipeline = Pipeline(args.config, args.overrides, sampling)
+    stages = pipeline.stages()
+    if args.list:
+        print(f"output_dir\t{pipeline.output_dir.absolute()}")
+        for stage in stages:
+            print(f"{stage.name}\t{'complete' if stage.is_complete() else 'to do'}")
+        return
+    if args.only is not None:
+        stages = [stage for stage in stages if stage.name == args.only]
+        if not stages:
+            names = ", ".join(stage.name for stage in pipeline.stages())
+            raise UserError(f"--only {args.only}: {args.config} has no such stage: choose one of {names}")
+    # Before the first runs for hours: what the last would refuse now.
+    for stage in stages:
+        stage.is_complete()
+    with Commands() as commands:
+        for number, stage in enumerate(stages, start=1):
+            title = f"=== {number}/{len(stages)} {stage.name}"
+            if stage.is_complete():
+                print(f"{title}: complete, skipped", flush=True)
+                continue
+            print(f"{title}\n{_shown(stage, args)}", flush=True)
+            status = commands.run(_command(stage, args), launches_ranks=_ranks(stage, args) > 1)
+            if commands.asked and status:
+                print("asked to stop; start the same command again to continue", file=sys.stderr)
+            if status:
+                sys.exit(status)
+            pipeline.record(stage)
+            if not stage.is_complete():
+                raise UserError(f"{stage.name}: ended before its end, as with train.exit_step: the rest is not begun")
+    for name in pipeline.left_out():
+        print(f"{name}: several files or a split, not evaluated: tgdpo evaluate takes one file, or preprocessed data")
+    if args.only is None:
+        print(f"aligned model (HF): {pipeline.output_dir / HF_FOLDER}")
+
+
+def _ranks(stage: Stage, args: argparse.Namespace) -> int:
+    if not stage.launches_ranks:
+        return 1
+    if args.ranks is None:
+        import torch
+
+        args.ranks = max(1, torch.cuda.device_count())
+    ranks: int = args.ranks
+    return ranks
+
+
+def _command(stage: Stage, args: argparse.Namespace) -> list[str]:
+    ranks = _ranks(stage, args)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "tgdpo", *stage.arguments()]
+
+
+def _shown(stage: Stage, args: argparse.Namespace) -> str:
+    """The command as a person would type it."""
+    ranks = _ranks(stage, args)
+    launcher = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+    return shlex.join([*launcher, "tgdpo", *stage.arguments()])
+
+
+if __name__ == "__main__":
+    main()
