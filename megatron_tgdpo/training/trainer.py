@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_tgdpo import signals
 from megatron_tgdpo.batching.collate import PreferenceBatch, collate
 from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.checkpoints.best import Best
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
@@ -31,6 +32,7 @@ from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.setup.engine import Engine
 from megatron_tgdpo.signals import StoppedEarly
 from megatron_tgdpo.storage.hub import local_path
+from megatron_tgdpo.training.best import BestWatch, find_best
 from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.training.engine_state import load_checkpoint
 from megatron_tgdpo.training.resume import StartPoint
@@ -85,7 +87,9 @@ class Trainer:
             hf_directory(local_path(config.model.policy)),
             config.checkpoint,
             config.parallel.timeout_minutes,
+            find_best(config, start),
         )
+        self.best_watch = BestWatch(config, start.inputs)
 
     def train(self) -> None:
         """Trains to the last step, and leaves ``DONE`` if that is the schedule's last. Collective over all ranks.
@@ -139,6 +143,7 @@ class Trainer:
             evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
             for group, evaluation in evaluations.items():
                 values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
+            best = self.best_watch.improvement(step, values, self.saver.best) if evaluations else None
             if log is not None:
                 log.write(step, values, evaluations)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
@@ -146,10 +151,11 @@ class Trainer:
                 if (warning := guide_watch.count(result.metrics.values, tokens.pairs)) is not None:
                     logger.warning(warning)
             last = bool(stop) or step == self.last_step
-            if last or failed or save_due(step, self.data.order.steps, self.config.checkpoint.every_steps, waited):
+            due = best is not None or failed
+            if last or due or save_due(step, self.data.order.steps, self.config.checkpoint.every_steps, waited):
                 # The steps of a checkpoint are not made again, so their metrics must be there.
                 raise_on_all_ranks(log.check if log is not None else lambda: None)
-                self._save(step, last)
+                self._save(step, last, best)
                 saved = time.monotonic()
             if stop:
                 break
@@ -222,7 +228,7 @@ class Trainer:
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.last_step or (every is not None and step % every == 0)
 
-    def _save(self, step: int, last: bool) -> None:
+    def _save(self, step: int, last: bool, best: Best | None) -> None:
         self.saver.save(
             step,
             {
@@ -232,6 +238,7 @@ class Trainer:
                 "config": to_dict(self.config),
             },
             last=last,
+            best=best,
         )
 
     def _over_ranks(self, *mine: float) -> list[float]:
