@@ -24,7 +24,7 @@ class Command:
 
 COMMANDS = (
     Command("preprocess", "tgdpo.preprocess", "tokenise preference pairs into a dataset for training"),
-    Command("train", "megatron_tgdpo.train", "train with TGDPO, DPO or another method; one process a rank"),
+    Command("train", "tgdpo.train", "train with TGDPO, DPO or another method; one process a rank"),
     Command("convert", "tgdpo.convert", "convert checkpoints: to-megatron, to-hf"),
     Command("verify", "checkpoints_convert.verify", "check that an HF and a Megatron checkpoint are the same model"),
     Command("guidance", "tgdpo.guidance", "compute log-probs of reference and guide once, for guidance.mode=cached"),

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +65,8 @@ class CheckpointSaver:
         settings: How many to keep, and whether to write in the background.
         timeout_minutes: Of collectives.
         best: The best checkpoint so far, which is kept whatever its age; the first rank's is used.
+        on_saved: Called with a checkpoint when it is complete, on all ranks, in the thread; its collectives are over
+            the group that it is given. A UserError of it is logged, and does not make the save one that failed.
     """
 
     def __init__(
@@ -75,14 +77,16 @@ class CheckpointSaver:
         settings: CheckpointConfig,
         timeout_minutes: float,
         best: Best | None = None,
+        on_saved: Callable[[Path, dist.ProcessGroup], None] | None = None,
     ) -> None:
+        self._on_saved = on_saved
         self._engine, self._output_dir, self._hf_dir = engine, output_dir, hf_dir
         self._keep, self._background = settings.keep, settings.background
         self._timeout_minutes = timeout_minutes
         timeout = timedelta(minutes=max(timeout_minutes, _LEAST_TIMEOUT_MINUTES))
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[float] | None = None
+        self._writing: Future[dict[str, float]] | None = None
         self._figures: dict[str, float] = {}
         # Of what is saved, and with what is being written.
         self._best = self._coming = best
@@ -144,7 +148,7 @@ class CheckpointSaver:
         writing, self._writing = self._writing, None
         try:
             if writing is not None:
-                self._figures["perf/checkpoint_seconds"] = writing.result()
+                self._figures |= writing.result()
         except UserError as error:
             return error
         return None
@@ -155,7 +159,7 @@ class CheckpointSaver:
         best_so_far = None if self._coming is None else self._coming.record()
         self._writing = self._thread.submit(self._write, step, staged, {"step": step, **metadata, "best": best_so_far})
 
-    def _write(self, step: int, staged: StagedState, metadata: Mapping[str, Any]) -> float:
+    def _write(self, step: int, staged: StagedState, metadata: Mapping[str, Any]) -> dict[str, float]:
         begin = time.monotonic()
         path = checkpoint_path(self._output_dir, step)
         try:
@@ -165,11 +169,23 @@ class CheckpointSaver:
                 logger.error("checkpoint of step %d: %s", step, error)
             raise
         self._best = self._coming
+        figures = {"perf/checkpoint_seconds": time.monotonic() - begin}
         if dist.get_rank() == 0:
             self._record_best()
-            if self._keep:
-                self._remove_old()
-        return time.monotonic() - begin
+        if self._on_saved is not None:
+            figures |= self._exported(path, self._on_saved)
+        if dist.get_rank() == 0 and self._keep:
+            self._remove_old()
+        return figures
+
+    def _exported(self, path: Path, export: Callable[[Path, dist.ProcessGroup], None]) -> dict[str, float]:
+        begin = time.monotonic()
+        try:
+            export(path, self._group)
+        except UserError as error:
+            if dist.get_rank() == 0:
+                logger.warning("%s", error)
+        return {"perf/export_seconds": time.monotonic() - begin}
 
     def _record_best(self) -> None:
         if self._best is None or self._best == self._recorded:

@@ -26,18 +26,20 @@ from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
 from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
 from megatron_tgdpo.training.best import check_best_metric
+from megatron_tgdpo.training.export import Exporter
 from megatron_tgdpo.training.resume import begin, find_start
 from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer
 
 
-def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
+def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exporter | None = None) -> None:
     """One training run, from start or newest checkpoint to its last step. Every rank calls.
 
     Args:
         config: The run.
         ranks: This process's place.
         store: Joins all ranks; unused by an earlier run.
+        exporter: Writes HF directories; needed if ``export.hf`` asks for them.
 
     Raises:
         UserError: On every rank with the same message, for bad input.
@@ -70,7 +72,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
         begin(config, start, data.order)
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
-        Trainer(config, layout, engine, data, start).train()
+        Trainer(config, layout, engine, data, start, exporter).train()
 
 
 def dry_run(config: Config, world_size: int) -> str:

@@ -35,6 +35,8 @@ from megatron_tgdpo.storage.hub import local_path
 from megatron_tgdpo.training.best import BestWatch, find_best
 from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.training.engine_state import load_checkpoint
+from megatron_tgdpo.training.export import Exporter, export
+from megatron_tgdpo.training.finish import finish
 from megatron_tgdpo.training.resume import StartPoint
 from megatron_tgdpo.training.run_data import RunData
 from megatron_tgdpo.training.start_check import check_start
@@ -69,10 +71,17 @@ class Trainer:
         engine: Models and optimizer of this rank.
         data: Datasets and data order.
         start: Where it goes on.
+        exporter: Writes HF directories, if ``export.hf`` asks for them.
     """
 
     def __init__(
-        self, config: Config, layout: ParallelLayout, engine: Engine, data: RunData, start: StartPoint
+        self,
+        config: Config,
+        layout: ParallelLayout,
+        engine: Engine,
+        data: RunData,
+        start: StartPoint,
+        exporter: Exporter | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -80,6 +89,7 @@ class Trainer:
         self.data = data
         self.output_dir = Path(config.output_dir)
         self.start = start
+        self.exporter = exporter
         self.last_step = min(config.train.exit_step or data.order.steps, data.order.steps)
         self.saver = CheckpointSaver(
             engine,
@@ -88,6 +98,7 @@ class Trainer:
             config.checkpoint,
             config.parallel.timeout_minutes,
             find_best(config, start),
+            self._export if exporter is not None and config.export.hf == "every_save" else None,
         )
         self.best_watch = BestWatch(config, start.inputs)
 
@@ -95,7 +106,7 @@ class Trainer:
         """Trains to the last step, and leaves ``DONE`` if that is the schedule's last. Collective over all ranks.
 
         Raises:
-            AgreedError: A loss or gradient is not finite, or the start check fails.
+            AgreedError: A loss or gradient is not finite, the start check fails, or, after all else, the export.
             AgreedStorageError: Checkpoints cannot be saved or read, or the metrics up to one cannot be written.
             StoppedEarly: Some rank was asked to stop; the step it was in is saved.
         """
@@ -114,6 +125,7 @@ class Trainer:
             raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
         if done >= self.data.order.steps:
             raise_on_all_ranks(lambda: mark_done(self.output_dir, done) if dist.get_rank() == 0 else None)
+        finish(self.config, self.exporter, done=done >= self.data.order.steps)
 
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
@@ -240,6 +252,11 @@ class Trainer:
             last=last,
             best=best,
         )
+
+    def _export(self, checkpoint: Path, group: dist.ProcessGroup) -> None:
+        assert self.exporter is not None, "only given where there is one"
+        # Its checksums were taken a moment ago.
+        export(self.exporter, self.output_dir, checkpoint, group, verify=False)
 
     def _over_ranks(self, *mine: float) -> list[float]:
         """The largest of each number over all ranks, in one reduction.

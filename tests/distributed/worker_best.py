@@ -1,4 +1,4 @@
-"""``megatron_tgdpo.train`` whose evaluations say what a test wants, and whose writes fail where it says so.
+"""``tgdpo train`` whose evaluations say what a test wants, and whose writes fail where it says so.
 
 Arguments: JSON with ``values`` (of ``eval/loss`` on the first rank, in the order of the evaluations from step 1 on, by
 step) and ``fail`` (as in worker_saves.py), then those of training. On the other ranks each value is a bit larger.
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tgdpo.train import main
 from megatron_tgdpo.training.trainer import Trainer
 from tests.distributed.worker_saves import inject
+from tgdpo.train import main
 
 _STEPS = "pairs_done"
 
