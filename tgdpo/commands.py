@@ -33,6 +33,7 @@ COMMANDS = (
     Command("generate", "tgdpo.generate", "answer AlpacaEval 2, Arena-Hard or MT-Bench"),
     Command("build-preferences", "tgdpo.build_preferences", "make preference pairs from a model's own answers"),
     Command("plan", "tgdpo.plan", "memory, traffic and step time of layouts, on paper"),
+    Command("plot", "tgdpo.plot", "draw what runs logged: loss, accuracy, margin, token weights"),
     Command("sweep", "tgdpo.sweep", "train every combination of some alphas and betas"),
     Command("import-config", "tgdpo.import_config", "turn a config of the reference code into one of this project"),
 )

@@ -10,13 +10,15 @@ from megatron_tgdpo.checkpoints.best import checkpoint_of, read_best
 from megatron_tgdpo.checkpoints.directory import newest_checkpoint
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
+from megatron_tgdpo.errors import one_line
+from megatron_tgdpo.output.figure import FIGURE_FILE, can_draw, draw, read_records
 from megatron_tgdpo.training.export import Exporter, export, export_command
 
 logger = logging.getLogger(__name__)
 
 
 def finish(config: Config, exporter: Exporter | None, *, done: bool) -> None:
-    """Exports what ``export.hf`` asks for, and logs where the model is. Collective over all ranks.
+    """Draws the metrics, exports what ``export.hf`` asks for, and logs where the model is. Collective over all ranks.
 
     Args:
         config: The run.
@@ -33,6 +35,8 @@ def finish(config: Config, exporter: Exporter | None, *, done: bool) -> None:
     exported = None
     if newest is None:
         return
+    if done and dist.get_rank() == 0:
+        _draw_metrics(output_dir)
     chosen = best if config.export.hf == "best" else newest
     if done and config.export.hf != "none" and exporter is not None and chosen is not None:
         exported = export(exporter, output_dir, chosen, verify=config.checkpoint.verify)
@@ -44,6 +48,20 @@ def finish(config: Config, exporter: Exporter | None, *, done: bool) -> None:
             logger.info("the best model, %s: %s", best_by, best)
         for line in _uses(config, chosen or newest, exported):
             logger.info("%s", line)
+
+
+def _draw_metrics(output_dir: Path) -> None:
+    """Never fails: a picture is not worth a run."""
+    out = output_dir / FIGURE_FILE
+    if not can_draw():
+        logger.info("%s is not drawn: matplotlib is not installed (pip install matplotlib)", out)
+        return
+    try:
+        draw({output_dir.resolve().name: read_records(output_dir)}, out)
+    except Exception as error:
+        logger.warning("%s is not drawn: %s", out, one_line(error))
+    else:
+        logger.info("the course of the run: %s", out)
 
 
 def _checkpoints(output_dir: Path) -> tuple[Path | None, Path | None, str]:

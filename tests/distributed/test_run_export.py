@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_tgdpo.output.figure import can_draw
 from megatron_tgdpo.signals import STOPPED_STATUS
 from tests.distributed.common import assert_same_weights, make_problem, merged, read_metrics, write_pairs
 from tests.forked import Forked
@@ -88,6 +90,8 @@ def test_the_last_checkpoint_is_exported_with_a_card_and_its_use(config: dict[st
     for file in hf.iterdir():
         assert str(tmp_path.parent).encode() not in file.read_bytes(), file
 
+    if can_draw():
+        assert (run / "metrics.png").read_bytes().startswith(b"\x89PNG")
     assert said(log, "from_pretrained") == f"({str(hf)!r})"
     assert evaluate.parse_arguments(shlex.split(said(log, "tgdpo evaluate "))).model == [("my-run", hf)]
     assert generate.parse_arguments(shlex.split(said(log, "tgdpo generate "))).model == hf
@@ -141,8 +145,15 @@ def test_an_export_that_fails_does_not_lose_the_run(config: dict[str, Any], tmp_
     command = said(done.stderr, "; the checkpoint is as it was, to export it again: tgdpo convert to-hf ")
     assert (run / "DONE").exists()
     (run / "hf").unlink()
+    card = run / "hf" / "step_00000004" / "README.md"
     run_forked("checkpoints_convert.megatron_to_hf", shlex.split(command))
-    assert (run / "hf" / "step_00000004" / "README.md").exists()
+    made = card.stat().st_mtime_ns
+    # What is there is not made again, what is missing is.
+    run_forked("tgdpo.train", [file])
+    assert card.stat().st_mtime_ns == made
+    shutil.rmtree(run / "hf")
+    run_forked("tgdpo.train", [file])
+    assert card.exists()
 
 
 def test_a_run_that_is_stopped_exports_nothing_and_says_what_to_run(config: dict[str, Any], tmp_path: Path) -> None:
