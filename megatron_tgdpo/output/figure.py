@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.output.directory import METRICS_FILE
 from megatron_tgdpo.storage.atomic_file import replacing
@@ -186,8 +188,7 @@ def _series(records: Sequence[Record], name: str) -> tuple[list[int], list[float
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and the ``window - 1`` before it, of fewer at the beginning."""
-    sums = [0.0, *itertools.accumulate(values)]
-    return [
-        (sums[end] - sums[start]) / (end - start)
-        for end, start in ((end, max(0, end - window)) for end in range(1, len(values) + 1))
-    ]
+    counts = np.minimum(np.arange(1, len(values) + 1), window)
+    # Not differences of running sums: one huge value would take the digits of all that follow.
+    mean: list[float] = (np.convolve(values, np.ones(window))[: len(values)] / counts).tolist()
+    return mean

@@ -141,5 +141,5 @@ def test_without_matplotlib_one_line_says_so(
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     records = read_records(make_run(tmp_path / "run", 3))
-    with pytest.raises(UserError, match="missing/x.png"):
+    with pytest.raises(UserError, match=r"missing/x\.png"):
         draw({"run": records}, tmp_path / "missing" / "x.png")
