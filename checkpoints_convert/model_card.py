@@ -20,7 +20,7 @@ from megatron_tgdpo.data.sources import read_sets, read_sources
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.output.directory import METRICS_FILE
 from megatron_tgdpo.setup.datasets import SUMMARY_FILE
-from megatron_tgdpo.storage.hub import hub_name, local_path
+from megatron_tgdpo.storage.hub import HubName, hub_name, local_path
 from megatron_tgdpo.storage.json_text import parse_json
 from megatron_tgdpo.storage.yaml_text import read_yaml
 
@@ -52,7 +52,7 @@ def model_card(checkpoint: Path, metadata: Mapping[str, Any]) -> str | None:
     method = str(loss.get("method"))
     front = {**_licence(model.get("policy")), "library_name": "transformers", "pipeline_tag": "text-generation"}
     tags = [tag for tag in ("tgdpo", "dpo", "simpo", "sft") if tag == method] + ["megatron-core"]
-    base = hub_name(str(model.get("policy")))
+    base = _pinned(model.get("policy"))
     if base is not None:
         front["base_model"] = base.repo
     name = Path(str(config.get("output_dir"))).name or "a run"
@@ -122,7 +122,7 @@ def _data(data: Mapping[str, Any], summary: Mapping[str, list[Mapping[str, Any]]
             which = [text for text in (source.subset, source.split) if text]
             count = f"{pairs:,} {'pairs' if pairs != 1 else 'pair'}" if isinstance(pairs, int) else ""
             weight = f"weight {source.weight:g}" if source.weight != 1 else ""
-            hub = hub_name(source.path)
+            hub = _pinned(source.path)
             file = _file_name(source.path) if hub is None else str(hub)
             texts.append(", ".join(part for part in (" ".join([file, *which]), count, weight) if part))
         yield f"{name} data", "; ".join(texts)
@@ -199,7 +199,7 @@ def _licence(policy: Any) -> dict[str, str]:
 
 def _model_name(text: Any) -> str:
     """A model as it may be told to others: its name on the Hub, or the end of its path."""
-    hub = hub_name(str(text))
+    hub = _pinned(text)
     if hub is not None:
         return str(hub)
     parts = Path(str(text)).absolute().parts
@@ -209,6 +209,12 @@ def _model_name(text: Any) -> str:
     if parts[-1].startswith("step_") and len(parts) > 3:
         return "/".join(parts[-3:])  # RUN/checkpoints/step_N
     return _file_name(text)
+
+
+def _pinned(text: Any) -> HubName | None:
+    """A name of the Hub as runs record it, with its commit; a path that is not here may look like one without."""
+    name = hub_name(str(text))
+    return name if name is not None and name.pinned else None
 
 
 def _file_name(text: Any) -> str:
