@@ -1,9 +1,10 @@
 """A Megatron checkpoint into an HF directory, a piece at a time: memory holds two pieces, however large the model."""
 
 import json
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from checkpoints_convert.check import check_checkpoint
+from checkpoints_convert.model_card import CARD_FILE, model_card
 from checkpoints_convert.pieces import Piece, converted, pieces_of, share
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
+from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import copy_hf_files, hf_files
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
+from megatron_tgdpo.data.tokenizers import load_tokenizer, read_template
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import (
@@ -32,6 +36,8 @@ from megatron_tgdpo.models.hf_weights.mapping import (
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 from megatron_tgdpo.storage.dtypes import dtype_name
 from megatron_tgdpo.storage.json_text import parse_json
+
+logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 
@@ -55,12 +61,22 @@ class _File:
 
 
 def export_hf(
-    checkpoint: Path, out: Path, *, template: Path, stored: torch.dtype, dtype: torch.dtype, max_shard_bytes: int
+    checkpoint: Path,
+    out: Path,
+    *,
+    template: Path,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    verify: bool = True,
+    group: dist.ProcessGroup | None = None,
+    quiet: bool = False,
 ) -> Summary:
     """Writes an HF directory that ``transformers`` loads; all of it, or nothing.
 
-    Collective over the default group (on the CPU); whole files are divided among its ranks, and the result does not
-    depend on their number. Padded vocabulary rows are dropped, optimizer state is not read.
+    Collective over all ranks, on the CPU; whole files are divided among them, and the result does not depend on their
+    number. Padded vocabulary rows are dropped, optimizer state is not read. An export of a training checkpoint has a
+    model card, and the chat template that the training used.
 
     Args:
         checkpoint: A Megatron checkpoint, saved at any layout.
@@ -69,22 +85,25 @@ def export_hf(
         stored: The checkpoint's dtype.
         dtype: Of the written weights.
         max_shard_bytes: Largest file's tensors (the tensors of a larger single parameter get a file of their own).
+        verify: Whether to compare the checkpoint's checksums first.
+        group: Of all ranks, for the collectives; None for the default group.
+        quiet: Without a progress bar.
 
     Raises:
         UserError: On every rank: the checkpoint is damaged, is not what the template's config asks for, or cannot be
             read; ``out`` is not empty, or could not be written.
     """
     started = time.perf_counter()
-    refuse_damage(checkpoint)
-    with AtomicDirectory(out) as directory:
+    refuse_damage(checkpoint, content=verify, group=group)
+    with AtomicDirectory(out, group) as directory:
         hf_config = directory.run_on_all_ranks(lambda: _read_config(checkpoint, template))
         reader = directory.run_on_all_ranks(lambda: _open(checkpoint, hf_config, stored))
         files = _plan(global_parameters(hf_config), dtype.itemsize, max_shard_bytes)
         size = sum(file.numel for file in files) * dtype.itemsize
         directory.reserve(size)
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
-        directory.run_on_all_ranks(lambda: _write(reader, hf_config, directory.temporary, mine, stored, dtype))
-        directory.run_on_rank0(lambda: _finish(directory.temporary, template, files, dtype, size))
+        directory.run_on_all_ranks(lambda: _write(reader, hf_config, directory.temporary, mine, stored, dtype, quiet))
+        directory.run_on_rank0(lambda: _finish(directory.temporary, checkpoint, template, files, dtype, size))
         directory.commit()
     return Summary(out, parameter_count(hf_config), dtype_name(dtype), size, time.perf_counter() - started)
 
@@ -131,6 +150,7 @@ def _write(
     files: list[_File],
     stored: torch.dtype,
     dtype: torch.dtype,
+    quiet: bool,
 ) -> None:
     heads = Heads.of(hf_config)
 
@@ -141,7 +161,7 @@ def _write(
             for name, first, part in piece.to_hf(rows, heads, hf_config.vocab_size)
         ]
 
-    with progress_bar("Megatron to HF", sum(file.numel for file in files) * dtype.itemsize) as bar:
+    with progress_bar("Megatron to HF", sum(file.numel for file in files) * dtype.itemsize, quiet=quiet) as bar:
         for file in files:
             pieces = [piece for parameter in file.parameters for piece in pieces_of(parameter, stored.itemsize)]
             with SafetensorsFile(directory / file.name, file.shapes, dtype) as writer:
@@ -151,14 +171,41 @@ def _write(
                         bar.update(rows.nbytes)
 
 
-def _finish(temporary: Path, template: Path, files: list[_File], dtype: torch.dtype, size: int) -> None:
+def _finish(
+    temporary: Path, checkpoint: Path, template: Path, files: list[_File], dtype: torch.dtype, size: int
+) -> None:
     if len(files) > 1:
         weight_map = {name: file.name for file in files for name in file.shapes}
         _write_json(
             temporary / _INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         )
     copy_hf_files(template, temporary)
+    metadata = read_metadata(checkpoint)
+    if template == checkpoint:
+        _copy_chat_template(temporary, metadata)
+    if (card := model_card(checkpoint, metadata)) is not None:
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
     _set_dtype(temporary / "config.json", dtype)
+
+
+def _copy_chat_template(directory: Path, metadata: Mapping[str, Any]) -> None:
+    """Has the export speak as the model was trained to, where ``data.chat_template`` replaced the tokenizer's own."""
+    data = (metadata.get("config") or {}).get("data") or {}
+    file, trained_with = data.get("chat_template"), (metadata.get("inputs") or {}).get("data.chat_template")
+    if not file or not trained_with:
+        return
+    try:
+        template = read_template(file)
+        found = load_tokenizer(str(directory), file, data.get("template_kwargs")).template_fingerprint
+    except UserError as error:
+        found, why = None, str(error)
+    else:
+        why = f"{file}: not the template that the model was trained with"
+    if found != trained_with:
+        logger.warning("%s: the export has the tokenizer's own chat template", why)
+        return
+    # What transformers and vLLM read before the one in tokenizer_config.json.
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:

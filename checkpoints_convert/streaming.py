@@ -50,12 +50,13 @@ def read_ahead(read: Callable[[A], T], items: Sequence[A]) -> Iterator[tuple[A, 
             yield item, result
 
 
-def progress_bar(direction: str, total: int) -> tqdm:
+def progress_bar(direction: str, total: int, *, quiet: bool = False) -> tqdm:
     """A bar of bytes on rank 0's stderr, showing that rank's share; seldom refreshed where it is not a terminal.
 
     Args:
         direction: What is going on.
         total: Bytes of this rank's share.
+        quiet: No bar at all.
     """
     ranks = dist.get_world_size()
     return tqdm(
@@ -64,5 +65,5 @@ def progress_bar(direction: str, total: int) -> tqdm:
         unit="B",
         unit_scale=True,
         mininterval=0.1 if sys.stderr.isatty() else _QUIET_SECONDS,
-        disable=dist.get_rank() != 0,
+        disable=quiet or dist.get_rank() != 0,
     )

@@ -6,14 +6,22 @@ USR1, TERM or Ctrl-C to any rank ends the run at the next step boundary, with a 
 import argparse
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_tgdpo import signals
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.resilience.entry import run_and_exit, run_distributed
 
+if TYPE_CHECKING:
+    from megatron_tgdpo.training.export import Exporter
 
-def main(arguments: Sequence[str] | None = None) -> None:
+
+def main(arguments: Sequence[str] | None = None, exporter: "Exporter | None" = None) -> None:
     """Command line; see the module.
+
+    Args:
+        arguments: None means this process's.
+        exporter: Does what ``export.hf`` asks for; None refuses that key.
 
     Exit status: 0 all steps are made (up to ``train.exit_step``), 75 stopped by a signal and saved, 130 ended at once
     by a second Ctrl-C, else as :func:`~megatron_tgdpo.resilience.entry.run_and_exit` says.
@@ -26,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print config, layout and memory per rank, then stop")
     parser.add_argument("--world-size", type=int, help="ranks to assume in a dry run; default: as launched")
     args = parser.parse_intermixed_args(arguments)
-    run_and_exit(lambda rank: _main(args, rank))
+    run_and_exit(lambda rank: _main(args, rank, exporter))
 
 
-def _main(args: argparse.Namespace, rank: int) -> int:
+def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> int:
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size is {args.world_size}: it must be positive")
     # Only now: a wrong option should not take the seconds of an import, nor a wrong key those of the next.
@@ -43,20 +51,25 @@ def _main(args: argparse.Namespace, rank: int) -> int:
     import torch.distributed as dist
 
     from megatron_tgdpo.distributed.ranks import read_rank_environment
+    from megatron_tgdpo.training.export import run_export_command
     from megatron_tgdpo.training.run import dry_run, run
 
     if args.dry_run:
         if rank == 0:
             print(dry_run(config, args.world_size or read_rank_environment().world_size))
         return 0
+    if config.export.hf != "none" and exporter is None:
+        raise UserError(f"export.hf is {config.export.hf}: only tgdpo train exports, start the run with that")
 
     def train(ranks, store) -> int:  # type: ignore[no-untyped-def]
         try:
-            run(config, ranks, store)
+            run(config, ranks, store, exporter)
         except signals.StoppedEarly as stopped:
             if not dist.is_initialized():
                 raise
             logging.info("%s; start the same command again to continue", stopped)
+            if config.export.hf != "none":
+                logging.info("what is saved can be exported: %s", run_export_command(config.output_dir))
             return signals.STOPPED_STATUS
         return 0
 

@@ -24,7 +24,7 @@ class Command:
 
 COMMANDS = (
     Command("preprocess", "tgdpo.preprocess", "tokenise preference pairs into a dataset for training"),
-    Command("train", "megatron_tgdpo.train", "train with TGDPO, DPO or another method; one process a rank"),
+    Command("train", "tgdpo.train", "train with TGDPO, DPO or another method; one process a rank"),
     Command("dpo-guide", "tgdpo.dpo_guide", "train the guide of a TGDPO config, with DPO or another method"),
     Command("pipeline", "tgdpo.pipeline", "guide, guidance cache, training, export, evaluation: all from one config"),
     Command("convert", "tgdpo.convert", "convert checkpoints: to-megatron, to-hf"),
@@ -35,6 +35,7 @@ COMMANDS = (
     Command("generate", "tgdpo.generate", "answer AlpacaEval 2, Arena-Hard or MT-Bench"),
     Command("build-preferences", "tgdpo.build_preferences", "make preference pairs from a model's own answers"),
     Command("plan", "tgdpo.plan", "memory, traffic and step time of layouts, on paper"),
+    Command("plot", "tgdpo.plot", "draw what runs logged: loss, accuracy, margin, token weights"),
     Command("sweep", "tgdpo.sweep", "train every combination of some alphas and betas"),
     Command("import-config", "tgdpo.import_config", "turn a config of the reference code into one of this project"),
 )

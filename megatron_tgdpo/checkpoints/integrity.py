@@ -44,12 +44,13 @@ class _Finding:
     kind: type[AgreedError]
 
 
-def find_damage(path: Path, *, content: bool = True) -> str | None:
-    """Checks a checkpoint, the ranks sharing the work. Collective over the default group.
+def find_damage(path: Path, *, content: bool = True, group: dist.ProcessGroup | None = None) -> str | None:
+    """Checks a checkpoint, the ranks sharing the work. Collective.
 
     Args:
         path: The checkpoint.
         content: Whether to read the tensors too; without, it costs next to nothing.
+        group: Of all ranks; None for the default group.
 
     Returns:
         The same on every rank: what is wrong, in one line that names the file; None if nothing is.
@@ -60,7 +61,7 @@ def find_damage(path: Path, *, content: bool = True) -> str | None:
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     reports: list[_Finding | None] = [None] * ranks
-    dist.all_gather_object(reports, _examine(path, content, slice(rank, None, ranks)))
+    dist.all_gather_object(reports, _examine(path, content, slice(rank, None, ranks)), group=group)
     for finder, report in enumerate(reports):
         if report is not None and not report.is_damage:
             raise report.kind(_of_rank(finder, report.message))
@@ -73,7 +74,7 @@ def find_damage(path: Path, *, content: bool = True) -> str | None:
         again: list[_Finding | None] = [None]
         if rank == second:
             again[0] = _examine(path, content, slice(found.part, found.part + 1))
-        dist.broadcast_object_list(again, src=second)
+        dist.broadcast_object_list(again, src=second, group=group)
         if again[0] is None or not again[0].is_damage:
             raise AgreedStorageError(
                 f"{_of_rank(finder, found.message)}; rank {second} finds no damage there: check what that rank's "
@@ -82,14 +83,14 @@ def find_damage(path: Path, *, content: bool = True) -> str | None:
     return found.message
 
 
-def refuse_damage(path: Path) -> None:
-    """Checks a checkpoint whole before it is used, as :func:`find_damage` does. Collective over the default group.
+def refuse_damage(path: Path, *, content: bool = True, group: dist.ProcessGroup | None = None) -> None:
+    """Checks a checkpoint before it is used, as :func:`find_damage` does, which see. Collective.
 
     Raises:
         AgreedError: It is damaged, or of another format version.
         AgreedStorageError: See :func:`find_damage`.
     """
-    damage = find_damage(path)
+    damage = find_damage(path, content=content, group=group)
     if damage is not None:
         raise AgreedError(damage)
 

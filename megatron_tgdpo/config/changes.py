@@ -43,6 +43,8 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "train.fused", "train.keep_logits_mib", "train.recompute", "train.check_start",
         "eval.every_steps",
         "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background", "checkpoint.verify",
+        "checkpoint.best_metric", "checkpoint.best_mode",
+        "export.hf",
         "log.every_steps", "log.wandb",
         "preflight.enabled", "preflight.slow_group_ratio",
         "output_dir",

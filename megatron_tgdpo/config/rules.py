@@ -154,4 +154,25 @@ LENGTHS = (
     ),
 )
 
-RULES: tuple[Rule, ...] = (*TRAIN, *LOSS, *MODELS, *GUIDANCE, *PARALLEL, *OVERLAP, *LENGTHS)
+BEST = (
+    Rule(
+        lambda c: c.checkpoint.best_metric is not None and not c.validation_sets,
+        "checkpoint.best_metric is {c.checkpoint.best_metric} but data.validation is not set: without it nothing is "
+        "evaluated",
+    ),
+    Rule(
+        lambda c: c.checkpoint.best_metric is not None and c.eval.every_steps is None,
+        "checkpoint.best_metric is {c.checkpoint.best_metric} but eval.every_steps is not set: the only evaluation "
+        "would be the one at the end",
+    ),
+    Rule(
+        lambda c: c.checkpoint.best_metric is None and c.checkpoint.best_mode is not None,
+        "checkpoint.best_mode is {c.checkpoint.best_mode} but checkpoint.best_metric is not set: name the metric",
+    ),
+    Rule(
+        lambda c: c.checkpoint.best_metric is None and c.export.hf == "best",
+        "export.hf is best but checkpoint.best_metric is not set: name the metric, as eval/rewards/accuracies",
+    ),
+)
+
+RULES: tuple[Rule, ...] = (*TRAIN, *LOSS, *MODELS, *GUIDANCE, *PARALLEL, *OVERLAP, *LENGTHS, *BEST)

@@ -200,6 +200,16 @@ class CheckpointConfig:
     keep: int = at_least(0, 2)  # newest checkpoints to keep; 0: all
     background: bool = True  # training goes on while a checkpoint is written; false: it waits
     verify: bool = True  # compare a checkpoint's checksums before continuing from it or loading a model from it
+    # a metric of evaluations, as eval/rewards/accuracies: when it improves the run saves, and that checkpoint is kept
+    best_metric: str | None = None  # null: no checkpoint is the best
+    best_mode: str | None = one_of(("max", "min"), None)  # which values are better; null: min for a loss, else max
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    # which checkpoints become HF directories in output_dir/hf: end, best: the last or the best one, when all steps are
+    # made; every_save: each one when it is saved
+    hf: str = one_of(("none", "end", "best", "every_save"), "none")
 
 
 @dataclass(frozen=True)
@@ -230,6 +240,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     log: LogConfig = field(default_factory=LogConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     output_dir: str = MISSING  # the only place the run writes to

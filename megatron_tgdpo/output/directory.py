@@ -16,6 +16,7 @@ from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.files import read_error, write_error
 from megatron_tgdpo.storage.json_text import parse_json
 
+METRICS_FILE = "metrics.jsonl"
 DONE_FILE = "DONE"
 CONFIG_FILE = "config.yaml"
 INPUTS_FILE = "inputs.json"
@@ -58,7 +59,7 @@ def recorded_run(directory: Path) -> Recorded | None:
         with contextlib.suppress(DamageError):
             return recorded_by(checkpoint, check_files(checkpoint).metadata)
     try:
-        if not ((directory / CONFIG_FILE).exists() and (directory / "metrics.jsonl").exists()):
+        if not ((directory / CONFIG_FILE).exists() and (directory / METRICS_FILE).exists()):
             return None
     except OSError as error:
         raise read_error(directory, error) from error

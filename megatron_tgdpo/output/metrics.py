@@ -105,6 +105,12 @@ class StepMetrics:
     weight_counts: list[int]
 
 
+def metric_names(without: Sequence[str]) -> tuple[str, ...]:
+    """Names of ``StepMetrics.values``; ``without`` as for :func:`reduce_metrics`."""
+    none = _step_metrics(dict.fromkeys((*_PAIR_SUMS, *_TOKEN_SUMS), 0.0), dict.fromkeys(_MAXIMA, -math.inf))
+    return tuple(name for name in none.values if not name.startswith(tuple(without)))
+
+
 @torch.no_grad()
 def pack_metrics(loss: PreferenceLoss, pair_indices: Tensor, *, count_pairs: bool = True) -> PackMetrics:
     """Sums what :func:`reduce_metrics` needs of one pack.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tgdpo.config.schema import Config, LogConfig
+from megatron_tgdpo.output.directory import METRICS_FILE
 from megatron_tgdpo.output.logger import Logger
 from megatron_tgdpo.output.metrics import StepMetrics
 from megatron_tgdpo.output.tensorboard import TensorBoard
@@ -20,7 +21,6 @@ from megatron_tgdpo.storage.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 _RETRY_SECONDS = 60.0
 
 

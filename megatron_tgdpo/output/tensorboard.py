@@ -53,7 +53,11 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "seconds per step": ("perf/step_seconds",),
         "share of pack tokens that are not padding": ("perf/packing_efficiency",),
         "peak memory of a rank (GiB)": ("perf/peak_memory_gib",),
-        "saving: seconds waited, seconds writing": ("perf/checkpoint_wait_seconds", "perf/checkpoint_seconds"),
+        "saving: seconds waited, writing, exporting": (
+            "perf/checkpoint_wait_seconds",
+            "perf/checkpoint_seconds",
+            "perf/export_seconds",
+        ),
     },
 }
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints.best import Best, write_best
 from megatron_tgdpo.checkpoints.save import StagedState, stage, write
 from megatron_tgdpo.config.schema import CheckpointConfig
 from megatron_tgdpo.errors import AgreedStorageError, UserError
@@ -63,27 +64,42 @@ class CheckpointSaver:
         hf_dir: HF directory or Megatron checkpoint whose config and tokenizer a checkpoint carries.
         settings: How many to keep, and whether to write in the background.
         timeout_minutes: Of collectives.
+        best: The best checkpoint so far, which is kept whatever its age; the first rank's is used.
+        on_saved: Called with a checkpoint when it is complete, on all ranks, in the thread; its collectives are over
+            the group that it is given. A UserError of it is logged, and does not make the save one that failed.
     """
 
     def __init__(
-        self, engine: Engine, output_dir: Path, hf_dir: Path, settings: CheckpointConfig, timeout_minutes: float
+        self,
+        engine: Engine,
+        output_dir: Path,
+        hf_dir: Path,
+        settings: CheckpointConfig,
+        timeout_minutes: float,
+        best: Best | None = None,
+        on_saved: Callable[[Path, dist.ProcessGroup], None] | None = None,
     ) -> None:
+        self._on_saved = on_saved
         self._engine, self._output_dir, self._hf_dir = engine, output_dir, hf_dir
         self._keep, self._background = settings.keep, settings.background
         self._timeout_minutes = timeout_minutes
         timeout = timedelta(minutes=max(timeout_minutes, _LEAST_TIMEOUT_MINUTES))
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[float] | None = None
+        self._writing: Future[dict[str, float]] | None = None
         self._figures: dict[str, float] = {}
+        # Of what is saved, and with what is being written.
+        self._best = self._coming = best
+        self._recorded: Best | None = None
 
-    def save(self, step: int, metadata: Mapping[str, Any], *, last: bool = False) -> None:
+    def save(self, step: int, metadata: Mapping[str, Any], *, last: bool = False, best: Best | None = None) -> None:
         """Saves policy and optimizer after ``step``; first waits for the save before it, if that still goes on.
 
         Args:
             step: Whose state it is.
             metadata: Goes into the checkpoint.
             last: Training does not go on: waits until it is written.
+            best: The step's evaluation, if it is the best so far.
 
         Raises:
             AgreedStorageError: On every rank: two saves in a row have failed; earlier checkpoints are still there.
@@ -91,13 +107,18 @@ class CheckpointSaver:
         begin = time.monotonic()
         failed = self._outcome() is not None
         waits = last or failed or not self._background
-        self._start(step, metadata)
+        self._start(step, metadata, best)
         while waits and (error := self._outcome()) is not None:
             if failed:
                 raise AgreedStorageError(f"{error}; so did the attempt before it")
             failed = True
-            self._start(step, metadata)
+            self._start(step, metadata, best)
         self._figures["perf/checkpoint_wait_seconds"] = time.monotonic() - begin
+
+    @property
+    def best(self) -> Best | None:
+        """The best checkpoint on the first rank: the one that is being written, unless that is known to have failed."""
+        return self._best if self._writing is None or self.has_failed else self._coming
 
     @property
     def has_failed(self) -> bool:
@@ -127,16 +148,18 @@ class CheckpointSaver:
         writing, self._writing = self._writing, None
         try:
             if writing is not None:
-                self._figures["perf/checkpoint_seconds"] = writing.result()
+                self._figures |= writing.result()
         except UserError as error:
             return error
         return None
 
-    def _start(self, step: int, metadata: Mapping[str, Any]) -> None:
+    def _start(self, step: int, metadata: Mapping[str, Any], best: Best | None) -> None:
         staged = stage(training_state(self._engine, is_loading=False), live_storages(self._engine))
-        self._writing = self._thread.submit(self._write, step, staged, {"step": step, **metadata})
+        self._coming = best or self._best
+        best_so_far = None if self._coming is None else self._coming.record()
+        self._writing = self._thread.submit(self._write, step, staged, {"step": step, **metadata, "best": best_so_far})
 
-    def _write(self, step: int, staged: StagedState, metadata: Mapping[str, Any]) -> float:
+    def _write(self, step: int, staged: StagedState, metadata: Mapping[str, Any]) -> dict[str, float]:
         begin = time.monotonic()
         path = checkpoint_path(self._output_dir, step)
         try:
@@ -145,14 +168,42 @@ class CheckpointSaver:
             if dist.get_rank() == 0 or not isinstance(error, UserError):
                 logger.error("checkpoint of step %d: %s", step, error)
             raise
+        self._best = self._coming
+        figures = {"perf/checkpoint_seconds": time.monotonic() - begin}
+        if dist.get_rank() == 0:
+            self._record_best()
+        if self._on_saved is not None:
+            figures |= self._exported(path, self._on_saved)
         if dist.get_rank() == 0 and self._keep:
             self._remove_old()
-        return time.monotonic() - begin
+        return figures
+
+    def _exported(self, path: Path, export: Callable[[Path, dist.ProcessGroup], None]) -> dict[str, float]:
+        begin = time.monotonic()
+        try:
+            export(path, self._group)
+        except UserError as error:
+            if dist.get_rank() == 0:
+                logger.warning("%s", error)
+        return {"perf/export_seconds": time.monotonic() - begin}
+
+    def _record_best(self) -> None:
+        if self._best is None or self._best == self._recorded:
+            return
+        try:
+            write_best(self._output_dir, self._best)
+        except UserError as error:
+            # The checkpoint says it as well.
+            logger.warning("%s: the best checkpoint is recorded with the next save", error)
+        else:
+            self._recorded = self._best
 
     def _remove_old(self) -> None:
+        best = None if self._best is None else checkpoint_path(self._output_dir, self._best.step)
         try:
             for old in checkpoint_directory.complete_checkpoints(self._output_dir)[: -self._keep]:
-                checkpoint_directory.remove_checkpoint(old)
+                if old != best:
+                    checkpoint_directory.remove_checkpoint(old)
         except (OSError, UserError) as error:
             # On this rank alone, and the new checkpoint is whole: what is left is removed after the next save or at the
             # next start.

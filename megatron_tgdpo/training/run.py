@@ -27,18 +27,21 @@ from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
 from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
+from megatron_tgdpo.training.best import check_best_metric
+from megatron_tgdpo.training.export import Exporter
 from megatron_tgdpo.training.resume import begin, find_start
 from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer
 
 
-def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
+def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exporter | None = None) -> None:
     """One training run, from start or newest checkpoint to its last step. Every rank calls.
 
     Args:
         config: The run.
         ranks: This process's place.
         store: Joins all ranks; unused by an earlier run.
+        exporter: Writes HF directories; needed if ``export.hf`` asks for them.
 
     Raises:
         UserError: On every rank with the same message, for bad input.
@@ -53,6 +56,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
     used = models_that_run(config, model_configs)
     check_layout(used, layout)
     check_gpu_options(config, used, layout, capabilities(device))
+    check_best_metric(config)
     needed = files_needed(layout, device)
     run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
     lock = RunLock(Path(config.output_dir))
@@ -70,7 +74,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store) -> None:
         begin(config, start, data.order)
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
-        Trainer(config, layout, engine, data, start).train()
+        Trainer(config, layout, engine, data, start, exporter).train()
 
 
 def dry_run(config: Config, world_size: int) -> str:
@@ -79,6 +83,7 @@ def dry_run(config: Config, world_size: int) -> str:
     config = pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
     check_layout(configs, layout)
+    check_best_metric(config)
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
     # With shared prompts how many keys are gathered depends on the data: at most two a token.
     gathered = 2.0 if config.shared_prompts else 0.0

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_tgdpo import signals
 from megatron_tgdpo.batching.collate import PreferenceBatch, collate
 from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.checkpoints.best import Best
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
@@ -31,8 +32,11 @@ from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.setup.engine import Engine
 from megatron_tgdpo.signals import StoppedEarly
 from megatron_tgdpo.storage.hub import local_path
+from megatron_tgdpo.training.best import BestWatch, find_best
 from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.training.engine_state import load_checkpoint
+from megatron_tgdpo.training.export import Exporter, export
+from megatron_tgdpo.training.finish import finish
 from megatron_tgdpo.training.resume import StartPoint
 from megatron_tgdpo.training.run_data import RunData
 from megatron_tgdpo.training.start_check import check_start
@@ -67,10 +71,17 @@ class Trainer:
         engine: Models and optimizer of this rank.
         data: Datasets and data order.
         start: Where it goes on.
+        exporter: Writes HF directories, if ``export.hf`` asks for them.
     """
 
     def __init__(
-        self, config: Config, layout: ParallelLayout, engine: Engine, data: RunData, start: StartPoint
+        self,
+        config: Config,
+        layout: ParallelLayout,
+        engine: Engine,
+        data: RunData,
+        start: StartPoint,
+        exporter: Exporter | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -78,6 +89,7 @@ class Trainer:
         self.data = data
         self.output_dir = Path(config.output_dir)
         self.start = start
+        self.exporter = exporter
         self.last_step = min(config.train.exit_step or data.order.steps, data.order.steps)
         self.saver = CheckpointSaver(
             engine,
@@ -85,13 +97,16 @@ class Trainer:
             hf_directory(local_path(config.model.policy)),
             config.checkpoint,
             config.parallel.timeout_minutes,
+            find_best(config, start),
+            self._export if exporter is not None and config.export.hf == "every_save" else None,
         )
+        self.best_watch = BestWatch(config, start.inputs)
 
     def train(self) -> None:
         """Trains to the last step, and leaves ``DONE`` if that is the schedule's last. Collective over all ranks.
 
         Raises:
-            AgreedError: A loss or gradient is not finite, or the start check fails.
+            AgreedError: A loss or gradient is not finite, the start check fails, or, after all else, the export.
             AgreedStorageError: Checkpoints cannot be saved or read, or the metrics up to one cannot be written.
             StoppedEarly: Some rank was asked to stop; the step it was in is saved.
         """
@@ -110,6 +125,7 @@ class Trainer:
             raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
         if done >= self.data.order.steps:
             raise_on_all_ranks(lambda: mark_done(self.output_dir, done) if dist.get_rank() == 0 else None)
+        finish(self.config, self.exporter, done=done >= self.data.order.steps)
 
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
@@ -139,6 +155,7 @@ class Trainer:
             evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
             for group, evaluation in evaluations.items():
                 values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
+            best = self.best_watch.improvement(step, values, self.saver.best) if evaluations else None
             if log is not None:
                 log.write(step, values, evaluations)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
@@ -146,10 +163,11 @@ class Trainer:
                 if (warning := guide_watch.count(result.metrics.values, tokens.pairs)) is not None:
                     logger.warning(warning)
             last = bool(stop) or step == self.last_step
-            if last or failed or save_due(step, self.data.order.steps, self.config.checkpoint.every_steps, waited):
+            due = best is not None or failed
+            if last or due or save_due(step, self.data.order.steps, self.config.checkpoint.every_steps, waited):
                 # The steps of a checkpoint are not made again, so their metrics must be there.
                 raise_on_all_ranks(log.check if log is not None else lambda: None)
-                self._save(step, last)
+                self._save(step, last, best)
                 saved = time.monotonic()
             if stop:
                 break
@@ -222,7 +240,7 @@ class Trainer:
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.last_step or (every is not None and step % every == 0)
 
-    def _save(self, step: int, last: bool) -> None:
+    def _save(self, step: int, last: bool, best: Best | None) -> None:
         self.saver.save(
             step,
             {
@@ -232,7 +250,13 @@ class Trainer:
                 "config": to_dict(self.config),
             },
             last=last,
+            best=best,
         )
+
+    def _export(self, checkpoint: Path, group: dist.ProcessGroup) -> None:
+        assert self.exporter is not None, "only given where there is one"
+        # Its checksums were taken a moment ago.
+        export(self.exporter, self.output_dir, checkpoint, group, verify=False)
 
     def _over_ranks(self, *mine: float) -> list[float]:
         """The largest of each number over all ranks, in one reduction.

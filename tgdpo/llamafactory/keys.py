@@ -75,7 +75,7 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "lr_scheduler_kwargs": ((None, {}, "{}"), ""),
     "label_smoothing_factor": ((None, 0), ""),
     "neftune_noise_alpha": (_NONE, ""),
-    "load_best_model_at_end": (_OFF, "tgdpo evaluate compares checkpoints"),
+    "load_best_model_at_end": (_OFF, "checkpoint.best_metric keeps the best model, export.hf=best exports it"),
     "early_stopping_steps": (_NONE, ""),
     "auto_find_batch_size": (_OFF, ""),
     "resume_from_checkpoint": (_OFF, "its checkpoints are not read here: export the model, and begin from that"),

@@ -47,6 +47,13 @@ BROKEN = [
         "batch.tokens_per_micro_batch 4098 is not divisible by parallel.tensor x",
     ),
     (["data.max_prompt_length=2048"], "data.max_prompt_length must be smaller than data.max_length"),
+    (["checkpoint.best_metric=eval/loss"], "checkpoint.best_metric is eval/loss but data.validation is not set"),
+    (
+        ["checkpoint.best_metric=eval/loss", "data.validation=pairs"],
+        "checkpoint.best_metric is eval/loss but eval.every_steps is not set",
+    ),
+    (["checkpoint.best_mode=min"], "checkpoint.best_mode is min but checkpoint.best_metric is not set"),
+    (["export.hf=best"], "export.hf is best but checkpoint.best_metric is not set"),
 ]
 
 

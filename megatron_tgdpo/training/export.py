@@ -1,0 +1,90 @@
+"""HF directories of a run's checkpoints, in ``output_dir/hf``.
+
+What writes them is given: conversion builds on this package.
+"""
+
+import shlex
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+
+from megatron_tgdpo.checkpoints.directory import remove_checkpoint
+from megatron_tgdpo.checkpoints.manifest import METADATA_FILE
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
+from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
+from megatron_tgdpo.storage.files import write_error
+
+_FOLDER = "hf"
+
+
+class Exporter(Protocol):
+    """Writes a checkpoint as an HF directory, whole or not at all; collective over a group of all ranks."""
+
+    def __call__(self, checkpoint: Path, out: Path, group: dist.ProcessGroup | None, *, verify: bool) -> None:
+        """Writes it.
+
+        Args:
+            checkpoint: A complete checkpoint.
+            out: The directory to make; it must not exist, or be empty.
+            group: For the collectives; None for the default group.
+            verify: Whether to compare the checkpoint's checksums first.
+
+        Raises:
+            UserError: On every rank: it could not be written; a StorageError where that may pass.
+        """
+
+
+def export_path(output_dir: Path, checkpoint: Path) -> Path:
+    """Where the HF directory of a checkpoint goes."""
+    return output_dir / _FOLDER / checkpoint.name
+
+
+def export_command(output_dir: Path, checkpoint: Path) -> str:
+    """What a user types to export a checkpoint."""
+    out = export_path(output_dir, checkpoint)
+    return f"tgdpo convert to-hf --megatron {shlex.quote(str(checkpoint))} --out {shlex.quote(str(out))}"
+
+
+def run_export_command(output_dir: str) -> str:
+    """What a user types to export a run's newest checkpoint."""
+    return f"tgdpo convert to-hf --megatron {shlex.quote(output_dir)} --out DIR"
+
+
+def export(
+    exporter: Exporter, output_dir: Path, checkpoint: Path, group: dist.ProcessGroup | None = None, *, verify: bool
+) -> Path:
+    """Exports a checkpoint, unless that was done since it was saved. Collective over ``group``, of all ranks.
+
+    Returns:
+        The HF directory.
+
+    Raises:
+        AgreedError: On every rank: it could not be written. The checkpoint is as it was; the message says how to export
+            it by hand. An AgreedStorageError where storage failed.
+    """
+    out = export_path(output_dir, checkpoint)
+    try:
+        there = [raise_on_all_ranks(lambda: dist.get_rank() == 0 and _is_current(out, checkpoint), group)]
+        dist.broadcast_object_list(there, src=0, group=group)
+        if not there[0]:
+            exporter(checkpoint, out, group, verify=verify)
+    except UserError as error:
+        kind = AgreedStorageError if isinstance(error, StorageError) else AgreedError
+        command = export_command(output_dir, checkpoint)
+        raise kind(f"{error}; the checkpoint is as it was, to export it again: {command}") from error
+    return out
+
+
+def _is_current(out: Path, checkpoint: Path) -> bool:
+    """Whether an HF directory was made of this checkpoint; one of a step that was made again is removed."""
+    try:
+        if not out.exists():
+            return False
+        written = out / "config.json"
+        if written.exists() and written.stat().st_mtime_ns >= (checkpoint / METADATA_FILE).stat().st_mtime_ns:
+            return True
+        remove_checkpoint(out)
+    except OSError as error:
+        raise write_error(out, error) from error
+    return False

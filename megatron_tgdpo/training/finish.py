@@ -1,0 +1,96 @@
+"""What a run does and says when it has made its last step: the export, and where the model is and how to use it."""
+
+import logging
+import shlex
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tgdpo.checkpoints.best import checkpoint_of, read_best
+from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
+from megatron_tgdpo.errors import one_line
+from megatron_tgdpo.output.figure import FIGURE_FILE, can_draw, draw, read_records
+from megatron_tgdpo.training.export import Exporter, export, export_command
+
+logger = logging.getLogger(__name__)
+
+
+def finish(config: Config, exporter: Exporter | None, *, done: bool) -> None:
+    """Draws the metrics, exports what ``export.hf`` asks for, and logs where the model is. Collective over all ranks.
+
+    Args:
+        config: The run.
+        exporter: Writes HF directories; not needed with ``export.hf: none``.
+        done: Whether all steps are made, not only those up to ``train.exit_step``.
+
+    Raises:
+        AgreedError: On every rank: the export failed, or a checkpoint cannot be read. The run itself is whole.
+    """
+    output_dir = Path(config.output_dir)
+    found = [raise_on_all_ranks(lambda: _checkpoints(output_dir) if dist.get_rank() == 0 else (None, None, ""))]
+    dist.broadcast_object_list(found, src=0)
+    newest, best, best_by = found[0]
+    exported = None
+    if newest is None:
+        return
+    if done and dist.get_rank() == 0:
+        _draw_metrics(output_dir)
+    chosen = best if config.export.hf == "best" else newest
+    if done and config.export.hf != "none" and exporter is not None and chosen is not None:
+        exported = export(exporter, output_dir, chosen, verify=config.checkpoint.verify)
+    if dist.get_rank() == 0:
+        if config.export.hf == "best" and best is None:
+            logger.warning("export.hf is best, but there is no best checkpoint: nothing is exported")
+        logger.info("the model: %s", newest)
+        if best is not None:
+            logger.info("the best model, %s: %s", best_by, best)
+        for line in _uses(config, chosen or newest, exported):
+            logger.info("%s", line)
+
+
+def _draw_metrics(output_dir: Path) -> None:
+    """Never fails: a picture is not worth a run."""
+    out = output_dir / FIGURE_FILE
+    if not can_draw():
+        logger.info("%s is not drawn: matplotlib is not installed (pip install matplotlib)", out)
+        return
+    try:
+        draw({output_dir.resolve().name: read_records(output_dir)}, out)
+    except Exception as error:
+        logger.warning("%s is not drawn: %s", out, one_line(error))
+    else:
+        logger.info("the course of the run: %s", out)
+
+
+def _checkpoints(output_dir: Path) -> tuple[Path | None, Path | None, str]:
+    """The newest checkpoint, and the best one with what makes it that."""
+    best = read_best(output_dir)
+    path = None if best is None else checkpoint_of(output_dir, best)
+    return newest_checkpoint(output_dir), path, "" if best is None else f"by {best.metric} {best.value:.4g}"
+
+
+def _uses(config: Config, checkpoint: Path, exported: Path | None) -> list[str]:
+    """What to type next, a line each."""
+    output_dir = Path(config.output_dir)
+    name = output_dir.resolve().name
+    if exported is None:
+        lines = [f"for transformers and vLLM: {export_command(output_dir, checkpoint)}"]
+    else:
+        lines = [
+            f"in Python: AutoModelForCausalLM.from_pretrained({str(exported)!r})",
+            f"as a server: vllm serve {shlex.quote(str(exported))}",
+        ]
+    model = shlex.quote(str(exported or checkpoint))
+    pairs = next((source.path for found in config.validation_sets.values() for source in found), "HELDOUT.jsonl")
+    lines.append(
+        f"compare it: tgdpo evaluate --reference {shlex.quote(config.reference_path)} "
+        f"--model {shlex.quote(name)}={model} --pairs {shlex.quote(pairs)} "
+        f"--out {shlex.quote(str(output_dir / 'evaluation.json'))}"
+    )
+    lines.append(
+        f"answer a benchmark: tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model {model} "
+        f"--name {shlex.quote(name)} --out {shlex.quote(f'{name}.json')}"
+    )
+    return lines

@@ -1,0 +1,44 @@
+"""``tgdpo train`` whose evaluations say what a test wants, and whose writes fail where it says so.
+
+Arguments: JSON with ``values`` (of ``eval/loss`` on the first rank, in the order of the evaluations from step 1 on, by
+step) and ``fail`` (as in worker_saves.py), then those of training. On the other ranks each value is a bit larger.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_tgdpo.training.trainer import Trainer
+from tests.distributed.worker_saves import inject
+from tgdpo.train import main
+
+_STEPS = "pairs_done"
+
+
+def script(values: Mapping[str, float]) -> None:
+    real, performance = Trainer.evaluate, Trainer._performance
+    steps = {}
+
+    def noted(trainer: Trainer, *arguments: Any) -> dict[str, float]:
+        steps[_STEPS] = steps.get(_STEPS, trainer.start.step) + 1
+        return performance(trainer, *arguments)
+
+    def evaluate(trainer: Trainer) -> Any:
+        found = real(trainer)
+        value = float(values[str(steps[_STEPS])])
+        found["eval"] = replace(found["eval"], values={**found["eval"].values, "loss": value + 1e-9 * dist.get_rank()})
+        return found
+
+    Trainer._performance = noted  # type: ignore[method-assign]
+    Trainer.evaluate = evaluate  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    inject(given.get("fail", ()))
+    script(given["values"])
+    main(sys.argv[2:])

@@ -1,0 +1,145 @@
+"""The picture of a run's metrics, and of several runs': what is drawn, and what is said where nothing can be."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.output import figure
+from megatron_tgdpo.output.figure import draw, read_records
+from tgdpo import plot
+
+Lines = dict[str, tuple[list[float], list[float]]]
+
+
+def make_run(directory: Path, steps: int, *, sets: tuple[str, ...] = ("eval",), guide: bool = True) -> Path:
+    """Metrics of which each is a line of its own; the loss of step 2 is not a number."""
+    directory.mkdir(parents=True)
+    with (directory / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            values: dict[str, float] = {"step": step, "train/loss": 1 / step, "rewards/accuracies": 0.5, "train/lr": 0}
+            values |= {"rewards/margins": 2.0 * step, "train/grad_norm": 1.0}
+            values |= {"guidance/weight_mean": 1.0, "guidance/weight_std": 0.25} if guide else {}
+            if step % 2 == 0:
+                values |= {f"{group}/loss": 3.0 * step + number for number, group in enumerate(sets)}
+            file.write(json.dumps(values | ({"train/loss": math.nan} if step == 2 else {})) + "\n")
+        file.write('{"step": 99, "train/lo')  # where a run was killed
+    return directory
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved."""
+    matplotlib_figure = pytest.importorskip("matplotlib.figure")
+    figures: list[Any] = []
+    save = matplotlib_figure.Figure.savefig
+
+    def keeping(self: Any, *arguments: Any, **options: Any) -> None:
+        figures.append(self)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(matplotlib_figure.Figure, "savefig", keeping)
+    return figures
+
+
+def lines_of(axes: Any) -> Lines:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+
+
+def legend(of: Any) -> list[str]:
+    return [text.get_text() for text in of.legends[0].get_texts()]
+
+
+def test_one_run(tmp_path: Path, drawn: list[Any]) -> None:
+    run = make_run(tmp_path / "run", 6)
+    draw({"a name": read_records(run)}, run / "metrics.png")
+    assert (run / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "metrics.png"]
+    (shown,) = drawn
+    titles = [axes.get_title(loc="left") for axes in shown.axes]
+    assert [title.split(":")[0].split(" ")[0] for title in titles] == ["loss", "accuracy", "margin", "token"]
+    loss = lines_of(shown.axes[0])
+    assert loss == {
+        "training": ([1, 3, 4, 5, 6], [1, 1 / 3, 1 / 4, 1 / 5, 1 / 6]),
+        "evaluation": ([2, 4, 6], [6.0, 12.0, 18.0]),
+    }
+    assert shown.get_suptitle() == "a name"
+    assert legend(shown) == ["training", "evaluation"]
+    (band,) = shown.axes[3].collections
+    assert band.get_datalim(shown.axes[3].transData).intervaly.tolist() == [0.75, 1.25]
+
+
+def test_what_a_method_does_not_have_gives_its_place_to_something_else(tmp_path: Path, drawn: list[Any]) -> None:
+    draw({"dpo": read_records(make_run(tmp_path / "run", 4, guide=False))}, tmp_path / "x.png")
+    titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
+    assert len(titles) == 4
+    assert titles[3] == "gradient norm before clipping"
+
+
+def test_many_steps_are_smoothed(tmp_path: Path, drawn: list[Any]) -> None:
+    draw({"long": read_records(make_run(tmp_path / "run", 400))}, tmp_path / "x.png")
+    margin = lines_of(drawn[0].axes[2])
+    steps, values = margin["training (mean of 10 steps)"]
+    assert steps == list(range(1, 401))
+    assert values[0] == 2.0
+    assert values[99] == pytest.approx(2 * sum(range(91, 101)) / 10)
+
+
+def test_runs_are_compared_by_colour_and_sets_by_line(tmp_path: Path, drawn: list[Any]) -> None:
+    one = make_run(tmp_path / "one" / "run", 4)
+    two = make_run(tmp_path / "two" / "run", 4, sets=("eval/code", "eval/chat"))
+    out = tmp_path / "compared.svg"
+    assert plot.main([str(one), str(two), "--out", str(out)]) == 0
+    assert "<svg" in out.read_text()
+    lines = drawn[0].axes[0].get_lines()
+    colours = [line.get_color() for line in lines]
+    assert colours == [colours[0]] * 2 + [colours[2]] * 3
+    assert colours[0] != colours[2]
+    assert lines[3].get_linestyle() != lines[4].get_linestyle()
+    assert legend(drawn[0]) == ["one/run", "two/run", "two/run, evaluation code", "two/run, evaluation chat"]
+
+
+def test_the_picture_of_one_run_is_beside_its_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    run = make_run(tmp_path / "run", 3)
+    assert plot.main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'metrics.png'}: written\n"
+    assert (run / "metrics.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/empty"], "{tmp}/empty/metrics.jsonl: no step is in it yet"),
+        (["{tmp}"], "{tmp}: no metrics.jsonl there: name the output directory of a training"),
+        (["{tmp}/run", "--out", "{tmp}/x.gif"], "--out {tmp}/x.gif: the name must end in one of .png, .svg, .pdf"),
+        (["{tmp}/run", "--out", "{tmp}/no/x.png"], "--out {tmp}/no/x.png: cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    make_run(tmp_path / "run", 3)
+    make_run(tmp_path / "empty", 0)
+    assert plot.main([argument.format(tmp=tmp_path) for argument in arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message.format(tmp=tmp_path)}")
+
+
+def test_without_matplotlib_one_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figure, "can_draw", lambda: False)
+    assert plot.main([str(make_run(tmp_path / "run", 3))]) == 1
+    assert capsys.readouterr().err == "error: matplotlib is not installed, which draws: pip install matplotlib\n"
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    records = read_records(make_run(tmp_path / "run", 3))
+    with pytest.raises(UserError, match=r"missing/x\.png"):
+        draw({"run": records}, tmp_path / "missing" / "x.png")
