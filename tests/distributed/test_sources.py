@@ -158,7 +158,8 @@ def test_a_run_from_the_hub_stays_with_its_commits(
     run_module("megatron_tgdpo.train", [str(file), "train.exit_step=3"], processes=2)
     pins = json.loads((tmp_path / "run" / "hub.json").read_text())
     assert pins == {
-        "model": {"owner/policy": f"owner/policy@{model}"}, "dataset": {"owner/pairs": f"owner/pairs@{data}"}
+        "model": {"owner/policy": f"owner/policy@{model}"}, "dataset": {"owner/pairs": f"owner/pairs@{data}"},
+        "run": {},
     }  # fmt: skip
     recorded = json.loads((tmp_path / "run/checkpoints/step_00000003/tgdpo.json").read_text())["config"]
     assert recorded["model"]["policy"] == f"owner/policy@{model}"
