@@ -46,4 +46,4 @@ while IFS=$'\t' read -r name state; do
   echo "$name: job $id${after:+ after $after}"
   after=$id
 done <<<"$list"
-echo "aligned model (HF): $out/hf"
+echo "aligned model (HF): in $out/hf, a directory for each step that was exported"

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     options = {"method": given.method or _method(given.config, given.overrides), "beta": given.beta, "lr": given.lr}
     overrides = [f"guide.{name}={value}" for name, value in options.items() if value is not None]
-    from megatron_tgdpo import train
+    from tgdpo import train
 
     train.main(["--guide", *(["--dry-run"] if given.dry_run else []), given.config, *given.overrides, *overrides])
 

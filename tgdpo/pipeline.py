@@ -5,7 +5,8 @@
     guide      where section guide has one trained: tgdpo train --guide
     guidance   where guidance.mode is cached: tgdpo guidance
     train      tgdpo train
-    export     the trained policy as an HF directory, output_dir/hf: tgdpo convert to-hf
+    export     the trained policy as an HF directory in output_dir/hf, where export.hf has not had training write it: of
+               the last checkpoint, or with export.hf=best of the best one: tgdpo convert to-hf
     evaluate   policy and guide against the reference on data.validation, output_dir/evaluation.json: tgdpo evaluate
 
 Start the same command again to continue after an interruption. Ctrl-C, TERM or USR1 has the stage that runs save and
@@ -22,18 +23,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_tgdpo.errors import UserError
 from tgdpo.child_processes import Commands
 from tgdpo.command_line import not_negative, positive
 
-if TYPE_CHECKING:
-    pass
-
 # In the output directory: of stages that leave no record of their inputs themselves, a digest of these.
 RECORD_FILE = "pipeline.json"
-HF_FOLDER = "hf"
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Pipeline:
         if config.guidance.mode == "cached":
             found.append(Stage("guidance", lambda: ["guidance", *self._run], self._has_cache, launches_ranks=True))
         found.append(Stage("train", lambda: ["train", *self._run], self._is_trained, launches_ranks=True))
-        found.append(Stage("export", self._export, self._is_exported, inputs=self._export_inputs))
+        found.append(Stage("export", self._export, self._is_exported))
         found += [self._evaluation(name, path) for name, path in self._validation_files().items()]
         return found
 
@@ -110,7 +107,7 @@ class Pipeline:
         except ValueError:
             content = None
         if not isinstance(content, dict):
-            raise UserError(f"{file}: not readable: remove it, and what it is of: {HF_FOLDER}/ and evaluation*.json")
+            raise UserError(f"{file}: not readable: remove it, and evaluation*.json")
         return content
 
     def _is_trained(self) -> bool:
@@ -141,26 +138,34 @@ class Pipeline:
         # Whether it is of these models and data, training checks.
         return all((cache / name / MANIFEST_FILE).exists() for name in self.config.datasets) or self._is_trained()
 
-    def _export(self) -> list[str]:
-        return ["convert", "to-hf", "--megatron", str(self.output_dir), "--out", str(self.output_dir / HF_FOLDER)]
-
-    def _export_inputs(self) -> str:
+    def _checkpoint(self) -> Path:
         from megatron_tgdpo.checkpoints.find_model import find_local_model
-        from megatron_tgdpo.checkpoints.manifest import METADATA_FILE
         from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 
-        checkpoint = find_local_model(self.output_dir, "output_dir")
+        best = self.config.export.hf == "best"
+        checkpoint = find_local_model(self.output_dir / "best" if best else self.output_dir, "output_dir")
         if not is_megatron_checkpoint(checkpoint):
             raise UserError(f"output_dir {self.output_dir}: holds an HF model: name another directory for the run")
-        return sha256((checkpoint / METADATA_FILE).read_bytes()).hexdigest()
+        return checkpoint
+
+    def hf(self) -> Path:
+        """The HF directory of the trained policy."""
+        from megatron_tgdpo.training.export import export_path
+
+        return export_path(self.output_dir, self._checkpoint())
+
+    def _export(self) -> list[str]:
+        return ["convert", "to-hf", "--megatron", str(self._checkpoint()), "--out", str(self.hf())]
 
     def _is_exported(self) -> bool:
-        out = self.output_dir / HF_FOLDER
-        if not out.exists() or not self._is_trained():
+        if not self._is_trained():
             return False
-        if self._recorded().get("export") != self._export_inputs():
-            raise UserError(f"{out}: not an export of the run's last checkpoint: remove it, or move it, to have one")
-        return True
+        from megatron_tgdpo.training.export import is_current
+
+        out = self.hf()
+        if out.exists() and not is_current(out, self._checkpoint()):
+            raise UserError(f"{out}: not an export of {self._checkpoint()}: remove it, or move it, to have one")
+        return out.exists()
 
     def _validation_files(self) -> dict[str, str]:
         """Validation sets that are one file each, or one preprocessed dataset."""
@@ -183,7 +188,7 @@ class Pipeline:
             data = config.data
             options = {
                 "--reference": config.reference_path,
-                "--model": f"{config.loss.method}={self.output_dir / HF_FOLDER}",
+                "--model": f"{config.loss.method}={self.hf()}",
                 "--guide": config.model_paths.get("guide"),
                 "--pairs": pairs,
                 "--out": str(out),
@@ -199,9 +204,12 @@ class Pipeline:
             return ["evaluate", *given, *self._sampling]
 
         def inputs() -> str:
+            from megatron_tgdpo.checkpoints.manifest import METADATA_FILE
+
             file = Path(pairs)
             state = [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
-            return sha256(json.dumps([self._export_inputs(), arguments(), state]).encode()).hexdigest()
+            made_of = sha256((self._checkpoint() / METADATA_FILE).read_bytes()).hexdigest()
+            return sha256(json.dumps([made_of, arguments(), state]).encode()).hexdigest()
 
         stage = f"evaluate/{name}" if name else "evaluate"
 
@@ -272,7 +280,7 @@ def _main(args: argparse.Namespace) -> None:
     for name in pipeline.left_out():
         print(f"{name}: several files or a split, not evaluated: tgdpo evaluate takes one file, or preprocessed data")
     if args.only is None:
-        print(f"aligned model (HF): {pipeline.output_dir / HF_FOLDER}")
+        print(f"aligned model (HF): {pipeline.hf()}")
 
 
 def _ranks(stage: Stage, args: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
 """What a text means as a model, the same in every key and argument that takes one.
 
 In this order: a directory that is there, which is a Megatron checkpoint, an HF directory, or the output directory of a
-run (its newest complete checkpoint is taken); else a name of the Hub (``storage/hub.py``).
+run (its newest complete checkpoint is taken), or ``best`` in one (its best checkpoint, by ``checkpoint.best_metric``);
+else a name of the Hub (``storage/hub.py``).
 """
 
 import difflib
@@ -11,6 +12,9 @@ from pathlib import Path
 
 from megatron_tgdpo.errors import DamageError, UserError
 from megatron_tgdpo.storage.hub import MODEL, fetch, hub_name, local_path
+
+# In an output directory: its best checkpoint, as if that were its name.
+BEST = "best"
 
 
 def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
@@ -37,6 +41,8 @@ def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
 def find_local_model(text: str | Path, what: str) -> Path:
     """As :func:`find_model`, without asking the Hub: of its names, only those that are pinned to a commit are known."""
     path = local_path(str(text))
+    if path.name == BEST and not path.exists() and is_output_dir(path.parent):
+        return _best_of_run(path.parent, what)
     if not path.exists():
         raise UserError(f"{what} {path}: no such directory{_near(path)}")
     if not path.is_dir():
@@ -62,8 +68,10 @@ def find_local_model(text: str | Path, what: str) -> Path:
             f"{what} {path}: neither an HF directory (no config.json) nor a Megatron checkpoint nor a training output "
             "directory: name one of these, or a model of the Hub as OWNER/NAME"
         )
+    from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+
     with naming(what):
-        checkpoint = checkpoint_of_run(path)
+        checkpoint = newest_checkpoint(path)
     if checkpoint is None:
         raise UserError(
             f"{what} {path}: a training output directory without a complete checkpoint: start its run again to "
@@ -72,21 +80,22 @@ def find_local_model(text: str | Path, what: str) -> Path:
     return checkpoint
 
 
+def _best_of_run(output_dir: Path, what: str) -> Path:
+    from megatron_tgdpo.checkpoints.best import best_checkpoint
+
+    with naming(what):
+        best = best_checkpoint(output_dir)
+    if best is None:
+        raise UserError(
+            f"{what} {output_dir / BEST}: the run has no best checkpoint (checkpoint.best_metric): name {output_dir} for "
+            "its newest one"
+        )
+    return best
+
+
 def is_output_dir(path: Path) -> bool:
     """Whether a directory is the output directory of a run, whatever became of the run."""
     return (path / "checkpoints").is_dir() or (path / "config.yaml").is_file()
-
-
-def checkpoint_of_run(output_dir: Path) -> Path | None:
-    """The checkpoint that a run's output directory stands for as a model; None where none is complete.
-
-    Raises:
-        UserError: One is of another format version.
-        StorageError: The directory or a file cannot be read.
-    """
-    from megatron_tgdpo.checkpoints.directory import newest_checkpoint
-
-    return newest_checkpoint(output_dir)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from megatron_tgdpo.config.loading import config_from_dict, to_dict
-from megatron_tgdpo.config.schema import Config, GuidanceConfig, GuideConfig, LossConfig
+from megatron_tgdpo.config.schema import Config, ExportConfig, GuidanceConfig, GuideConfig, LossConfig
 from megatron_tgdpo.errors import UserError
 
 
@@ -34,6 +34,9 @@ def guide_config(config: Config, source: str = "config") -> Config:
         guidance=GuidanceConfig(),
         parallel=replace(config.parallel, virtual_pipeline=None),
         train=replace(train, branch_from=None),
+        # Of the policy: its metric may be one that the guide's method has not, and nobody serves the guide.
+        checkpoint=replace(config.checkpoint, best_metric=None),
+        export=ExportConfig(),
         optimizer=optimizer,
         output_dir=config.guide_dir,
     )

@@ -65,7 +65,7 @@ def export(
     """
     out = export_path(output_dir, checkpoint)
     try:
-        there = [raise_on_all_ranks(lambda: dist.get_rank() == 0 and _is_current(out, checkpoint), group)]
+        there = [raise_on_all_ranks(lambda: dist.get_rank() == 0 and _keep_current(out, checkpoint), group)]
         dist.broadcast_object_list(there, src=0, group=group)
         if not there[0]:
             exporter(checkpoint, out, group, verify=verify)
@@ -76,15 +76,19 @@ def export(
     return out
 
 
-def _is_current(out: Path, checkpoint: Path) -> bool:
-    """Whether an HF directory was made of this checkpoint; one of a step that was made again is removed."""
+def is_current(out: Path, checkpoint: Path) -> bool:
+    """Whether an HF directory was made of this checkpoint, not of one of the same step that was there before."""
+    written = out / "config.json"
+    return written.exists() and written.stat().st_mtime_ns >= (checkpoint / METADATA_FILE).stat().st_mtime_ns
+
+
+def _keep_current(out: Path, checkpoint: Path) -> bool:
+    """The same; one of a step that was made again is removed."""
     try:
-        if not out.exists():
-            return False
-        written = out / "config.json"
-        if written.exists() and written.stat().st_mtime_ns >= (checkpoint / METADATA_FILE).stat().st_mtime_ns:
+        if is_current(out, checkpoint):
             return True
-        remove_checkpoint(out)
+        if out.exists():
+            remove_checkpoint(out)
     except OSError as error:
         raise write_error(out, error) from error
     return False

@@ -87,7 +87,7 @@ def test_from_one_config_to_the_aligned_model(
     assert pins == {str(out / "guide"): str(out / "guide" / "checkpoints" / "step_00000003")}
     assert "guidance/guide_accuracy" in read_metrics(out)[-1]
     assert list(json.loads((out / "evaluation.json").read_text())["models"]) == ["reference", "tgdpo", "guide"]
-    assert (out / "hf" / "model.safetensors").exists()
+    assert (out / "hf" / "step_00000002" / "model.safetensors").exists()
 
     run.clear()
     assert finished(command) == 0
@@ -117,9 +117,28 @@ def test_from_one_config_to_the_aligned_model(
     )
     run_forked("megatron_tgdpo.train", [*other, f"output_dir={root}/third"])
 
+    # Further steps are exported beside the earlier ones, and compared anew.
+    run.clear()
+    longer = [*command, "train.steps=3", "train.resume=changed"]
+    assert finished(longer) == 0
+    assert [words[0] for words in run] == ["train", "convert", "evaluate"]
+    assert sorted(path.name for path in (out / "hf").iterdir()) == ["step_00000002", "step_00000003"]
     # An export of earlier weights is not taken for one of the last.
-    assert finished([*command, "train.steps=3", "train.resume=changed"]) == 1
-    assert f"{out}/hf: not an export of the run's last checkpoint: remove it" in capsys.readouterr().err
+    last = out / "checkpoints" / "step_00000003"
+    (last / "tgdpo.json").touch()
+    assert finished(longer) == 1
+    assert f"{out}/hf/step_00000003: not an export of {last}: remove it" in capsys.readouterr().err
+
+
+def test_what_training_exports_is_not_exported_again(config_file: Path, tmp_path: Path, run: list[list[str]]) -> None:
+    command = [str(config_file), f"output_dir={tmp_path}/run", "guidance.mode=colocated", "--prompts", "0"]
+    best = ["export.hf=best", "checkpoint.best_metric=eval/rewards/margins", "eval.every_steps=1"]
+    assert finished([*command, *best]) == 0
+    assert [words[0] for words in run] == ["train", "train", "evaluate"]
+    (exported,) = (tmp_path / "run" / "hf").iterdir()
+    assert f"tgdpo={exported}" in run[-1]
+    # Nobody asked for the guide's.
+    assert not (tmp_path / "run" / "guide" / "hf").exists()
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,10 @@ def test_the_stages_are_a_chain_of_jobs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     stages = ["guide", "guidance", "train", "export", "evaluate/one"]
     lines = [f"{name}: job {101 + i}{f' after {100 + i}' if i else ''}" for i, name in enumerate(stages)]
-    assert done.stdout.splitlines() == [*lines, f"aligned model (HF): {tmp_path}/a run/hf"]
+    assert done.stdout.splitlines() == [
+        *lines,
+        f"aligned model (HF): in {tmp_path}/a run/hf, a directory for each step that was exported",
+    ]
     commands = {
         "guide": ["--nodes=2", "--time=9", f"{ROOT}/launch/train.sbatch", "--guide", *given],
         "train": ["--nodes=2", "--time=9", f"{ROOT}/launch/train.sbatch", *given],

@@ -166,7 +166,8 @@ def test_the_whole_mission_as_a_chain_of_jobs(cluster: Cluster, config_file: Pat
     last = Job(cluster, jobs["evaluate"], out / f"slurm-{jobs['evaluate']}-evaluate.out")
     assert last.wait() == "COMPLETED", last.text()
     assert (out / "guide" / "DONE").exists()
-    assert (out / "hf" / "model.safetensors").exists()
+    (exported,) = (out / "hf").iterdir()
+    assert (exported / "model.safetensors").exists()
     assert list(json.loads((out / "evaluation.json").read_text())["models"]) == ["reference", "tgdpo", "guide"]
     again = cluster.run(*submit, **variables)
     assert again.count("complete, skipped") == 4, again

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from checkpoints_convert import hf_to_megatron, megatron_to_hf, verify
 from checkpoints_convert.import_hf import import_hf
+from megatron_tgdpo.checkpoints.best import Best, write_best
 from megatron_tgdpo.checkpoints.find_model import find_model
 from megatron_tgdpo.config.loading import load_config
 from megatron_tgdpo.config.schema import Config
@@ -69,6 +70,15 @@ def means(models: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_text_means(models: Path, kind: str) -> None:
     assert find_model(named(models, kind), "--model") == means(models, kind)
+
+
+def test_best_in_an_output_directory_is_its_best_checkpoint(models: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(models / "run", tmp_path / "run")
+    with pytest.raises(UserError, match=r"^--model \S*/run/best: the run has no best checkpoint"):
+        find_model(run / "best", "--model")
+    write_best(run, Best("eval/loss", "min", 0.5, 1, "basis"))
+    assert find_model(run / "best", "--model") == run / "checkpoints" / "step_00000001"
+    assert find_model(run, "--model") == run / "checkpoints" / NEWEST
 
 
 def write_config(models: Path, out: Path, guide: str) -> Path:
