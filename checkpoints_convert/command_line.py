@@ -1,6 +1,8 @@
 """What the commands share once their arguments are read: ranks, dtypes and checkpoints."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +45,7 @@ def find_hf(path: Path, option: str = "--hf") -> Path:
     return found
 
 
-def dtype_of(metadata: dict, path: Path) -> torch.dtype:
+def dtype_of(metadata: Mapping[str, Any], path: Path) -> torch.dtype:
     """The dtype that a checkpoint's metadata names.
 
     Raises:

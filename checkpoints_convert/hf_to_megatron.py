@@ -25,10 +25,11 @@ def main() -> None:
     # Only now: these imports take seconds, a wrong option should not.
     import torch.distributed as dist
 
-    from checkpoints_convert.command_line import DTYPES, find_hf, join_ranks
+    from checkpoints_convert.command_line import find_hf, join_ranks
     from checkpoints_convert.import_hf import import_hf
     from megatron_tgdpo.models.hf_config import read_hf_config
     from megatron_tgdpo.storage.atomic_directory import refuse_existing
+    from megatron_tgdpo.storage.dtypes import DTYPES
 
     hf = find_hf(arguments.hf)
     hf_config = read_hf_config(hf)

@@ -4,6 +4,7 @@ import io
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,7 +119,7 @@ def _index(piece: Piece) -> MetadataIndex:
 class _StreamWriter(Writer):
     """Writes items as they are read; DCP's own writer keeps one tensor of every name until the end."""
 
-    def __init__(self, directory: Path, bar: tqdm) -> None:
+    def __init__(self, directory: Path, bar: "tqdm[Any]") -> None:
         super().__init__(directory)
         self._bar = bar
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -50,7 +50,7 @@ def read_ahead(read: Callable[[A], T], items: Sequence[A]) -> Iterator[tuple[A, 
             yield item, result
 
 
-def progress_bar(direction: str, total: int, *, quiet: bool = False) -> tqdm:
+def progress_bar(direction: str, total: int, *, quiet: bool = False) -> "tqdm[Any]":
     """A bar of bytes on rank 0's stderr, showing that rank's share; seldom refreshed where it is not a terminal.
 
     Args:

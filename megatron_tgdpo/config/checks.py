@@ -34,7 +34,7 @@ def check(config: Config, source: str) -> None:
         raise UserError(f"{source}: {broken}")
 
 
-def _values(section: Any, above: str = "") -> Iterator[tuple[str, Field, Any]]:
+def _values(section: Any, above: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
     """Dotted keys with their fields and values."""
     for field in fields(section):
         value, key = getattr(section, field.name), f"{above}{field.name}"
@@ -44,7 +44,7 @@ def _values(section: Any, above: str = "") -> Iterator[tuple[str, Field, Any]]:
             yield key, field, value
 
 
-def _of_its_field(value: Any, field: Field) -> str | None:
+def _of_its_field(value: Any, field: Field[Any]) -> str | None:
     constraint = field.metadata.get("constraint")
     return None if value is None or constraint is None else constraint(value)
 

@@ -94,7 +94,9 @@ def _is_cuda(device: Any) -> bool:
 class _CudaToCpu(TorchFunctionMode):
     """Rewrites the device arguments of every torch call; CPU tensors report the type names that mcore expects."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import tee
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -53,7 +54,7 @@ def forward_logps(
     return result
 
 
-def _logps_step(batches: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple:
+def _logps_step(batches: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple[Any, Any]:
     def collect(logps: TokenLogps, non_loss_data: bool) -> TokenLogps:
         assert non_loss_data
         return logps

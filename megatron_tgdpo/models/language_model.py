@@ -99,7 +99,7 @@ class LanguageModel(GPTModel):
         return result
 
     def sharded_state_dict(  # type: ignore[override]
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """As megatron-core's, with names and shapes that do not depend on the layer spec; FP8 weights are in FP8."""
         return without_content(super().sharded_state_dict(prefix, sharded_offsets, metadata))

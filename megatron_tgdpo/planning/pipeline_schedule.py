@@ -40,18 +40,22 @@ class Compute:
     chunk: int = 0
 
 
+# What a transfer is of, and between which stages: of the policy (kind, stage before, micro batch).
+Transfer = tuple[str | int, ...]
+
+
 @dataclass(frozen=True)
 class Post:
     """The stage is ready for these transfers; it goes on without waiting."""
 
-    transfers: tuple[tuple, ...]
+    transfers: tuple[Transfer, ...]
 
 
 @dataclass(frozen=True)
 class Wait:
     """The stage waits until these transfers have taken place."""
 
-    transfers: tuple[tuple, ...]
+    transfers: tuple[Transfer, ...]
 
 
 Program = list[Compute | Post | Wait]
@@ -140,7 +144,7 @@ def _one_f_one_b_program(
     return program
 
 
-def calls_before(stages: int, stage: int, order: list[tuple[str, int]]) -> list[list[tuple]]:
+def calls_before(stages: int, stage: int, order: list[tuple[str, int]]) -> list[list[tuple[Transfer, ...]]]:
     """The exchanges before each policy pass and after the last one; a transfer is (kind, stage before, micro batch)."""
     warmup = min(stages - stage - 1, len(order) // 2)
     calls = []
@@ -153,14 +157,14 @@ def calls_before(stages: int, stage: int, order: list[tuple[str, int]]) -> list[
     return calls
 
 
-def _sent(done: tuple[str, int], stage: int, stages: int) -> tuple[tuple, ...]:
+def _sent(done: tuple[str, int], stage: int, stages: int) -> tuple[Transfer, ...]:
     kind, micro_batch = done
     if kind == FORWARD:
         return ((FORWARD, stage, micro_batch),) if stage < stages - 1 else ()
     return ((BACKWARD, stage - 1, micro_batch),) if stage > 0 else ()
 
 
-def _received(coming: tuple[str, int], stage: int, stages: int) -> tuple[tuple, ...]:
+def _received(coming: tuple[str, int], stage: int, stages: int) -> tuple[Transfer, ...]:
     kind, micro_batch = coming
     if kind == FORWARD:
         return ((FORWARD, stage - 1, micro_batch),) if stage > 0 else ()
@@ -213,7 +217,7 @@ def execute(programs: Sequence[Program], transfer: Sequence[float], *, rendezvou
     Raises:
         ValueError: The stages wait for each other.
     """
-    posted: dict[tuple, list[float]] = {}
+    posted: dict[Transfer, list[float]] = {}
     frozen_ends: list[list[float]] = [[] for _ in programs]
     slots: list[list[Slot]] = [[] for _ in programs]
     clocks, places = [0.0] * len(programs), [0] * len(programs)

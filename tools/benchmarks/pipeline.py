@@ -135,7 +135,7 @@ class StandInFrozenModels(FrozenModels):
         return (torch.zeros(0), torch.zeros(0)) if self.last else (torch.zeros(_TOKENS, 1, _HIDDEN),)
 
 
-def _forward_step(batches: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple:
+def _forward_step(batches: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple[Any, Any]:
     return model(next(batches)), lambda output: (output.sum(), torch.tensor(1, dtype=torch.int), {})
 
 

@@ -154,7 +154,7 @@ class PackedAttention(torch.nn.Module, abc.ABC):
         """[T, N, D], [K, G, D] twice -> [T, N, D] or [T, N * D]; T > 0."""
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Nothing to save."""
         del prefix, sharded_offsets, metadata

@@ -22,7 +22,7 @@ _NO_WINDOW = 2**30
 
 
 @functools.cache
-def _compiled(function: Callable) -> Callable:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled once a process: the layers of a model share it.
 
     Compilation gives up after a few shapes (torch's recompile limit) and then runs unfused. So nothing that changes

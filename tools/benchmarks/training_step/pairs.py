@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.options import PreprocessOptions
@@ -30,7 +31,7 @@ class Source:
     """
 
     kind: str
-    records: list[dict]
+    records: list[dict[str, Any]]
     tokenizer: Path
 
 
@@ -97,7 +98,9 @@ def tokenise(directory: Path, source: Source, max_length: int) -> Pairs:
     return Pairs(source.kind, dataset, str(source.tokenizer))
 
 
-def _preprocessed(directory: Path, records: Sequence[dict], tokenizer: Path, max_length: int) -> PreferenceDataset:
+def _preprocessed(
+    directory: Path, records: Sequence[dict[str, Any]], tokenizer: Path, max_length: int
+) -> PreferenceDataset:
     path, prefix = directory / "pairs.json", str(directory / "pairs")
     path.write_text(json.dumps(records), encoding="utf-8")
     preprocess([str(path)], prefix, PreprocessOptions(str(tokenizer), max_length=max_length), progress=False)

@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -64,7 +65,7 @@ def fast_tokenizer(source: Source, directory: Path) -> Path:
     return fast
 
 
-def write_records(path: Path, records: list[dict], copies: int) -> None:
+def write_records(path: Path, records: list[dict[str, Any]], copies: int) -> None:
     """The records, over and over, a line each."""
     lines = "".join(json.dumps(record) + "\n" for record in records)
     with path.open("w", encoding="utf-8") as file:

@@ -31,9 +31,9 @@ class _TokenisedDPOTrainer(DPOTrainer):
         del args, kwargs
         return dataset
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=self.data_collator)
-        result: DataLoader = self.accelerator.prepare(loader)
+        result: DataLoader[Any] = self.accelerator.prepare(loader)
         return result
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.atomic_file import write_atomically
@@ -88,7 +89,7 @@ def _guide_rate(arm: Arm, rates: dict[str, float]) -> float | None:
     return None if arm.guide is None else rates[arm.guide]
 
 
-def _draw(study: Study, metrics: dict) -> None:
+def _draw(study: Study, metrics: dict[str, Any]) -> None:
     from tools.examples.paper_in_miniature.plots import plot_credit, plot_win_rates
 
     for name, plot in (("win_rates.svg", plot_win_rates), ("credit.svg", plot_credit)):

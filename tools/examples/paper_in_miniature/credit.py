@@ -14,6 +14,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def agreement(rewards: Sequence[Tensor], credits_: Sequence[Tensor]) -> dict[str
     }
 
 
-def measure(guide: Path, reference: Path, records: Sequence[dict]) -> dict:
+def measure(guide: Path, reference: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Agreement over the answers that came to an end and are not empty."""
     tokenizer, device = load_tokenizer(str(reference), None), default_device()
     rows, credits_ = [], []

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_tgdpo.data.encode import encode_prompt
 from megatron_tgdpo.data.tokenizers import load_tokenizer
@@ -26,7 +27,7 @@ from tools.examples.paper_in_miniature.language import MAX_WORDS, score
 _BATCH = 200
 
 
-def judge(model: Path, prompts_file: Path, *, temperature: float, seed: int) -> list[dict]:
+def judge(model: Path, prompts_file: Path, *, temperature: float, seed: int) -> list[dict[str, Any]]:
     """One answer a prompt, and its score; see the module.
 
     Raises:

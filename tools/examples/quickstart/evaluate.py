@@ -116,7 +116,7 @@ def _load(directory: Path) -> LlamaForCausalLM:
     return result
 
 
-def _report(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
+def _report(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     records = read_jsonl(args.pairs)
     texts = [(r["prompt"][0]["content"], r[role][0]["content"]) for r in records for role in ("chosen", "rejected")]
     responses = [encode_response(tokenizer, prompt, answer) for prompt, answer in texts]

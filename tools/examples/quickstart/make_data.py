@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from megatron_tgdpo.storage.atomic_file import replacing
 from tools.examples.quickstart.language import draw_answer, draw_prompt, judge
@@ -43,13 +44,13 @@ def pair_record(prompt: str, chosen: str, rejected: str) -> dict[str, list[dict[
     }
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads the objects of a JSONL file that `main` wrote."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def _write_jsonl(path: Path, records: Iterable[dict]) -> None:
+def _write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
