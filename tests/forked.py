@@ -15,7 +15,6 @@ _IMPORTED = [
     "megatron_tgdpo.resilience.heartbeat",
     "megatron_tgdpo.training.run",
     "checkpoints_convert.verification",
-    "matplotlib.figure",  # what finished runs draw with; may be absent
     "pytest",
 ]
 _SERVER = multiprocessing.get_context("forkserver")

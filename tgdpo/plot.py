@@ -40,12 +40,10 @@ def _plot(given: argparse.Namespace) -> None:
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"--out {out}: cannot be written: name a file in a directory that exists")
     # Only now: these imports take seconds, a wrong option should not.
-    from megatron_tgdpo.output.figure import FORMATS, can_draw, draw, read_records
+    from megatron_tgdpo.output.figure import FORMATS, draw, read_records
 
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: the name must end in one of {', '.join(FORMATS)}")
-    if not can_draw():
-        raise UserError("matplotlib is not installed, which draws: pip install matplotlib")
     names = run_names(given.runs)
     draw({names[directory]: read_records(directory) for directory in names}, out)
     print(f"{out}: written")

@@ -87,8 +87,8 @@ def _best_of_run(output_dir: Path, what: str) -> Path:
         best = best_checkpoint(output_dir)
     if best is None:
         raise UserError(
-            f"{what} {output_dir / BEST}: the run has no best checkpoint (checkpoint.best_metric): name {output_dir} for "
-            "its newest one"
+            f"{what} {output_dir / BEST}: the run has no best checkpoint (checkpoint.best_metric): "
+            f"name {output_dir} for its newest one"
         )
     return best
 

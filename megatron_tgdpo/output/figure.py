@@ -1,6 +1,5 @@
 """The course of runs as a picture: loss, accuracy, margin and token weights, in training and evaluation."""
 
-import importlib.util
 import itertools
 import json
 import logging
@@ -59,11 +58,6 @@ _PANELS = (
 )
 
 
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def read_records(run: Path) -> list[Record]:
     """The whole lines of a run's ``metrics.jsonl``.
 
@@ -99,7 +93,6 @@ def draw(runs: Mapping[str, Sequence[Record]], out: Path) -> None:
 
     Raises:
         UserError: It cannot be written; a StorageError where that may pass.
-        ImportError: matplotlib is not installed.
     """
     # It would say that it builds a cache of fonts.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)

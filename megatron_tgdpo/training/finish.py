@@ -11,10 +11,12 @@ from megatron_tgdpo.checkpoints.directory import newest_checkpoint
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import one_line
-from megatron_tgdpo.output.figure import FIGURE_FILE, can_draw, draw, read_records
+from megatron_tgdpo.output.figure import FIGURE_FILE, draw, read_records
 from megatron_tgdpo.training.export import Exporter, export, export_command
 
 logger = logging.getLogger(__name__)
+
+_DRAWN_STEPS = 20  # the fewest that a picture shows more of than the last lines of the log
 
 
 def finish(config: Config, exporter: Exporter | None, *, done: bool) -> None:
@@ -36,7 +38,7 @@ def finish(config: Config, exporter: Exporter | None, *, done: bool) -> None:
     if newest is None:
         return
     if done and dist.get_rank() == 0:
-        _draw_metrics(output_dir)
+        draw_metrics(output_dir)
     chosen = best if config.export.hf == "best" else newest
     if done and config.export.hf != "none" and exporter is not None and chosen is not None:
         exported = export(exporter, output_dir, chosen, verify=config.checkpoint.verify)
@@ -50,14 +52,14 @@ def finish(config: Config, exporter: Exporter | None, *, done: bool) -> None:
             logger.info("%s", line)
 
 
-def _draw_metrics(output_dir: Path) -> None:
-    """Never fails: a picture is not worth a run."""
+def draw_metrics(output_dir: Path) -> None:
+    """The run's picture, if it has steps enough. Never fails: a picture is not worth a run."""
     out = output_dir / FIGURE_FILE
-    if not can_draw():
-        logger.info("%s is not drawn: matplotlib is not installed (pip install matplotlib)", out)
-        return
     try:
-        draw({output_dir.resolve().name: read_records(output_dir)}, out)
+        records = read_records(output_dir)
+        if len(records) < _DRAWN_STEPS:
+            return
+        draw({output_dir.resolve().name: records}, out)
     except Exception as error:
         logger.warning("%s is not drawn: %s", out, one_line(error))
     else:

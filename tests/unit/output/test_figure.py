@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.output import figure
 from megatron_tgdpo.output.figure import draw, read_records
+from megatron_tgdpo.training.finish import draw_metrics
 from tgdpo import plot
 
 Lines = dict[str, tuple[list[float], list[float]]]
@@ -33,15 +34,14 @@ def make_run(directory: Path, steps: int, *, sets: tuple[str, ...] = ("eval",), 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved."""
-    matplotlib_figure = pytest.importorskip("matplotlib.figure")
     figures: list[Any] = []
-    save = matplotlib_figure.Figure.savefig
+    save = Figure.savefig
 
     def keeping(self: Any, *arguments: Any, **options: Any) -> None:
         figures.append(self)
         save(self, *arguments, **options)
 
-    monkeypatch.setattr(matplotlib_figure.Figure, "savefig", keeping)
+    monkeypatch.setattr(Figure, "savefig", keeping)
     return figures
 
 
@@ -103,7 +103,6 @@ def test_runs_are_compared_by_colour_and_sets_by_line(tmp_path: Path, drawn: lis
 
 
 def test_the_picture_of_one_run_is_beside_its_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     run = make_run(tmp_path / "run", 3)
     assert plot.main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'metrics.png'}: written\n"
@@ -122,7 +121,6 @@ def test_the_picture_of_one_run_is_beside_its_metrics(tmp_path: Path, capsys: py
 def test_bad_input_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    pytest.importorskip("matplotlib")
     make_run(tmp_path / "run", 3)
     make_run(tmp_path / "empty", 0)
     assert plot.main([argument.format(tmp=tmp_path) for argument in arguments]) == 1
@@ -130,16 +128,14 @@ def test_bad_input_is_one_line(
     assert line.startswith(f"error: {message.format(tmp=tmp_path)}")
 
 
-def test_without_matplotlib_one_line_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(figure, "can_draw", lambda: False)
-    assert plot.main([str(make_run(tmp_path / "run", 3))]) == 1
-    assert capsys.readouterr().err == "error: matplotlib is not installed, which draws: pip install matplotlib\n"
+@pytest.mark.parametrize(("steps", "drawn"), [(19, False), (20, True)])
+def test_a_finished_run_draws_itself_if_it_has_steps_enough(tmp_path: Path, steps: int, drawn: bool) -> None:
+    run = make_run(tmp_path / "run", steps)
+    draw_metrics(run)
+    assert (run / "metrics.png").exists() is drawn
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     records = read_records(make_run(tmp_path / "run", 3))
     with pytest.raises(UserError, match=r"missing/x\.png"):
         draw({"run": records}, tmp_path / "missing" / "x.png")
