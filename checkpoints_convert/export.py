@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.check import check_checkpoint
+from checkpoints_convert.check_parameters import check_checkpoint
 from checkpoints_convert.model_card import CARD_FILE, model_card
 from checkpoints_convert.pieces import Piece, converted, pieces_of, share
 from checkpoints_convert.safetensors_file import SafetensorsFile

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.pieces import Piece, all_pieces, checkpoint_sizes, converted, extra_state_keys, share
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, system_errors, write_common
-from megatron_tgdpo.checkpoints.directory import write_description
+from megatron_tgdpo.checkpoints.listing import write_description
 from megatron_tgdpo.checkpoints.model_directory import hf_files
 from megatron_tgdpo.models.hf_weights.check import open_hf
 from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, parameter_count

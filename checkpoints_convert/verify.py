@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check_positive(arguments, "--long-tokens", "--tensor", "--pipeline", "--timeout-minutes")
     # Only now: these imports take seconds, a wrong option should not.
-    from checkpoints_convert.verification import verify
+    from checkpoints_convert.compare_outputs import verify
 
     verify(arguments)
 

@@ -14,7 +14,7 @@ from tests.launch import ROOT, environment
 _IMPORTED = [
     "megatron_tgdpo.resilience.heartbeat",
     "megatron_tgdpo.training.run",
-    "checkpoints_convert.verification",
+    "checkpoints_convert.compare_outputs",
     "pytest",
 ]
 _SERVER = multiprocessing.get_context("forkserver")

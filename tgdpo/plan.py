@@ -15,8 +15,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
-from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.planning.cluster import Cluster
 from tgdpo.command_line import find_models, run
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.config.schema import PrecisionConfig, TrainConfig
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.checkpoints.directory import saved_checkpoints
+from megatron_tgdpo.checkpoints.listing import saved_checkpoints
 from megatron_tgdpo.checkpoints.manifest import check_files
 from megatron_tgdpo.errors import DamageError
 from megatron_tgdpo.storage.atomic_file import write_atomically

@@ -68,7 +68,7 @@ def find_local_model(text: str | Path, what: str) -> Path:
             f"{what} {path}: neither an HF directory (no config.json) nor a Megatron checkpoint nor a training output "
             "directory: name one of these, or a model of the Hub as OWNER/NAME"
         )
-    from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+    from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 
     with naming(what):
         checkpoint = newest_checkpoint(path)

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 
 from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, write_common
-from megatron_tgdpo.checkpoints.directory import write_description
+from megatron_tgdpo.checkpoints.listing import write_description
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory, describe

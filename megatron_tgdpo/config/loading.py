@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_tgdpo.config.checks import check
-from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.config.values import known, merged, typed, typed_override
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.storage.yaml_text import read_yaml_file
 
 

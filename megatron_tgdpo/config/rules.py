@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_tgdpo.config.constraints import Rule
-from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.config.schema import Config, GuideConfig, LossConfig
+from megatron_tgdpo.loss.methods import METHODS
 
 
 def _sequence_multiple(c: Config) -> int:

@@ -22,8 +22,8 @@ from megatron_tgdpo.config.constraints import (
     positive,
     share,
 )
-from megatron_tgdpo.config.methods import GUIDE_METHODS, METHODS, Method
 from megatron_tgdpo.data.sources import Source, read_sets, read_sources
+from megatron_tgdpo.loss.methods import GUIDE_METHODS, METHODS, Method
 from megatron_tgdpo.storage.hub import local_path
 
 # OmegaConf has no such union.
@@ -61,7 +61,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """An option that the method does not use must be null; one that it uses has the default in config/methods.py."""
+    """An option that the method does not use must be null; one that it uses has the default in loss/methods.py."""
 
     method: str = one_of(METHODS, "tgdpo")
     # tgdpo, dpo: strength of the KL constraint, per nat; simpo: scale of the rewards

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.collate import PreferenceBatch
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.frozen.channel import FrozenChannel
 from megatron_tgdpo.frozen.models import FrozenModels
+from megatron_tgdpo.frozen.prefetch_communicator import FrozenChannel
 from megatron_tgdpo.frozen.queue import FrozenQueue
 from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.planning.activations import Pack

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
-from megatron_tgdpo.frozen.channel import FrozenChannel
 from megatron_tgdpo.frozen.models import FrozenModels
+from megatron_tgdpo.frozen.prefetch_communicator import FrozenChannel
 
 
 class FrozenQueue:

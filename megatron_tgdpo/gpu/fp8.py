@@ -1,29 +1,23 @@
-"""FP8 and FP4: what the configuration asks of megatron-core and Transformer Engine, and what neither may be asked.
+"""FP8 and FP4: what the configuration asks of megatron-core and Transformer Engine (refusals: ``gpu/fp8_checks.py``).
 
-Everything here is a pure function of its arguments. Sources of the refusals: megatron-core 0.16.1 and 0.19.2
-``transformer/transformer_config.py: __post_init__``, ``fp8_utils.py: get_fp8_context``, ``fp4_utils.py:
-get_fp4_context`` and ``optimizer/``; Megatron-LM 0.16.1 ``training/arguments.py: validate_args``; TransformerEngine 2.9
-to 2.20 ``pytorch/quantization.py: check_*_support``, ``pytorch/utils.py: assert_dim_for_fp8_exec`` and
-``assert_dim_for_all_gather``.
+Everything here is a pure function of its arguments. Sources of the sizes: TransformerEngine 2.9 to 2.20
+``pytorch/utils.py: assert_dim_for_fp8_exec`` and ``assert_dim_for_all_gather``.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_tgdpo.config.constraints import Rule, first_broken
 from megatron_tgdpo.config.schema import Config, PrecisionConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu.capabilities import OLDEST_TE, Capabilities, Version, dotted, supported_engine
 from megatron_tgdpo.planning.memory import LinearBytes
 
 # Scaling without a memory: what a weight or activation becomes depends on nothing but itself.
 _STATELESS = ("tensorwise", "blockwise", "mxfp8")
-_FP4 = "nvfp4"
+FP4 = "nvfp4"
 # Values of 4 bits, and a scale of 8 for 16 of them.
 _FP4_BYTES = 0.5 + 1 / 16
 # Delayed scaling's history is no part of a frozen model, and precision.frozen=fp8 needs a recipe without fp8 for the
@@ -40,7 +34,7 @@ def policy_recipe(precision: PrecisionConfig) -> str | None:
 
 def asked_by(recipe: str) -> str:
     """The recipe as key and value."""
-    return f"precision.{'fp4' if recipe == _FP4 else 'fp8'}={recipe}"
+    return f"precision.{'fp4' if recipe == FP4 else 'fp8'}={recipe}"
 
 
 def frozen_recipe(config: Config) -> str | None:
@@ -59,7 +53,7 @@ def frozen_precision(config: Config) -> str:
     if recipe is None:
         return precision.dtype
     ends = "-ends-bf16" if precision.first_last_layers_bf16 else ""
-    if recipe == _FP4:
+    if recipe == FP4:
         return f"{precision.dtype}-fp4-{recipe}{ends}"
     return f"{precision.dtype}-fp8-{recipe}-{precision.fp8_format}{ends}"
 
@@ -72,7 +66,7 @@ def frozen_params_fp8(config: Config) -> bool:
     """
     precision, recipe = config.precision, frozen_recipe(config)
     asked = precision.frozen == "fp8" or precision.fp8_params
-    return recipe not in (None, _FP4) and (asked or not config.offload.frozen)
+    return recipe not in (None, FP4) and (asked or not config.offload.frozen)
 
 
 def linear_bytes(config: Config) -> LinearBytes:
@@ -82,9 +76,9 @@ def linear_bytes(config: Config) -> LinearBytes:
     bf16 weights, and FP8 weights are just these. Frozen models need no transpose.
     """
     plain, recipe = torch.bfloat16.itemsize, policy_recipe(config.precision)
-    one = _FP4_BYTES if recipe == _FP4 else 1
+    one = _FP4_BYTES if recipe == FP4 else 1
     frozen: float | None = 1 if frozen_params_fp8(config) else None
-    if frozen_recipe(config) == _FP4 and not config.offload.frozen:
+    if frozen_recipe(config) == FP4 and not config.offload.frozen:
         frozen = plain + one
     return LinearBytes(
         policy=None if recipe is None else 2 * one + (0 if config.precision.fp8_params else plain),
@@ -116,7 +110,7 @@ def _transformer_kwargs(precision: PrecisionConfig, recipe: str | None, params: 
         "num_layers_at_start_in_bf16": 1,
         "num_layers_at_end_in_bf16": 1,
     }
-    if recipe == _FP4:
+    if recipe == FP4:
         return {"fp4": "e2m1", "fp4_recipe": recipe, **ends}
     return {
         "fp8": precision.fp8_format,
@@ -126,167 +120,6 @@ def _transformer_kwargs(precision: PrecisionConfig, recipe: str | None, params: 
         "fp8_amax_compute_algo": precision.fp8_amax_algorithm,
         **ends,
     }
-
-
-def check_precision(config: Config, found: Capabilities, spec: str) -> None:
-    """Refuses every precision that megatron-core, Transformer Engine or the GPU would reject, or that means nothing.
-
-    Args:
-        config: The run.
-        found: The machine.
-        spec: The resolved layer spec.
-
-    Raises:
-        UserError: Names the key, the reason and the way out.
-    """
-    asked = _Asked(config, policy_recipe(config.precision), frozen_recipe(config), found, spec)
-    rules = (*_MEANING, *_MACHINE) if asked.recipes else _MEANING
-    broken = first_broken(rules, asked)
-    if broken:
-        raise UserError(broken)
-    for recipe in asked.recipes:
-        key = asked_by(recipe) if recipe == asked.policy else f"precision.frozen=fp8 (recipe {recipe})"
-        broken = first_broken(_GPU, _Kernels(recipe, key, found.compute_capability or (0,), found.cuda or (0,)))
-        if broken:
-            raise UserError(broken)
-    if config.offload.frozen and frozen_params_fp8(config):
-        raise UserError("offload.frozen moves plain weights only: set it to false, or keep frozen weights out of FP8")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What the rules are about."""
-
-    config: Config
-    policy: str | None
-    frozen: str | None
-    found: Capabilities
-    spec: str
-
-    @property
-    def recipes(self) -> list[str]:
-        return sorted({recipe for recipe in (self.policy, self.frozen) if recipe})
-
-    @property
-    def computes_in(self) -> tuple[str, str]:
-        """Of the policy, and of reference and guide."""
-        dtype = self.config.precision.dtype
-        return self.policy or dtype, self.frozen or dtype
-
-    @property
-    def kind(self) -> str:
-        return "FP4" if _FP4 in self.recipes else "FP8"
-
-    @property
-    def engine(self) -> str:
-        return dotted(self.found.transformer_engine)
-
-
-@dataclass(frozen=True)
-class _Kernels:
-    """A recipe, the key that asks for it, and what runs it."""
-
-    recipe: str
-    key: str
-    capability: Version
-    cuda: Version
-
-    @property
-    def found(self) -> tuple[str, str]:
-        """Compute capability of the GPU, and CUDA that torch was built with."""
-        return dotted(self.capability), dotted(self.cuda)
-
-
-# What means nothing, or something else than it says.
-_MEANING = (
-    Rule(
-        lambda c: c.config.precision.fp4 != "none" and c.config.precision.fp8 != "none",
-        "precision.fp4 and precision.fp8 are for the same products: set one of them to none",
-    ),
-    Rule(
-        lambda c: c.config.precision.dtype == "fp32" and c.config.precision.frozen == "bf16",
-        "precision.frozen=bf16 with precision.dtype=fp32: all models have one dtype, set frozen=same",
-    ),
-    Rule(
-        lambda c: c.config.precision.fp8 == "none" and c.config.precision.fp8_params,
-        "precision.fp8_params=true needs precision.fp8: choose a recipe, or set it to false",
-    ),
-    Rule(
-        lambda c: not c.recipes and c.config.precision.first_last_layers_bf16,
-        "precision.first_last_layers_bf16=true without FP8 or FP4 means nothing: set it to false",
-    ),
-    Rule(
-        lambda c: c.policy == "delayed" and c.config.precision.first_last_layers_bf16,
-        "precision.first_last_layers_bf16 does not go with fp8=delayed, whose amax reduction spans all layers: "
-        "choose another recipe",
-    ),
-    Rule(
-        lambda c: c.policy == "delayed" and c.config.precision.frozen == "same" and bool(c.config.method.frozen),
-        "precision.frozen=same with fp8=delayed would make the reference depend on what it saw before: set "
-        "precision.frozen to bf16 or fp8 (with tensorwise scaling)",
-    ),
-    Rule(
-        lambda c: c.policy == "mxfp8" and c.config.precision.fp8_params,
-        "precision.fp8_params with fp8=mxfp8 would keep weights in the gradient buffer between steps, which this "
-        "trainer does not arrange: set it to false",
-    ),
-    Rule(
-        lambda c: c.config.offload.optimizer and c.config.precision.fp8_params and c.policy != "delayed",
-        "offload.optimizer with precision.fp8_params works with fp8=delayed only: switch one of them off",
-    ),
-    Rule(
-        lambda c: c.config.method.frozen and c.policy != c.frozen and c.config.train.check_start,
-        "the policy computes in {c.computes_in[0]}, reference and guide in {c.computes_in[1]}, so the first loss is "
-        "not ln 2: set train.check_start=false, or precision.frozen=same",
-    ),
-)
-# What FP8 needs.
-_MACHINE = (
-    Rule(
-        lambda c: c.config.precision.dtype != "bf16",
-        "precision.fp8, fp4 and frozen=fp8 need precision.dtype=bf16 for everything beside",
-    ),
-    Rule(
-        lambda c: c.found.device != "cuda" or c.found.compute_capability is None,
-        "{c.kind} needs a CUDA GPU: set precision.fp8=none, precision.fp4=none and precision.frozen=same",
-    ),
-    Rule(
-        lambda c: not supported_engine(c.found.transformer_engine),
-        f"{{c.kind}} needs Transformer Engine >={dotted(OLDEST_TE)}, found {{c.engine}}: install one of these, or set "
-        "precision.fp8=none, precision.fp4=none and precision.frozen=same",
-    ),
-    Rule(
-        lambda c: c.spec != "transformer_engine",
-        "{c.kind} needs model.layer_spec=transformer_engine (or auto): the local layers have no {c.kind}",
-    ),
-)
-# What a recipe needs of the GPU.
-_GPU = (
-    Rule(
-        lambda c: c.recipe == "nvfp4" and not (10, 0) <= c.capability < (12, 0),
-        "{c.key} needs compute capability 10.x (Blackwell), this GPU has {c.found[0]}: set it to none",
-    ),
-    Rule(
-        lambda c: c.recipe == "nvfp4" and c.cuda < (12, 8),
-        "{c.key} needs CUDA 12.8, torch was built with {c.found[1]}: set it to none",
-    ),
-    Rule(
-        lambda c: c.capability < (8, 9),
-        "{c.key} needs compute capability 8.9 (Ada, Hopper or later), this GPU has {c.found[0]}",
-    ),
-    Rule(
-        lambda c: c.capability < (9, 0) and c.cuda < (12, 1),
-        "{c.key} on Ada needs CUDA 12.1, torch was built with {c.found[1]}",
-    ),
-    Rule(
-        lambda c: c.recipe == "blockwise" and (c.capability < (9, 0) or c.cuda < (12, 9)),
-        "{c.key} needs compute capability 9.0 (Hopper or later) and CUDA 12.9, found {c.found[0]} and {c.found[1]}",
-    ),
-    Rule(
-        lambda c: c.recipe == "mxfp8" and not (10, 0) <= c.capability < (12, 0),
-        "{c.key} needs compute capability 10.x (Blackwell), this GPU has {c.found[0]}: choose another recipe",
-    ),
-)
 
 
 def fp8_seq_length_multiple(config: Config) -> int:
@@ -303,7 +136,7 @@ def _local_tokens(recipe: str, sequence_parallel: bool) -> int:
 
 
 def _step(recipe: str) -> int:
-    return 32 if recipe in ("mxfp8", _FP4) else 16
+    return 32 if recipe in ("mxfp8", FP4) else 16
 
 
 def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, seq_length: int, layout: ParallelLayout) -> None:

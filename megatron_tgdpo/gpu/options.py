@@ -17,12 +17,12 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities, detect
 from megatron_tgdpo.gpu.fp8 import (
     check_fp8_sizes,
-    check_precision,
     frozen_recipe,
     frozen_transformer_kwargs,
     policy_recipe,
     policy_transformer_kwargs,
 )
+from megatron_tgdpo.gpu.fp8_checks import check_precision
 from megatron_tgdpo.gpu.kernel_choice import LayerSpec, build_block_spec, choose_attention, choose_layer_spec
 from megatron_tgdpo.gpu.overlap import check_overlap
 from megatron_tgdpo.gpu.overlap import transformer_kwargs as overlap_kwargs

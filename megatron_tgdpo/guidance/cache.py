@@ -20,11 +20,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save_file
 
-from megatron_tgdpo.config.methods import Method
 from megatron_tgdpo.config.schema import Config, GuidanceConfig
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.gpu.fp8 import frozen_precision
+from megatron_tgdpo.loss.methods import Method
 from megatron_tgdpo.setup.fingerprints import weights_fingerprint
 from megatron_tgdpo.storage.atomic_file import replacing, write_atomically
 from megatron_tgdpo.storage.files import read_error

@@ -38,9 +38,9 @@ from megatron_tgdpo.guidance.cache import (
     write_manifest,
     write_shard,
 )
-from megatron_tgdpo.guidance.scorer import FrozenEngine, build_frozen_engine
+from megatron_tgdpo.guidance.frozen_logps import FrozenEngine, build_frozen_engine
 from megatron_tgdpo.models.config import check_layout
-from megatron_tgdpo.models.rounding import DRAWS, LogpDifference, logp_difference, rounding_noise
+from megatron_tgdpo.models.logp_tolerance import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.setup.datasets import Prepared, prepare_data
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files

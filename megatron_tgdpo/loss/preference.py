@@ -4,7 +4,7 @@ Legend: P pairs in the pack, B = 2P sequences, R response tokens of all sequence
 Sequences lie chosen_0, rejected_0, chosen_1, rejected_1, ...; log-probs are natural logarithms (nats), float32.
 
 Every loss is a :class:`LossFunction`: it returns the losses of one pack and the number that their sum over the global
-batch is divided by. config/methods.py has a row for each.
+batch is divided by. loss/methods.py has a row for each.
 """
 
 from collections.abc import Callable, Mapping

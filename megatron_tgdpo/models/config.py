@@ -77,7 +77,7 @@ def transformer_config_kwargs(
         "use_cpu_initialization": device.type == "cpu",
         # Weights always come from a checkpoint.
         "perform_initialization": False,
-        # The token slot of the loss carries the pair count (see training/forward.py).
+        # The token slot of the loss carries the pair count (see training/forward_step.py).
         "calculate_per_token_loss": True,
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,

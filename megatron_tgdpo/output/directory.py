@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.checkpoints.directory import saved_checkpoints
+from megatron_tgdpo.checkpoints.listing import saved_checkpoints
 from megatron_tgdpo.checkpoints.manifest import check_files
-from megatron_tgdpo.config.changes import INPUTS, RULE_OF, Inputs, Recorded, Rule, check_changes, find_changes, flatten
 from megatron_tgdpo.config.loading import read_recorded, to_dict, to_yaml
+from megatron_tgdpo.config.resume_compatibility import (
+    INPUTS,
+    POLICY_OF,
+    ChangePolicy,
+    Inputs,
+    Recorded,
+    check_changes,
+    find_changes,
+    flatten,
+)
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import DamageError, UserError
 from megatron_tgdpo.storage.atomic_file import write_atomically
@@ -70,7 +79,7 @@ def recorded_by(checkpoint: Path, metadata: Mapping[str, Any]) -> Recorded:
     """What a run was when it saved a checkpoint, whose ``tgdpo.json`` has this content."""
     # Checkpoints of versions that did not name all inputs have the data's fingerprint alone.
     inputs = metadata.get("inputs") or {"data.train": metadata.get("data_fingerprint")}
-    return Recorded(checkpoint, metadata.get("config") or {}, {key: inputs[key] for key in inputs if key in RULE_OF})
+    return Recorded(checkpoint, metadata.get("config") or {}, {key: inputs[key] for key in inputs if key in POLICY_OF})
 
 
 def record_start(config: Config, inputs: Inputs, step: int, steps: int) -> None:
@@ -122,7 +131,7 @@ def is_done(config: Config) -> bool:
     check_changes(recorded, changes, config.output_dir, asked=config.train.resume == "changed")
     theirs, ours = flatten(recorded.config), flatten(to_dict(config))
     moved = any(theirs.get(key) != ours[key] for key in INPUTS)
-    return not moved and all(change.rule is Rule.FREE for change in changes)
+    return not moved and all(change.policy is ChangePolicy.FREE for change in changes)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

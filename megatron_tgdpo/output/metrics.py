@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_tgdpo.loss.preference import PreferenceLoss
-from megatron_tgdpo.models.rounding import LogpDifference
+from megatron_tgdpo.models.logp_tolerance import LogpDifference
 
 # Bounds of the bins in which token weights are counted: finer near 1, as far as 10 from it. 0 is one of them, so that
 # negative weights have bins of their own.

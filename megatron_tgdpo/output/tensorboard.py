@@ -8,8 +8,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from megatron_tgdpo.config.changes import RULE_OF, Rule, flatten
 from megatron_tgdpo.config.loading import to_dict
+from megatron_tgdpo.config.resume_compatibility import POLICY_OF, ChangePolicy, flatten
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.output.logger import Logger
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, eval_group
@@ -95,7 +95,7 @@ def hyperparameters(config: Config) -> dict[str, str | float]:
     return {
         key: value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
         for key, value in flatten(to_dict(config)).items()
-        if value is not None and RULE_OF[key] in (Rule.ASKED, Rule.FIXED)
+        if value is not None and POLICY_OF[key] in (ChangePolicy.ASKED, ChangePolicy.FIXED)
     }
 
 

@@ -14,7 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_tgdpo import signals
-from megatron_tgdpo.errors import AgreedError, BadNodeError, StorageError, UserError
+from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo.resilience.requeue import exit_status
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -51,7 +52,7 @@ def run_and_exit(action: Callable[[int], int]) -> NoReturn:
             # It may keep the store from which the others learn the same.
             time.sleep(_LAST_WORDS_SECONDS)
         # At once: destructors of process groups may wait for ranks that will never come.
-        os._exit(_status(error))
+        os._exit(exit_status(error))
 
 
 def run_distributed(timeout_minutes: float, action: Callable[["RankEnvironment", "dist.Store"], int]) -> int:
@@ -75,18 +76,6 @@ def run_distributed(timeout_minutes: float, action: Callable[["RankEnvironment",
     dist.barrier()
     dist.destroy_process_group()
     return status
-
-
-def _status(error: BaseException) -> int:
-    if isinstance(error, signals.StoppedEarly):
-        return signals.STOPPED_STATUS
-    if isinstance(error, KeyboardInterrupt):
-        return signals.INTERRUPTED_STATUS
-    if isinstance(error, BadNodeError):
-        return signals.BAD_NODE_STATUS
-    if isinstance(error, StorageError):
-        return signals.STORAGE_STATUS
-    return 1 if isinstance(error, UserError) else signals.FAILED_STATUS
 
 
 def _report(error: BaseException, rank: int) -> None:

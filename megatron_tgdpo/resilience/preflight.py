@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoints.directory import saved_checkpoints
+from megatron_tgdpo.checkpoints.listing import saved_checkpoints
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import RankEnvironment, raise_on_all_ranks

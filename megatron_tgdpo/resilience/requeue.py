@@ -1,9 +1,10 @@
-"""What a launcher asks, in one process, before it starts the ranks: is the run finished, do restarts still help?
+"""Whether a run is started again: what its exit status asks of the launcher, and whether restarts still help.
 
     python -m megatron_tgdpo.resilience.requeue CONFIG.yaml section.key=value ... [--job ID] [--limit N]
 
-Prints the run's output directory. With ``--job`` it counts the launches of that job that begin at the same checkpoint,
-so that a run that cannot get further ends instead of being requeued for ever.
+is what a launcher asks, in one process, before it starts the ranks. It prints the run's output directory. With
+``--job`` it counts the launches of that job that begin at the same checkpoint, so that a run that cannot get further
+ends instead of being requeued for ever. The requeueing itself is ``launch/train.sbatch``'s.
 """
 
 import argparse
@@ -12,18 +13,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint
-from megatron_tgdpo.checkpoints.manifest import read_metadata
-from megatron_tgdpo.config.guide import guide_config
-from megatron_tgdpo.config.loading import load_config
-from megatron_tgdpo.errors import StorageError, UserError
-from megatron_tgdpo.output.directory import is_done
-from megatron_tgdpo.setup.hub_inputs import as_recorded
-from megatron_tgdpo.signals import STORAGE_STATUS
-from megatron_tgdpo.storage.atomic_file import write_atomically
-from megatron_tgdpo.storage.json_text import parse_json
+from megatron_tgdpo import signals
+from megatron_tgdpo.errors import BadNodeError, StorageError, UserError
 
 FINISHED_STATUS = 3
+
+
+def exit_status(error: BaseException) -> int:
+    """What a rank leaves with, by which ``launch/train.sbatch`` requeues the job or does not.
+
+    Requeued: 75 stopped early and saved, 76 a bad node (left out from then on), 74 storage failed, 70 anything
+    unexpected. Not requeued: 1 bad input, which would be met again. 130 is a person's second Ctrl-C.
+    """
+    if isinstance(error, signals.StoppedEarly):
+        return signals.STOPPED_STATUS
+    if isinstance(error, KeyboardInterrupt):
+        return signals.INTERRUPTED_STATUS
+    if isinstance(error, BadNodeError):
+        return signals.BAD_NODE_STATUS
+    if isinstance(error, StorageError):
+        return signals.STORAGE_STATUS
+    return 1 if isinstance(error, UserError) else signals.FAILED_STATUS
 
 
 def count_restart(output_dir: Path, job: str, limit: int) -> int:
@@ -36,6 +46,11 @@ def count_restart(output_dir: Path, job: str, limit: int) -> int:
         UserError: They are more than ``limit``, or the directory cannot be written.
         StorageError: Storage failed.
     """
+    # Only here: every rank asks this module for its exit status.
+    from megatron_tgdpo.checkpoints.listing import newest_checkpoint
+    from megatron_tgdpo.checkpoints.manifest import read_metadata
+    from megatron_tgdpo.storage.atomic_file import write_atomically
+
     newest = newest_checkpoint(output_dir)
     step = 0 if newest is None else read_metadata(newest).get("step")
     file = output_dir / "restarts.json"
@@ -58,6 +73,8 @@ def count_restart(output_dir: Path, job: str, limit: int) -> int:
 
 def _read(file: Path) -> dict[str, Any]:
     """What was noted before; nothing where that was damaged, since a count is not worth a run that does not start."""
+    from megatron_tgdpo.storage.json_text import parse_json
+
     try:
         noted = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -82,6 +99,11 @@ def main() -> int:
     parser.add_argument("--job", help="count the restarts of this job")
     parser.add_argument("--limit", type=int, default=5, help="restarts without a new checkpoint (default: %(default)s)")
     args = parser.parse_intermixed_args()
+    from megatron_tgdpo.config.guide import guide_config
+    from megatron_tgdpo.config.loading import load_config
+    from megatron_tgdpo.output.directory import is_done
+    from megatron_tgdpo.setup.hub_inputs import as_recorded
+
     try:
         config = load_config(args.config, args.overrides)
         if args.guide:
@@ -94,7 +116,7 @@ def main() -> int:
             count_restart(output_dir, args.job, args.limit)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return STORAGE_STATUS if isinstance(error, StorageError) else 1
+        return signals.STORAGE_STATUS if isinstance(error, StorageError) else 1
     return 0
 
 

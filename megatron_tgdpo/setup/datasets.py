@@ -15,8 +15,8 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.joined import join, open_sources
 from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.same_ids import LackingTokens
 from megatron_tgdpo.data.summary import lost_ends, lost_ends_warning, summary
+from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.setup.layout import whole_packs
 from megatron_tgdpo.storage.atomic_file import write_atomically

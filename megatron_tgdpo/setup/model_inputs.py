@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
+from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config

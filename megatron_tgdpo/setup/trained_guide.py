@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_tgdpo.config.changes import Inputs, Rule, find_changes
 from megatron_tgdpo.config.guide import guide_config
+from megatron_tgdpo.config.resume_compatibility import ChangePolicy, Inputs, find_changes
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.output.directory import DONE_FILE, recorded_run
@@ -44,7 +44,7 @@ def check_trained(config: Config, inputs: Inputs | None = None) -> None:
             inputs["model.reference"] = None
     if recorded is None:
         raise UserError(f"the guide {directory}: its checkpoints are gone: remove {directory} to train it again")
-    changes = [change for change in find_changes(recorded, guide, inputs) if change.rule is not Rule.FREE]
+    changes = [change for change in find_changes(recorded, guide, inputs) if change.policy is not ChangePolicy.FREE]
     if changes:
         raise UserError(
             f"the guide {directory} was trained with other values than section guide and the config say: "

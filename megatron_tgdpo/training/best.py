@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_tgdpo.checkpoints.best import Best, best_of_record, checkpoint_of, read_best
 from megatron_tgdpo.checkpoints.manifest import read_metadata
-from megatron_tgdpo.config.changes import Inputs
+from megatron_tgdpo.config.resume_compatibility import Inputs
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints import listing as checkpoint_directory
 from megatron_tgdpo.checkpoints.best import Best, write_best
 from megatron_tgdpo.checkpoints.save import StagedState, stage, write
 from megatron_tgdpo.config.schema import CheckpointConfig

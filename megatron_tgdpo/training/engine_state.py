@@ -18,7 +18,7 @@ from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.gpu.overlap import finish_param_gather
 from megatron_tgdpo.models.fp8_tensors import dequantised, history_shards, restore_history
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
-from megatron_tgdpo.training.sharding import load_optimizer_shards, optimizer_shards, weight_shards
+from megatron_tgdpo.training.sharded_optimizer_state import load_optimizer_shards, optimizer_shards, weight_shards
 
 logger = logging.getLogger(__name__)
 

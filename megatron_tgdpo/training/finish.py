@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_tgdpo.checkpoints.best import checkpoint_of, read_best
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import one_line

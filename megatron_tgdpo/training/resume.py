@@ -9,10 +9,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tgdpo.batching.sampler import Sampler
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints import listing as checkpoint_directory
 from megatron_tgdpo.checkpoints.integrity import find_damage
 from megatron_tgdpo.checkpoints.manifest import read_metadata
-from megatron_tgdpo.config.changes import Inputs, Recorded, check_changes, find_changes
+from megatron_tgdpo.config.resume_compatibility import Inputs, Recorded, check_changes, find_changes
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError, StorageError, UserError

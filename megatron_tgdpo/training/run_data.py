@@ -15,9 +15,9 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.sampler import DatasetPart, Sampler, make_sampler
-from megatron_tgdpo.checkpoints.directory import remove_incomplete
+from megatron_tgdpo.checkpoints.listing import remove_incomplete
 from megatron_tgdpo.checkpoints.model_directory import hf_files, model_files
-from megatron_tgdpo.config.changes import INPUTS, Inputs
+from megatron_tgdpo.config.resume_compatibility import INPUTS, Inputs
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.joined import JoinedDataset
@@ -113,7 +113,8 @@ def check_inputs(config: Config, prepared: Mapping[str, Prepared], ranks: RankEn
         store: Joins all ranks; its keys must be unused.
 
     Returns:
-        The same on every rank: a fingerprint for each key of ``config/changes.py: INPUTS``, None where it is not used.
+        The same on every rank: a fingerprint for each key of ``config/resume_compatibility.py: INPUTS``, None where it
+        is not used.
 
     Raises:
         UserError: On every rank: a file is not there, the data is damaged, or the cache is of something else; a

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
 from megatron_tgdpo.errors import AgreedError
-from megatron_tgdpo.frozen.forward import forward_logps
-from megatron_tgdpo.models.rounding import DRAWS, NEGLIGIBLE, LogpDifference, logp_difference, rounding_noise
+from megatron_tgdpo.frozen.forward_logps import forward_logps
+from megatron_tgdpo.models.logp_tolerance import DRAWS, NEGLIGIBLE, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.output.metrics import StepMetrics
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
 

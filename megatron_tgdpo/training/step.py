@@ -12,10 +12,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
-from megatron_tgdpo.config.methods import METHODS
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.output.metrics import StepMetrics, reduce_metrics
 from megatron_tgdpo.setup.engine import Engine
-from megatron_tgdpo.training.forward import forward_step
+from megatron_tgdpo.training.forward_step import forward_step
 
 
 def forward_backward(

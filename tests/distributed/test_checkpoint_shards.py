@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_tgdpo.batching.packer import plan_packs
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.distributed.layout import make_layout

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from megatron_tgdpo.signals import STOPPED_STATUS
 from tests.distributed.common import make_problem, merged, read_metrics, write_pairs
 from tests.launch import PATIENCE, ROOT, environment

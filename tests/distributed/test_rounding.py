@@ -11,7 +11,7 @@ import yaml
 
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.guidance.cache import GuidanceCache, write_manifest, write_shard
-from megatron_tgdpo.models.rounding import NEGLIGIBLE
+from megatron_tgdpo.models.logp_tolerance import NEGLIGIBLE
 from tests.distributed.common import merged, read_metrics, write_pairs
 from tests.processes import run_forked
 from tests.tiny_models import make_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_tgdpo.checkpoints.directory import complete_checkpoints
+from megatron_tgdpo.checkpoints.listing import complete_checkpoints
 from megatron_tgdpo.signals import STOPPED_STATUS
 from tests.distributed.common import make_problem, merged
 from tests.launch import ROOT, environment

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from tests.distributed.common import assert_same_weights, make_problem, merged, read_metrics
 from tests.launch import OTHER_PYTHON, run_module
 

@@ -25,7 +25,7 @@ from checkpoints_convert import export as export_module
 from checkpoints_convert.export import export_hf
 from checkpoints_convert.import_hf import import_hf
 from checkpoints_convert.logits import packed_outputs, packing_of
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints import listing as checkpoint_directory
 from megatron_tgdpo.checkpoints import save as checkpoint_save
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout

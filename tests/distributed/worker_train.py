@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from checkpoints_convert.export import export_hf
-from megatron_tgdpo.checkpoints.directory import newest_checkpoint
+from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import connect_store, read_rank_environment

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_tgdpo.checkpoints.directory import complete_checkpoints, saved_checkpoints
+from megatron_tgdpo.checkpoints.listing import complete_checkpoints, saved_checkpoints
 from megatron_tgdpo.signals import STORAGE_STATUS
 from tests.distributed.common import make_problem, merged
 from tests.processes import run_forked

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_tgdpo.checkpoints.directory import complete_checkpoints
+from megatron_tgdpo.checkpoints.listing import complete_checkpoints
 from tests.checkpoints import is_complete
 from tests.distributed.common import make_problem, merged
 from tests.launch import PATIENCE, ROOT, environment

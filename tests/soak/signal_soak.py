@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_tgdpo.checkpoints.directory import complete_checkpoints
+from megatron_tgdpo.checkpoints.listing import complete_checkpoints
 from megatron_tgdpo.signals import FAILED_STATUS, INTERRUPTED_STATUS, STOPPED_STATUS
 from tests.checkpoints import is_complete
 from tests.distributed.common import make_problem, merged

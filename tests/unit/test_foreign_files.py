@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints import listing as checkpoint_directory
 from megatron_tgdpo.checkpoints.manifest import FORMAT, _own_digest, read_manifest
 from megatron_tgdpo.data.manifest import DATA_SUFFIXES
 from megatron_tgdpo.data.manifest import read_manifest as read_dataset_manifest

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from megatron_tgdpo.checkpoints.manifest import _own_digest, read_manifest
 from megatron_tgdpo.checkpoints.model_directory import check_hf_files
-from megatron_tgdpo.config.changes import INPUTS, check_changes, find_changes
 from megatron_tgdpo.config.loading import config_from_dict, load_config, to_dict, to_yaml
+from megatron_tgdpo.config.resume_compatibility import INPUTS, check_changes, find_changes
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.preprocess import inspect_sources, preprocess, write_dataset

@@ -126,7 +126,9 @@ print("all")
     assert done.stdout.strip() == "all", done.stderr
 
 
-@pytest.mark.parametrize("module", ["megatron_tgdpo.config.changes", "megatron_tgdpo.data.encode", "tgdpo.__main__"])
+@pytest.mark.parametrize(
+    "module", ["megatron_tgdpo.config.resume_compatibility", "megatron_tgdpo.data.encode", "tgdpo.__main__"]
+)
 def test_what_starts_often_is_without_torch(module: str) -> None:
     """A config is read and checked, and a record encoded in a worker, without the seconds that torch's import takes."""
     heavy = ("torch", "megatron.core", "transformers")

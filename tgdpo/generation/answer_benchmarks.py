@@ -11,11 +11,11 @@ from megatron_tgdpo.data.encode import encode_prompt
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
+from tgdpo.generation.backends import open_sampler, sampling_settings
 from tgdpo.generation.journal import SUFFIX, Journal, finished_summary, summary_path, write_whole
 from tgdpo.generation.models import default_device, dtype_of, tokenizer_directory
 from tgdpo.generation.prompt_sets import BENCHMARKS, AnswerSet, Benchmark, Question
 from tgdpo.generation.questions import read_questions
-from tgdpo.generation.samplers import open_sampler, sampling_settings
 from tgdpo.generation.sampling import Request, Sampler, request_seed
 from tgdpo.generation.text_metrics import SELF_BLEU_ANSWERS, length_metrics, self_bleu
 

@@ -15,11 +15,11 @@ from megatron_tgdpo.data.example import as_keys
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
+from tgdpo.generation.backends import open_sampler, sampling_settings
 from tgdpo.generation.journal import SUFFIX, Journal, finished_summary, summary_path, write_whole
 from tgdpo.generation.models import default_device, dtype_of, fingerprint, tokenizer_directory
 from tgdpo.generation.prompts import Prompt, read_prompts
 from tgdpo.generation.rewards import FunctionScorer, RewardModelScorer, Scorer, as_plain
-from tgdpo.generation.samplers import open_sampler, sampling_settings
 from tgdpo.generation.sampling import Request, Sampler, request_seed
 from tgdpo.generation.text_metrics import length_metrics
 

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
+from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from tgdpo.generation.evaluation import (
     answer_metrics,

@@ -34,10 +34,10 @@ from megatron_tgdpo.batching.collate import PreferenceBatch, collate
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout
-from megatron_tgdpo.frozen.channel import FrozenChannel
 from megatron_tgdpo.frozen.communicator import ColocatedCommunicator, P2PBuffer
 from megatron_tgdpo.frozen.models import FrozenModels
 from megatron_tgdpo.frozen.prefetch import Prefetcher
+from megatron_tgdpo.frozen.prefetch_communicator import FrozenChannel
 from megatron_tgdpo.planning.pipeline_schedule import StageCosts, Timeline, interleaved, one_f_one_b, uniform
 from megatron_tgdpo.planning.prefetch import plan_prefetch
 

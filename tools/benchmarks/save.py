@@ -33,7 +33,7 @@ from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.storage.dtypes import DTYPES
 from megatron_tgdpo.training.checkpoint_saver import live_storages
 from megatron_tgdpo.training.engine_state import training_state
-from megatron_tgdpo.training.sharding import load_optimizer_shards
+from megatron_tgdpo.training.sharded_optimizer_state import load_optimizer_shards
 from tools.benchmarks.training_step.models import SHAPES, llama_config, write_model
 from tools.benchmarks.training_step.recorder import reset_peak, resident_bytes
 

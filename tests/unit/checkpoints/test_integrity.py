@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
 from megatron_tgdpo.checkpoints import integrity
+from megatron_tgdpo.checkpoints import listing as checkpoint_directory
 from megatron_tgdpo.checkpoints.integrity import find_damage
 from megatron_tgdpo.checkpoints.manifest import read_manifest
 from megatron_tgdpo.checkpoints.model_directory import copy_hf_files

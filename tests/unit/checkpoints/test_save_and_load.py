@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
 from checkpoints_convert.command_line import find_checkpoint
-from megatron_tgdpo.checkpoints import directory as checkpoint_directory
+from megatron_tgdpo.checkpoints import listing as checkpoint_directory
 from megatron_tgdpo.checkpoints.dcp_io import SafeReader
 from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.manifest import read_metadata

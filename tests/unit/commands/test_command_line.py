@@ -4,12 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from megatron_tgdpo.data.options import PreprocessOptions
-from tgdpo.command_line import (
-    add_columns_argument,
-    add_length_arguments,
-    add_template_arguments,
-    preprocess_options,
-)
+from tgdpo.command_line import add_columns_argument, add_length_arguments, add_template_arguments, preprocess_options
 
 GIVEN = {
     "--chat-template": "template.jinja",

@@ -170,7 +170,7 @@ def test_conversions_take_every_kind_of_their_side(
 
 def test_verify_takes_what_conversions_take(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
-    monkeypatch.setattr("checkpoints_convert.verification.verify", lambda given: asked.update(vars(given)))
+    monkeypatch.setattr("checkpoints_convert.compare_outputs.verify", lambda given: asked.update(vars(given)))
     monkeypatch.setattr("sys.argv", ["verify", "--hf", "owner/name", "--megatron", str(models / "run")])
     verify.main()
     from checkpoints_convert.command_line import find_checkpoint, find_hf

@@ -9,10 +9,10 @@ import pytest
 from megatron_tgdpo.config.checks import check
 from megatron_tgdpo.config.constraints import Rule, first_broken
 from megatron_tgdpo.config.loading import config_from_dict
-from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.config.rules import RULES
 from megatron_tgdpo.config.schema import Config, LossConfig
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.loss.methods import METHODS
 from tests.unit.config.test_loading import VALID
 
 # Text that may be anything: names of files, and of models and datasets.

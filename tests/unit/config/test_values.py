@@ -7,9 +7,9 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from megatron_tgdpo.config.changes import flatten
 from megatron_tgdpo.config.loading import load_config, read_recorded, to_yaml
 from megatron_tgdpo.config.names import ELSEWHERE
+from megatron_tgdpo.config.resume_compatibility import flatten
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.config.values import typed, typed_override
 from megatron_tgdpo.errors import UserError

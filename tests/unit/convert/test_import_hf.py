@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import pieces
-from checkpoints_convert.compare import different_weights
+from checkpoints_convert.compare_weights import different_weights
 from checkpoints_convert.import_hf import import_hf
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.reader import CheckpointReader

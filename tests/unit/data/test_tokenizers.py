@@ -12,7 +12,7 @@ from megatron_tgdpo.data.layouts import Example
 from megatron_tgdpo.data.tokenizers import NO_TEMPLATE, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from tests.tiny_models import make_tokenizer
-from tests.unit.data.test_same_ids import bos_by_post_processor
+from tests.unit.data.test_tokenizer_compatibility import bos_by_post_processor
 from tgdpo.generation.sampling import make_answer
 
 

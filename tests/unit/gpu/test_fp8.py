@@ -20,7 +20,6 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities, Version, detect, parse_version, untested_engine
 from megatron_tgdpo.gpu.fp8 import (
     check_fp8_sizes,
-    check_precision,
     frozen_params_fp8,
     frozen_precision,
     frozen_recipe,
@@ -28,6 +27,7 @@ from megatron_tgdpo.gpu.fp8 import (
     policy_recipe,
     policy_transformer_kwargs,
 )
+from megatron_tgdpo.gpu.fp8_checks import check_precision
 from megatron_tgdpo.gpu.options import check_gpu_options
 from megatron_tgdpo.gpu.overlap import check_overlap, ddp_config, optimizer_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig

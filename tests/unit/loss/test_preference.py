@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tgdpo.config.methods import METHODS
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.loss.preference import PreferenceLoss, guidance_token_weights, on_one_rank, sum_per_sequence
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "losses.json").read_text())

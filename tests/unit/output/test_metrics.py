@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.loss.preference import PreferenceLoss, sft_loss, tgdpo_loss
-from megatron_tgdpo.models.rounding import LogpDifference
+from megatron_tgdpo.models.logp_tolerance import LogpDifference
 from megatron_tgdpo.output import metrics as tables
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, pack_metrics, reduce_metrics
 

@@ -15,9 +15,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from megatron_tgdpo.config.loading import config_from_dict
-from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics
 from megatron_tgdpo.output.metrics_log import MetricsLog
 from megatron_tgdpo.output.tensorboard import WEIGHT_HISTOGRAM, chart_layout, hyperparameters

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tgdpo.checkpoints import listing, manifest
 from megatron_tgdpo.config.loading import config_from_dict
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import AgreedError, AgreedStorageError, BadNodeError, StorageError, UserError
 from megatron_tgdpo.output.directory import claim_output_dir, is_done, mark_done
 from megatron_tgdpo.resilience import requeue
+from megatron_tgdpo.signals import StoppedEarly
 from tests.unit.output.test_directory import values
 
 
@@ -16,9 +18,20 @@ from tests.unit.output.test_directory import values
 def at_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Says in a file which step the newest checkpoint is of."""
     file = tmp_path / "step"
-    monkeypatch.setattr(requeue, "newest_checkpoint", lambda output_dir: file)
-    monkeypatch.setattr(requeue, "read_metadata", lambda path: {"step": int(path.read_text())})
+    monkeypatch.setattr(listing, "newest_checkpoint", lambda output_dir: file)
+    monkeypatch.setattr(manifest, "read_metadata", lambda path: {"step": int(path.read_text())})
     return file
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (StoppedEarly("stopped"), 75), (KeyboardInterrupt(), 130), (BadNodeError("x"), 76), (StorageError("x"), 74),
+        (AgreedStorageError("x"), 74), (UserError("x"), 1), (AgreedError("x"), 1), (RuntimeError("x"), 70),
+    ],
+)  # fmt: skip
+def test_exit_status(error: BaseException, status: int) -> None:
+    assert requeue.exit_status(error) == status
 
 
 def test_restarts_at_one_step_are_limited(at_step: Path, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.layouts import parse_record
 from megatron_tgdpo.data.tokenizers import load_tokenizer
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.loss.preference import dpo_loss
 from megatron_tgdpo.output.metrics import pack_metrics, reduce_metrics
 from tests.reference import response_logps

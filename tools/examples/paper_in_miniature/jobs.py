@@ -21,7 +21,7 @@ _IMPORTED = [
     "megatron_tgdpo.resilience.heartbeat",
     "megatron_tgdpo.training.run",
     "checkpoints_convert.export",
-    "tgdpo.generation.samplers",
+    "tgdpo.generation.backends",
 ]
 
 

@@ -17,10 +17,10 @@ from megatron_tgdpo.data.encode import encode_prompt
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from tgdpo.command_line import run
+from tgdpo.generation.backends import make_generator
 from tgdpo.generation.models import default_device, dtype_of
 from tgdpo.generation.prompts import read_prompts
 from tgdpo.generation.rewards import as_plain
-from tgdpo.generation.samplers import make_sampler
 from tgdpo.generation.sampling import Request, request_seed
 from tools.examples.paper_in_miniature.language import MAX_WORDS, score
 
@@ -36,7 +36,7 @@ def judge(model: Path, prompts_file: Path, *, temperature: float, seed: int) -> 
     device = default_device()
     tokenizer = load_tokenizer(str(model), None)
     prompts = read_prompts(str(prompts_file))
-    sampler = make_sampler(
+    sampler = make_generator(
         "transformers",
         model,
         tokenizer,

@@ -15,7 +15,7 @@ from tgdpo.generation.transformers_sampler import TransformersSampler
 from tgdpo.generation.vllm_sampler import VllmSampler
 
 
-def make_sampler(
+def make_generator(
     backend: str,
     directory: Path,
     tokenizer: Tokenizer,
@@ -59,7 +59,7 @@ def open_sampler(
 ) -> Iterator[Sampler]:
     """The model of the command line, ready to sample; a Megatron checkpoint is exported for the time."""
     with hf_directory(given.model, given.scratch) as directory:
-        yield make_sampler(
+        yield make_generator(
             given.backend,
             directory,
             tokenizer,

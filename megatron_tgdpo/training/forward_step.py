@@ -25,9 +25,9 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
-from megatron_tgdpo.config.methods import METHODS
 from megatron_tgdpo.config.schema import LossConfig
 from megatron_tgdpo.frozen.colocated import TokenLogps
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.loss.preference import OverRanks, PreferenceLoss
 from megatron_tgdpo.output.metrics import PackMetrics, pack_metrics
 

@@ -18,7 +18,7 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
 
 
-class Rule(Enum):
+class ChangePolicy(Enum):
     """When a key may have another value than the run had so far."""
 
     START = "each start's own: it says how this start goes, and is not compared"
@@ -27,9 +27,9 @@ class Rule(Enum):
     FIXED = "never: with another value it is another run"
 
 
-RULES: dict[Rule, tuple[str, ...]] = {
-    Rule.START: ("train.resume", "train.branch_from", "train.rehash", "train.exit_step"),
-    Rule.FREE: (
+CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
+    ChangePolicy.START: ("train.resume", "train.branch_from", "train.rehash", "train.exit_step"),
+    ChangePolicy.FREE: (
         "model.layer_spec",
         # The guide that comes of these is compared by its content, as any guide.
         "guide.method", "guide.beta", "guide.gamma", "guide.lr", "guide.steps", "guide.epochs", "guide.output_dir",
@@ -49,7 +49,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "preflight.enabled", "preflight.slow_group_ratio",
         "output_dir",
     ),
-    Rule.ASKED: (
+    ChangePolicy.ASKED: (
         "model.reference", "model.guide",
         "data.train", "data.max_length", "data.max_prompt_length", "data.overlong_prompt", "data.chat_template",
         "data.template_kwargs",
@@ -61,7 +61,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "precision.fp8_params", "precision.fp4", "precision.first_last_layers_bf16", "precision.frozen",
         "train.steps", "train.epochs",
     ),
-    Rule.FIXED: (
+    ChangePolicy.FIXED: (
         "model.policy",  # its weights were where the run began, and are its reference by default
         "data.tokenizer",  # the embedding was trained on its ids
         "data.shuffle", "train.seed",  # the order of the epoch under way
@@ -69,7 +69,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
         "precision.dtype",  # of the weights in the checkpoint
     ),
 }  # fmt: skip
-RULE_OF = {key: rule for rule, keys in RULES.items() for key in keys}
+POLICY_OF = {key: policy for policy, keys in CHANGE_POLICIES.items() for key in keys}
 
 # Keys that name files, with what they name.
 INPUTS = {
@@ -115,8 +115,8 @@ class Change:
     now: Any
 
     @property
-    def rule(self) -> Rule:
-        return RULE_OF[self.key]
+    def policy(self) -> ChangePolicy:
+        return POLICY_OF[self.key]
 
     def __str__(self) -> str:
         if self.key in INPUTS:
@@ -129,7 +129,7 @@ class Change:
 
 
 def find_changes(recorded: Recorded, config: Config, inputs: Inputs | None) -> list[Change]:
-    """Compares a run with what is to continue it, key by key, in the order of :data:`RULES`.
+    """Compares a run with what is to continue it, key by key, in the order of :data:`CHANGE_POLICIES`.
 
     Args:
         recorded: The run so far.
@@ -140,11 +140,11 @@ def find_changes(recorded: Recorded, config: Config, inputs: Inputs | None) -> l
     defaults = flatten(OmegaConf.to_container(OmegaConf.structured(Config)))  # type: ignore[arg-type]
     theirs, ours = {**defaults, **flatten(recorded.config)}, flatten(to_dict(config))
     changes = []
-    for key, rule in RULE_OF.items():
+    for key, policy in POLICY_OF.items():
         if key in INPUTS:
             if inputs is not None and key in recorded.inputs and recorded.inputs[key] != inputs[key]:
                 changes.append(Change(key, recorded.inputs[key], inputs[key]))
-        elif rule is not Rule.START and theirs[key] != ours[key]:
+        elif policy is not ChangePolicy.START and theirs[key] != ours[key]:
             changes.append(Change(key, theirs[key], ours[key]))
     return changes
 
@@ -156,18 +156,18 @@ def check_changes(recorded: Recorded, changes: list[Change], output_dir: str, *,
         recorded: The run so far.
         changes: From :func:`find_changes`.
         output_dir: Where it is to be continued.
-        asked: Whether keys of ``Rule.ASKED`` may change.
+        asked: Whether keys of ``ChangePolicy.ASKED`` may change.
 
     Raises:
         UserError: It names the keys.
     """
-    fixed = [change for change in changes if change.rule is Rule.FIXED]
+    fixed = [change for change in changes if change.policy is ChangePolicy.FIXED]
     if fixed:
         raise UserError(
             f"{recorded.source} cannot be continued with {_listed(fixed)}: that makes another run, which may start "
             f"from the weights of this one: model.policy=RUN/checkpoints/step_N, output_dir not {output_dir}"
         )
-    unasked = [change for change in changes if change.rule is Rule.ASKED]
+    unasked = [change for change in changes if change.policy is ChangePolicy.ASKED]
     if unasked and not asked:
         raise UserError(
             f"{recorded.source} was made with other values: {_listed(unasked)}: give train.resume=changed to continue "

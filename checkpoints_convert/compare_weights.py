@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.check import check_checkpoint
+from checkpoints_convert.check_parameters import check_checkpoint
 from checkpoints_convert.pieces import Piece, all_pieces, share
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_tgdpo.training.sharding import boxes
+from megatron_tgdpo.training.sharded_optimizer_state import boxes
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 5), (1, 6), (6, 1), (3, 2, 4)])

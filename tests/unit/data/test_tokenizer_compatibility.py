@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tgdpo.data.dataset import open_or_preprocess
 from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.same_ids import LackingTokens, compare_tokenizers
+from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.errors import UserError
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from checkpoints_convert.command_line import dtype_of, find_checkpoint, find_hf
-from checkpoints_convert.compare import different_weights
+from checkpoints_convert.compare_weights import different_weights
 from checkpoints_convert.layout_options import Session, open_session
 from checkpoints_convert.logits import RowOutputs, packed_outputs
 from checkpoints_convert.probes import Probe, Reference, long_length, make_probes, reference_outputs, spans

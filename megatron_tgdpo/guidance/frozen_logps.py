@@ -22,7 +22,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.frozen.colocated import ColocatedModel, TokenLogps
 from megatron_tgdpo.frozen.communicator import ColocatedCommunicator
-from megatron_tgdpo.frozen.forward import forward_logps
+from megatron_tgdpo.frozen.forward_logps import forward_logps
 from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.setup.layout import pack_format
 from megatron_tgdpo.setup.models import load_frozen_models

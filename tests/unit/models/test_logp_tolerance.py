@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.models.rounding import NEGLIGIBLE, LogpDifference, logp_difference
+from megatron_tgdpo.models.logp_tolerance import NEGLIGIBLE, LogpDifference, logp_difference
 
 
 def test_difference_of_some_packs(single_rank_group: dist.ProcessGroup) -> None:

@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.config.changes import INPUTS, RULE_OF, RULES, Recorded, Rule, check_changes, find_changes, flatten
 from megatron_tgdpo.config.loading import config_from_dict, to_dict
+from megatron_tgdpo.config.resume_compatibility import (
+    CHANGE_POLICIES,
+    INPUTS,
+    POLICY_OF,
+    ChangePolicy,
+    Recorded,
+    check_changes,
+    find_changes,
+    flatten,
+)
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
 from tests.unit.config.test_loading import VALID
@@ -25,19 +34,19 @@ def changed(**sections: dict[str, Any]) -> Config:
 
 
 def test_every_key_has_exactly_one_rule() -> None:
-    assert set(RULE_OF) == set(flatten(to_dict(CONFIG)))
-    assert set(Counter(key for keys in RULES.values() for key in keys).values()) == {1}
-    assert set(INPUTS) <= set(RULE_OF)
+    assert set(POLICY_OF) == set(flatten(to_dict(CONFIG)))
+    assert set(Counter(key for keys in CHANGE_POLICIES.values() for key in keys).values()) == {1}
+    assert set(INPUTS) <= set(POLICY_OF)
 
 
 def test_the_documentation_has_the_same_table() -> None:
     text = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
-    for rule, keys in RULES.items():
+    for rule, keys in CHANGE_POLICIES.items():
         (row,) = [line for line in text.splitlines() if line.startswith(f"| {rule.value.split(':')[0]} |")]
         named = set(re.findall(r"`([a-z_0-9.]+)`", row.split("|")[2]))
         sections = {name for name in named if "." not in name and name != "output_dir"}
         assert {key for key in keys if key.split(".")[0] not in sections} == named - sections
-        assert all(RULE_OF[key] is rule for key in RULE_OF if key.split(".")[0] in sections)
+        assert all(POLICY_OF[key] is rule for key in POLICY_OF if key.split(".")[0] in sections)
 
 
 def test_the_same_run_has_no_changes() -> None:
@@ -76,7 +85,7 @@ def test_files_are_compared_by_content_and_not_by_path() -> None:
     assert find_changes(RUN, moved, None) == []
     (guide,) = find_changes(RUN, CONFIG, {**CONTENT, "model.guide": "f" * 64})
     assert str(guide) == "model.guide of other weights (ffffffffffff, was model.guide )"
-    assert guide.rule is Rule.ASKED
+    assert guide.policy is ChangePolicy.ASKED
     (policy,) = find_changes(RUN, CONFIG, {**CONTENT, "model.policy": "f" * 64})
     with pytest.raises(UserError, match=r"cannot be continued with model\.policy of other weights"):
         check_changes(RUN, [policy], OUT, asked=True)
