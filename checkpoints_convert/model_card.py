@@ -18,8 +18,7 @@ from megatron_tgdpo.checkpoints.best import Best, best_of_record, read_best
 from megatron_tgdpo.data.sources import read_sets, read_sources
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.loss.methods import METHODS
-from megatron_tgdpo.output.directory import METRICS_FILE
-from megatron_tgdpo.setup.datasets import SUMMARY_FILE
+from megatron_tgdpo.output.directory import METRICS_FILE, SUMMARY_FILE
 from megatron_tgdpo.storage.hub import HubName, hub_name, local_path
 from megatron_tgdpo.storage.json_text import parse_json
 from megatron_tgdpo.storage.yaml_text import read_yaml

@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
         template: the chat template, None if there is none.
         fingerprint: sha256 (hex) of what determines the ids, BOS and EOS.
         ids_fingerprint: sha256 (hex) of what determines the ids of a text alone. Two that differ may still encode alike
-            (`same_ids.py`).
+            (`tokenizer_compatibility.py`).
         template_fingerprint: sha256 (hex) of the template's source and of the variables it is given, ``none`` without
             one.
     """

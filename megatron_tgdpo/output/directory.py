@@ -26,6 +26,7 @@ from megatron_tgdpo.storage.files import read_error, write_error
 from megatron_tgdpo.storage.json_text import parse_json
 
 METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "data_summary.json"  # what became of the records of each data source
 DONE_FILE = "DONE"
 CONFIG_FILE = "config.yaml"
 INPUTS_FILE = "inputs.json"

@@ -18,14 +18,12 @@ from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.summary import lost_ends, lost_ends_warning, summary
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.output.directory import SUMMARY_FILE
 from megatron_tgdpo.setup.layout import whole_packs
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.hub import local_path
 
 logger = logging.getLogger(__name__)
-
-# In the output directory.
-SUMMARY_FILE = "data_summary.json"
 
 
 @dataclass(frozen=True)

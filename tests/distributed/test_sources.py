@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tgdpo.setup.datasets import SUMMARY_FILE
+from megatron_tgdpo.output.directory import SUMMARY_FILE
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.hub import Hub, serving
 from tests.launch import run_module

@@ -31,7 +31,7 @@ frozen          loss distributed batching config models planning
 gpu             errors distributed config models planning
 setup           errors signals distributed storage data checkpoints batching config models output frozen gpu
 resilience      errors signals mcore_compat distributed storage checkpoints config models output setup
-guidance        errors intervals distributed storage data checkpoints batching config models output frozen gpu \
+guidance        errors intervals loss distributed storage data checkpoints batching config models output frozen gpu \
                 setup resilience
 training        errors signals loss distributed storage data checkpoints batching config models planning output frozen \
                 gpu setup resilience guidance

@@ -44,7 +44,7 @@ class Relied:
 
 
 _SAVE, _LOAD, _FP8 = "checkpoints/save.py", "checkpoints/load.py", "models/fp8_tensors.py"
-_SHARDING = "training/sharding.py"
+_SHARDING = "training/sharded_optimizer_state.py"
 _TORCH = "dist_checkpointing.strategies.torch"
 _DISTRIBUTED_OPTIMIZER = "optimizer.distrib_optimizer.DistributedOptimizer"
 _SCHEDULES = "pipeline_parallel.schedules"
@@ -110,7 +110,7 @@ CONTRACT = [
            "lr_decay_steps lr_decay_style start_wd end_wd wd_incr_steps wd_incr_style",
            "setup/engine.py setup/learning_rate.py", "learning rate by step"),
     # Schedules, and what travels between stages.
-    Relied("pipeline_parallel.get_forward_backward_func", "pp_size vp_size", "frozen/forward.py training/step.py",
+    Relied("pipeline_parallel.get_forward_backward_func", "pp_size vp_size", "frozen/forward_logps.py training/step.py",
            "the schedule"),
     Relied(f"{_SCHEDULES}.forward_backward_pipelining_without_interleaving", "forward_step_func data_iterator model "
            "num_microbatches seq_length micro_batch_size forward_only p2p_communicator pg_collection", "",

@@ -257,10 +257,10 @@ def test_damaged_notes_of_restarts_do_not_keep_a_run_from_starting(run: Path, te
 def two_ranks(monkeypatch: pytest.MonkeyPatch, finder: int, second: Any) -> None:
     """This process is rank ``finder`` of two, and the other one reports nothing at first and ``second`` then."""
 
-    def gather(reports: list[Any], mine: Any) -> None:
+    def gather(reports: list[Any], mine: Any, group: Any = None) -> None:
         reports[:] = [mine if rank == finder else None for rank in range(2)]
 
-    def broadcast(values: list[Any], src: int) -> None:
+    def broadcast(values: list[Any], src: int, group: Any = None) -> None:
         assert src == 1 - finder
         values[0] = second
 
