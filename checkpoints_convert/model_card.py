@@ -4,7 +4,6 @@ Names of files and directories stand in it without their paths.
 """
 
 import importlib.metadata
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -55,7 +54,14 @@ def model_card(checkpoint: Path, metadata: Mapping[str, Any]) -> str | None:
     if base is not None:
         front["base_model"] = base.repo
     name = Path(str(config.get("output_dir"))).name or "a run"
-    lines = ["---", yaml.safe_dump({**front, "tags": tags}, sort_keys=False).strip(), "---", "", f"# {name}", ""]
+    lines = [
+        "---",
+        yaml.safe_dump({**front, "tags": tags}, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {_plain(name)}",
+        "",
+    ]
     lines += [
         f"The policy after step {step} of a training with {method}, by megatron-tgdpo {__version__}.",
         "",
@@ -92,7 +98,7 @@ def _facts(
     if data.get("chat_template"):
         yield "chat template", _file_name(data["chat_template"])
     if data.get("template_kwargs"):
-        yield "chat template's variables", json.dumps(data["template_kwargs"], ensure_ascii=False)
+        yield "chat template's variables", ", ".join(map(str, data["template_kwargs"]))
     optimizer, train = _section(config, "optimizer"), _section(config, "train")
     batch, precision = _section(config, "batch"), _section(config, "precision")
     yield "steps", f"{step}, of {batch.get('global_pairs')} pairs each; seed {train.get('seed')}"
@@ -133,7 +139,7 @@ def _metrics(run: Path, step: int, best: Best | None) -> list[str]:
     if not at_step:
         return []
     columns = {f"step {step}": at_step}
-    if last.get("step") != at_step.get("step"):
+    if last and last.get("step") != at_step.get("step"):
         columns[f"step {last['step']:.0f}, the last so far"] = last
     groups = sorted(name.removesuffix("/loss") for name in at_step if re.fullmatch("eval(/.+)?/loss", name))
     names = [*_SHOWN, *(f"{group}/{name.removeprefix('train/')}" for group in groups for name in _SHOWN)]
@@ -149,7 +155,7 @@ def _metrics(run: Path, step: int, best: Best | None) -> list[str]:
         recorded = best
     if recorded is not None:
         which = "this step" if recorded.step == step else f"step {recorded.step}"
-        lines += [f"Best by `{recorded.metric}` ({recorded.mode}): {which}, {recorded.value:.4g}.", ""]
+        lines += [f"Best by {_plain(recorded.metric)} ({recorded.mode}): {which}, {recorded.value:.4g}.", ""]
     return lines
 
 
@@ -159,14 +165,23 @@ def _logged(run: Path, step: int | None) -> dict[str, float]:
     try:
         with (run / METRICS_FILE).open("rb") as file:
             for line in file:
-                record = parse_json(line)
+                try:
+                    record = parse_json(line)
+                except ValueError:
+                    continue  # the last line of a run that was killed
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    continue
                 if step is not None and record["step"] > step:
                     break
                 evaluated = {name: value for name, value in found.items() if name.startswith("eval/")}
-                found = {**evaluated, **record}
-    except (OSError, ValueError, TypeError, KeyError):
+                found = {**evaluated, **{name: value for name, value in record.items() if _is_number(value)}}
+    except OSError:
         return {}
     return found if step is None or found.get("step") == step else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _summary(run: Path) -> dict[str, list[Mapping[str, Any]]]:
@@ -227,4 +242,9 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     cells = [head, ("---",) * len(head), *rows]
-    return [f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in row)} |" for row in cells]
+    return [f"| {' | '.join(_plain(cell) for cell in row)} |" for row in cells]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`<>|\[\]!*])", r"\\\1", " ".join(text.split()))

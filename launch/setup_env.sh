@@ -32,7 +32,9 @@ if command -v flock >/dev/null; then flock 9; fi
 
 # A name on the PATH is not enough: version managers leave launchers for versions they do not run.
 python=
-for candidate in ${PYTHON:-python3.12 python3.11 python3.10 python3.13 python3}; do
+candidates=(python3.12 python3.11 python3.10 python3.13 python3)
+[ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+for candidate in "${candidates[@]}"; do
   if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' \
     >/dev/null 2>&1; then
     python=$candidate
@@ -55,13 +57,17 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
   exit 0
 fi
 
-if [ -e "$venv" ]; then
-  [ -f "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv")" ] ||
-    fail "$venv exists and is not a virtual environment: move it away or name another directory"
+begun=$venv/.begun
+if [ -e "$venv" ] && [ -n "$(ls -A "$venv")" ]; then
+  # Never what somebody else made.
+  [ -f "$stamp" ] || [ -f "$begun" ] ||
+    fail "$venv exists and was not made by this script: move it away or name another directory"
   echo "environment $venv: unfinished or for another set-up, made anew"
   rm -rf "$venv"
 fi
 echo "environment $venv: $("$python" --version), $TORCH_SPEC, this project${extras:+ with [$extras]}; takes minutes"
+mkdir -p "$venv"
+touch "$begun"
 "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
 # torch in a call of its own, so that the choice of build above is not reopened by what depends on it.

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +58,8 @@ def best_of_record(content: Any) -> Best | None:
         return None
     texts = all(isinstance(text, str) for text in (best.metric, best.mode, best.basis))
     known = texts and best.mode in ("max", "min") and type(best.step) is int
-    return best if known and isinstance(best.value, int | float) and math.isfinite(best.value) else None
+    # Neither NaN nor what no float holds.
+    return best if known and isinstance(best.value, int | float) and abs(best.value) < 1e300 else None
 
 
 def read_best(output_dir: Path) -> Best | None:
@@ -108,14 +108,3 @@ def checkpoint_of(output_dir: Path, best: Best) -> Path | None:
         logger.warning("%s; it was the best checkpoint", error)
         return None
     return path
-
-
-def best_checkpoint(output_dir: Path) -> Path | None:
-    """The best checkpoint of a training output directory; None if none is recorded, or if it is not there whole.
-
-    Raises:
-        UserError: It is of another format version.
-        StorageError: Something cannot be read.
-    """
-    best = read_best(output_dir)
-    return None if best is None else checkpoint_of(output_dir, best)

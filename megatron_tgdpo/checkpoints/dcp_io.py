@@ -66,6 +66,9 @@ class _TensorProperties(TensorProperties):
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = _OTHER_NAMES.get(module, module)
+        if module == "pathlib" and name in _METADATA_CLASSES[module]:
+            # Not the class, which a prepared file could change for this whole process.
+            return lambda *parts: "/".join(parts)
         if name in _METADATA_CLASSES.get(module, ()):
             found = super().find_class(module, name)
             return _TensorProperties if found is TensorProperties else found
@@ -100,7 +103,7 @@ class SafeReader(dcp.FileSystemReader):
             if getattr(self._metadata, "storage_meta", None) is None:
                 self._metadata.storage_meta = StorageMeta()
             for info in self._metadata.storage_data.values():
-                if os.path.basename(info.relative_path) != info.relative_path:
+                if os.path.basename(info.relative_path) != info.relative_path or info.relative_path in ("", ".", ".."):
                     raise pickle.UnpicklingError(f"{info.relative_path} leads out of the checkpoint")
         return self._metadata
 

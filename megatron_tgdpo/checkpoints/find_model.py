@@ -30,7 +30,7 @@ def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
             reached. One line that begins with ``what``.
         StorageError: Storage or the Hub failed, which may pass.
     """
-    name = hub_name(str(text))
+    name = None if is_best(text) else hub_name(str(text))
     if name is None:
         return find_local_model(text, what)
     with naming(what, _near(Path(text))):
@@ -41,9 +41,9 @@ def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
 def find_local_model(text: str | Path, what: str) -> Path:
     """As :func:`find_model`, without asking the Hub: of its names, only those that are pinned to a commit are known."""
     path = local_path(str(text))
-    if path.name == BEST and not path.exists() and is_output_dir(path.parent):
+    if is_best(path):
         return _best_of_run(path.parent, what)
-    if not path.exists():
+    if not is_there(path):
         raise UserError(f"{what} {path}: no such directory{_near(path)}")
     if not path.is_dir():
         raise UserError(f"{what} {path}: a file: name the directory of the model")
@@ -80,17 +80,32 @@ def find_local_model(text: str | Path, what: str) -> Path:
     return checkpoint
 
 
+def is_best(text: str | Path) -> bool:
+    """Whether a text means the best checkpoint of a run on this machine, whatever else has such a name."""
+    path = Path(text)
+    return path.name == BEST and is_there(path.parent) and is_output_dir(path.parent)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or directory; not where its name is longer than names can be."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _best_of_run(output_dir: Path, what: str) -> Path:
-    from megatron_tgdpo.checkpoints.best import best_checkpoint
+    from megatron_tgdpo.checkpoints.best import checkpoint_of, read_best
 
     with naming(what):
-        best = best_checkpoint(output_dir)
-    if best is None:
-        raise UserError(
-            f"{what} {output_dir / BEST}: the run has no best checkpoint (checkpoint.best_metric): "
-            f"name {output_dir} for its newest one"
+        best = read_best(output_dir)
+        path = None if best is None else checkpoint_of(output_dir, best)
+    if path is None:
+        gone = (
+            "no best checkpoint (checkpoint.best_metric)" if best is None else f"lost its best one, of step {best.step}"
         )
-    return best
+        raise UserError(f"{what} {output_dir / BEST}: the run has {gone}: name {output_dir} for its newest one")
+    return path
 
 
 def is_output_dir(path: Path) -> bool:

@@ -60,7 +60,9 @@ def saved_checkpoints(output_dir: Path) -> list[Path]:
     Raises:
         StorageError: The directory cannot be read.
     """
-    found = [path for path in _entries(output_dir / "checkpoints") if path.name[5:].isdigit()]
+    found = [
+        path for path in _entries(output_dir / "checkpoints") if path.name[5:].isascii() and path.name[5:].isdecimal()
+    ]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 

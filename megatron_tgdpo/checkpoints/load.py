@@ -37,7 +37,7 @@ from megatron_tgdpo.storage.atomic_directory import describe, load_error
 
 _LOADING_ERRORS = (
     pickle.UnpicklingError, OSError, MemoryError, EOFError, LookupError, AttributeError, TypeError, ValueError,
-    RuntimeError,
+    ArithmeticError, RuntimeError,
 )  # fmt: skip
 
 

@@ -11,6 +11,9 @@ from megatron_tgdpo.config.constraints import Rule
 from megatron_tgdpo.config.schema import Config, GuideConfig, LossConfig
 from megatron_tgdpo.loss.methods import METHODS
 
+# What a run makes in its output directory; "best" is a name for one of its checkpoints.
+_OWN = ("best", "checkpoints", "data", "hf", "logs", "tensorboard")
+
 
 def _sequence_multiple(c: Config) -> int:
     """What each sequence is padded to a multiple of, see batching/packed_sequence.py."""
@@ -19,6 +22,14 @@ def _sequence_multiple(c: Config) -> int:
 
 def _interleaved(c: Config) -> bool:
     return c.parallel.virtual_pipeline not in (None, 1)
+
+
+def _is_of_the_run(guide: Path, run: Path) -> bool:
+    """Whether the guide's run would share a directory with the policy's, by whatever names."""
+    guide, run = guide.resolve(), run.resolve()
+    return (
+        guide == run or guide in run.parents or (guide.is_relative_to(run) and guide.relative_to(run).parts[0] in _OWN)
+    )
 
 
 def _is_trained_here(c: Config) -> bool:
@@ -74,8 +85,8 @@ MODELS = (
         "set at most one of guide.steps and guide.epochs",
     ),
     Rule(
-        lambda c: c.guide.method is not None and Path(c.guide_dir) == Path(c.output_dir),
-        "guide.output_dir is output_dir: the guide's run needs one of its own",
+        lambda c: c.guide.method is not None and _is_of_the_run(Path(c.guide_dir), Path(c.output_dir)),
+        "guide.output_dir is {c.guide_dir}, where output_dir's own files are or lie above: name another directory",
     ),
     Rule(
         lambda c: "guide" not in c.method.frozen and c.model.guide is not None,

@@ -28,6 +28,9 @@ _LEGEND_CHARACTERS = 130  # that fit side by side
 # More training steps than this are drawn as their running mean, with the steps themselves pale behind it.
 _SMOOTHED_ABOVE, _WINDOWS = 60, 40
 
+# Above it the arithmetic of axes overflows; NaN is not below it either.
+_LARGEST = 1e300
+
 Record = Mapping[str, float]
 
 
@@ -73,7 +76,7 @@ def read_records(run: Path) -> list[Record]:
                     record = json.loads(line)
                 except (ValueError, RecursionError):
                     continue  # the last line of a run that was killed
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] < 1 << 53:
                     records.append({name: value for name, value in record.items() if isinstance(value, int | float)})
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run}: no {METRICS_FILE} there: name the output directory of a training") from None
@@ -102,6 +105,8 @@ def draw(runs: Mapping[str, Sequence[Record]], out: Path) -> None:
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     panels = [panel for panel in _PANELS if any(_has(records, panel) for records in runs.values())][:4]
     columns = 1 if len(panels) == 1 else 2
+    if not panels:
+        raise UserError("no step has any of the metrics that are drawn: name the output directory of a training")
     labels: dict[str, Any] = {}
     for number, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, number)
@@ -115,9 +120,13 @@ def draw(runs: Mapping[str, Sequence[Record]], out: Path) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
     title = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs; thin lines: training, with dots: evaluation"
-    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left", parse_math=False)
     columns = max(1, _LEGEND_CHARACTERS // (6 + max(map(len, labels), default=0)))
-    figure.legend(labels.values(), labels.keys(), loc="outside lower left", ncols=columns, frameon=False, fontsize=10)
+    legend = figure.legend(
+        labels.values(), labels.keys(), loc="outside lower left", ncols=columns, frameon=False, fontsize=10
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     try:
         with replacing(out) as temporary:
             figure.savefig(temporary, dpi=_DPI, format=out.suffix.lower().lstrip("."))
@@ -157,7 +166,8 @@ def _draw_training(axes: Any, panel: _Panel, records: Sequence[Record], colour: 
     if window > 1 and run is None:
         axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.25)
     smooth = _running_mean(values, window)
-    label = run or "training"
+    # matplotlib keeps names that begin with _ out of its legends.
+    label = run.replace("_", "\N{ZERO WIDTH SPACE}_", 1) if run and run.startswith("_") else run or "training"
     label += f" (mean of {window} steps)" if window > 1 else ""
     axes.plot(steps, smooth, color=colour, linewidth=1.2, alpha=0.75, label=label)
     if panel.spread is not None and run is None:
@@ -175,7 +185,7 @@ def _groups(records: Sequence[Record]) -> list[str]:
 
 def _series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric, where it is a finite number."""
-    found = [(int(r["step"]), float(r[name])) for r in records if name in r and math.isfinite(r[name])]
+    found = [(int(r["step"]), float(r[name])) for r in records if name in r and abs(r[name]) < _LARGEST]
     return [step for step, _ in found], [value for _, value in found]
 
 

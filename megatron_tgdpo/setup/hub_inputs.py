@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoints.find_model import find_local_model, is_output_dir, naming
+from megatron_tgdpo.checkpoints.find_model import find_local_model, is_best, is_output_dir, naming
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import prepared_prefix
 from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_all_ranks, run_on_rank0
@@ -145,7 +145,9 @@ def _fetch_all(config: Config, *, weights: bool) -> dict[str, dict[str, str]]:
         if text is not None:
             _pin_model(key, text, recorded, pins, weights=weights)
     # Where it is not of a model, it is looked at with the data.
-    if data.tokenizer is not None and (hub_name(data.tokenizer) or is_output_dir(Path(data.tokenizer))):
+    if data.tokenizer is not None and (
+        hub_name(data.tokenizer) or is_best(data.tokenizer) or is_output_dir(Path(data.tokenizer))
+    ):
         _pin_model("data.tokenizer", data.tokenizer, recorded, pins, weights=False)
     for name, sources in config.datasets.items():
         for source in sources:
@@ -158,7 +160,7 @@ def _fetch_all(config: Config, *, weights: bool) -> dict[str, dict[str, str]]:
 
 def _pin_model(key: str, text: str, recorded: Pins, pins: dict[str, dict[str, str]], *, weights: bool) -> None:
     """Finds what a key names, and adds a pin where that may be another thing tomorrow."""
-    if hub_name(text):
+    if hub_name(text) and not is_best(text):
         if text not in pins[MODEL]:
             with naming(key):
                 pins[MODEL][text] = _fetch(recorded[MODEL].get(text, text), MODEL, weights=weights)

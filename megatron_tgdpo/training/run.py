@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
 from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
+from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.training.best import check_best_metric
 from megatron_tgdpo.training.export import Exporter
 from megatron_tgdpo.training.resume import begin, find_start
@@ -80,7 +82,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exp
 def dry_run(config: Config, world_size: int) -> str:
     """The resolved config, the parallel layout, and parameters and memory per rank, without loading anything."""
     layout = layout_of(config.parallel, world_size)
-    config = pin_here(config, weights=False)
+    given, config = config, pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
     check_layout(configs, layout)
     check_best_metric(config)
@@ -95,7 +97,9 @@ def dry_run(config: Config, world_size: int) -> str:
         config.seq_length // layout.context, config.longest_sequence, config.precision.parameter_bytes, gathered, keep
     )
     memory = rank_memory(configs["policy"], frozen, layout, pack, config.train.recompute, linear_bytes(config))
-    lines = [to_yaml(config).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
+    # A guide that is still to be trained was given the shape of the policy.
+    shown = config if is_trained(given) else replace(config, model=replace(config.model, guide=given.model.guide))
+    lines = [to_yaml(shown).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
     return "\n".join(lines)
 
 

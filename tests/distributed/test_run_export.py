@@ -102,7 +102,7 @@ def test_the_best_checkpoint_is_exported_at_the_end(config: dict[str, Any], tmp_
     assert exported(tmp_path) == ["step_00000002"]
     assert "by eval/loss 1: " in log
     card = (tmp_path / "my-run" / "hf" / "step_00000002" / "README.md").read_text()
-    assert "Best by `eval/loss` (min): this step, 1." in card
+    assert "Best by eval/loss (min): this step, 1." in card
     assert "| eval/loss | 1 | 2 |" in card
 
 

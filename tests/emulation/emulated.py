@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from tests.emulation import kernels
-
 COMMAND = "bash tests/emulation/run.sh"
 CAPABILITY = tuple(map(int, os.environ.get("EMULATED_CAPABILITY", "9.0").split(".")))
 
@@ -75,6 +73,9 @@ def missing() -> str | None:
 
 def install() -> None:
     """Replaces the compiled module, and what else needs a GPU, for the rest of the process."""
+    # Only here: it asks which Transformer Engine is installed.
+    from tests.emulation import kernels
+
     # The libraries are not loaded, and nothing is compiled by torch.
     os.environ.update(NVTE_PROJECT_BUILDING="1", NVTE_TORCH_COMPILE="0", TORCHDYNAMO_DISABLE="1")
     _replace_cuda()

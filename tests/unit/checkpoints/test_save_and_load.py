@@ -6,7 +6,8 @@ import json
 import pickle
 import re
 import shutil
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -190,6 +191,32 @@ def test_metadata_is_written_as_older_torch_and_python_read_it(saved: Path) -> N
 
     Older(io.BytesIO((saved / ".metadata").read_bytes())).load()
     assert [len(one) for one in states] == [5]
+
+
+def test_metadata_cannot_change_classes_of_this_process(saved: Path) -> None:
+    # BUILD with the class of paths, and a state that replaces one of its methods.
+    prepared = b"cpathlib\nPosixPath\n(N}Vis_file\nccollections\nOrderedDict\nstb."
+    before = Path.is_file
+    (without_manifest(saved) / ".metadata").write_bytes(prepared)
+    with pytest.raises(UserError, match="cannot load"):
+        load_sharded(saved, state())
+    assert Path.is_file is before
+    assert "is_file" not in vars(PosixPath)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../elsewhere"])
+def test_metadata_names_files_of_the_checkpoint_alone(saved: Path, name: str) -> None:
+    metadata = metadata_of(saved)
+    index = next(iter(metadata.storage_data))
+    metadata.storage_data[index] = replace(metadata.storage_data[index], relative_path=name)
+    (without_manifest(saved) / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="leads out of the checkpoint"):
+        load_sharded(saved, state())
+
+
+def test_what_only_looks_like_a_checkpoint_is_none(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step_\N{SUPERSCRIPT TWO}").mkdir(parents=True)
+    assert checkpoint_directory.newest_checkpoint(tmp_path / "run") is None
 
 
 def test_plain_values_cannot_run_code(saved: Path) -> None:

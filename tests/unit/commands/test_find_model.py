@@ -72,13 +72,24 @@ def test_what_a_text_means(models: Path, kind: str) -> None:
     assert find_model(named(models, kind), "--model") == means(models, kind)
 
 
-def test_best_in_an_output_directory_is_its_best_checkpoint(models: Path, tmp_path: Path) -> None:
+def test_best_in_an_output_directory_is_its_best_checkpoint(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = shutil.copytree(models / "run", tmp_path / "run")
     with pytest.raises(UserError, match=r"^--model \S*/run/best: the run has no best checkpoint"):
         find_model(run / "best", "--model")
     write_best(run, Best("eval/loss", "min", 0.5, 1, "basis"))
     assert find_model(run / "best", "--model") == run / "checkpoints" / "step_00000001"
     assert find_model(run, "--model") == run / "checkpoints" / NEWEST
+    # Never one of the Hub, nor a directory of that name.
+    monkeypatch.chdir(tmp_path)
+    (run / "best").mkdir()
+    assert find_model("run/best", "--model") == Path("run/checkpoints/step_00000001")
+    write_best(run, Best("eval/loss", "min", 0.5, 7, "basis"))
+    with pytest.raises(UserError, match="the run has lost its best one, of step 7: name"):
+        find_model("run/best", "--model")
+    with pytest.raises(UserError, match="no such directory"):
+        find_model(tmp_path / ("a" * 300), "--model")
 
 
 def write_config(models: Path, out: Path, guide: str) -> Path:

@@ -1,5 +1,7 @@
 """Every rule on values that go together is broken by some config, and is the one that says so."""
 
+from typing import Any
+
 import pytest
 
 from megatron_tgdpo.config.loading import config_from_dict
@@ -26,7 +28,10 @@ BROKEN = [
     (["model.guide=null", *_GUIDE, "guide.gamma=1"], "guide.gamma is set but guide.method dpo"),
     (["model.guide=null", "guide.method=sft", "guide.beta=1"], "guide.beta is set but guide.method sft"),
     (["model.guide=null", *_GUIDE, "guide.steps=1", "guide.epochs=1"], "set at most one of guide.steps"),
-    (["model.guide=null", *_GUIDE, "guide.output_dir=${output_dir}"], "guide.output_dir is output_dir"),
+    (
+        ["model.guide=null", *_GUIDE, "guide.output_dir=${output_dir}"],
+        "guide.output_dir is out, where output_dir's own files",
+    ),
     (["loss.method=dpo"], "loss.method dpo uses no guide"),
     (["loss.method=simpo", "model.guide=null", "model.reference=ref"], "loss.method simpo uses no reference"),
     (["loss.method=simpo", "model.guide=null", *_CACHED], "loss.method simpo has no frozen models"),
@@ -57,14 +62,25 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), BROKEN)
-def test_a_rule_refuses_what_breaks_it(overrides: list[str], message: str) -> None:
+def merged_all(overrides: list[str]) -> dict[str, Any]:
     values = VALID
     for override in overrides:
         values = merged(values, typed_override(Config, override))
+    return values
+
+
+@pytest.mark.parametrize(("overrides", "message"), BROKEN)
+def test_a_rule_refuses_what_breaks_it(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
-        config_from_dict(values)
+        config_from_dict(merged_all(overrides))
     assert str(error.value).startswith(f"config: {message}")
+
+
+@pytest.mark.parametrize("name", ["${output_dir}/x/../best", "${output_dir}/hf/guide", "${output_dir}/..", "./out"])
+def test_the_guides_run_has_a_directory_of_its_own(name: str) -> None:
+    with pytest.raises(UserError, match=r"guide.output_dir is .*: name another directory"):
+        config_from_dict(merged_all(["model.guide=null", *_GUIDE, f"guide.output_dir={name}"]))
+    config_from_dict(merged_all(["model.guide=null", *_GUIDE, "guide.output_dir=${output_dir}/guides/dpo"]))
 
 
 def test_no_rule_is_left_out() -> None:

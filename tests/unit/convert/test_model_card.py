@@ -8,6 +8,7 @@ import yaml
 
 from checkpoints_convert.model_card import model_card
 
+BEST = {"metric": "eval/loss", "mode": "min", "value": 0.5, "step": 4, "basis": "x"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -63,6 +64,34 @@ def test_metrics_are_those_of_the_step_and_of_the_last(tmp_path: Path) -> None:
     assert "| metric | step 4 | step 6, the last so far |" in lines
     assert "| train/loss | 0.4 | 0.6 |" in lines
     assert "| eval/code/loss | 0.04 | 0.06 |" in lines
+
+
+def test_what_is_wrong_in_the_log_is_passed_over(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [
+        '{"step": 4, "train/loss": 0.4, "train/lr": "high", "train/grad_norm": null}',
+        "{}",
+        "[]",
+        '{"step": 5, "tra',
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    (run / "best.json").write_text(json.dumps({**BEST, "value": 10**400}))
+    _, found = card_of(run / "checkpoints" / "step_00000004", config())
+    assert "| train/loss | 0.4 |" in found
+    assert not any(line.startswith("Best by") for line in found)
+    (run / "best.json").write_text(json.dumps({**BEST, "metric": "`eval`\n<b>loss</b>"}))
+    _, found = card_of(run / "checkpoints" / "step_00000004", config())
+    assert r"Best by \`eval\` \<b\>loss\</b\> (min): this step, 0.5." in found
+
+
+def test_names_are_not_markdown(tmp_path: Path) -> None:
+    values = config()
+    values["data"] |= {"train": "/home/somebody/![x](y) <img>|.jsonl", "template_kwargs": {"key": "a secret"}}
+    _, lines = card_of(tmp_path / "step_00000004", values)
+    assert r"| training data | \!\[x\](y) \<img\>\|.jsonl |" in lines
+    assert "a secret" not in "".join(lines)
+    assert "| chat template's variables | key |" in lines
 
 
 def test_what_is_not_of_training_has_no_card(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_hosted_tests_run_every_python_that_is_allowed() -> None:
     versions = job["strategy"]["matrix"]["python"]
     setup = (ROOT / "launch" / "setup_env.sh").read_text()
     assert set(versions) == set(
-        re.findall(r"python(3\.\d+)", re.search(r"for candidate in \$\{PYTHON:-(.*)\}; do", setup)[1])
+        re.findall(r"python(3\.\d+)", re.search(r"^candidates=\((.*)\)", setup, re.MULTILINE)[1])
     )
     assert any(step.get("run") == "bash tests/run.sh" for step in job["steps"])
 

@@ -128,6 +128,25 @@ def test_bad_input_is_one_line(
     assert line.startswith(f"error: {message.format(tmp=tmp_path)}")
 
 
+def test_names_are_drawn_as_they_are(tmp_path: Path, drawn: list[Any]) -> None:
+    runs = {name: read_records(make_run(tmp_path / name, 3)) for name in ("_a", "a$\\bad$b")}
+    draw(runs, tmp_path / "compared.png")
+    (shown,) = drawn
+    assert [text.replace("\N{ZERO WIDTH SPACE}", "") for text in legend(shown)] == list(runs)
+
+
+def test_numbers_that_axes_cannot_show_are_left_out(tmp_path: Path, drawn: list[Any]) -> None:
+    run = make_run(tmp_path / "run", 3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"step": 4, "train/loss": 10**400}))
+        file.write("\n" + json.dumps({"step": 10**400, "train/loss": 1.0}) + "\n")
+    draw({"run": read_records(run)}, tmp_path / "run.png")
+    (shown,) = drawn
+    assert max(step for steps, _ in lines_of(shown.axes[0]).values() for step in steps) <= 3
+    with pytest.raises(UserError, match="no step has any of the metrics"):
+        draw({"run": [{"step": 1, "other": 2.0}]}, tmp_path / "other.png")
+
+
 @pytest.mark.parametrize(("steps", "drawn"), [(19, False), (20, True)])
 def test_a_finished_run_draws_itself_if_it_has_steps_enough(tmp_path: Path, steps: int, drawn: bool) -> None:
     run = make_run(tmp_path / "run", steps)

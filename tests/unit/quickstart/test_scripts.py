@@ -49,11 +49,14 @@ def test_setup_needs_a_python(path_without_python: str, tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_setup_spares_what_is_not_an_environment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("environment", [False, True])
+def test_setup_spares_what_it_has_not_made(tmp_path: Path, environment: bool) -> None:
+    if environment:
+        (tmp_path / "pyvenv.cfg").touch()
     (tmp_path / "notes.txt").write_text("keep")
     result = run("setup_env.sh", str(tmp_path))
     assert result.returncode == 1
-    assert "is not a virtual environment: move it away or name another directory" in result.stderr
+    assert "was not made by this script: move it away or name another directory" in result.stderr
     assert (tmp_path / "notes.txt").read_text() == "keep"
 
 
