@@ -17,7 +17,8 @@ from megatron_tgdpo.checkpoints.best import Best, best_of_record, read_best
 from megatron_tgdpo.data.sources import read_sets, read_sources
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.loss.methods import METHODS
-from megatron_tgdpo.output.directory import METRICS_FILE, SUMMARY_FILE
+from megatron_tgdpo.output.directory import SUMMARY_FILE
+from megatron_tgdpo.output.metrics_file import logged_steps
 from megatron_tgdpo.storage.hub import HubName, hub_name, local_path
 from megatron_tgdpo.storage.json_text import parse_json
 from megatron_tgdpo.storage.yaml_text import read_yaml
@@ -105,8 +106,8 @@ def _facts(
     adam = [f"{key} {optimizer.get(key)}" for key in ("lr", "beta1", "beta2", "weight_decay", "clip_grad")]
     yield "optimizer", ", ".join(["Adam", *adam, f"{optimizer.get('schedule')} schedule"])
     yield "most tokens of prompt and response", str(data.get("max_length"))
-    fp8 = precision.get("fp8", "none")
-    yield "precision", f"{precision.get('dtype')}{'' if fp8 == 'none' else f', FP8 {fp8}'}"
+    low = [f"{key.upper()} {precision[key]}" for key in ("fp8", "fp4") if precision.get(key, "none") != "none"]
+    yield "precision", ", ".join([str(precision.get("dtype")), *low])
     found = [f"{package} {importlib.metadata.version(package)}" for package in _PACKAGES]
     yield "versions", ", ".join([f"megatron-tgdpo {__version__}", *found])
 
@@ -135,11 +136,11 @@ def _data(data: Mapping[str, Any], summary: Mapping[str, list[Mapping[str, Any]]
 
 def _metrics(run: Path, step: int, best: Best | None) -> list[str]:
     """The section on metrics: those of the step, those of the run's last step, and which step is the best."""
-    at_step, last = _logged(run, step), _logged(run, None)
+    at_step, last = _logged(run, step)
     if not at_step:
         return []
     columns = {f"step {step}": at_step}
-    if last and last.get("step") != at_step.get("step"):
+    if last["step"] != at_step["step"]:
         columns[f"step {last['step']:.0f}, the last so far"] = last
     groups = sorted(name.removesuffix("/loss") for name in at_step if re.fullmatch("eval(/.+)?/loss", name))
     names = [*_SHOWN, *(f"{group}/{name.removeprefix('train/')}" for group in groups for name in _SHOWN)]
@@ -159,29 +160,18 @@ def _metrics(run: Path, step: int, best: Best | None) -> list[str]:
     return lines
 
 
-def _logged(run: Path, step: int | None) -> dict[str, float]:
-    """What a run logged at a step, or at its last, with the newest evaluation up to then; nothing without a log."""
-    found: dict[str, float] = {}
+def _logged(run: Path, step: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What a run logged at a step and at its last, with the newest evaluation up to each; nothing without a log."""
+    at_step: dict[str, float] = {}
+    last: dict[str, float] = {}
     try:
-        with (run / METRICS_FILE).open("rb") as file:
-            for line in file:
-                try:
-                    record = parse_json(line)
-                except ValueError:
-                    continue  # the last line of a run that was killed
-                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                    continue
-                if step is not None and record["step"] > step:
-                    break
-                evaluated = {name: value for name, value in found.items() if name.startswith("eval/")}
-                found = {**evaluated, **{name: value for name, value in record.items() if _is_number(value)}}
-    except OSError:
-        return {}
-    return found if step is None or found.get("step") == step else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e300
+        for record in logged_steps(run):
+            last = {**{name: value for name, value in last.items() if name.startswith("eval/")}, **record}
+            if record["step"] == step:
+                at_step = last
+    except UserError:
+        return {}, {}
+    return at_step, last
 
 
 def _summary(run: Path) -> dict[str, list[Mapping[str, Any]]]:

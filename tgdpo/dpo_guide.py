@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_tgdpo.errors import UserError
-from tgdpo.command_line import positive_number
+from tgdpo.command_line import positive, positive_number
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,12 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--beta", type=positive_number, help="guide.beta; 0.01 is the paper's better guide")
     parser.add_argument("--lr", type=positive_number, help="guide.lr; default: the policy's")
     parser.add_argument("--dry-run", action="store_true", help="print config, layout and memory per rank, then stop")
+    parser.add_argument("--world-size", type=positive, help="ranks to assume in a dry run; default: as launched")
     given = parser.parse_intermixed_args(arguments)
     options = {"method": given.method or _method(given.config, given.overrides), "beta": given.beta, "lr": given.lr}
     overrides = [f"guide.{name}={value}" for name, value in options.items() if value is not None]
     from tgdpo import train
 
-    train.main(["--guide", *(["--dry-run"] if given.dry_run else []), given.config, *given.overrides, *overrides])
+    dry_run = ["--dry-run"] if given.dry_run else []
+    world_size = [] if given.world_size is None else ["--world-size", str(given.world_size)]
+    train.main(["--guide", *dry_run, *world_size, given.config, *given.overrides, *overrides])
 
 
 def _method(config: str, overrides: Sequence[str]) -> str | None:

@@ -155,6 +155,8 @@ class Pipeline:
         return export_path(self.output_dir, self._checkpoint())
 
     def _export(self) -> list[str]:
+        if not self._is_trained():
+            raise UserError(f"{self.output_dir}: the training is not finished, so that there is nothing to export yet")
         return ["convert", "to-hf", "--megatron", str(self._checkpoint()), "--out", str(self.hf())]
 
     def _is_exported(self) -> bool:

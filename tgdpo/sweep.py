@@ -38,9 +38,8 @@ def combinations(alphas: Sequence[float], betas: Sequence[float], out: Path) -> 
 
 def last_metrics(output_dir: Path) -> dict[str, float]:
     """What the last step of a finished run logged."""
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    result: dict[str, float] = json.loads(lines[-1])
-    return result
+    *_, last = logged_steps(output_dir)
+    return last
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
@@ -84,7 +83,8 @@ def _sweep(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     from megatron_tgdpo.config.loading import load_config
     from megatron_tgdpo.output.directory import is_done
     from megatron_tgdpo.setup.hub_inputs import as_recorded
-    from megatron_tgdpo.storage.atomic_file import write_atomically
+    from megatron_tgdpo.output.metrics_file import logged_steps
+from megatron_tgdpo.storage.atomic_file import write_atomically
 
     runs = combinations(args.alpha, args.beta, args.out.resolve())
     # All of them before the first is trained: a value out of range should not wait for its turn.

@@ -11,11 +11,11 @@ The files are those of ``megatron.core.dist_checkpointing``; two things differ f
 Nothing here imports megatron-core; its own load and save are joined to this in ``checkpoints/load.py``.
 """
 
-import copyreg
 import hashlib
 import io
 import os
 import pickle
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -50,17 +50,21 @@ _METADATA_CLASSES = {
     "collections": ("OrderedDict",),
     "pathlib": ("PosixPath", "PurePosixPath"),
 }
+_DCP_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _OTHER_NAMES = {"pathlib._local": "pathlib"}  # Python 3.13's, which no other version has
 # The first of what describes a tensor; torch 2.15 adds strides, which an older one cannot read and nothing here needs.
 _PROPERTIES = 5
 
 
 class _TensorProperties(TensorProperties):
-    """Reads what any version of torch wrote, and is torch's own class afterwards."""
+    """torch's own, read as any version of torch wrote them, and written as any version reads them."""
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state[:_PROPERTIES])
         self.__class__ = TensorProperties  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TensorProperties, (), self.__getstate__()[:_PROPERTIES]  # type: ignore[attr-defined]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -71,19 +75,37 @@ class _MetadataUnpickler(pickle.Unpickler):
             return lambda *parts: "/".join(parts)
         if name in _METADATA_CLASSES.get(module, ()):
             found = super().find_class(module, name)
+            if not isinstance(found, type):
+                return lambda *values: found(*values)
             return _TensorProperties if found is TensorProperties else found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into checkpoint metadata")
 
 
-class _MetadataPickler(pickle.Pickler):
-    """Writes what any version of torch and Python reads."""
+@contextmanager
+def _unchanged_classes() -> Iterator[None]:
+    """Puts back, and refuses, what a prepared file sets on the classes of the format instead of on objects of theirs.
 
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is TensorProperties:
-            return copyreg.__newobj__, (TensorProperties,), value.__getstate__()[:_PROPERTIES]  # type: ignore[attr-defined]
-        return NotImplemented
+    Raises:
+        UnpicklingError: It did.
+    """
+    names = ((module, name) for module in _DCP_MODULES for name in _METADATA_CLASSES[module])
+    classes = [_TensorProperties, *(getattr(sys.modules[module], name) for module, name in names)]
+    before = [dict(vars(one)) for one in classes]
+    changed = []
+    try:
+        yield
+    finally:
+        for one, attributes in zip(classes, before, strict=True):
+            for name in [name for name, value in vars(one).items() if attributes.get(name) is not value]:
+                changed.append(f"{one.__name__}.{name}")
+                if name in attributes:
+                    setattr(one, name, attributes[name])
+                else:
+                    delattr(one, name)
+    if changed:
+        raise pickle.UnpicklingError(f"it sets {changed[0]}, which is no metadata")
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -98,7 +120,7 @@ class SafeReader(dcp.FileSystemReader):
         del args, kwargs
         if self._metadata is None:
             file = Path(self.path) / TENSORS_FILE
-            with file.open("rb") as stream:
+            with file.open("rb") as stream, _unchanged_classes():
                 self._metadata = _MetadataUnpickler(stream).load()
             if getattr(self._metadata, "storage_meta", None) is None:
                 self._metadata.storage_meta = StorageMeta()
@@ -186,16 +208,11 @@ class Writer(dcp.FileSystemWriter):
         return StorageMeta(save_id=self.save_id)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        super().finish(metadata, results)
-        content = io.BytesIO()
-        _MetadataPickler(content).dump(metadata)
-        file = Path(self.path, TENSORS_FILE)
-        part = file.with_name(f"{file.name}.tmp")
-        with system_errors(), part.open("wb") as stream:
-            stream.write(content.getbuffer())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
+        for entry in metadata.state_dict_metadata.values():
+            if isinstance(entry, TensorStorageMetadata):
+                entry.properties.__class__ = _TensorProperties
+        with system_errors():
+            super().finish(metadata, results)
 
 
 class _HashingFileSystem(FileSystem):

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 from megatron_tgdpo.data.compression import CountedReads, compression_of, decompressed
 from megatron_tgdpo.data.fields import RawRecord
 from megatron_tgdpo.data.layouts import is_known_key
-from megatron_tgdpo.data.parquet import KINDS as TABLE_KINDS
-from megatron_tgdpo.data.parquet import read_rows, table_kind
+from megatron_tgdpo.data.parquet_and_arrow import KINDS as TABLE_KINDS
+from megatron_tgdpo.data.parquet_and_arrow import read_rows, table_kind
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.files import read_error
 

@@ -21,11 +21,11 @@ from megatron_tgdpo.config.resume_compatibility import (
 )
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import DamageError, UserError
+from megatron_tgdpo.output.metrics_file import METRICS_FILE
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.files import read_error, write_error
 from megatron_tgdpo.storage.json_text import parse_json
 
-METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "data_summary.json"  # what became of the records of each data source
 DONE_FILE = "DONE"
 CONFIG_FILE = "config.yaml"

@@ -1,7 +1,6 @@
 """The course of runs as a picture: loss, accuracy, margin and token weights, in training and evaluation."""
 
 import itertools
-import json
 import logging
 import math
 import re
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.output.directory import METRICS_FILE
+from megatron_tgdpo.output.metrics_file import METRICS_FILE, logged_steps
 from megatron_tgdpo.storage.atomic_file import replacing
-from megatron_tgdpo.storage.files import read_error, write_error
+from megatron_tgdpo.storage.files import write_error
 
 FIGURE_FILE = "metrics.png"
 FORMATS = (".png", ".svg", ".pdf")
@@ -27,9 +26,6 @@ _SIZE_INCHES, _DPI = (11.0, 7.0), 110
 _LEGEND_CHARACTERS = 130  # that fit side by side
 # More training steps than this are drawn as their running mean, with the steps themselves pale behind it.
 _SMOOTHED_ABOVE, _WINDOWS = 60, 40
-
-# Above it the arithmetic of axes overflows; NaN is not below it either.
-_LARGEST = 1e300
 
 Record = Mapping[str, float]
 
@@ -62,26 +58,13 @@ _PANELS = (
 
 
 def read_records(run: Path) -> list[Record]:
-    """The whole lines of a run's ``metrics.jsonl``.
+    """:func:`~megatron_tgdpo.output.metrics_file.logged_steps`, of which there must be one.
 
     Raises:
-        UserError: There is none, or it has no step.
+        UserError: There is no log, or it has no step.
         StorageError: It cannot be read.
     """
-    records: list[Record] = []
-    try:
-        with (run / METRICS_FILE).open("rb") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue  # the last line of a run that was killed
-                if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] < 1 << 53:
-                    records.append({name: value for name, value in record.items() if isinstance(value, int | float)})
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{run}: no {METRICS_FILE} there: name the output directory of a training") from None
-    except OSError as error:
-        raise read_error(run / METRICS_FILE, error) from error
+    records: list[Record] = list(logged_steps(run))
     if not records:
         raise UserError(f"{run / METRICS_FILE}: no step is in it yet")
     return records
@@ -184,8 +167,8 @@ def _groups(records: Sequence[Record]) -> list[str]:
 
 
 def _series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, where it is a finite number."""
-    found = [(int(r["step"]), float(r[name])) for r in records if name in r and abs(r[name]) < _LARGEST]
+    """Steps and values of a metric, where it was logged."""
+    found = [(int(r["step"]), float(r[name])) for r in records if name in r]
     return [step for step, _ in found], [value for _, value in found]
 
 

@@ -8,16 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_tgdpo.config.schema import Config, LogConfig
-from megatron_tgdpo.output.directory import METRICS_FILE
 from megatron_tgdpo.output.logger import Logger
 from megatron_tgdpo.output.metrics import StepMetrics
+from megatron_tgdpo.output.metrics_file import METRICS_FILE, parse_line
 from megatron_tgdpo.output.tensorboard import TensorBoard
 from megatron_tgdpo.output.wandb import WandbLog
 from megatron_tgdpo.storage.files import write_error
-from megatron_tgdpo.storage.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -202,17 +200,8 @@ def _end_of(path: Path, step: int) -> int:
     end = 0
     with path.open("rb") as file:
         for line in file:
-            record = _parse(line)
+            record = parse_line(line)
             if record is None or record["step"] > step:
                 break
             end += len(line)
     return end
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line's content; None for the last one of a run that ended while writing it, and for what no run writes."""
-    try:
-        content = parse_json(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) and isinstance(content.get("step"), int) else None

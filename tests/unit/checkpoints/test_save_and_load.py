@@ -202,6 +202,15 @@ def test_metadata_cannot_change_classes_of_this_process(saved: Path) -> None:
         load_sharded(saved, state())
     assert Path.is_file is before
     assert "is_file" not in vars(PosixPath)
+    was = dict(vars(Metadata))
+    for name in (b"__init__", b"storage_meta", b"added"):
+        prepared = (
+            b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}V" + name + b"\nccollections\nOrderedDict\nstb."
+        )
+        (saved / ".metadata").write_bytes(prepared)
+        with pytest.raises(UserError, match=r"it sets Metadata\.\w+, which is no metadata"):
+            load_sharded(saved, state())
+        assert dict(vars(Metadata)) == was
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "../elsewhere"])
