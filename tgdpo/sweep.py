@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.output.metrics_file import logged_steps
 from tgdpo.child_processes import Commands
 from tgdpo.command_line import positive
 from tgdpo.generation.tables import align
@@ -83,8 +84,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     from megatron_tgdpo.config.loading import load_config
     from megatron_tgdpo.output.directory import is_done
     from megatron_tgdpo.setup.hub_inputs import as_recorded
-    from megatron_tgdpo.output.metrics_file import logged_steps
-from megatron_tgdpo.storage.atomic_file import write_atomically
+    from megatron_tgdpo.storage.atomic_file import write_atomically
 
     runs = combinations(args.alpha, args.beta, args.out.resolve())
     # All of them before the first is trained: a value out of range should not wait for its turn.
