@@ -83,8 +83,8 @@ def model_options(
     """
     found = capabilities(device)
     overrides = frozen_transformer_kwargs(config) if frozen else policy_transformer_kwargs(config.precision)
-    overrides |= overlap_kwargs(config.overlap) | _fused_kwargs(config.train, hf_config, found, frozen=frozen)
     spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
+    overrides |= overlap_kwargs(config.overlap) | _fused_kwargs(config.train, hf_config, found, spec, frozen=frozen)
     return overrides, partial(_block_spec, spec=spec, found=found)
 
 
@@ -118,7 +118,7 @@ def _block_spec(
 
 
 def _fused_kwargs(
-    train: TrainConfig, hf_config: PretrainedConfig, found: Capabilities, *, frozen: bool
+    train: TrainConfig, hf_config: PretrainedConfig, found: Capabilities, spec: LayerSpec, *, frozen: bool
 ) -> dict[str, Any]:
     if train.fused == "off" or found.device != "cuda":
         return {}
@@ -127,4 +127,6 @@ def _fused_kwargs(
         "gradient_accumulation_fusion": found.wgrad_accumulation and not frozen,
         "fused_layer_wgrad": not frozen,
         "bias_activation_fusion": getattr(hf_config, "hidden_act", None) == "silu",
+        # Transformer Engine's kernel; it takes an angle of each token, as megatron-core's own arithmetic does.
+        "apply_rope_fusion": spec == "transformer_engine",
     }

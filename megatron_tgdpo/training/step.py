@@ -8,6 +8,7 @@ from itertools import tee
 
 import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
@@ -86,13 +87,28 @@ def train_step(
         grad_norm = float(engine.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             return StepResult(metrics, grad_norm, lr, updated=False)
-        clip = engine.optimizer.config.clip_grad
-        if clip > 0:
-            clip_grad_by_total_norm_fp32(engine.optimizer.get_parameters(), max_norm=clip, total_norm=grad_norm)
+        clip_gradients(engine.optimizer, grad_norm)
     with record_function("tgdpo::update"):
         engine.optimizer.step_with_ready_grads()
     engine.scheduler.step(1)
     return StepResult(metrics, grad_norm, lr, updated=True)
+
+
+def clip_gradients(optimizer: DistributedOptimizer, norm: float) -> None:
+    """Scales this rank's gradients in place if their global norm is above ``clip_grad`` of the optimizer's config.
+
+    Source: ``ChainedOptimizer.step`` of megatron-core 0.16.1.
+    """
+    settings, parameters = optimizer.config, optimizer.get_parameters()
+    # A rank may own no parameter, and the fused kernel takes no empty list.
+    if settings.clip_grad > 0 and parameters:
+        clip_grad_by_total_norm_fp32(
+            parameters,
+            max_norm=settings.clip_grad,
+            total_norm=norm,
+            # An optimizer that is offloaded keeps gradients there.
+            use_decoupled_grad=settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+        )
 
 
 def _forward_backward_with_prefetch(

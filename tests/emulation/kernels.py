@@ -602,6 +602,25 @@ def rmsnorm_bwd(
     return dx.to(x.dtype), (gradient * normal).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
 
 
+def fused_rope_forward(t: Tensor, freqs: Tensor, start: None, layout: Any, interleaved: bool, *rest: Any) -> Tensor:
+    """Half against half, in fp32."""
+    del rest
+    assert start is None
+    assert layout == NVTE_QKV_Format.NVTE_SBHD
+    assert not interleaved
+    return _rotated(t, freqs)
+
+
+def fused_rope_backward(gradient: Tensor, freqs: Tensor, *rest: Any) -> Tensor:
+    del rest
+    return _rotated(gradient, -freqs)
+
+
+def _rotated(t: Tensor, angles: Tensor) -> Tensor:
+    first, second = t.float().chunk(2, -1)
+    return (t.float() * angles.cos() + torch.cat((-second, first), -1) * angles.sin()).to(t.dtype)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_kv: Tensor, scale: float, window: Any) -> Tensor:
     from tests.fake_te import varlen
 

@@ -22,6 +22,8 @@ from tests.launch import ROOT
 
 # Backward of fused attention adds in an order of its own, so two runs in bf16 need not be equal.
 SAME_RUN = 5e-3
+# What the part ``spec`` allows.
+OTHER_KERNELS = 2e-2
 PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "tensorwise with FP8 weights": {"fp8": "tensorwise", "fp8_params": True},
@@ -95,7 +97,7 @@ def repeat(bench: Bench, tiny: bool) -> Iterator[Figure]:
 def lengths(bench: Bench, tiny: bool) -> Iterator[Figure]:
     """Packs of many lengths through FlexAttention: all are fused, with the losses of the block-wise attention."""
     policy, guide = models(bench, "gemma2", tiny)
-    what = "gemma2: graphs that torch compiled for packs of 24 lengths"
+    what = "gemma2: versions that torch compiled for packs of 24 lengths"
     if bench.device.type != "cuda":
         yield skipped("lengths", what, "FlexAttention is compiled on a GPU only")
         return
@@ -103,9 +105,12 @@ def lengths(bench: Bench, tiny: bool) -> Iterator[Figure]:
     data = [random_pairs(1 + seed % 6, 20 + 3 * seed, VOCABULARY, seed) for seed in range(24)]
     bench.forget()
     torch._dynamo.utils.counters.clear()
-    losses = bench.losses(config, data)
-    compiled = sum(torch._dynamo.utils.counters["stats"].values())
-    yield at_most("lengths", what, compiled, 8 * 2, note=f"last loss {losses[-1]:.4f}")
+    # Without this torch goes on unfused, silently but for a warning.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        losses = bench.losses(config, data)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # Four lengths, keys as long or longer, with gradients and without, and the masks.
+    yield at_most("lengths", what, compiled, 4 * 2 * 2 + 4 * 2, note=f"last loss {losses[-1]:.4f}")
 
 
 def variants(bench: Bench, tiny: bool) -> Iterator[Figure]:
@@ -118,8 +123,10 @@ def variants(bench: Bench, tiny: bool) -> Iterator[Figure]:
         "overlap": {"overlap": {"grad_reduce": True, "param_gather": True}},
         "recompute full": {"train": {"steps": 1000, "check_start": False, "recompute": "full"}},
         "recompute selective": {"train": {"steps": 1000, "check_start": False, "recompute": "selective"}},
-        "Adam of torch": {"train": {"steps": 1000, "check_start": False, "fused": "off"}},
+        "train.fused=off": {"train": {"steps": 1000, "check_start": False, "fused": "off"}},
     }
+    # Other kernels round otherwise; the others compute the same.
+    limits = {"train.fused=off": OTHER_KERNELS}
 
     def measured(config: Config) -> tuple[list[float], float]:
         losses = bench.losses(config, data)
@@ -133,7 +140,8 @@ def variants(bench: Bench, tiny: bool) -> Iterator[Figure]:
             yield skipped("variants", name, str(error))
             continue
         note = f"peak {peak:.0f} MiB, without it {memory:.0f}"
-        yield at_most("variants", f"{name}: losses", largest_relative_difference(losses, plain), SAME_RUN, note=note)
+        found, limit = largest_relative_difference(losses, plain), limits.get(name, SAME_RUN)
+        yield at_most("variants", f"{name}: losses", found, limit, note=note)
 
 
 def ranks(bench: Bench, tiny: bool) -> Iterator[Figure]:

@@ -197,15 +197,24 @@ class PackedAttention(torch.nn.Module, abc.ABC):
         if self._cp_group is not None:
             both = torch.stack((key, value), dim=1)
             key, value = gather_from_sequence_parallel_region(both, group=self._cp_group).unbind(1)
-        # Times zero, not new zeros: a pack that is all padding must still reach every parameter in backward, the norms
-        # of keys too, or data-parallel ranks would wait for its gradient hooks.
-        nothing = (key[:1].sum() + value[:1].sum()) * 0
-        padding = query[segments.queries :].flatten(2) * 0 + nothing.to(query.dtype)
-        if segments.queries == 0:
-            return padding
+        used = segments.queries
+        if used == 0:
+            # Times zero, not new zeros: a pack that is all padding must still reach every parameter in backward, or
+            # data-parallel ranks would wait for its gradient hooks.
+            nothing = (key[:1].sum() + value[:1].sum()) * 0
+            return query.flatten(2) * 0 + nothing.to(query.dtype)
+        # Views whose backward is a view, and one product of each tensor: in backward every slice would fill and copy
+        # a tensor of the whole pack.
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if segments.kv_index is None:
-            keys, values = key[: segments.queries, 0], value[: segments.queries, 0]
+            key, value = _first(key, used), _first(value, used)
         else:
-            keys, values = (tensor[:, 0].index_select(0, segments.kv_index) for tensor in (key, value))
-        out = self.attend(query[: segments.queries, 0], keys, values, segments, packed_seq_params)
-        return torch.cat((out.reshape(segments.queries, 1, -1), padding))
+            key, value = key.index_select(0, segments.kv_index), value.index_select(0, segments.kv_index)
+        out = self.attend(_first(query, used), key, value, segments, packed_seq_params).reshape(used, 1, -1)
+        return torch.cat((out, out.new_zeros(seq_length - used, 1, out.shape[2]))) if used < seq_length else out
+
+
+def _first(tensor: Tensor, count: int) -> Tensor:
+    """The first rows of a tensor."""
+    rows = tensor.shape[0]
+    return tensor if rows == count else tensor.split((count, rows - count))[0]

@@ -15,8 +15,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.models.attention.base import PackedAttention, Segments
 
-# Packs are padded to a multiple of this, the kernel's block.
+# The kernel's block.
 _BLOCK = 128
+# Versions of one function that torch may compile.
+_MOST_VERSIONS = 64
 # Wider than any pack: the window of a layer without one.
 _NO_WINDOW = 2**30
 
@@ -25,11 +27,18 @@ _NO_WINDOW = 2**30
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled once a process: the layers of a model share it.
 
-    Compilation gives up after a few shapes (torch's recompile limit) and then runs unfused. So nothing that changes
-    with the pack or the layer may be a constant to it: packs have one length, keys that or a power of two times
-    that, and windows are tensors.
+    After a few versions (torch's recompile limit) torch would go on without a fused kernel. So what changes with the
+    pack or the layer is no constant to it: lengths are powers of two times the block, windows are tensors. There are
+    still versions for each length, with and without gradients, and for each model, more than torch's default allows.
     """
-    return torch.compile(function, dynamic=False)
+    compiled = torch.compile(function, dynamic=False)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_MOST_VERSIONS):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 class FlexPackedAttention(PackedAttention):
@@ -54,9 +63,7 @@ class FlexPackedAttention(PackedAttention):
         """Which blocks of keys the blocks of queries see."""
         lengths_q, lengths_kv = ([pair[side] for pair in segments.lengths] for side in (0, 1))
         # Padding belongs to segments that nothing else is in.
-        padded_q = padded_kv = -(-max(segments.seq_length, 1) // _BLOCK) * _BLOCK
-        while padded_kv < sum(lengths_kv):
-            padded_kv *= 2
+        padded_q, padded_kv = _padded(segments.seq_length), _padded(max(segments.seq_length, sum(lengths_kv)))
         segment_q, place_q = _places(lengths_q, [kv - q for q, kv in segments.lengths], -1, padded_q)
         segment_kv, place_kv = _places(lengths_kv, [0] * len(lengths_kv), -2, padded_kv)
         segment_q, place_q, segment_kv, place_kv = (t.to(device) for t in (segment_q, place_q, segment_kv, place_kv))
@@ -70,6 +77,13 @@ class FlexPackedAttention(PackedAttention):
         # Compiled for one grad mode: a mask has no gradient in any.
         make = torch.no_grad()(_compiled(create_block_mask)) if device.type == "cuda" else create_block_mask
         return make(visible, None, None, len(segment_q), len(segment_kv), device=device)
+
+
+def _padded(tokens: int) -> int:
+    length = _BLOCK
+    while length < tokens:
+        length *= 2
+    return length
 
 
 @functools.cache
