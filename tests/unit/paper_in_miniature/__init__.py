@@ -1,0 +1,5 @@
+"""Of the extra ``reproduction``."""
+
+import pytest
+
+pytest.importorskip("scipy", reason="the extra reproduction is not installed")
