@@ -25,6 +25,7 @@ class Command:
 COMMANDS = (
     Command("preprocess", "tgdpo.preprocess", "tokenise preference pairs into a dataset for training"),
     Command("train", "tgdpo.train", "train with TGDPO, DPO or another method; one process a rank"),
+    Command("doctor", "tgdpo.doctor", "say what would stop a run: machines, models, data, memory, network"),
     Command("dpo-guide", "tgdpo.dpo_guide", "train the guide of a TGDPO config, with DPO or another method"),
     Command("pipeline", "tgdpo.pipeline", "guide, guidance cache, training, export, evaluation: all from one config"),
     Command("convert", "tgdpo.convert", "convert checkpoints: to-megatron, to-hf"),

@@ -115,6 +115,27 @@ def preprocess(
     return write_dataset(sources, prefix, options, tokenizer, progress)
 
 
+def try_first_records(sources: Sequence[Source], options: PreprocessOptions) -> int:
+    """Tokenises the first batch of each raw file, and keeps nothing.
+
+    Returns:
+        How many records were tried.
+
+    Raises:
+        UserError: As :func:`preprocess`, as far as the first records show.
+    """
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.template_kwargs)
+    tried = 0
+    for path in (file for source in sources for file in find_files(source)):
+        # Nothing is recorded of the file, so it need not be hashed.
+        first = next(_batches([SourceFile(path, detect_format(path), 0, "")], options), None)
+        if first is None:
+            raise UserError(f"{path}: it holds no record")
+        encode_batch(first[1], tokenizer, options)
+        tried += len(first[1].numbers)
+    return tried
+
+
 def write_dataset(
     sources: Sequence[SourceFile], prefix: str, options: PreprocessOptions, tokenizer: Tokenizer, progress: bool
 ) -> dict[str, Any]:

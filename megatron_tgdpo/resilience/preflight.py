@@ -53,6 +53,21 @@ class Problem:
         return f"node {self.host}: {self.message}" if self.host else self.message
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What :func:`examine` found; the same on every rank.
+
+    Attributes:
+        problems: What stops the run.
+        notes: What deserves a look but stops nothing.
+        bandwidth: A line for each kind of group.
+    """
+
+    problems: list[Problem]
+    notes: list[str]
+    bandwidth: list[str]
+
+
 def preflight(
     config: Config,
     policy: PretrainedConfig,
@@ -61,7 +76,37 @@ def preflight(
     pg: ProcessGroupCollection,
     device: torch.device,
 ) -> None:
-    """Runs all checks. Collective over all ranks; nothing is loaded yet.
+    """Runs all checks, logs what they find, and ends the run on a problem. As :func:`examine`.
+
+    Raises:
+        BadNodeError: On every rank: a check failed, on the node that the message names.
+        AgreedError: On every rank: a check failed, on no node in particular; as AgreedStorageError, storage did.
+    """
+    found = examine(config, policy, ranks, layout, pg, device)
+    problems = found.problems
+    if ranks.rank == 0:
+        limit = allow_open_files(needed := files_needed(layout, device))
+        logger.info("preflight: a rank opens about %d files and sockets at once, %d are allowed", needed, limit)
+        for line in found.bandwidth:
+            logger.info("preflight: %s", line)
+        for note in [*found.notes, *map(str, problems)]:
+            logger.warning("preflight: %s", note)
+    if problems:
+        _report_bad_nodes(Path(config.output_dir), problems)
+        more = f" (and {len(problems) - 1} more problems, see the log)" if len(problems) > 1 else ""
+        kind = BadNodeError if any(problem.host for problem in problems) else AgreedError
+        raise kind(f"preflight: {problems[0]}{more}")
+
+
+def examine(
+    config: Config,
+    policy: PretrainedConfig,
+    ranks: RankEnvironment,
+    layout: ParallelLayout,
+    pg: ProcessGroupCollection,
+    device: torch.device,
+) -> Findings:
+    """All checks of machines, storage and network. Collective over all ranks; nothing is loaded yet.
 
     Args:
         config: The run; its output directory exists.
@@ -72,18 +117,17 @@ def preflight(
         device: Of the collectives.
 
     Raises:
-        BadNodeError: On every rank: a check failed, on the node that the message names.
-        AgreedError: On every rank: a check failed, on no node in particular; as AgreedStorageError, storage did.
+        AgreedError: On every rank: something could not be looked at; as AgreedStorageError, for storage that failed.
     """
     # Gloo's, on a GPU too: ranks must be able to tell of a machine on which NCCL does not work.
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.parallel.timeout_minutes))
     try:
-        _check_all(config, policy, ranks, layout, pg, device, group)
+        return _examine(config, policy, ranks, layout, pg, device, group)
     finally:
         dist.destroy_process_group(group)
 
 
-def _check_all(
+def _examine(
     config: Config,
     policy: PretrainedConfig,
     ranks: RankEnvironment,
@@ -91,7 +135,7 @@ def _check_all(
     pg: ProcessGroupCollection,
     device: torch.device,
     group: dist.ProcessGroup,
-) -> None:
+) -> Findings:
     output_dir = Path(config.output_dir)
     facts = _all_gather(
         raise_on_all_ranks(lambda: gather_facts(config, ranks.rank, ranks.local_rank, device), group), group
@@ -107,21 +151,11 @@ def _check_all(
         lambda: storage_room(output_dir, size, keep, layout.world_size) if first else ([], []), group
     )
     problems += [Problem(None, message) for message in _from_first_rank(room, group)]
+    notes = _from_first_rank(notes, group)
     notes += placement_notes(results, hosts) + [f"node {fact.host}: {note}" for fact in facts for note in fact.notes]
     notes += slow_notes(slow_groups(results, config.preflight.slow_group_ratio), hosts)
     notes += [note for note in (untested_version(),) if note is not None]
-    if ranks.rank == 0:
-        limit = allow_open_files(needed := files_needed(layout, device))
-        logger.info("preflight: a rank opens about %d files and sockets at once, %d are allowed", needed, limit)
-        for line in bandwidth_report(results):
-            logger.info("preflight: %s", line)
-        for note in [*notes, *map(str, problems)]:
-            logger.warning("preflight: %s", note)
-    if problems:
-        _report_bad_nodes(output_dir, problems)
-        more = f" (and {len(problems) - 1} more problems, see the log)" if len(problems) > 1 else ""
-        kind = BadNodeError if any(problem.host for problem in problems) else AgreedError
-        raise kind(f"preflight: {problems[0]}{more}")
+    return Findings(problems, notes, bandwidth_report(results))
 
 
 def compare_facts(facts: Sequence[RankFacts]) -> list[Problem]:

@@ -18,6 +18,7 @@ from megatron_tgdpo.storage.hub import local_path
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "numpy", "transformer-engine", "apex")
 _TIMEOUT_SECONDS = 20
+_SHARED_MEMORY, _LEAST_SHARED_MEMORY = "/dev/shm", 1 << 30
 _GPU_QUERY = "index,ecc.errors.uncorrected.volatile.total,remapped_rows.failure"
 
 
@@ -56,6 +57,9 @@ def gather_facts(config: Config, rank: int, local_rank: int, device: torch.devic
     if on_gpu and local_rank == 0:
         faults += gpu_faults(_output(["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"]))
         notes += xid_notes(_output(["dmesg"]))
+        notes += shared_memory_notes(os.statvfs(_SHARED_MEMORY) if Path(_SHARED_MEMORY).is_dir() else None)
+    if on_gpu:
+        notes += occupied_notes(local_rank, *torch.cuda.mem_get_info(device))
     # Slurm's name of the machine is the one that it can be told to leave out.
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     return RankFacts(rank, host, compared, torch.cuda.device_count() if on_gpu else None, faults, notes)
@@ -95,6 +99,23 @@ def gpu_faults(answer: str) -> list[str]:
         if remaps.isdigit() and int(remaps):
             faults.append(f"GPU {index} failed to remap memory rows")
     return faults
+
+
+def occupied_notes(index: int, free: int, total: int) -> list[str]:
+    """A GPU of which other processes hold a tenth or more; before this one has put anything there."""
+    if free >= 0.9 * total:
+        return []
+    return [f"GPU {index}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB are in use by another process"]
+
+
+def shared_memory_notes(stats: os.statvfs_result | None) -> list[str]:
+    """Shared memory that is too small for NCCL between the GPUs of a machine: a container's default is 64 MiB."""
+    if stats is None or (size := stats.f_blocks * stats.f_frsize) >= _LEAST_SHARED_MEMORY:
+        return []
+    return [
+        f"{_SHARED_MEMORY} has {size >> 20} MiB, NCCL wants {_LEAST_SHARED_MEMORY >> 20}: start the container with "
+        "more (--shm-size, --ipc=host)"
+    ]
 
 
 def xid_notes(log: str) -> list[str]:

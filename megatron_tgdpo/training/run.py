@@ -1,6 +1,7 @@
 """One run from config to final checkpoint, and its dry run."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.loading import to_yaml
 from megatron_tgdpo.config.schema import Config
@@ -19,7 +21,7 @@ from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
 from megatron_tgdpo.models.config import check_layout
 from megatron_tgdpo.planning.activations import Pack
-from megatron_tgdpo.planning.memory import rank_memory
+from megatron_tgdpo.planning.memory import RankMemory, rank_memory
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.resilience.preflight import preflight
@@ -86,6 +88,21 @@ def dry_run(config: Config, world_size: int) -> str:
     configs = models_that_run(config, read_model_configs(config))
     check_layout(configs, layout)
     check_best_metric(config)
+    memory = planned_memory(config, configs, layout)
+    # A guide that is still to be trained was given the shape of the policy.
+    shown = config if is_trained(given) else replace(config, model=replace(config.model, guide=given.model.guide))
+    lines = [to_yaml(shown).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
+    return "\n".join(lines)
+
+
+def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> RankMemory:
+    """What the fullest rank will hold, on paper.
+
+    Args:
+        config: The run.
+        configs: Of the models that run, by role.
+        layout: The parallel layout.
+    """
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
     # With shared prompts how many keys are gathered depends on the data: at most two a token.
     gathered = 2.0 if config.shared_prompts else 0.0
@@ -96,11 +113,7 @@ def dry_run(config: Config, world_size: int) -> str:
     pack = Pack(
         config.seq_length // layout.context, config.longest_sequence, config.precision.parameter_bytes, gathered, keep
     )
-    memory = rank_memory(configs["policy"], frozen, layout, pack, config.train.recompute, linear_bytes(config))
-    # A guide that is still to be trained was given the shape of the policy.
-    shown = config if is_trained(given) else replace(config, model=replace(config.model, guide=given.model.guide))
-    lines = [to_yaml(shown).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
-    return "\n".join(lines)
+    return rank_memory(configs["policy"], frozen, layout, pack, config.train.recompute, linear_bytes(config))
 
 
 logger = logging.getLogger(__name__)

@@ -36,6 +36,17 @@ def test_a_run_ends_once_and_says_so_when_submitted_again(
     assert (uninterrupted / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_the_doctor_sees_the_whole_allocation(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
+    job = cluster.train(tmp_path, ["--doctor", str(config_file), f"output_dir={tmp_path}/run"])
+    assert job.wait() == "COMPLETED", job.text()
+    assert "4 ranks: CPU" in job.text()
+    assert f"ready: tgdpo train {config_file} output_dir={tmp_path}/run" in job.text()
+    assert not (tmp_path / "run").exists()
+    job = cluster.train(tmp_path, ["--doctor", str(config_file), f"output_dir={tmp_path}/run", "data.train=none.json"])
+    assert job.wait() == "FAILED", job.text()
+    assert "STOP  none.json" in job.text()
+
+
 def near_the_time_limit(job: Job) -> None:
     """The signal that ``--signal=B:USR1`` brings."""
     job.cluster.run("scancel", "--batch", "--signal=USR1", job.number)

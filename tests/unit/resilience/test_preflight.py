@@ -18,7 +18,15 @@ from megatron_tgdpo.resilience.preflight import (
     slow_notes,
     storage_room,
 )
-from megatron_tgdpo.resilience.preflight_facts import RankFacts, gather_facts, gpu_faults, model_fingerprint, xid_notes
+from megatron_tgdpo.resilience.preflight_facts import (
+    RankFacts,
+    gather_facts,
+    gpu_faults,
+    model_fingerprint,
+    occupied_notes,
+    shared_memory_notes,
+    xid_notes,
+)
 from megatron_tgdpo.resilience.preflight_network import GroupResult, bandwidth_report, measure_groups, slow_groups
 from tests.tiny_models import make_llama
 
@@ -93,6 +101,16 @@ def test_gpu_errors_and_xids() -> None:
     log = "[1] boot\n[2] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.\n"
     assert "1 Xid lines" in xid_notes(log)[0]
     assert xid_notes("[1] boot") == []
+
+
+def test_what_deserves_a_look_on_a_gpu() -> None:
+    assert occupied_notes(3, 79 << 30, 80 << 30) == []
+    assert occupied_notes(3, 40 << 30, 80 << 30) == ["GPU 3: 40.0 of 80.0 GiB are in use by another process"]
+    assert shared_memory_notes(None) == []
+    stats: Any = SimpleNamespace(f_blocks=1 << 14, f_frsize=4096)
+    assert "/dev/shm has 64 MiB, NCCL wants 1024" in shared_memory_notes(stats)[0]
+    stats.f_blocks <<= 4
+    assert shared_memory_notes(stats) == []
 
 
 def test_storage_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
