@@ -4,27 +4,48 @@
 # a table that compares them.
 #
 #   bash launch/quickstart.sh [OUT_DIR]             (default ./quickstart; must not exist or be empty)
+#   bash launch/quickstart.sh --model DIR_OR_HUB_ID --pairs FILE [OUT_DIR]
 #
+# The second: a guide and a TGDPO policy from your model and your preference pairs, of a size that this machine does in
+# minutes; the config that it writes is one to go on with. FILE: JSON, JSONL, Parquet or Arrow (docs/data.md).
 # Under 8 minutes on 2 CPU cores after installation. Uses the GPUs if there are any.
 set -euo pipefail
 
 fail() { echo "quickstart.sh: $*" >&2; exit 1; }
 
-[ $# -le 1 ] || fail "usage: bash launch/quickstart.sh [OUT_DIR]"
-mkdir -p "${1:-quickstart}"
-out=$(cd "${1:-quickstart}" && pwd)
+usage="usage: bash launch/quickstart.sh [--model DIR_OR_HUB_ID --pairs FILE] [OUT_DIR]"
+model='' pairs='' out=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --model | --pairs) [ $# -ge 2 ] || fail "$usage"
+      if [ "$1" = --model ]; then model=$2; else pairs=$2; fi
+      shift 2 ;;
+    -*) fail "$usage" ;;
+    *) [ -z "$out" ] || fail "$usage"
+      out=$1
+      shift ;;
+  esac
+done
+{ [ -n "$model" ] && [ -n "$pairs" ]; } || [ -z "$model$pairs" ] || fail "--model and --pairs go together: $usage"
+[ -z "$pairs" ] || [ -f "$pairs" ] || fail "--pairs $pairs: no such file"
+# Both are used from the repository's root; what is no directory is a name of the Hub.
+[ ! -d "$model" ] || model=$(cd "$model" && pwd)
+[ -z "$pairs" ] || pairs=$(cd "$(dirname "$pairs")" && pwd)/$(basename "$pairs")
+mkdir -p "${out:-quickstart}"
+out=$(cd "${out:-quickstart}" && pwd)
 [ -z "$(ls -A "$out")" ] || fail "$out is not empty: remove it or name another directory"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
 venv=.venv-quickstart
 python=$root/$venv/bin/python
 
-# Everything the run needs is here or made here: nothing is fetched.
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1
+# But for a model of the Hub, everything the run needs is here or made here: nothing is fetched.
+[ -n "$model" ] && [ ! -d "$model" ] || export HF_HUB_OFFLINE=1
+export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1
 # megatron-core warns of every fused part that is missing, many times over; the trainer's first lines say it once.
 export PYTHONWARNINGS=ignore::UserWarning
 
-stages=10
+stages=11
 stage_number=0
 stage_title=
 stage() { # TITLE COMMAND...: runs one stage under a heading, and says how long it took
@@ -62,6 +83,38 @@ train() { # NAME RANKS OVERRIDES...
     precision.dtype="$dtype" "$@"
 }
 
+own_model() { # the same mission from a model and pairs that exist
+  stages=5
+  stage "environment $venv (installs on the first run)" bash launch/setup_env.sh "$venv"
+  stage "a config for this machine" write_config
+  stage "what would stop it" ranks "$count" doctor "$out/tgdpo.yaml"
+  stage "guide, policy, export, comparison" single -m tgdpo pipeline "$out/tgdpo.yaml" --ranks "$count" --prompts 4
+  stage "what the guide rewards, and the course of both runs" pictures
+  cat <<TEXT
+
+aligned model (HF):       $out/run/hf
+token by token:           $out/report.html
+both trainings:           $out/runs.png
+comparison with the base: $out/run/evaluation.json
+to go on: more steps and data in $out/tgdpo.yaml, then
+    $python -m tgdpo pipeline $out/tgdpo.yaml output_dir=$out/longer
+TEXT
+}
+write_config() {
+  count=$(single -m tools.examples.quickstart.own_model --model "$model" --pairs "$pairs" --out "$out")
+  cat "$out/tgdpo.yaml"
+}
+pictures() {
+  single -m tgdpo report "$out/tgdpo.yaml" --policy "$out/run/hf" --pairs 8 --out "$out/report.html"
+  single -m tgdpo plot "$out/run/guide" "$out/run" --out "$out/runs.png"
+}
+
+threads=$(getconf _NPROCESSORS_ONLN)
+if [ -n "$model" ]; then
+  own_model
+  exit 0
+fi
+
 stage "environment $venv (installs on the first run)" bash launch/setup_env.sh "$venv"
 installed=$SECONDS
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
@@ -88,6 +141,8 @@ stage "policy to HF" single -m tgdpo convert to-hf --megatron "$out/tgdpo" --out
 stage "comparison" single -m tools.examples.quickstart.evaluate --base "$out/base" --model dpo="$out/dpo_hf" \
   --model tgdpo="$out/tgdpo_hf" --guide "$out/dpo_hf" --pairs "$out/data/heldout.jsonl" --beta 0.5 --out "$out/results.json"
 
+stage "picture of both trainings" single -m tgdpo plot "$out/dpo" "$out/tgdpo" --out "$out/runs.png"
+
 cat >"$out/generate.py" <<PYTHON
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,7 +158,8 @@ printf '\n=== done in %d s after installation\n' "$((SECONDS - installed))"
 cat <<TEXT
 metrics:            $out/results.json
 aligned model (HF): $out/tgdpo_hf
-training curves:    $python -m tensorboard.main --logdir $out
+training curves:    $out/runs.png
+                    $python -m tensorboard.main --logdir $out
 to use the model, $out/generate.py:
 
 $(sed 's/^/    /' "$out/generate.py")

@@ -103,3 +103,20 @@ def test_containers_hold_every_package() -> None:
     for name in ("launch/container/Dockerfile", "launch/container/apptainer.def"):
         for package in ("megatron_tgdpo", "checkpoints_convert", "tgdpo", "tools", "tests", "launch"):
             assert re.search(rf"^(?:COPY|   ) {package} /opt/megatron-tgdpo/{package}$", TEXTS[name], re.M), package
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "m"], "--model and --pairs go together"),
+        (["--pairs", "p.json", "--model"], "usage: "),
+        (["--steps", "3"], "usage: "),
+        (["a", "b"], "usage: "),
+        (["--model", "m", "--pairs", "/none/p.json"], "--pairs /none/p.json: no such file"),
+    ],
+)
+def test_quickstart_refuses_what_it_cannot_use(arguments: list[str], said: str) -> None:
+    result = run("quickstart.sh", *arguments)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
