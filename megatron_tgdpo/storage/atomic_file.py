@@ -56,7 +56,7 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
         yield temporary
         if synced:
             sync(temporary)
-        temporary.replace(path)
+        os.replace(temporary, path)
         if synced:
             sync(path.parent)
         remove_stale(path, path)

@@ -101,7 +101,8 @@ CONTRACT = [
     Relied("optimizer.cpu_offloading.HybridDeviceOptimizer", None, _SHARDING, "tells an optimizer in host memory"),
     Relied("optimizer.cpu_offloading.HybridDeviceOptimizer._sync_hdo_state_to_sub_optimizers", "", "",
            "loaded moments reach the optimizers beneath"),
-    Relied(_DISTRIBUTED_OPTIMIZER, None, f"setup/engine.py setup/learning_rate.py setup/optimizer.py {_SHARDING}",
+    Relied(_DISTRIBUTED_OPTIMIZER, None, "setup/engine.py setup/learning_rate.py setup/optimizer.py training/step.py "
+           f"{_SHARDING}",
            "fp32 state, split over data ranks; gbuf_ranges says who owns what"),
     Relied(f"{_DISTRIBUTED_OPTIMIZER}._get_main_param_and_optimizer_states", "model_param", "",
            "fp32 weight and moments of the part that this rank owns"),

@@ -43,6 +43,10 @@ _HARMLESS_KEYS = frozenset(
         "use_cache",
         "pretraining_tp",
         "cache_implementation",
+        # How transformers would split the model; it is no part of its maths, and some versions write it.
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+        "base_model_ep_plan",
     }
 )
 

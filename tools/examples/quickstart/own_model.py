@@ -99,7 +99,6 @@ def settings(hf_config: PretrainedConfig, model: str, out: Path, records: int) -
         "optimizer": {"lr": 5.0e-6, "schedule": "cosine", "warmup_ratio": 0.1},
         "precision": {"dtype": "bf16" if gpus else "fp32"},
         "train": {"steps": max(1, min(100, records // pairs)) if gpus else 6},
-        "export": {"hf": "end"},
         "output_dir": str(out / "run"),
     }
     if not gpus:
