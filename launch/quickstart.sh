@@ -88,7 +88,8 @@ own_model() { # the same mission from a model and pairs that exist
   stage "environment $venv (installs on the first run)" bash launch/setup_env.sh "$venv"
   stage "a config for this machine" write_config
   stage "what would stop it" ranks "$count" doctor "$out/tgdpo.yaml"
-  stage "guide, policy, export, comparison" single -m tgdpo pipeline "$out/tgdpo.yaml" --ranks "$count" --prompts 4
+  stage "guide, policy, export, comparison" single -m tgdpo pipeline "$out/tgdpo.yaml" --ranks "$count" \
+    --prompts 4 --max-new-tokens 64
   stage "what the guide rewards, and the course of both runs" pictures
   cat <<TEXT
 
