@@ -17,7 +17,7 @@ from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, 
 from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
-from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.memory import rank_memory
 from megatron_tgdpo.planning.report import memory_lines

@@ -137,3 +137,12 @@ def test_what_starts_often_is_without_torch(module: str) -> None:
         [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_plan_is_made_without_megatron_core() -> None:
+    """Its import takes as long as those of torch and transformers together, and a plan needs sizes only."""
+    code = "import tgdpo.planning, sys; print([name for name in sys.modules if name.startswith('megatron.')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.strip() == "[]", done.stderr
