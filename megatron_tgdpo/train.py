@@ -48,6 +48,10 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
         from megatron_tgdpo.config.guide import guide_config
 
         config = guide_config(config, args.config)
+    from megatron_tgdpo.setup.trained_guide import check_finished
+
+    if not args.dry_run:
+        check_finished(config, [args.config, *args.overrides])
     import torch.distributed as dist
 
     from megatron_tgdpo.distributed.ranks import read_rank_environment

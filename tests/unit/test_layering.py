@@ -35,7 +35,7 @@ guidance        errors intervals loss distributed storage data checkpoints batch
                 setup resilience
 training        errors signals loss distributed storage data checkpoints batching config models planning output frozen \
                 gpu setup resilience guidance
-train           errors signals distributed config resilience training
+train           errors signals distributed config setup resilience training
 checkpoints_convert     megatron_tgdpo
 tgdpo                   megatron_tgdpo checkpoints_convert
 tools                   megatron_tgdpo checkpoints_convert tgdpo
@@ -127,7 +127,13 @@ print("all")
 
 
 @pytest.mark.parametrize(
-    "module", ["megatron_tgdpo.config.resume_compatibility", "megatron_tgdpo.data.encode", "tgdpo.__main__"]
+    "module",
+    [
+        "megatron_tgdpo.config.resume_compatibility",
+        "megatron_tgdpo.data.encode",
+        "megatron_tgdpo.setup.trained_guide",
+        "tgdpo.__main__",
+    ],
 )
 def test_what_starts_often_is_without_torch(module: str) -> None:
     """A config is read and checked, and a record encoded in a worker, without the seconds that torch's import takes."""
