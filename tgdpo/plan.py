@@ -79,12 +79,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit status."""
+    """Runs the tool; returns the exit status, 1 too where the layout that was asked for, or none at all, fits."""
     given = _parser().parse_args(arguments)
-    return run(lambda: _plan(given))
+    answers: list[bool] = []
+    return run(lambda: answers.append(_plan(given))) or int(not answers[0])
 
 
-def _plan(given: argparse.Namespace) -> None:
+def _plan(given: argparse.Namespace) -> bool:
     _check_numbers(given)
     options = [f"--{role}" for role in ("model", "reference", "guide") if not _is_config_file(getattr(given, role))]
     find_models(given, *options, weights=False)
@@ -93,7 +94,9 @@ def _plan(given: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     from tgdpo.planning import plan
 
-    print(plan(given))
+    text, fits = plan(given)
+    print(text)
+    return fits
 
 
 def _is_config_file(text: str | None) -> bool:

@@ -1,5 +1,6 @@
 """The planner's arithmetic by hand, its ranking and warnings, and that a dry run says the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import all_plans, make_plan
 from megatron_tgdpo.planning.memory import LinearBytes, stage_memory, stage_parameters
-from megatron_tgdpo.planning.report import memory_lines
+from megatron_tgdpo.planning.report import memory_lines, plan_text
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
 from megatron_tgdpo.training.run import dry_run
@@ -25,6 +26,7 @@ from tests.processes import run_forked
 from tests.published_configs import PUBLISHED, write_config
 from tests.tiny_models import make_llama
 from tests.unit.config.test_loading import VALID
+from tgdpo.plan import main as tgdpo_plan
 
 ROW = Pack(tokens=4096, sequence_tokens=2048, dtype_bytes=2)
 BATCH = Batch(global_pairs=128, pair_tokens=2048, response_share=0.5, shared_prompts=False)
@@ -207,6 +209,31 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
     assert dry_run(config_from_dict(values), 8).splitlines()[-len(memory_lines(plan.memory)) :] == memory_lines(
         plan.memory
     )
+
+
+def test_packs_of_default_size_follow_the_layout(llama: PretrainedConfig) -> None:
+    layout, odd = make_layout(4, 1, 1, True, 8), replace(ROW, tokens=4094)
+    plan = make_plan(Job(llama, (), odd, BATCH, pack_given=False), Cluster(), layout, "none")
+    assert plan == make_plan(Job(llama, (), ROW, BATCH), Cluster(), layout, "none")
+    assert "of 4096 tokens per data rank and step (not 4094, the default" in plan_text(
+        plan, Job(llama, (), odd, BATCH, pack_given=False), Cluster()
+    )
+    with pytest.raises(UserError, match=r"packs of 4094 tokens .* take 4096 \(batch\.tokens_per_micro_batch"):
+        make_plan(Job(llama, (), odd, BATCH), Cluster(), layout, "none")
+
+
+def test_a_layout_that_does_not_fit_is_answered_with_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(tmp_path, PUBLISHED["Llama-3-8B"])
+    arguments = ["--model", str(tmp_path), "--tensor", "2", "--gpu-memory-gib", "48"]
+    assert tgdpo_plan(arguments) == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("the nearest that fits: --tensor ")
+    instead = last.removeprefix("the nearest that fits: ").partition(" (")[0]
+    assert tgdpo_plan([*arguments, *instead.split()]) == 0
+    assert tgdpo_plan([*arguments, "--gpu-memory-gib", "8"]) == 1
+    assert "no layout of 8 GPUs fits" in capsys.readouterr().out
 
 
 def test_command_line(tmp_path: Path) -> None:
