@@ -115,6 +115,14 @@ def nearest(plans: Sequence[Plan], layout: ParallelLayout) -> Plan | None:
     return min(fitting, key=doublings, default=None)
 
 
+def job_of(config: Config, models: Sequence[PretrainedConfig]) -> Job:
+    """A run with pairs of ``data.max_length`` tokens, half of them response; the arguments are choose_layout's."""
+    batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, config.shared_prompts)
+    keep = config.train.keep_logits_mib * 2**20
+    pack = Pack(config.seq_length, config.longest_sequence, config.precision.parameter_bytes, batch.gathered_keys, keep)
+    return Job(models[0], tuple(models[1:]), pack, batch, config.batch.tokens_per_micro_batch is not None)
+
+
 def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: Cluster) -> Plan:
     """The fastest layout that fits, by estimate, for pairs of ``data.max_length`` tokens, half of them response.
 
@@ -126,12 +134,7 @@ def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: C
     Raises:
         UserError: None fits.
     """
-    shared = config.shared_prompts
-    batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, shared)
-    keep = config.train.keep_logits_mib * 2**20
-    pack = Pack(config.seq_length, config.longest_sequence, config.precision.parameter_bytes, batch.gathered_keys, keep)
-    given = config.batch.tokens_per_micro_batch is not None
-    plans = all_plans(Job(models[0], tuple(models[1:]), pack, batch, given), cluster)
+    plans = all_plans(job_of(config, models), cluster)
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return fitting[0]

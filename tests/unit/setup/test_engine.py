@@ -138,7 +138,7 @@ def test_dry_run(policy: Path, tmp_path: Path) -> None:
             "output_dir": str(tmp_path / "run"),
         }
     )
-    text = dry_run(config, 8)
+    text, _ = dry_run(config, 8)
     assert "ranks: 8 = TP2 x PP2 x DP2" in text
     assert "global_pairs: 8" in text
     # The first stage holds more micro batches in flight, and so the most memory.
