@@ -274,6 +274,35 @@ def test_a_layout_that_does_not_fit_is_answered_with_the_nearest(
     assert "no layout of 8 GPUs fits" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [[], ["--method", "dpo"], ["--guide", "{model}", "--guidance", "cached"]])
+def test_a_written_config_is_one_that_training_takes(tmp_path: Path, options: list[str]) -> None:
+    model, out = str(make_llama(tmp_path / "model")), tmp_path / "config.yaml"
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    sizes = ["--tensor", "2", "--pipeline", "2", "--global-pairs", "16", "--max-length", "64"]
+    arguments = ["--model", model, *sizes, *(option.format(model=model) for option in options)]
+    assert tgdpo_plan([*arguments, "--write", str(out), "--train", str(tmp_path / "pairs.jsonl")]) == 0
+    config = load_config(out, [f"output_dir={tmp_path}/run"])
+    assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel) == (2, 2, True)
+    assert (config.model.policy, config.batch.global_pairs, config.data.max_length) == (model, 16, 64)
+    assert config.guidance.mode == ("cached" if "cached" in options else "colocated")
+    assert config.guide.method == (None if options else "dpo")
+    text, fits = dry_run(config, 8)
+    assert fits
+    assert "ranks: 8 = TP2 x PP2 x DP2 + SP" in text
+
+
+def test_a_config_is_not_written_over_another_nor_without_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "config.yaml"
+    assert tgdpo_plan(["--model", str(tmp_path), "--write", str(out)]) == 1
+    assert "give its data with --train" in capsys.readouterr().err
+    out.write_text("mine")
+    assert tgdpo_plan(["--model", str(tmp_path), "--write", str(out), "--train", "x"]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
 def test_command_line(tmp_path: Path) -> None:
     write_config(tmp_path, PUBLISHED["Llama-3-8B"])
     for arguments in ([str(tmp_path)], [str(tmp_path / "config.json"), "--tensor", "4", "--recompute", "full"]):
