@@ -31,8 +31,12 @@ def main(arguments: Sequence[str] | None = None, exporter: "Exporter | None" = N
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--guide", action="store_true", help="train what section guide of the config says")
-    parser.add_argument("--dry-run", action="store_true", help="print config, layout and memory per rank, then stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what the run takes, and whether it fits, then stop"
+    )
     parser.add_argument("--world-size", type=int, help="ranks to assume in a dry run; default: as launched")
+    parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="of a dry run's GPUs; default %(default)g")
+    parser.add_argument("--full-config", action="store_true", help="a dry run prints every key, not only what you set")
     args = parser.parse_intermixed_args(arguments)
     run_and_exit(lambda rank: _main(args, rank, exporter))
 
@@ -40,6 +44,8 @@ def main(arguments: Sequence[str] | None = None, exporter: "Exporter | None" = N
 def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> int:
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size is {args.world_size}: it must be positive")
+    if not 0 < args.gpu_memory_gib < 1e9:
+        raise UserError(f"--gpu-memory-gib is {args.gpu_memory_gib:g}: it must be positive")
     # Only now: a wrong option should not take the seconds of an import, nor a wrong key those of the next.
     from megatron_tgdpo.config.loading import load_config
 
@@ -48,6 +54,10 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
         from megatron_tgdpo.config.guide import guide_config
 
         config = guide_config(config, args.config)
+    from megatron_tgdpo.setup.trained_guide import check_finished
+
+    if not args.dry_run:
+        check_finished(config, [args.config, *args.overrides])
     import torch.distributed as dist
 
     from megatron_tgdpo.distributed.ranks import read_rank_environment
@@ -55,9 +65,12 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
     from megatron_tgdpo.training.run import dry_run, run
 
     if args.dry_run:
-        if rank == 0:
-            print(dry_run(config, args.world_size or read_rank_environment().world_size))
-        return 0
+        if rank != 0:
+            return 0
+        world_size = args.world_size or read_rank_environment().world_size
+        text, fits = dry_run(config, world_size, args.gpu_memory_gib, full=args.full_config)
+        print(text)
+        return 0 if fits else 1
     if config.export.hf != "none" and exporter is None:
         raise UserError(f"export.hf is {config.export.hf}: only tgdpo train exports, start the run with that")
 

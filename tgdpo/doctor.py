@@ -124,7 +124,7 @@ def _versions() -> str:
 def _input_lines(config: "Config", world_size: int, device: "torch.device") -> list[Line]:
     """What one rank can see for all: models, data, and whether the run fits them and a machine like this."""
     from megatron_tgdpo.gpu.options import capabilities, check_gpu_options
-    from megatron_tgdpo.models.config import check_layout
+    from megatron_tgdpo.models.divisibility import check_layout
     from megatron_tgdpo.output.metrics_log import check_loggers
     from megatron_tgdpo.setup.layout import layout_of
     from megatron_tgdpo.setup.model_inputs import check_tokenizers, models_that_run, read_model_configs

@@ -44,6 +44,9 @@ def _main(args: argparse.Namespace) -> int:
         raise UserError(f"{args.config}: guidance.cache is not set: name the directory to write to")
     if not config.method.frozen:
         raise UserError(f"{args.config}: loss.method {config.loss.method} has no frozen models to compute")
+    from megatron_tgdpo.setup.trained_guide import check_finished
+
+    check_finished(config, [args.config, *args.overrides])
     from megatron_tgdpo.guidance.precompute import precompute_guidance, verify_guidance
 
     def work(ranks, store) -> int:  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.planning.cluster import Cluster
-from tgdpo.command_line import find_models, run
+from tgdpo.command_line import find_models, positive_number, run
 
 _MAY_BE_ZERO = ("reserve_gib", "response_share")
 _LARGEST = 10**9
@@ -71,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of layouts: the bubble of every pipeline schedule for 2 to 8 stages and 8 to 64 packs",
     )
     layout.add_argument("--top", type=int, default=12, help="lines of the ranking; default %(default)s")
+    written = parser.add_argument_group("a config of the layout, that tgdpo train takes as it is")
+    written.add_argument("--write", type=Path, metavar="YAML", help="file to make; needs --train")
+    written.add_argument("--train", metavar="DATA", help="data.train: a file of pairs, or what else training takes")
+    written.add_argument("--lr", type=positive_number, default=7e-7, help="optimizer.lr; default %(default)s")
     cluster = parser.add_argument_group("cluster (H100 SXM; figures and sources in docs/planning.md)")
     for field in fields(Cluster):
         name = f"--{field.name.replace('_', '-')}"
@@ -79,21 +83,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit status."""
+    """Runs the tool; returns the exit status, 1 too where the layout that was asked for, or none at all, fits."""
     given = _parser().parse_args(arguments)
-    return run(lambda: _plan(given))
+    answers: list[bool] = []
+    return run(lambda: answers.append(_plan(given))) or int(not answers[0])
 
 
-def _plan(given: argparse.Namespace) -> None:
+def _plan(given: argparse.Namespace) -> bool:
     _check_numbers(given)
+    if given.write is not None and (given.train is None or given.schedules):
+        raise UserError("--write makes the config of a training: give its data with --train, and no --schedules")
+    if given.write is not None and given.write.exists():
+        raise UserError(f"--write {given.write}: is there already: name another file, or remove it")
+    named = {role: getattr(given, role) for role in ("model", "reference", "guide")}
     options = [f"--{role}" for role in ("model", "reference", "guide") if not _is_config_file(getattr(given, role))]
     find_models(given, *options, weights=False)
     # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
     # needs.
     warnings.filterwarnings("ignore")
-    from tgdpo.planning import plan
+    from tgdpo.planning import plan, write_config
 
-    print(plan(given))
+    text, chosen = plan(given)
+    print(text)
+    if given.write is not None and chosen is not None:
+        write_config(given, chosen, named)
+    return chosen is None or chosen.fits
 
 
 def _is_config_file(text: str | None) -> bool:

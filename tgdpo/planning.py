@@ -1,11 +1,13 @@
 """The work of ``tgdpo plan``: from its parsed arguments to its text."""
 
 import argparse
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.config.loading import changed_yaml, config_from_dict
 from megatron_tgdpo.config.schema import PrecisionConfig, TrainConfig
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
@@ -14,12 +16,14 @@ from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
-from megatron_tgdpo.planning.layouts import all_plans, make_plan
+from megatron_tgdpo.planning.layouts import Plan, all_plans, make_plan, nearest
+from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.planning.report import plan_text, schedules_table, table
+from megatron_tgdpo.storage.atomic_file import write_atomically
 
 
-def plan(arguments: argparse.Namespace) -> str:
-    """The text for parsed arguments.
+def plan(arguments: argparse.Namespace) -> tuple[str, Plan | None]:
+    """The text for parsed arguments, and the layout that was asked for or is the best; None for schedules.
 
     Raises:
         UserError: A config is not supported, or the layout does not divide.
@@ -28,16 +32,83 @@ def plan(arguments: argparse.Namespace) -> str:
     cluster = Cluster(**{field.name: getattr(arguments, field.name) for field in fields(Cluster)})
     sequence_parallel = not arguments.no_sequence_parallel
     if arguments.schedules:
-        return schedules_table(job, cluster, arguments.tensor or 1, sequence_parallel, arguments.recompute)
+        return schedules_table(job, cluster, arguments.tensor or 1, sequence_parallel, arguments.recompute), None
     if arguments.tensor is not None or arguments.pipeline is not None:
         layout = make_layout(arguments.tensor or 1, arguments.pipeline or 1, 1, sequence_parallel, cluster.gpus)
-        return plan_text(make_plan(job, cluster, layout, arguments.recompute), job, cluster)
+        asked = make_plan(job, cluster, layout, arguments.recompute)
+        text = plan_text(asked, job, cluster)
+        return (text if asked.fits else f"{text}\n{_instead(all_plans(job, cluster), asked)}"), asked
     plans = all_plans(job, cluster)
     if not plans:
         raise UserError(f"no layout of {cluster.gpus} GPUs divides the model: change --nodes or --gpus-per-node")
     fitting = sum(plan.fits for plan in plans)
     headline = f"{fitting} of {len(plans)} layouts of {cluster.gpus} GPUs fit; the fastest, by estimate:"
-    return "\n".join([headline, table(plans[: arguments.top]), "", plan_text(plans[0], job, cluster)])
+    return "\n".join([headline, table(plans[: arguments.top]), "", plan_text(plans[0], job, cluster)]), plans[0]
+
+
+def write_config(arguments: argparse.Namespace, plan: Plan, named: Mapping[str, str | None]) -> None:
+    """Writes the config of a planned training.
+
+    Args:
+        arguments: The command line.
+        plan: Its layout.
+        named: The models as the command line has them.
+
+    Raises:
+        UserError: The layout does not fit, training would not take the config, or it cannot be written.
+    """
+    if not plan.fits:
+        raise UserError(f"--write {arguments.write}: not written, as the layout does not fit")
+    # Training takes a model's directory for what is its config.json here.
+    models = {role: path and str(Path(path).parent if _is_file(path) else path) for role, path in named.items()}
+    layout, method = plan.layout, METHODS[arguments.method]
+    values = {
+        "model": {
+            "policy": models["model"],
+            "reference": models["reference"] if "reference" in method.frozen else None,
+            "guide": models["guide"] if "guide" in method.frozen else None,
+        },
+        "data": {"train": arguments.train, "max_length": arguments.max_length},
+        "loss": {"method": arguments.method},
+        # Without one the guide is trained first.
+        "guide": {"method": "dpo" if "guide" in method.frozen and not models["guide"] else None},
+        "guidance": {"mode": arguments.guidance, "cache": "guidance" if arguments.guidance == "cached" else None},
+        "parallel": {
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "sequence_parallel": layout.sequence_parallel,
+        },
+        "batch": {
+            "global_pairs": arguments.global_pairs,
+            "tokens_per_micro_batch": arguments.seq_length,
+            "shared_prompts": False if arguments.no_shared_prompts else None,
+        },
+        "optimizer": {"lr": arguments.lr},
+        "precision": {"dtype": arguments.dtype},
+        "train": {"epochs": 1, "recompute": plan.recompute},
+        "output_dir": str(Path("runs") / arguments.write.stem),
+    }
+    config = config_from_dict(values, f"--write {arguments.write}")
+    # Where the guide is trained follows from output_dir, which may be overridden.
+    if config.guide.method is not None:
+        config = replace(config, model=replace(config.model, guide=None))
+    write_atomically(arguments.write, f"# {layout} on {layout.world_size} GPUs\n{changed_yaml(config)}")
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).is_file()
+
+
+def _instead(plans: Sequence[Plan], asked: Plan) -> str:
+    """What fits, as options, where a layout does not."""
+    found = nearest(plans, asked.layout)
+    if found is None:
+        return f"no layout of {asked.layout.world_size} GPUs fits: take more, or other models or packs"
+    layout = found.layout
+    return (
+        f"the nearest that fits: --tensor {layout.tensor} --pipeline {layout.pipeline} --recompute {found.recompute} "
+        f"({found.memory.total / GIB:.1f} GiB)"
+    )
 
 
 def _job(arguments: argparse.Namespace) -> Job:
@@ -57,7 +128,7 @@ def _job(arguments: argparse.Namespace) -> Job:
             "raise it, or lower --pair-tokens"
         )
     pack = Pack(tokens, min(arguments.max_length, tokens), dtype_bytes, batch.gathered_keys, keep)
-    return Job(policy, frozen, pack, batch)
+    return Job(policy, frozen, pack, batch, arguments.seq_length is not None)
 
 
 def _read(path: str) -> PretrainedConfig:

@@ -71,6 +71,10 @@ def _main(given: argparse.Namespace) -> None:
             f"{given.config}: loss.method {config.loss.method} has no token weights: give a TGDPO run's config, or "
             "set loss.method=tgdpo model.guide=DIR"
         )
+    if config.guidance.mode != "cached":
+        from megatron_tgdpo.setup.trained_guide import check_finished
+
+        check_finished(config, [given.config, *given.overrides])
     print(_report(given, config))
 
 

@@ -63,6 +63,18 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
+def changed_yaml(config: Config) -> str:
+    """The keys of a config that are not as they are by default, and the method's options: YAML of an equal config."""
+    defaults = to_dict(Config())
+
+    def changed(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if value != default[key]}
+
+    found = changed(to_dict(config), defaults)
+    nested = {k: changed(v, defaults[k]) if isinstance(defaults[k], dict) else v for k, v in found.items()}
+    return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
+
+
 def _build(values: dict[str, Any], source: str) -> Config:
     try:
         combined = OmegaConf.merge(OmegaConf.structured(Config), values)

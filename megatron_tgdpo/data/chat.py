@@ -14,6 +14,9 @@ from megatron_tgdpo.data.sandbox import compile_template, run_template, split_ma
 from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.storage.files import read_error
 
+# In messages: what a config calls it, and what commands without one do.
+TEMPLATE_KEY = "data.chat_template, or --chat-template"
+
 # For a raw SentencePiece model, which carries no template: the reference code's template named "default".
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -166,7 +169,7 @@ class ChatTemplate:
             if variables[key] and key not in self.names:
                 raise UserError(
                     f"{place}: the chat template of {self.name} does not read '{key}': remove it from the data, or "
-                    "give a template that reads it (--chat-template)"
+                    f"give a template that reads it ({TEMPLATE_KEY})"
                 )
         for number, message in enumerate(messages):
             for key, value in message.extra.items():
@@ -185,7 +188,7 @@ class ChatTemplate:
                 ):
                     raise UserError(
                         f"{place}: the chat template of {self.name} does not read '{key}' of a message of "
-                        f"{message.role}: remove it from the data, or give a template that reads it (--chat-template)"
+                        f"{message.role}: remove it from the data, or give a template that reads it ({TEMPLATE_KEY})"
                     )
 
     def asks_for_answer(self, prompt: Sequence[Message], text: str, place: str, variables: Mapping[str, Any]) -> bool:

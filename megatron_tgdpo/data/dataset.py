@@ -278,12 +278,12 @@ def _check_match(dataset: PreferenceDataset, options: PreprocessOptions, tokeniz
         raise UserError(
             f"{dataset.prefix} was made for pairs, and its rejected responses decided what else was cut or dropped "
             f"(cut: {_counts(dataset.manifest['truncated'])}; dropped: {_counts(dataset.manifest['dropped'])}): "
-            "preprocess again with --chosen-only for loss.method sft"
+            "make it again with tgdpo preprocess --chosen-only for loss.method sft"
         )
     if not options.chosen_only and dataset.manifest["options"].get("chosen_only"):
         raise UserError(
-            f"{dataset.prefix} was made without rejected responses and training asks for pairs: preprocess again "
-            "without --chosen-only"
+            f"{dataset.prefix} was made without rejected responses and training asks for pairs: make it again "
+            "with tgdpo preprocess without --chosen-only"
         )
     dropped = dataset.manifest["dropped"]
     if options.strict and dropped:

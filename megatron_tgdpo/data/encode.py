@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tgdpo.data.chat import NO_VARIABLES, ChatTemplate
+from megatron_tgdpo.data.chat import NO_VARIABLES, TEMPLATE_KEY, ChatTemplate
 from megatron_tgdpo.data.example import Example, Response
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import detect_layout, is_single, parse_record, rename
@@ -258,7 +258,9 @@ def _with_bos(prompt: list[int], tokenizer: Tokenizer) -> list[int]:
 
 def _template(tokenizer: Tokenizer, place: str) -> ChatTemplate:
     if tokenizer.template is None:
-        raise UserError(f"{place}: messages need a chat template and this tokenizer has none; give --chat-template")
+        raise UserError(
+            f"{place}: messages need a chat template and this tokenizer has none: give one ({TEMPLATE_KEY})"
+        )
     return tokenizer.template
 
 

@@ -107,7 +107,7 @@ def preprocess(
     """
     if not overwrite and os.path.exists(prefix + MANIFEST_SUFFIX):
         raise UserError(
-            f"{prefix + MANIFEST_SUFFIX} exists: a dataset is there already; give --overwrite to replace it"
+            f"{prefix + MANIFEST_SUFFIX} exists: a dataset is there already; tgdpo preprocess --overwrite replaces it"
         )
     named = [Source(path) if isinstance(path, str) else path for path in paths]
     sources = inspect_sources([file for source in named for file in find_files(source)])

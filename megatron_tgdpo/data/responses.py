@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tgdpo.data.chat import LABEL_KEYS, NO_VARIABLES, ChatTemplate
+from megatron_tgdpo.data.chat import LABEL_KEYS, NO_VARIABLES, TEMPLATE_KEY, ChatTemplate
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.errors import UserError
 
@@ -147,7 +147,7 @@ def _border(template: ChatTemplate, prompt: Sequence[Message], place: str, varia
         if not (head.startswith(plain) and text.startswith(plain)):
             raise UserError(
                 f"{place}: the chat template of {template.name} is not prefix-stable: it writes the prompt "
-                "differently once an answer follows; give a template that does not (--chat-template)"
+                f"differently once an answer follows; give a template that does not ({TEMPLATE_KEY})"
             )
     return _Border(text, head, tail)
 
@@ -291,12 +291,12 @@ def _end_of_turn(tail: str, special: Sequence[str]) -> int:
 def _unstable(template: ChatTemplate, place: str) -> UserError:
     return UserError(
         f"{place}: the chat template of {template.name} is not prefix-stable: what it writes around the answer depends "
-        "on the answer; give a template that does not (--chat-template)"
+        f"on the answer; give a template that does not ({TEMPLATE_KEY})"
     )
 
 
 def _loss(template: ChatTemplate, what: str, place: str) -> UserError:
     return UserError(
         f"{place}: the chat template of {template.name} leaves out or rewrites {what}, so that it would not be trained "
-        "on: give a template that writes it (--chat-template)"
+        f"on: give a template that writes it ({TEMPLATE_KEY})"
     )

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_tgdpo.data.chat import DEFAULT_TEMPLATE, NO_VARIABLES, ChatTemplate, read_template
+from megatron_tgdpo.data.chat import DEFAULT_TEMPLATE, NO_VARIABLES, TEMPLATE_KEY, ChatTemplate, read_template
 from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.storage.files import read_error
 
@@ -223,7 +223,7 @@ def _own_template(hf: Any) -> str | None:
         return result
     except ValueError as error:  # several named templates and none called default
         raise UserError(
-            f"the tokenizer has several chat templates and no default: give one with --chat-template ({error})"
+            f"the tokenizer has several chat templates and no default: give one ({TEMPLATE_KEY}): {error}"
         ) from error
 
 

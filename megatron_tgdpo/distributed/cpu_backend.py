@@ -39,11 +39,14 @@ def resolve_device(requested: str) -> torch.device:
     if usable:
         return torch.device("cuda")
     if requested == "cuda":
-        raise UserError("device=cuda but torch sees no CUDA device: check the driver and CUDA_VISIBLE_DEVICES")
+        raise UserError(
+            "parallel.device (--device) is cuda but torch sees no CUDA device: check the driver and "
+            "CUDA_VISIBLE_DEVICES"
+        )
     if nvidia_hardware_present():
         raise UserError(
             "this machine has an NVIDIA device that torch cannot use: fix the driver, the torch build or "
-            "CUDA_VISIBLE_DEVICES, or set device=cpu to train on the CPU on purpose"
+            "CUDA_VISIBLE_DEVICES, or set parallel.device=cpu (--device cpu) to use the CPU on purpose"
         )
     return CPU
 

@@ -1,13 +1,13 @@
 """The grid of ranks: which layout, which process groups."""
 
 from dataclasses import dataclass
-
-import torch
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from typing import TYPE_CHECKING
 
 from megatron_tgdpo.errors import UserError
+
+# A plan needs layouts without groups: megatron-core and torch are imported where groups are made.
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,17 @@ def make_layout(
     return ParallelLayout(tensor, pipeline, context, data, sequence_parallel and tensor > 1, virtual)
 
 
-def init_model_parallel(layout: ParallelLayout, seed: int, timeout_minutes: float) -> ProcessGroupCollection:
+def init_model_parallel(layout: ParallelLayout, seed: int, timeout_minutes: float) -> "ProcessGroupCollection":
     """Creates megatron-core's process groups for a layout (collective over all ranks) and seeds its RNG tracker.
 
     Returns:
         The groups to be passed around: tp, pp, cp, dp, dp_cp, mp, embd, pos_embd and mcore's others.
     """
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -81,4 +86,6 @@ def init_model_parallel(layout: ParallelLayout, seed: int, timeout_minutes: floa
 
 def destroy_model_parallel() -> None:
     """Forgets the layout, so that another one can be initialised in the same process (tests, converters)."""
+    from megatron.core import parallel_state
+
     parallel_state.destroy_model_parallel()

@@ -92,7 +92,7 @@ _MEANING = (
     ),
     Rule(
         lambda c: c.config.precision.dtype == "fp32" and c.config.precision.frozen == "bf16",
-        "precision.frozen=bf16 with precision.dtype=fp32: all models have one dtype, set frozen=same",
+        "precision.frozen=bf16 with precision.dtype=fp32: all models have one dtype, set precision.frozen=same",
     ),
     Rule(
         lambda c: c.config.precision.fp8 == "none" and c.config.precision.fp8_params,
@@ -133,7 +133,7 @@ _MEANING = (
 _MACHINE = (
     Rule(
         lambda c: c.config.precision.dtype != "bf16",
-        "precision.fp8, fp4 and frozen=fp8 need precision.dtype=bf16 for everything beside",
+        "precision.fp8, precision.fp4 and precision.frozen=fp8 need precision.dtype=bf16 for everything beside",
     ),
     Rule(
         lambda c: c.found.device != "cuda" or c.found.compute_capability is None,

@@ -39,7 +39,7 @@ from megatron_tgdpo.guidance.cache import (
     write_shard,
 )
 from megatron_tgdpo.guidance.frozen_logps import FrozenEngine, build_frozen_engine
-from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.models.logp_tolerance import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.setup.datasets import Prepared, prepare_data

@@ -15,14 +15,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-# Elements of the one fp32 buffer of logits. On a GPU (128 MiB) wide enough to keep the matrix units busy; on a CPU
-# (8 MiB) small enough that what follows the product finds the logits in the cache.
-CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 2**21}
-# Vocabulary rows of a chunk at least, however many tokens there are.
-_FEWEST_ROWS = 256
-# On a GPU rows come in multiples of this: they are the leading dimension of the logits, and the fast bf16 products want
-# that aligned.
-_ROW_STEP = 64
+from megatron_tgdpo.loss.vocab_chunks import chunk_rows
 
 _MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
@@ -87,16 +80,6 @@ def token_logps(
     chunks = _Chunks(hidden, weight, valid_rows, softcap, chunk_elements, 0 if softcap else keep_bytes)
     result: Tensor = _TokenLogps.apply(hidden, weight, targets - first_row, tp_group, chunks)
     return result
-
-
-def chunk_rows(tokens: int, rows: int, device_type: str, chunk_elements: int | None = None) -> int:
-    """Vocabulary rows of a chunk that holds ``tokens`` tokens, of ``rows`` in all."""
-    wanted = (chunk_elements or CHUNK_ELEMENTS[device_type]) // max(tokens, 1)
-    found = min(max(wanted, 1 if chunk_elements else _FEWEST_ROWS), max(rows, 1))
-    if device_type == "cuda" and found > _ROW_STEP:
-        # What is left over of the vocabulary is a small chunk of its own.
-        found -= found % _ROW_STEP
-    return found
 
 
 class _Chunks:

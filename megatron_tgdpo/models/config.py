@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.divisibility import check_divides
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.rotary import rope_frequencies
 
@@ -57,7 +57,7 @@ def transformer_config_kwargs(
     family = family_of(hf_config.architectures)
     family.check(hf_config)
     kwargs = family.config_kwargs(hf_config)
-    _check_divides(kwargs, layout)
+    check_divides(kwargs, layout)
     _, factor = rope_frequencies(hf_config)
     if factor != 1.0:
         # Rotated queries and keys have the factor each, and nothing but their products is used.
@@ -86,34 +86,3 @@ def transformer_config_kwargs(
         "gradient_accumulation_fusion": False,
         **(overrides or {}),
     }
-
-
-def _check_divides(kwargs: Mapping[str, Any], layout: ParallelLayout) -> None:
-    tp, pp = layout.tensor, layout.pipeline
-    groups = kwargs["num_query_groups"]
-    if kwargs["num_layers"] % pp:
-        raise UserError(f"{kwargs['num_layers']} layers are not divisible by parallel.pipeline = {pp}")
-    if kwargs["num_layers"] % layout.parts:
-        raise UserError(
-            f"{kwargs['num_layers']} layers are not divisible by parallel.pipeline x virtual_pipeline = {pp} x "
-            f"{layout.virtual}"
-        )
-    if kwargs["num_attention_heads"] % tp:
-        raise UserError(f"{kwargs['num_attention_heads']} attention heads are not divisible by parallel.tensor = {tp}")
-    if groups % tp and tp % groups:
-        raise UserError(f"{groups} key/value heads neither divide nor are divisible by parallel.tensor = {tp}")
-    if kwargs["ffn_hidden_size"] % tp:
-        raise UserError(f"MLP size {kwargs['ffn_hidden_size']} is not divisible by parallel.tensor = {tp}")
-
-
-def check_layout(configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> None:
-    """Checks that every model divides by the layout.
-
-    Raises:
-        UserError: One does not; the message names its role.
-    """
-    for role, hf_config in configs.items():
-        try:
-            transformer_config_kwargs(hf_config, layout, dtype=torch.float32, device=torch.device("cpu"))
-        except UserError as error:
-            raise UserError(f"model.{role}: {error}") from error

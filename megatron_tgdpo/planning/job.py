@@ -1,11 +1,12 @@
 """What is to be planned: the models and the batch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.planning.activations import Pack
 
 
@@ -58,12 +59,31 @@ class Job:
         frozen: HF configs of the reference and, for TGDPO, the guide.
         pack: One micro batch.
         batch: One step.
+        pack_given: Whether its tokens are the user's; else a layout that they do not divide by has them rounded up.
     """
 
     policy: PretrainedConfig
     frozen: tuple[PretrainedConfig, ...]
     pack: Pack
     batch: Batch
+    pack_given: bool = True
+
+    def under(self, layout: ParallelLayout) -> "Job":
+        """The job with a pack that the layout takes.
+
+        Raises:
+            UserError: The tokens are given, and do not divide.
+        """
+        tokens, ranks = self.pack.tokens, layout.tensor if layout.sequence_parallel else 1
+        if tokens % ranks == 0:
+            return self
+        rounded = -(-tokens // ranks) * ranks
+        if self.pack_given:
+            raise UserError(
+                f"packs of {tokens} tokens are not divisible by {ranks} tensor ranks: take {rounded} "
+                "(batch.tokens_per_micro_batch, or --pack-tokens), or do without sequence parallelism"
+            )
+        return replace(self, pack=replace(self.pack, tokens=rounded))
 
     @property
     def models(self) -> tuple[PretrainedConfig, ...]:

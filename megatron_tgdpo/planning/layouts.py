@@ -1,5 +1,6 @@
 """Plans: one layout with its memory, time and traffic, all that a cluster and a job allow, and the one to choose."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
@@ -28,6 +29,7 @@ class Plan:
         memory: Of the fullest rank.
         time: Of a step.
         traffic: Of a step.
+        pack_tokens: Of a pack.
         micro_batches: Packs per data rank and step.
         fits: Whether the memory fits a GPU of the cluster, less the reserve.
         warning: What is odd about it, or an empty string.
@@ -38,6 +40,7 @@ class Plan:
     memory: RankMemory
     time: StepTime
     traffic: Traffic
+    pack_tokens: int
     micro_batches: int
     fits: bool
     warning: str
@@ -52,14 +55,10 @@ def make_plan(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
     """Computes one plan.
 
     Raises:
-        UserError: A model does not divide by the layout, or a pack not by the tensor ranks.
+        UserError: A model does not divide by the layout, or a pack of given size not by the tensor ranks.
     """
     check_layout(dict(zip(("policy", "reference", "guide"), job.models, strict=False)), layout)
-    if layout.sequence_parallel and job.pack.tokens % layout.tensor:
-        raise UserError(
-            f"packs of {job.pack.tokens} tokens are not divisible by {layout.tensor} tensor ranks: "
-            "change batch.tokens_per_micro_batch, or do without sequence parallelism"
-        )
+    job = job.under(layout)
     memory = rank_memory(job.policy, job.frozen, layout, job.pack, recompute)
     return Plan(
         layout=layout,
@@ -67,6 +66,7 @@ def make_plan(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
         memory=memory,
         time=step_time(job, cluster, layout, recompute),
         traffic=traffic(job, layout, recompute),
+        pack_tokens=job.pack.tokens,
         micro_batches=job.micro_batches(layout),
         fits=memory.total <= (cluster.gpu_memory_gib - cluster.reserve_gib) * 2**30,
         warning=_warning(job, cluster, layout),
@@ -103,6 +103,26 @@ def all_plans(job: Job, cluster: Cluster) -> list[Plan]:
     return sorted(plans, key=lambda plan: (not plan.fits, plan.time.total))
 
 
+def nearest(plans: Sequence[Plan], layout: ParallelLayout) -> Plan | None:
+    """Of plans that fit the one whose tensor and pipeline sizes are the fewest doublings from a layout's."""
+    fitting = [plan for plan in plans if plan.fits]
+
+    def doublings(plan: Plan) -> float:
+        return abs(math.log2(plan.layout.tensor / layout.tensor)) + abs(
+            math.log2(plan.layout.pipeline / layout.pipeline)
+        )
+
+    return min(fitting, key=doublings, default=None)
+
+
+def job_of(config: Config, models: Sequence[PretrainedConfig]) -> Job:
+    """A run with pairs of ``data.max_length`` tokens, half of them response; the arguments are choose_layout's."""
+    batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, config.shared_prompts)
+    keep = config.train.keep_logits_mib * 2**20
+    pack = Pack(config.seq_length, config.longest_sequence, config.precision.parameter_bytes, batch.gathered_keys, keep)
+    return Job(models[0], tuple(models[1:]), pack, batch, config.batch.tokens_per_micro_batch is not None)
+
+
 def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: Cluster) -> Plan:
     """The fastest layout that fits, by estimate, for pairs of ``data.max_length`` tokens, half of them response.
 
@@ -114,11 +134,7 @@ def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: C
     Raises:
         UserError: None fits.
     """
-    shared = config.shared_prompts
-    batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, shared)
-    keep = config.train.keep_logits_mib * 2**20
-    pack = Pack(config.seq_length, config.longest_sequence, config.precision.parameter_bytes, batch.gathered_keys, keep)
-    plans = all_plans(Job(models[0], tuple(models[1:]), pack, batch), cluster)
+    plans = all_plans(job_of(config, models), cluster)
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return fitting[0]

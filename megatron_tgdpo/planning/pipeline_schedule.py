@@ -8,8 +8,6 @@ Times are in whatever unit the costs have.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron.core.pipeline_parallel.schedules import get_schedule_table
-
 FORWARD, BACKWARD, FROZEN = "forward", "backward", "frozen"
 
 
@@ -181,6 +179,9 @@ def interleaved(costs: Sequence[StageCosts], micro_batches: int, chunks: int) ->
         micro_batches: Per step, a multiple of the stages.
         chunks: Model chunks of a stage.
     """
+    # Takes seconds to import, and only --schedules asks for it.
+    from megatron.core.pipeline_parallel.schedules import get_schedule_table
+
     stages = len(costs)
     table = get_schedule_table(micro_batches, chunks, stages)
     passes = [(FORWARD, chunk, i) for i, chunk in table], [(BACKWARD, chunks - 1 - chunk, i) for i, chunk in table]

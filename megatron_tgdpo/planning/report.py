@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan
@@ -44,13 +44,16 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
     verdict = "fits" if plan.fits else "does NOT fit"
     time, sent = plan.time, plan.traffic
     tokens = job.batch.global_pairs * job.batch.pair_tokens
+    rounded = ""
+    if plan.pack_tokens != job.pack.tokens:
+        rounded = f" (not {job.pack.tokens}, the default: {plan.layout.tensor} tensor ranks must divide them)"
     on_node = plan.memory.save * min(cluster.gpus_per_node, cluster.gpus) / GIB
     lines = [
         f"{cluster.gpus} GPUs = {plan.layout}, recompute {plan.recompute}",
         *memory_lines(plan.memory),
         f"and at most {on_node:.1f} GiB on a node",
         f"{verdict} {usable:.1f} GiB ({cluster.gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)",
-        f"{plan.micro_batches} packs of {job.pack.tokens} tokens per data rank and step",
+        f"{plan.micro_batches} packs of {plan.pack_tokens} tokens per data rank and step{rounded}",
         f"pipeline bubble {plan.bubble:.0%}",
         "sent per GPU and step:",
         *(f"  {kind:<24} {getattr(sent, kind) / 1e9:9.2f} GB" for kind in ("tensor", "pipeline", "data")),

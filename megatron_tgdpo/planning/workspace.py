@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.loss.vocab_parallel_logps import chunk_rows
+from megatron_tgdpo.loss.vocab_chunks import chunk_rows
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, LayerWidths, Pack, layer_activations
 

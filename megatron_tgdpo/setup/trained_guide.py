@@ -1,5 +1,7 @@
 """Whether the guide that a config's section ``guide`` asks for is there: finished, and of what the section says."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tgdpo.config.guide import guide_config
@@ -16,6 +18,27 @@ def is_trained(config: Config) -> bool:
     return config.guide.method is None or (Path(config.guide_dir) / DONE_FILE).exists()
 
 
+def check_finished(config: Config, command: Sequence[str] = ()) -> None:
+    """Checks that the guide's run is finished, where section ``guide`` asks for one; nothing heavy is imported for it.
+
+    Args:
+        config: Of the TGDPO run.
+        command: What the user gave ``tgdpo``: the config's file and its overrides; to be named with the fix.
+
+    Raises:
+        UserError: It is not.
+        StorageError: Something cannot be read.
+    """
+    if is_trained(config):
+        return
+    directory = Path(config.guide_dir)
+    state = "is trained only in part" if recorded_run(directory) else "is not trained yet"
+    words = "".join(f" {shlex.quote(word)}" for word in command)
+    raise UserError(
+        f"the guide {directory} {state}: tgdpo dpo-guide{words} does it, tgdpo pipeline{words} that and the rest"
+    )
+
+
 def check_trained(config: Config, inputs: Inputs | None = None) -> None:
     """Checks the guide that section ``guide`` asks for; a config without the section is left alone.
 
@@ -30,13 +53,8 @@ def check_trained(config: Config, inputs: Inputs | None = None) -> None:
     if config.guide.method is None:
         return
     directory = Path(config.guide_dir)
+    check_finished(config)
     recorded = recorded_run(directory)
-    if not is_trained(config):
-        state = "is trained only in part" if recorded else "is not trained yet"
-        raise UserError(
-            f"the guide {directory} {state}: tgdpo dpo-guide CONFIG.yaml does it, tgdpo pipeline CONFIG.yaml that and "
-            "the rest"
-        )
     guide = guide_config(config)
     if inputs is not None:
         inputs = {**inputs, "model.guide": None}

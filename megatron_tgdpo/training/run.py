@@ -1,6 +1,7 @@
 """One run from config to final checkpoint, and its dry run."""
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.config.loading import to_yaml
+from megatron_tgdpo.config.loading import changed_yaml, to_yaml
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel
@@ -19,10 +20,13 @@ from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, 
 from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
-from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.activations import Pack
-from megatron_tgdpo.planning.memory import RankMemory, rank_memory
+from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.layouts import Plan, all_plans, job_of, nearest
+from megatron_tgdpo.planning.memory import GIB, RankMemory, rank_memory
 from megatron_tgdpo.planning.report import memory_lines
+from megatron_tgdpo.planning.step_time import step_time
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.resilience.preflight import preflight
 from megatron_tgdpo.resilience.run_lock import RunLock
@@ -81,8 +85,21 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exp
         Trainer(config, layout, engine, data, start, exporter).train()
 
 
-def dry_run(config: Config, world_size: int) -> str:
-    """The resolved config, the parallel layout, and parameters and memory per rank, without loading anything."""
+def dry_run(
+    config: Config, world_size: int, gpu_memory_gib: float = Cluster.gpu_memory_gib, *, full: bool = False
+) -> tuple[str, bool]:
+    """What a run would be, without loading anything.
+
+    Args:
+        config: The run.
+        world_size: Ranks, each a GPU.
+        gpu_memory_gib: Of a GPU.
+        full: Whether the config is shown whole, and not only where it differs from the defaults.
+
+    Returns:
+        Config, layout, parameters and memory per rank, steps, tokens and hours, and at the end whether it fits or what
+        does; and whether it fits.
+    """
     layout = layout_of(config.parallel, world_size)
     given, config = config, pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
@@ -91,8 +108,22 @@ def dry_run(config: Config, world_size: int) -> str:
     memory = planned_memory(config, configs, layout)
     # A guide that is still to be trained was given the shape of the policy.
     shown = config if is_trained(given) else replace(config, model=replace(config.model, guide=given.model.guide))
-    lines = [to_yaml(shown).rstrip(), f"ranks: {world_size} = {layout}", *memory_lines(memory)]
-    return "\n".join(lines)
+    node = math.gcd(world_size, Cluster.gpus_per_node)
+    cluster = Cluster(world_size // node, node, gpu_memory_gib)
+    usable = gpu_memory_gib - cluster.reserve_gib
+    fits = memory.total <= usable * GIB
+    verdict, job = "fits" if fits else "does NOT fit", job_of(config, [*configs.values()])
+    lines = [
+        (to_yaml(shown) if full else f"# what differs from the defaults\n{changed_yaml(shown)}").rstrip(),
+        f"ranks: {world_size} = {layout}",
+        *memory_lines(memory),
+        *pack_lines(config),
+        _duration(config, step_time(job, cluster, layout, config.train.recompute).total),
+        f"{verdict} {usable:.1f} GiB ({gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)",
+    ]
+    if not fits:
+        lines.append(_instead(nearest(all_plans(job, cluster), layout), world_size))
+    return "\n".join(lines), fits
 
 
 def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> RankMemory:
@@ -116,6 +147,39 @@ def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layo
     return rank_memory(configs["policy"], frozen, layout, pack, config.train.recompute, linear_bytes(config))
 
 
+def pack_lines(config: Config) -> list[str]:
+    """A line if packs have not the tokens that they have by default, though no key says so; else none."""
+    default = 2 * config.data.max_length
+    if config.batch.tokens_per_micro_batch is not None or config.seq_length == default:
+        return []
+    return [
+        f"batch.tokens_per_micro_batch: {config.seq_length}, not {default}, the default: the layout divides packs "
+        f"into {config.seq_length_multiple} parts"
+    ]
+
+
+def _duration(config: Config, step_seconds: float) -> str:
+    """Steps, tokens and hours, by the planner's assumptions (docs/planning.md)."""
+    tokens = config.batch.global_pairs * config.data.max_length
+    each = f"{config.batch.global_pairs} pairs, {tokens:,} tokens if sequences are half as long as they may be"
+    if config.train.steps is None:
+        return f"{config.train.epochs:g} epochs in steps of {each}; about {step_seconds:.2g} s a step on H100 GPUs"
+    steps = config.train.steps
+    hours = steps * step_seconds / 3600
+    return f"{steps} steps of {each}: {steps * tokens:,} in all, about {hours:.2g} hours on H100 GPUs"
+
+
+def _instead(plan: Plan | None, world_size: int) -> str:
+    if plan is None:
+        return f"no layout of {world_size} GPUs fits: take more, or shorter packs, or guidance.mode=cached"
+    layout = plan.layout
+    sequence = " parallel.sequence_parallel=true" if layout.sequence_parallel else ""
+    return (
+        f"the nearest that fits: parallel.tensor={layout.tensor} parallel.pipeline={layout.pipeline} "
+        f"parallel.context=1{sequence} train.recompute={plan.recompute} ({plan.memory.total / GIB:.1f} GiB)"
+    )
+
+
 logger = logging.getLogger(__name__)
 
 
@@ -137,4 +201,6 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     for model in frozen.models:
         logger.info("frozen: %s", described(model.config, engine.device))
     logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
+    for line in pack_lines(config):
+        logger.info("%s", line)
     logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)

@@ -12,7 +12,7 @@ from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import Pack, layer_activations, stage_activations
 from megatron_tgdpo.planning.memory import stage_parameters

@@ -35,7 +35,7 @@ guidance        errors intervals loss distributed storage data checkpoints batch
                 setup resilience
 training        errors signals loss distributed storage data checkpoints batching config models planning output frozen \
                 gpu setup resilience guidance
-train           errors signals distributed config resilience training
+train           errors signals distributed config setup resilience training
 checkpoints_convert     megatron_tgdpo
 tgdpo                   megatron_tgdpo checkpoints_convert
 tools                   megatron_tgdpo checkpoints_convert tgdpo
@@ -127,12 +127,27 @@ print("all")
 
 
 @pytest.mark.parametrize(
-    "module", ["megatron_tgdpo.config.resume_compatibility", "megatron_tgdpo.data.encode", "tgdpo.__main__"]
+    "module",
+    [
+        "megatron_tgdpo.config.resume_compatibility",
+        "megatron_tgdpo.data.encode",
+        "megatron_tgdpo.setup.trained_guide",
+        "tgdpo.__main__",
+    ],
 )
 def test_what_starts_often_is_without_torch(module: str) -> None:
     """A config is read and checked, and a record encoded in a worker, without the seconds that torch's import takes."""
     heavy = ("torch", "megatron.core", "transformers")
     code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_plan_is_made_without_megatron_core() -> None:
+    """Its import takes as long as those of torch and transformers together, and a plan needs sizes only."""
+    code = "import tgdpo.planning, sys; print([name for name in sys.modules if name.startswith('megatron.')])"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
     )

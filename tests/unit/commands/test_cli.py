@@ -115,6 +115,23 @@ def test_arguments_are_checked_before_anything_heavy_is_imported(
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
+@pytest.mark.parametrize("command", ["train", "guidance"])
+def test_a_guide_that_is_not_trained_is_said_before_torch_is_imported(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "my run.yaml"
+    sections = {
+        "model": {"policy": "p"}, "data": {"train": "pairs.jsonl"}, "guide": {"method": "dpo"},
+        "guidance": {"cache": "cache"}, "batch": {"global_pairs": 2}, "optimizer": {"lr": 1e-6},
+        "train": {"steps": 2}, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    file.write_text(json.dumps(sections))
+    done = python("-c", PROBE, "tgdpo", command, str(file), "train.steps=3")
+    assert done.stderr == (
+        f"error: the guide {tmp_path}/run/guide is not trained yet: tgdpo dpo-guide '{file}' train.steps=3 does it, "
+        f"tgdpo pipeline '{file}' train.steps=3 that and the rest\n"
+    )
+    assert {"torch", "transformers", "megatron.core"}.isdisjoint(json.loads(done.stdout.splitlines()[-1]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

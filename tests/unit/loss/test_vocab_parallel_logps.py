@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tgdpo.loss.vocab_parallel_logps import CHUNK_ELEMENTS, chunk_rows, token_logps
+from megatron_tgdpo.loss.vocab_chunks import CHUNK_ELEMENTS, chunk_rows
+from megatron_tgdpo.loss.vocab_parallel_logps import token_logps
 
 VOCABULARY, PADDED, HIDDEN, TOKENS = 131, 256, 24, 37
 

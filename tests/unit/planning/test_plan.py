@@ -1,11 +1,14 @@
 """The planner's arithmetic by hand, its ranking and warnings, and that a dry run says the same."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.config.loading import config_from_dict, load_config
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.fp8 import linear_bytes
@@ -17,14 +20,15 @@ from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import all_plans, make_plan
 from megatron_tgdpo.planning.memory import LinearBytes, stage_memory, stage_parameters
-from megatron_tgdpo.planning.report import memory_lines
+from megatron_tgdpo.planning.report import memory_lines, plan_text
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
-from megatron_tgdpo.training.run import dry_run
+from megatron_tgdpo.training.run import dry_run, pack_lines
 from tests.processes import run_forked
 from tests.published_configs import PUBLISHED, write_config
 from tests.tiny_models import make_llama
 from tests.unit.config.test_loading import VALID
+from tgdpo.plan import main as tgdpo_plan
 
 ROW = Pack(tokens=4096, sequence_tokens=2048, dtype_bytes=2)
 BATCH = Batch(global_pairs=128, pair_tokens=2048, response_share=0.5, shared_prompts=False)
@@ -204,9 +208,99 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
     }
     model = read_hf_config(path)
     plan = make_plan(Job(model, (model, model), ROW, BATCH), Cluster(), make_layout(2, 2, 1, True, 8), "full")
-    assert dry_run(config_from_dict(values), 8).splitlines()[-len(memory_lines(plan.memory)) :] == memory_lines(
-        plan.memory
+    config = config_from_dict(values)
+    text, fits = dry_run(config, 8)
+    assert "\n".join(["", *memory_lines(plan.memory), ""]) in text
+    assert fits
+    assert text.endswith("\nfits 74.0 GiB (80 less 6 reserved)")
+    assert "\n1 steps of 8 pairs, 16,384 tokens" in text
+    # What it shows of the config is all that there is to it.
+    assert config_from_dict(yaml.safe_load(text[: text.index("ranks: ")])) == config
+    assert "amax" not in text
+    assert "fp8_amax_history" in dry_run(config, 8, full=True)[0]
+    text, fits = dry_run(config, 8, 6.001)
+    assert not fits
+    verdict, instead = text.splitlines()[-2:]
+    assert verdict == "does NOT fit 0.0 GiB (6.001 less 6 reserved)"
+    assert instead.startswith(("the nearest that fits: parallel.tensor=", "no layout of 8 GPUs fits"))
+
+
+def test_a_dry_run_that_does_not_fit_names_overrides_that_do(tmp_path: Path) -> None:
+    path = make_llama(tmp_path / "model")
+    values = {**VALID, "model": {"policy": str(path), "guide": str(path)}}
+    needed = {tensor: dry_run(config_from_dict({**values, "parallel": {"tensor": tensor}}), 4) for tensor in (1, 2)}
+    totals = [float(re.findall(r"total +([\d.]+) GiB", text)[0]) for text, _ in needed.values()]
+    assert totals[0] > totals[1]
+    text, fits = dry_run(config_from_dict(values), 4, 6 + sum(totals) / 2)
+    assert not fits
+    instead = re.findall(r"^the nearest that fits: (.*) \(", text, re.M)[0].split()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert dry_run(load_config(tmp_path / "config.yaml", instead), 4, 6 + sum(totals) / 2)[1]
+
+
+def test_packs_that_a_layout_has_rounded_up_are_said() -> None:
+    values = {**VALID, "data": {"train": "pairs.jsonl", "max_length": 128}}
+    three = {"tensor": 3, "sequence_parallel": True}
+    assert pack_lines(config_from_dict(values)) == []
+    assert pack_lines(config_from_dict({**values, "parallel": three})) == [
+        "batch.tokens_per_micro_batch: 258, not 256, the default: the layout divides packs into 3 parts"
+    ]
+    with pytest.raises(UserError, match=r"batch\.tokens_per_micro_batch 256 is not divisible"):
+        config_from_dict({**values, "parallel": three, "batch": {"global_pairs": 8, "tokens_per_micro_batch": 256}})
+
+
+def test_packs_of_default_size_follow_the_layout(llama: PretrainedConfig) -> None:
+    layout, odd = make_layout(4, 1, 1, True, 8), replace(ROW, tokens=4094)
+    plan = make_plan(Job(llama, (), odd, BATCH, pack_given=False), Cluster(), layout, "none")
+    assert plan == make_plan(Job(llama, (), ROW, BATCH), Cluster(), layout, "none")
+    assert "of 4096 tokens per data rank and step (not 4094, the default" in plan_text(
+        plan, Job(llama, (), odd, BATCH, pack_given=False), Cluster()
     )
+    with pytest.raises(UserError, match=r"packs of 4094 tokens .* take 4096 \(batch\.tokens_per_micro_batch"):
+        make_plan(Job(llama, (), odd, BATCH), Cluster(), layout, "none")
+
+
+def test_a_layout_that_does_not_fit_is_answered_with_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(tmp_path, PUBLISHED["Llama-3-8B"])
+    arguments = ["--model", str(tmp_path), "--tensor", "2", "--gpu-memory-gib", "48"]
+    assert tgdpo_plan(arguments) == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("the nearest that fits: --tensor ")
+    instead = last.removeprefix("the nearest that fits: ").partition(" (")[0]
+    assert tgdpo_plan([*arguments, *instead.split()]) == 0
+    assert tgdpo_plan([*arguments, "--gpu-memory-gib", "8"]) == 1
+    assert "no layout of 8 GPUs fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "dpo"], ["--guide", "{model}", "--guidance", "cached"]])
+def test_a_written_config_is_one_that_training_takes(tmp_path: Path, options: list[str]) -> None:
+    model, out = str(make_llama(tmp_path / "model")), tmp_path / "config.yaml"
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    sizes = ["--tensor", "2", "--pipeline", "2", "--global-pairs", "16", "--max-length", "64"]
+    arguments = ["--model", model, *sizes, *(option.format(model=model) for option in options)]
+    assert tgdpo_plan([*arguments, "--write", str(out), "--train", str(tmp_path / "pairs.jsonl")]) == 0
+    config = load_config(out, [f"output_dir={tmp_path}/run"])
+    assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel) == (2, 2, True)
+    assert (config.model.policy, config.batch.global_pairs, config.data.max_length) == (model, 16, 64)
+    assert config.guidance.mode == ("cached" if "cached" in options else "colocated")
+    assert config.guide.method == (None if options else "dpo")
+    text, fits = dry_run(config, 8)
+    assert fits
+    assert "ranks: 8 = TP2 x PP2 x DP2 + SP" in text
+
+
+def test_a_config_is_not_written_over_another_nor_without_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "config.yaml"
+    assert tgdpo_plan(["--model", str(tmp_path), "--write", str(out)]) == 1
+    assert "give its data with --train" in capsys.readouterr().err
+    out.write_text("mine")
+    assert tgdpo_plan(["--model", str(tmp_path), "--write", str(out), "--train", "x"]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert out.read_text() == "mine"
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.config import check_layout
+from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.memory import stage_parameters
 from megatron_tgdpo.resilience.run_lock import RunLock
@@ -138,7 +138,7 @@ def test_dry_run(policy: Path, tmp_path: Path) -> None:
             "output_dir": str(tmp_path / "run"),
         }
     )
-    text = dry_run(config, 8)
+    text, _ = dry_run(config, 8)
     assert "ranks: 8 = TP2 x PP2 x DP2" in text
     assert "global_pairs: 8" in text
     # The first stage holds more micro batches in flight, and so the most memory.

@@ -1,0 +1,91 @@
+"""Whether models divide by a parallel layout, from their HF configs alone: megatron-core is not imported for it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.families import family_of
+
+# No layout has more ranks of one kind than there are of what they share.
+_SHARED = ("num_layers", "num_attention_heads")
+
+
+def check_layout(configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> None:
+    """Checks that every model divides by the layout.
+
+    Raises:
+        UserError: One does not; the message names its role, and the sizes by which all of them do.
+    """
+    sizes = {role: _sizes(hf_config) for role, hf_config in configs.items()}
+    for role, kwargs in sizes.items():
+        for key, size, problem in _PROBLEMS:
+            why = problem(kwargs, size(layout), layout)
+            if why is None:
+                continue
+            most = max(each[name] for each in sizes.values() for name in _SHARED)
+            divide = [
+                number
+                for number in range(1, most + 1)
+                if all(problem(each, number, layout) is None for each in sizes.values())
+            ]
+            raise UserError(f"model.{role}: {why}: set {key} to {_choices(divide)}")
+
+
+def check_divides(kwargs: Mapping[str, Any], layout: ParallelLayout) -> None:
+    """Checks one model; of arguments for megatron-core's config.
+
+    Raises:
+        UserError: It does not divide.
+    """
+    for _, size, problem in _PROBLEMS:
+        why = problem(kwargs, size(layout), layout)
+        if why is not None:
+            raise UserError(why)
+
+
+def _sizes(hf_config: PretrainedConfig) -> dict[str, Any]:
+    family = family_of(hf_config.architectures)
+    family.check(hf_config)
+    return family.config_kwargs(hf_config)
+
+
+def _choices(numbers: list[int]) -> str:
+    if not numbers:
+        return "another number of stages first: with these none divides"
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _stages(kwargs: Mapping[str, Any], pp: int, layout: ParallelLayout) -> str | None:
+    layers = kwargs["num_layers"]
+    return f"{layers} layers are not divisible by parallel.pipeline = {pp}" if layers % pp else None
+
+
+def _chunks(kwargs: Mapping[str, Any], chunks: int, layout: ParallelLayout) -> str | None:
+    layers, pp = kwargs["num_layers"], layout.pipeline
+    if layers % (pp * chunks):
+        return f"{layers} layers are not divisible by parallel.pipeline x virtual_pipeline = {pp} x {chunks}"
+    return None
+
+
+def _tensor_ranks(kwargs: Mapping[str, Any], tp: int, layout: ParallelLayout) -> str | None:
+    groups = kwargs["num_query_groups"]
+    if kwargs["num_attention_heads"] % tp:
+        return f"{kwargs['num_attention_heads']} attention heads are not divisible by parallel.tensor = {tp}"
+    if groups % tp and tp % groups:
+        return f"{groups} key/value heads neither divide nor are divisible by parallel.tensor = {tp}"
+    if kwargs["ffn_hidden_size"] % tp:
+        return f"MLP size {kwargs['ffn_hidden_size']} is not divisible by parallel.tensor = {tp}"
+    return None
+
+
+# A key, its value in a layout, and what is wrong with such a value for a model.
+_Problem = Callable[[Mapping[str, Any], int, ParallelLayout], str | None]
+_PROBLEMS: tuple[tuple[str, Callable[[ParallelLayout], int], _Problem], ...] = (
+    ("parallel.pipeline", lambda layout: layout.pipeline, _stages),
+    ("parallel.virtual_pipeline", lambda layout: layout.virtual, _chunks),
+    ("parallel.tensor", lambda layout: layout.tensor, _tensor_ranks),
+)
