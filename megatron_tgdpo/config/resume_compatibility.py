@@ -45,7 +45,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background", "checkpoint.verify",
         "checkpoint.best_metric", "checkpoint.best_mode",
         "export.hf",
-        "log.every_steps", "log.wandb",
+        "log.every_steps", "log.wandb", "log.mlflow", "log.swanlab",
         "preflight.enabled", "preflight.slow_group_ratio",
         "output_dir",
     ),

@@ -216,6 +216,8 @@ class ExportConfig:
 class LogConfig:
     every_steps: int = positive(1)  # progress line every so many steps; metrics.jsonl and TensorBoard get every step
     wandb: bool = False  # log to Weights & Biases too
+    mlflow: bool = False  # log to MLflow too
+    swanlab: bool = False  # log to SwanLab too
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,30 @@
-"""What a logger of metrics is; metrics_log.py has a row for each."""
+"""What a logger is; metrics_log.py has a row for each."""
 
 import abc
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.output.metrics import StepMetrics
 
 
+@dataclass(frozen=True)
+class LoggedStep:
+    """What a run says of a step.
+
+    Attributes:
+        number: From 1.
+        values: Metrics by name, with those of evaluations that followed it.
+        evaluations: Those, by the group of their metrics, for their histograms.
+    """
+
+    number: int
+    values: Mapping[str, float]
+    evaluations: Mapping[str, StepMetrics] = field(default_factory=dict)
+
+
 class Logger(abc.ABC):
-    """Writes a run's metrics somewhere, on the first rank only.
+    """Writes a run's steps somewhere, on the first rank only.
 
     Args:
         config: The run.
@@ -26,14 +42,8 @@ class Logger(abc.ABC):
         """Raises a UserError where what it needs is not installed; called before the models are loaded."""
 
     @abc.abstractmethod
-    def write(self, step: int, values: Mapping[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
-        """Writes a step.
-
-        Args:
-            step: Its number.
-            values: Its metrics by name, with those of evaluations that followed it.
-            evaluations: Those, by the group of their metrics, for their histograms.
-        """
+    def write(self, step: LoggedStep) -> None:
+        """Writes a step."""
 
     @abc.abstractmethod
     def close(self) -> None:

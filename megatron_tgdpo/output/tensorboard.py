@@ -1,7 +1,7 @@
 """What TensorBoard shows of a run, in the order in which a person asks: is it learning, is it drifting, what does the
 guide do, how fast is it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch.utils.tensorboard.summary import hparams
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.resume_compatibility import POLICY_OF, ChangePolicy, flatten
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.output.logger import Logger
-from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, eval_group
+from megatron_tgdpo.output.logger import LoggedStep, Logger
+from megatron_tgdpo.output.metrics import WEIGHT_EDGES, eval_group
 
 _RESULTS = ("train/loss", "rewards/accuracies", "rewards/margins")
 _EVALUATION_RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
@@ -115,14 +115,14 @@ class TensorBoard(Logger):
             events.add_summary(summary)
         self._writer.flush()
 
-    def write(self, step: int, values: Mapping[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
+    def write(self, step: LoggedStep) -> None:
         """Writes a step's metrics and, where it was followed by evaluations, the histograms of those, by group."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        for group, evaluation in evaluations.items():
+        for name, value in step.values.items():
+            self._writer.add_scalar(name, value, step.number)
+        for group, evaluation in step.evaluations.items():
             if "guidance/weight_mean" in evaluation.values:
                 name = f"{group}/{WEIGHT_HISTOGRAM}"
-                self._write_weights(name, step, evaluation.values, evaluation.weight_counts)
+                self._write_weights(name, step.number, evaluation.values, evaluation.weight_counts)
         self._writer.flush()
 
     def _write_weights(self, name: str, step: int, values: dict[str, float], counts: list[int]) -> None:

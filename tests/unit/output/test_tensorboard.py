@@ -1,11 +1,8 @@
-"""Event files read with TensorBoard's own reader, and the running page in a browser; W&B gets the same figures."""
+"""Event files read with TensorBoard's own reader, and the running page in a browser."""
 
 import re
-import sys
-import types
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -16,12 +13,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics
 from megatron_tgdpo.output.metrics_log import MetricsLog
 from megatron_tgdpo.output.tensorboard import WEIGHT_HISTOGRAM, chart_layout, hyperparameters
-from megatron_tgdpo.output.wandb import import_wandb
 from tests.browser import CHROMIUM, NO_CHROMIUM, chromium
 from tests.unit.config.test_loading import VALID
 from tests.unit.output.test_metrics import pack, reduced
@@ -30,8 +25,8 @@ QUESTIONS = tuple(chart_layout(()))
 DOCUMENT = Path(__file__).parents[3] / "docs" / "configuration.md"
 
 
-def make_config(directory: Path, **log: Any) -> Config:
-    return config_from_dict({**VALID, "output_dir": str(directory), "log": log})
+def make_config(directory: Path) -> Config:
+    return config_from_dict({**VALID, "output_dir": str(directory)})
 
 
 def evaluation(group: dist.ProcessGroup) -> StepMetrics:
@@ -126,36 +121,6 @@ def test_without_a_guide_there_is_no_histogram(tmp_path: Path, single_rank_group
     plain = reduced(single_rank_group, [pack(1, [2, 3], [0])], without=METHODS["dpo"].without)
     log_steps(make_config(tmp_path), 0, range(1, 3), plain)
     assert read(tmp_path).Tags()["histograms"] == []
-
-
-def test_wandb_gets_the_same_figures_in_one_run(
-    tmp_path: Path, single_rank_group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Any] = []
-
-    class Run:
-        def log(self, values: dict[str, float], step: int) -> None:
-            calls.append((step, values["train/loss"]))
-
-        def finish(self) -> None:
-            calls.append("finished")
-
-    def init(**arguments: Any) -> Run:
-        calls.append((arguments["id"], arguments["resume"], arguments["config"]["loss"]["alpha"], arguments["dir"]))
-        return Run()
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    config = make_config(tmp_path, wandb=True)
-    log_steps(config, 0, range(1, 3), evaluation(single_rank_group))
-    log_steps(config, 2, range(3, 4), evaluation(single_rank_group))
-    started = ((tmp_path / "wandb_run").read_text(), "allow", 0.5, str(tmp_path))
-    assert calls == [started, (1, 1.0), (2, 2.0), "finished", started, (3, 3.0), "finished"]
-
-
-def test_wandb_is_asked_for_but_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"log\.wandb is true but wandb cannot be imported .*pip install wandb"):
-        import_wandb()
 
 
 # All text of a page that is built of web components, whose insides innerText does not see.
