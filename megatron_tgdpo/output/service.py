@@ -18,7 +18,7 @@ from megatron_tgdpo.storage.atomic_file import replacing
 
 logger = logging.getLogger(__name__)
 
-_OPEN_SECONDS, _RETRY_SECONDS, _CLOSE_SECONDS = 120.0, 60.0, 120.0
+_OPEN_SECONDS, _RETRY_SECONDS, _CLOSE_SECONDS = 300.0, 60.0, 120.0
 
 
 class Service(Logger):

@@ -17,6 +17,7 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.output import service
 from megatron_tgdpo.output.metrics_log import LOGGERS, MetricsLog, check_loggers
+from tests.launch import PATIENCE
 from tests.unit.config.test_loading import VALID
 
 SERVICES = ("wandb", "mlflow", "swanlab")
@@ -24,6 +25,13 @@ SERVICES = ("wandb", "mlflow", "swanlab")
 
 def make_config(directory: Path, **log: Any) -> Config:
     return config_from_dict({**VALID, "output_dir": str(directory), "log": log})
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes its time."""
+    for name in ("_OPEN_SECONDS", "_CLOSE_SECONDS"):
+        monkeypatch.setattr(service, name, PATIENCE)
 
 
 def log_steps(config: Config, done: int, steps: range) -> None:
