@@ -41,7 +41,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "overlap.grad_reduce", "overlap.param_gather", "overlap.tensor",
         "offload.optimizer", "offload.frozen",
         "train.fused", "train.keep_logits_mib", "train.recompute", "train.check_start",
-        "eval.every_steps",
+        "eval.every_steps", "eval.generate",
         "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background", "checkpoint.verify",
         "checkpoint.best_metric", "checkpoint.best_mode",
         "export.hf",

@@ -4,6 +4,7 @@ import abc
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,6 +57,16 @@ class MetricsFile(JsonLines):
     def records(self, step: LoggedStep) -> Iterable[Mapping[str, Any]]:
         """The step's metrics."""
         return [step.values]
+
+
+class SamplesFile(JsonLines):
+    """``samples.jsonl``: one record an answer."""
+
+    name = "samples.jsonl"
+
+    def records(self, step: LoggedStep) -> Iterable[Mapping[str, Any]]:
+        """The answers that followed the step."""
+        return [asdict(sample) for sample in step.samples]
 
 
 def _end_of(path: Path, step: int) -> int:

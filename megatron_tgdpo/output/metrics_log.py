@@ -3,13 +3,13 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.output.json_lines import MetricsFile
-from megatron_tgdpo.output.logger import LoggedStep, Logger
+from megatron_tgdpo.output.json_lines import MetricsFile, SamplesFile
+from megatron_tgdpo.output.logger import LoggedStep, Logger, Sample
 from megatron_tgdpo.output.metrics import StepMetrics
 from megatron_tgdpo.output.mlflow import MlflowLog
 from megatron_tgdpo.output.swanlab import SwanLabLog
@@ -41,6 +41,7 @@ class LoggerKind:
 LOGGERS: dict[str, LoggerKind] = {
     MetricsFile.name: LoggerKind(MetricsFile, lambda config: True, on_disk=True),
     "tensorboard": LoggerKind(TensorBoard, lambda config: True, on_disk=True),
+    SamplesFile.name: LoggerKind(SamplesFile, lambda config: config.eval.generate.prompts > 0, on_disk=True),
     WandbLog.name: LoggerKind(WandbLog, lambda config: config.log.wandb, on_disk=False),
     MlflowLog.name: LoggerKind(MlflowLog, lambda config: config.log.mlflow, on_disk=False),
     SwanLabLog.name: LoggerKind(SwanLabLog, lambda config: config.log.swanlab, on_disk=False),
@@ -93,15 +94,22 @@ class MetricsLog:
             raise write_error(self._directory, error) from error
         self._try()
 
-    def write(self, step: int, values: dict[str, float], evaluations: Mapping[str, StepMetrics] | None = None) -> None:
+    def write(
+        self,
+        step: int,
+        values: dict[str, float],
+        evaluations: Mapping[str, StepMetrics] | None = None,
+        samples: Sequence[Sample] = (),
+    ) -> None:
         """Logs a step.
 
         Args:
             step: Its number.
             values: Its metrics, with those of evaluations that followed it.
             evaluations: Those, by the group of their metrics, for their histograms.
+            samples: Answers of the policy after the step.
         """
-        logged = LoggedStep(step, values, evaluations or {})
+        logged = LoggedStep(step, values, evaluations or {}, samples)
         self._unwritten.append(logged)
         # Each attempt begins an event file.
         if self._failure is None or time.monotonic() - self._failed_at > _RETRY_SECONDS:

@@ -1,7 +1,9 @@
 """MLflow, for runs that ask for it. Server and experiment are MLflow's own environment variables."""
 
+import json
 import os
 import time
+from dataclasses import asdict
 from typing import Any
 
 from megatron_tgdpo.config.loading import to_dict
@@ -48,9 +50,12 @@ class MlflowLog(Service):
         return run_id
 
     def send(self, step: LoggedStep) -> None:
-        """Logs a step's metrics."""
+        """Logs a step's metrics, and answers as a file."""
         now = int(1000 * time.time())
         metrics = [self._entities.Metric(name, value, now, step.number) for name, value in step.values.items()]
+        if step.samples:
+            lines = "".join(json.dumps(asdict(sample)) + "\n" for sample in step.samples)
+            self._client.log_text(self._run_id, lines, f"samples/step_{step.number:08d}.jsonl")
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def finish(self) -> None:

@@ -29,8 +29,10 @@ class SwanLabLog(Service):
         return run_id
 
     def send(self, step: LoggedStep) -> None:
-        """Logs a step's metrics."""
-        self._run.log(dict(step.values), step=step.number)
+        """Logs a step's metrics, and answers as texts."""
+        text = self.library().Text
+        texts = {f"{each.group}/samples/{each.number}": text(each.answer, caption=each.prompt) for each in step.samples}
+        self._run.log({**step.values, **texts}, step=step.number)
 
     def finish(self) -> None:
         """Sends what is left."""

@@ -3,6 +3,7 @@ guide do, how fast is it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from tensorboard.plugins.hparams.api_pb2 import MetricName
@@ -13,7 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.resume_compatibility import POLICY_OF, ChangePolicy, flatten
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.output.logger import LoggedStep, Logger
+from megatron_tgdpo.output.logger import LoggedStep, Logger, Sample
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, eval_group
 
 # What a person looks at first; Time Series shows groups in the order of their names. Other names are the metrics' own.
@@ -128,6 +129,13 @@ def _with_plugin_data(summary: Any, change: Callable[[HParamsPluginData], None])
     return summary
 
 
+def _as_markdown(sample: Sample) -> str:
+    """Prompt and answer as they are: the page would take what is in them for markup."""
+    end = "" if sample.ended else f" (cut after {sample.tokens} tokens)"
+    parts = {f"Prompt of pair {sample.pair}": sample.prompt, f"Answer{end}": sample.answer}
+    return "\n\n".join(f"{title}\n\n" + indent(text, "    ", lambda line: True) for title, text in parts.items())
+
+
 class TensorBoard(Logger):
     """Writes the event files of a run's training and of each validation set, each a run of TensorBoard's, and beside
     them those that say what they are about. Of a step that an interrupted run wrote, too, the first are hidden."""
@@ -158,6 +166,8 @@ class TensorBoard(Logger):
         for name, value in step.values.items():
             if name not in of_evaluations:
                 self._writers[_TRAIN].add_scalar(tag_of(name), value, step.number)
+        for sample in step.samples:
+            self._writers[sample.group].add_text(f"samples/{sample.number}", _as_markdown(sample), step.number)
         for writer in self._writers.values():
             writer.flush()
 

@@ -1,6 +1,7 @@
 """Weights & Biases, for runs that ask for it. Project, entity and mode are W&B's own environment variables."""
 
 import secrets
+from dataclasses import asdict
 
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
@@ -26,8 +27,13 @@ class WandbLog(Service):
         return run_id
 
     def send(self, step: LoggedStep) -> None:
-        """Logs a step's metrics."""
-        self._run.log(dict(step.values), step=step.number)
+        """Logs a step's metrics, and answers as a table."""
+        samples = [asdict(sample) for sample in step.samples]
+        tables = {}
+        if samples:
+            rows = [list(sample.values()) for sample in samples]
+            tables["eval/samples"] = self.library().Table(columns=list(samples[0]), data=rows)
+        self._run.log({**step.values, **tables}, step=step.number)
 
     def finish(self) -> None:
         """Sends what is left."""

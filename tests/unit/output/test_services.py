@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.output import service
+from megatron_tgdpo.output.logger import Sample
 from megatron_tgdpo.output.metrics_log import LOGGERS, MetricsLog, check_loggers
 from tests.launch import PATIENCE
 from tests.unit.config.test_loading import VALID
@@ -34,10 +36,13 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(service, name, PATIENCE)
 
 
-def log_steps(config: Config, done: int, steps: range) -> None:
+SAMPLE = Sample("eval", 1, 7, "Hello?", "Hello.", 3, True)
+
+
+def log_steps(config: Config, done: int, steps: range, samples: Sequence[Sample] = ()) -> None:
     log = MetricsLog(config, done)
     for step in steps:
-        log.write(step, {"train/loss": float(step), "rewards/margins": 0.5})
+        log.write(step, {"train/loss": float(step), "rewards/margins": 0.5}, samples=samples)
     log.close()
 
 
@@ -165,10 +170,11 @@ def test_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = make_config(tmp_path, wandb=True)
-    log_steps(config, 0, range(1, 4))
-    log_steps(config, 2, range(3, 6))
+    log_steps(config, 0, range(1, 4), [SAMPLE])
+    log_steps(config, 2, range(3, 6), [SAMPLE])
     assert (tmp_path / "wandb_run").read_text().split()[1] == "5"
     assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 2
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/files/media/table/eval/*.table.json"))) == 5
 
 
 def test_mlflow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +185,13 @@ def test_mlflow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     run.mkdir()
     config = make_config(run, mlflow=True)
-    log_steps(config, 0, range(1, 4))
-    log_steps(config, 2, range(3, 6))
+    log_steps(config, 0, range(1, 4), [SAMPLE])
+    log_steps(config, 2, range(3, 6), [SAMPLE])
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run / 'mlflow.db'}")
     run_id = (run / "mlflow_run").read_text().split()[0]
     history = client.get_metric_history(run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(step, float(step)) for step in range(1, 6)]
+    assert [item.path for item in client.list_artifacts(run_id, "samples")][-1] == "samples/step_00000005.jsonl"
     found = client.get_run(run_id)
     assert (found.info.run_name, found.info.status, found.data.params["loss.alpha"]) == ("run", "FINISHED", "0.5")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -197,10 +204,11 @@ def test_swanlab_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     run = tmp_path / "run"
     run.mkdir()
     config = make_config(run, swanlab=True)
-    log_steps(config, 0, range(1, 4))
-    log_steps(config, 2, range(3, 6))
+    log_steps(config, 0, range(1, 4), [SAMPLE])
+    log_steps(config, 2, range(3, 6), [SAMPLE])
     run_id, sent = (run / "swanlab_run").read_text().split()
     assert sent == "5"
     assert len(list((run / "swanlog").glob(f"run-*-{run_id}"))) == 2
+    assert len(list((run / "swanlog").glob("run-*/media/**/*.txt"))) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert len([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]) == 5
