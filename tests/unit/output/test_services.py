@@ -26,7 +26,8 @@ SERVICES = ("wandb", "mlflow", "swanlab")
 
 
 def make_config(directory: Path, **log: Any) -> Config:
-    return config_from_dict({**VALID, "output_dir": str(directory), "log": log})
+    data = {**VALID["data"], "validation": "more.jsonl"}
+    return config_from_dict({**VALID, "data": data, "output_dir": str(directory), "log": log})
 
 
 @pytest.fixture(autouse=True)
