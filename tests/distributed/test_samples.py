@@ -19,6 +19,7 @@ LAYOUTS = {
     "pp2": (2, {"pipeline": 2}),
     "cp2": (2, {"context": 2}),
     "dp2": (2, {}),
+    "interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
 }
 
 
@@ -61,6 +62,8 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 def test_answers_are_those_of_transformers(config: dict[str, Any], tmp_path: Path, name: str) -> None:
     processes, parallel = LAYOUTS[name]
     given = merged(config, parallel={**config["parallel"], **parallel})
+    if name == "interleaved":  # with a method that has no frozen models, which such stages do not run
+        given = merged(given, model={"guide": None}, loss={"method": "simpo"})
     run = train(tmp_path / "with", given, *ASKED, processes=processes)
     found = samples_of(run)
     assert [(each["step"], each["number"], each["pair"]) for each in found] == [
