@@ -43,9 +43,9 @@ def assert_same_series(got: Path, want: Path, last: int | None = None) -> None:
         series.append([{k: v for k, v in record.items() if not k.startswith("perf/")} for record in records])
     assert [record["step"] for record in series[0]] == list(range(1, (last or len(series[1])) + 1))
     assert series[0] == series[1][:last]
-    board = EventAccumulator(str(got / "tensorboard"), size_guidance={"scalars": 0})
+    board = EventAccumulator(str(got / "tensorboard" / "train"), size_guidance={"scalars": 0})
     board.Reload()
-    events = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    events = [(event.step, event.value) for event in board.Scalars("1_learning/loss")]
     assert [step for step, _ in events] == [record["step"] for record in series[0]]
     for (_, value), record in zip(events, series[0], strict=True):
         assert abs(value - record["train/loss"]) <= 1e-6 * abs(record["train/loss"])  # floats of 32 bits

@@ -171,7 +171,7 @@ def _input_lines(config: "Config", world_size: int, device: "torch.device") -> l
 
     def logging() -> str:
         check_best_metric(config)
-        check_loggers(config.log)
+        check_loggers(config)
         return "logging and checkpoints: as configured"
 
     if look(models):

@@ -186,4 +186,16 @@ BEST = (
     ),
 )
 
-RULES: tuple[Rule, ...] = (*TRAIN, *LOSS, *MODELS, *GUIDANCE, *PARALLEL, *OVERLAP, *LENGTHS, *BEST)
+GENERATE = (
+    Rule(
+        lambda c: c.eval.generate.prompts > 0 and not c.validation_sets,
+        "eval.generate.prompts is {c.eval.generate.prompts} but data.validation is not set: its prompts are answered",
+    ),
+    Rule(
+        lambda c: c.eval.generate.prompts > 0 and c.precision.fp8 == "delayed",
+        "eval.generate.prompts is {c.eval.generate.prompts} with precision.fp8 delayed, whose scales would keep the "
+        "answers: choose another recipe, or set it to 0",
+    ),
+)
+
+RULES: tuple[Rule, ...] = (*TRAIN, *LOSS, *MODELS, *GUIDANCE, *PARALLEL, *OVERLAP, *LENGTHS, *BEST, *GENERATE)

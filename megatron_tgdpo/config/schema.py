@@ -188,9 +188,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class GenerateConfig:
+    prompts: int = at_least(0, 0, at_most=1000)  # of each set of data.validation that the policy answers; 0: none
+    max_tokens: int = positive(64)  # of an answer
+    # answer them every so many steps and at the end; null: whenever the run evaluates
+    every_steps: int | None = positive(None)
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     # evaluate on data.validation every so many steps and at the end; null: at the end
     every_steps: int | None = positive(None)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)  # greedy answers of the policy, to be read
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,8 @@ class ExportConfig:
 class LogConfig:
     every_steps: int = positive(1)  # progress line every so many steps; metrics.jsonl and TensorBoard get every step
     wandb: bool = False  # log to Weights & Biases too
+    mlflow: bool = False  # log to MLflow too
+    swanlab: bool = False  # log to SwanLab too
 
 
 @dataclass(frozen=True)

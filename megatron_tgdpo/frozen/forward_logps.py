@@ -1,6 +1,6 @@
-"""Forward passes through the pipeline for token log-probs alone, without a loss."""
+"""Forward passes through the pipeline without a loss, as for token log-probs alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import tee
 from typing import Any
 
@@ -13,7 +13,6 @@ from megatron_tgdpo.frozen.colocated import TokenLogps
 from megatron_tgdpo.frozen.communicator import ColocatedCommunicator
 
 
-@torch.no_grad()
 def forward_logps(
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[PreferenceBatch],
@@ -21,11 +20,26 @@ def forward_logps(
     pg: ProcessGroupCollection,
     seq_length: int,
 ) -> list[TokenLogps]:
-    """Runs packs through the pipeline for their log-probs alone.
+    """Runs packs through the pipeline for their log-probs alone; arguments as for :func:`forward_only`."""
+    result: list[TokenLogps] = forward_only(_logps_step, chunks, batches, communicator, pg, seq_length)
+    return result
+
+
+@torch.no_grad()
+def forward_only(
+    step: Callable[[Iterator[PreferenceBatch], torch.nn.Module], tuple[Any, Any]],
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[PreferenceBatch],
+    communicator: ColocatedCommunicator | None,
+    pg: ProcessGroupCollection,
+    seq_length: int,
+) -> list[Any]:
+    """Runs packs through the pipeline, without gradients.
 
     Collective over the ranks of one data-parallel replica, and over tensor, context and pipeline ranks only.
 
     Args:
+        step: Runs the next pack through a chunk; returns what it leaves, and the function that makes a result of that.
         chunks: The (wrapped) co-located model; with the interleaved schedule, its chunks on this stage.
         batches: This replica's packs, on the model's device; a multiple of the stages where they are interleaved.
         communicator: Between pipeline stages; None with one stage.
@@ -33,14 +47,12 @@ def forward_logps(
         seq_length: Tokens of a pack.
 
     Returns:
-        On the last stage one for each pack, in order; nothing elsewhere.
+        On the last stage one result for each pack, in order; nothing elsewhere.
     """
     interleaved = len(chunks) > 1
     pipeline = {} if communicator is None else {"p2p_communicator": communicator}
-    result: list[TokenLogps] = get_forward_backward_func(
-        pp_size=pg.pp.size(), vp_size=len(chunks) if interleaved else None
-    )(
-        forward_step_func=_logps_step,
+    result: list[Any] = get_forward_backward_func(pp_size=pg.pp.size(), vp_size=len(chunks) if interleaved else None)(
+        forward_step_func=step,
         data_iterator=list(tee(batches, len(chunks))) if interleaved else iter(batches),
         model=list(chunks),
         num_microbatches=len(batches),

@@ -82,6 +82,37 @@ def token_logps(
     return result
 
 
+@torch.no_grad()
+def greedy_tokens(hidden: Tensor, weight: Tensor, *, vocab_size: int, tp_group: dist.ProcessGroup) -> Tensor:
+    """The most likely token after each hidden state, of equals the one with the lowest id.
+
+    A cap of the logits changes nothing about which is the largest. Memory for the logits of all tokens.
+
+    Args:
+        hidden: [R, H], the same on every rank of ``tp_group``.
+        weight: [V, H], this rank's rows of the padded output weight.
+        vocab_size: True size of the vocabulary.
+        tp_group: Tensor-parallel group; two all-reduces of [R] numbers.
+
+    Returns:
+        [R] int64.
+    """
+    first_row = tp_group.rank() * weight.shape[0]
+    valid_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
+    largest = hidden.new_full((hidden.shape[0],), float("-inf"), dtype=torch.float32)
+    found = torch.zeros_like(largest, dtype=torch.int64)
+    if valid_rows and hidden.shape[0]:
+        logits = hidden.new_empty(hidden.shape[0], valid_rows, dtype=torch.float32)
+        _product(hidden, weight[:valid_rows].t(), logits)
+        largest, found = logits.max(dim=1)
+    over_ranks = largest.clone()
+    dist.all_reduce(over_ranks, op=dist.ReduceOp.MAX, group=tp_group)
+    # Where logits are not numbers, none is equal: any token will do.
+    found = torch.where(largest == over_ranks, found + first_row, vocab_size - 1)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=tp_group)
+    return found
+
+
 class _Chunks:
     """Logits by chunks of vocabulary rows."""
 

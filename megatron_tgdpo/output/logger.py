@@ -1,14 +1,55 @@
-"""What a logger of metrics is; metrics_log.py has a row for each."""
+"""What a logger is; metrics_log.py has a row for each."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.output.metrics import StepMetrics
 
 
+@dataclass(frozen=True)
+class Sample:
+    """An answer of the policy to a prompt.
+
+    Attributes:
+        group: Of the validation set, as its metrics have it.
+        number: Of the prompt in the group, from 1.
+        pair: Whose prompt it is, by its place in the dataset.
+        prompt: As the policy gets it, with special tokens.
+        answer: Without them.
+        tokens: Of the answer, with the one that ended it.
+        ended: Whether one did; else the answer was cut.
+    """
+
+    group: str
+    number: int
+    pair: int
+    prompt: str
+    answer: str
+    tokens: int
+    ended: bool
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """What a run says of a step.
+
+    Attributes:
+        number: From 1.
+        values: Metrics by name, with those of evaluations that followed it.
+        evaluations: Those, by the group of their metrics, for their histograms.
+        samples: Answers of the policy after the step.
+    """
+
+    number: int
+    values: Mapping[str, float]
+    evaluations: Mapping[str, StepMetrics] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+
+
 class Logger(abc.ABC):
-    """Writes a run's metrics somewhere, on the first rank only.
+    """Writes a run's steps somewhere, on the first rank only.
 
     Args:
         config: The run.
@@ -26,14 +67,8 @@ class Logger(abc.ABC):
         """Raises a UserError where what it needs is not installed; called before the models are loaded."""
 
     @abc.abstractmethod
-    def write(self, step: int, values: Mapping[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
-        """Writes a step.
-
-        Args:
-            step: Its number.
-            values: Its metrics by name, with those of evaluations that followed it.
-            evaluations: Those, by the group of their metrics, for their histograms.
-        """
+    def write(self, step: LoggedStep) -> None:
+        """Writes a step."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -1,18 +1,18 @@
-"""A run's metrics, a step at a time, in ``metrics.jsonl`` and wherever else the loggers write them."""
+"""Hands a run's steps to all of its loggers."""
 
 import contextlib
-import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tgdpo.config.schema import Config, LogConfig
-from megatron_tgdpo.output.logger import Logger
+from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.output.json_lines import MetricsFile, SamplesFile
+from megatron_tgdpo.output.logger import LoggedStep, Logger, Sample
 from megatron_tgdpo.output.metrics import StepMetrics
-from megatron_tgdpo.output.metrics_file import METRICS_FILE, parse_line
+from megatron_tgdpo.output.mlflow import MlflowLog
+from megatron_tgdpo.output.swanlab import SwanLabLog
 from megatron_tgdpo.output.tensorboard import TensorBoard
 from megatron_tgdpo.output.wandb import WandbLog
 from megatron_tgdpo.storage.files import write_error
@@ -24,27 +24,31 @@ _RETRY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class LoggerKind:
-    """A logger beside ``metrics.jsonl``.
+    """A logger.
 
     Attributes:
         logger: The class.
-        wanted: Whether a run has it, by its ``log`` section.
-        on_disk: It writes to the output directory: what a full disk refuses is kept and written again. Others get
-            every step once.
+        wanted: Whether a run has it.
+        on_disk: It writes to the output directory, and the run's steps are not done before it has them: what a full
+            disk refuses is kept and written again. Others get every step once, and look after themselves.
     """
 
     logger: type[Logger]
-    wanted: Callable[[LogConfig], bool]
+    wanted: Callable[[Config], bool]
     on_disk: bool
 
 
 LOGGERS: dict[str, LoggerKind] = {
-    "tensorboard": LoggerKind(TensorBoard, lambda log: True, on_disk=True),
-    "wandb": LoggerKind(WandbLog, lambda log: log.wandb, on_disk=False),
+    MetricsFile.name: LoggerKind(MetricsFile, lambda config: True, on_disk=True),
+    "tensorboard": LoggerKind(TensorBoard, lambda config: True, on_disk=True),
+    SamplesFile.name: LoggerKind(SamplesFile, lambda config: config.eval.generate.prompts > 0, on_disk=True),
+    WandbLog.name: LoggerKind(WandbLog, lambda config: config.log.wandb, on_disk=False),
+    MlflowLog.name: LoggerKind(MlflowLog, lambda config: config.log.mlflow, on_disk=False),
+    SwanLabLog.name: LoggerKind(SwanLabLog, lambda config: config.log.swanlab, on_disk=False),
 }
 
 
-def check_loggers(config: LogConfig) -> None:
+def check_loggers(config: Config) -> None:
     """Checks that the loggers of a run can be had, before anything is loaded.
 
     Raises:
@@ -57,19 +61,12 @@ def check_loggers(config: LogConfig) -> None:
 
 def _open(config: Config, step: int, *, on_disk: bool) -> Iterator[Logger]:
     for kind in LOGGERS.values():
-        if kind.on_disk == on_disk and kind.wanted(config.log):
+        if kind.on_disk == on_disk and kind.wanted(config):
             yield kind.logger(config, step)
 
 
-@dataclass(frozen=True)
-class _Step:
-    number: int
-    values: dict[str, float]
-    evaluations: Mapping[str, StepMetrics]
-
-
 class MetricsLog:
-    """Appends one JSON object a step to ``metrics.jsonl``, and gives the same metrics to the run's loggers.
+    """Gives each step to the run's loggers.
 
     Steps that cannot be written, as on a full disk, are kept and written later; :meth:`check` says whether all are.
 
@@ -84,10 +81,10 @@ class MetricsLog:
     def __init__(self, config: Config, step: int) -> None:
         self._config = config
         self._directory = Path(config.output_dir)
-        on_disk = [name for name, kind in LOGGERS.items() if kind.on_disk and kind.wanted(config.log)]
-        self._what = f"{config.output_dir}: {' or '.join([METRICS_FILE, *on_disk])}"
+        on_disk = [name for name, kind in LOGGERS.items() if kind.on_disk and kind.wanted(config)]
+        self._what = f"{config.output_dir}: {' or '.join(on_disk)}"
         self._written = step
-        self._unwritten: list[_Step] = []
+        self._unwritten: list[LoggedStep] = []
         self._files: _Files | None = None
         self._failure: OSError | None = None
         self._failed_at = 0.0
@@ -97,20 +94,28 @@ class MetricsLog:
             raise write_error(self._directory, error) from error
         self._try()
 
-    def write(self, step: int, values: dict[str, float], evaluations: Mapping[str, StepMetrics] | None = None) -> None:
+    def write(
+        self,
+        step: int,
+        values: dict[str, float],
+        evaluations: Mapping[str, StepMetrics] | None = None,
+        samples: Sequence[Sample] = (),
+    ) -> None:
         """Logs a step.
 
         Args:
             step: Its number.
             values: Its metrics, with those of evaluations that followed it.
             evaluations: Those, by the group of their metrics, for their histograms.
+            samples: Answers of the policy after the step.
         """
-        self._unwritten.append(_Step(step, values, evaluations or {}))
+        logged = LoggedStep(step, values, evaluations or {}, samples)
+        self._unwritten.append(logged)
         # Each attempt begins an event file.
         if self._failure is None or time.monotonic() - self._failed_at > _RETRY_SECONDS:
             self._try()
         for other in self._others:
-            other.write(step, values, evaluations or {})
+            other.write(logged)
 
     def check(self) -> None:
         """Writes what could not be written before. Call it before a checkpoint is saved: a run that continues from
@@ -168,40 +173,19 @@ class _Files:
     """
 
     def __init__(self, config: Config, step: int) -> None:
-        path = Path(config.output_dir) / METRICS_FILE
         self._loggers: list[Logger] = []
-        # Unbuffered: what one write could not write would be written by the next.
-        self._lines = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open for the run
         try:
-            # Needs no room, unlike a shorter copy.
-            os.truncate(self._lines.fileno(), _end_of(path, step))
             for opened in _open(config, step, on_disk=True):
                 self._loggers.append(opened)
         except BaseException:
             self.close()
             raise
 
-    def write(self, step: _Step) -> None:
-        line = memoryview((json.dumps({"step": step.number, **step.values}) + "\n").encode())
-        while line:
-            line = line[self._lines.write(line) :]
+    def write(self, step: LoggedStep) -> None:
         for each in self._loggers:
-            each.write(step.number, step.values, step.evaluations)
+            each.write(step)
 
     def close(self) -> None:
         with contextlib.ExitStack() as closing:
             for each in self._loggers:
                 closing.callback(each.close)
-            closing.callback(self._lines.close)
-
-
-def _end_of(path: Path, step: int) -> int:
-    """Bytes of ``metrics.jsonl`` up to the end of a step's line; steps follow one another in it."""
-    end = 0
-    with path.open("rb") as file:
-        for line in file:
-            record = parse_line(line)
-            if record is None or record["step"] > step:
-                break
-            end += len(line)
-    return end

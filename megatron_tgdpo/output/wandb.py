@@ -1,66 +1,40 @@
 """Weights & Biases, for runs that ask for it. Project, entity and mode are W&B's own environment variables."""
 
-import importlib
 import secrets
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.output.logger import Logger
-from megatron_tgdpo.output.metrics import StepMetrics
-from megatron_tgdpo.storage.atomic_file import write_atomically
-
-_ID_FILE = "wandb_run"
+from megatron_tgdpo.output.logger import LoggedStep
+from megatron_tgdpo.output.service import Service
 
 
-def import_wandb() -> Any:
-    """The ``wandb`` module.
+class WandbLog(Service):
+    """A W&B run with the name of the output directory, which has W&B's files."""
 
-    Raises:
-        UserError: It is not installed.
-    """
-    try:
-        return importlib.import_module("wandb")
-    except ImportError as error:
-        raise UserError(
-            f"log.wandb is true but wandb cannot be imported ({error}): pip install wandb, or set log.wandb=false"
-        ) from error
+    name = "wandb"
 
-
-class WandbLog(Logger):
-    """One W&B run for the whole of a training, however often it is interrupted.
-
-    W&B drops steps that it has already, so those that are repeated after a resume do not appear twice. ``output_dir``
-    keeps the W&B run's id, and W&B's files.
-    """
-
-    def __init__(self, config: Config, step: int) -> None:
-        del step
-        directory = Path(config.output_dir)
-        id_file = directory / _ID_FILE
-        if not id_file.exists():
-            write_atomically(id_file, secrets.token_hex(4))
-        self._run = import_wandb().init(
-            id=id_file.read_text(encoding="utf-8"),
-            name=directory.resolve().name,
-            dir=str(directory),
+    def open(self, config: Config, run_id: str | None) -> str:
+        """Begins the run, or goes on with it."""
+        run_id = run_id or secrets.token_hex(4)
+        self._run = self.library().init(
+            id=run_id,
+            name=self.directory.resolve().name,
+            dir=str(self.directory),
             config=to_dict(config),
             resume="allow",
         )
+        return run_id
 
-    @classmethod
-    def check(cls) -> None:
-        """Raises a UserError if wandb is not installed."""
-        import_wandb()
+    def send(self, step: LoggedStep) -> None:
+        """Logs a step's metrics, and answers as a table."""
+        samples = [asdict(sample) for sample in step.samples]
+        tables = {}
+        if samples:
+            rows = [list(sample.values()) for sample in samples]
+            tables["eval/samples"] = self.library().Table(columns=list(samples[0]), data=rows)
+        self._run.log({**step.values, **tables}, step=step.number)
 
-    def write(self, step: int, values: Mapping[str, float], evaluations: Mapping[str, StepMetrics]) -> None:
-        """Writes a step's metrics."""
-        del evaluations
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
+    def finish(self) -> None:
         """Sends what is left."""
         self._run.finish()

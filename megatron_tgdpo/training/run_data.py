@@ -83,7 +83,7 @@ def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) ->
     """
     hf_files(local_path(config.model.policy))  # every checkpoint gets a copy of them
     lacking = check_tokenizers(config)
-    check_loggers(config.log)
+    check_loggers(config)
     lock.acquire()
     claim_output_dir(config)
     record_pins(Path(config.output_dir), pins or {})

@@ -39,6 +39,7 @@ from megatron_tgdpo.training.export import Exporter, export
 from megatron_tgdpo.training.finish import finish
 from megatron_tgdpo.training.resume import StartPoint
 from megatron_tgdpo.training.run_data import RunData
+from megatron_tgdpo.training.samples import PolicySamples
 from megatron_tgdpo.training.start_check import check_start
 from megatron_tgdpo.training.step import StepResult, evaluate_packs, train_step
 
@@ -101,6 +102,7 @@ class Trainer:
             self._export if exporter is not None and config.export.hf == "every_save" else None,
         )
         self.best_watch = BestWatch(config, start.inputs)
+        self.samples = PolicySamples(config, layout, engine, data) if config.eval.generate.prompts else None
 
     def train(self) -> None:
         """Trains to the last step, and leaves ``DONE`` if that is the schedule's last. Collective over all ranks.
@@ -130,7 +132,7 @@ class Trainer:
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
         log = raise_on_all_ranks(lambda: MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None)
-        guide_watch = GuideWatch()
+        guide_watch, asked = GuideWatch(), self.config.eval
         started = saved = time.monotonic()
         coming = self._step_packs(first)
         for step in range(first, self.last_step + 1):
@@ -155,9 +157,12 @@ class Trainer:
             evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
             for group, evaluation in evaluations.items():
                 values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
+            samples = []
+            if self.samples is not None and self._due(step, asked.generate.every_steps or asked.every_steps):
+                samples = self.samples.make()
             best = self.best_watch.improvement(step, values, self.saver.best) if evaluations else None
             if log is not None:
-                log.write(step, values, evaluations)
+                log.write(step, values, evaluations, samples)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
                     logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
                 if (warning := guide_watch.count(result.metrics.values, tokens.pairs)) is not None:

@@ -99,7 +99,7 @@ def test_without_an_interval_a_run_saves_ten_times(config: dict[str, Any], tmp_p
     assert saved_steps(tmp_path) == [3, 6, 9, 12, 15, 18, 21, 24, 25]
 
 
-@pytest.mark.parametrize("pattern", ["metrics.jsonl", "tensorboard/*"])
+@pytest.mark.parametrize("pattern", ["metrics.jsonl", "tensorboard/train/*"])
 def test_a_full_disk_costs_no_step_and_ends_in_one_line(config: dict[str, Any], tmp_path: Path, pattern: str) -> None:
     """In the middle of a line or an event, before the second save; then the same command once more."""
     file = write_config(tmp_path, config)

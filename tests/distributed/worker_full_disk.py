@@ -8,19 +8,21 @@ import sys
 from pathlib import Path
 
 from megatron_tgdpo.output import metrics_log
+from megatron_tgdpo.output.json_lines import MetricsFile
+from megatron_tgdpo.output.logger import LoggedStep
 from megatron_tgdpo.train import main
 
 
 def inject(step: int, pattern: str) -> None:
     write = metrics_log._Files.write
 
-    def limited(files: metrics_log._Files, wanted: metrics_log._Step) -> None:
+    def limited(files: metrics_log._Files, wanted: LoggedStep) -> None:
         if wanted.number < step:
             write(files, wanted)
             return
-        newest = max(
-            (file.stat() for file in Path(files._lines.name).parent.glob(pattern)), key=lambda stat: stat.st_mtime_ns
-        )
+        (metrics,) = [each for each in files._loggers if isinstance(each, MetricsFile)]
+        directory = Path(metrics._lines.name).parent
+        newest = max((file.stat() for file in directory.glob(pattern)), key=lambda stat: stat.st_mtime_ns)
         resource.setrlimit(resource.RLIMIT_FSIZE, (newest.st_size + 20, resource.RLIM_INFINITY))
         try:
             write(files, wanted)

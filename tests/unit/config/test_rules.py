@@ -59,6 +59,11 @@ BROKEN = [
     ),
     (["checkpoint.best_mode=min"], "checkpoint.best_mode is min but checkpoint.best_metric is not set"),
     (["export.hf=best"], "export.hf is best but checkpoint.best_metric is not set"),
+    (["eval.generate.prompts=2"], "eval.generate.prompts is 2 but data.validation is not set"),
+    (
+        ["eval.generate.prompts=2", "data.validation=more.jsonl", "precision.fp8=delayed"],
+        "eval.generate.prompts is 2 with precision.fp8 delayed",
+    ),
 ]
 
 

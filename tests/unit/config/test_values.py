@@ -182,7 +182,7 @@ def test_a_section_may_be_empty_or_be_given_whole(tmp_path: Path) -> None:
         ("tensor_model_parallel_size", "parallel.tensor"),
         ("beta", "loss.beta"),
         ("optimizer.beta", "optimizer.beta"),
-        ("every_steps", "eval.every_steps or checkpoint.every_steps or log.every_steps"),
+        ("every_steps", "eval.every_steps or eval.generate.every_steps or checkpoint.every_steps or log.every_steps"),
         ("eval.eval_steps", "eval.every_steps"),
         ("optimizer.weight_decy", "optimizer.weight_decay"),
         ("optimiser", "did you mean optimizer?"),

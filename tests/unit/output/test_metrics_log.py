@@ -14,20 +14,24 @@ from megatron_tgdpo.errors import StorageError
 from megatron_tgdpo.output.metrics_log import MetricsLog
 from tests.unit.config.test_loading import VALID
 
+LOSS = "1_learning/loss"
+
 
 def scalars(directory: Path) -> list[tuple[int, float]]:
-    board = EventAccumulator(str(directory / "tensorboard"))
+    board = EventAccumulator(str(directory / "tensorboard" / "train"))
     board.Reload()
-    return [(event.step, event.value) for event in board.Scalars("train/loss")]
+    return [(event.step, event.value) for event in board.Scalars(LOSS)]
 
 
 def scalars_by_file(directory: Path) -> list[tuple[int, float]]:
     """As `scalars`; that reads files of one second in the order of their names, in which 10 is before 9."""
     found: dict[int, float] = {}
-    for file in sorted((directory / "tensorboard").iterdir(), key=lambda file: int(file.name.rsplit(".", 1)[1])):
+    for file in sorted(
+        (directory / "tensorboard" / "train").iterdir(), key=lambda file: int(file.name.rsplit(".", 1)[1])
+    ):
         board = EventAccumulator(str(file))
         board.Reload()
-        events = board.Scalars("train/loss") if "train/loss" in board.Tags()["scalars"] else []
+        events = board.Scalars(LOSS) if LOSS in board.Tags()["scalars"] else []
         found |= {event.step: event.value for event in events}
     return sorted(found.items())
 
@@ -70,7 +74,7 @@ def size_of(directory: Path, pattern: str) -> int:
     return max(file.stat().st_size for file in directory.glob(pattern))
 
 
-@pytest.mark.parametrize("pattern", ["metrics.jsonl", "tensorboard/*"])
+@pytest.mark.parametrize("pattern", ["metrics.jsonl", "tensorboard/train/*"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path, pattern: str) -> None:
     config = config_from_dict({**VALID, "output_dir": str(tmp_path)})

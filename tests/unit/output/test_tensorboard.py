@@ -1,8 +1,6 @@
-"""Event files read with TensorBoard's own reader, and the running page in a browser; W&B gets the same figures."""
+"""Event files read with TensorBoard's own reader, and the running page in a browser."""
 
 import re
-import sys
-import types
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,18 +8,23 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from tensorboard import program
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import list_session_groups
+from tensorboard.plugins.hparams.api_pb2 import STATUS_UNKNOWN, ListSessionGroupsRequest
+from tensorboard.plugins.hparams.backend_context import Context as BackendContext
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics
 from megatron_tgdpo.output.metrics_log import MetricsLog
-from megatron_tgdpo.output.tensorboard import WEIGHT_HISTOGRAM, chart_layout, hyperparameters
-from megatron_tgdpo.output.wandb import import_wandb
+from megatron_tgdpo.output.tensorboard import WEIGHT_HISTOGRAM, chart_layout, hyperparameters, tag_of
 from tests.browser import CHROMIUM, NO_CHROMIUM, chromium
 from tests.unit.config.test_loading import VALID
 from tests.unit.output.test_metrics import pack, reduced
@@ -30,8 +33,9 @@ QUESTIONS = tuple(chart_layout(()))
 DOCUMENT = Path(__file__).parents[3] / "docs" / "configuration.md"
 
 
-def make_config(directory: Path, **log: Any) -> Config:
-    return config_from_dict({**VALID, "output_dir": str(directory), "log": log})
+def make_config(directory: Path, **sections: dict[str, Any]) -> Config:
+    data = {**VALID["data"], "validation": "more.jsonl"}
+    return config_from_dict({**VALID, "data": data, "output_dir": str(directory), **sections})
 
 
 def evaluation(group: dist.ProcessGroup) -> StepMetrics:
@@ -41,14 +45,15 @@ def evaluation(group: dist.ProcessGroup) -> StepMetrics:
 def log_steps(config: Config, done: int, steps: range, evaluated: StepMetrics) -> None:
     log = MetricsLog(config, done)
     for step in steps:
-        values = {"train/loss": float(step), **evaluated.values}
-        values |= {f"eval/{name}": value for name, value in evaluated.values.items()}
+        values = {"train/loss": float(step)} | {k: v for k, v in evaluated.values.items() if k != "loss"}
+        if step % 2 == 0:
+            values |= {f"eval/{name}": value for name, value in evaluated.values.items()}
         log.write(step, values, {"eval": evaluated} if step % 2 == 0 else None)
     log.close()
 
 
-def read(directory: Path) -> EventAccumulator:
-    board = EventAccumulator(str(directory / "tensorboard"), size_guidance={"histograms": 0})  # 0: all of them
+def read(directory: Path, run: str = "") -> EventAccumulator:
+    board = EventAccumulator(str(directory / "tensorboard" / run), size_guidance={"histograms": 0})  # 0: all of them
     board.Reload()
     return board
 
@@ -59,9 +64,10 @@ def test_weight_histograms_are_the_counts_and_steps_appear_once(
     config, evaluated = make_config(tmp_path), evaluation(single_rank_group)
     log_steps(config, 0, range(1, 7), evaluated)
     log_steps(config, 3, range(4, 9), evaluated)  # killed after step 6, its newest checkpoint was of step 3
-    board = read(tmp_path)
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
-    histograms = board.Histograms(f"eval/{WEIGHT_HISTOGRAM}")
+    assert [event.step for event in read(tmp_path, "train").Scalars("1_learning/loss")] == list(range(1, 9))
+    board = read(tmp_path, "eval")
+    assert [event.step for event in board.Scalars("1_learning/loss")] == [2, 4, 6, 8]
+    histograms = board.Histograms(WEIGHT_HISTOGRAM)
     assert [event.step for event in histograms] == [2, 4, 6, 8]
     shown = histograms[0].histogram_value
     least, most = (evaluated.values[f"guidance/weight_{name}"] for name in ("min", "max"))
@@ -82,20 +88,60 @@ def test_layout_asks_four_questions_of_documented_metrics(tmp_path: Path, single
     assert all(tag.endswith("$") for tag in used)
     documented = documented_metrics()
     assert len(used) > 20
-    assert {tag[:-1] for tag in used} <= documented | {f"eval/{name.removeprefix('train/')}" for name in documented}
+    assert {tag[:-1] for tag in used} <= {tag_of(name) for name in documented}
 
 
 def test_layout_leaves_out_what_the_method_does_not_have() -> None:
     assert QUESTIONS == ("Is it learning?", "Is it drifting?", "What does the guide do?", "How fast is it?")
     layout = chart_layout(METHODS["sft"].without)
     assert list(layout) == [QUESTIONS[0], QUESTIONS[1], QUESTIONS[3]]
-    assert list(layout[QUESTIONS[0]].values()) == [["Multiline", ["train/loss$", "eval/loss$"]]]
+    assert list(layout[QUESTIONS[0]].values()) == [["Multiline", ["1_learning/loss$"]]]
     assert layout[QUESTIONS[1]]["log-probs of chosen"] == ["Multiline", ["logps/chosen$"]]
 
 
-def test_layout_has_each_validation_set() -> None:
-    charts = chart_layout((), ("short", "long"))[QUESTIONS[0]]
-    assert charts["loss (nats)"] == ["Multiline", ["train/loss$", "eval/short/loss$", "eval/long/loss$"]]
+def test_training_and_evaluation_have_the_same_tags_loss_accuracy_and_margin_first(
+    tmp_path: Path, single_rank_group: dist.ProcessGroup
+) -> None:
+    log_steps(make_config(tmp_path), 0, range(1, 5), evaluation(single_rank_group))
+    train, evaluated = (read(tmp_path, run).Tags()["scalars"] for run in ("train", "eval"))
+    assert set(evaluated) <= set(train)
+    assert not any(tag.startswith("eval") for tag in train)
+    assert sorted(train)[:3] == ["1_learning/accuracy", "1_learning/loss", "1_learning/margin"]
+    assert read(tmp_path).Tags()["scalars"] == []
+
+
+def test_each_validation_set_is_a_run(tmp_path: Path, single_rank_group: dist.ProcessGroup) -> None:
+    sets = {**VALID["data"], "validation": {"short": "a.jsonl", "long": "b.jsonl"}}
+    log = MetricsLog(make_config(tmp_path, data=sets), 0)
+    evaluated = evaluation(single_rank_group)
+    groups = ("eval/short", "eval/long")
+    values = {f"{group}/{name}": value for group in groups for name, value in evaluated.values.items()}
+    log.write(1, values | {"eval/short/loss": 0.25}, dict.fromkeys(groups, evaluated))
+    log.close()
+    assert [event.value for event in read(tmp_path, "eval/short").Scalars("1_learning/loss")] == [0.25]
+    assert WEIGHT_HISTOGRAM in read(tmp_path, "eval/long").Tags()["histograms"]
+
+
+def test_a_sweep_is_side_by_side(tmp_path: Path, single_rank_group: dist.ProcessGroup) -> None:
+    """What the HParams tab gets of its backend."""
+    for alpha in (0.25, 0.5):
+        (tmp_path / f"alpha_{alpha}").mkdir()
+        config = make_config(tmp_path / f"alpha_{alpha}", loss={"alpha": alpha})
+        log_steps(config, 0, range(1, 5), evaluation(single_rank_group))
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    backend = BackendContext(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
+    context = RequestContext()
+    experiment = backend.experiment_from_metadata(context, "", True, backend.hparams_metadata(context, ""), [])
+    assert [info.name for info in experiment.hparam_infos][:3] == ["loss.alpha", "loss.beta", "optimizer.lr"]
+    asked = ListSessionGroupsRequest(start_index=0, slice_size=10, allowed_statuses=[STATUS_UNKNOWN])
+    found = list_session_groups.Handler(context, backend, "", asked).run().session_groups
+    values = {group.name: group.hparams["loss.alpha"].number_value for group in found}
+    assert values == {"alpha_0.25": 0.25, "alpha_0.5": 0.5}
+    last = {(value.name.group, value.name.tag): value.value for value in found[0].metric_values}
+    assert last["train", "1_learning/loss"] == 4.0
+    names = ("loss", "accuracy", "margin")
+    assert set(last) == {(run, f"1_learning/{name}") for run in ("train", "eval") for name in names}
 
 
 def documented_metrics() -> set[str]:
@@ -119,43 +165,15 @@ def test_hyperparameters_are_the_configs(tmp_path: Path, single_rank_group: dist
     assert set(session.hparams) == set(hyperparameters(config))
     assert not {"train.exit_step", "log.wandb", "data.workers"} & set(session.hparams)
     experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
-    assert "rewards/accuracies" in {metric.name.tag for metric in experiment.metric_infos}
+    assert experiment.metric_infos[-1].name.group == "eval"
+    assert experiment.metric_infos[-1].display_name == "eval margin"
+    assert session.group_name == tmp_path.name
 
 
 def test_without_a_guide_there_is_no_histogram(tmp_path: Path, single_rank_group: dist.ProcessGroup) -> None:
     plain = reduced(single_rank_group, [pack(1, [2, 3], [0])], without=METHODS["dpo"].without)
     log_steps(make_config(tmp_path), 0, range(1, 3), plain)
-    assert read(tmp_path).Tags()["histograms"] == []
-
-
-def test_wandb_gets_the_same_figures_in_one_run(
-    tmp_path: Path, single_rank_group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Any] = []
-
-    class Run:
-        def log(self, values: dict[str, float], step: int) -> None:
-            calls.append((step, values["train/loss"]))
-
-        def finish(self) -> None:
-            calls.append("finished")
-
-    def init(**arguments: Any) -> Run:
-        calls.append((arguments["id"], arguments["resume"], arguments["config"]["loss"]["alpha"], arguments["dir"]))
-        return Run()
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    config = make_config(tmp_path, wandb=True)
-    log_steps(config, 0, range(1, 3), evaluation(single_rank_group))
-    log_steps(config, 2, range(3, 4), evaluation(single_rank_group))
-    started = ((tmp_path / "wandb_run").read_text(), "allow", 0.5, str(tmp_path))
-    assert calls == [started, (1, 1.0), (2, 2.0), "finished", started, (3, 3.0), "finished"]
-
-
-def test_wandb_is_asked_for_but_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"log\.wandb is true but wandb cannot be imported .*pip install wandb"):
-        import_wandb()
+    assert read(tmp_path, "eval").Tags()["histograms"] == []
 
 
 # All text of a page that is built of web components, whose insides innerText does not see.
