@@ -1,4 +1,4 @@
-"""``tgdpo train CONFIG.yaml section.key=value ...``, a process per rank, under torchrun or srun.
+"""``tgdpo train CONFIG.yaml [--nproc N] section.key=value ...``, a process per rank; or under torchrun or srun.
 
 USR1, TERM or Ctrl-C to any rank ends the run at the next step boundary, with a checkpoint; a second Ctrl-C at once.
 """
@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 from megatron_tgdpo import signals
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.resilience.entry import run_and_exit, run_distributed
+from megatron_tgdpo.resilience.launch import nproc_argument
 
 if TYPE_CHECKING:
     from megatron_tgdpo.training.export import Exporter
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None, exporter: "Exporter | None" = None) -> None:
@@ -26,18 +29,19 @@ def main(arguments: Sequence[str] | None = None, exporter: "Exporter | None" = N
     Exit status: 0 all steps are made (up to ``train.exit_step``), 75 stopped by a signal and saved, 130 ended at once
     by a second Ctrl-C, else as :func:`~megatron_tgdpo.resilience.entry.run_and_exit` says.
     """
-    signals.listen()
     parser = argparse.ArgumentParser(prog="tgdpo train", description=__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--guide", action="store_true", help="train what section guide of the config says")
     parser.add_argument("--dry-run", action="store_true", help="print config, layout and memory per rank, then stop")
     parser.add_argument("--world-size", type=int, help="ranks to assume in a dry run; default: as launched")
+    nproc_argument(parser)
     args = parser.parse_intermixed_args(arguments)
-    run_and_exit(lambda rank: _main(args, rank, exporter))
+    run_and_exit(lambda rank: _main(args, rank, exporter), None if args.dry_run else args.nproc)
 
 
 def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> int:
+    signals.listen()
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size is {args.world_size}: it must be positive")
     # Only now: a wrong option should not take the seconds of an import, nor a wrong key those of the next.
@@ -56,7 +60,7 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
 
     if args.dry_run:
         if rank == 0:
-            print(dry_run(config, args.world_size or read_rank_environment().world_size))
+            print(dry_run(config, args.world_size or args.nproc or read_rank_environment().world_size))
         return 0
     if config.export.hf != "none" and exporter is None:
         raise UserError(f"export.hf is {config.export.hf}: only tgdpo train exports, start the run with that")
@@ -67,9 +71,9 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
         except signals.StoppedEarly as stopped:
             if not dist.is_initialized():
                 raise
-            logging.info("%s; start the same command again to continue", stopped)
+            logger.info("%s; start the same command again to continue", stopped)
             if config.export.hf != "none":
-                logging.info("what is saved can be exported: %s", run_export_command(config.output_dir))
+                logger.info("what is saved can be exported: %s", run_export_command(config.output_dir))
             return signals.STOPPED_STATUS
         return 0
 
