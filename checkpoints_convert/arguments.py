@@ -1,12 +1,14 @@
 """What the commands' command lines share; imports nothing heavy, so that help and wrong options answer at once."""
 
 import argparse
-import logging
+import os
 import re
 import sys
 from collections.abc import Callable
 
+from megatron_tgdpo import console
 from megatron_tgdpo.errors import StorageError, UserError
+from megatron_tgdpo.resilience.entry import report_failure
 from megatron_tgdpo.signals import STORAGE_STATUS
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
@@ -58,11 +60,11 @@ def check_positive(given: argparse.Namespace, *options: str) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command; bad input ends it with one line on stderr and exit code 1, failing storage with 74."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    console.configure()
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_failure(error, int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0))
         sys.exit(STORAGE_STATUS if isinstance(error, StorageError) else 1)
     finally:
         # Not imported here: a command that was refused before has joined nobody.

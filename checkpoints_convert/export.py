@@ -23,6 +23,7 @@ from megatron_tgdpo.checkpoints.integrity import refuse_damage
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import copy_hf_files, hf_files
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
+from megatron_tgdpo.console import waiting
 from megatron_tgdpo.data.tokenizers import load_tokenizer, read_template
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
@@ -87,14 +88,16 @@ def export_hf(
         max_shard_bytes: Largest file's tensors (the tensors of a larger single parameter get a file of their own).
         verify: Whether to compare the checkpoint's checksums first.
         group: Of all ranks, for the collectives; None for the default group.
-        quiet: Without a progress bar.
+        quiet: Without a word of how far it is.
 
     Raises:
         UserError: On every rank: the checkpoint is damaged, is not what the template's config asks for, or cannot be
             read; ``out`` is not empty, or could not be written.
     """
     started = time.perf_counter()
-    refuse_damage(checkpoint, content=verify, group=group)
+    shown = not quiet and dist.get_rank() == 0
+    with waiting(f"checksums of {checkpoint}", shown=shown):
+        refuse_damage(checkpoint, content=verify, group=group)
     with AtomicDirectory(out, group) as directory:
         hf_config = directory.run_on_all_ranks(lambda: _read_config(checkpoint, template))
         reader = directory.run_on_all_ranks(lambda: _open(checkpoint, hf_config, stored))
@@ -104,7 +107,8 @@ def export_hf(
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
         directory.run_on_all_ranks(lambda: _write(reader, hf_config, directory.temporary, mine, stored, dtype, quiet))
         directory.run_on_rank0(lambda: _finish(directory.temporary, checkpoint, template, files, dtype, size))
-        directory.commit()
+        with waiting(f"{out}: until all of it is on disk", shown=shown):
+            directory.commit()
     return Summary(out, parameter_count(hf_config), dtype_name(dtype), size, time.perf_counter() - started)
 
 

@@ -2,15 +2,16 @@
 
     tgdpo convert to-megatron --hf MODEL --out DIR [--dtype bf16|fp16|fp32]
 
-``--hf`` is an HF directory or a model of the Hub, OWNER/NAME. Alone, or under torchrun or srun, where the ranks divide
-the work; the result does not depend on their number. Without ``--dtype`` the stored one is kept, and weights of several
-become fp32.
+``--hf`` is an HF directory or a model of the Hub, OWNER/NAME. With ``--nproc``, or under torchrun or srun, the ranks
+divide the work; the result does not depend on their number. Without ``--dtype`` the stored one is kept, and weights of
+several become fp32.
 """
 
 import argparse
 from pathlib import Path
 
 from checkpoints_convert.arguments import DTYPE_NAMES, check_positive, run, timeout_argument
+from megatron_tgdpo.resilience.launch import nproc_argument, start_ranks
 
 
 def main() -> None:
@@ -20,8 +21,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="Megatron checkpoint directory to make")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the stored weights (default: as in the HF files)")
     timeout_argument(parser)
+    nproc_argument(parser)
     arguments = parser.parse_args()
     check_positive(arguments, "--timeout-minutes")
+    start_ranks(arguments.nproc)
     # Only now: these imports take seconds, a wrong option should not.
     import torch.distributed as dist
 

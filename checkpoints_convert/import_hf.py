@@ -24,6 +24,7 @@ from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, system_errors, write_common
 from megatron_tgdpo.checkpoints.listing import write_description
 from megatron_tgdpo.checkpoints.model_directory import hf_files
+from megatron_tgdpo.console import waiting
 from megatron_tgdpo.models.hf_weights.check import open_hf
 from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, parameter_count
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
@@ -66,7 +67,8 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
         metadata = {"dtype": dtype_name(stored), "step": None, "parameters": count}
         digests = directory.collect(writer.digests)
         directory.run_on_rank0(lambda: write_description(directory.temporary, hf, metadata, digests))
-        directory.commit()
+        with waiting(f"{out}: until all of it is on disk", shown=dist.get_rank() == 0):
+            directory.commit()
     return Summary(out, count, dtype_name(stored), size, time.perf_counter() - started)
 
 

@@ -4,8 +4,8 @@
         [--max-shard-size 5GB]
 
 ``--megatron`` may also be a training run's output directory: its newest complete checkpoint is taken. Config, tokenizer
-and templates come from the checkpoint itself unless ``--hf-template`` names another model. Alone, or under
-torchrun or srun, where the ranks divide the files among them; the result does not depend on their number.
+and templates come from the checkpoint itself unless ``--hf-template`` names another model. With ``--nproc``, or under
+torchrun or srun, the ranks divide the files among them; the result does not depend on their number.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from checkpoints_convert.arguments import (
     run,
     timeout_argument,
 )
+from megatron_tgdpo.resilience.launch import nproc_argument, start_ranks
 
 
 def main() -> None:
@@ -30,9 +31,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the written weights (default: as stored)")
     parser.add_argument("--max-shard-size", default=DEFAULT_SHARD_SIZE, help="largest weight file, like 500MB or 2GiB")
     timeout_argument(parser)
+    nproc_argument(parser)
     arguments = parser.parse_args()
     max_shard_bytes = parse_size("--max-shard-size", arguments.max_shard_size)
     check_positive(arguments, "--timeout-minutes")
+    start_ranks(arguments.nproc)
     # Only now: these imports take seconds, a wrong option should not.
     import torch.distributed as dist
 

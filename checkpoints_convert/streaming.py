@@ -1,6 +1,5 @@
 """What both directions of a conversion share: reading ahead, the progress bar, the line at the end."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_tgdpo.console import progress
+
 A = TypeVar("A")
 T = TypeVar("T")
-
-_QUIET_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def read_ahead(read: Callable[[A], T], items: Sequence[A]) -> Iterator[tuple[A, 
 
 
 def progress_bar(direction: str, total: int, *, quiet: bool = False) -> "tqdm[Any]":
-    """A bar of bytes on rank 0's stderr, showing that rank's share; seldom refreshed where it is not a terminal.
+    """:func:`~megatron_tgdpo.console.progress` of bytes on rank 0, showing that rank's share.
 
     Args:
         direction: What is going on.
@@ -59,11 +58,5 @@ def progress_bar(direction: str, total: int, *, quiet: bool = False) -> "tqdm[An
         quiet: No bar at all.
     """
     ranks = dist.get_world_size()
-    return tqdm(
-        total=total,
-        desc=direction if ranks == 1 else f"{direction} (rank 0's share of {ranks})",
-        unit="B",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else _QUIET_SECONDS,
-        disable=quiet or dist.get_rank() != 0,
-    )
+    label = direction if ranks == 1 else f"{direction} (rank 0's share of {ranks})"
+    return progress(label, total, "B", shown=not quiet and dist.get_rank() == 0)

@@ -4,14 +4,15 @@
 
 Weights are compared in the checkpoint's stored dtype. Then transformers and this project, both in fp32, compute the
 logits, the log-prob of every token and the next token of packed sequences: random tokens and text, long and short. Exit
-code 1 if anything differs. Alone, or under torchrun or srun with ``--tensor`` and ``--pipeline``; one rank of the last
-stage holds the whole HF model for a while.
+code 1 if anything differs. With ``--nproc``, or under torchrun or srun, the
+model may be split by ``--tensor`` and ``--pipeline``; one rank of the last stage holds the whole HF model for a while.
 """
 
 import argparse
 from pathlib import Path
 
 from checkpoints_convert.arguments import check_positive, layout_arguments, run
+from megatron_tgdpo.resilience.launch import nproc_argument, start_ranks
 
 
 def main() -> None:
@@ -21,8 +22,10 @@ def main() -> None:
     parser.add_argument("--megatron", type=Path, required=True, help="Megatron checkpoint or training output directory")
     parser.add_argument("--long-tokens", type=int, help="length of the long sequences")
     layout_arguments(parser)
+    nproc_argument(parser)
     arguments = parser.parse_args()
     check_positive(arguments, "--long-tokens", "--tensor", "--pipeline", "--timeout-minutes")
+    start_ranks(arguments.nproc)
     # Only now: these imports take seconds, a wrong option should not.
     from checkpoints_convert.compare_outputs import verify
 

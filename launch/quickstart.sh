@@ -87,8 +87,8 @@ own_model() { # the same mission from a model and pairs that exist
   stages=5
   stage "environment $venv (installs on the first run)" bash launch/setup_env.sh "$venv"
   stage "a config for this machine" write_config
-  stage "what would stop it" ranks "$count" doctor "$out/tgdpo.yaml"
-  stage "guide, policy, export, comparison" single -m tgdpo pipeline "$out/tgdpo.yaml" --ranks "$count" \
+  stage "what would stop it" single -m tgdpo doctor "$out/tgdpo.yaml" --nproc "$count"
+  stage "guide, policy, export, comparison" single -m tgdpo pipeline "$out/tgdpo.yaml" --nproc "$count" \
     --prompts 4 --max-new-tokens 64
   stage "what the guide rewards, and the course of both runs" pictures
   cat <<TEXT

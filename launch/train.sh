@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains without Slurm, under torchrun, on this machine or on several. Start the same command again to continue.
+# Trains without Slurm on this machine, or under torchrun on several. Start the same command again to continue.
 #
 #   bash launch/train.sh config.yaml [section.key=value ...]
 #
@@ -39,15 +39,16 @@ esac
 [ -z "$signalled" ] || fail "asked to stop before it began"
 
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
-rendezvous=(--standalone)
+nproc=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+command=(-m tgdpo train --nproc "$nproc")
 if [ "${NNODES:-1}" -gt 1 ]; then
   [ -n "${RDZV_ENDPOINT:-}" ] || fail "NNODES is $NNODES but RDZV_ENDPOINT is not set: export HOST:PORT of one node"
-  rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-tgdpo}")
+  command=(-m torch.distributed.run --nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT"
+    --rdzv-id "${RDZV_ID:-tgdpo}" --nproc-per-node "$nproc" -m tgdpo train)
 fi
 # In a process group of its own: the terminal's Ctrl-C reaches this script alone.
 set -m
-"$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}" \
-  -m tgdpo train "$@" &
+"$python" "${command[@]}" "$@" &
 launcher=$!
 set +m
 while :; do

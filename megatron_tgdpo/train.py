@@ -1,4 +1,4 @@
-"""``tgdpo train CONFIG.yaml section.key=value ...``, a process per rank, under torchrun or srun.
+"""``tgdpo train CONFIG.yaml [--nproc N] section.key=value ...``, a process per rank; or under torchrun or srun.
 
 USR1, TERM or Ctrl-C to any rank ends the run at the next step boundary, with a checkpoint; a second Ctrl-C at once.
 """
@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 from megatron_tgdpo import signals
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.resilience.entry import run_and_exit, run_distributed
+from megatron_tgdpo.resilience.launch import nproc_argument
 
 if TYPE_CHECKING:
     from megatron_tgdpo.training.export import Exporter
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None, exporter: "Exporter | None" = None) -> None:
@@ -26,7 +29,6 @@ def main(arguments: Sequence[str] | None = None, exporter: "Exporter | None" = N
     Exit status: 0 all steps are made (up to ``train.exit_step``), 75 stopped by a signal and saved, 130 ended at once
     by a second Ctrl-C, else as :func:`~megatron_tgdpo.resilience.entry.run_and_exit` says.
     """
-    signals.listen()
     parser = argparse.ArgumentParser(prog="tgdpo train", description=__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -37,11 +39,13 @@ def main(arguments: Sequence[str] | None = None, exporter: "Exporter | None" = N
     parser.add_argument("--world-size", type=int, help="ranks to assume in a dry run; default: as launched")
     parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="of a dry run's GPUs; default %(default)g")
     parser.add_argument("--full-config", action="store_true", help="a dry run prints every key, not only what you set")
+    nproc_argument(parser)
     args = parser.parse_intermixed_args(arguments)
-    run_and_exit(lambda rank: _main(args, rank, exporter))
+    run_and_exit(lambda rank: _main(args, rank, exporter), None if args.dry_run else args.nproc)
 
 
 def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> int:
+    signals.listen()
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size is {args.world_size}: it must be positive")
     if not 0 < args.gpu_memory_gib < 1e9:
@@ -67,7 +71,7 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
     if args.dry_run:
         if rank != 0:
             return 0
-        world_size = args.world_size or read_rank_environment().world_size
+        world_size = args.world_size or args.nproc or read_rank_environment().world_size
         text, fits = dry_run(config, world_size, args.gpu_memory_gib, full=args.full_config)
         print(text)
         return 0 if fits else 1
@@ -80,9 +84,9 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
         except signals.StoppedEarly as stopped:
             if not dist.is_initialized():
                 raise
-            logging.info("%s; start the same command again to continue", stopped)
+            logger.info("%s; start the same command again to continue", stopped)
             if config.export.hf != "none":
-                logging.info("what is saved can be exported: %s", run_export_command(config.output_dir))
+                logger.info("what is saved can be exported: %s", run_export_command(config.output_dir))
             return signals.STOPPED_STATUS
         return 0
 

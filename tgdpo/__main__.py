@@ -1,6 +1,6 @@
 """``tgdpo COMMAND ...``, or ``python -m tgdpo COMMAND ...``: all commands of this project; see :mod:`tgdpo.commands`.
 
-Under torchrun: ``torchrun --nproc-per-node 8 -m tgdpo train CONFIG.yaml``; under srun as it is.
+On several GPUs: ``tgdpo train CONFIG.yaml --nproc 8``; under srun, and torchrun (``-m tgdpo train``), without it.
 """
 
 import sys

@@ -1,32 +1,15 @@
 """Commands that one command starts, and that end when it does."""
 
-import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 
-import psutil
-
+from megatron_tgdpo.resilience.launch import end_with_parent
 from megatron_tgdpo.signals import STOPPED_STATUS
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# Looked up before any fork: a child must not wait for the loader's lock, which a thread of its parent may have held.
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-
-
-def end_with_parent() -> None:
-    """Has the kernel send TERM to this process when its parent ends, however that ends; only Linux can.
-
-    For ``preexec_fn`` of :mod:`subprocess`, and for processes of :mod:`multiprocessing` to call. To the kernel
-    the parent is the thread that started the process.
-    """
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Commands:
@@ -43,7 +26,6 @@ class Commands:
     def __init__(self) -> None:
         self.asked = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._launches = False
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "Commands":
@@ -56,19 +38,17 @@ class Commands:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], *, launches_ranks: bool = False) -> int:
+    def run(self, command: Sequence[str]) -> int:
         """Runs a command to its end.
 
         Args:
             command: Program and arguments.
-            launches_ranks: It is torchrun, which gives its ranks seconds to end: they are asked themselves.
 
         Returns:
             Its exit status, as shells report it; 75 where it was asked to stop, or was not started because of that.
         """
         if self.asked:
             return STOPPED_STATUS
-        self._launches = launches_ranks
         self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
         try:
             if self.asked:  # while it was being started
@@ -86,15 +66,8 @@ class Commands:
         self._send(signal.SIGINT if at_once else signal.SIGTERM)
 
     def _send(self, number: signal.Signals) -> None:
-        process = self._process
-        if process is None:
-            return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            launcher = psutil.Process(process.pid)
-            ranks = launcher.children() if self._launches else []
-            for each in ranks or [launcher]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.send_signal(number)
+        if self._process is not None:
+            self._process.send_signal(number)
 
 
 def run_captured(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.arguments import DTYPE_NAMES
+from megatron_tgdpo import console
 from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions, json_object
 from megatron_tgdpo.errors import UserError
 
@@ -207,6 +208,7 @@ def run(action: Callable[[], object], *, interrupted: str = "start the same comm
         action: The command.
         interrupted: What is said after ``interrupted:`` when Ctrl-C ends it.
     """
+    console.configure()
     # As for Ctrl-C: temporary exports and what was half written are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -3,7 +3,7 @@
     tgdpo convert to-megatron --hf DIR --out DIR
     tgdpo convert to-hf --megatron DIR --out DIR
 
-Alone, or under torchrun or srun, where the ranks divide the work.
+With ``--nproc N``, or under torchrun or srun, the ranks divide the work.
 """
 
 import sys

@@ -1,7 +1,6 @@
 """Looks at everything that a run needs, and says at once all that would stop it; trains nothing.
 
-    tgdpo doctor CONFIG.yaml [section.key=value ...]                    this machine
-    torchrun --nproc-per-node 8 -m tgdpo doctor CONFIG.yaml             its GPUs, and what is between them
+    tgdpo doctor CONFIG.yaml [--nproc N] [section.key=value ...]        this machine, and what is between its GPUs
     sbatch [--nodes=N] launch/train.sbatch --doctor CONFIG.yaml         an allocation
 
 Models, tokenizers, the first records of every data file, the layout, precision and kernels that the config asks for,
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_tgdpo import signals
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.resilience.entry import run_and_exit, run_distributed
+from megatron_tgdpo.resilience.launch import nproc_argument
 
 if TYPE_CHECKING:
     import torch
@@ -34,22 +34,24 @@ Line = tuple[str, str]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; exit status 0 if nothing was found that stops the run, else 1."""
-    signals.listen()
     parser = argparse.ArgumentParser(
         prog="tgdpo doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    nproc_argument(parser)
     args = parser.parse_intermixed_args(arguments)
-    run_and_exit(lambda _: _main(args))
+    run_and_exit(lambda _: _main(args), args.nproc)
 
 
 def _main(args: argparse.Namespace) -> int:
+    signals.listen()
     # Only now: a wrong option should not take the seconds of an import.
     from megatron_tgdpo.config.loading import load_config
 
     config = load_config(args.config, args.overrides)
-    command = shlex.join(["tgdpo", "train", args.config, *args.overrides])
+    nproc = [] if args.nproc is None else ["--nproc", str(args.nproc)]
+    command = shlex.join(["tgdpo", "train", args.config, *nproc, *args.overrides])
 
     def look(ranks: "RankEnvironment", store: "dist.Store") -> int:
         stops = 0

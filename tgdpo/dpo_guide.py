@@ -1,7 +1,6 @@
 """Trains the guide of a TGDPO config: ``tgdpo train --guide``, with what is usually changed as options.
 
-    tgdpo dpo-guide CONFIG.yaml [--beta 0.01] [--lr 5e-7] [--method dpo] [section.key=value ...]
-    torchrun --nproc-per-node 8 -m tgdpo dpo-guide CONFIG.yaml
+    tgdpo dpo-guide CONFIG.yaml [--nproc 8] [--beta 0.01] [--lr 5e-7] [--method dpo] [section.key=value ...]
 
 The guide starts from the policy's weights and reads the same data; all that section ``guide`` does not say is as for
 the policy. It is a run of its own in ``guide.output_dir`` (``guide/`` in ``output_dir`` by default): one that was
@@ -13,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.resilience.launch import nproc_argument
 from tgdpo.command_line import positive, positive_number
 
 
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=positive_number, help="guide.lr; default: the policy's")
     parser.add_argument("--dry-run", action="store_true", help="print config, layout and memory per rank, then stop")
     parser.add_argument("--world-size", type=positive, help="ranks to assume in a dry run; default: as launched")
+    nproc_argument(parser)
     given = parser.parse_intermixed_args(arguments)
     options = {"method": given.method or _method(given.config, given.overrides), "beta": given.beta, "lr": given.lr}
     overrides = [f"guide.{name}={value}" for name, value in options.items() if value is not None]
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     dry_run = ["--dry-run"] if given.dry_run else []
     world_size = [] if given.world_size is None else ["--world-size", str(given.world_size)]
-    train.main(["--guide", *dry_run, *world_size, given.config, *given.overrides, *overrides])
+    nproc = [] if given.nproc is None else ["--nproc", str(given.nproc)]
+    train.main(["--guide", *dry_run, *world_size, *nproc, given.config, *given.overrides, *overrides])
 
 
 def _method(config: str, overrides: Sequence[str]) -> str | None:

@@ -1,6 +1,6 @@
 """Computes the token log-probs of reference and guide once, for ``guidance.mode: cached``.
 
-    torchrun --nproc-per-node 8 -m tgdpo guidance CONFIG.yaml guidance.cache=DIR [section.key=value ...]
+    tgdpo guidance CONFIG.yaml --nproc 8 guidance.cache=DIR [section.key=value ...]
     tgdpo guidance CONFIG.yaml guidance.cache=DIR --verify 100
 
 CONFIG is that of the training. Only ``precision.dtype``, the data and the models must stay as they are for the training
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.resilience.entry import run_and_exit, run_distributed
+from megatron_tgdpo.resilience.launch import nproc_argument
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--block-pairs", type=int, default=1024, help="pairs of a shard; default %(default)s")
     parser.add_argument("--verify", type=int, metavar="PAIRS", help="compute so many pairs again and compare")
+    nproc_argument(parser)
     args = parser.parse_intermixed_args(arguments)
-    run_and_exit(lambda rank: _main(args))
+    run_and_exit(lambda rank: _main(args), args.nproc)
 
 
 def _main(args: argparse.Namespace) -> int:

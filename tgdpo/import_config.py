@@ -10,7 +10,6 @@ that is trained, or refused by name: ``--ignore KEY`` leaves it out. The layout 
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> None:
     check_positive(args, "--ranks", "--gpus-per-node", "--gpu-memory-gib")
     check_present(args, "--dataset-info")
-    # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
-    # needs.
-    warnings.filterwarnings("ignore")
+    # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.llamafactory.conversion import import_config
 
     lines = import_config(args)

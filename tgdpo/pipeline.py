@@ -1,6 +1,6 @@
 """Runs a config from the guide to the evaluation: each stage a process of its own, those that are finished skipped.
 
-    tgdpo pipeline CONFIG.yaml [--ranks N] [--prompts N] [section.key=value ...]
+    tgdpo pipeline CONFIG.yaml [--nproc N] [--prompts N] [section.key=value ...]
 
     guide      where section guide has one trained: tgdpo train --guide
     guidance   where guidance.mode is cached: tgdpo guidance
@@ -18,13 +18,13 @@ import argparse
 import json
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from megatron_tgdpo import console
 from megatron_tgdpo.errors import UserError
 from tgdpo.child_processes import Commands
 from tgdpo.command_line import not_negative, positive
@@ -229,7 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all stages")
-    parser.add_argument("--ranks", type=positive, help="processes on this machine; default: as many as GPUs, or 1")
+    parser.add_argument(
+        "--nproc", type=positive, metavar="N", help="ranks on this machine; default: as many as GPUs, or 1"
+    )
     parser.add_argument(
         "--prompts", type=not_negative, help="prompts that evaluate has answered (default 200); 0: none"
     )
@@ -237,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", metavar="STAGE", help="run this stage alone, if it is not complete")
     parser.add_argument("--list", action="store_true", help="say which stages are complete, and run none")
     args = parser.parse_intermixed_args(arguments)
+    console.configure()
     try:
         _main(args)
     except UserError as error:
@@ -245,8 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(args: argparse.Namespace) -> None:
-    # megatron-core warns of parts that only training needs.
-    warnings.filterwarnings("ignore")
     options = {"--prompts": args.prompts, "--max-new-tokens": args.max_new_tokens}
     sampling = [word for option, value in options.items() if value is not None for word in (option, str(value))]
     pipeline = Pipeline(args.config, args.overrides, sampling)
@@ -270,8 +271,9 @@ def _main(args: argparse.Namespace) -> None:
             if stage.is_complete():
                 print(f"{title}: complete, skipped", flush=True)
                 continue
-            print(f"{title}\n{_shown(stage, args)}", flush=True)
-            status = commands.run(_command(stage, args), launches_ranks=_ranks(stage, args) > 1)
+            words = _command(stage, args)
+            print(f"{title}\n{shlex.join(['tgdpo', *words])}", flush=True)
+            status = commands.run([sys.executable, "-m", "tgdpo", *words])
             if commands.asked and status:
                 print("asked to stop; start the same command again to continue", file=sys.stderr)
             if status:
@@ -288,25 +290,18 @@ def _main(args: argparse.Namespace) -> None:
 def _ranks(stage: Stage, args: argparse.Namespace) -> int:
     if not stage.launches_ranks:
         return 1
-    if args.ranks is None:
+    if args.nproc is None:
         import torch
 
-        args.ranks = max(1, torch.cuda.device_count())
-    ranks: int = args.ranks
-    return ranks
+        args.nproc = max(1, torch.cuda.device_count())
+    nproc: int = args.nproc
+    return nproc
 
 
 def _command(stage: Stage, args: argparse.Namespace) -> list[str]:
-    ranks = _ranks(stage, args)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "tgdpo", *stage.arguments()]
-
-
-def _shown(stage: Stage, args: argparse.Namespace) -> str:
-    """The command as a person would type it."""
-    ranks = _ranks(stage, args)
-    launcher = ["torchrun", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    return shlex.join([*launcher, "tgdpo", *stage.arguments()])
+    """The words after ``tgdpo``."""
+    ranks, (name, *others) = _ranks(stage, args), stage.arguments()
+    return [name, *(["--nproc", str(ranks)] if ranks > 1 else []), *others]
 
 
 if __name__ == "__main__":

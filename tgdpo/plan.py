@@ -9,7 +9,6 @@ is checked: docs/planning.md. ``tgdpo train CONFIG --dry-run`` gives the same me
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -98,9 +97,7 @@ def _plan(given: argparse.Namespace) -> bool:
     named = {role: getattr(given, role) for role in ("model", "reference", "guide")}
     options = [f"--{role}" for role in ("model", "reference", "guide") if not _is_config_file(getattr(given, role))]
     find_models(given, *options, weights=False)
-    # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
-    # needs.
-    warnings.filterwarnings("ignore")
+    # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.planning import plan, write_config
 
     text, chosen = plan(given)

@@ -9,7 +9,6 @@ layout of the records is detected; docs/data.md describes each, the truncation r
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -69,12 +68,10 @@ def _run(given: argparse.Namespace) -> None:
     name = hub_name(given.tokenizer)
     if name is not None:
         options = replace(options, tokenizer=str(local_path(str(fetch(name, MODEL, weights=False)))))
-    with warnings.catch_warnings():
-        # megatron-core warns of missing GPU libraries, which tokenising does not use.
-        warnings.simplefilter("ignore")
-        # Here, not above: spawned workers import this module again, and need neither torch nor megatron.
-        from megatron_tgdpo.data.preprocess import preprocess
-        from megatron_tgdpo.data.sources import Source
+    # Here, not above: spawned workers import this module again, and need neither torch nor megatron.
+    from megatron_tgdpo.data.preprocess import preprocess
+    from megatron_tgdpo.data.sources import Source
+
     sources = [Source(path, given.split, given.subset) for path in given.input]
     manifest = preprocess(sources, given.output, options, overwrite=given.overwrite)
     print(summary(given.output, manifest))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,9 +58,7 @@ def _main(given: argparse.Namespace) -> None:
     _check_writable(given.out)
     check_present(given, "--cache")
     find_models(given, "--reference", "--guide", "--policy")
-    # Only now: these imports take seconds, a wrong option should not. megatron-core warns of parts that only training
-    # needs.
-    warnings.filterwarnings("ignore")
+    # Only now: these imports take seconds, a wrong option should not.
     from megatron_tgdpo.config.loading import load_config
 
     cache = [f"guidance.cache={given.cache}"] if given.cache else []
@@ -112,13 +109,11 @@ def _logps(
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
     """Log-probs by model, and what each model's log-probs come from."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from megatron_tgdpo.setup.model_inputs import compare_with_data
     from megatron_tgdpo.storage.dtypes import DTYPES
     from tgdpo.reporting.sources import cached_logps, model_logps, open_cache
 
-    disable_progress_bar()
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[config.precision.dtype]
     policy = {"policy": str(given.policy)} if given.policy else {}

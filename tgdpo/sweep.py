@@ -1,6 +1,6 @@
 """Trains every combination of some alphas and betas, one after another, and prints a table.
 
-    tgdpo sweep CONFIG.yaml --alpha 0 0.5 1 --beta 0.1 0.2 --out DIR [--ranks N] [section.key=value ...]
+    tgdpo sweep CONFIG.yaml --alpha 0 0.5 1 --beta 0.1 0.2 --out DIR [--nproc N] [section.key=value ...]
 
 With ``guidance.mode: cached`` all runs read one cache, which depends on neither. Each run writes to
 ``DIR/alphaA-betaB``; one that is done is not made again, one that was interrupted continues. The first that fails ends
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_tgdpo import console
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.output.metrics_file import logged_steps
 from tgdpo.child_processes import Commands
@@ -53,10 +54,8 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _command(config_file: str, overrides: list[str], ranks: int) -> list[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, "-m", "tgdpo", "train", config_file, *overrides]
+    nproc = ["--nproc", str(ranks)] if ranks > 1 else []
+    return [sys.executable, "-m", "tgdpo", "train", *nproc, config_file, *overrides]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,8 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--alpha", type=float, nargs="+", required=True, help="values of loss.alpha")
     parser.add_argument("--beta", type=float, nargs="+", required=True, help="values of loss.beta")
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
-    parser.add_argument("--ranks", type=positive, default=1, help="processes on this machine; default %(default)s")
+    parser.add_argument(
+        "--nproc", type=positive, default=1, metavar="N", help="ranks on this machine; default %(default)s"
+    )
+    parser.add_argument("--ranks", type=positive, dest="nproc", help=argparse.SUPPRESS)  # its name in 0.1
     args = parser.parse_intermixed_args(arguments)
+    console.configure()
     try:
         print(format_table(_sweep(args)))
     except UserError as error:
@@ -97,8 +100,8 @@ def _sweep(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for number, (name, own) in enumerate(runs.items(), start=1):
             if not is_done(as_recorded(configs[name])):
                 print(f"=== {number}/{len(runs)} {name}", flush=True)
-                command = _command(args.config, [*args.overrides, *own], args.ranks)
-                status = commands.run(command, launches_ranks=args.ranks > 1)
+                command = _command(args.config, [*args.overrides, *own], args.nproc)
+                status = commands.run(command)
                 if commands.asked and status:
                     print("asked to stop; start the same command again to continue", file=sys.stderr)
                 if status:

@@ -1,4 +1,4 @@
-"""``tgdpo train CONFIG.yaml section.key=value ...``, a process per rank, under torchrun or srun.
+"""``tgdpo train CONFIG.yaml [--nproc N] section.key=value ...``, a process per rank; or under torchrun or srun.
 
 USR1, TERM or Ctrl-C to any rank ends the run at the next step boundary, with a checkpoint; a second Ctrl-C at once.
 """

@@ -220,7 +220,7 @@ def open_or_preprocess(
         path: a dataset's prefix or manifest, or raw files, directories and globs (`sources.find_files`).
         options: what training asks of the data.
         cache_dir: where datasets made from raw files are kept, named by content of files, tokenizer and options.
-        progress: show a progress bar, if stderr is a terminal.
+        progress: say on stderr how far it is, as :func:`~megatron_tgdpo.console.progress` does.
 
     Raises:
         UserError: bad input, or the dataset was made with another tokenizer, template or length limit, or lacks the

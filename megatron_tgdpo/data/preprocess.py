@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from tqdm import tqdm
 
+from megatron_tgdpo import console
 from megatron_tgdpo.data.encode import (
     EncodedBatch,
     RecordBatch,
@@ -94,7 +94,7 @@ def preprocess(
         prefix: where the dataset goes; its directory is created.
         options: tokenizer and length rules.
         overwrite: replace a complete dataset at ``prefix``.
-        progress: show a progress bar, if stderr is a terminal.
+        progress: say on stderr how far it is, as :func:`~megatron_tgdpo.console.progress` does.
 
     Returns:
         The manifest.
@@ -194,13 +194,7 @@ def _fill(
     with (
         builder.data_file,
         closing(_encoded(sources, options, tokenizer)) as results,
-        tqdm(
-            total=sum(source.size for source in sources),
-            unit="B",
-            unit_scale=True,
-            desc="tokenise",
-            disable=None if progress else True,
-        ) as bar,
+        console.progress("tokenise", sum(source.size for source in sources), "B", shown=progress) as bar,
     ):
         for file_index, result, bytes_read in results:
             leave_if_requested("tokenising")

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_tgdpo.checkpoints.model_directory import model_files
 from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.console import progress
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import destroy_model_parallel, init_model_parallel
@@ -239,7 +239,7 @@ def _compute(engine: FrozenEngine, name: str, work: Work) -> None:
     """This replica's part of the missing shards."""
     mine = work.missing[engine.pg.dp.rank() :: engine.pg.dp.size()]
     pairs = sum(len(work.shards.pairs(shard)) for shard in mine)
-    with tqdm(total=pairs, desc=name, unit="pair", disable=dist.get_rank() != 0) as bar:
+    with progress(f"guidance, {name}", pairs, "pair", shown=dist.get_rank() == 0) as bar:
         for shard in mine:
             indices = work.shards.pairs(shard)
             found = engine.logps(work.dataset, indices)

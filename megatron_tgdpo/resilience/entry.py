@@ -8,13 +8,13 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_tgdpo import signals
-from megatron_tgdpo.errors import AgreedError, UserError
+from megatron_tgdpo import console, signals
+from megatron_tgdpo.errors import AgreedError, UserError, one_line
+from megatron_tgdpo.resilience.launch import report, start_ranks
 from megatron_tgdpo.resilience.requeue import exit_status
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LAST_WORDS_SECONDS = 1
 
 
-def run_and_exit(action: Callable[[int], int]) -> NoReturn:
+def run_and_exit(action: Callable[[int], int], nproc: int | None = None) -> NoReturn:
     """Runs a command on this rank and leaves with its exit status.
 
     Exit status: what ``action`` returns, or 1 for bad input (one line says which), 74 for storage that failed, 76 for a
@@ -33,21 +33,20 @@ def run_and_exit(action: Callable[[int], int]) -> NoReturn:
 
     Args:
         action: Takes this process's rank; returns the exit status.
+        nproc: Ranks to start for it on this machine, see :func:`~megatron_tgdpo.resilience.launch.start_ranks`.
     """
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     faulthandler.enable()
     threading.excepthook = partial(_report_thread, rank)
     level = logging.INFO if rank == 0 else logging.ERROR
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("megatron").setLevel(logging.WARNING)
-    # megatron-core and torch warn on every rank about missing fused parts, which the start-up lines report once.
-    warnings.filterwarnings("ignore")
+    console.configure(level, "%(asctime)s %(message)s")
     try:
+        start_ranks(nproc)
         sys.exit(action(rank))
     except SystemExit:
         raise
     except BaseException as error:
-        _report(error, rank)
+        report_failure(error, rank)
         if isinstance(error, (UserError, signals.StoppedEarly)) and rank == 0:
             # It may keep the store from which the others learn the same.
             time.sleep(_LAST_WORDS_SECONDS)
@@ -78,12 +77,12 @@ def run_distributed(timeout_minutes: float, action: Callable[["RankEnvironment",
     return status
 
 
-def _report(error: BaseException, rank: int) -> None:
+def report_failure(error: BaseException, rank: int) -> None:
+    """Says on stderr, and to the launcher, what ends this rank; what all ranks know, rank 0 says."""
     if isinstance(error, UserError):
-        if rank == 0:
-            signals.last_words(f"error: {error}")
-        elif _joined() and not isinstance(error, AgreedError):
-            signals.last_words(f"error: rank {rank}: {error}")
+        if rank == 0 or (_joined() and not isinstance(error, AgreedError)):
+            signals.last_words(f"error: {error}" if rank == 0 else f"error: rank {rank}: {error}")
+            report(str(error))
     elif isinstance(error, (signals.StoppedEarly, KeyboardInterrupt)):
         if rank == 0:
             what = str(error) or "interrupted"
@@ -91,6 +90,7 @@ def _report(error: BaseException, rank: int) -> None:
     else:
         lines = traceback.format_exc().splitlines()
         signals.last_words(*(f"[rank {rank}] {line}" for line in lines))
+        report(one_line(error, named=True))
     with contextlib.suppress(OSError):
         sys.stdout.flush()
 
@@ -106,6 +106,6 @@ def _report_thread(rank: int, ended: threading.ExceptHookArgs) -> None:
 
 def _joined() -> bool:
     """Whether ranks may differ by now; before they are joined, all of them read the same and fail alike."""
-    import torch.distributed as dist
-
-    return dist.is_initialized()
+    # Not imported here: a command that was refused before has joined nobody.
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized()

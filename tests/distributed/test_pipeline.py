@@ -37,10 +37,13 @@ def run(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The words after ``tgdpo`` of what was run, in processes that are forked instead of started."""
     seen: list[list[str]] = []
 
-    def forked(commands: Commands, command: Sequence[str], *, launches_ranks: bool = False) -> int:
+    def forked(commands: Commands, command: Sequence[str]) -> int:
         words = list(command)
-        ranks = int(words[words.index("--nproc-per-node") + 1]) if launches_ranks else 1
-        seen.append(arguments := words[words.index("tgdpo") + 1 :])
+        arguments, ranks = words[words.index("tgdpo") + 1 :], 1
+        if "--nproc" in arguments:
+            at = arguments.index("--nproc")
+            _, ranks = arguments.pop(at), int(arguments.pop(at))
+        seen.append(arguments)
         known = {one.name: one.module for one in COMMANDS} | {f"convert {one.name}": one.module for one in CONVERSIONS}
         name, *others = [" ".join(arguments[:2]), *arguments[2:]] if arguments[0] == "convert" else arguments
         done = run_forked(known[name], others, processes=ranks, check=False)
@@ -63,7 +66,7 @@ def test_from_one_config_to_the_aligned_model(
     config_file: Path, run: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = config_file.parent, config_file.parent / "run"
-    command = [str(config_file), "--prompts", "0", "--ranks", "2"]
+    command = [str(config_file), "--prompts", "0", "--nproc", "2"]
     # A guide that stops before its end is not taken for whole.
     assert finished([*command, "train.exit_step=2", "parallel.tensor=2"]) == 1
     assert "guide: ended before its end" in capsys.readouterr().err

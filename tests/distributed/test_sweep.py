@@ -21,7 +21,7 @@ def test_a_sweep_that_is_asked_to_stop_leaves_nothing_running(tmp_path: Path) ->
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(merged(make_problem(tmp_path), train={"steps": 100_000}, checkpoint={"keep": 1})))
     out = tmp_path / "sweep"
-    arguments = [str(config), "--alpha", "0", "0.5", "--beta", "0.1", "--out", str(out), "--ranks", "2"]
+    arguments = [str(config), "--alpha", "0", "0.5", "--beta", "0.1", "--out", str(out), "--nproc", "2"]
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen(
             [sys.executable, "-m", "tgdpo.sweep", *arguments], cwd=ROOT, env=environment(), stdout=log, stderr=log

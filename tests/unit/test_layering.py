@@ -17,10 +17,11 @@ errors
 signals
 intervals
 mcore_compat
+console
 loss
 distributed     errors signals
 storage         errors distributed
-data            errors signals storage
+data            errors signals console storage
 checkpoints     errors distributed storage
 batching        errors data
 config          errors loss storage data
@@ -30,9 +31,9 @@ output          errors loss storage checkpoints config models
 frozen          loss distributed batching config models planning
 gpu             errors distributed config models planning
 setup           errors signals distributed storage data checkpoints batching config models output frozen gpu
-resilience      errors signals mcore_compat distributed storage checkpoints config models output setup
-guidance        errors intervals loss distributed storage data checkpoints batching config models output frozen gpu \
-                setup resilience
+resilience      errors signals mcore_compat console distributed storage checkpoints config models output setup
+guidance        errors intervals console loss distributed storage data checkpoints batching config models output \
+                frozen gpu setup resilience
 training        errors signals loss distributed storage data checkpoints batching config models planning output frozen \
                 gpu setup resilience guidance
 train           errors signals distributed config setup resilience training

@@ -63,10 +63,10 @@ def test_a_recipe_is_what_its_name_and_launch_line_say(recipe: Path) -> None:
     assert config.loss.method == said["method"]
     assert (layout.tensor, layout.pipeline, layout.data) == (int(said["tp"]), int(said["pp"]), int(said["dp"]))
     assert str(layout) in text.splitlines()[0]
-    (launch,) = [line for line in text.splitlines() if re.match(r"#   (torchrun|sbatch) ", line)]
+    (launch,) = [line for line in text.splitlines() if re.match(r"#   (tgdpo train|sbatch) ", line)]
     assert launch.endswith(f" launch/recipes/{recipe.name}")
     if said["nodes"] == "1":
-        assert f"--nproc-per-node {said['gpus']} " in launch
+        assert f"tgdpo train --nproc {said['gpus']} " in launch
     else:
         assert f"--nodes={said['nodes']} launch/train.sbatch " in launch
         sbatch = (recipe.parents[1] / "train.sbatch").read_text()

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,11 +91,9 @@ def _read_pairs(
     given: argparse.Namespace, options: PreprocessOptions, lacking: Sequence[LackingTokens]
 ) -> tuple[list[PromptAndResponse], dict[str, int]]:
     """The pairs as training has them, and how many it would drop, by reason."""
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="tgdpo-pairs-") as cache:
-        # megatron-core, which reads datasets, warns of missing GPU libraries.
-        warnings.simplefilter("ignore")
-        from megatron_tgdpo.data.dataset import open_or_preprocess
+    from megatron_tgdpo.data.dataset import open_or_preprocess
 
+    with tempfile.TemporaryDirectory(prefix="tgdpo-pairs-") as cache:
         dataset = open_or_preprocess(given.pairs, options, cache)
         for tokens in lacking:
             tokens.check(dataset)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from megatron_tgdpo.console import progress
 from megatron_tgdpo.guidance.monitor import guide_warning
 from megatron_tgdpo.intervals import Estimate, mean_interval, ratio_interval, wilson
 from tgdpo.generation.logps import PromptAndResponse, response_logps, token_divergences
@@ -98,13 +99,15 @@ def sample_answers(
     sampler: Sampler, prompts: Sequence[list[int]], *, temperature: float, seed: int, batch: int
 ) -> list[Answer]:
     """One answer a prompt."""
-    answers = []
-    for start in range(0, len(prompts), batch):
-        requests = [
-            Request(ids, request_seed(seed, index), temperature, f"prompt {index + 1}")
-            for index, ids in enumerate(prompts[start : start + batch], start)
-        ]
-        answers += sampler.sample(requests)
+    answers: list[Answer] = []
+    with progress("answers", len(prompts), "prompt") as bar:
+        for start in range(0, len(prompts), batch):
+            requests = [
+                Request(ids, request_seed(seed, index), temperature, f"prompt {index + 1}")
+                for index, ids in enumerate(prompts[start : start + batch], start)
+            ]
+            answers += sampler.sample(requests)
+            bar.update(len(requests))
     return answers
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
+from megatron_tgdpo.console import progress
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.atomic_file import replacing, temporary_path
 from megatron_tgdpo.storage.json_text import parse_json
@@ -72,7 +71,7 @@ class Journal:
     def fill(self, total: int, size: int, unit: str, make_part: Callable[[range], Any]) -> None:
         """Makes the parts that are missing, each of ``size`` of the job's ``total`` items, with a progress bar."""
         starts = range(self.done * size, total, size)
-        with tqdm(total=total, initial=min(starts.start, total), unit=unit, disable=None) as bar:
+        with progress("answers", total, unit, initial=min(starts.start, total)) as bar:
             for start in starts:
                 items = range(start, min(start + size, total))
                 self.append(make_part(items))

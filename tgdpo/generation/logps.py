@@ -1,10 +1,12 @@
 """Token log-probs of responses under Hugging Face models, and the divergence between two models along them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from megatron_tgdpo.console import progress
 
 # Bounds the logits of a batch: for a vocabulary of 128,256 in bf16, 8,192 tokens have 2.1 GB of them.
 TOKENS_PER_BATCH = 8192
@@ -31,7 +33,7 @@ def response_logps(
     results = [torch.empty(0)] * len(rows)
     scored = [torch.tensor(response) >= 0 for _, response in rows]
     rows = [(prompt, [max(token, ~token) for token in response]) for prompt, response in rows]
-    for batch in _batches(rows, tokens_per_batch):
+    for batch in _counted("log-probs", _batches(rows, tokens_per_batch), len(rows)):
         for index, logits in zip(batch, _response_logits(model, [rows[i] for i in batch]), strict=True):
             targets = torch.tensor(rows[index][1], device=logits.device)
             parts = [
@@ -61,7 +63,7 @@ def token_divergences(
         One fp32 CPU tensor [response tokens] a row, in nats.
     """
     results = [torch.empty(0)] * len(rows)
-    for batch in _batches(rows, tokens_per_batch):
+    for batch in _counted("divergence", _batches(rows, tokens_per_batch), len(rows)):
         chosen = [rows[index] for index in batch]
         pairs = zip(_response_logits(model, chosen), _response_logits(reference, chosen), strict=True)
         for index, (ours, theirs) in zip(batch, pairs, strict=True):
@@ -72,6 +74,13 @@ def token_divergences(
                 parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
             results[index] = torch.cat(parts).cpu()
     return results
+
+
+def _counted(label: str, batches: Iterable[list[int]], total: int) -> Iterator[list[int]]:
+    with progress(label, total, "response") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
 
 
 def _response_logits(model: PreTrainedModel, rows: Sequence[PromptAndResponse]) -> list[Tensor]:

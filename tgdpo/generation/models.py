@@ -15,6 +15,7 @@ from megatron_tgdpo.checkpoints import model_directory
 from megatron_tgdpo.checkpoints.find_model import find_local_model
 from megatron_tgdpo.checkpoints.manifest import TENSORS_FILE, read_metadata
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, model_files
+from megatron_tgdpo.console import waiting
 from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import Example
@@ -93,9 +94,10 @@ def load_causal_lm(directory: Path, dtype: torch.dtype, device: torch.device) ->
 def load_model(kind: Any, directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Loads a model with one of transformers' auto classes, as :func:`load_causal_lm` does."""
     try:
-        model = kind.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        with waiting(f"loading {directory}"):
+            model = kind.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
     except Exception as error:  # a broken directory raises anything from OSError to the Rust library's own type
         raise UserError(f"{directory}: cannot load the model: {one_line(error)}") from error
     result: PreTrainedModel = model.to(device).eval()

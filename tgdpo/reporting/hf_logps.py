@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from megatron_tgdpo.console import progress, waiting
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.models.hf_config import read_hf_config
@@ -36,18 +36,22 @@ def response_logps(
     if largest >= vocab_size:
         raise UserError(f"{directory}: has a vocabulary of {vocab_size}, the data holds token id {largest}")
     model = _load(directory, dtype, device)
-    # To stderr, and only where a person looks.
-    bar = tqdm(pairs, desc=label or directory.name, unit="pair", disable=None)
-    return [_pair_logps(model, pair, device) for pair in bar]
+    found = []
+    with progress(label or directory.name, len(pairs), "pair") as bar:
+        for pair in pairs:
+            found.append(_pair_logps(model, pair, device))
+            bar.update(1)
+    return found
 
 
 def _load(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        with waiting(f"loading {directory}"):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
     except Exception as error:  # transformers raises many types for one cause: the directory's content
         raise UserError(f"{directory}: cannot load the model: {one_line(error)}") from error
     return model.to(device).eval()

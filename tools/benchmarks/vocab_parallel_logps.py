@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.loss.vocab_parallel_logps import token_logps
-from tgdpo.child_processes import end_with_parent
+from megatron_tgdpo.resilience.launch import end_with_parent
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,8 @@ PARENT = """
 import sys
 from tgdpo.child_processes import Commands
 with Commands() as commands:
-    command = [sys.executable, *(["-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", sys.executable]
-        if sys.argv[3] == "launcher" else []), "-c", sys.argv[1], sys.argv[2]]
-    statuses = [commands.run(command, launches_ranks=sys.argv[3] == "launcher") for _ in range(2)]
+    command = [sys.executable, "-c", sys.argv[1], sys.argv[2]]
+    statuses = [commands.run(command) for _ in range(2)]
 print(statuses, commands.asked, flush=True)
 """
 CAPTURED = (
@@ -53,23 +52,21 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def start(code: str, directory: Path, kind: str = "plain") -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+def start(code: str, directory: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", code, CHILD, str(directory), kind],
+        [sys.executable, "-c", code, CHILD, str(directory)],
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     until((directory / "ready").exists)
     return process, psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("kind", ["plain", "launcher"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_is_passed_on_and_nothing_more_is_started(tmp_path: Path, number: signal.Signals, kind: str) -> None:
-    process, children = start(PARENT, tmp_path, kind)
+def test_a_signal_is_passed_on_and_nothing_more_is_started(tmp_path: Path, number: signal.Signals) -> None:
+    process, children = start(PARENT, tmp_path)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    # The stand-in for a launcher succeeds, whatever its rank does.
-    assert output == f"[{0 if kind == 'launcher' else 75}, 75] True\n"
+    assert output == "[75, 75] True\n"
     assert (tmp_path / "asked").read_text() == "SIGTERM"
     assert all(map(has_ended, children))
 

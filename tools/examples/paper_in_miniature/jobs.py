@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tgdpo.errors import UserError
-from tgdpo.child_processes import end_with_parent
+from megatron_tgdpo.resilience.launch import end_with_parent
 
 # None of them starts a thread on import, which forking would lose.
 _IMPORTED = [
