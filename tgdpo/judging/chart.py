@@ -47,13 +47,12 @@ def _draw_pairs(axes: Any, results: Mapping[str, Any], _: Sequence[Mapping[str, 
         if estimate is None:
             continue
         rows.append(key.replace("_", " ").replace("length controlled", "length-controlled"))
-        value, low, high = (None if part is None else 100 * part for part in estimate.values())
+        value, low, high = (100 * (estimate["value"] if part is None else part) for part in estimate.values())
         axes.barh(len(rows) - 1, value, color=colour, height=0.6, alpha=0.75)
-        if low is not None:
-            # An interval need not hold its own estimate, and matplotlib takes no negative length.
-            ends = [[max(value - low, 0)], [max(high - value, 0)]]
-            axes.errorbar(value, len(rows) - 1, xerr=ends, color="black", capsize=4, linewidth=1.4)
-        axes.text(max(value, high or value) + 1, len(rows) - 1, f"{value:.1f} %", va="center")
+        # An interval need not hold its own estimate, and matplotlib takes no negative length.
+        ends = [[max(value - low, 0)], [max(high - value, 0)]]
+        axes.errorbar(value, len(rows) - 1, xerr=ends, color="black", capsize=4, linewidth=1.4)
+        axes.text(max(value, high) + 1, len(rows) - 1, f"{value:.1f} %", va="center")
     axes.axvline(50, color="black", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()

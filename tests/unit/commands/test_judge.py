@@ -289,7 +289,7 @@ def test_a_key_that_no_header_can_hold(files: list[str], tmp_path: Path, capsys:
 def test_a_model_as_judge(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.tiny_models import make_llama  # imports torch, which nothing else here needs
 
-    model = make_llama(tmp_path / "model", layers=2, max_position_embeddings=1024)
+    model = make_llama(tmp_path / "model", layers=2)
     command = ["--judge", str(model), "--max-new-tokens", "4", "--out"]
     assert main([*files, *command, str(tmp_path / "pairs")]) == 0
     results, judgments = results_of(tmp_path / "pairs")
