@@ -34,6 +34,7 @@ COMMANDS = (
     Command("report", "tgdpo.report", "show what a guide rewards, token by token, as one HTML page"),
     Command("evaluate", "tgdpo.evaluate", "compare models on held-out pairs and on answers of their own"),
     Command("generate", "tgdpo.generate", "answer AlpacaEval 2, Arena-Hard or MT-Bench"),
+    Command("judge", "tgdpo.judge", "have a model or a server judge two files of answers, or score one"),
     Command("build-preferences", "tgdpo.build_preferences", "make preference pairs from a model's own answers"),
     Command("plan", "tgdpo.plan", "memory, traffic and step time of layouts, on paper"),
     Command("plot", "tgdpo.plot", "draw what runs logged: loss, accuracy, margin, token weights"),

@@ -110,6 +110,15 @@ def draw(runs: Mapping[str, Sequence[Record]], out: Path) -> None:
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
+    save(figure, out)
+
+
+def save(figure: Any, out: Path) -> None:
+    """Writes a matplotlib figure whole, to a file of one of :data:`FORMATS`.
+
+    Raises:
+        UserError: It cannot be written; a StorageError where that may pass.
+    """
     try:
         with replacing(out) as temporary:
             figure.savefig(temporary, dpi=_DPI, format=out.suffix.lower().lstrip("."))

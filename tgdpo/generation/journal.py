@@ -167,8 +167,8 @@ def summary_path(out: Path) -> Path:
     return out.with_name(out.name + ".summary.json")
 
 
-def finished_summary(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The summary of this very job, if it is finished.
+def finished_summary(out: Path, settings: Mapping[str, Any], summary_file: Path | None = None) -> dict[str, Any] | None:
+    """The summary of this very job, if it is finished; in ``summary_file``, or else at :func:`summary_path`.
 
     Raises:
         UserError: ``out`` is something else's.
@@ -176,7 +176,7 @@ def finished_summary(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
     if not out.exists() or out.with_name(out.name + SUFFIX).exists():
         return None
     try:
-        summary = parse_json(summary_path(out).read_text(encoding="utf-8"))
+        summary = parse_json((summary_file or summary_path(out)).read_text(encoding="utf-8"))
         theirs = summary["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out}: exists and is not a result of this command; choose another file") from error

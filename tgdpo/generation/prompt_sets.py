@@ -1,8 +1,9 @@
 """The question and answer files of AlpacaEval 2, Arena-Hard and MT-Bench, as those projects read and write them.
 
-Sources: tatsu-lab/alpaca_eval (``results/*/model_outputs.json``), lm-sys/arena-hard-auto v0.1 (``question.jsonl``,
-``model_answer/*.jsonl``, ``gen_answer.py``), lm-sys/FastChat (``fastchat/llm_judge``: ``question.jsonl``,
-``gen_model_answer.py``, ``temperature_config`` of ``common.py``).
+Sources: tatsu-lab/alpaca_eval 0.6.6 at cd543a1 (``main.py``, ``pairwise_evaluator.py``,
+``results/*/model_outputs.json``); lmarena/arena-hard-auto at 196f6b8 (``gen_answer.py``, ``gen_judgment.py``,
+``show_result.py``, ``question.jsonl`` of v2.0 and v0.1), and its layout of 2024, with ``question_id``; lm-sys/FastChat
+0.2.36 at 0e6d3e4 (``fastchat/llm_judge``: ``gen_model_answer.py``, ``gen_judgment.py``, ``common.py``).
 """
 
 import hashlib
@@ -21,6 +22,7 @@ _MT_BENCH_TEMPERATURES = {
     "reasoning": 0.0,
     "stem": 0.1,
     "humanities": 0.1,
+    "arena-hard-200": 0.0,
 }
 _MT_BENCH_OTHER = 0.7
 
@@ -51,7 +53,7 @@ class Benchmark:
 
     Attributes:
         turns: Takes (record, place) to the user's turns.
-        key: What must be unique in a record; None for its position.
+        keys: What must be unique in a record, by the first of these that it has; none for its position.
         render: Makes the record that the project reads.
         temperature: Takes a record to the project's own temperature.
         max_new_tokens: The project's own limit.
@@ -59,7 +61,7 @@ class Benchmark:
     """
 
     turns: Callable[[Mapping[str, Any], str], tuple[str, ...]]
-    key: str | None
+    keys: tuple[str, ...]
     render: Callable[[Question, AnswerSet], dict[str, Any]]
     temperature: Callable[[Mapping[str, Any]], float]
     max_new_tokens: int
@@ -75,6 +77,8 @@ def _mt_bench_turns(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
 
 
 def _arena_hard_turns(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    if "uid" in record:
+        return (_text(record.get("prompt"), "prompt", place),)
     contents = [turn.get("content") if isinstance(turn, Mapping) else None for turn in _list(record, place)]
     return tuple(_text(content, "turns[].content", place) for content in contents)
 
@@ -107,29 +111,44 @@ def _mt_bench_answer(question: Question, answers: AnswerSet) -> dict[str, Any]:
 
 
 def _arena_hard_answer(question: Question, answers: AnswerSet) -> dict[str, Any]:
+    if "uid" in question.record:
+        return {
+            "uid": question.record["uid"],
+            "ans_id": _answer_id(question, answers),
+            "model": answers.model_id,
+            "messages": [
+                {"role": "user", "content": question.turns[0]},
+                {"role": "assistant", "content": {"answer": answers.texts[0]}},
+            ],
+            "tstamp": answers.created,
+        }
     pairs = zip(answers.texts, answers.tokens, strict=True)
     return _model_answer(question, answers, [{"content": text, "token_len": tokens} for text, tokens in pairs])
 
 
 def _model_answer(question: Question, answers: AnswerSet, turns: list[Any]) -> dict[str, Any]:
-    name = f"{question.key}:{answers.model_id}:{answers.created}"
     return {
         "question_id": question.record["question_id"],
-        "answer_id": hashlib.sha256(name.encode()).hexdigest()[:22],
+        "answer_id": _answer_id(question, answers),
         "model_id": answers.model_id,
         "choices": [{"index": 0, "turns": turns}],
         "tstamp": answers.created,
     }
 
 
+def _answer_id(question: Question, answers: AnswerSet) -> str:
+    name = f"{question.key}:{answers.model_id}:{answers.created}"
+    return hashlib.sha256(name.encode()).hexdigest()[:22]
+
+
 BENCHMARKS = {
-    "alpaca_eval": Benchmark(_alpaca_turns, None, _alpaca_answer, lambda _: 0.7, 2048, named_by_file=False),
+    "alpaca_eval": Benchmark(_alpaca_turns, (), _alpaca_answer, lambda _: 0.7, 2048, named_by_file=False),
     "arena_hard": Benchmark(
-        _arena_hard_turns, "question_id", _arena_hard_answer, lambda _: 0.0, 4096, named_by_file=True
+        _arena_hard_turns, ("uid", "question_id"), _arena_hard_answer, lambda _: 0.0, 4096, named_by_file=True
     ),
     "mt_bench": Benchmark(
         _mt_bench_turns,
-        "question_id",
+        ("question_id",),
         _mt_bench_answer,
         lambda record: _MT_BENCH_TEMPERATURES.get(str(record.get("category")), _MT_BENCH_OTHER),
         1024,

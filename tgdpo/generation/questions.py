@@ -19,11 +19,12 @@ def read_questions(path: str, benchmark: Benchmark) -> list[Question]:
         if not isinstance(record, Mapping):
             raise UserError(f"{place}: a question must be a JSON object")
         turns = benchmark.turns(record, place)
-        if benchmark.key is not None and record.get(benchmark.key) is None:
-            raise UserError(f"{place}: the question has no '{benchmark.key}'")
-        key = str(number if benchmark.key is None else record[benchmark.key])
+        name = next((name for name in benchmark.keys if record.get(name) is not None), None)
+        if benchmark.keys and name is None:
+            raise UserError(f"{place}: the question has no {' or '.join(map(repr, benchmark.keys))}")
+        key = str(number if name is None else record[name])
         if key in places:
-            raise UserError(f"{place}: {benchmark.key} {key} was at {places[key]} already")
+            raise UserError(f"{place}: {name} {key} was at {places[key]} already")
         places[key] = place
         questions.append(Question(place, key, turns, record))
     if not questions:

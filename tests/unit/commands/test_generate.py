@@ -28,6 +28,10 @@ QUESTIONS: dict[str, list[dict[str, Any]]] = {
         {"question_id": "328c149e", "category": "arena-hard-v0.1", "cluster": "ABC", "turns": [{"content": "w5 w6"}]},
         {"question_id": "0122ab60", "category": "arena-hard-v0.1", "cluster": "ABC", "turns": [{"content": "w8"}]},
     ],
+    "arena_hard_today": [
+        {"uid": "2edbb5f3", "category": "hard_prompt", "subcategory": "coding", "prompt": "w5 w6"},
+        {"uid": "ec71c096", "category": "creative_writing", "subcategory": "creative_writing", "prompt": "w8"},
+    ],
     "mt_bench": [
         {"question_id": 81, "category": "writing", "turns": ["w5 w6", "w7"]},
         {"question_id": 101, "category": "reasoning", "turns": ["w8 w9", "w10 w11"], "reference": ["w1", "w2"]},
@@ -41,23 +45,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("answers") / "model", layers=2)
 
 
-def write(path: Path, benchmark: str) -> Path:
-    records = QUESTIONS[benchmark]
+def write(path: Path, benchmark: str, records: list[dict[str, Any]]) -> Path:
     lines = [json.dumps(record) for record in records]
     path.write_text(json.dumps(records, indent=1) if benchmark == "alpaca_eval" else "\n".join(lines) + "\n")
     return path
 
 
-def arguments(model: Path, folder: Path, benchmark: str, **options: object) -> list[str]:
+def arguments(
+    model: Path, folder: Path, benchmark: str, records: list[dict[str, Any]] | None = None, **options: object
+) -> list[str]:
+    questions = write(folder / f"{benchmark}.questions", benchmark, records or QUESTIONS[benchmark])
     chosen = {
-        "benchmark": benchmark, "model": model, "questions": write(folder / f"{benchmark}.questions", benchmark),
+        "benchmark": benchmark, "model": model, "questions": questions,
         "name": "tiny", "out": folder / ("tiny.json" if benchmark == "alpaca_eval" else "tiny.jsonl"),
         "max_new_tokens": 7, "batch": 2, **options,
     }  # fmt: skip
     return [part for key, value in chosen.items() for part in (f"--{key.replace('_', '-')}", str(value))]
 
 
-def run(model: Path, folder: Path, benchmark: str, **options: object) -> tuple[list[Any], dict[str, Any]]:
+def run(model: Path, folder: Path, benchmark: str, **options: Any) -> tuple[list[Any], dict[str, Any]]:
     given = parse_arguments(arguments(model, folder, benchmark, **options))
     summary = answer(given)
     text = given.out.read_text()
@@ -105,6 +111,19 @@ def test_arena_hard(model: Path, tmp_path: Path) -> None:
     assert summary["tokens"]["mean"] == sum(r["choices"][0]["turns"][0]["token_len"] for r in records) / 2
 
 
+def test_arena_hard_as_it_is_today(model: Path, tmp_path: Path) -> None:
+    questions = QUESTIONS["arena_hard_today"]
+    records, _ = run(model, tmp_path, "arena_hard", records=questions)
+    for record, question in zip(records, questions, strict=True):
+        talk = [{"role": "user", "content": question["prompt"]}]
+        text, _ = greedy(model, talk, 7)
+        assert set(record) == {"uid", "ans_id", "model", "messages", "tstamp"}
+        # What gen_judgment.py reads.
+        assert (record["uid"], record["model"]) == (question["uid"], "tiny")
+        assert record["messages"] == [*talk, {"role": "assistant", "content": {"answer": text}}]
+    assert len({record["ans_id"] for record in records}) == 2
+
+
 def test_mt_bench_puts_the_first_answer_into_the_second_prompt(model: Path, tmp_path: Path) -> None:
     records, summary = run(model, tmp_path, "mt_bench")
     greedy_one = records[1]  # reasoning is greedy
@@ -150,7 +169,8 @@ def test_an_interrupted_run_continues_to_the_same_file(
         ("alpaca_eval", '{"prompt": "w5"}', "2: a question needs a text in 'instruction', found None"),
         ("arena_hard", '{"question_id": "a", "turns": ["w5"]}', r"2: a question needs a text in 'turns\[\].content'"),
         ("arena_hard", '{"question_id": "a"}', "2: a question needs a list 'turns'"),
-        ("arena_hard", '{"turns": [{"content": "w5"}]}', "2: the question has no 'question_id'"),
+        ("arena_hard", '{"turns": [{"content": "w5"}]}', "2: the question has no 'uid' or 'question_id'"),
+        ("arena_hard", '{"uid": "a", "turns": ["w5"]}', "2: a question needs a text in 'prompt'"),
         ("mt_bench", '{"question_id": 1, "turns": [{"content": "w5"}]}', "2: a question needs a text in 'turns'"),
         ("mt_bench", '{"question_id": 7, "turns": ["w5"]}', "2: question_id 7 was at .*:1 already"),
         ("mt_bench", '{"question_id": 1, "turns": ["w5"', "2: malformed JSON"),
