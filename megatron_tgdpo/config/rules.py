@@ -65,7 +65,7 @@ MODELS = (
         "loss.method {c.loss.method} trains without a guide: set guide.method=null or loss.method=tgdpo",
     ),
     Rule(
-        lambda c: "guide" in c.method.frozen and c.guide.method is None and c.guide != GuideConfig(),
+        lambda c: c.guide.method is None and c.guide != GuideConfig(),
         "section guide has no method: set guide.method=dpo, or remove the section",
     ),
     Rule(
@@ -73,11 +73,11 @@ MODELS = (
         "model.guide is {c.model.guide} and section guide has one trained in {c.guide_dir}: remove one of them",
     ),
     Rule(
-        lambda c: c.guide.gamma is not None and "gamma" not in METHODS[str(c.guide.method)].options,
+        lambda c: c.guide.method and c.guide.gamma is not None and "gamma" not in METHODS[c.guide.method].options,
         "guide.gamma is set but guide.method {c.guide.method} does not use it: remove it",
     ),
     Rule(
-        lambda c: c.guide.beta is not None and "beta" not in METHODS[str(c.guide.method)].options,
+        lambda c: c.guide.method and c.guide.beta is not None and "beta" not in METHODS[c.guide.method].options,
         "guide.beta is set but guide.method {c.guide.method} does not use it: remove it",
     ),
     Rule(

@@ -113,7 +113,8 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )  # fmt: skip
 def test_a_command_that_succeeds_has_nothing_on_stderr(config_file: Path, words: list[str]) -> None:
     errors = errors_of("-m", "tgdpo", *(word.format(root=config_file.parent) for word in words))
-    assert errors == ""
+    # Of 32 random pairs a random guide may well prefer fewer than half, which evaluate says.
+    assert [line for line in errors.splitlines() if not re.match("!+$|guide: GUIDE AT OR BELOW CHANCE", line)] == []
 
 
 def test_every_line_of_a_training_is_ours(config_file: Path) -> None:

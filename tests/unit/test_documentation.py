@@ -12,13 +12,15 @@ from megatron_tgdpo.config.schema import Config
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
 
 
-def keys() -> list[tuple[str, Any]]:
-    found = []
-    for name, section in get_type_hints(Config).items():
-        if is_dataclass(section):
-            found += [(f"{name}.{field.name}", field.default) for field in fields(section)]
+def keys(config: type = Config, prefix: str = "") -> list[tuple[str, Any]]:
+    hints, found = get_type_hints(config), []
+    for field in fields(config):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            found += keys(kind, f"{prefix}{field.name}.")
         else:
-            found.append((name, MISSING))
+            found.append((f"{prefix}{field.name}", field.default))
     return found
 
 

@@ -19,15 +19,17 @@ from tgdpo import __main__
 from tgdpo.commands import COMMANDS, CONVERSIONS
 
 KEYS = set(_all_keys(Config))
+KEYS |= {key.rpartition(".")[0] for key in KEYS if key.count(".") > 1}
 SECTIONS = "|".join({key.split(".")[0] for key in KEYS if "." in key})
 KEY = re.compile(rf"(?<![\w./-])((?:{SECTIONS})\.[a-z_0-9]+)\b(?!\.?[\w*]*[/(])")
 ASSIGNED = re.compile(r"\bset ([a-z][a-z_0-9.]*)=")
 # Names of files and tensors that look like keys.
 NO_KEYS = re.compile(r"model\.(safetensors|layers|norm|embed_tokens)|optimizer\.(state|fp8)|data\.js")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-# Of other programs, and of tgdpo itself.
+# Of other programs, of tgdpo itself, and what a module adds to parsers.
 THEIRS = {
-    "megatron_tgdpo.resilience.preflight_facts": {"--query-gpu", "--format"},
+    "megatron_tgdpo.resilience.preflight_facts": {"--query-gpu", "--format", "--shm-size", "--ipc"},
+    "megatron_tgdpo.resilience.launch": {"--nproc"},
     "tgdpo.commands": {"--version"},
     "megatron_tgdpo.storage.hub": {"--repo-type", "--revision"},
 }
