@@ -81,7 +81,7 @@ def test_from_one_config_to_the_aligned_model(
     assert [words[0] for words in run] == ["train", "guidance", "train", "convert", "evaluate"]
     for number, stage in enumerate(STAGES, start=1):
         assert f"=== {number}/5 {stage}\n" in printed
-    assert f"torchrun --nproc-per-node 2 -m tgdpo train --guide {config_file}\n" in printed
+    assert f"tgdpo train --nproc 2 --guide {config_file}\n" in printed
     assert [step["step"] for step in read_metrics(out / "guide")] == [1, 2, 3]
     recorded = json.loads((out / "guide" / "checkpoints" / "step_00000003" / "tgdpo.json").read_text())["config"]
     assert (recorded["loss"]["method"], recorded["loss"]["beta"], recorded["optimizer"]["lr"]) == ("dpo", 0.01, 2e-3)

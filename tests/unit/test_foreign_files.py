@@ -15,7 +15,7 @@ from megatron_tgdpo.errors import DamageError, UserError
 from megatron_tgdpo.guidance.cache import MANIFEST_FILE, GuidanceCache
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
-from megatron_tgdpo.output import metrics_log
+from megatron_tgdpo.output import json_lines
 from megatron_tgdpo.output.directory import recorded_run
 from megatron_tgdpo.resilience.requeue import count_restart
 from megatron_tgdpo.storage.files import FileDigest
@@ -55,7 +55,7 @@ def test_json_nested_too_deeply_is_a_value_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["3", "[]", "{}", '{"step": null}', '{"step": "3"}', DEEP])
 def test_lines_of_metrics_that_no_run_writes_are_cut_off(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
-    assert metrics_log._end_of(tmp_path / "metrics.jsonl", 2) == len('{"step": 1}\n')
+    assert json_lines._end_of(tmp_path / "metrics.jsonl", 2) == len('{"step": 1}\n')
 
 
 @pytest.mark.parametrize("count", ["x", None, [], {}, "1e9"])

@@ -25,7 +25,7 @@ from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.guidance.cache import GuidanceCache
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
-from megatron_tgdpo.output import metrics_log
+from megatron_tgdpo.output import json_lines
 from megatron_tgdpo.output.directory import is_done, recorded_run
 from megatron_tgdpo.resilience.requeue import count_restart
 from megatron_tgdpo.storage.files import FileDigest
@@ -207,7 +207,7 @@ def test_what_a_run_left(place: Path, config: str, inputs: str, log: str, restar
     one_line_or_result(compare)
     one_line_or_result(lambda: is_done(mine))
     one_line_or_result(lambda: count_restart(left, "7", 10**9))
-    one_line_or_result(lambda: metrics_log._end_of(left / "metrics.jsonl", 2))
+    one_line_or_result(lambda: json_lines._end_of(left / "metrics.jsonl", 2))
 
 
 @pytest.fixture(scope="module")

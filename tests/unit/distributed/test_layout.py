@@ -62,5 +62,5 @@ def test_a_machine_without_nvidia_hardware_uses_its_cpu(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cpu_backend, "nvidia_hardware_present", lambda: False)
     assert cpu_backend.resolve_device("auto").type == "cpu"
-    with pytest.raises(UserError, match="device=cuda"):
+    with pytest.raises(UserError, match="is cuda but torch sees no CUDA device"):
         cpu_backend.resolve_device("cuda")
