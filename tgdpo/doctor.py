@@ -9,6 +9,7 @@ fetched, as training would. Exit status 1 if something would stop the run.
 """
 
 import argparse
+import functools
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from megatron_tgdpo.resilience.launch import nproc_argument
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+    from transformers import PretrainedConfig
 
     from megatron_tgdpo.config.schema import Config
     from megatron_tgdpo.distributed.ranks import RankEnvironment
@@ -142,25 +144,26 @@ def _input_lines(config: "Config", world_size: int, device: "torch.device") -> l
             lines.append(("STOP", str(error)))
         return lines[-1][0] == "ok"
 
+    @functools.cache
+    def configs() -> dict[str, "PretrainedConfig"]:
+        return models_that_run(config, read_model_configs(config))
+
     def models() -> str:
-        read_model_configs(config)
+        configs()
         check_tokenizers(config)
         return "models: " + ", ".join(f"{role} {path}" for role, path in config.model_paths.items())
 
     def layout() -> str:
-        found = layout_of(config.parallel, world_size)
-        check_layout(models_that_run(config, read_model_configs(config)), found)
-        return f"layout: {found}"
+        check_layout(configs(), layout_of(config.parallel, world_size))
+        return f"layout: {layout_of(config.parallel, world_size)}"
 
     def kernels() -> str:
-        found = layout_of(config.parallel, world_size)
-        check_gpu_options(config, models_that_run(config, read_model_configs(config)), found, capabilities(device))
+        check_gpu_options(config, configs(), layout_of(config.parallel, world_size), capabilities(device))
         precision = config.precision
         return f"precision: {precision.dtype}, FP8 {precision.fp8}, FP4 {precision.fp4}"
 
     def memory() -> str:
-        found = layout_of(config.parallel, world_size)
-        need = planned_memory(config, models_that_run(config, read_model_configs(config)), found).total
+        need = planned_memory(config, configs(), layout_of(config.parallel, world_size)).total
         have = _memory_of(device)
         text = f"memory: the fullest rank needs about {need / 2**30:.1f} GiB, by plan"
         if have is None:
@@ -171,7 +174,7 @@ def _input_lines(config: "Config", world_size: int, device: "torch.device") -> l
             )
         return f"{text}, of {have / 2**30:.1f}"
 
-    def logging() -> str:
+    def output() -> str:
         check_best_metric(config)
         check_loggers(config)
         return "logging and checkpoints: as configured"
@@ -182,7 +185,7 @@ def _input_lines(config: "Config", world_size: int, device: "torch.device") -> l
         if look(layout):
             look(kernels)
             look(memory)
-    look(logging)
+    look(output)
     return lines
 
 

@@ -24,7 +24,7 @@ class MlflowLog(Service):
 
     def open(self, config: Config, run_id: str | None) -> str:
         """Begins the run, or goes on with it."""
-        mlflow = self.library()
+        mlflow = self.package()
         self._entities = mlflow.entities
         here = self.directory.resolve()
         server = os.environ.get("MLFLOW_TRACKING_URI")

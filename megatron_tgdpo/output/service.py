@@ -63,7 +63,7 @@ class Service(Logger):
             logger.warning("log.%s: cannot be opened (%s): metrics are kept and sent later", self.name, what)
 
     @classmethod
-    def library(cls) -> Any:
+    def package(cls) -> Any:
         """The service's package.
 
         Raises:
@@ -80,7 +80,7 @@ class Service(Logger):
     @classmethod
     def check(cls) -> None:
         """Raises a UserError if the package is not installed."""
-        cls.library()
+        cls.package()
 
     @abc.abstractmethod
     def open(self, config: Config, run_id: str | None) -> str:

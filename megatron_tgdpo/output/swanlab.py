@@ -18,7 +18,7 @@ class SwanLabLog(Service):
     def open(self, config: Config, run_id: str | None) -> str:
         """Begins the run, or goes on with it."""
         run_id = run_id or secrets.token_hex(8)
-        self._run = self.library().init(
+        self._run = self.package().init(
             id=run_id,
             project=PROJECT,
             name=self.directory.resolve().name,
@@ -30,7 +30,7 @@ class SwanLabLog(Service):
 
     def send(self, step: LoggedStep) -> None:
         """Logs a step's metrics, and answers as texts."""
-        text = self.library().Text
+        text = self.package().Text
         texts = {f"{each.group}/samples/{each.number}": text(each.answer, caption=each.prompt) for each in step.samples}
         self._run.log({**step.values, **texts}, step=step.number)
 

@@ -17,7 +17,7 @@ class WandbLog(Service):
     def open(self, config: Config, run_id: str | None) -> str:
         """Begins the run, or goes on with it."""
         run_id = run_id or secrets.token_hex(4)
-        self._run = self.library().init(
+        self._run = self.package().init(
             id=run_id,
             name=self.directory.resolve().name,
             dir=str(self.directory),
@@ -32,7 +32,7 @@ class WandbLog(Service):
         tables = {}
         if samples:
             rows = [list(sample.values()) for sample in samples]
-            tables["eval/samples"] = self.library().Table(columns=list(samples[0]), data=rows)
+            tables["eval/samples"] = self.package().Table(columns=list(samples[0]), data=rows)
         self._run.log({**step.values, **tables}, step=step.number)
 
     def finish(self) -> None:

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from megatron_tgdpo.console import progress
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.intervals import Estimate
 from tgdpo.generation.journal import SUFFIX, Journal, check_writable, finished_summary, write_whole
@@ -67,7 +67,7 @@ def judge_answers(given: argparse.Namespace) -> dict[str, Any]:
 
 def _fill(journal: Journal, items: Sequence[Item], judge: Judge, size: int) -> None:
     """Judges what is missing, a line each. Batches begin at multiples of their size, so that a restart has the same."""
-    with tqdm(total=len(items), initial=journal.done, unit="question", disable=None) as bar:
+    with progress("judging", len(items), "question", initial=journal.done) as bar:
         while journal.done < len(items):
             start = journal.done
             for judgment in _judge_batch(items[start : (start // size + 1) * size], judge):

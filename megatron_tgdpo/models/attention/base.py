@@ -203,8 +203,7 @@ class PackedAttention(torch.nn.Module, abc.ABC):
             # data-parallel ranks would wait for its gradient hooks.
             nothing = (key[:1].sum() + value[:1].sum()) * 0
             return query.flatten(2) * 0 + nothing.to(query.dtype)
-        # Views whose backward is a view, and one product of each tensor: in backward every slice would fill and copy
-        # a tensor of the whole pack.
+        # squeeze, not [:, 0], whose backward fills a tensor of the whole pack with zeros and copies into it.
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if segments.kv_index is None:
             key, value = _first(key, used), _first(value, used)
@@ -215,6 +214,6 @@ class PackedAttention(torch.nn.Module, abc.ABC):
 
 
 def _first(tensor: Tensor, count: int) -> Tensor:
-    """The first rows of a tensor."""
+    """The first rows of a tensor, by split: its backward is one concatenation, a slice's a fill and a copy."""
     rows = tensor.shape[0]
     return tensor if rows == count else tensor.split((count, rows - count))[0]
