@@ -38,8 +38,14 @@ def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
     return find_local_model(str(pinned), what)
 
 
-def find_local_model(text: str | Path, what: str) -> Path:
-    """As :func:`find_model`, without asking the Hub: of its names, only those that are pinned to a commit are known."""
+def find_local_model(text: str | Path, what: str, *, adapter: bool = False) -> Path:
+    """As :func:`find_model`, without asking the Hub: of its names, only those that are pinned to a commit are known.
+
+    Args:
+        text: A path, or a pinned name of the Hub.
+        what: For errors.
+        adapter: Whether it may be a LoRA adapter as well.
+    """
     path = local_path(str(text))
     if is_best(path):
         return _best_of_run(path.parent, what)
@@ -58,6 +64,10 @@ def find_local_model(text: str | Path, what: str) -> Path:
             raise DamageError(
                 f"{what}: {error}: name another checkpoint, or its run's output directory for the newest complete one"
             ) from error
+        return path
+    from megatron_tgdpo.checkpoints.adapter_directory import is_peft_adapter
+
+    if adapter and is_peft_adapter(path):
         return path
     with naming(what):
         refuse_adapter(path)

@@ -47,12 +47,15 @@ def hf_directory(path: Path) -> Path:
 
 
 def model_files(path: Path) -> list[Path]:
-    """``config.json``, then every weight file of a model directory by name: what makes it this model.
+    """``config.json``, then every weight file of a model directory by name: what makes it this model, or adapter.
 
     Raises:
         UserError: There are no weight files, or no such directory.
         StorageError: It cannot be read.
     """
+    names = [name for name in _ADAPTER[:2] if (path / name).is_file()]
+    if len(names) == 2 and not (path / "config.json").is_file():
+        return [path / name for name in names]
     try:
         weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
         config = hf_directory(path) / "config.json"

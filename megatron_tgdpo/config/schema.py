@@ -33,12 +33,27 @@ _SOURCES = str | dict[str, Any] | list[Any]
 @dataclass(frozen=True)
 class ModelConfig:
     # Each an HF directory, a model of the Hub (OWNER/NAME or OWNER/NAME@REVISION), a Megatron checkpoint, or the output
-    # directory of a run.
+    # directory of a run. Reference and guide may be LoRA adapters of the policy's model, too.
     policy: str = MISSING  # what the policy starts from
     reference: str | None = None  # null: same as policy
     guide: str | None = None  # required by method tgdpo; null: what section guide trains
     # auto: Transformer Engine where usable on CUDA
     layer_spec: str = one_of(("auto", "local", "transformer_engine"), "auto")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of the policy's linears train, its weights do not, where ``rank`` or ``adapter`` is set."""
+
+    rank: int | None = positive(None, at_most=1 << 12)  # of every adapter; null: all weights train
+    alpha: float | None = positive(None)  # what adapters add is scaled by alpha / rank; null: 2 x rank
+    # linears that have adapters, in every layer: all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj,
+    # up_proj, down_proj
+    targets: Any = field(default="all-linear", metadata={"type": str | list[Any]})
+    rslora: bool = False  # alpha is divided by the root of the rank
+    # to continue with: a PEFT directory, or a checkpoint or output directory of a run; its own rank, alpha and targets
+    # hold
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +253,7 @@ class PreflightConfig:
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)

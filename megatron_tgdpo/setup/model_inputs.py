@@ -12,6 +12,7 @@ from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.rotary import longest_exact
+from megatron_tgdpo.setup.model_sources import model_sources
 from megatron_tgdpo.storage.hub import local_path
 
 
@@ -22,7 +23,7 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
         UserError: A directory holds no supported model, or one that sequences of this length are too long for, or
             vocabulary sizes differ without tokenizers to compare.
     """
-    paths = config.model_paths
+    paths = {role: str(source.base) for role, source in model_sources(config).items()}
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
     for role in configs:
         # An embedding may have rows that no token has; without a tokenizer next to it nobody can tell.
