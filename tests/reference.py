@@ -136,4 +136,5 @@ def train_models(
     with torch.no_grad():
         final = sum(pair_loss(policy, reference, guide, pair, settings).item() for pair in pairs)
         final /= divisor(pairs, settings.method)
-    return Result(losses, norms, final, {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad})
+    trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    return Result(losses, norms, final, trained)

@@ -5,9 +5,10 @@ An adapter of a linear adds ``scale * B @ A @ x`` to its output. Source: peft 0.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -41,6 +42,8 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 # Other initialisations, as PiSSA's, change the base model.
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,18 +123,13 @@ def read_peft_tensors(path: Path) -> dict[str, Tensor]:
         StorageError: It cannot be read.
     """
     file = path / ADAPTER_WEIGHTS
-    if not file.is_file() and (path / "adapter_model.bin").is_file():
-        raise UserError(f"{path}: weights as a pickle (adapter_model.bin): save the adapter as safetensors")
     try:
         tensors = safetensors.torch.load(file.read_bytes())
     except OSError as error:
         raise read_error(file, error) from error
     except SafetensorError as error:
         raise DamageError(f"{file}: damaged ({error}): get the adapter again") from error
-    strange = [name for name in tensors if not name.startswith(PREFIX)]
-    if strange:
-        raise UserError(f"{file}: {strange[0]}: no tensor of a LoRA adapter (they begin with {PREFIX})")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return _without_prefix(path, tensors)
 
 
 def is_adapter(path: Path) -> bool:
@@ -159,14 +157,37 @@ def read_base(path: Path) -> str | None:
     """
     if not is_peft_adapter(path):
         return (read_metadata(path).get("inputs") or {}).get("model.policy")
+    base = _header(path).get("__metadata__", {}).get(BASE)
+    return base if isinstance(base, str) else None
+
+
+def peft_shapes_there(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of :func:`read_peft_tensors`, from the file's header; raises what that does."""
+    shapes = {name: tuple(entry["shape"]) for name, entry in _header(path).items() if name != "__metadata__"}
+    return _without_prefix(path, shapes)
+
+
+def _header(path: Path) -> dict[str, Any]:
     file = path / ADAPTER_WEIGHTS
+    if not file.is_file() and (path / "adapter_model.bin").is_file():
+        raise UserError(f"{path}: weights as a pickle (adapter_model.bin): save the adapter as safetensors")
     try:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = parse_json(stream.read(min(size, _MAX_HEADER_BYTES)))
-        base = header.get("__metadata__", {}).get(BASE)
+        check_shape(header, dict, "header")
+        check_shape(header, {name: {} if name == "__metadata__" else {"shape": [int]} for name in header}, "header")
     except OSError as error:
         raise read_error(file, error) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise DamageError(f"{file}: damaged ({error}): get the adapter again") from error
-    return base if isinstance(base, str) else None
+    result: dict[str, Any] = header
+    return result
+
+
+def _without_prefix(path: Path, named: Mapping[str, T]) -> dict[str, T]:
+    strange = [name for name in named if not name.startswith(PREFIX)]
+    if strange:
+        file = path / ADAPTER_WEIGHTS
+        raise UserError(f"{file}: {strange[0]}: no tensor of a LoRA adapter (they begin with {PREFIX})")
+    return {name.removeprefix(PREFIX): value for name, value in named.items()}

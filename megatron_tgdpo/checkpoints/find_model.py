@@ -64,7 +64,7 @@ def find_local_model(text: str | Path, what: str, *, adapter: bool = False) -> P
             raise DamageError(
                 f"{what}: {error}: name another checkpoint, or its run's output directory for the newest complete one"
             ) from error
-        return path
+        return _asked_for(path, what, adapter=adapter)
     from megatron_tgdpo.checkpoints.adapter_directory import is_peft_adapter
 
     if adapter and is_peft_adapter(path):
@@ -86,6 +86,17 @@ def find_local_model(text: str | Path, what: str, *, adapter: bool = False) -> P
         raise UserError(
             f"{what} {path}: a training output directory without a complete checkpoint: start its run again to "
             "continue it, or name another model"
+        )
+    return _asked_for(checkpoint, what, adapter=adapter)
+
+
+def _asked_for(checkpoint: Path, what: str, *, adapter: bool) -> Path:
+    from megatron_tgdpo.checkpoints.adapter_directory import is_adapter
+
+    if not adapter and is_adapter(checkpoint):
+        raise UserError(
+            f"{what} {checkpoint}: an adapter, of a LoRA run, no whole model: training takes it as lora.adapter, "
+            "model.reference or model.guide; tgdpo convert to-hf --merge makes a whole model of it"
         )
     return checkpoint
 

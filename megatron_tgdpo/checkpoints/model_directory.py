@@ -80,8 +80,8 @@ def refuse_adapter(path: Path, tensors: Iterable[str] = ()) -> None:
     found += [name for name in tensors if ".lora_" in name]
     if found:
         raise UserError(
-            f"{path}: a LoRA adapter ({found[0]}), not a model: merge it into its base model first "
-            "(peft's merge_and_unload) and give the directory where that was saved"
+            f"{path}: a LoRA adapter ({found[0]}), not a model: in training it may be lora.adapter, model.reference or "
+            "model.guide; elsewhere merge it into its base model first (peft's merge_and_unload)"
         )
 
 

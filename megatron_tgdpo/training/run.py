@@ -34,6 +34,7 @@ from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
 from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
+from megatron_tgdpo.setup.model_sources import trained_lora
 from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.training.best import check_best_metric
 from megatron_tgdpo.training.export import Exporter
@@ -201,6 +202,10 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     for model in frozen.models:
         logger.info("frozen: %s", described(model.config, engine.device))
     logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
+    if (lora := trained_lora(config)) is not None:
+        trained = sum(p.numel() for module in modules for p in module.policy.parameters() if p.requires_grad)
+        targets = ", ".join(lora.targets)
+        logger.info("LoRA of rank %d, alpha %g on %s: %.2fM train", lora.rank, lora.alpha, targets, trained / 1e6)
     for line in pack_lines(config):
         logger.info("%s", line)
     logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)

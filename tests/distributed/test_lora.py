@@ -173,9 +173,7 @@ class Runs:
             cases: list[dict[str, Any]] = [
                 {"config": self.config(c), "precompute": 8} for c in ours if c.guidance == "cached"
             ]
-            cases += [
-                {"config": self.config(c), "export": str(self.root / "runs" / c.name / "adapter")} for c in ours
-            ]
+            cases += [{"config": self.config(c), "export": str(self.root / "runs" / c.name / "adapter")} for c in ours]
             file = self.root / f"cases{case.processes}.json"
             file.write_text(json.dumps(cases))
             run_forked(

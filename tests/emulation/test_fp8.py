@@ -64,6 +64,15 @@ def test_the_history_of_delayed_scaling_goes_to_another_layout(found: Found) -> 
         assert ours == pytest.approx(alone, rel=2e-3)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adapters_train_alike_on_both_layer_specs(found: Found, layout: str) -> None:
+    """Transformer Engine's fused norm and linear hands out what the norm made."""
+    steps = found(layout)["adapters"]
+    assert abs(steps["local"][-1][0] - math.log(2)) > 1e-2, "nothing was learned"
+    for ours, theirs in zip(steps["transformer_engine"], steps["local"], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-2)
+
+
 @pytest.mark.parametrize("other", ["shorter history", "none before", "bf16"])
 def test_a_run_continues_without_a_history_that_fits(found: Found, other: str) -> None:
     losses = [loss for loss, _ in found("one rank")["elsewhere"][other]]

@@ -87,6 +87,17 @@ def frozen(runs: Runs) -> dict[str, Any]:
     return found
 
 
+def adapters(runs: Runs) -> dict[str, Any]:
+    """The same LoRA training on both layer specs, in bf16; the guide is a whole model."""
+    model = {"policy": str(runs.root / "policy"), "guide": str(runs.root / "guide")}
+    return {
+        spec: runs.steps(
+            runs.engine(runs.config(model={**model, "layer_spec": spec}, lora={"rank": 8, "alpha": 64})), DATA
+        )
+        for spec in ("local", "transformer_engine")
+    }
+
+
 def elsewhere(runs: Runs, saved: Path, pipeline: int) -> dict[str, Any]:
     """Continues a run with delayed scaling, saved on one rank, on this layout; there also as another kind of run."""
     name = "delayed, FP8 weights"
@@ -111,6 +122,7 @@ def main() -> None:
         name: runs.resumed(out / name, **sections) for name, sections in cases(layout.data, pipeline).items()
     }
     found["frozen"] = frozen(runs)
+    found["adapters"] = adapters(runs)
     found["elsewhere"] = elsewhere(runs, one_rank, pipeline)
     if layout.world_size == 1:
         found |= {"exported": exported(runs, out / "exported"), "uninitialised": uninitialised(runs)}

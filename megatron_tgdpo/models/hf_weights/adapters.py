@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoints.adapter_directory import Lora, read_peft_tensors
+from megatron_tgdpo.checkpoints.adapter_directory import Lora, peft_shapes_there, read_peft_tensors
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, join_shards, qkv_runs
 from megatron_tgdpo.models.language_model import LanguageModel
@@ -46,21 +46,31 @@ def peft_shapes(lora: Lora, hf_config: PretrainedConfig) -> dict[str, tuple[int,
     return found
 
 
-def read_adapter(path: Path, lora: Lora, hf_config: PretrainedConfig) -> dict[str, Tensor]:
-    """The tensors of a ``peft`` directory, by name, after comparing them with what the base model asks for.
+def check_adapter(path: Path, lora: Lora, hf_config: PretrainedConfig) -> None:
+    """Compares the tensors of a ``peft`` directory with what its config and the base model's ask for.
 
     Raises:
-        UserError: One is missing, strange, of another shape, or not finite.
+        UserError: One is missing, strange, or of another shape.
     """
-    tensors, expected = read_peft_tensors(path), peft_shapes(lora, hf_config)
-    for name in sorted(tensors.keys() | expected.keys()):
-        there, wanted = tuple(tensors[name].shape) if name in tensors else None, expected.get(name)
-        if there != wanted:
+    there, expected = peft_shapes_there(path), peft_shapes(lora, hf_config)
+    for name in sorted(there.keys() | expected.keys()):
+        if there.get(name) != expected.get(name):
             raise UserError(
-                f"{path}: {name} has shape {there}, its adapter_config.json and the base model's config.json ask for "
-                f"{wanted}: an adapter of another base model, or damaged"
+                f"{path}: {name} has shape {there.get(name)}, its adapter_config.json and the base model's config.json "
+                f"ask for {expected.get(name)}: an adapter of another base model, or damaged"
             )
-        if not tensors[name].isfinite().all():
+
+
+def read_adapter(path: Path, lora: Lora, hf_config: PretrainedConfig) -> dict[str, Tensor]:
+    """The tensors of a ``peft`` directory, by name, after :func:`check_adapter`.
+
+    Raises:
+        UserError: That does, or a value is not finite.
+    """
+    check_adapter(path, lora, hf_config)
+    tensors = read_peft_tensors(path)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} has values that are not finite: get or make this adapter again")
     return tensors
 
