@@ -53,10 +53,10 @@ def model_files(path: Path) -> list[Path]:
         UserError: There are no weight files, or no such directory.
         StorageError: It cannot be read.
     """
-    names = [name for name in _ADAPTER[:2] if (path / name).is_file()]
-    if len(names) == 2 and not (path / "config.json").is_file():
-        return [path / name for name in names]
     try:
+        names = [name for name in _ADAPTER[:2] if (path / name).is_file()]
+        if len(names) == 2 and not (path / "config.json").is_file():
+            return [path / name for name in names]
         weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
         config = hf_directory(path) / "config.json"
     except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.checkpoints.adapter_directory import is_peft_adapter, read_lora
+from megatron_tgdpo.checkpoints.find_model import naming
 from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
@@ -26,7 +27,6 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
             of this length are too long for, or vocabulary sizes differ without tokenizers to compare.
     """
     sources = model_sources(config)
-    trained_lora(config)
     for role, source in sources.items():
         if source.adapter is not None and config.offload.frozen and role != "policy":
             raise UserError(f"offload.frozen moves whole models only, and the {role} is an adapter: set it to false")
@@ -34,7 +34,9 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
     for role, source in sources.items():
         if source.adapter is not None and is_peft_adapter(source.adapter):
-            check_adapter(source.adapter, read_lora(source.adapter), configs[role])
+            with naming("lora.adapter" if role == "policy" else f"model.{role}"):
+                check_adapter(source.adapter, read_lora(source.adapter), configs[role])
+    trained_lora(config)
     for role in configs:
         # An embedding may have rows that no token has; without a tokenizer next to it nobody can tell.
         told = _has_tokenizer(paths[role]) and _has_tokenizer(paths["policy"])

@@ -189,7 +189,7 @@ def test_a_section_may_be_empty_or_be_given_whole(tmp_path: Path) -> None:
         ("learning_rte", "optimizer.lr"),
         ("lora_r", "did you mean lora.rank?"),
         ("train.foo", "train has steps, epochs, seed"),
-        ("zzz", "there are model, data, loss"),
+        ("zzz", "there are model, lora, data, loss"),
     ],
 )
 def test_an_unknown_key_suggests_the_right_one(tmp_path: Path, unknown: str, meant: str) -> None:
