@@ -37,7 +37,8 @@ from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_config
 from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.training.best import check_best_metric
 from megatron_tgdpo.training.export import Exporter
-from megatron_tgdpo.training.resume import begin, find_start
+from megatron_tgdpo.training.finish import finish
+from megatron_tgdpo.training.resume import begin, find_start, last_step, log_nothing_to_do
 from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer
 
@@ -80,6 +81,11 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exp
         start = find_start(config, inputs)
         data = open_data(config, prepared, model_configs, (start.step, start.pairs))
         begin(config, start, data.order)
+        if start.step >= last_step(config, data.order):
+            # Before models are built: they may take minutes to load.
+            log_nothing_to_do(config, start, data.order)
+            finish(config, exporter, start.step, data.order.steps)
+            return
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
         Trainer(config, layout, engine, data, start, exporter).train()
