@@ -159,8 +159,8 @@ def pack_lines(config: Config) -> list[str]:
     if config.batch.tokens_per_micro_batch is not None or config.seq_length == default:
         return []
     return [
-        f"batch.tokens_per_micro_batch: {config.seq_length}, not {default}, the default: the layout divides packs "
-        f"into {config.seq_length_multiple} parts"
+        f"batch.tokens_per_micro_batch: {config.seq_length}, not {default}, the default: layout and "
+        f"precision take packs of a multiple of {config.seq_length_multiple} tokens"
     ]
 
 

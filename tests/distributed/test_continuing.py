@@ -130,7 +130,8 @@ def test_a_finished_run_goes_on_for_more_steps_of_another_size(problem: Problem,
     assert f"nothing to do in {tmp_path / 'run'}: step 8 of 8 is done, and the run is finished: give" in again
     assert f"the model: {tmp_path / 'run' / 'checkpoints' / 'step_00000008'}" in again
     # It is said before models are built, which ends with their sizes.
-    assert "parameters on rank 0" in logged and "parameters on rank 0" not in again
+    assert "parameters on rank 0" in logged
+    assert "parameters on rank 0" not in again
     assert "step 8 of 8 is done" in problem.train(config, *asked, "train.resume=same")
     assert "train.exit_step is 7: leave it out" in problem.train(config, *asked, "train.steps=9", "train.exit_step=7")
     assert "train.steps=5 asks for 5 steps" in problem.refusal(config, *asked, "train.steps=5")

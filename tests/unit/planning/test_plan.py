@@ -242,9 +242,14 @@ def test_packs_that_a_layout_has_rounded_up_are_said() -> None:
     values = {**VALID, "data": {"train": "pairs.jsonl", "max_length": 128}}
     three = {"tensor": 3, "sequence_parallel": True}
     assert pack_lines(config_from_dict(values)) == []
-    assert pack_lines(config_from_dict({**values, "parallel": three})) == [
-        "batch.tokens_per_micro_batch: 258, not 256, the default: the layout divides packs into 3 parts"
-    ]
+    why = "the default: layout and precision take packs of a multiple of"
+    for sections, tokens, multiple in (
+        ({"parallel": three}, 258, 3),
+        ({"parallel": three, "precision": {"fp8": "tensorwise"}}, 288, 48),
+    ):
+        assert pack_lines(config_from_dict({**values, **sections})) == [
+            f"batch.tokens_per_micro_batch: {tokens}, not 256, {why} {multiple} tokens"
+        ]
     with pytest.raises(UserError, match=r"batch\.tokens_per_micro_batch 256 is not divisible"):
         config_from_dict({**values, "parallel": three, "batch": {"global_pairs": 8, "tokens_per_micro_batch": 256}})
 
