@@ -83,5 +83,5 @@ def size_multiple(recipe: str) -> int:
 
 
 def token_multiple(recipe: str, sequence_parallel: bool) -> int:
-    """The same of the tokens on one rank; blocks are gathered whole over tensor ranks: ``assert_dim_for_all_gather``."""
+    """The same of the tokens on one rank; blocks are gathered whole by tensor ranks: ``assert_dim_for_all_gather``."""
     return 128 if recipe == "blockwise" and sequence_parallel else size_multiple(recipe)
