@@ -50,6 +50,8 @@ class DataConfig:
     train: Any = field(default=MISSING, metadata={"type": _SOURCES})
     # The same for evaluation, or several sets by name; null: no evaluation.
     validation: Any = field(default=None, metadata={"type": _SOURCES | None})
+    # Pairs that tgdpo pipeline evaluates on, which training does not read; null: data.validation
+    test: Any = field(default=None, metadata={"type": _SOURCES | None})
     shuffle: bool = True  # new order every epoch from train.seed; false: file order
     max_length: int = positive(2048, at_most=1 << 29)  # tokens of prompt plus response, per sequence (packs: int32)
     max_prompt_length: int | None = positive(None)  # tokens of the prompt; null: no limit of its own
@@ -311,6 +313,11 @@ class Config:
     def validation_sets(self) -> dict[str, tuple[Source, ...]]:
         """Validation sets by the names that they are given; a single one without a name has ``""``."""
         return read_sets(self.data.validation, "data.validation")
+
+    @property
+    def test_sets(self) -> dict[str, tuple[Source, ...]]:
+        """What the finished model is compared on, by name: ``data.test``, or without it the validation sets."""
+        return self.validation_sets if self.data.test is None else read_sets(self.data.test, "data.test")
 
     @property
     def method(self) -> Method:

@@ -90,7 +90,7 @@ def _uses(config: Config, checkpoint: Path, exported: Path | None) -> list[str]:
             f"as a server: vllm serve {shlex.quote(str(exported))}",
         ]
     model = shlex.quote(str(exported or checkpoint))
-    pairs = next((source.path for found in config.validation_sets.values() for source in found), "HELDOUT.jsonl")
+    pairs = next((source.path for found in config.test_sets.values() for source in found), "HELDOUT.jsonl")
     lines.append(
         f"compare it: tgdpo evaluate --reference {shlex.quote(config.reference_path)} "
         f"--model {shlex.quote(name)}={model} --pairs {shlex.quote(pairs)} "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.common import make_problem, merged, read_metrics
+from tests.distributed.common import make_problem, merged, read_metrics, write_pairs
 from tests.processes import run_forked
 from tgdpo import pipeline
 from tgdpo.child_processes import Commands
@@ -133,13 +133,26 @@ def test_from_one_config_to_the_aligned_model(
     assert f"{out}/hf/step_00000003: not an export of {last}: remove it" in capsys.readouterr().err
 
 
-def test_what_training_exports_is_not_exported_again(config_file: Path, tmp_path: Path, run: list[list[str]]) -> None:
+def test_what_training_exports_is_not_exported_again(
+    config_file: Path, tmp_path: Path, run: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [str(config_file), f"output_dir={tmp_path}/run", "guidance.mode=colocated", "--prompts", "0"]
     best = ["export.hf=best", "checkpoint.best_metric=eval/rewards/margins", "eval.every_steps=1"]
     assert finished([*command, *best]) == 0
     assert [words[0] for words in run] == ["train", "train", "evaluate"]
     (exported,) = (tmp_path / "run" / "hf").iterdir()
     assert f"tgdpo={exported}" in run[-1]
+    chosen = "the checkpoint was chosen by eval/rewards/margins on data.validation, on which it was evaluated, too"
+    assert chosen in capsys.readouterr().out
+    # On pairs that chose nothing it is evaluated anew.
+    test = tmp_path / "test.jsonl"
+    assert finished([*command, *best, f"data.test={test}"]) == 1
+    assert f"error: data.test {test}: no such file" in capsys.readouterr().err
+    write_pairs(test, 8)
+    assert finished([*command, *best, f"data.test={test}"]) == 0
+    assert [words[0] for words in run] == ["train", "train", "evaluate", "evaluate"]
+    assert str(test) in run[-1]
+    assert chosen not in capsys.readouterr().out
     # Nobody asked for the guide's.
     assert not (tmp_path / "run" / "guide" / "hf").exists()
 
