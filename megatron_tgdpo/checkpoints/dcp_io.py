@@ -86,7 +86,11 @@ class _TensorProperties(TensorProperties):
         return TensorProperties, (), self.__getstate__()[:_PROPERTIES]  # type: ignore[attr-defined]
 
 
-class _MetadataUnpickler(pickle._Unpickler):
+# Typeshed knows nothing of what it has beside the one in C.
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]
     """Makes nothing but the classes of the format, in memory of the file's order of size and in time linear in it.
 
     The one in Python, as C's allocates what an index of its memo asks for. Left out is also what has no place here and
@@ -94,7 +98,7 @@ class _MetadataUnpickler(pickle._Unpickler):
     twice, multiples of 2^61 - 1), and copies of one large object into thousands of others.
     """
 
-    dispatch = {**pickle._Unpickler.dispatch}  # noqa: RUF012 (as the parent has it)
+    dispatch: dict[int, Any] = {**_PythonUnpickler.dispatch}  # noqa: RUF012 (as the parent has it)
     for _name in _OPCODES_LEFT_OUT:
         del dispatch[getattr(pickle, _name)[0]]
 
@@ -188,15 +192,20 @@ def _check_metadata(metadata: Any) -> None:
             raise pickle.UnpicklingError(f"{index.fqn} is not stored as checkpoints of this project store it")
         stored[index.fqn] += info.length
     for key, tensor in metadata.state_dict_metadata.items():
-        if type(key) is str and type(tensor) is BytesStorageMetadata:
+        if type(key) is str and isinstance(tensor, BytesStorageMetadata):
             continue
-        if type(key) is not str or not _is_tensor(tensor):
+        if type(key) is not str or isinstance(tensor, BytesStorageMetadata) or not _is_tensor(tensor):
             raise pickle.UnpicklingError(f"{key if type(key) is str else 'a key'} is described by no tensor's metadata")
-        elements = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-        if elements < math.prod(tensor.size):
+        elements = sum(_elements(chunk.sizes) for chunk in tensor.chunks)
+        if elements < _elements(tensor.size):
             raise pickle.UnpicklingError(f"parts of {key} are missing")
         if elements * tensor.properties.dtype.itemsize > stored[key]:
             raise pickle.UnpicklingError(f"{key} is larger than what is stored of it")
+
+
+def _elements(size: torch.Size) -> int:
+    # torch's own count overflows.
+    return math.prod(int(length) for length in size)
 
 
 def _is_tensor(tensor: Any) -> bool:
@@ -214,7 +223,7 @@ def _is_tensor(tensor: Any) -> bool:
 
 
 def _is_chunk(chunk: Mapping[str, Any], size: torch.Size) -> bool:
-    offsets, sizes = chunk.get("offsets"), chunk.get("sizes")
+    offsets, sizes = chunk.get("offsets", ()), chunk.get("sizes", ())
     if not (_is_size(offsets) and _is_size(sizes)):
         return False
     return len(offsets) == len(sizes) == len(size) and all(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -64,8 +65,8 @@ def count_training_data(config: Config) -> Counted:
     # One response, or two behind a prompt each.
     answers = responses[:1] if config.method.chosen_only else responses
     total = len(answers) * prompt + sum(answers)
-    pairs = sum(part.pairs * part.weight for part in parts)
-    return Counted(parts, (total / pairs, sum(answers) / total))
+    taken = math.fsum(part.pairs * part.weight for part in parts)
+    return Counted(parts, (total / taken, sum(answers) / total))
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,7 @@ def of_place(**values: Any) -> Callable[[Metadata], object]:
     ("change", "message"),
     [
         (of_tensor(size=torch.Size([1 << 40, 4])), "parts of w are missing"),
+        (of_tensor(size=torch.Size([1 << 47] * 6), chunks=[]), "parts of w are missing"),
         (of_tensor(size=[3, 4]), "w is described by no tensor's metadata"),
         (of_tensor(chunks=None), "w is described by no tensor's metadata"),
         (of_tensor(chunks=[ChunkStorageMetadata(torch.Size([0]), torch.Size([12]))]), "w is described by no tensor"),
