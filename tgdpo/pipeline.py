@@ -23,12 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tgdpo import console
 from megatron_tgdpo.errors import UserError
 from tgdpo.child_processes import Commands
-from tgdpo.command_line import not_negative, positive
+from tgdpo.command_line import check_ranks, not_negative, positive
+
+if TYPE_CHECKING:
+    from megatron_tgdpo.config.schema import ParallelConfig
 
 # In the output directory: of stages that leave no record of their inputs themselves, a digest of these.
 RECORD_FILE = "pipeline.json"
@@ -280,7 +283,7 @@ def _main(args: argparse.Namespace) -> None:
             if stage.is_complete():
                 print(f"{title}: complete, skipped", flush=True)
                 continue
-            words = _command(stage, args)
+            words = _command(stage, args, pipeline.config.parallel)
             print(f"{title}\n{shlex.join(['tgdpo', *words])}", flush=True)
             status = commands.run([sys.executable, "-m", "tgdpo", *words])
             if commands.asked and status:
@@ -308,7 +311,7 @@ def _is_there(path: str) -> bool:
     return Path(path).exists() or hub_name(path) is not None or prepared_prefix(path) is not None
 
 
-def _ranks(stage: Stage, args: argparse.Namespace) -> int:
+def _ranks(stage: Stage, args: argparse.Namespace, parallel: "ParallelConfig") -> int:
     if not stage.launches_ranks:
         return 1
     if args.nproc is None:
@@ -316,12 +319,13 @@ def _ranks(stage: Stage, args: argparse.Namespace) -> int:
 
         args.nproc = max(1, torch.cuda.device_count())
     nproc: int = args.nproc
+    check_ranks(parallel, nproc)
     return nproc
 
 
-def _command(stage: Stage, args: argparse.Namespace) -> list[str]:
+def _command(stage: Stage, args: argparse.Namespace, parallel: "ParallelConfig") -> list[str]:
     """The words after ``tgdpo``."""
-    ranks, (name, *others) = _ranks(stage, args), stage.arguments()
+    ranks, (name, *others) = _ranks(stage, args, parallel), stage.arguments()
     return [name, *(["--nproc", str(ranks)] if ranks > 1 else []), *others]
 
 

@@ -64,7 +64,7 @@ def find_start(config: Config, inputs: Inputs) -> StartPoint:
         path, asked = Path(config.train.branch_from), True
         damage = find_damage(path, content=verify)
         if damage is not None:
-            raise AgreedError(f"train.branch_from: {damage}")
+            raise AgreedError(f"train.branch_from: {damage}: name another checkpoint")
     return raise_on_all_ranks(lambda: _start_at(path, config, inputs, asked=asked))
 
 
@@ -100,7 +100,7 @@ def newest_undamaged(output_dir: Path, verify: bool) -> Path | None:
         what = damages[0][1] if damages else f"{damaged[-1]}: set aside for its damage"
         raise AgreedError(
             f"{what}: no undamaged checkpoint is left in {output_dir / 'checkpoints'}: put one back, or delete the "
-            "damaged ones to train from the beginning"
+            "damaged ones, or choose another output_dir, to train from the beginning"
         )
     return None
 

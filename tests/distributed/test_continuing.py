@@ -193,7 +193,8 @@ def test_a_checkpoint_that_is_cut_off_is_not_branched_from(problem: Problem, tmp
     os.truncate(file, size - 1)
     config = merged(problem.config, train={"branch_from": str(checkpoint)}, output_dir=str(tmp_path / "run"))
     line = problem.refusal(config, "checkpoint.verify=false")
-    assert line == f"error: train.branch_from: {file}: {size - 1:,} bytes, {size:,} were written"
+    damage = f"{file}: {size - 1:,} bytes, {size:,} were written"
+    assert line == f"error: train.branch_from: {damage}: name another checkpoint"
 
 
 @pytest.mark.parametrize("role", ["guide", "reference", "policy"])
