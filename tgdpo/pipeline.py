@@ -20,6 +20,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 # In the output directory: of stages that leave no record of their inputs themselves, a digest of these.
 RECORD_FILE = "pipeline.json"
+LOCK_FILE = "pipeline_running.json"
 
 
 @dataclass(frozen=True)
@@ -277,13 +279,20 @@ def _main(args: argparse.Namespace) -> None:
     # Before the first runs for hours: what the last would refuse now.
     for stage in stages:
         stage.is_complete()
-    with Commands() as commands:
+    from megatron_tgdpo.resilience.run_lock import RunLock
+
+    lock = None
+    with Commands() as commands, ExitStack() as stack:
         for number, stage in enumerate(stages, start=1):
             title = f"=== {number}/{len(stages)} {stage.name}"
             if stage.is_complete():
                 print(f"{title}: complete, skipped", flush=True)
                 continue
             words = _command(stage, args, pipeline.config.parallel)
+            if lock is None:
+                lock = RunLock(pipeline.output_dir, name=LOCK_FILE)
+                lock.acquire()
+                stack.callback(lock.release)
             print(f"{title}\n{shlex.join(['tgdpo', *words])}", flush=True)
             status = commands.run([sys.executable, "-m", "tgdpo", *words])
             if commands.asked and status:

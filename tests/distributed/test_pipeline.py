@@ -1,11 +1,14 @@
 """From one config to the aligned model: stages in their order, each once, and none that takes a half for a whole."""
 
 import json
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from megatron_tgdpo.resilience.run_lock import RunLock
 from tests.distributed.common import make_problem, merged, read_metrics, write_pairs
 from tests.processes import run_forked
 from tgdpo import pipeline
@@ -155,6 +158,31 @@ def test_what_training_exports_is_not_exported_again(
     assert chosen not in capsys.readouterr().out
     # Nobody asked for the guide's.
     assert not (tmp_path / "run" / "guide" / "hf").exists()
+
+
+def test_two_pipelines_do_not_share_a_directory(
+    config_file: Path, tmp_path: Path, run: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = [str(config_file), f"output_dir={out}", "--prompts", "0"]
+    other = RunLock(out, interval=0.1, name=pipeline.LOCK_FILE)
+    other.acquire()
+    try:
+        assert finished(command) == 1
+    finally:
+        other.release()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {out}: process {os.getpid()} on ")
+    assert line.endswith("is writing to it: wait for its end, stop it, or choose another output_dir")
+    assert run == []
+    # Whoever was killed keeps nobody out, and nothing of it is left.
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    owner = {"id": "x", "pid": gone.pid, "host": other._owner["host"]}
+    (out / pipeline.LOCK_FILE).write_text(json.dumps(owner))
+    assert finished([*command, "model.policy=nowhere"]) == 1
+    assert [words[:2] for words in run] == [["train", "--guide"]]
+    assert not (out / pipeline.LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize(
