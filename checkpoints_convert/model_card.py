@@ -156,7 +156,10 @@ def _metrics(run: Path, step: int, best: Best | None) -> list[str]:
         recorded = best
     if recorded is not None:
         which = "this step" if recorded.step == step else f"step {recorded.step}"
-        lines += [f"Best by {_plain(recorded.metric)} ({recorded.mode}): {which}, {recorded.value:.4g}.", ""]
+        lines += [f"Best by {_plain(recorded.metric)} ({recorded.mode}): {which}, {recorded.value:.4g}."]
+        if recorded.step == step:
+            lines.append("It was chosen by this figure, which therefore flatters it: compare it on other data.")
+        lines.append("")
     return lines
 
 

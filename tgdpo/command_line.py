@@ -10,12 +10,15 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoints_convert.arguments import DTYPE_NAMES
 from megatron_tgdpo import console
 from megatron_tgdpo.data.options import OVERLONG_PROMPT_RULES, PreprocessOptions, json_object
 from megatron_tgdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_tgdpo.config.schema import ParallelConfig
 
 MODEL_HELP = "HF directory, model of the Hub, Megatron checkpoint, or output directory of a run"
 
@@ -189,6 +192,17 @@ def find_models(given: argparse.Namespace, *options: str, weights: bool = True) 
         text = getattr(given, name)
         if text is not None:
             setattr(given, name, find_model(text, option, weights=weights))
+
+
+def check_ranks(parallel: "ParallelConfig", ranks: int) -> None:
+    """Refuses a number of ranks that the layout cannot be made of, before any of them is started.
+
+    Raises:
+        UserError: It is one; the message has the nearest that can be.
+    """
+    from megatron_tgdpo.distributed.layout import make_layout
+
+    make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, ranks)
 
 
 def check_scratch(given: argparse.Namespace) -> None:

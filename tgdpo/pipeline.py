@@ -7,7 +7,8 @@
     train      tgdpo train
     export     the trained policy as an HF directory in output_dir/hf, where export.hf has not had training write it: of
                the last checkpoint, or with export.hf=best of the best one: tgdpo convert to-hf
-    evaluate   policy and guide against the reference on data.validation, output_dir/evaluation.json: tgdpo evaluate
+    evaluate   policy and guide against the reference on data.test, or without it data.validation,
+               output_dir/evaluation.json: tgdpo evaluate
 
 Start the same command again to continue after an interruption. Ctrl-C, TERM or USR1 has the stage that runs save and
 end. A stage whose inputs have changed since says so, or is made again where nothing is lost by that. On Slurm:
@@ -19,18 +20,23 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tgdpo import console
 from megatron_tgdpo.errors import UserError
 from tgdpo.child_processes import Commands
-from tgdpo.command_line import not_negative, positive
+from tgdpo.command_line import check_ranks, not_negative, positive
+
+if TYPE_CHECKING:
+    from megatron_tgdpo.config.schema import ParallelConfig
 
 # In the output directory: of stages that leave no record of their inputs themselves, a digest of these.
 RECORD_FILE = "pipeline.json"
+LOCK_FILE = "pipeline_running.json"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,10 @@ class Pipeline:
         self.output_dir = Path(self.config.output_dir)
         self._run = [file, *overrides]
         self._sampling = list(sampling)
+        for source in (source for found in self.config.test_sets.values() for source in found):
+            # Training does not read it, and would not miss it for hours.
+            if self.config.data.test is not None and not _is_there(source.path):
+                raise UserError(f"data.test {source.path}: no such file, nor a preprocessed dataset")
 
     def stages(self) -> list[Stage]:
         """In their order."""
@@ -82,7 +92,7 @@ class Pipeline:
             found.append(Stage("guidance", lambda: ["guidance", *self._run], self._has_cache, launches_ranks=True))
         found.append(Stage("train", lambda: ["train", *self._run], self._is_trained, launches_ranks=True))
         found.append(Stage("export", self._export, self._is_exported))
-        found += [self._evaluation(name, path) for name, path in self._validation_files().items()]
+        found += [self._evaluation(name, path) for name, path in self._test_files().items()]
         return found
 
     def record(self, stage: Stage) -> None:
@@ -169,16 +179,20 @@ class Pipeline:
             raise UserError(f"{out}: not an export of {self._checkpoint()}: remove it, or move it, to have one")
         return out.exists()
 
-    def _validation_files(self) -> dict[str, str]:
-        """Validation sets that are one file each, or one preprocessed dataset."""
-        sets = self.config.validation_sets.items()
+    def _test_files(self) -> dict[str, str]:
+        """Sets to evaluate on that are one file each, or one preprocessed dataset."""
+        sets = self.config.test_sets.items()
         return {name: s[0].path for name, s in sets if len(s) == 1 and not (s[0].split or s[0].subset)}
 
     def left_out(self) -> list[str]:
-        """Names of validation sets that are not evaluated."""
-        return [
-            name or "data.validation" for name in self.config.validation_sets if name not in self._validation_files()
-        ]
+        """Names of sets that are not evaluated."""
+        key = "data.validation" if self.config.data.test is None else "data.test"
+        return [name or key for name in self.config.test_sets if name not in self._test_files()]
+
+    def chosen_by(self) -> str | None:
+        """The metric that chose the evaluated checkpoint, if the pairs that it is evaluated on are those of that."""
+        config = self.config
+        return config.checkpoint.best_metric if config.export.hf == "best" and config.data.test is None else None
 
     def _evaluation(self, name: str, pairs: str) -> Stage:
         out = self.output_dir / f"evaluation{f'_{name}' if name else ''}.json"
@@ -265,13 +279,20 @@ def _main(args: argparse.Namespace) -> None:
     # Before the first runs for hours: what the last would refuse now.
     for stage in stages:
         stage.is_complete()
-    with Commands() as commands:
+    from megatron_tgdpo.resilience.run_lock import RunLock
+
+    lock = None
+    with Commands() as commands, ExitStack() as stack:
         for number, stage in enumerate(stages, start=1):
             title = f"=== {number}/{len(stages)} {stage.name}"
             if stage.is_complete():
                 print(f"{title}: complete, skipped", flush=True)
                 continue
-            words = _command(stage, args)
+            words = _command(stage, args, pipeline.config.parallel)
+            if lock is None:
+                lock = RunLock(pipeline.output_dir, name=LOCK_FILE)
+                lock.acquire()
+                stack.callback(lock.release)
             print(f"{title}\n{shlex.join(['tgdpo', *words])}", flush=True)
             status = commands.run([sys.executable, "-m", "tgdpo", *words])
             if commands.asked and status:
@@ -281,13 +302,25 @@ def _main(args: argparse.Namespace) -> None:
             pipeline.record(stage)
             if not stage.is_complete():
                 raise UserError(f"{stage.name}: ended before its end, as with train.exit_step: the rest is not begun")
+    if (metric := pipeline.chosen_by()) is not None:
+        print(
+            f"the checkpoint was chosen by {metric} on data.validation, on which it was evaluated, too: the figures "
+            "flatter it; set data.test to pairs that chose nothing"
+        )
     for name in pipeline.left_out():
         print(f"{name}: several files or a split, not evaluated: tgdpo evaluate takes one file, or preprocessed data")
     if args.only is None:
         print(f"aligned model (HF): {pipeline.hf()}")
 
 
-def _ranks(stage: Stage, args: argparse.Namespace) -> int:
+def _is_there(path: str) -> bool:
+    from megatron_tgdpo.data.dataset import prepared_prefix
+    from megatron_tgdpo.storage.hub import hub_name
+
+    return Path(path).exists() or hub_name(path) is not None or prepared_prefix(path) is not None
+
+
+def _ranks(stage: Stage, args: argparse.Namespace, parallel: "ParallelConfig") -> int:
     if not stage.launches_ranks:
         return 1
     if args.nproc is None:
@@ -295,12 +328,13 @@ def _ranks(stage: Stage, args: argparse.Namespace) -> int:
 
         args.nproc = max(1, torch.cuda.device_count())
     nproc: int = args.nproc
+    check_ranks(parallel, nproc)
     return nproc
 
 
-def _command(stage: Stage, args: argparse.Namespace) -> list[str]:
+def _command(stage: Stage, args: argparse.Namespace, parallel: "ParallelConfig") -> list[str]:
     """The words after ``tgdpo``."""
-    ranks, (name, *others) = _ranks(stage, args), stage.arguments()
+    ranks, (name, *others) = _ranks(stage, args, parallel), stage.arguments()
     return [name, *(["--nproc", str(ranks)] if ranks > 1 else []), *others]
 
 

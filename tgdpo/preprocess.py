@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from megatron_tgdpo.checkpoints.find_model import naming
 from megatron_tgdpo.data.summary import lost_ends_warning, summary
 from megatron_tgdpo.storage.hub import MODEL, fetch, hub_name, local_path
 from tgdpo.command_line import (
@@ -67,7 +68,9 @@ def _run(given: argparse.Namespace) -> None:
     check_present(given, "--chat-template")
     name = hub_name(given.tokenizer)
     if name is not None:
-        options = replace(options, tokenizer=str(local_path(str(fetch(name, MODEL, weights=False)))))
+        with naming("--tokenizer"):
+            pinned = fetch(name, MODEL, weights=False)
+        options = replace(options, tokenizer=str(local_path(str(pinned))))
     # Here, not above: spawned workers import this module again, and need neither torch nor megatron.
     from megatron_tgdpo.data.preprocess import preprocess
     from megatron_tgdpo.data.sources import Source

@@ -19,7 +19,7 @@ from megatron_tgdpo import console
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.output.metrics_file import logged_steps
 from tgdpo.child_processes import Commands
-from tgdpo.command_line import positive
+from tgdpo.command_line import check_ranks, positive
 from tgdpo.generation.tables import align
 
 COLUMNS = (
@@ -92,6 +92,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     runs = combinations(args.alpha, args.beta, args.out.resolve())
     # All of them before the first is trained: a value out of range should not wait for its turn.
     configs = {name: load_config(args.config, [*args.overrides, *own]) for name, own in runs.items()}
+    check_ranks(next(iter(configs.values())).parallel, args.nproc)
     shared = next(iter(configs.values())).guide
     if shared.method is not None and shared.output_dir is None:
         raise UserError(f"{args.config}: guide.output_dir is not set: name the directory of the one guide of all runs")

@@ -6,30 +6,42 @@ The files are those of ``megatron.core.dist_checkpointing``; two things differ f
   ``__main__`` guard; its asynchronous strategy writes the same files and can take this one's place on GPUs.
 - Reading never unpickles freely. megatron-core 0.16 reads ``.metadata`` with ``pickle.load`` and sharded objects with
   ``torch.load(weights_only=False)``, either of which runs code that a prepared file holds. Here the metadata goes
-  through an unpickler that knows only the classes of the format, and everything else through ``weights_only=True``.
+  through an unpickler that knows only the classes of the format, and is checked before it is used; everything else goes
+  through ``weights_only=True``.
 
 Nothing here imports megatron-core; its own load and save are joined to this in ``checkpoints/load.py``.
 """
 
 import hashlib
 import io
+import math
 import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_tgdpo.checkpoints.manifest import COMMON_FILE, TENSORS_FILE, TENSORS_SUFFIX
+from megatron_tgdpo.errors import one_line
 from megatron_tgdpo.storage.files import FileDigest
 
 # What DCP's ``.metadata`` is made of. Of torch only named classes and dtypes; no function but the layout getter.
@@ -51,6 +63,13 @@ _METADATA_CLASSES = {
     "pathlib": ("PosixPath", "PurePosixPath"),
 }
 _DCP_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_MOST_FIELDS = 64
+_LONGEST_PATH = 4096
+# Of pickle, what no version of torch writes into metadata; some of it takes memory that the file's size does not bound.
+_OPCODES_LEFT_OUT = (
+    "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EMPTY_SET", "ADDITEMS", "FROZENSET", "DICT", "LIST", "OBJ", "INST",
+    "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "DUP", "LONG", "LONG4", "PERSID", "BINPERSID",
+)  # fmt: skip
 _OTHER_NAMES = {"pathlib._local": "pathlib"}  # Python 3.13's, which no other version has
 # The first of what describes a tensor; torch 2.15 adds strides, which an older one cannot read and nothing here needs.
 _PROPERTIES = 5
@@ -67,12 +86,27 @@ class _TensorProperties(TensorProperties):
         return TensorProperties, (), self.__getstate__()[:_PROPERTIES]  # type: ignore[attr-defined]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+# Typeshed knows nothing of what it has beside the one in C.
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Makes nothing but the classes of the format, in memory of the file's order of size and in time linear in it.
+
+    The one in Python, as C's allocates what an index of its memo asks for. Left out is also what has no place here and
+    could take for ever: keys that hash as slowly, or as much alike, as their author likes (tuples that hold one another
+    twice, multiples of 2^61 - 1), and copies of one large object into thousands of others.
+    """
+
+    dispatch: dict[int, Any] = {**_PythonUnpickler.dispatch}  # noqa: RUF012 (as the parent has it)
+    for _name in _OPCODES_LEFT_OUT:
+        del dispatch[getattr(pickle, _name)[0]]
+
     def find_class(self, module: str, name: str) -> Any:
         module = _OTHER_NAMES.get(module, module)
         if module == "pathlib" and name in _METADATA_CLASSES[module]:
             # Not the class, which a prepared file could change for this whole process.
-            return lambda *parts: "/".join(parts)
+            return _joined_path
         if name in _METADATA_CLASSES.get(module, ()):
             found = super().find_class(module, name)
             if not isinstance(found, type):
@@ -81,6 +115,120 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into checkpoint metadata")
+
+    def load_reduce(self) -> None:
+        _check_small(self.stack[-1], *self.stack[-1])
+        super().load_reduce()
+
+    def load_build(self) -> None:
+        state = self.stack[-1]
+        _check_small(*(state if type(state) is tuple else (state,)))
+        super().load_build()
+
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    for _name in ("reduce", "build", "setitem", "setitems"):
+        dispatch[getattr(pickle, _name.upper())[0]] = vars()[f"load_{_name}"]
+    del _name
+
+
+def _joined_path(*parts: str) -> str:
+    if sum(map(len, parts)) > _LONGEST_PATH:
+        raise pickle.UnpicklingError("it has a path longer than paths can be")
+    return "/".join(parts)
+
+
+def _check_small(*values: Any) -> None:
+    """Refuses large containers where the unpickler would copy them."""
+    if any(type(value) in (tuple, list, dict) and len(value) > _MOST_FIELDS for value in values):
+        raise pickle.UnpicklingError("an object in it has more fields than any of checkpoint metadata")
+
+
+def _check_keys(keys: Sequence[Any]) -> None:
+    """Refuses keys of dicts that are neither names nor places of parts of tensors."""
+    for key in keys:
+        if type(key) is MetadataIndex:
+            parts = vars(key)
+            named = type(parts.get("fqn")) is str and (parts.get("index") is None or _is_count(parts["index"]))
+            if named and (parts.get("offset") is None or _is_size(parts["offset"])):
+                continue
+        elif type(key) is str:
+            continue
+        raise pickle.UnpicklingError(f"it has a key of type {type(key).__name__} that is no key of checkpoint metadata")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is torch.Size and len(value) <= _MOST_FIELDS and all(map(_is_count, value))
+
+
+def _check_metadata(metadata: Any) -> None:
+    """Checks the types of all that is read of metadata, and that its tensors are no larger than what is stored of them.
+
+    Raises:
+        UnpicklingError: Something is of another type, or does not add up.
+    """
+    if type(metadata) is not Metadata or not all(
+        type(vars(metadata).get(name)) is dict for name in ("state_dict_metadata", "storage_data")
+    ):
+        raise pickle.UnpicklingError("it is no checkpoint metadata")
+    stored: Counter[str] = Counter()
+    for index, info in metadata.storage_data.items():
+        file = getattr(info, "relative_path", None)
+        if not (type(index) is MetadataIndex and type(info) is _StorageInfo and isinstance(file, str)):
+            raise pickle.UnpicklingError(f"a place in it is a {type(info).__name__}")
+        if os.path.basename(file) != file or file in ("", ".", "..") or not file.isprintable():
+            raise pickle.UnpicklingError(f"{file} leads out of the checkpoint")
+        if not (_is_count(info.offset) and _is_count(info.length)) or getattr(info, "transform_descriptors", None):
+            raise pickle.UnpicklingError(f"{index.fqn} is not stored as checkpoints of this project store it")
+        stored[index.fqn] += info.length
+    for key, tensor in metadata.state_dict_metadata.items():
+        if type(key) is str and isinstance(tensor, BytesStorageMetadata):
+            continue
+        if type(key) is not str or isinstance(tensor, BytesStorageMetadata) or not _is_tensor(tensor):
+            raise pickle.UnpicklingError(f"{key if type(key) is str else 'a key'} is described by no tensor's metadata")
+        elements = sum(_elements(chunk.sizes) for chunk in tensor.chunks)
+        if elements < _elements(tensor.size):
+            raise pickle.UnpicklingError(f"parts of {key} are missing")
+        if elements * tensor.properties.dtype.itemsize > stored[key]:
+            raise pickle.UnpicklingError(f"{key} is larger than what is stored of it")
+
+
+def _elements(size: torch.Size) -> int:
+    # torch's own count overflows.
+    return math.prod(int(length) for length in size)
+
+
+def _is_tensor(tensor: Any) -> bool:
+    """Whether metadata of a tensor has the types that it should, and parts that lie in it."""
+    if type(tensor) is not TensorStorageMetadata or not {"size", "properties", "chunks"} <= vars(tensor).keys():
+        return False
+    size, chunks, properties = tensor.size, tensor.chunks, tensor.properties
+    return (
+        _is_size(size)
+        and isinstance(properties, TensorProperties)
+        and isinstance(vars(properties).get("dtype"), torch.dtype)
+        and type(chunks) is list
+        and all(type(chunk) is ChunkStorageMetadata and _is_chunk(vars(chunk), size) for chunk in chunks)
+    )
+
+
+def _is_chunk(chunk: Mapping[str, Any], size: torch.Size) -> bool:
+    offsets, sizes = chunk.get("offsets", ()), chunk.get("sizes", ())
+    if not (_is_size(offsets) and _is_size(sizes)):
+        return False
+    return len(offsets) == len(sizes) == len(size) and all(
+        o + n <= s for o, n, s in zip(offsets, sizes, size, strict=True)
+    )
 
 
 @contextmanager
@@ -119,14 +267,19 @@ class SafeReader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         del args, kwargs
         if self._metadata is None:
-            file = Path(self.path) / TENSORS_FILE
-            with file.open("rb") as stream, _unchanged_classes():
-                self._metadata = _MetadataUnpickler(stream).load()
-            if getattr(self._metadata, "storage_meta", None) is None:
-                self._metadata.storage_meta = StorageMeta()
-            for info in self._metadata.storage_data.values():
-                if os.path.basename(info.relative_path) != info.relative_path or info.relative_path in ("", ".", ".."):
-                    raise pickle.UnpicklingError(f"{info.relative_path} leads out of the checkpoint")
+            # Whole, so that a length in it that the file has not is not allocated.
+            content = io.BytesIO((Path(self.path) / TENSORS_FILE).read_bytes())
+            try:
+                with _unchanged_classes():
+                    metadata = _MetadataUnpickler(content).load()
+                _check_metadata(metadata)
+            except (pickle.UnpicklingError, MemoryError):
+                raise
+            except Exception as error:  # of any type, for what is no pickle
+                raise pickle.UnpicklingError(f"{TENSORS_FILE} cannot be read: {one_line(error, named=True)}") from error
+            if type(getattr(metadata, "storage_meta", None)) is not StorageMeta:
+                metadata.storage_meta = StorageMeta()
+            self._metadata = metadata
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

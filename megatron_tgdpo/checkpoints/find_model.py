@@ -78,10 +78,15 @@ def find_local_model(text: str | Path, what: str, *, adapter: bool = False) -> P
             f"{what} {path}: neither an HF directory (no config.json) nor a Megatron checkpoint nor a training output "
             "directory: name one of these, or a model of the Hub as OWNER/NAME"
         )
-    from megatron_tgdpo.checkpoints.listing import newest_checkpoint
+    from megatron_tgdpo.checkpoints.listing import newest_checkpoint, newest_damage
 
     with naming(what):
         checkpoint = newest_checkpoint(path)
+        damage = newest_damage(path) if checkpoint is None else None
+    if damage is not None:
+        raise DamageError(
+            f"{what} {path}: {damage}: no undamaged checkpoint is left there: put one back, or name another model"
+        )
     if checkpoint is None:
         raise UserError(
             f"{what} {path}: a training output directory without a complete checkpoint: start its run again to "

@@ -92,7 +92,7 @@ def refuse_damage(path: Path, *, content: bool = True, group: dist.ProcessGroup 
     """
     damage = find_damage(path, content=content, group=group)
     if damage is not None:
-        raise AgreedError(damage)
+        raise AgreedError(f"{damage}: put it back, or name another checkpoint")
 
 
 def _of_rank(rank: int, message: str) -> str:

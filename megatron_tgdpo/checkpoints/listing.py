@@ -105,6 +105,22 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def newest_damage(output_dir: Path) -> str | None:
+    """What is wrong with the newest checkpoint that is damaged; None if there is none.
+
+    Raises:
+        UserError: One is of another format version.
+        StorageError: The directory or a file cannot be read.
+    """
+    for path in reversed(saved_checkpoints(output_dir)):
+        try:
+            check_files(path)
+        except DamageError as error:
+            return str(error)
+    left = set_aside(output_dir)
+    return f"{left[-1]}: set aside for its damage" if left else None
+
+
 def remove_checkpoint(path: Path) -> None:
     """Deletes a checkpoint; renamed first, so that one whose removal is interrupted is not taken for complete."""
     shutil.rmtree(path.rename(path.with_name(path.name + REMOVING_SUFFIX)))

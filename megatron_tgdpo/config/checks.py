@@ -26,7 +26,7 @@ def check(config: Config, source: str) -> None:
         if problem:
             raise UserError(f"{source}: {key} is {problem}")
     try:
-        _ = config.datasets
+        _ = config.datasets, config.test_sets
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     broken = first_broken(RULES, config)

@@ -9,8 +9,12 @@ from dataclasses import field
 from typing import Any, NamedTuple
 
 FP8_RECIPES = ("none", "delayed", "tensorwise", "blockwise", "mxfp8")
-FP4_RECIPES = ("none", "nvfp4")
+FP4 = "nvfp4"
+FP4_RECIPES = ("none", FP4)
 RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
+
+# FP8 scaling without a memory: what a weight or activation becomes depends on nothing but itself.
+STATELESS_RECIPES = ("tensorwise", "blockwise", "mxfp8")
 
 # What is wrong with a value, as it follows "KEY is "; None for nothing.
 Constraint = Callable[[Any], str | None]
@@ -68,3 +72,16 @@ class Rule(NamedTuple):
 def first_broken(rules: Iterable[Rule], c: Any) -> str | None:
     """The message of the first rule that is broken; later ones may build on it."""
     return next((rule.message.format(c=c) for rule in rules if rule.broken(c)), None)
+
+
+def size_multiple(recipe: str) -> int:
+    """What the sizes of an FP8 or FP4 product must be multiples of.
+
+    Source: TransformerEngine 2.9 to 2.20 ``pytorch/utils.py: assert_dim_for_fp8_exec``.
+    """
+    return 32 if recipe in ("mxfp8", FP4) else 16
+
+
+def token_multiple(recipe: str, sequence_parallel: bool) -> int:
+    """The same of the tokens on one rank; blocks are gathered whole by tensor ranks: ``assert_dim_for_all_gather``."""
+    return 128 if recipe == "blockwise" and sequence_parallel else size_multiple(recipe)

@@ -58,7 +58,7 @@ ELSEWHERE = {
     "validation_file": "data.validation",
     "valid_data_path": "data.validation",
     "val_data_path": "data.validation",
-    "test_dataset": "data.validation",
+    "test_dataset": "data.test",
     "cutoff_len": "data.max_length",
     "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length",

@@ -33,7 +33,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "model.layer_spec",
         # The guide that comes of these is compared by its content, as any guide.
         "guide.method", "guide.beta", "guide.gamma", "guide.lr", "guide.steps", "guide.epochs", "guide.output_dir",
-        "data.validation", "data.columns", "data.workers",
+        "data.validation", "data.test", "data.columns", "data.workers",
         "guidance.mode", "guidance.cache", "guidance.verify", "guidance.prefetch",
         "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.virtual_pipeline",
         "parallel.sequence_parallel", "parallel.device", "parallel.timeout_minutes",

@@ -16,11 +16,13 @@ from megatron_tgdpo.config.constraints import (
     FP4_RECIPES,
     FP8_RECIPES,
     RECOMPUTE_CHOICES,
+    STATELESS_RECIPES,
     at_least,
     fraction,
     one_of,
     positive,
     share,
+    token_multiple,
 )
 from megatron_tgdpo.data.sources import Source, read_sets, read_sources
 from megatron_tgdpo.loss.methods import GUIDE_METHODS, METHODS, Method
@@ -63,6 +65,8 @@ class DataConfig:
     train: Any = field(default=MISSING, metadata={"type": _SOURCES})
     # The same for evaluation, or several sets by name; null: no evaluation.
     validation: Any = field(default=None, metadata={"type": _SOURCES | None})
+    # Pairs that tgdpo pipeline evaluates on, which training does not read; null: data.validation
+    test: Any = field(default=None, metadata={"type": _SOURCES | None})
     shuffle: bool = True  # new order every epoch from train.seed; false: file order
     max_length: int = positive(2048, at_most=1 << 29)  # tokens of prompt plus response, per sequence (packs: int32)
     max_prompt_length: int | None = positive(None)  # tokens of the prompt; null: no limit of its own
@@ -167,6 +171,13 @@ class PrecisionConfig:
     def parameter_bytes(self) -> int:
         """Bytes of a weight or activation in ``dtype``."""
         return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def policy_recipe(self) -> str | None:
+        """The policy's FP8 or FP4 recipe, None for bf16 or fp32."""
+        if self.fp4 != "none":
+            return self.fp4
+        return None if self.fp8 == "none" else self.fp8
 
 
 @dataclass(frozen=True)
@@ -282,11 +293,26 @@ class Config:
 
     @property
     def seq_length_multiple(self) -> int:
-        """What the tokens of a pack must be a multiple of: context ranks hold two chunks each, and under sequence
-        parallelism the tensor ranks an equal part."""
+        """What the tokens of a pack must be a multiple of: context ranks hold two chunks each, under sequence
+        parallelism the tensor ranks an equal part, and FP8 and FP4 products take whole blocks."""
         parallel = self.parallel
         chunks = 2 * parallel.context if parallel.context > 1 else 1
-        return math.lcm(chunks, parallel.context * parallel.tensor if parallel.sequence_parallel else 1)
+        ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+        recipes = {self.precision.policy_recipe, self.frozen_recipe} - {None}
+        blocks = (token_multiple(str(recipe), parallel.sequence_parallel) for recipe in recipes)
+        return math.lcm(chunks, *(ranks * tokens for tokens in (1, *blocks)))
+
+    @property
+    def frozen_recipe(self) -> str | None:
+        """The FP8 or FP4 recipe of reference and guide, None for the plain dtype and for methods without them."""
+        precision = self.precision
+        if precision.frozen == "bf16" or not self.method.frozen:
+            return None
+        if precision.frozen == "same":
+            return precision.policy_recipe
+        # Delayed scaling's history is no part of a frozen model, and precision.frozen=fp8 needs a recipe without fp8
+        # for the policy too.
+        return precision.fp8 if precision.fp8 in STATELESS_RECIPES else "tensorwise"
 
     @property
     def longest_sequence(self) -> int:
@@ -303,6 +329,11 @@ class Config:
     def validation_sets(self) -> dict[str, tuple[Source, ...]]:
         """Validation sets by the names that they are given; a single one without a name has ``""``."""
         return read_sets(self.data.validation, "data.validation")
+
+    @property
+    def test_sets(self) -> dict[str, tuple[Source, ...]]:
+        """What the finished model is compared on, by name: ``data.test``, or without it the validation sets."""
+        return self.validation_sets if self.data.test is None else read_sets(self.data.test, "data.test")
 
     @property
     def method(self) -> Method:

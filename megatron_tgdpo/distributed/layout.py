@@ -51,9 +51,11 @@ def make_layout(
     """
     model_size = tensor * pipeline * context
     if world_size % model_size:
+        below = world_size - world_size % model_size
+        choices = f"{below} or {below + model_size}" if below else f"{model_size}"
         raise UserError(
             f"world size {world_size} is not divisible by parallel.tensor x pipeline x context = "
-            f"{tensor} x {pipeline} x {context} = {model_size}: change the number of ranks or the layout"
+            f"{tensor} x {pipeline} x {context} = {model_size}: start {choices} ranks, or change the layout"
         )
     # With one tensor rank there is no sequence to split; mcore would reject the flag.
     data = world_size // model_size

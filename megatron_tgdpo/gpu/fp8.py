@@ -1,35 +1,21 @@
 """FP8 and FP4: what the configuration asks of megatron-core and Transformer Engine (refusals: ``gpu/fp8_checks.py``).
 
-Everything here is a pure function of its arguments. Sources of the sizes: TransformerEngine 2.9 to 2.20
-``pytorch/utils.py: assert_dim_for_fp8_exec`` and ``assert_dim_for_all_gather``.
+Everything here is a pure function of its arguments.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from megatron_tgdpo.config.constraints import FP4, size_multiple, token_multiple
 from megatron_tgdpo.config.schema import Config, PrecisionConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.planning.memory import LinearBytes
 
-# Scaling without a memory: what a weight or activation becomes depends on nothing but itself.
-_STATELESS = ("tensorwise", "blockwise", "mxfp8")
-FP4 = "nvfp4"
 # Values of 4 bits, and a scale of 8 for 16 of them.
 _FP4_BYTES = 0.5 + 1 / 16
-# Delayed scaling's history is no part of a frozen model, and precision.frozen=fp8 needs a recipe without fp8 for the
-# policy too.
-_FROZEN_DEFAULT = "tensorwise"
-
-
-def policy_recipe(precision: PrecisionConfig) -> str | None:
-    """The policy's FP8 or FP4 recipe, None for bf16 or fp32."""
-    if precision.fp4 != "none":
-        return precision.fp4
-    return None if precision.fp8 == "none" else precision.fp8
 
 
 def asked_by(recipe: str) -> str:
@@ -37,19 +23,9 @@ def asked_by(recipe: str) -> str:
     return f"precision.{'fp4' if recipe == FP4 else 'fp8'}={recipe}"
 
 
-def frozen_recipe(config: Config) -> str | None:
-    """The FP8 or FP4 recipe of reference and guide, None for the plain dtype and for methods without them."""
-    precision = config.precision
-    if precision.frozen == "bf16" or not config.method.frozen:
-        return None
-    if precision.frozen == "same":
-        return policy_recipe(config.precision)
-    return precision.fp8 if precision.fp8 in _STATELESS else _FROZEN_DEFAULT
-
-
 def frozen_precision(config: Config) -> str:
     """Names what reference and guide compute in, for the key of what they computed."""
-    recipe, precision = frozen_recipe(config), config.precision
+    recipe, precision = config.frozen_recipe, config.precision
     if recipe is None:
         return precision.dtype
     ends = "-ends-bf16" if precision.first_last_layers_bf16 else ""
@@ -64,7 +40,7 @@ def frozen_params_fp8(config: Config) -> bool:
     Only those that ``offload.frozen`` moves are held in the plain dtype, and quantised whenever they come. So are those
     that compute in FP4.
     """
-    precision, recipe = config.precision, frozen_recipe(config)
+    precision, recipe = config.precision, config.frozen_recipe
     asked = precision.frozen == "fp8" or precision.fp8_params
     return recipe not in (None, FP4) and (asked or not config.offload.frozen)
 
@@ -75,10 +51,10 @@ def linear_bytes(config: Config) -> LinearBytes:
     The policy's products read an FP8 or FP4 copy, and its transpose in backward; Transformer Engine keeps both beside
     bf16 weights, and FP8 weights are just these. Frozen models need no transpose.
     """
-    plain, recipe = torch.bfloat16.itemsize, policy_recipe(config.precision)
+    plain, recipe = torch.bfloat16.itemsize, config.precision.policy_recipe
     one = _FP4_BYTES if recipe == FP4 else 1
     frozen: float | None = 1 if frozen_params_fp8(config) else None
-    if frozen_recipe(config) == FP4 and not config.offload.frozen:
+    if config.frozen_recipe == FP4 and not config.offload.frozen:
         frozen = plain + one
     return LinearBytes(
         policy=None if recipe is None else 2 * one + (0 if config.precision.fp8_params else plain),
@@ -89,12 +65,12 @@ def linear_bytes(config: Config) -> LinearBytes:
 
 def policy_transformer_kwargs(precision: PrecisionConfig) -> dict[str, Any]:
     """What FP8 or FP4 adds to the policy's LanguageModelConfig."""
-    return _transformer_kwargs(precision, policy_recipe(precision), precision.fp8_params)
+    return _transformer_kwargs(precision, precision.policy_recipe, precision.fp8_params)
 
 
 def frozen_transformer_kwargs(config: Config) -> dict[str, Any]:
     """What FP8 or FP4 adds to the LanguageModelConfig of reference and guide."""
-    recipe, held = frozen_recipe(config), frozen_params_fp8(config)
+    recipe, held = config.frozen_recipe, frozen_params_fp8(config)
     # Else Transformer Engine keeps what it quantised, and all layers would be on the device after all.
     streamed = recipe is not None and config.offload.frozen and not held
     return _transformer_kwargs(config.precision, recipe, held) | (
@@ -122,23 +98,6 @@ def _transformer_kwargs(precision: PrecisionConfig, recipe: str | None, params: 
     }
 
 
-def fp8_seq_length_multiple(config: Config) -> int:
-    """What the tokens of a pack, over all its ranks, must be a multiple of for FP8; 1 without it."""
-    parallel = config.parallel
-    ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-    recipes = {policy_recipe(config.precision), frozen_recipe(config)} - {None}
-    return math.lcm(*(ranks * _local_tokens(str(recipe), parallel.sequence_parallel) for recipe in recipes))
-
-
-def _local_tokens(recipe: str, sequence_parallel: bool) -> int:
-    """What the tokens on one rank must be a multiple of; blocks are gathered whole over the tensor ranks."""
-    return 128 if recipe == "blockwise" and sequence_parallel else _step(recipe)
-
-
-def _step(recipe: str) -> int:
-    return 32 if recipe in ("mxfp8", FP4) else 16
-
-
 def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, seq_length: int, layout: ParallelLayout) -> None:
     """Checks that every product of a model has sizes that FP8 kernels take.
 
@@ -151,7 +110,7 @@ def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, seq_length: int, lay
     Raises:
         UserError: A size is not a multiple of what the recipe asks.
     """
-    step, gathered = _step(recipe), _local_tokens(recipe, layout.sequence_parallel)
+    step, gathered = size_multiple(recipe), token_multiple(recipe, layout.sequence_parallel)
     parts = layout.context * (layout.tensor if layout.sequence_parallel else 1)
     head, groups = kwargs["kv_channels"], kwargs["num_query_groups"]
     query = kwargs["num_attention_heads"] * head

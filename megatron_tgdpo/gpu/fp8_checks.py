@@ -8,11 +8,11 @@ to 2.20 ``pytorch/quantization.py: check_*_support``.
 
 from dataclasses import dataclass
 
-from megatron_tgdpo.config.constraints import Rule, first_broken
+from megatron_tgdpo.config.constraints import FP4, Rule, first_broken
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import OLDEST_TE, Capabilities, Version, dotted, supported_engine
-from megatron_tgdpo.gpu.fp8 import FP4, asked_by, frozen_params_fp8, frozen_recipe, policy_recipe
+from megatron_tgdpo.gpu.fp8 import asked_by, frozen_params_fp8
 
 
 def check_precision(config: Config, found: Capabilities, spec: str) -> None:
@@ -26,7 +26,7 @@ def check_precision(config: Config, found: Capabilities, spec: str) -> None:
     Raises:
         UserError: Names the key, the reason and the way out.
     """
-    asked = _Asked(config, policy_recipe(config.precision), frozen_recipe(config), found, spec)
+    asked = _Asked(config, config.precision.policy_recipe, config.frozen_recipe, found, spec)
     rules = (*_MEANING, *_MACHINE) if asked.recipes else _MEANING
     broken = first_broken(rules, asked)
     if broken:

@@ -17,9 +17,7 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities, detect
 from megatron_tgdpo.gpu.fp8 import (
     check_fp8_sizes,
-    frozen_recipe,
     frozen_transformer_kwargs,
-    policy_recipe,
     policy_transformer_kwargs,
 )
 from megatron_tgdpo.gpu.fp8_checks import check_precision
@@ -53,7 +51,7 @@ def check_gpu_options(
     check_precision(config, found, spec)
     check_overlap(config, layout, found, spec)
     for role, hf_config in configs.items():
-        recipe = policy_recipe(config.precision) if role == "policy" else frozen_recipe(config)
+        recipe = config.precision.policy_recipe if role == "policy" else config.frozen_recipe
         if recipe is not None:
             kwargs = transformer_config_kwargs(hf_config, layout, dtype=torch.bfloat16, device=torch.device("cpu"))
             try:

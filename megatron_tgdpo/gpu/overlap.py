@@ -16,7 +16,7 @@ from megatron_tgdpo.config.schema import Config, OffloadConfig, OverlapConfig, P
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities
-from megatron_tgdpo.gpu.fp8 import asked_by, policy_recipe
+from megatron_tgdpo.gpu.fp8 import asked_by
 from megatron_tgdpo.models.fp8_tensors import finish_gather, is_fp8
 from megatron_tgdpo.models.language_model import LanguageModel
 
@@ -31,7 +31,7 @@ def check_overlap(config: Config, layout: ParallelLayout, found: Capabilities, s
         raise UserError("overlap.tensor is done by Transformer Engine's layers: it needs a GPU and that layer spec")
     if config.overlap.tensor and layout.tensor == 1:
         raise UserError("overlap.tensor with parallel.tensor=1 has no traffic to hide: set it to false")
-    recipe = policy_recipe(config.precision)
+    recipe = config.precision.policy_recipe
     if config.overlap.tensor and recipe in ("blockwise", "nvfp4"):
         raise UserError(f"overlap.tensor does not go with {asked_by(recipe)}, whose tensors user buffers do not hold")
     if config.offload.optimizer and found.device != "cuda":
@@ -121,7 +121,7 @@ def start_user_buffers(config: Config, hidden_size: int, layout: ParallelLayout)
     from transformer_engine.pytorch.module import base
 
     modes = base.UserBufferQuantizationMode
-    quantization = [modes.NONE if policy_recipe(config.precision) is None else modes.FP8]
+    quantization = [modes.NONE if config.precision.policy_recipe is None else modes.FP8]
     if quantization == [modes.FP8] and (config.precision.first_last_layers_bf16 or config.precision.frozen == "bf16"):
         quantization.append(modes.NONE)
     base.initialize_ub(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.output import fonts
 from megatron_tgdpo.output.metrics_file import METRICS_FILE, logged_steps
 from megatron_tgdpo.storage.atomic_file import replacing
 from megatron_tgdpo.storage.files import write_error
@@ -104,7 +105,7 @@ def draw(runs: Mapping[str, Sequence[Record]], out: Path) -> None:
             labels.setdefault(label, handle)
     title = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs; thin lines: training, with dots: evaluation"
     figure.suptitle(title, fontsize=13, x=0.01, ha="left", parse_math=False)
-    columns = max(1, _LEGEND_CHARACTERS // (6 + max(map(len, labels), default=0)))
+    columns = max(1, _LEGEND_CHARACTERS // (6 + max(map(fonts.columns, labels), default=0)))
     legend = figure.legend(
         labels.values(), labels.keys(), loc="outside lower left", ncols=columns, frameon=False, fontsize=10
     )
@@ -119,6 +120,7 @@ def save(figure: Any, out: Path) -> None:
     Raises:
         UserError: It cannot be written; a StorageError where that may pass.
     """
+    fonts.make_legible(figure)
     try:
         with replacing(out) as temporary:
             figure.savefig(temporary, dpi=_DPI, format=out.suffix.lower().lstrip("."))

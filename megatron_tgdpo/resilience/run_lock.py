@@ -38,10 +38,17 @@ class RunLock:
         output_dir: The run's directory.
         interval: Seconds between two changes of the file.
         env: Where Slurm says which job this is; ``os.environ`` by default.
+        name: Of the file; another one for what starts runs in the directory itself.
     """
 
-    def __init__(self, output_dir: Path, interval: float = _INTERVAL, env: Mapping[str, str] | None = None) -> None:
-        self._file = output_dir / LOCK_FILE
+    def __init__(
+        self,
+        output_dir: Path,
+        interval: float = _INTERVAL,
+        env: Mapping[str, str] | None = None,
+        name: str = LOCK_FILE,
+    ) -> None:
+        self._file = output_dir / name
         self._interval = interval
         env = os.environ if env is None else env
         self._owner = {

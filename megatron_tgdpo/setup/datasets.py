@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -12,9 +13,11 @@ from megatron_tgdpo.batching.packer import check_pairs_fit
 from megatron_tgdpo.batching.sampler import DatasetPart
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.data.dataset import PreferenceDataset, prepared_prefix
 from megatron_tgdpo.data.joined import join, open_sources
 from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.records import detect_format, read_records
+from megatron_tgdpo.data.sources import find_files
 from megatron_tgdpo.data.summary import lost_ends, lost_ends_warning, summary
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens
 from megatron_tgdpo.errors import UserError
@@ -24,6 +27,46 @@ from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.hub import local_path
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """``data.train`` as far as it is known before any record is tokenised.
+
+    Attributes:
+        parts: Pairs and weight of each dataset or raw file; of a file, records are counted.
+        tokens: Mean tokens of a pair, both its sequences together, and the part of them that is response; None unless
+            all of the data is preprocessed.
+    """
+
+    parts: list[DatasetPart]
+    tokens: tuple[float, float] | None
+
+
+def count_training_data(config: Config) -> Counted:
+    """Counts the pairs of a run, for a dry run; raw files are read, and nothing is kept.
+
+    Raises:
+        UserError: A file is not there, or malformed; a StorageError where it cannot be read.
+    """
+    parts, lengths = [], []
+    for source in config.datasets["train"]:
+        prefix = prepared_prefix(source.path)
+        if prefix is not None:
+            lengths.append(PreferenceDataset(prefix).lengths)
+            pairs = len(lengths[-1])
+        else:
+            pairs = sum(1 for file in find_files(source) for _ in read_records(file, detect_format(file)))
+        parts.append(DatasetPart(pairs, source.weight))
+    if len(lengths) < len(parts):
+        return Counted(parts, None)
+    weights = [part.weight for part in parts]
+    prompt, *responses = sum(each.sum(axis=0) * weight for each, weight in zip(lengths, weights, strict=True))
+    # One response, or two behind a prompt each.
+    answers = responses[:1] if config.method.chosen_only else responses
+    total = len(answers) * prompt + sum(answers)
+    taken = math.fsum(part.pairs * part.weight for part in parts)
+    return Counted(parts, (total / taken, sum(answers) / total))
 
 
 @dataclass(frozen=True)

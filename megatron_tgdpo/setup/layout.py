@@ -8,7 +8,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.config.schema import Config, ParallelConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
-from megatron_tgdpo.gpu.fp8 import fp8_seq_length_multiple
 
 
 def layout_of(parallel: ParallelConfig, world_size: int) -> ParallelLayout:
@@ -26,9 +25,7 @@ def layout_of(parallel: ParallelConfig, world_size: int) -> ParallelLayout:
 def pack_format(config: Config, pg: ProcessGroupCollection) -> PackFormat:
     """The format of this run's packs on this rank."""
     # Divisible by what splits a pack, and by what matrix units like or, in FP8, insist on.
-    multiple = (
-        math.lcm(64, 2 * pg.cp.size() * pg.tp.size(), fp8_seq_length_multiple(config)) if pg.pp.size() == 1 else None
-    )
+    multiple = math.lcm(64, 2 * pg.cp.size() * pg.tp.size(), config.seq_length_multiple) if pg.pp.size() == 1 else None
     return replace(whole_packs(config), context_rank=pg.cp.rank(), multiple=multiple)
 
 

@@ -124,5 +124,6 @@ def _not_cached(name: HubName, kind: str) -> str:
     options += f" --revision {name.revision}" if name.revision else ""
     return (
         f"{name}: no such file or directory, not (or not all of it) in the Hub's cache {constants.HF_HUB_CACHE}, and "
-        f"{offline}: fetch it where there is a network, with the same HF_HOME: hf download {name.repo}{options}"
+        f"{offline}: fetch it where there is a network, with the same HF_HOME: hf download {name.repo}{options}; or "
+        "name a directory that has it"
     )

@@ -11,6 +11,7 @@ from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import one_line
+from megatron_tgdpo.output.directory import mark_done
 from megatron_tgdpo.output.figure import FIGURE_FILE, draw, read_records
 from megatron_tgdpo.training.export import Exporter, export, export_command
 
@@ -19,18 +20,22 @@ logger = logging.getLogger(__name__)
 _DRAWN_STEPS = 20  # the fewest that a picture shows more of than the last lines of the log
 
 
-def finish(config: Config, exporter: Exporter | None, *, done: bool) -> None:
-    """Draws the metrics, exports what ``export.hf`` asks for, and logs where the model is. Collective over all ranks.
+def finish(config: Config, exporter: Exporter | None, step: int, steps: int) -> None:
+    """Leaves ``DONE`` after the schedule's last step, draws the metrics, exports what ``export.hf`` asks for, and logs
+    where the model is. Collective over all ranks.
 
     Args:
         config: The run.
         exporter: Writes HF directories; not needed with ``export.hf: none``.
-        done: Whether all steps are made, not only those up to ``train.exit_step``.
+        step: The last step that is done and saved.
+        steps: Of the whole run; more than ``step`` where it ends with ``train.exit_step``.
 
     Raises:
         AgreedError: On every rank: the export failed, or a checkpoint cannot be read. The run itself is whole.
     """
-    output_dir = Path(config.output_dir)
+    output_dir, done = Path(config.output_dir), step >= steps
+    if done:
+        raise_on_all_ranks(lambda: mark_done(output_dir, step) if dist.get_rank() == 0 else None)
     found = [raise_on_all_ranks(lambda: _checkpoints(output_dir) if dist.get_rank() == 0 else (None, None, ""))]
     dist.broadcast_object_list(found, src=0)
     newest, best, best_by = found[0]
@@ -85,7 +90,7 @@ def _uses(config: Config, checkpoint: Path, exported: Path | None) -> list[str]:
             f"as a server: vllm serve {shlex.quote(str(exported))}",
         ]
     model = shlex.quote(str(exported or checkpoint))
-    pairs = next((source.path for found in config.validation_sets.values() for source in found), "HELDOUT.jsonl")
+    pairs = next((source.path for found in config.test_sets.values() for source in found), "HELDOUT.jsonl")
     lines.append(
         f"compare it: tgdpo evaluate --reference {shlex.quote(config.reference_path)} "
         f"--model {shlex.quote(name)}={model} --pairs {shlex.quote(pairs)} "

@@ -64,7 +64,7 @@ def find_start(config: Config, inputs: Inputs) -> StartPoint:
         path, asked = Path(config.train.branch_from), True
         damage = find_damage(path, content=verify)
         if damage is not None:
-            raise AgreedError(f"train.branch_from: {damage}")
+            raise AgreedError(f"train.branch_from: {damage}: name another checkpoint")
     return raise_on_all_ranks(lambda: _start_at(path, config, inputs, asked=asked))
 
 
@@ -100,7 +100,7 @@ def newest_undamaged(output_dir: Path, verify: bool) -> Path | None:
         what = damages[0][1] if damages else f"{damaged[-1]}: set aside for its damage"
         raise AgreedError(
             f"{what}: no undamaged checkpoint is left in {output_dir / 'checkpoints'}: put one back, or delete the "
-            "damaged ones to train from the beginning"
+            "damaged ones, or choose another output_dir, to train from the beginning"
         )
     return None
 
@@ -150,11 +150,14 @@ def begin(config: Config, start: StartPoint, order: Sampler) -> None:
     """Writes into the output directory what the run is from here on. Collective.
 
     Raises:
-        AgreedError: On every rank: fewer steps are asked for than are done, or the directory cannot be written.
+        AgreedError: On every rank: fewer steps are asked for than are done, or of a branch no more, or the directory
+            cannot be written.
     """
 
     def check_and_record() -> None:
-        if order.steps < start.step:
+        # A branch that makes no step would leave nothing to find.
+        is_own = start.checkpoint is None or start.checkpoint.parent.parent == Path(config.output_dir)
+        if order.steps < start.step + (not is_own):
             key = "steps" if config.train.steps is not None else "epochs"
             raise UserError(
                 f"{start.checkpoint} was saved after step {start.step}, and train.{key}={getattr(config.train, key)} "
@@ -164,3 +167,23 @@ def begin(config: Config, start: StartPoint, order: Sampler) -> None:
             record_start(config, start.inputs, start.step, order.steps)
 
     raise_on_all_ranks(check_and_record)
+
+
+def last_step(config: Config, order: Sampler) -> int:
+    """The step that this start of the run goes to."""
+    return min(config.train.exit_step or order.steps, order.steps)
+
+
+def log_nothing_to_do(config: Config, start: StartPoint, order: Sampler) -> None:
+    """Says, on the first rank, that no step is left to make, and what to do to go on."""
+    if dist.get_rank() != 0:
+        return
+    if start.step < order.steps:
+        why = f"train.exit_step is {config.train.exit_step}: leave it out"
+    else:
+        key = "steps" if config.train.steps is not None else "epochs"
+        why = f"the run is finished: give train.resume=changed and more train.{key}"
+    logger.info(
+        "nothing to do in %s: step %d of %d is done, and %s to go on, or another output_dir for another run",
+        config.output_dir, start.step, order.steps, why,
+    )  # fmt: skip

@@ -12,17 +12,21 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.batching.sampler import make_sampler
 from megatron_tgdpo.config.loading import changed_yaml, to_yaml
 from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.data.dataset import prepared_prefix
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks
+from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
 from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans, job_of, nearest
 from megatron_tgdpo.planning.memory import GIB, RankMemory, rank_memory
 from megatron_tgdpo.planning.report import memory_lines
@@ -30,6 +34,7 @@ from megatron_tgdpo.planning.step_time import step_time
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.resilience.preflight import preflight
 from megatron_tgdpo.resilience.run_lock import RunLock
+from megatron_tgdpo.setup.datasets import count_training_data
 from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
@@ -38,7 +43,8 @@ from megatron_tgdpo.setup.model_sources import trained_lora
 from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.training.best import check_best_metric
 from megatron_tgdpo.training.export import Exporter
-from megatron_tgdpo.training.resume import begin, find_start
+from megatron_tgdpo.training.finish import finish
+from megatron_tgdpo.training.resume import begin, find_start, last_step, log_nothing_to_do
 from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer
 
@@ -81,6 +87,11 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exp
         start = find_start(config, inputs)
         data = open_data(config, prepared, model_configs, (start.step, start.pairs))
         begin(config, start, data.order)
+        if start.step >= last_step(config, data.order):
+            # Before models are built: they may take minutes to load.
+            log_nothing_to_do(config, start, data.order)
+            finish(config, exporter, start.step, data.order.steps)
+            return
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
         Trainer(config, layout, engine, data, start, exporter).train()
@@ -119,7 +130,7 @@ def dry_run(
         f"ranks: {world_size} = {layout}",
         *memory_lines(memory),
         *pack_lines(config),
-        _duration(config, step_time(job, cluster, layout, config.train.recompute).total),
+        _duration(config, job, cluster, layout),
         f"{verdict} {usable:.1f} GiB ({gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)",
     ]
     if not fits:
@@ -154,20 +165,35 @@ def pack_lines(config: Config) -> list[str]:
     if config.batch.tokens_per_micro_batch is not None or config.seq_length == default:
         return []
     return [
-        f"batch.tokens_per_micro_batch: {config.seq_length}, not {default}, the default: the layout divides packs "
-        f"into {config.seq_length_multiple} parts"
+        f"batch.tokens_per_micro_batch: {config.seq_length}, not {default}, the default: layout and "
+        f"precision take packs of a multiple of {config.seq_length_multiple} tokens"
     ]
 
 
-def _duration(config: Config, step_seconds: float) -> str:
-    """Steps, tokens and hours, by the planner's assumptions (docs/planning.md)."""
-    tokens = config.batch.global_pairs * config.data.max_length
-    each = f"{config.batch.global_pairs} pairs, {tokens:,} tokens if sequences are half as long as they may be"
-    if config.train.steps is None:
-        return f"{config.train.epochs:g} epochs in steps of {each}; about {step_seconds:.2g} s a step on H100 GPUs"
-    steps = config.train.steps
+def _duration(config: Config, job: Job, cluster: Cluster, layout: ParallelLayout) -> str:
+    """Steps, tokens and hours, by the planner's assumptions (docs/planning.md) where the data does not say."""
+    train, batch, steps = config.train, job.batch, config.train.steps
+    whole, if_so = "", " if sequences are half as long as they may be"
+    try:
+        if steps is None or all(prepared_prefix(source.path) for source in config.datasets["train"]):
+            data, what = count_training_data(config), "records, if each is a pair"
+            if data.tokens is not None:
+                mean, share = data.tokens
+                batch = replace(batch, pair_tokens=round(mean), response_share=share)
+                what, if_so = "pairs", " on average"
+            if steps is None:
+                size, shuffle, number = batch.global_pairs, config.data.shuffle, sum(part.pairs for part in data.parts)
+                steps = make_sampler(data.parts, size, None, train.epochs, shuffle, train.seed).steps
+                whole = f"{train.epochs:g} epochs of {number:,} {what}: "
+    except UserError as error:
+        whole = f"data.train: {error}: " if steps is None else ""
+    step_seconds = step_time(replace(job, batch=batch), cluster, layout, train.recompute).total
+    tokens = batch.global_pairs * batch.pair_tokens
+    each = f"{batch.global_pairs} pairs, {tokens:,} tokens{if_so}"
+    if steps is None:
+        return f"{whole}{train.epochs:g} epochs in steps of {each}; about {step_seconds:.2g} s a step on H100 GPUs"
     hours = steps * step_seconds / 3600
-    return f"{steps} steps of {each}: {steps * tokens:,} in all, about {hours:.2g} hours on H100 GPUs"
+    return f"{whole}{steps:,} steps of {each}: {steps * tokens:,} in all, about {hours:.2g} hours on H100 GPUs"
 
 
 def _instead(plan: Plan | None, world_size: int) -> str:

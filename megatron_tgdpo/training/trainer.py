@@ -26,7 +26,6 @@ from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.guidance.cache import GuidanceCache
 from megatron_tgdpo.guidance.monitor import GuideWatch
-from megatron_tgdpo.output.directory import mark_done
 from megatron_tgdpo.output.metrics import StepMetrics, eval_group
 from megatron_tgdpo.output.metrics_log import MetricsLog
 from megatron_tgdpo.planning.memory import GIB
@@ -39,7 +38,7 @@ from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.training.engine_state import load_checkpoint
 from megatron_tgdpo.training.export import Exporter, export
 from megatron_tgdpo.training.finish import finish
-from megatron_tgdpo.training.resume import StartPoint
+from megatron_tgdpo.training.resume import StartPoint, last_step
 from megatron_tgdpo.training.run_data import RunData
 from megatron_tgdpo.training.samples import PolicySamples
 from megatron_tgdpo.training.start_check import check_start
@@ -94,7 +93,7 @@ class Trainer:
         self.start = start
         self.lora = trained_lora(config)
         self.exporter = exporter
-        self.last_step = min(config.train.exit_step or data.order.steps, data.order.steps)
+        self.last_step = last_step(config, data.order)
         self.saver = CheckpointSaver(
             engine,
             self.output_dir,
@@ -116,21 +115,16 @@ class Trainer:
             StoppedEarly: Some rank was asked to stop; the step it was in is saved.
         """
         done = self._resume()
-        if done >= self.last_step:
-            logger.info("nothing to do: step %d of %d is done", done, self.last_step)
-        elif self._over_ranks(signals.requested())[0]:
+        if self._over_ranks(signals.requested())[0]:
             raise StoppedEarly(f"asked to stop before step {done + 1} of {self.data.order.steps}")
-        else:
-            try:
-                done = self._train_from(done + 1)
-            except BaseException:
-                self.saver.leave()
-                raise
+        try:
+            done = self._train_from(done + 1)
+        except BaseException:
+            self.saver.leave()
+            raise
         if done < self.last_step:
             raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
-        if done >= self.data.order.steps:
-            raise_on_all_ranks(lambda: mark_done(self.output_dir, done) if dist.get_rank() == 0 else None)
-        finish(self.config, self.exporter, done=done >= self.data.order.steps)
+        finish(self.config, self.exporter, done, self.data.order.steps)
 
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""

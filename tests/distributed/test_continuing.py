@@ -126,9 +126,19 @@ def test_a_finished_run_goes_on_for_more_steps_of_another_size(problem: Problem,
     assert [step["train/lr"] for step in read_metrics(tmp_path / "run")[6:]] == [1e-3, 1e-3]
     assert json.loads((tmp_path / "run" / "DONE").read_text()) == {"step": 8}
     # The same command again has nothing to do, and the run is by now what it became.
-    assert "nothing to do: step 8 of 8" in problem.train(config, *asked)
-    assert "nothing to do: step 8 of 8" in problem.train(config, *asked, "train.resume=same")
+    again = problem.train(config, *asked)
+    assert f"nothing to do in {tmp_path / 'run'}: step 8 of 8 is done, and the run is finished: give" in again
+    assert f"the model: {tmp_path / 'run' / 'checkpoints' / 'step_00000008'}" in again
+    # It is said before models are built, which ends with their sizes.
+    assert "parameters on rank 0" in logged
+    assert "parameters on rank 0" not in again
+    assert "step 8 of 8 is done" in problem.train(config, *asked, "train.resume=same")
+    assert "train.exit_step is 7: leave it out" in problem.train(config, *asked, "train.steps=9", "train.exit_step=7")
     assert "train.steps=5 asks for 5 steps" in problem.refusal(config, *asked, "train.steps=5")
+    branch = f"train.branch_from={tmp_path / 'run' / 'checkpoints' / 'step_00000008'}"
+    config = merged(config, output_dir=str(tmp_path / "branch"))
+    assert "train.steps=8 asks for 8 steps" in problem.refusal(config, *asked[1:], branch)
+    assert not (tmp_path / "branch" / "DONE").exists()
 
 
 def test_a_stop_after_a_change_is_continued_exactly(problem: Problem, tmp_path: Path) -> None:
@@ -183,7 +193,8 @@ def test_a_checkpoint_that_is_cut_off_is_not_branched_from(problem: Problem, tmp
     os.truncate(file, size - 1)
     config = merged(problem.config, train={"branch_from": str(checkpoint)}, output_dir=str(tmp_path / "run"))
     line = problem.refusal(config, "checkpoint.verify=false")
-    assert line == f"error: train.branch_from: {file}: {size - 1:,} bytes, {size:,} were written"
+    damage = f"{file}: {size - 1:,} bytes, {size:,} were written"
+    assert line == f"error: train.branch_from: {damage}: name another checkpoint"
 
 
 @pytest.mark.parametrize("role", ["guide", "reference", "policy"])

@@ -1,12 +1,15 @@
 """From one config to the aligned model: stages in their order, each once, and none that takes a half for a whole."""
 
 import json
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.common import make_problem, merged, read_metrics
+from megatron_tgdpo.resilience.run_lock import RunLock
+from tests.distributed.common import make_problem, merged, read_metrics, write_pairs
 from tests.processes import run_forked
 from tgdpo import pipeline
 from tgdpo.child_processes import Commands
@@ -133,15 +136,53 @@ def test_from_one_config_to_the_aligned_model(
     assert f"{out}/hf/step_00000003: not an export of {last}: remove it" in capsys.readouterr().err
 
 
-def test_what_training_exports_is_not_exported_again(config_file: Path, tmp_path: Path, run: list[list[str]]) -> None:
+def test_what_training_exports_is_not_exported_again(
+    config_file: Path, tmp_path: Path, run: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [str(config_file), f"output_dir={tmp_path}/run", "guidance.mode=colocated", "--prompts", "0"]
     best = ["export.hf=best", "checkpoint.best_metric=eval/rewards/margins", "eval.every_steps=1"]
     assert finished([*command, *best]) == 0
     assert [words[0] for words in run] == ["train", "train", "evaluate"]
     (exported,) = (tmp_path / "run" / "hf").iterdir()
     assert f"tgdpo={exported}" in run[-1]
+    chosen = "the checkpoint was chosen by eval/rewards/margins on data.validation, on which it was evaluated, too"
+    assert chosen in capsys.readouterr().out
+    # On pairs that chose nothing it is evaluated anew.
+    test = tmp_path / "test.jsonl"
+    assert finished([*command, *best, f"data.test={test}"]) == 1
+    assert f"error: data.test {test}: no such file" in capsys.readouterr().err
+    write_pairs(test, 8)
+    assert finished([*command, *best, f"data.test={test}"]) == 0
+    assert [words[0] for words in run] == ["train", "train", "evaluate", "evaluate"]
+    assert str(test) in run[-1]
+    assert chosen not in capsys.readouterr().out
     # Nobody asked for the guide's.
     assert not (tmp_path / "run" / "guide" / "hf").exists()
+
+
+def test_two_pipelines_do_not_share_a_directory(
+    config_file: Path, tmp_path: Path, run: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = [str(config_file), f"output_dir={out}", "--prompts", "0"]
+    other = RunLock(out, interval=0.1, name=pipeline.LOCK_FILE)
+    other.acquire()
+    try:
+        assert finished(command) == 1
+    finally:
+        other.release()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {out}: process {os.getpid()} on ")
+    assert line.endswith("is writing to it: wait for its end, stop it, or choose another output_dir")
+    assert run == []
+    # Whoever was killed keeps nobody out, and nothing of it is left.
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    owner = {"id": "x", "pid": gone.pid, "host": other._owner["host"]}
+    (out / pipeline.LOCK_FILE).write_text(json.dumps(owner))
+    assert finished([*command, "model.policy=nowhere"]) == 1
+    assert [words[:2] for words in run] == [["train", "--guide"]]
+    assert not (out / pipeline.LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize(

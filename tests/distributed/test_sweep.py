@@ -14,7 +14,7 @@ from megatron_tgdpo.checkpoints.listing import complete_checkpoints
 from megatron_tgdpo.signals import STOPPED_STATUS
 from tests.distributed.common import make_problem, merged
 from tests.launch import ROOT, environment
-from tgdpo import sweep
+from tgdpo import pipeline, sweep
 
 
 def test_a_sweep_that_is_asked_to_stop_leaves_nothing_running(tmp_path: Path) -> None:
@@ -55,3 +55,20 @@ def test_the_runs_of_a_sweep_must_share_a_guide(tmp_path: Path, capsys: pytest.C
         sweep.main([str(config), "--alpha", "0", "0.5", "--beta", "0.1", "--out", str(tmp_path / "sweep")])
     assert "guide.output_dir is not set: name the directory of the one guide of all runs" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+def test_ranks_that_the_layout_cannot_be_made_of_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(merged(make_problem(tmp_path), parallel={"tensor": 2})))
+    given = [str(config), "--alpha", "0.5", "--beta", "0.1", "--out", str(tmp_path / "sweep")]
+    for ranks, choices in ((["--nproc", "3"], "2 or 4"), ([], "2")):
+        with pytest.raises(SystemExit, match="1"):
+            sweep.main([*given, *ranks])
+        assert f"= 2: start {choices} ranks, or change the layout\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        pipeline.main([str(config), "--nproc", "3"])
+    assert "= 2: start 2 or 4 ranks, or change the layout\n" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+    assert not (tmp_path / "run").exists()

@@ -6,6 +6,9 @@ import json
 import pickle
 import re
 import shutil
+import struct
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import Any
@@ -13,7 +16,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
 
 from checkpoints_convert.command_line import find_checkpoint
 from megatron_tgdpo.checkpoints import listing as checkpoint_directory
@@ -21,6 +30,7 @@ from megatron_tgdpo.checkpoints.dcp_io import SafeReader
 from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
+from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from tests.checkpoints import Payload, is_complete, save, without_manifest
 from tests.tiny_models import make_llama
@@ -221,6 +231,84 @@ def test_metadata_names_files_of_the_checkpoint_alone(saved: Path, name: str) ->
     (without_manifest(saved) / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="leads out of the checkpoint"):
         load_sharded(saved, state())
+
+
+def memo(index: int) -> bytes:
+    return b"r" + struct.pack("<I", index)
+
+
+BOMBS = {
+    # C's unpickler allocates as many pointers, twice.
+    "memo": (b"\x80\x02N" + memo(1 << 26) + b".", "it is no checkpoint metadata"),
+    # A tuple that holds another twice, and so on: its hash takes 2^60 steps.
+    "tuples": (b"\x80\x02})" + memo(0) + b"".join(2 * (b"h" + bytes([n])) + b"\x86" + memo(n + 1) for n in range(60))
+               + b"Ns.", "a key of type tuple"),
+    "bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.", "cannot be read"),
+    "buffer": (b"\x80\x05\x96" + struct.pack("<Q", 1 << 30) + b"x.", "cannot be read: KeyError"),
+    # A path of twice the last one, and so on.
+    "paths": (b"\x80\x02" + b"X\x01\0\0\0x" + memo(0) + b"".join(
+              b"cpathlib\nPosixPath\nj" + struct.pack("<I", n) + b"j" + struct.pack("<I", n) + b"\x86R" + memo(n + 1)
+              for n in range(40)) + b".", "a path longer than"),
+    # One large dict, which each of many objects copies.
+    "fields": (b"\x80\x02}(" + b"".join(b"X\x03\0\0\0%03dN" % n for n in range(100)) + b"u" + memo(0)
+               + b"ctorch.distributed.checkpoint.metadata\nMetadata\n)\x81j\0\0\0\0b.", "more fields than any"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_metadata_takes_no_more_memory_and_time_than_its_size_says(saved: Path, bomb: str) -> None:
+    content, message = BOMBS[bomb]
+    (without_manifest(saved) / ".metadata").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message):
+            CheckpointReader(saved)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def of_tensor(**values: Any) -> Callable[[Metadata], object]:
+    return lambda metadata: vars(metadata.state_dict_metadata["w"]).update(values)
+
+
+def of_place(**values: Any) -> Callable[[Metadata], object]:
+    def change(metadata: Metadata) -> None:
+        metadata.storage_data = {index: replace(info, **values) for index, info in metadata.storage_data.items()}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_tensor(size=torch.Size([1 << 40, 4])), "parts of w are missing"),
+        (of_tensor(size=torch.Size([1 << 47] * 6), chunks=[]), "parts of w are missing"),
+        (of_tensor(size=[3, 4]), "w is described by no tensor's metadata"),
+        (of_tensor(chunks=None), "w is described by no tensor's metadata"),
+        (of_tensor(chunks=[ChunkStorageMetadata(torch.Size([0]), torch.Size([12]))]), "w is described by no tensor"),
+        (of_tensor(properties="float32"), "w is described by no tensor's metadata"),
+        (of_tensor(size=torch.Size([1 << 40]), chunks=[ChunkStorageMetadata(torch.Size([0]), torch.Size([1 << 40]))]),
+         "w is larger than what is stored of it"),
+        (of_place(offset=-1), "is not stored as"),
+        (of_place(length="12"), "is not stored as"),
+        (of_place(length=1 << 60), "is not stored as"),
+        (of_place(relative_path=3), "a place in it is a _StorageInfo"),
+        (lambda metadata: vars(metadata).update(state_dict_metadata=[]), "no checkpoint metadata"),
+        (lambda metadata: metadata.storage_data.update({MetadataIndex("w", index=2**61 - 1): None}), "a key of type"),
+        (lambda metadata: metadata.storage_data.update({MetadataIndex("w", index=1): "x"}), "a place in it is a str"),
+    ],
+)  # fmt: skip
+def test_metadata_of_other_types_and_sizes_is_one_line(
+    saved: Path, change: Callable[[Metadata], object], message: str
+) -> None:
+    metadata = metadata_of(saved)
+    change(metadata)
+    (without_manifest(saved) / ".metadata").write_bytes(pickle.dumps(metadata))
+    for read in (CheckpointReader, lambda path: load_sharded(path, state())):
+        with pytest.raises(UserError, match=message) as raised:
+            read(saved)
+        assert len(str(raised.value).splitlines()) == 1
 
 
 def test_what_only_looks_like_a_checkpoint_is_none(saved: Path, tmp_path: Path) -> None:

@@ -92,6 +92,22 @@ def test_best_in_an_output_directory_is_its_best_checkpoint(
         find_model(tmp_path / ("a" * 300), "--model")
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_says_what_is_wrong(models: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(models / "run", tmp_path / "run")
+    found = sorted((run / "checkpoints").iterdir())
+    for checkpoint in found:
+        (checkpoint / "common.pt").unlink(missing_ok=True)
+    left = "no undamaged checkpoint is left there: put one back, or name another model"
+    with pytest.raises(UserError) as raised:
+        find_model(run, "--model")
+    damage = "step_00000003: not a complete Megatron checkpoint of this project: no tgdpo.json"
+    assert str(raised.value) == f"--model {run}: {run}/checkpoints/{damage}: {left}"
+    for checkpoint in found:
+        checkpoint.rename(checkpoint.with_name(checkpoint.name + ".damaged"))
+    with pytest.raises(UserError, match=rf"^--model {run}: {run}/checkpoints/[\w.]+\.damaged: set aside for its"):
+        find_model(run, "--model")
+
+
 def write_config(models: Path, out: Path, guide: str) -> Path:
     config = {
         "model": {"policy": str(models / "hf"), "guide": guide},

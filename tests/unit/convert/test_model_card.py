@@ -83,6 +83,7 @@ def test_what_is_wrong_in_the_log_is_passed_over(tmp_path: Path) -> None:
     (run / "best.json").write_text(json.dumps({**BEST, "metric": "`eval`\n<b>loss</b>"}))
     _, found = card_of(run / "checkpoints" / "step_00000004", config())
     assert r"Best by \`eval\` \<b\>loss\</b\> (min): this step, 0.5." in found
+    assert "It was chosen by this figure, which therefore flatters it: compare it on other data." in found
 
 
 def test_names_are_not_markdown(tmp_path: Path) -> None:

@@ -57,6 +57,15 @@ def test_bad_input_is_one_line_and_status_one(tmp_path, sp_model, write_jsonl, w
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+def test_a_tokenizer_of_the_hub_that_is_not_there_names_the_option(tmp_path, write_jsonl, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    result = run("--input", write_jsonl([plain_record(0)]), "--tokenizer", "owner/name", "--output", "x")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: --tokenizer: owner/name: no such file or directory, not")
+
+
 def test_options_out_of_range_too(tmp_path, sp_model):
     result = run("--input", "x", "--tokenizer", sp_model, "--output", str(tmp_path / "o"), "--max-length", "0")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)

@@ -22,9 +22,7 @@ from megatron_tgdpo.gpu.fp8 import (
     check_fp8_sizes,
     frozen_params_fp8,
     frozen_precision,
-    frozen_recipe,
     frozen_transformer_kwargs,
-    policy_recipe,
     policy_transformer_kwargs,
 )
 from megatron_tgdpo.gpu.fp8_checks import check_precision
@@ -103,7 +101,7 @@ def test_every_combination_builds_or_is_refused_with_its_reason(monkeypatch: pyt
     base, seen, accepted = config_from_dict(VALID), set(), 0
     for values, check_start in itertools.product(PRECISIONS, (False, True)):
         config = configured(base, values, check_start=check_start)
-        recipes = {policy_recipe(config.precision), frozen_recipe(config)} - {None}
+        recipes = {config.precision.policy_recipe, config.frozen_recipe} - {None}
         built = False
         for (capability, cuda), engine in itertools.product(GPUS, ENGINES):
             device = "cpu" if capability is None else "cuda"
@@ -137,7 +135,7 @@ def check_builds(config: Config) -> None:
         build(config, policy_transformer_kwargs(config.precision)),
         build(config, frozen_transformer_kwargs(config)),
     )
-    for built, recipe in ((policy, policy_recipe(config.precision)), (frozen, frozen_recipe(config))):
+    for built, recipe in ((policy, config.precision.policy_recipe), (frozen, config.frozen_recipe)):
         fp8, fp4 = (None, "e2m1") if recipe == "nvfp4" else (recipe and config.precision.fp8_format, None)
         assert (built.fp8, built.fp4) == (fp8, fp4)
         assert recipe in (None, built.fp8_recipe if fp8 else built.fp4_recipe)
@@ -196,7 +194,7 @@ def test_recipes_of_policy_and_frozen_models(
     kind = "fp4" if fp8 == "nvfp4" else "fp8"
     precision = {kind: fp8, "frozen": frozen, "fp8_params": params}
     config = config_from_dict({**VALID, "precision": precision})
-    assert (policy_recipe(config.precision), frozen_recipe(config), frozen_params_fp8(config)) == (policy, other, held)
+    assert (config.precision.policy_recipe, config.frozen_recipe, frozen_params_fp8(config)) == (policy, other, held)
 
 
 SIZES = {
@@ -229,6 +227,20 @@ def test_sizes_that_fp8_kernels_do_not_take(
         return
     with pytest.raises(UserError, match=message):
         check_fp8_sizes({**SIZES, **changes}, recipe, pack, grid)
+
+
+@pytest.mark.parametrize("precision", [{"fp8": "delayed", "frozen": "bf16"}, {"fp8": "blockwise"}, {"fp4": "nvfp4"}])
+@pytest.mark.parametrize(("tensor", "context"), [(1, 1), (8, 1), (1, 4), (3, 2)])
+def test_packs_of_default_size_are_what_fp8_kernels_take(precision: dict, tensor: int, context: int) -> None:
+    """They are rounded up from twice the longest sequence, as pipeline stages take them whole."""
+    parallel = {"tensor": tensor, "context": context, "sequence_parallel": tensor > 1}
+    sections = {"parallel": parallel, "precision": precision, "data": {**VALID["data"], "max_length": 1001}}
+    config = config_from_dict({**VALID, **sections, "train": {**VALID["train"], "check_start": False}})
+    sizes = {name: 3 * size for name, size in SIZES.items()}
+    recipe = next(recipe for key, recipe in precision.items() if key != "frozen")
+    check_fp8_sizes(sizes, recipe, config.seq_length, make_layout(tensor, 1, context, tensor > 1, tensor * context))
+    assert 2002 <= config.seq_length < 2008 + 128 * 8
+    assert config_from_dict({**VALID, **sections, "precision": {}}).seq_length < 2020
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"])

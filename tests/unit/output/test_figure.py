@@ -2,11 +2,15 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.output.figure import draw, read_records
@@ -158,3 +162,42 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     records = read_records(make_run(tmp_path / "run", 3))
     with pytest.raises(UserError, match=r"missing/x\.png"):
         draw({"run": records}, tmp_path / "missing" / "x.png")
+
+
+def tiny_font(path: Path, character: str) -> str:
+    """Makes a font of one character, a square; returns its family's name."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 700), (700, 700), (700, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    names = [".notdef", "one"]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap({ord(character): "one"})
+    font.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys(names, (800, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Tiny", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+    return "Tiny"
+
+
+def test_names_are_drawn_in_a_font_that_has_them_or_escaped(
+    tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A private-use character, which no other font on any machine is likely to have, in the place of a CJK one."""
+    character = "\U000f0f1a"
+    runs = {f"{name}{character}": read_records(make_run(tmp_path / name, 4)) for name in ("a", "b")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(runs, tmp_path / "without.png")
+        monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist])
+        fontManager.addfont(tmp_path / f"{tiny_font(tmp_path / 'Tiny.ttf', character)}.ttf")
+        draw(runs, tmp_path / "with.png")
+    without, found = ([text for text in figure.legends[0].get_texts()[:2]] for figure in drawn)
+    assert [text.get_text() for text in without] == ["a\\U000f0f1a", "b\\U000f0f1a"]
+    assert [text.get_text() for text in found] == [*runs]
+    assert [text.get_fontfamily()[-1] for text in found] == ["Tiny", "Tiny"]

@@ -9,6 +9,9 @@ import yaml
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.loading import config_from_dict, load_config
+from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.preprocess import preprocess
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.fp8 import linear_bytes
@@ -24,6 +27,7 @@ from megatron_tgdpo.planning.report import memory_lines, plan_text
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
 from megatron_tgdpo.training.run import dry_run, pack_lines
+from tests.distributed.common import write_pairs
 from tests.processes import run_forked
 from tests.published_configs import PUBLISHED, write_config
 from tests.tiny_models import make_llama
@@ -225,6 +229,29 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
     assert instead.startswith(("the nearest that fits: parallel.tensor=", "no layout of 8 GPUs fits"))
 
 
+def test_a_dry_run_counts_the_steps_of_its_epochs(tmp_path: Path) -> None:
+    path, file = make_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
+    file.write_text("{}\n" * 30)
+    values = {**VALID, "model": {"policy": str(path), "guide": str(path)}, "train": {"epochs": 1.5}}
+    sources = [str(file), {"path": str(file), "weight": 0.5}]
+    lines = {
+        name: dry_run(config_from_dict({**values, "data": {"train": train}}), 1)[0].splitlines()[-2]
+        for name, train in {"raw": sources, "missing": str(tmp_path / "no.jsonl")}.items()
+    }
+    # 1.5 x (30 + 15) pairs in steps of 8.
+    assert lines["raw"].startswith("1.5 epochs of 60 records, if each is a pair: 9 steps of 8 pairs, 16,384 tokens if")
+    assert ": 147,456 in all, about " in lines["raw"]
+    assert lines["missing"].startswith(f"data.train: {tmp_path}/no.jsonl: cannot be read: No such")
+    assert ": 1.5 epochs in steps of 8 pairs" in lines["missing"]
+    prefix = str(tmp_path / "pairs")
+    write_pairs(file, 20)
+    preprocess([str(file)], prefix, PreprocessOptions(str(path), max_length=64, workers=1), progress=False)
+    line = dry_run(config_from_dict({**values, "data": {"train": prefix}}), 1)[0].splitlines()[-2]
+    lengths = PreferenceDataset(prefix).lengths
+    tokens = 8 * round((2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]).mean())
+    assert line.startswith(f"1.5 epochs of 20 pairs: 4 steps of 8 pairs, {tokens:,} tokens on average: {4 * tokens:,} ")
+
+
 def test_a_dry_run_that_does_not_fit_names_overrides_that_do(tmp_path: Path) -> None:
     path = make_llama(tmp_path / "model")
     values = {**VALID, "model": {"policy": str(path), "guide": str(path)}}
@@ -242,9 +269,14 @@ def test_packs_that_a_layout_has_rounded_up_are_said() -> None:
     values = {**VALID, "data": {"train": "pairs.jsonl", "max_length": 128}}
     three = {"tensor": 3, "sequence_parallel": True}
     assert pack_lines(config_from_dict(values)) == []
-    assert pack_lines(config_from_dict({**values, "parallel": three})) == [
-        "batch.tokens_per_micro_batch: 258, not 256, the default: the layout divides packs into 3 parts"
-    ]
+    why = "the default: layout and precision take packs of a multiple of"
+    for sections, tokens, multiple in (
+        ({"parallel": three}, 258, 3),
+        ({"parallel": three, "precision": {"fp8": "tensorwise"}}, 288, 48),
+    ):
+        assert pack_lines(config_from_dict({**values, **sections})) == [
+            f"batch.tokens_per_micro_batch: {tokens}, not 256, {why} {multiple} tokens"
+        ]
     with pytest.raises(UserError, match=r"batch\.tokens_per_micro_batch 256 is not divisible"):
         config_from_dict({**values, "parallel": three, "batch": {"global_pairs": 8, "tokens_per_micro_batch": 256}})
 

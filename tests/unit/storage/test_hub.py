@@ -83,7 +83,7 @@ def test_a_cache_of_the_library_serves_offline(hub: Hub, tmp_path: Path, kind: s
     assert error == "UserError"
     options = " --repo-type dataset" if kind == "dataset" else ""
     assert "HF_HUB_OFFLINE is set" in line
-    assert line.endswith(f"hf download owner/name{options}")
+    assert line.endswith(f"hf download owner/name{options}; or name a directory that has it")
     # As that command does.
     download = "import sys, huggingface_hub as h; print(h.snapshot_download('owner/name', repo_type=sys.argv[1]))"
     snapshot = python(download, kind, environment=environment)[-1]
