@@ -39,7 +39,7 @@ def our_config(
         guided: TGDPO; else DPO.
         mode: ``guidance.mode``.
         shared_prompts: ``batch.shared_prompts``.
-        lora: An adapter of the policy trains. For TGDPO the guide is another one and the reference the base; for DPO the
+        lora: An adapter of the policy trains. For TGDPO the guide is another one, the reference the base; for DPO the
             reference is the adapter as it begins, as in TRL.
         train: More values of the section ``train``.
     """

@@ -61,7 +61,8 @@ class _StepTimes(TrainerCallback):
 def run(problem: Problem, recorder: Recorder, *, lora: bool) -> None:
     """All steps of a problem; with ``lora`` the reference is the policy's adapter as it begins."""
     bf16 = problem.dtype == "bf16"
-    policy, reference = _load(problem.policy, torch.float32), None
+    policy: torch.nn.Module = _load(problem.policy, torch.float32)
+    reference = None
     if lora:
         from peft import PeftModel
 
