@@ -28,8 +28,8 @@ def guide_warning(correct: int, pairs: int, *, ties: int = 0) -> str | None:
     if not pairs or _beside_chance(correct, pairs - ties) != "below":
         return None
     return (
-        f"GUIDE BELOW CHANCE: it prefers {_share(correct, pairs, ties)}: are guide and reference swapped, or chosen and "
-        "rejected? TGDPO with it would lean towards what the labels reject"
+        f"GUIDE BELOW CHANCE: it prefers {_share(correct, pairs, ties)}: are guide and reference swapped, or chosen "
+        "and rejected? TGDPO with it would lean towards what the labels reject"
     )
 
 

@@ -69,7 +69,9 @@ def test_guides_below_chance_are_warned_of(correct: int) -> None:
     assert guide_doubt(correct, 100) is None
 
 
-@pytest.mark.parametrize(("correct", "pairs", "ties"), [(6, 16, 0), (10, 16, 0), (50, 100, 0), (55, 100, 0), (3, 100, 90)])
+@pytest.mark.parametrize(
+    ("correct", "pairs", "ties"), [(6, 16, 0), (10, 16, 0), (50, 100, 0), (55, 100, 0), (3, 100, 90)]
+)
 def test_guides_that_may_be_at_chance_are_not_accused(correct: int, pairs: int, ties: int) -> None:
     assert guide_warning(correct, pairs, ties=ties) is None
     doubt = guide_doubt(correct, pairs, ties=ties)
