@@ -166,7 +166,11 @@ BAD_LABELS = """[...document.querySelectorAll('figure svg')].flatMap((picture) =
 @pytest.mark.parametrize("width", [1440, 420])
 def test_small_numbers_stay_apart_and_charts_fit(small: Page, width: int) -> None:
     small.resize(width, 900)
-    small.wait_for("document.querySelector('figure svg').getBoundingClientRect().right < innerWidth")
+    # Until all is drawn again: a picture of another width would be scaled down.
+    small.wait_for(
+        f"innerWidth === {width} && [...document.querySelectorAll('figure svg')].every((picture) =>"
+        "Math.abs(picture.getBoundingClientRect().width - picture.getAttribute('width')) < 1)"
+    )
     assert small.evaluate("document.querySelectorAll('figure svg').length") == 2 * 6
     assert small.evaluate(BAD_LABELS) == []
     assert small.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

@@ -176,7 +176,7 @@ function drawCharts(target) {
   // An empty figure has the width that those to come will have.
   const probe = element("figure", {}, element("p", { class: "note" }));
   target.replaceChildren(probe);
-  chartWidth = probe.firstChild.clientWidth;
+  chartWidth = Math.max(probe.firstChild.clientWidth, 240);
   const drawn = [marginHistograms(), marginsByLength(), histograms("Token rewards", "reward", rewards), positions("Rewards by position", "reward", rewards)];
   // With alpha 0 every weight is 1.
   if (alpha > 0) drawn.push(histograms("Token weights", "weight", weights), positions("Weights by position", "weight", weights));
