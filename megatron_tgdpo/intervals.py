@@ -64,5 +64,24 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     return _normal(ratio, error / statistics.fmean(denominators))
 
 
+def correlation_interval(x: Sequence[float], y: Sequence[float]) -> Estimate | None:
+    """Pearson's correlation with Fisher's interval, normal in atanh(r); None where either has one value alone.
+
+    Args:
+        x: One an observation; four for an interval.
+        y: As many.
+    """
+    try:
+        correlation = statistics.correlation(x, y)
+    except statistics.StatisticsError:
+        return None
+    if len(x) < 4:
+        return Estimate(correlation, None, None)
+    # Rounding may take it to 1 or beyond.
+    middle = math.atanh(max(min(correlation, 1 - 1e-15), -1 + 1e-15))
+    spread = _Z / math.sqrt(len(x) - 3)
+    return Estimate(correlation, math.tanh(middle - spread), math.tanh(middle + spread))
+
+
 def _normal(mean: float, error: float) -> Estimate:
     return Estimate(mean, mean - _Z * error, mean + _Z * error)

@@ -175,7 +175,7 @@ def check_present(given: argparse.Namespace, *options: str) -> None:
 
 
 def find_models(given: argparse.Namespace, *options: str, weights: bool = True) -> None:
-    """Puts, in options (``--model``) that name models, the directories that they mean; None is left out.
+    """Puts, in options (``--model``) that name models or lists of them, the directories they mean; None is left out.
 
     Args:
         given: The command line.
@@ -190,7 +190,9 @@ def find_models(given: argparse.Namespace, *options: str, weights: bool = True) 
     for option in options:
         name = option.lstrip("-").replace("-", "_")
         text = getattr(given, name)
-        if text is not None:
+        if isinstance(text, list):
+            setattr(given, name, [find_model(one, option, weights=weights) for one in text])
+        elif text is not None:
             setattr(given, name, find_model(text, option, weights=weights))
 
 

@@ -2,6 +2,7 @@
 
     tgdpo report CONFIG.yaml --out report.html [--cache DIR] [section.key=value ...]
     tgdpo report CONFIG.yaml --out report.html [--reference MODEL --guide MODEL] [--policy MODEL]
+    tgdpo report CONFIG.yaml --out report.html --guide MODEL --guide MODEL
 
 Log-probs come from a guidance cache (``--cache`` is ``guidance.cache``; a config with ``guidance.mode: cached`` needs
 neither), or from models run by transformers (the config's own where none are given). alpha, beta,
@@ -35,7 +36,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--cache", type=Path, help="what tgdpo guidance wrote")
     parser.add_argument("--reference", metavar="MODEL", help="default: the config's reference")
-    parser.add_argument("--guide", metavar="MODEL", help="default: model.guide")
+    parser.add_argument(
+        "--guide", metavar="MODEL", action="append", help="default: model.guide; several are shown side by side"
+    )
     parser.add_argument("--policy", metavar="MODEL", help="one whose log-ratios are added")
     parser.add_argument("--split", default="train", help="train, validation or validation/NAME; default %(default)s")
     parser.add_argument("--pairs", type=int, default=200, help="spread evenly over the data; default %(default)s")
@@ -57,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(given: argparse.Namespace) -> None:
     _check_writable(given.out)
     check_present(given, "--cache")
+    asked = argparse.Namespace(**vars(given))
     find_models(given, "--reference", "--guide", "--policy")
     # Only now: these imports take seconds, a wrong option should not.
     from megatron_tgdpo.config.loading import load_config
@@ -72,42 +76,74 @@ def _main(given: argparse.Namespace) -> None:
         from megatron_tgdpo.setup.trained_guide import check_finished
 
         check_finished(config, [given.config, *given.overrides])
-    print(_report(given, config))
+    print(_report(given, asked, config))
 
 
-def _report(given: argparse.Namespace, config: Config) -> str:
+def _report(given: argparse.Namespace, asked: argparse.Namespace, config: Config) -> str:
     # Here, not above: these imports take seconds, a wrong key of the config should not.
     from megatron_tgdpo.data.tokenizers import load_tokenizer
     from megatron_tgdpo.setup.datasets import preprocess_options
     from megatron_tgdpo.setup.hub_inputs import pin_here
     from megatron_tgdpo.storage.atomic_file import write_atomically
-    from tgdpo.reporting.build import chance_warning, report_metrics, report_pairs, summary
+    from tgdpo.reporting.build import remarks, report_metrics, report_pairs, summary
     from tgdpo.reporting.render import render_page
     from tgdpo.reporting.sources import check_finite, choose_pairs, open_split
 
-    config = pin_here(config, weights=config.guidance.mode != "cached")
-    dataset = open_split(config, given.split)
+    pinned = pin_here(config, weights=config.guidance.mode != "cached")
+    models, names = _models(given, pinned), _models(asked, config)
+    guides = [role for role in models if role.startswith("guide")]
+    dataset = open_split(pinned, given.split)
     pairs = choose_pairs(dataset, given.pairs)
-    logps, models = _logps(given, config, dataset, pairs)
-    check_finite(logps, pairs)
-    metrics = report_metrics(pairs, logps)
-    warning = chance_warning(metrics)
-    options = preprocess_options(config)
+    places = [dataset.source(pair.index) for pair in pairs]
+    logps, cache = _logps(given, pinned, models, dataset, pairs, places)
+    check_finite(logps, places)
+    metrics = report_metrics(pairs, logps, guides)
+    warnings, notes = remarks(metrics)
+    options = preprocess_options(pinned)
     tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.template_kwargs)
     shown = report_pairs(dataset, pairs, logps, tokenizer)
-    facts = {**models, "data": dataset.prefix, "pairs": f"{len(pairs):,} of {len(dataset):,}"}
+    facts = {
+        **{role: _name(names[role], models[role]) for role in models},
+        **({"log-probs": f"guidance cache {cache}, of the config's models"} if cache else {}),
+        "data": ", ".join(source.path for source in config.datasets[given.split]),
+        "pairs": f"{len(pairs):,} of {len(dataset):,}",
+    }
     alpha, beta = config.loss.options["alpha"], config.loss.options["beta"]
-    page = render_page(shown, metrics, alpha=alpha, beta=beta, facts=facts, warning=warning)
+    page = render_page(shown, metrics, alpha=alpha, beta=beta, facts=facts, warnings=warnings, notes=notes)
     write_atomically(given.out, page)
-    if warning:
-        print(f"WARNING: {warning}", file=sys.stderr)
-    return f"{summary(metrics, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
+    for prefix, texts in (("WARNING", warnings), ("note", notes)):
+        for text in texts:
+            print(f"{prefix}: {text}", file=sys.stderr)
+    return f"{summary(metrics, facts, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
+
+
+def _models(given: argparse.Namespace, config: Config) -> dict[str, str]:
+    """Models by what they are here: reference, guide (of several ``guide 1``, ``guide 2`` and so on), policy."""
+    of_config = config.model_paths
+    guides = given.guide or [of_config["guide"]]
+    names = ["guide"] if len(guides) == 1 else [f"guide {k}" for k in range(1, len(guides) + 1)]
+    policy = {"policy": str(given.policy)} if given.policy else {}
+    return {
+        "reference": str(given.reference or of_config["reference"]),
+        **{name: str(guide) for name, guide in zip(names, guides, strict=True)},
+        **policy,
+    }
+
+
+def _name(asked: str, found: str) -> str:
+    """A model for people: as it was asked for, or where it was found within that, such as a run's checkpoint."""
+    return found if Path(found).absolute().is_relative_to(Path(asked).absolute()) else asked
 
 
 def _logps(
-    given: argparse.Namespace, config: Config, dataset: PreferenceDataset, pairs: list[PreferencePair]
-) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
-    """Log-probs by model, and what each model's log-probs come from."""
+    given: argparse.Namespace,
+    config: Config,
+    models: dict[str, str],
+    dataset: PreferenceDataset,
+    pairs: list[PreferencePair],
+    places: list[str],
+) -> tuple[dict[str, list[np.ndarray]], str | None]:
+    """Log-probs by model, and the cache that those of reference and guide are from, if they are."""
     import torch
 
     from megatron_tgdpo.setup.model_inputs import compare_with_data
@@ -116,19 +152,15 @@ def _logps(
 
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[config.precision.dtype]
-    policy = {"policy": str(given.policy)} if given.policy else {}
     named = given.reference or given.guide
-    if given.cache or (config.guidance.mode == "cached" and not named):
-        for tokens in compare_with_data(config, policy):
-            tokens.check(dataset)
-        directory = str(config.guidance.cache)
-        found = cached_logps(open_cache(config, given.split, dataset), directory, pairs)
-        return {**found, **model_logps(policy, pairs, dtype, device)}, {"guidance": directory, **policy}
-    of_config = config.model_paths
-    models = {role: str(getattr(given, role) or of_config[role]) for role in ("reference", "guide")} | policy
-    for tokens in compare_with_data(config, models):
+    cache = str(config.guidance.cache) if given.cache or (config.guidance.mode == "cached" and not named) else None
+    running = {role: model for role, model in models.items() if cache is None or role == "policy"}
+    for tokens in compare_with_data(config, running):
         tokens.check(dataset)
-    return model_logps(models, pairs, dtype, device), models
+    found = {}
+    if cache is not None:
+        found = cached_logps(open_cache(config, given.split, dataset), cache, pairs, places)
+    return {**found, **model_logps(running, pairs, dtype, device)}, cache
 
 
 def _check_writable(path: Path) -> None:

@@ -42,6 +42,7 @@ _PAIR_SUMS: dict[str, _Formula] = {
     "logps/reference_rejected": lambda loss: loss.reference_logps[1::2].sum(),
     "margins/weighted": lambda loss: loss.weighted_margins.sum(),
     "guide_correct": lambda loss: (loss.guide_rewards[0::2] > loss.guide_rewards[1::2]).sum(),
+    "guide_tied": lambda loss: (loss.guide_rewards[0::2] == loss.guide_rewards[1::2]).sum(),
     "responses_difference": lambda loss: loss.logratios.double().square().sum(),
 }
 _TOKEN_SUMS: dict[str, Callable[[PreferenceLoss, Tensor], Tensor]] = {
@@ -183,6 +184,7 @@ def _step_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> Ste
         "guidance/weight_max": maxima["weight_max"],
         "guidance/negative_fraction": sums["weight_negative"] / tokens,
         "guidance/guide_accuracy": sums["guide_correct"] / pairs,
+        "guidance/guide_ties": sums["guide_tied"] / pairs,
     }
     bad = maxima["negative_bad_pair"]
     difference = LogpDifference.of_sums(

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from megatron_tgdpo.guidance.monitor import GuideWatch, guide_warning
+from megatron_tgdpo.guidance.monitor import GuideWatch, guide_doubt, guide_warning
 from megatron_tgdpo.intervals import Estimate, mean_interval, ratio_interval, wilson
 
 
@@ -59,21 +59,35 @@ def _holds(estimate: Estimate, truth: float) -> bool:
     return estimate.low <= truth <= estimate.high
 
 
-@pytest.mark.parametrize("correct", [0, 30, 50])
-def test_guides_at_or_below_chance_are_warned_of(correct: int) -> None:
+@pytest.mark.parametrize("correct", [0, 30, 40])
+def test_guides_below_chance_are_warned_of(correct: int) -> None:
     warning = guide_warning(correct, 100)
     assert warning is not None
     assert "\n" not in warning
     assert f"{correct} of 100 pairs" in warning
     assert "swapped" in warning
+    assert guide_doubt(correct, 100) is None
+
+
+@pytest.mark.parametrize(
+    ("correct", "pairs", "ties"), [(6, 16, 0), (10, 16, 0), (50, 100, 0), (55, 100, 0), (3, 100, 90)]
+)
+def test_guides_that_may_be_at_chance_are_not_accused(correct: int, pairs: int, ties: int) -> None:
+    assert guide_warning(correct, pairs, ties=ties) is None
+    doubt = guide_doubt(correct, pairs, ties=ties)
+    assert doubt is not None
+    assert doubt.startswith("Too few pairs to tell")
+    assert f"{correct} of {pairs} pairs" in doubt
 
 
 def test_guides_above_chance_are_not() -> None:
-    assert guide_warning(51, 100) is None
-    assert guide_warning(0, 0) is None
+    for correct, pairs, ties in ((61, 100, 0), (0, 0, 0), (9, 100, 91)):
+        assert guide_warning(correct, pairs, ties=ties) is None
+        assert guide_doubt(correct, pairs, ties=ties) is None
     same = guide_warning(0, 100, ties=100)
     assert same is not None
     assert same.startswith("GUIDE IS THE REFERENCE")
+    assert guide_doubt(0, 100, ties=100) is None
 
 
 def test_a_training_warns_once_after_enough_pairs() -> None:
@@ -83,6 +97,12 @@ def test_a_training_warns_once_after_enough_pairs() -> None:
     assert warning is not None
     assert "64 of 256 pairs" in warning
     assert watch.count({"guidance/guide_accuracy": 0.25}, 64) is None
+    same = GuideWatch().count({"guidance/guide_accuracy": 0.0, "guidance/guide_ties": 1.0}, 200)
+    assert same is not None
+    assert "IS THE REFERENCE" in same
+    unsure = GuideWatch().count({"guidance/guide_accuracy": 0.5, "guidance/guide_ties": 0.0}, 200)
+    assert unsure is not None
+    assert "Too few pairs" in unsure
     good = GuideWatch()
     assert good.count({"guidance/guide_accuracy": 0.75}, 400) is None
     assert GuideWatch().count({"loss": 1.0}, 400) is None

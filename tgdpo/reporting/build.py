@@ -6,20 +6,27 @@ import numpy as np
 
 from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair
 from megatron_tgdpo.data.tokenizers import Tokenizer
-from tgdpo.reporting.metrics import NEGATIVE_SHARES, Metrics, make_metrics
+from megatron_tgdpo.guidance.monitor import guide_doubt, guide_warning
+from tgdpo.reporting.metrics import NEGATIVE_SHARES, Metrics, histogram_reach, make_metrics
+from tgdpo.reporting.numbers import decimals_of
 from tgdpo.reporting.render import ReportPair
 from tgdpo.reporting.sentences import SentenceSplitter
 from tgdpo.reporting.token_text import token_texts
 
 
-def report_metrics(pairs: Sequence[PreferencePair], logps: Mapping[str, Sequence[np.ndarray]]) -> Metrics:
-    """Metrics of pairs whose ``logps["guide"]`` and ``logps["reference"]`` are [c + r] a pair."""
-    by_response = []
-    for pair, guide, reference in zip(pairs, logps["guide"], logps["reference"], strict=True):
-        logratios = guide.astype(np.float64) - reference.astype(np.float64)
-        chosen, _ = pair.trained_lengths
-        by_response.append((logratios[:chosen], logratios[chosen:]))
-    return make_metrics(by_response)
+def report_metrics(
+    pairs: Sequence[PreferencePair], logps: Mapping[str, Sequence[np.ndarray]], guides: Sequence[str]
+) -> dict[str, Metrics]:
+    """Metrics by guide of pairs whose ``logps["reference"]`` and, of each guide's name, are [c + r] a pair."""
+    by_guide: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for guide in guides:
+        by_guide[guide] = []
+        for pair, values, reference in zip(pairs, logps[guide], logps["reference"], strict=True):
+            logratios = values.astype(np.float64) - reference.astype(np.float64)
+            chosen, _ = pair.trained_lengths
+            by_guide[guide].append((logratios[:chosen], logratios[chosen:]))
+    reach = max(histogram_reach(by_response) for by_response in by_guide.values())
+    return {guide: make_metrics(by_response, reach) for guide, by_response in by_guide.items()}
 
 
 def report_pairs(
@@ -39,7 +46,6 @@ def report_pairs(
     splitter = SentenceSplitter("".join(parts) for both in texts for parts in both)
     return [
         ReportPair(
-            index=pair.index,
             source=dataset.source(pair.index),
             prompt=tokenizer.decode(pair.prompt.tolist(), special=True),
             texts=both,
@@ -63,29 +69,42 @@ def _trained_texts(
     ]
 
 
-def chance_warning(metrics: Metrics) -> str:
-    """What to say of a guide that knows no better than chance; empty for one that does."""
-    if metrics.accuracy > 0.5:
-        return ""
-    return (
-        f"The guide prefers the chosen response in only {metrics.correct} of {metrics.pairs} pairs, which is no better "
-        "than chance. Are guide and reference swapped, or is the guide untrained? Its token weights would mislead."
-    )
+def remarks(metrics: Mapping[str, Metrics]) -> tuple[list[str], list[str]]:
+    """What to warn of, and what is not known, of guides by name: is one no better than chance?"""
+    found: tuple[list[str], list[str]] = ([], [])
+    for texts, remark in zip(found, (guide_warning, guide_doubt), strict=True):
+        for name, of_guide in metrics.items():
+            text = remark(of_guide.correct, of_guide.pairs, ties=of_guide.ties)
+            if text is not None:
+                texts.append(f"{name}: {text}" if len(metrics) > 1 else text)
+    return found
 
 
-def summary(metrics: Metrics, alpha: float, beta: float) -> str:
-    """The report's metrics in a few lines of text."""
+def summary(metrics: Mapping[str, Metrics], facts: Mapping[str, str], alpha: float, beta: float) -> str:
+    """The report's metrics in a few lines of text; ``facts`` has the models by what they are here."""
+    of_all = next(iter(metrics.values()))
+    blocks = [f"{of_all.pairs} pairs, {len(of_all.toward)} response tokens, alpha {alpha:g}, beta {beta:g}"]
+    blocks += [f"{name:<16} {facts[name]}\n{_of_guide(one, alpha, beta)}" for name, one in metrics.items()]
+    return "\n".join(blocks)
+
+
+def _of_guide(metrics: Metrics, alpha: float, beta: float) -> str:
     low, high = metrics.interval
+    margin = beta * float(metrics.margins.mean())
     toward = alpha * beta * metrics.toward
-    limits = ", ".join(f"{share:.1%} {metrics.alpha_limit(share, beta):.3g}" for share in NEGATIVE_SHARES)
+    weights = [1 + float(toward.mean()), float(toward.std()), 1 + float(toward[0]), 1 + float(toward[-1])]
+    mean, deviation, least, most = (f"{value:.{decimals_of([*weights, 1.0], 3)}f}" for value in weights)
+    limits = [metrics.alpha_limit(share, beta) for share in NEGATIVE_SHARES]
+    digits = decimals_of(limits, 2)
+    negative = 100 * metrics.negative_fraction(alpha, beta)
+    texts = [f"{share:.1%} {limit:.{digits}f}" for share, limit in zip(NEGATIVE_SHARES, limits, strict=True)]
+    ties = f", {metrics.ties} tie{'s' * (metrics.ties > 1)}" if metrics.ties else ""
     return "\n".join(
         [
-            f"{metrics.pairs} pairs, {len(toward)} response tokens, alpha {alpha:g}, beta {beta:g}",
-            f"guide accuracy   {metrics.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}), "
-            f"mean margin {beta * metrics.margins.mean():+.3f}",
-            f"token weights    mean {1 + toward.mean():.3f}, deviation {toward.std():.3f}, "
-            f"{1 + toward[0]:.3f} to {1 + toward[-1]:.3f}",
-            f"negative weights {metrics.negative_fraction(alpha, beta):.2%} of the tokens",
-            f"largest alpha for at most that share of negative weights: {limits}",
+            f"  accuracy       {metrics.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}){ties}, "
+            f"mean margin {margin:+.{decimals_of([margin], 3)}f}",
+            f"  token weights  mean {mean}, deviation {deviation}, {least} to {most}",
+            f"  negative       {negative:.{decimals_of([negative], 2)}f}% of the weights",
+            f"  largest alpha for at most that share of negative weights: {', '.join(texts)}",
         ]
     )

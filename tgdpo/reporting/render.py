@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tgdpo.reporting.metrics import NEGATIVE_SHARES, QUANTILES, Metrics
+from tgdpo.reporting.metrics import NEGATIVE_SHARES, QUANTILES, Metrics, extreme_tokens
 
 _DIRECTORY = Path(__file__).parent / "page"
-_SCRIPTS = ("data.js", "tokens.js", "charts.js", "pairs.js", "main.js")
+_SCRIPTS = ("data.js", "tokens.js", "plot.js", "charts.js", "pairs.js", "main.js")
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,13 @@ class ReportPair:
     """One pair as the page shows it; everything with two entries is of chosen, then of rejected.
 
     Attributes:
-        index: Its place in the dataset.
-        source: Where it came from, as in error messages.
+        source: Where it came from, as in error messages; its name on the page, too.
         prompt: Its text.
         texts: Text of each response token.
         sentences: First token of each sentence.
-        logps: float32 [c + r] by model: ``reference``, ``guide`` and perhaps ``policy``, in nats.
+        logps: float32 [c + r] by model, in nats: ``reference``, each guide by its name, and perhaps ``policy``.
     """
 
-    index: int
     source: str
     prompt: str
     texts: tuple[list[str], list[str]]
@@ -39,17 +37,25 @@ class ReportPair:
 
 
 def render_page(
-    pairs: Sequence[ReportPair], metrics: Metrics, *, alpha: float, beta: float, facts: dict[str, str], warning: str
+    pairs: Sequence[ReportPair],
+    metrics: Mapping[str, Metrics],
+    *,
+    alpha: float,
+    beta: float,
+    facts: Mapping[str, str],
+    warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """Renders the page.
 
     Args:
         pairs: What it shows, at least one pair; all with the same models.
-        metrics: Of the same pairs.
+        metrics: Of the same pairs, by the guide's name.
         alpha: Strength of the guidance that the page opens with.
         beta: Strength of the KL constraint that it opens with.
-        facts: What the heading says, by name.
-        warning: Shown on top; empty for none.
+        facts: What the heading says, by name; of a guide's name, the model.
+        warnings: Shown on top.
+        notes: Shown below them.
 
     Returns:
         HTML in which all text is escaped, and whose policy lets the browser run its own script alone.
@@ -62,40 +68,54 @@ def render_page(
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        data=_payload(pairs, metrics, alpha, beta),
+        data=_payload(pairs, metrics, alpha, beta, facts),
         facts=facts,
-        warning=warning,
+        guides=[facts[name] for name in metrics],
+        warnings=warnings,
+        notes=notes,
     )
 
 
-def _payload(pairs: Sequence[ReportPair], metrics: Metrics, alpha: float, beta: float) -> dict[str, Any]:
-    toward = metrics.toward
+def _payload(
+    pairs: Sequence[ReportPair], metrics: Mapping[str, Metrics], alpha: float, beta: float, facts: Mapping[str, str]
+) -> dict[str, Any]:
     return {
         "alpha": alpha,
         "beta": beta,
+        "quantiles": QUANTILES,
         "logps": {name: _floats([pair.logps[name] for pair in pairs]) for name in pairs[0].logps},
         "pairs": [
-            {
-                "index": pair.index,
-                "source": pair.source,
-                "prompt": pair.prompt,
-                "texts": pair.texts,
-                "sentences": pair.sentences,
-            }
+            {"source": pair.source, "prompt": pair.prompt, "texts": pair.texts, "sentences": pair.sentences}
             for pair in pairs
         ],
-        "metrics": {
-            "correct": metrics.correct,
-            "accuracy": metrics.accuracy,
-            "interval": metrics.interval,
-            "margin": float(metrics.margins.mean()),
-            "toward": [float(value) for value in (toward.mean(), toward.std(), toward[0], toward[-1])],
-            "tails": [[share, metrics.tail(share)] for share in NEGATIVE_SHARES],
-            "scale": metrics.scale,
-            "edges": metrics.edges.tolist(),
-            "counts": metrics.counts.tolist(),
-            "quantiles": QUANTILES,
-            "positions": [[asdict(one) for one in response] for response in metrics.positions],
+        "guides": [
+            {"name": name, "model": facts[name], **_of_guide(pairs, name, one)} for name, one in metrics.items()
+        ],
+    }
+
+
+def _of_guide(pairs: Sequence[ReportPair], name: str, metrics: Metrics) -> dict[str, Any]:
+    toward, by_length = metrics.toward, metrics.by_length
+    texts = (text for pair in pairs for response in pair.texts for text in response)
+    x = np.concatenate([pair.logps[name].astype(np.float64) - pair.logps["reference"] for pair in pairs])
+    least_count, most, least = extreme_tokens(texts, x)
+    return {
+        "correct": metrics.correct,
+        "ties": metrics.ties,
+        "accuracy": metrics.accuracy,
+        "interval": metrics.interval,
+        "margin": float(metrics.margins.mean()),
+        "by_length": by_length and [by_length.value, by_length.low, by_length.high],
+        "toward": [float(value) for value in (toward.mean(), toward.std(), toward[0], toward[-1])],
+        "tails": [[share, metrics.tail(share)] for share in NEGATIVE_SHARES],
+        "scale": metrics.scale,
+        "edges": metrics.edges.tolist(),
+        "counts": metrics.counts.tolist(),
+        "positions": [[asdict(one) for one in response] for response in metrics.positions],
+        "tokens": {
+            "least_count": least_count,
+            "most": [asdict(token) for token in most],
+            "least": [asdict(token) for token in least],
         },
     }
 

@@ -64,26 +64,29 @@ def open_cache(config: Config, split: str, dataset: PreferenceDataset) -> Guidan
     return cache
 
 
-def cached_logps(cache: GuidanceLogps, name: str, pairs: Sequence[PreferencePair]) -> dict[str, list[np.ndarray]]:
+def cached_logps(
+    cache: GuidanceLogps, name: str, pairs: Sequence[PreferencePair], places: Sequence[str]
+) -> dict[str, list[np.ndarray]]:
     """Log-probs of reference and guide from a cache, by model; a float32 [c + r] a pair.
 
     Args:
         cache: The cache.
         name: How errors call it.
         pairs: Of the dataset that the cache was made for.
+        places: Where each came from, for errors.
 
     Raises:
         UserError: The cache holds no guide, or was made for other pairs.
     """
     found: dict[str, list[np.ndarray]] = {"reference": [], "guide": []}
-    for pair in pairs:
+    for pair, place in zip(pairs, places, strict=True):
         reference, guide = cache.logps(pair.index)
         if guide is None:
             raise UserError(f"{name}: holds the reference alone: compute a cache with model.guide set")
         for model, values in (("reference", reference), ("guide", guide)):
             if len(values) != sum(pair.trained_lengths):
                 raise UserError(
-                    f"{name}: holds {len(values)} response tokens for pair {pair.index}, the data has "
+                    f"{name}: holds {len(values)} response tokens for {place}, the data has "
                     f"{sum(pair.trained_lengths)}: it was made for other data"
                 )
             found[model].append(np.asarray(values, dtype=np.float32))
@@ -105,9 +108,11 @@ def model_logps(
     return found
 
 
-def check_finite(logps: Mapping[str, Sequence[np.ndarray]], pairs: Sequence[PreferencePair]) -> None:
+def check_finite(logps: Mapping[str, Sequence[np.ndarray]], places: Sequence[str]) -> None:
     """Raises a UserError that names the model and the first pair with a log-prob that is not finite."""
     for model, arrays in logps.items():
-        for pair, values in zip(pairs, arrays, strict=True):
+        for place, values in zip(places, arrays, strict=True):
             if not np.isfinite(values).all():
-                raise UserError(f"the {model} gives pair {pair.index} a log-prob that is not finite: check its weights")
+                raise UserError(
+                    f"{place}: the {model} gives it a log-prob that is not finite: check the model's weights"
+                )

@@ -69,6 +69,9 @@ def test_metrics_do_not_depend_on_packing_and_are_right(single_rank_group: dist.
     guide_sums = [float(x.sum() - y.sum()) for x, y in zip(sums[2], sums[1], strict=True)]
     correct = sum(c > r for c, r in zip(guide_sums[0::2], guide_sums[1::2], strict=True))
     assert split["guidance/guide_accuracy"] == pytest.approx(correct / 3)
+    assert split["guidance/guide_ties"] == 0
+    tied = reduced(single_rank_group, [(policy, reference, reference, *joined[3:])]).values
+    assert (tied["guidance/guide_accuracy"], tied["guidance/guide_ties"]) == (0, 1)
 
 
 def test_the_order_of_the_tables_means_nothing(

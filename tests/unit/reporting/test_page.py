@@ -35,17 +35,20 @@ def test_markup_in_the_data_stays_text() -> None:
     assert found.tags.count("script") == 2  # the data and the page's own
     assert not {"img", "i", "u", "em", "s"} & set(found.tags)
     assert found.tags.count("b") == 1  # the page's word before its warning
-    assert found.links == []  # nothing is loaded from anywhere
+    assert found.links == ["#pairs"]  # nothing is loaded from anywhere
     data = json.loads(found.json)
     assert data["pairs"][0]["texts"][0] == MARKUP
     assert data["pairs"][0]["source"] == "<i>pairs</i>.jsonl:1"
-    assert "&lt;em&gt;g&lt;/em&gt;" in html
+    assert "&lt;em&gt;guide&#39;s model&lt;/em&gt;" in html
     assert "&lt;s&gt;careful&lt;/s&gt;" in html
+    assert "&lt;u&gt;perhaps&lt;/u&gt;" in html
 
 
 def test_log_probs_are_carried_exactly() -> None:
-    pairs = make_pairs(3, 4)
-    data = json.loads(Elements(render(pairs)).json)
-    for model in ("reference", "guide"):
+    guides = ("guide 1", "guide 2")
+    pairs = make_pairs(3, 4, guides)
+    data = json.loads(Elements(render(pairs, guides)).json)
+    assert [guide["name"] for guide in data["guides"]] == list(guides)
+    for model in ("reference", *guides):
         carried = np.frombuffer(base64.b64decode(data["logps"][model]), dtype="<f4")
         assert np.array_equal(carried, np.concatenate([pair.logps[model] for pair in pairs]))

@@ -49,12 +49,29 @@ def test_writes_the_page_and_says_the_metrics(run: Path, capsys: pytest.CaptureF
     out = run / "report.html"
     policy = ["--policy", str(run / "guide")]
     assert main([str(run / "config.yaml"), "loss.alpha=0.25", "--out", str(out), "--pairs", "4", *policy]) == 0
-    printed = capsys.readouterr().out
+    output = capsys.readouterr()
+    printed = output.out
+    assert "Too few pairs to tell" in output.err
     assert "4 pairs" in printed
+    assert f"guide            {run / 'guide'}" in printed
     assert "alpha 0.25, beta 0.1" in printed
     html = out.read_text()
     assert "w6" in html
     assert "4 of 5" in html
+    for fact in ("reference", "guide", "pairs.jsonl"):
+        assert f"<dd>{run / fact}</dd>" in html
+
+
+def test_guides_are_shown_side_by_side(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run / "two.html"
+    guides = ["--guide", str(run / "guide"), "--guide", str(run / "reference")]
+    assert main([str(run / "config.yaml"), "--out", str(out), *guides]) == 0
+    output = capsys.readouterr()
+    assert f"guide 1          {run / 'guide'}" in output.out
+    assert f"guide 2          {run / 'reference'}" in output.out
+    assert output.out.count("accuracy ") == 2
+    assert "WARNING: guide 2: GUIDE IS THE REFERENCE: all 5 pairs" in output.err
+    assert f"<dt>guide 2</dt><dd>{run / 'reference'}</dd>" in out.read_text()
 
 
 def test_a_cache_gives_the_page_that_its_models_give(run: Path) -> None:
@@ -74,20 +91,13 @@ def test_a_cache_gives_the_page_that_its_models_give(run: Path) -> None:
     data = [text.split('id="data">')[1].split("</script>")[0] for text in (cached, computed)]
     assert data[0] == data[1]
     assert str(run / "cache") in cached
+    assert f"<dd>{run / 'guide'}</dd>" in cached
     # A cache of other data is refused.
     other = replace(key, data="other")
     write_shard(cache, 0, other, values)
     write_manifest(cache, other, shards)
     with pytest.raises(UserError, match="made for another data"):
         open_cache(load_config(run / "config.yaml", [f"guidance.cache={run / 'cache'}"]), "train", dataset)
-
-
-def test_a_guide_no_better_than_chance_is_warned_of(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run / "same.html"
-    same = ["--guide", str(run / "reference"), "--reference", str(run / "reference")]
-    assert main([str(run / "config.yaml"), "--out", str(out), *same]) == 0
-    assert "WARNING: The guide prefers the chosen response in only 0 of 5 pairs" in capsys.readouterr().err
-    assert "swapped" in out.read_text()
 
 
 @pytest.mark.parametrize(
@@ -146,12 +156,13 @@ class FixedCache:
 
 def test_log_probs_from_a_cache() -> None:
     guide = [-float(k) for k in range(8)]
-    found = cached_logps(FixedCache([-1.0] * 8, guide), "cache", [pair()])
+    place = ["pairs.jsonl:17"]
+    found = cached_logps(FixedCache([-1.0] * 8, guide), "cache", [pair()], place)
     assert found["guide"][0].tolist() == guide
     assert found["reference"][0].dtype == np.float32
     with pytest.raises(UserError, match="cache: holds the reference alone"):
-        cached_logps(FixedCache([-1.0] * 8, None), "cache", [pair()])
-    with pytest.raises(UserError, match="holds 7 response tokens for pair 0, the data has 8"):
-        cached_logps(FixedCache([-1.0] * 7, [-1.0] * 7), "cache", [pair()])
-    with pytest.raises(UserError, match="the guide gives pair 0 a log-prob that is not finite"):
-        check_finite({"guide": [np.array([np.nan])]}, [pair()])
+        cached_logps(FixedCache([-1.0] * 8, None), "cache", [pair()], place)
+    with pytest.raises(UserError, match=r"holds 7 response tokens for pairs\.jsonl:17, the data has 8"):
+        cached_logps(FixedCache([-1.0] * 7, [-1.0] * 7), "cache", [pair()], place)
+    with pytest.raises(UserError, match=r"pairs\.jsonl:17: the guide gives it a log-prob that is not finite"):
+        check_finite({"guide": [np.array([np.nan])]}, place)

@@ -4,11 +4,14 @@
 
 const RESPONSES = ["chosen", "rejected"];
 const report = JSON.parse(document.getElementById("data").textContent);
-const metrics = report.metrics;
-const settings = { alpha: report.alpha, beta: report.beta };
+const settings = { alpha: report.alpha, beta: report.beta, guide: 0 };
 
 const logps = Object.fromEntries(Object.entries(report.logps).map(([model, text]) => [model, decodeFloats(text)]));
+// Each guide has its name, its model's, its metrics, and logps.
+const guides = report.guides.map((guide) => ({ ...guide, logps: logps[guide.name] }));
 const pairs = readPairs();
+// |x| that gets the full colour, the same for all guides.
+const fullColour = Math.max(...guides.map((guide) => guide.scale));
 
 function decodeFloats(text) {
   return new Float32Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
@@ -22,34 +25,40 @@ function readPairs() {
       first += texts.length;
       return response;
     });
-    const [chosen, rejected] = responses.map((response) => sumOf(response, 0, response.texts.length));
-    return { ...pair, order, responses, margin: chosen - rejected };
+    const [chosen, rejected] = responses;
+    const margins = guides.map((guide) => totalOf(guide, chosen) - totalOf(guide, rejected));
+    return { ...pair, order, responses, margins, longer: chosen.texts.length - rejected.texts.length };
   });
 }
 
-function logratio(i) {
-  return logps.guide[i] - logps.reference[i];
+function logratio(guide, i) {
+  return guide.logps[i] - logps.reference[i];
 }
 
 // x summed over the tokens [from, to) of a response.
-function sumOf(response, from, to) {
+function sumOf(guide, response, from, to) {
   let sum = 0;
-  for (let i = response.first + from; i < response.first + to; i++) sum += logratio(i);
+  for (let i = response.first + from; i < response.first + to; i++) sum += logratio(guide, i);
   return sum;
 }
 
-function weightOf(response, i) {
-  return 1 + response.sign * settings.alpha * settings.beta * logratio(i);
+function totalOf(guide, response) {
+  return sumOf(guide, response, 0, response.texts.length);
 }
 
-function negativeWeights(response) {
+function weightOf(guide, response, i) {
+  return 1 + response.sign * settings.alpha * settings.beta * logratio(guide, i);
+}
+
+function weightsOf(guide, response) {
+  return response.texts.map((_, k) => weightOf(guide, response, response.first + k));
+}
+
+function negativeWeights(guide, pair) {
   let count = 0;
-  for (let i = response.first; i < response.first + response.texts.length; i++) count += weightOf(response, i) < 0;
+  for (const response of pair.responses)
+    for (let i = response.first; i < response.first + response.texts.length; i++) count += weightOf(guide, response, i) < 0;
   return count;
-}
-
-function negativeWeightsOfPair(pair) {
-  return negativeWeights(pair.responses[0]) + negativeWeights(pair.responses[1]);
 }
 
 // [tokens from, to) of each sentence.
@@ -58,25 +67,47 @@ function sentenceRanges(response) {
 }
 
 // beta * sum of weight * (log pi_theta - log pi_ref): what the loss compares between the two responses.
-function scoreOf(response) {
+function scoreOf(guide, response) {
   let sum = 0;
   for (let i = response.first; i < response.first + response.texts.length; i++)
-    sum += weightOf(response, i) * (logps.policy[i] - logps.reference[i]);
+    sum += weightOf(guide, response, i) * (logps.policy[i] - logps.reference[i]);
   return settings.beta * sum;
 }
 
-function signed(value, digits = 3) {
-  const text = Math.abs(value).toFixed(digits);
+// How many decimals tell values apart that are read side by side: the smallest gap, that to 0 too, shows to a tenth.
+// tgdpo/reporting/numbers.py is the same rule.
+function decimalsOf(values, least = 0) {
+  const distinct = [...new Set([0, ...values.filter(Number.isFinite)])].sort((a, b) => a - b);
+  const noise = 1e-9 * Math.max(-distinct[0], distinct.at(-1));
+  let gap = Infinity;
+  for (let k = 1; k < distinct.length; k++) if (distinct[k] - distinct[k - 1] > noise) gap = Math.min(gap, distinct[k] - distinct[k - 1]);
+  let decimals = least;
+  while (decimals < 12 && distinct.some((value) => Math.abs(value - Number(value.toFixed(decimals))) > gap / 10)) decimals++;
+  return decimals;
+}
+
+function plain(value, decimals = decimalsOf([value], 3)) {
+  return value.toFixed(decimals).replace("-", "\u2212");
+}
+
+function signed(value, decimals = decimalsOf([value], 3)) {
+  const text = Math.abs(value).toFixed(decimals);
   if (Number(text) === 0) return text;
   return (value < 0 ? "\u2212" : "+") + text;
 }
 
-function plain(value, digits = 3) {
-  return value.toFixed(digits).replace("-", "\u2212");
+// Values that are read side by side, as texts.
+function together(values, least = 0, form = plain) {
+  const decimals = decimalsOf(values, least);
+  return values.map((value) => form(value, decimals));
 }
 
-function percent(share, digits = 1) {
-  return (100 * share).toFixed(digits) + " %";
+function percents(shares, least = 1) {
+  return together(shares.map((share) => 100 * share), least).map((text) => `${text} %`);
+}
+
+function percent(share, least = 1) {
+  return percents([share], least)[0];
 }
 
 // An element with attributes and children; text goes in as text, never as markup.

@@ -8,35 +8,51 @@ function tile(title, value, note) {
 }
 
 function drawTiles(target) {
+  target.replaceChildren(...guides.map(guideNode));
+}
+
+function guideNode(guide) {
   const { alpha, beta } = settings;
-  const count = pairs.reduce((sum, pair) => sum + negativeWeightsOfPair(pair), 0);
-  const tokens = logps.guide.length;
-  const [mean, deviation, least, most] = metrics.toward.map((value) => alpha * beta * value);
-  const [low, high] = metrics.interval.map((share) => percent(share));
-  target.replaceChildren(
-    tile("Guide accuracy", percent(metrics.accuracy), `${metrics.correct} of ${pairs.length} pairs; 95 % interval ${low} to ${high}`),
-    tile("Guide margin", signed(beta * metrics.margin), "chosen less rejected, summed token rewards, mean over pairs"),
-    tile("Negative weights", percent(count / tokens, 2), `${count.toLocaleString("en-US")} of ${tokens.toLocaleString("en-US")} tokens are pushed the other way`),
-    tile("Token weights", plain(1 + mean), `mean; deviation ${plain(deviation)}, from ${plain(1 + least)} to ${plain(1 + most)}`),
-    alphaTile(),
+  const count = pairs.reduce((sum, pair) => sum + negativeWeights(guide, pair), 0);
+  const tokens = guide.logps.length;
+  const toward = guide.toward.map((value) => alpha * beta * value);
+  const [, mean, deviation, least, most] = together([1, 1 + toward[0], toward[1], 1 + toward[2], 1 + toward[3]], 3);
+  const [accuracy, low, high] = percents([guide.accuracy, ...guide.interval]);
+  const ties = guide.ties ? `, ${guide.ties} ${guide.ties > 1 ? "ties" : "tie"}` : "";
+  const name = element("h2", { class: "model" }, `${guide.name} `, element("span", {}, guide.model));
+  return element(
+    "section",
+    { class: "guide", "aria-label": guide.name },
+    ...(guides.length > 1 ? [name] : []),
+    element(
+      "div",
+      { class: "tiles" },
+      tile("Guide accuracy", accuracy, `${guide.correct} of ${pairs.length} pairs${ties}; 95 % interval ${low} to ${high}`),
+      tile("Guide margin", signed(beta * guide.margin), "chosen less rejected, summed token rewards, mean over pairs"),
+      tile("Negative weights", percent(count / tokens, 2), `${count.toLocaleString("en-US")} of ${tokens.toLocaleString("en-US")} tokens are pushed the other way`),
+      tile("Token weights", mean, `mean; deviation ${deviation}, from ${least} to ${most}`),
+      alphaTile(guide),
+    ),
   );
 }
 
 // Up to which alpha at most so many tokens have negative weights.
-function alphaTile() {
-  const rows = metrics.tails.map(([share, tail]) => {
-    const limit = tail < 0 ? -1 / (settings.beta * tail) : Infinity;
+function alphaTile(guide) {
+  const limits = guide.tails.map(([, tail]) => (tail < 0 ? -1 / (settings.beta * tail) : Infinity));
+  const [alpha, ...texts] = together([settings.alpha, ...limits], 2);
+  const rows = limits.map((limit, k) => {
+    const [share] = guide.tails[k];
     const row = element(
       "tr",
       {},
-      element("td", {}, share ? `at most ${Number((100 * share).toPrecision(3))} %` : "none"),
-      element("td", {}, Number.isFinite(limit) ? number(limit) : "any"),
+      element("td", {}, share ? `at most ${percent(share, 0)}` : "none"),
+      element("td", {}, Number.isFinite(limit) ? texts[k] : "any"),
       element("td", {}, settings.alpha <= limit ? "\u2713" : "\u2717 exceeded"),
     );
     row.classList.toggle("exceeded", settings.alpha > limit);
     return row;
   });
-  const head = element("tr", {}, element("th", {}, "tokens negative"), element("th", {}, "alpha up to"), element("th", {}, `alpha ${number(settings.alpha)}`));
+  const head = element("tr", {}, element("th", {}, "tokens negative"), element("th", {}, "alpha up to"), element("th", {}, `alpha ${alpha}`));
   return element("div", { class: "tile wide" }, element("h2", {}, "Effective alpha range"), element("table", {}, head, ...rows));
 }
 
@@ -46,20 +62,28 @@ function drawLegend(target) {
     node.style.setProperty("--strength", strength);
     return node;
   };
-  const full = settings.beta * metrics.scale;
+  const full = settings.beta * fullColour;
+  const [least, less, none, more, most] = together([-full, -full / 2, 0, full / 2, full], 0, signed);
   target.replaceChildren(
-    element("span", {}, "reward ", sample("minus", 1, signed(-full, 2)), sample("minus", 0.5, signed(-full / 2, 2)), sample("", 0, "0"),
-      sample("plus", 0.5, signed(full / 2, 2)), sample("plus", 1, signed(full, 2)), " (striped: negative)"),
+    element("span", {}, "reward ", sample("minus", 1, least), sample("minus", 0.5, less), sample("", 0, none), sample("plus", 0.5, more), sample("plus", 1, most),
+      " (striped: negative)"),
     element("span", {}, "weight ", sample("more", 0.8, "above 1"), " ", sample("less", 0.8, "below 1"), " ", sample("less negative", 0.8, "negative")),
     element("span", {}, `${PART} part of the next character, ${BREAK} line end`),
   );
 }
 
+// Choices that only several guides give.
+function offerGuides() {
+  byId("guide").append(...guides.map((guide, g) => element("option", { value: g }, guide.name)));
+  for (const node of document.querySelectorAll(".several")) node.hidden = guides.length < 2;
+}
+
 function start() {
+  offerGuides();
   const list = makePairList(byId("pairs"));
   const arrange = () => {
-    const shown = list.arrange(byId("sort").value, byId("only").checked);
-    byId("count").textContent = `${shown} of ${pairs.length} pairs`;
+    const shown = list.arrange(byId("sort").value, byId("only").checked, byId("search").value);
+    byId("count").textContent = `${shown} of ${pairs.length} pairs \u2193`;
   };
   const draw = () => {
     drawTiles(byId("tiles"));
@@ -84,6 +108,11 @@ function start() {
     }
   });
   byId("sort").addEventListener("change", arrange);
+  byId("search").addEventListener("input", arrange);
+  byId("guide").addEventListener("change", (event) => {
+    settings.guide = Number(event.target.value);
+    arrange();
+  });
   byId("only").addEventListener("change", arrange);
   byId("bar").addEventListener("submit", (event) => event.preventDefault());
   let theme = "system";
@@ -96,6 +125,12 @@ function start() {
   listenToTokens(byId("pairs"));
   draw();
   arrange();
+  let width = byId("charts").clientWidth;
+  new ResizeObserver(() => {
+    if (byId("charts").clientWidth === width) return;
+    width = byId("charts").clientWidth;
+    drawCharts(byId("charts"));
+  }).observe(byId("charts"));
 }
 
 start();

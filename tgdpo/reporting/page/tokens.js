@@ -4,14 +4,14 @@ const tip = document.getElementById("tip");
 const BREAK = "\u21b5";
 const PART = "\u25af";
 
-function tokenNode(response, k) {
+function tokenNode(guide, response, k) {
   const i = response.first + k;
-  const x = logratio(i);
-  const weight = weightOf(response, i);
+  const x = logratio(guide, i);
+  const weight = weightOf(guide, response, i);
   const node = element("span", { class: "token", tabindex: k ? -1 : 0 }, visibleText(response.texts[k]));
   node.classList.add(x < 0 ? "minus" : "plus", weight < 1 ? "less" : "more");
   node.classList.toggle("negative", weight < 0);
-  node.style.setProperty("--strength", Math.min(Math.abs(x) / metrics.scale, 1).toFixed(3));
+  node.style.setProperty("--strength", Math.min(Math.abs(x) / fullColour, 1).toFixed(3));
   node.dataset.token = k;
   return node;
 }
@@ -21,29 +21,38 @@ function visibleText(text) {
   return text === "" ? PART : text.replace(/\r\n|[\r\n]/g, BREAK);
 }
 
-function tokenFacts(response, k) {
+function tokenFacts(guide, response, k) {
   const i = response.first + k;
   const text = response.texts[k];
+  const several = guides.length > 1;
+  const rewards = together(guides.map((one) => settings.beta * logratio(one, i)), 4, signed);
+  // Beside the 1 that a weight has without guidance.
+  const [, ...weights] = together([1, ...guides.map((one) => weightOf(one, response, i))], 4);
+  const models = ["reference", ...(logps.policy ? ["policy"] : []), ...guides.map((one) => one.name)];
+  const values = together(models.map((model) => logps[model][i]), 4);
+  const of = Object.fromEntries(models.map((model, m) => [model, values[m]]));
   const facts = [
     ["token", text === "" ? "part of the next character" : JSON.stringify(text)],
     ["position", `${k + 1} of ${response.texts.length}, ${response.name}`],
-    ["reward", signed(settings.beta * logratio(i), 4)],
-    ["weight", plain(weightOf(response, i), 4)],
-    ["log \u03c0 guide", plain(logps.guide[i], 4)],
-    ["log \u03c0 reference", plain(logps.reference[i], 4)],
+    ...guides.flatMap((one, g) => [
+      [several ? `reward, ${one.name}` : "reward", rewards[g]],
+      [several ? `weight, ${one.name}` : "weight", weights[g]],
+    ]),
+    ...guides.map((one) => [`log \u03c0 ${one.name}`, of[one.name]]),
+    ["log \u03c0 reference", of.reference],
   ];
   if (logps.policy) {
-    const drift = logps.policy[i] - logps.reference[i];
-    facts.push(["log \u03c0 policy", plain(logps.policy[i], 4)]);
-    facts.push(["adds to score", signed(settings.beta * weightOf(response, i) * drift, 4)]);
+    const adds = settings.beta * weightOf(guide, response, i) * (logps.policy[i] - logps.reference[i]);
+    facts.push(["log \u03c0 policy", of.policy]);
+    facts.push([several ? `adds to score, ${guide.name}` : "adds to score", signed(adds, decimalsOf([adds], 4))]);
   }
   return facts;
 }
 
 function showTip(node) {
-  const response = node.closest(".text").response;
+  const { guide, response } = node.closest(".text");
   tip.replaceChildren(
-    ...tokenFacts(response, Number(node.dataset.token)).map(([name, value]) =>
+    ...tokenFacts(guide, response, Number(node.dataset.token)).map(([name, value]) =>
       element("div", {}, element("span", {}, name), element("b", {}, value)),
     ),
   );
