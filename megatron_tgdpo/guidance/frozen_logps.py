@@ -41,8 +41,8 @@ class FrozenEngine:
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:
-        """Reference and guide, in the order of their log-probs."""
-        return (self.model.policy, *self.model.frozen.models)
+        """Those of reference and guide; one, where both are adapters of it."""
+        return tuple(dict.fromkeys((self.model.policy, *self.model.frozen.models)))
 
     @property
     def receives(self) -> bool:

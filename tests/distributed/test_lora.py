@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,7 @@ CASES = (
     _case("tp1-some-rslora", targets="some", rslora=True, tied=True),
     _case("tp1-guide-model", guide="model"),
     _case("tp1-reference-adapter", start="adapter"),
-    _case("tp1-dpo", method="dpo"),
     _case("tp1-simpo", method="simpo"),
-    _case("tp1-sft", method="sft"),
-    _case("tp1-recompute", recompute="full"),
     _case("gemma2", family="gemma2", tied=True),
     _case("tp2", 2, tensor=2),
     _case("tp2-sp-tied", 2, tensor=2, sequence_parallel=True, tied=True),
@@ -78,9 +76,21 @@ CASES = (
     _case("tp2-pp2-sp-recompute", 4, tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
     _case("tp4-some", 4, tensor=4, targets="some"),
     _case("gemma2-tp2-sp-pp2", 4, tensor=2, pipeline=2, sequence_parallel=True, family="gemma2", tied=True),
-    _case("qwen3-tp2-dp2", 4, tensor=2, family="qwen3"),
     _case("qwen2-tp2-pp2", 4, tensor=2, pipeline=2, family="qwen2", guide="model"),
 )
+# With --full of tests/run.sh.
+FULL_CASES = (
+    _case("tp1-dpo", method="dpo"),
+    _case("tp1-sft", method="sft"),
+    _case("tp1-recompute", recompute="full"),
+    _case("qwen3-tp2-dp2", 4, tensor=2, family="qwen3"),
+    _case("mistral-tp2-pp2", 4, tensor=2, pipeline=2, family="mistral"),
+    _case("cp2-tp2-sp", 4, context=2, tensor=2, sequence_parallel=True),
+    _case("cp2-pp2-sft", 4, context=2, pipeline=2, method="sft"),
+    _case("dp2-pp2-dpo", 4, pipeline=2, method="dpo", start="adapter"),
+    _case("vpp2-tp2-sp-simpo", 4, pipeline=2, virtual_pipeline=2, tensor=2, sequence_parallel=True, method="simpo"),
+)
+CASES += FULL_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
 
 
 def make_adapter(path: Path, base: Path, seed: int, *, targets: list[str], rslora: bool = False) -> Path:
