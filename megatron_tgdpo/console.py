@@ -26,6 +26,7 @@ _SETTINGS = {
     "TORCH_LOGS": "-all",  # "-" is: errors only
     "TQDM_DISABLE": "1",  # bars that do not ask for themselves, as ours do
     "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _LOG_SECONDS = 30.0  # between two lines about the same work, where nobody looks on
 _TERMINAL_SECONDS = 0.2

@@ -69,6 +69,7 @@ def add_model_arguments(
     )
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers", help="what generates")
     add_precision_arguments(parser)
+    add_processes_argument(parser)
 
 
 def add_template_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +140,11 @@ def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options about weights in memory and on disk."""
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of weights (default: bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--scratch", type=Path, help="where a Megatron checkpoint is exported to for the time")
+
+
+def add_processes_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that `generation/workers.py: process_count` takes."""
+    parser.add_argument("--nproc", type=positive, metavar="N", help="processes (default: one a GPU; on a CPU, 1)")
 
 
 def check_temperature(given: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from tgdpo.command_line import (
     add_columns_argument,
     add_length_arguments,
     add_precision_arguments,
+    add_processes_argument,
     add_template_arguments,
     check_present,
     check_scratch,
@@ -55,6 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add_columns_argument(parser)
     add_length_arguments(parser)
     add_precision_arguments(parser)
+    add_processes_argument(parser)
     return parser.parse_args(arguments)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tgdpo.checkpoints.model_directory import model_files
+from megatron_tgdpo.console import waiting
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_all_ranks, run_on_rank0
 from megatron_tgdpo.signals import leave_if_requested
@@ -71,7 +72,8 @@ def hash_files(
     if ranks.rank == 0:
         logger.info("hashing %d files of models and data, %.1f GB", len(sizes), sum(sizes.values()) / 1e9)
     mine = shares(sizes, ranks.world_size)[ranks.rank]
-    answers = run_on_all_ranks(lambda: _hash(mine), dist.PrefixStore("hash", store), ranks)
+    with waiting("hashing models and data", shown=ranks.rank == 0):
+        answers = run_on_all_ranks(lambda: _hash(mine), dist.PrefixStore("hash", store), ranks)
     found = {path: digest for answer in answers for path, digest in answer.items()}
     read = {path: (plan.unknown[path], digest) for path, digest in found.items()}
     last = dist.PrefixStore("record", store)

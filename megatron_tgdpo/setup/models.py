@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
@@ -15,6 +16,7 @@ from megatron_tgdpo.checkpoints.integrity import refuse_damage
 from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.console import waiting
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.frozen.models import FrozenModel
@@ -65,11 +67,12 @@ def load_model(
     with building(frozen):
         chunks = [build_language_model(hf_config, layout, pg, chunk=n, **arguments) for n in range(layout.virtual)]
     directory = Path(path)
-    if is_megatron_checkpoint(directory):
-        load_megatron_weights(chunks, directory, hf_config, verify=config.checkpoint.verify)
-    else:
-        raise_on_all_ranks(lambda: [load_hf_weights(chunk, directory, hf_config, pg) for chunk in chunks])
-    raise_on_all_ranks(lambda: refuse_non_finite(chunks, directory, hf_config))
+    with waiting(f"loading {directory}", shown=dist.get_rank() == 0):
+        if is_megatron_checkpoint(directory):
+            load_megatron_weights(chunks, directory, hf_config, verify=config.checkpoint.verify)
+        else:
+            raise_on_all_ranks(lambda: [load_hf_weights(chunk, directory, hf_config, pg) for chunk in chunks])
+        raise_on_all_ranks(lambda: refuse_non_finite(chunks, directory, hf_config))
     if frozen and config.offload.frozen:
         for chunk in chunks:
             serve_from_host(chunk.requires_grad_(False).decoder.layers, device)

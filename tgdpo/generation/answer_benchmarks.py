@@ -5,24 +5,27 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from megatron_tgdpo.data.encode import encode_prompt
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
-from tgdpo.generation.backends import open_sampler, sampling_settings
+from tgdpo.generation.backends import make_sampler, sampling_settings
 from tgdpo.generation.journal import SUFFIX, Journal, finished_summary, summary_path, write_whole
-from tgdpo.generation.models import default_device, dtype_of, tokenizer_directory
+from tgdpo.generation.models import default_device, dtype_of, hf_directory, tokenizer_directory
 from tgdpo.generation.prompt_sets import BENCHMARKS, AnswerSet, Benchmark, Question
 from tgdpo.generation.questions import read_questions
 from tgdpo.generation.sampling import Request, Sampler, request_seed
 from tgdpo.generation.text_metrics import SELF_BLEU_ANSWERS, length_metrics, self_bleu
+from tgdpo.generation.workers import Workers, process_count
 
 
 def answer(given: argparse.Namespace) -> dict[str, Any]:
     """Runs the whole job, or what is left of it, and returns the summary."""
     benchmark = BENCHMARKS[given.benchmark]
+    processes = process_count(given.nproc)
     device = default_device()
     dtype = dtype_of(given.dtype, device)
     tokenizer = load_tokenizer(str(tokenizer_directory(given.model)), given.chat_template, given.template_kwargs)
@@ -38,12 +41,20 @@ def answer(given: argparse.Namespace) -> dict[str, Any]:
     questions = read_questions(given.questions, benchmark)
     with Journal(given.out.with_name(given.out.name + SUFFIX), settings, created=time.time()) as journal:
         if journal.done < math.ceil(len(questions) / given.batch):
-            with open_sampler(given, tokenizer, dtype, device) as sampler:
+            with (
+                hf_directory(given.model, given.scratch) as directory,
+                Workers(processes, partial(make_sampler, given, directory)) as workers,
+            ):
                 journal.fill(
                     len(questions),
                     given.batch,
                     "question",
-                    lambda items: _answer_batch([questions[i] for i in items], benchmark, sampler, tokenizer, given),
+                    lambda parts: workers.map(
+                        partial(
+                            _answer_batch, benchmark=given.benchmark, seed=given.seed, temperature=given.temperature
+                        ),
+                        [[questions[i] for i in items] for items in parts],
+                    ),
                 )
         summary = _finish(journal, questions, benchmark, given, settings)
         journal.remove()
@@ -51,13 +62,15 @@ def answer(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _answer_batch(
+    state: tuple[Sampler, Tokenizer],
     questions: Sequence[Question],
-    benchmark: Benchmark,
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    given: argparse.Namespace,
+    *,
+    benchmark: str,
+    seed: int,
+    temperature: float | None,
 ) -> list[dict[str, list[Any]]]:
-    """Turn after turn, each with the answers before it in its prompt."""
+    """Turn after turn, each with the answers before it in its prompt; ``temperature`` None is the benchmark's own."""
+    sampler, tokenizer = state
     talks: list[list[Message]] = [[] for _ in questions]
     results: list[dict[str, list[Any]]] = [{"texts": [], "tokens": [], "finished": []} for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
@@ -66,12 +79,12 @@ def _answer_batch(
         for index in active:
             question = questions[index]
             talks[index].append(Message("user", question.turns[turn]))
-            own = benchmark.temperature(question.record)
+            own = BENCHMARKS[benchmark].temperature(question.record)
             requests.append(
                 Request(
                     encode_prompt(talks[index], tokenizer, question.place),
-                    request_seed(given.seed, question.key, turn),
-                    own if given.temperature is None else given.temperature,
+                    request_seed(seed, question.key, turn),
+                    own if temperature is None else temperature,
                     question.place,
                 )
             )

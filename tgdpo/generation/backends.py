@@ -1,15 +1,13 @@
 """The samplers by name, and that of a command line."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_tgdpo.data.tokenizers import Tokenizer
-from tgdpo.generation.models import fingerprint, hf_directory, load_causal_lm
+from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
+from tgdpo.generation.models import default_device, dtype_of, fingerprint, load_causal_lm, tokenizer_directory
 from tgdpo.generation.sampling import Sampler
 from tgdpo.generation.transformers_sampler import TransformersSampler
 from tgdpo.generation.vllm_sampler import VllmSampler
@@ -53,18 +51,25 @@ def sampling_settings(
     }
 
 
-@contextmanager
-def open_sampler(
-    given: argparse.Namespace, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device
-) -> Iterator[Sampler]:
-    """The model of the command line, ready to sample; a Megatron checkpoint is exported for the time."""
-    with hf_directory(given.model, given.scratch) as directory:
-        yield make_generator(
-            given.backend,
-            directory,
-            tokenizer,
-            top_p=given.top_p,
-            max_new_tokens=given.max_new_tokens,
-            dtype=dtype,
-            device=device,
-        )
+def make_sampler(given: argparse.Namespace, directory: Path) -> tuple[Sampler, Tokenizer]:
+    """The sampler of a command line, and its tokenizer.
+
+    Args:
+        given: Its options.
+        directory: HF directory of its model.
+
+    Raises:
+        UserError: As :func:`make_generator`.
+    """
+    device = default_device()
+    tokenizer = load_tokenizer(str(tokenizer_directory(given.model)), given.chat_template, given.template_kwargs)
+    sampler = make_generator(
+        given.backend,
+        directory,
+        tokenizer,
+        top_p=given.top_p,
+        max_new_tokens=given.max_new_tokens,
+        dtype=dtype_of(given.dtype, device),
+        device=device,
+    )
+    return sampler, tokenizer

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from megatron_tgdpo.data.example import as_keys
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
-from tgdpo.generation.backends import open_sampler, sampling_settings
+from tgdpo.generation.backends import make_sampler, sampling_settings
 from tgdpo.generation.journal import SUFFIX, Journal, finished_summary, summary_path, write_whole
-from tgdpo.generation.models import default_device, dtype_of, fingerprint, tokenizer_directory
+from tgdpo.generation.models import default_device, dtype_of, fingerprint, hf_directory, tokenizer_directory
 from tgdpo.generation.prompts import Prompt, read_prompts
 from tgdpo.generation.rewards import FunctionScorer, RewardModelScorer, Scorer, as_plain
 from tgdpo.generation.sampling import Request, Sampler, request_seed
 from tgdpo.generation.text_metrics import length_metrics
+from tgdpo.generation.workers import Workers, process_count
 
 
 class NoPairError(Exception):
@@ -60,6 +62,7 @@ def pick_pair(samples: Sequence[str], scores: Sequence[float]) -> tuple[int, int
 
 def build(given: argparse.Namespace) -> dict[str, Any]:
     """Runs the whole job, or what is left of it, and returns the summary."""
+    processes = process_count(given.nproc)
     device = default_device()
     dtype = dtype_of(given.dtype, device)
     tokenizer = load_tokenizer(str(tokenizer_directory(given.model)), given.chat_template, given.template_kwargs)
@@ -77,14 +80,17 @@ def build(given: argparse.Namespace) -> dict[str, Any]:
     prompts, encoded, overlong = _encode(read_prompts(given.prompts, given.columns), tokenizer, given.max_prompt_length)
     with Journal(given.out.with_name(given.out.name + SUFFIX), settings, created=time.time()) as journal:
         if journal.done < math.ceil(len(prompts) / given.batch):
-            scorer = _scorer(given.score, dtype, device)
-            with open_sampler(given, tokenizer, dtype, device) as sampler:
+            with (
+                hf_directory(given.model, given.scratch) as directory,
+                Workers(processes, partial(_scorer_and_sampler, given, directory)) as workers,
+            ):
                 journal.fill(
                     len(prompts),
                     given.batch,
                     "prompt",
-                    lambda items: _answer_batch(
-                        [prompts[i] for i in items], [encoded[i] for i in items], sampler, scorer, given
+                    lambda parts: workers.map(
+                        partial(_answer_batch, samples=given.samples, seed=given.seed, temperature=given.temperature),
+                        [[(prompts[i], encoded[i]) for i in items] for items in parts],
                     ),
                 )
         summary = _finish(journal, prompts, given.out, settings, overlong)
@@ -106,27 +112,32 @@ def _encode(
     return kept, encoded, len(prompts) - len(kept)
 
 
-def _scorer(name: str, dtype: Any, device: Any) -> Scorer:
-    return FunctionScorer(name) if ":" in name else RewardModelScorer(Path(name), dtype, device)
+def _scorer_and_sampler(given: argparse.Namespace, directory: Path) -> tuple[Scorer, Sampler]:
+    device = default_device()
+    dtype, name = dtype_of(given.dtype, device), given.score
+    scorer = FunctionScorer(name) if ":" in name else RewardModelScorer(Path(name), dtype, device)
+    return scorer, make_sampler(given, directory)[0]
 
 
 def _answer_batch(
-    prompts: Sequence[Prompt],
-    encoded: Sequence[list[int]],
-    sampler: Sampler,
-    scorer: Scorer,
-    given: argparse.Namespace,
+    state: tuple[Scorer, Sampler],
+    prompts: Sequence[tuple[Prompt, list[int]]],
+    *,
+    samples: int,
+    seed: int,
+    temperature: float,
 ) -> list[dict[str, Any]]:
-    """Samples and scores the answers to some prompts."""
+    """Samples and scores the answers to some prompts, given with their ids."""
+    scorer, sampler = state
     requests = [
-        Request(ids, request_seed(given.seed, prompt.number, sample), given.temperature, prompt.place)
-        for prompt, ids in zip(prompts, encoded, strict=True)
-        for sample in range(given.samples)
+        Request(ids, request_seed(seed, prompt.number, sample), temperature, prompt.place)
+        for prompt, ids in prompts
+        for sample in range(samples)
     ]
     answers = sampler.sample(requests)
     results = []
-    for index, prompt in enumerate(prompts):
-        own = answers[index * given.samples : (index + 1) * given.samples]
+    for index, (prompt, _) in enumerate(prompts):
+        own = answers[index * samples : (index + 1) * samples]
         texts = [answer.text for answer in own]
         results.append(
             {

@@ -6,15 +6,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
-from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_tgdpo.data.tokenizers import load_tokenizer
 from tgdpo.generation.evaluation import (
+    ComparedModels,
     answer_metrics,
     as_json,
     distinct_prompts,
@@ -26,10 +26,10 @@ from tgdpo.generation.evaluation import (
 )
 from tgdpo.generation.journal import check_writable, write_whole
 from tgdpo.generation.logps import PromptAndResponse
-from tgdpo.generation.models import default_device, dtype_of, hf_directory, load_causal_lm, tokenizer_directory
+from tgdpo.generation.models import hf_directory, tokenizer_directory
 from tgdpo.generation.roles import REFERENCE
 from tgdpo.generation.tables import align, with_interval
-from tgdpo.generation.transformers_sampler import TransformersSampler
+from tgdpo.generation.workers import Workers, process_count
 
 COLUMNS = {
     "accuracy": ("accuracy", "{:.1%}"),
@@ -67,12 +67,12 @@ def report(given: argparse.Namespace, models: dict[str, Path], options: Preproce
 
 def evaluate(given: argparse.Namespace, models: dict[str, Path], options: PreprocessOptions) -> dict[str, Any]:
     """Scores every model and returns what goes into the JSON file, and its ``table``; see :func:`report`."""
-    tokenizer, lacking = _shared_tokenizer(given, models)
+    lacking = _shared_tokenizer(given, models)
     check_writable(given.out)
     options = replace(options, tokenizer=str(tokenizer_directory(given.reference)))
     rows, dropped = _read_pairs(given, options, lacking)
     prompts = distinct_prompts(rows, given.prompts)
-    metrics = _all_metrics(given, models, tokenizer, rows, prompts)
+    metrics = _all_metrics(given, models, rows, prompts)
     return {
         "pairs_file": given.pairs,
         "pairs": len(rows) // 2,
@@ -103,51 +103,35 @@ def _read_pairs(
 def _all_metrics(
     given: argparse.Namespace,
     models: dict[str, Path],
-    tokenizer: Tokenizer,
     rows: list[PromptAndResponse],
     prompts: list[list[int]],
 ) -> dict[str, dict[str, Any]]:
     """One model at a time beside the reference, which stays loaded."""
-    reference = _load(given, models[REFERENCE])
-    reference_scores = score_pairs(reference, rows)
-    result = {REFERENCE: preference_metrics(reference_scores, None, given.beta) | {"warning": None}}
-    result[REFERENCE] |= _answers(given, reference, None, tokenizer, prompts)
-    for name, path in models.items():
-        if name != REFERENCE:
-            model = _load(given, path)
-            metrics = preference_metrics(score_pairs(model, rows), reference_scores, given.beta)
-            metrics["warning"] = swap_warning(metrics)
-            result[name] = metrics | _answers(given, model, reference, tokenizer, prompts)
-            del model  # before the next is loaded
+    result: dict[str, dict[str, Any]] = {}
+    reference = None
+    with Workers(process_count(given.nproc), partial(ComparedModels, given)) as workers:
+        for name, path in models.items():
+            with hf_directory(path, given.scratch) as directory:
+                workers.everywhere(ComparedModels.load, directory, f"loading {directory}")
+            scores = score_pairs(workers, name, rows)
+            metrics = preference_metrics(scores, reference, given.beta)
+            metrics["warning"] = None if reference is None else swap_warning(metrics)
+            if prompts:
+                answers = sample_answers(
+                    workers, name, prompts, temperature=given.temperature, seed=given.seed, batch=given.batch
+                )
+                metrics |= answer_metrics(workers, name, prompts, answers)
+            result[name] = metrics
+            reference = reference or scores
     return result
 
 
-def _answers(
-    given: argparse.Namespace,
-    model: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-) -> dict[str, Any]:
-    if not prompts:
-        return {}
-    sampler = TransformersSampler(model, tokenizer, top_p=1.0, max_new_tokens=given.max_new_tokens)
-    answers = sample_answers(sampler, prompts, temperature=given.temperature, seed=given.seed, batch=given.batch)
-    return answer_metrics(model, reference, prompts, answers)
-
-
-def _load(given: argparse.Namespace, path: Path) -> PreTrainedModel:
-    device = default_device()
-    with hf_directory(path, given.scratch) as directory:
-        return load_causal_lm(directory, dtype_of(given.dtype, device), device)
-
-
-def _shared_tokenizer(given: argparse.Namespace, models: dict[str, Path]) -> tuple[Tokenizer, list[LackingTokens]]:
-    """The reference's tokenizer, once all models are known to give text the same ids; and what pairs must not hold."""
+def _shared_tokenizer(given: argparse.Namespace, models: dict[str, Path]) -> list[LackingTokens]:
+    """Refuses models that do not give text the reference's ids; what pairs must not hold."""
     tokenizer = load_tokenizer(str(tokenizer_directory(given.reference)), given.chat_template, given.template_kwargs)
     others = {name: path for name, path in models.items() if name != REFERENCE}
     told = f"the reference {given.reference}"
-    return tokenizer, [
+    return [
         compare_tokenizers(f"{name} {path}", load_tokenizer(str(tokenizer_directory(path))), told, tokenizer)
         for name, path in others.items()
     ]

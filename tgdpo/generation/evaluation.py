@@ -1,7 +1,9 @@
 """The metrics by which models are judged on preference pairs and on their own answers."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,10 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megatron_tgdpo.console import progress
+from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.guidance.monitor import guide_warning
 from megatron_tgdpo.intervals import Estimate, mean_interval, ratio_interval, wilson
-from tgdpo.generation.logps import PromptAndResponse, response_logps, token_divergences
-from tgdpo.generation.sampling import Answer, Request, Sampler, request_seed
+from tgdpo.generation.logps import PromptAndResponse, batch_divergences, batch_logps, in_batches
+from tgdpo.generation.models import default_device, dtype_of, load_causal_lm, tokenizer_directory
+from tgdpo.generation.roles import REFERENCE
+from tgdpo.generation.sampling import Answer, Request, request_seed
+from tgdpo.generation.transformers_sampler import TransformersSampler
+from tgdpo.generation.workers import Workers
 
 if TYPE_CHECKING:  # it imports megatron-core
     from megatron_tgdpo.data.dataset import PreferenceDataset
@@ -49,11 +56,56 @@ def distinct_prompts(rows: Sequence[PromptAndResponse], limit: int) -> list[list
     return [list(ids) for ids in dict.fromkeys(tuple(prompt) for prompt, _ in rows)][:limit]
 
 
-def score_pairs(model: PreTrainedModel, rows: Sequence[PromptAndResponse]) -> PairScores:
-    """Scores :func:`pair_rows` under a model."""
-    scores = response_logps(model, rows)
-    sums = [logps.double().sum() for logps in scores]
-    return PairScores(torch.stack(sums), torch.tensor([len(logps) for logps in scores], dtype=torch.float64))
+class ComparedModels:
+    """The reference, which stays loaded, and one other model at a time, in one process.
+
+    Args:
+        given: The options of ``tgdpo evaluate``.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self._given = given
+        self._device = default_device()
+        directory = str(tokenizer_directory(given.reference))
+        self._tokenizer = load_tokenizer(directory, given.chat_template, given.template_kwargs)
+        self._reference: PreTrainedModel | None = None
+        self._model: PreTrainedModel | None = None
+
+    def load(self, directory: Path) -> None:
+        """Takes an HF directory's model in place of the last one; the first is the reference."""
+        if self._model is not self._reference:
+            self._model = None  # before the next is loaded
+        dtype = dtype_of(self._given.dtype, self._device)
+        self._model = load_causal_lm(directory, dtype, self._device)
+        self._reference = self._reference or self._model
+        self._sampler = TransformersSampler(
+            self._model, self._tokenizer, top_p=1.0, max_new_tokens=self._given.max_new_tokens
+        )
+
+    def score(self, rows: Sequence[PromptAndResponse]) -> list[tuple[float, int]]:
+        """Of each row of a batch the sum of the model's log-probs (nats) and the number of scored tokens."""
+        return [(values.double().sum().item(), len(values)) for values in batch_logps(self._loaded, rows)]
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """The model's answers to a batch of prompts."""
+        return self._sampler.sample(requests)
+
+    def diverge(self, rows: Sequence[PromptAndResponse]) -> list[float]:
+        """Of each row of a batch the sum of the model's divergence from the reference over the response (nats)."""
+        assert self._reference is not None
+        return [values.double().sum().item() for values in batch_divergences(self._loaded, self._reference, rows)]
+
+    @property
+    def _loaded(self) -> PreTrainedModel:
+        assert self._model is not None
+        return self._model
+
+
+def score_pairs(workers: Workers[ComparedModels], name: str, rows: Sequence[PromptAndResponse]) -> PairScores:
+    """Scores :func:`pair_rows` under the loaded model, whose ``name`` the bar shows."""
+    scores = in_batches(f"{name}: log-probs", rows, lambda batches: workers.map(ComparedModels.score, batches))
+    sums, tokens = zip(*scores, strict=True)
+    return PairScores(torch.tensor(sums, dtype=torch.float64), torch.tensor(tokens, dtype=torch.float64))
 
 
 def preference_metrics(scores: PairScores, reference: PairScores | None, beta: float) -> dict[str, Any]:
@@ -96,23 +148,29 @@ def swap_warning(metrics: dict[str, Any]) -> str | None:
 
 
 def sample_answers(
-    sampler: Sampler, prompts: Sequence[list[int]], *, temperature: float, seed: int, batch: int
+    workers: Workers[ComparedModels],
+    name: str,
+    prompts: Sequence[list[int]],
+    *,
+    temperature: float,
+    seed: int,
+    batch: int,
 ) -> list[Answer]:
-    """One answer a prompt."""
+    """The loaded model's answers, one a prompt; ``batch`` of them are made together."""
+    requests = [
+        Request(ids, request_seed(seed, index), temperature, f"prompt {index + 1}") for index, ids in enumerate(prompts)
+    ]
     answers: list[Answer] = []
-    with progress("answers", len(prompts), "prompt") as bar:
-        for start in range(0, len(prompts), batch):
-            requests = [
-                Request(ids, request_seed(seed, index), temperature, f"prompt {index + 1}")
-                for index, ids in enumerate(prompts[start : start + batch], start)
-            ]
-            answers += sampler.sample(requests)
-            bar.update(len(requests))
+    with progress(f"{name}: answers", len(prompts), "prompt") as bar:
+        batches = [requests[start : start + batch] for start in range(0, len(requests), batch)]
+        for made in workers.map(ComparedModels.answer, batches):
+            answers += made
+            bar.update(len(made))
     return answers
 
 
 def answer_metrics(
-    model: PreTrainedModel, reference: PreTrainedModel | None, prompts: Sequence[list[int]], answers: Sequence[Answer]
+    workers: Workers[ComparedModels], name: str, prompts: Sequence[list[int]], answers: Sequence[Answer]
 ) -> dict[str, Any]:
     """Length of a model's own answers, and its divergence from the reference along them.
 
@@ -122,8 +180,8 @@ def answer_metrics(
     less variance than the mean of log pi - log pi_ref has.
 
     Args:
-        model: Which made the answers.
-        reference: None for the reference itself.
+        workers: With the model loaded that made the answers.
+        name: The model's.
         prompts: Of the answers.
         answers: Made by the model.
 
@@ -138,9 +196,9 @@ def answer_metrics(
         "finished": wilson(sum(answer.finished for answer in answers), len(answers)),
         "kl_per_token": None,
     }
-    if reference is not None:
+    if name != REFERENCE:
         rows = [(prompt, answer.ids) for prompt, answer in zip(prompts, answers, strict=True)]
-        sums = [values.double().sum().item() for values in token_divergences(model, reference, rows)]
+        sums = in_batches(f"{name}: KL", rows, lambda batches: workers.map(ComparedModels.diverge, batches))
         metrics["kl_per_token"] = ratio_interval(sums, lengths)
     return metrics
 

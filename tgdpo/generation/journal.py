@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,13 +68,20 @@ class Journal:
         self._write(part)
         self.done += 1
 
-    def fill(self, total: int, size: int, unit: str, make_part: Callable[[range], Any]) -> None:
-        """Makes the parts that are missing, each of ``size`` of the job's ``total`` items, with a progress bar."""
+    def fill(self, total: int, size: int, unit: str, make_parts: Callable[[Sequence[range]], Iterable[Any]]) -> None:
+        """Adds the parts that are missing, each of ``size`` of the job's ``total`` items, with a progress bar.
+
+        Args:
+            total: Items of the whole job.
+            size: Items of a part.
+            unit: What an item is.
+            make_parts: Takes the items of each missing part to the parts, in their order.
+        """
         starts = range(self.done * size, total, size)
+        missing = [range(start, min(start + size, total)) for start in starts]
         with progress("answers", total, unit, initial=min(starts.start, total)) as bar:
-            for start in starts:
-                items = range(start, min(start + size, total))
-                self.append(make_part(items))
+            for items, part in zip(missing, make_parts(missing), strict=True):
+                self.append(part)
                 bar.update(len(items))
 
     def parts(self) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """Token log-probs of responses under Hugging Face models, and the divergence between two models along them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ TOKENS_PER_BATCH = 8192
 _CHUNK = 512
 
 PromptAndResponse = tuple[list[int], list[int]]
+Result = TypeVar("Result")
 
 
-@torch.inference_mode()
 def response_logps(
     model: PreTrainedModel, rows: Sequence[PromptAndResponse], tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[Tensor]:
@@ -30,57 +31,73 @@ def response_logps(
     Returns:
         One fp32 CPU tensor [scored response tokens] a row, in nats.
     """
-    results = [torch.empty(0)] * len(rows)
+    return in_batches(
+        "log-probs", rows, lambda batches: (batch_logps(model, batch) for batch in batches), tokens_per_batch
+    )
+
+
+def in_batches(
+    label: str,
+    rows: Sequence[PromptAndResponse],
+    score: Callable[[Sequence[list[PromptAndResponse]]], Iterable[list[Result]]],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> list[Result]:
+    """What ``score`` makes of each row, with a progress bar.
+
+    Args:
+        label: Of the bar.
+        rows: As for :func:`response_logps`.
+        score: Takes batches of rows of similar length to the results of each, in their order.
+        tokens_per_batch: As for :func:`response_logps`.
+    """
+    found: dict[int, Result] = {}
+    batches = list(_batches(rows, tokens_per_batch))
+    with progress(label, len(rows), "response") as bar:
+        for batch, values in zip(batches, score([[rows[i] for i in batch] for batch in batches]), strict=True):
+            found.update(zip(batch, values, strict=True))
+            bar.update(len(batch))
+    return [found[index] for index in range(len(rows))]
+
+
+@torch.inference_mode()
+def batch_logps(model: PreTrainedModel, rows: Sequence[PromptAndResponse]) -> list[Tensor]:
+    """:func:`response_logps` of rows that are one batch."""
+    results = []
     scored = [torch.tensor(response) >= 0 for _, response in rows]
     rows = [(prompt, [max(token, ~token) for token in response]) for prompt, response in rows]
-    for batch in _counted("log-probs", _batches(rows, tokens_per_batch), len(rows)):
-        for index, logits in zip(batch, _response_logits(model, [rows[i] for i in batch]), strict=True):
-            targets = torch.tensor(rows[index][1], device=logits.device)
-            parts = [
-                chunk.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-                for chunk, ids in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
-            ]
-            results[index] = torch.cat(parts).cpu()[scored[index]]
+    for (_, response), kept, logits in zip(rows, scored, _response_logits(model, rows), strict=True):
+        targets = torch.tensor(response, device=logits.device)
+        parts = [
+            chunk.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+            for chunk, ids in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
+        ]
+        results.append(torch.cat(parts).cpu()[kept])
     return results
 
 
 @torch.inference_mode()
-def token_divergences(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    rows: Sequence[PromptAndResponse],
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+def batch_divergences(
+    model: PreTrainedModel, reference: PreTrainedModel, rows: Sequence[PromptAndResponse]
 ) -> list[Tensor]:
     """KL(model || reference) of the next token's distribution at each place of a response, over the whole vocabulary.
 
     Args:
         model: A causal language model.
         reference: Another with the same vocabulary.
-        rows: As for :func:`response_logps`.
-        tokens_per_batch: As for :func:`response_logps`.
+        rows: One batch of ids of prompt and response, neither empty.
 
     Returns:
         One fp32 CPU tensor [response tokens] a row, in nats.
     """
-    results = [torch.empty(0)] * len(rows)
-    for batch in _counted("divergence", _batches(rows, tokens_per_batch), len(rows)):
-        chosen = [rows[index] for index in batch]
-        pairs = zip(_response_logits(model, chosen), _response_logits(reference, chosen), strict=True)
-        for index, (ours, theirs) in zip(batch, pairs, strict=True):
-            parts = []
-            for mine, other in zip(ours.split(_CHUNK), theirs.split(_CHUNK), strict=True):
-                log_p = mine.float().log_softmax(-1)
-                log_q = other.float().log_softmax(-1)
-                parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-            results[index] = torch.cat(parts).cpu()
+    results = []
+    for ours, theirs in zip(_response_logits(model, rows), _response_logits(reference, rows), strict=True):
+        parts = []
+        for mine, other in zip(ours.split(_CHUNK), theirs.split(_CHUNK), strict=True):
+            log_p = mine.float().log_softmax(-1)
+            log_q = other.float().log_softmax(-1)
+            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        results.append(torch.cat(parts).cpu())
     return results
-
-
-def _counted(label: str, batches: Iterable[list[int]], total: int) -> Iterator[list[int]]:
-    with progress(label, total, "response") as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
 
 
 def _response_logits(model: PreTrainedModel, rows: Sequence[PromptAndResponse]) -> list[Tensor]:

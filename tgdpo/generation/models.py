@@ -1,6 +1,7 @@
 """Model directories for generation and scoring: HF ones as they are, Megatron ones by way of the exporter."""
 
 import hashlib
+import multiprocessing
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ def load_causal_lm(directory: Path, dtype: torch.dtype, device: torch.device) ->
 def load_model(kind: Any, directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Loads a model with one of transformers' auto classes, as :func:`load_causal_lm` does."""
     try:
-        with waiting(f"loading {directory}"):
+        # One of several processes keeps silent: the command's own speaks for all.
+        with waiting(f"loading {directory}", shown=multiprocessing.parent_process() is None):
             model = kind.from_pretrained(
                 directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             )

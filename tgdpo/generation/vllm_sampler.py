@@ -1,4 +1,4 @@
-"""The same sampler on vLLM, where that is installed. Written to its documented interface; not run on a GPU yet."""
+"""The same sampler on vLLM, where that is installed. Checked against vLLM 0.33.0's source; not run on a GPU yet."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from megatron_tgdpo.data.tokenizers import Tokenizer
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.errors import UserError, one_line
 from tgdpo.generation.models import stop_ids
 from tgdpo.generation.sampling import Answer, Request, check_context, context_limit, make_answer
 
@@ -24,8 +24,10 @@ class VllmSampler:
         max_new_tokens: Limit of an answer.
         dtype: Of the weights.
 
+    The model is shared among the GPUs that this process sees, by tensor parallelism.
+
     Raises:
-        UserError: vLLM is not installed.
+        UserError: vLLM is not installed, or refuses the model.
     """
 
     def __init__(
@@ -44,13 +46,18 @@ class VllmSampler:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         self._limit = context_limit(config)
         self._stops = stop_ids(_generation_config(directory), tokenizer)
-        self._llm = LLM(
-            model=str(directory),
-            dtype=str(dtype).removeprefix("torch."),
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # none of the model's own sampling settings
-            trust_remote_code=False,
-        )
+        try:
+            self._llm = LLM(
+                model=str(directory),
+                dtype=str(dtype).removeprefix("torch."),
+                tensor_parallel_size=max(torch.cuda.device_count(), 1),
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # none of the model's own sampling settings
+                trust_remote_code=False,
+                **_memory(),
+            )
+        except Exception as error:  # pydantic's, its own, or those of a process that it started
+            raise UserError(f"--backend vllm: {directory}: {one_line(error)}") from error
 
     def sample(self, requests: Sequence[Request]) -> list[Answer]:
         """See :class:`~tgdpo.generation.sampling.Sampler`."""
@@ -78,3 +85,11 @@ def _generation_config(directory: Path) -> GenerationConfig | None:
     if not (directory / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
+def _memory() -> dict[str, float]:
+    """How much of a GPU's whole memory vLLM may take: of what is free, since a reward model may be there already."""
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": 0.9 * free / total}

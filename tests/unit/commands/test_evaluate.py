@@ -66,7 +66,10 @@ def test_logps_and_divergences_equal_one_by_one(tmp_path: Path, family: str, mon
     monkeypatch.setattr(logps, "_CHUNK", 3)
     for tokens_per_batch in (1, 20, 1000):
         results = logps.response_logps(first, ROWS, tokens_per_batch)
-        divergences = logps.token_divergences(first, second, ROWS, tokens_per_batch)
+        divergences = logps.in_batches(
+            "KL", ROWS, lambda batches: (logps.batch_divergences(first, second, batch) for batch in batches),
+            tokens_per_batch,
+        )  # fmt: skip
         for (prompt, response), values, divergence in zip(ROWS, results, divergences, strict=True):
             with torch.no_grad():
                 torch.testing.assert_close(values, one_by_one(first, prompt, response), rtol=1e-4, atol=1e-5)

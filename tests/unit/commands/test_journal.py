@@ -13,7 +13,7 @@ SETTINGS = {"seed": 1, "model": "a"}
 def test_torn_lines_are_cut_and_the_rest_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "new" / "journal"
     with Journal(path, SETTINGS, created=5.0) as journal:
-        journal.fill(7, 3, "item", lambda items: [f"é{i}" for i in items])
+        journal.fill(7, 3, "item", lambda parts: ([f"é{i}" for i in items] for items in parts))
     whole = path.read_bytes()
     header = whole.index(b"\n") + 1
     for end in (len(whole) - 1, len(whole) - 4, whole.index(b"\n", header) + 2, header, header - 1, 3, 0):
@@ -26,7 +26,7 @@ def test_torn_lines_are_cut_and_the_rest_goes_on(tmp_path: Path) -> None:
 
         with Journal(path, SETTINGS, created=5.0) as journal:
             assert journal.done == max(whole[:end].count(b"\n") - 1, 0)
-            journal.fill(7, 3, "item", make)
+            journal.fill(7, 3, "item", lambda parts, make=make: map(make, parts))
             assert [text for part in journal.parts() for text in part] == [f"é{i}" for i in range(7)]
         assert path.read_bytes() == whole
         assert len(made) == 3 - max(whole[:end].count(b"\n") - 1, 0)

@@ -1,7 +1,9 @@
 """Files are read once, by all ranks together, and again when anything says that they may have changed."""
 
 import errno
+import io
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +21,7 @@ from megatron_tgdpo.setup import fingerprints
 from megatron_tgdpo.setup.fingerprints import hash_files, shares, weights_fingerprint
 from megatron_tgdpo.signals import StoppedEarly
 from megatron_tgdpo.storage.files import read_error
+from tests.launch import PATIENCE
 
 ALONE = RankEnvironment(0, 1, 0, None, None)
 
@@ -48,6 +51,22 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def hashes(model: Path, again: bool = False) -> dict[str, str]:
     return hash_files(lambda: model_files(model), model.parent / "hashes.json", ALONE, dist.HashStore(), again=again)
+
+
+def test_long_hashing_says_that_it_goes_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stderr", written)
+    monkeypatch.setattr("megatron_tgdpo.console._LOG_SECONDS", 0.001)
+    until = time.monotonic() + PATIENCE
+
+    def digest(path: str) -> FileDigest:
+        while "hashing models and data: " not in written.getvalue():
+            assert time.monotonic() < until, "nothing was said"
+            time.sleep(0.001)
+        return digest_file(path)
+
+    monkeypatch.setattr(fingerprints, "digest_file", digest)
+    assert len(hashes(model)) == 4
 
 
 def test_files_are_read_once_and_on_request(model: Path, reads: list[str]) -> None:
