@@ -6,8 +6,10 @@
     guidance   where guidance.mode is cached: tgdpo guidance
     train      tgdpo train
     export     the trained policy as an HF directory in output_dir/hf, where export.hf has not had training write it: of
-               the last checkpoint, or with export.hf=best of the best one: tgdpo convert to-hf
-    evaluate   policy and guide against the reference on data.validation, output_dir/evaluation.json: tgdpo evaluate
+               the last checkpoint, or with export.hf=best of the best one: tgdpo convert to-hf; of a LoRA run as a
+               whole model (export.merge)
+    evaluate   policy and guide against the reference on data.validation, output_dir/evaluation.json: tgdpo evaluate;
+               a guide that is an adapter is left out
 
 Start the same command again to continue after an interruption. Ctrl-C, TERM or USR1 has the stage that runs save and
 end. A stage whose inputs have changed since says so, or is made again where nothing is lost by that. On Slurm:
@@ -70,6 +72,10 @@ class Pipeline:
         self.config = load_config(file, overrides)
         self.output_dir = Path(self.config.output_dir)
         self._run = [file, *overrides]
+        if self.config.lora.trains:
+            # What follows the training takes whole models.
+            self._run.append("export.merge=true")
+            self.config = load_config(file, self._run[1:])
         self._sampling = list(sampling)
 
     def stages(self) -> list[Stage]:
@@ -157,7 +163,8 @@ class Pipeline:
     def _export(self) -> list[str]:
         if not self._is_trained():
             raise UserError(f"{self.output_dir}: the training is not finished, so that there is nothing to export yet")
-        return ["convert", "to-hf", "--megatron", str(self._checkpoint()), "--out", str(self.hf())]
+        words = ["convert", "to-hf", "--megatron", str(self._checkpoint()), "--out", str(self.hf())]
+        return words + (["--merge"] if self.config.export_kind == "merged" else [])
 
     def _is_exported(self) -> bool:
         if not self._is_trained():
@@ -165,33 +172,44 @@ class Pipeline:
         from megatron_tgdpo.training.export import is_current
 
         out = self.hf()
-        if out.exists() and not is_current(out, self._checkpoint()):
-            raise UserError(f"{out}: not an export of {self._checkpoint()}: remove it, or move it, to have one")
+        if out.exists() and not is_current(out, self._checkpoint(), self.config.export_kind):
+            whole = " as a whole model" if self.config.export_kind == "merged" else ""
+            raise UserError(f"{out}: not an export of {self._checkpoint()}{whole}: remove it, or move it, to have one")
         return out.exists()
 
     def _validation_files(self) -> dict[str, str]:
-        """Validation sets that are one file each, or one preprocessed dataset."""
+        """Validation sets that are one file each, or one preprocessed dataset; none without a whole reference."""
+        if self._begins_with_adapter():
+            return {}
         sets = self.config.validation_sets.items()
         return {name: s[0].path for name, s in sets if len(s) == 1 and not (s[0].split or s[0].subset)}
 
+    def _begins_with_adapter(self) -> bool:
+        """Whether the reference is the policy's beginning, and that no whole model."""
+        config = self.config
+        return "reference" in config.method.frozen and config.model.reference is None and bool(config.lora.adapter)
+
     def left_out(self) -> list[str]:
-        """Names of validation sets that are not evaluated."""
-        return [
-            name or "data.validation" for name in self.config.validation_sets if name not in self._validation_files()
-        ]
+        """Validation sets that are not evaluated, by name, with the reason."""
+        reason = "several files or a split, not evaluated: tgdpo evaluate takes one file, or preprocessed data"
+        if self._begins_with_adapter():
+            reason = "not evaluated: the reference is lora.adapter on its base, and tgdpo evaluate takes whole models"
+        names = [name for name in self.config.validation_sets if name not in self._validation_files()]
+        return [f"{name or 'data.validation'}: {reason}" for name in names]
 
     def _evaluation(self, name: str, pairs: str) -> Stage:
         out = self.output_dir / f"evaluation{f'_{name}' if name else ''}.json"
 
         def arguments() -> list[str]:
             from megatron_tgdpo.setup.hub_inputs import as_recorded
+            from megatron_tgdpo.setup.model_sources import model_sources
 
             config = as_recorded(self.config)
-            data = config.data
+            data, guide = config.data, model_sources(config).get("guide")
             options = {
                 "--reference": config.reference_path,
                 "--model": f"{config.loss.method}={self.hf()}",
-                "--guide": config.model_paths.get("guide"),
+                "--guide": None if guide is None or guide.adapter is not None else guide.base,  # a whole model
                 "--pairs": pairs,
                 "--out": str(out),
                 "--beta": config.loss.beta,
@@ -281,8 +299,8 @@ def _main(args: argparse.Namespace) -> None:
             pipeline.record(stage)
             if not stage.is_complete():
                 raise UserError(f"{stage.name}: ended before its end, as with train.exit_step: the rest is not begun")
-    for name in pipeline.left_out():
-        print(f"{name}: several files or a split, not evaluated: tgdpo evaluate takes one file, or preprocessed data")
+    for line in pipeline.left_out():
+        print(line)
     if args.only is None:
         print(f"aligned model (HF): {pipeline.hf()}")
 

@@ -121,6 +121,10 @@ LORA = (
         lambda c: c.lora != LoraConfig() and c.overlap.tensor,
         "overlap.tensor hides traffic within linears, and adapters have to look into them: set it to false",
     ),
+    Rule(
+        lambda c: c.export.merge and not c.lora.trains,
+        "export.merge is true without section lora: whole models are exported as it is, set it to false",
+    ),
 )
 
 GUIDANCE = (
