@@ -32,6 +32,7 @@ from megatron_tgdpo.models.hf_weights.adapters import adapted_parts, peft_tensor
 from megatron_tgdpo.models.lora import checkpoint_prefix, fused_linears
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 from megatron_tgdpo.storage.dtypes import dtype_name
+from megatron_tgdpo.storage.hub import hub_name
 
 # What is of the whole model, and would make the directory look like one.
 _OF_THE_MODEL = ("config.json", "generation_config.json")
@@ -104,11 +105,13 @@ def _write(directory: Path, checkpoint: Path, tensors: dict[str, Tensor]) -> Non
 
 
 def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
-    """What ``adapter_config.json`` says of an adapter."""
+    """What ``adapter_config.json`` says of an adapter, and of its base model: a path, or a pinned name of the Hub."""
+    hub = None if base is None else hub_name(base)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base if hub is None else hub.repo,
+        "revision": None if hub is None else hub.revision,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "target_modules": list(lora.targets),

@@ -17,13 +17,14 @@ from megatron_tgdpo.storage.hub import MODEL, fetch, hub_name, local_path
 BEST = "best"
 
 
-def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
+def find_model(text: str | Path, what: str, *, weights: bool = True, adapter: bool = False) -> Path:
     """The HF directory or Megatron checkpoint that a text means; one of the Hub is fetched, which may take hours.
 
     Args:
         text: A path or a name of the Hub.
         what: The key or the argument that has it, as ``model.guide`` or ``--model``, for errors.
         weights: Whether weights are wanted of a model of the Hub; else its config and tokenizer alone.
+        adapter: Whether it may be a LoRA adapter as well.
 
     Raises:
         UserError: There is nothing there, no model, or no complete one; or the Hub has no such model, or cannot be
@@ -32,10 +33,10 @@ def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
     """
     name = None if is_best(text) else hub_name(str(text))
     if name is None:
-        return find_local_model(text, what)
+        return find_local_model(text, what, adapter=adapter)
     with naming(what, _near(Path(text))):
         pinned = fetch(name, MODEL, weights=weights)
-    return find_local_model(str(pinned), what)
+    return find_local_model(str(pinned), what, adapter=adapter)
 
 
 def find_local_model(text: str | Path, what: str, *, adapter: bool = False) -> Path:

@@ -44,7 +44,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "eval.every_steps", "eval.generate",
         "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background", "checkpoint.verify",
         "checkpoint.best_metric", "checkpoint.best_mode",
-        "export.hf",
+        "export.hf", "export.merge",
         "log.every_steps", "log.wandb", "log.mlflow", "log.swanlab",
         "preflight.enabled", "preflight.slow_group_ratio",
         "output_dir",

@@ -108,18 +108,22 @@ LORA = (
         "lora.adapter {c.lora.adapter} has a rank, alpha and targets of its own: remove the other keys of section lora",
     ),
     Rule(
-        lambda c: c.lora != LoraConfig() and {c.precision.fp8, c.precision.fp4} != {"none"},
+        lambda c: c.lora.trains and {c.precision.fp8, c.precision.fp4} != {"none"},
         "section lora with precision.fp8 {c.precision.fp8} and fp4 {c.precision.fp4}: adapters beside FP8 linears are "
         "not supported yet, set both to none",
     ),
     Rule(
-        lambda c: c.lora != LoraConfig() and (c.precision.frozen == "fp8" or c.precision.fp8_params),
+        lambda c: c.lora.trains and (c.precision.frozen == "fp8" or c.precision.fp8_params),
         "section lora with weights in FP8 (precision.frozen, precision.fp8_params): the policy's weights are the "
         "reference's, in one dtype; set precision.frozen=same and precision.fp8_params=false",
     ),
     Rule(
-        lambda c: c.lora != LoraConfig() and c.overlap.tensor,
+        lambda c: c.lora.trains and c.overlap.tensor,
         "overlap.tensor hides traffic within linears, and adapters have to look into them: set it to false",
+    ),
+    Rule(
+        lambda c: c.export.merge and not c.lora.trains,
+        "export.merge is true without section lora: whole models are exported as it is, set it to false",
     ),
 )
 

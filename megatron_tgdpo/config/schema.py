@@ -8,7 +8,7 @@ tokens.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -28,6 +28,8 @@ from megatron_tgdpo.data.sources import Source, read_sets, read_sources
 from megatron_tgdpo.loss.methods import GUIDE_METHODS, METHODS, Method
 from megatron_tgdpo.storage.hub import local_path
 
+# A whole model that trained; of a LoRA run its adapter, or base and adapter in one.
+ExportKind = Literal["model", "adapter", "merged"]
 # OmegaConf has no such union.
 _SOURCES = str | dict[str, Any] | list[Any]
 
@@ -56,6 +58,11 @@ class LoraConfig:
     # to continue with: a PEFT directory, or a checkpoint or output directory of a run; its own rank, alpha and targets
     # hold
     adapter: str | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether an adapter trains, and not all weights."""
+        return self.rank is not None or self.adapter is not None
 
 
 @dataclass(frozen=True)
@@ -245,6 +252,7 @@ class ExportConfig:
     # which checkpoints become HF directories in output_dir/hf: end, best: the last or the best one, when all steps are
     # made; every_save: each one when it is saved
     hf: str = one_of(("none", "end", "best", "every_save"), "none")
+    merge: bool = False  # with section lora: these are whole models, base and adapter in one, not adapters
 
 
 @dataclass(frozen=True)
@@ -356,6 +364,13 @@ class Config:
     def guide_dir(self) -> str:
         """The output directory of the guide's run, where section ``guide`` has one trained."""
         return self.guide.output_dir or str(Path(self.output_dir) / "guide")
+
+    @property
+    def export_kind(self) -> ExportKind:
+        """What an export of this run's checkpoints is."""
+        if not self.lora.trains:
+            return "model"
+        return "merged" if self.export.merge else "adapter"
 
     @property
     def reference_path(self) -> str:

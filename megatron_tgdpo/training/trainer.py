@@ -259,7 +259,7 @@ class Trainer:
     def _export(self, checkpoint: Path, group: dist.ProcessGroup) -> None:
         assert self.exporter is not None, "only given where there is one"
         # Its checksums were taken a moment ago.
-        export(self.exporter, self.output_dir, checkpoint, group, verify=False)
+        export(self.exporter, self.output_dir, checkpoint, group, verify=False, kind=self.config.export_kind)
 
     def _over_ranks(self, *mine: float) -> list[float]:
         """The largest of each number over all ranks, in one reduction.
