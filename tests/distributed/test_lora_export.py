@@ -1,6 +1,7 @@
 """Exports of LoRA runs: the adapter alone, and base and adapter in one, beside what ``peft`` makes of the same."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from checkpoints_convert.merge import merged as merged_with
 from checkpoints_convert.merge import read_base_model
 from checkpoints_convert.pieces import all_pieces
 from megatron_tgdpo.checkpoints.adapter_directory import Lora
+from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.mapping import parameter_count
+from megatron_tgdpo.training.run import dry_run
 from tests.distributed.common import assert_same_weights, make_problem, merged, read_weights
 from tests.processes import run_forked
 from tests.tiny_models import make_llama
@@ -175,6 +179,22 @@ def test_a_run_exports_its_adapter_or_a_whole_model(run: Run, whole: Path) -> No
     finally:
         run.adapter.rename(run.root / "whole-by-run")
         adapter.rename(run.adapter)
+
+
+def test_the_dry_run_counts_what_trains_and_the_base_once(run: Run) -> None:
+    config = merged(run.config, output_dir=str(run.root / "new"))
+    policy = parameter_count(read_hf_config(run.root / "policy"))
+    text, _ = dry_run(config_from_dict(config), 1)
+    (line,) = [line for line in text.splitlines() if line.startswith("fullest rank")]
+    found = re.fullmatch(r".* policy ([\d,]+) \(of which ([\d,]+) train\), frozen ([\d,]+)", line)
+    assert found is not None
+    whole, trained, frozen = (int(number.replace(",", "")) for number in found.groups())
+    assert frozen == 0
+    # The vocabulary is padded.
+    assert 0 <= whole - trained - policy < 2 * 64 * 128
+    # gate_proj, beside up_proj, has zeros.
+    adapter = sum(tensor.numel() for tensor in read_weights(run.adapter).values())
+    assert trained - adapter == 2 * 4 * (64 + 96)
 
 
 def test_an_adapter_names_its_base_as_peft_finds_it() -> None:

@@ -66,6 +66,7 @@ BROKEN = [
         "checkpoint.best_metric is eval/loss but eval.every_steps is not set",
     ),
     (["checkpoint.best_mode=min"], "checkpoint.best_mode is min but checkpoint.best_metric is not set"),
+    (["export.merge=true"], "export.merge is true without section lora"),
     (["export.hf=best"], "export.hf is best but checkpoint.best_metric is not set"),
     (["eval.generate.prompts=2"], "eval.generate.prompts is 2 but data.validation is not set"),
     (
