@@ -19,14 +19,14 @@ def join_ranks(timeout_minutes: float) -> None:
     init_distributed(ranks, torch.device("cpu"), timeout_minutes, connect_store(ranks))
 
 
-def find_checkpoint(path: Path, option: str = "--megatron") -> Path:
-    """:func:`find_model`, of which only a Megatron checkpoint will do.
+def find_checkpoint(path: Path, option: str = "--megatron", *, adapter: bool = False) -> Path:
+    """:func:`find_model`, of which only a Megatron checkpoint will do; with ``adapter``, also one of a LoRA run.
 
     Raises:
         UserError: It is none, or it is damaged.
         StorageError: It cannot be read.
     """
-    found = find_model(path, option, weights=False)
+    found = find_model(path, option, weights=False, adapter=adapter)
     if not is_megatron_checkpoint(found):
         raise UserError(f"{option} {path}: an HF model: name a Megatron checkpoint or a training output directory")
     return found

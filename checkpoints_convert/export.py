@@ -14,22 +14,22 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_convert.check_parameters import check_checkpoint
+from checkpoints_convert.export_adapter import adapter_tensors
+from checkpoints_convert.merge import ReadPiece, check_base, merged, read_base_model, read_megatron
 from checkpoints_convert.model_card import CARD_FILE, model_card
 from checkpoints_convert.pieces import Piece, converted, pieces_of, share
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
+from megatron_tgdpo.checkpoints.adapter_directory import read_lora
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import copy_hf_files, hf_files
-from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.console import waiting
 from megatron_tgdpo.data.tokenizers import load_tokenizer, read_template
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import (
     GlobalParameter,
-    Heads,
     expected_shapes,
     global_parameters,
     parameter_count,
@@ -69,6 +69,7 @@ def export_hf(
     stored: torch.dtype,
     dtype: torch.dtype,
     max_shard_bytes: int,
+    base: Path | None = None,
     verify: bool = True,
     group: dist.ProcessGroup | None = None,
     quiet: bool = False,
@@ -79,6 +80,9 @@ def export_hf(
     number. Padded vocabulary rows are dropped, optimizer state is not read. An export of a training checkpoint has a
     model card, and the chat template that the training used.
 
+    With ``base`` the checkpoint is of a LoRA run, and what is written is its base model with the adapter added, in
+    fp32 and cast once; memory holds the adapter as well.
+
     Args:
         checkpoint: A Megatron checkpoint, saved at any layout.
         out: The directory to make, on storage that all ranks share; it must not exist, or be empty.
@@ -86,13 +90,15 @@ def export_hf(
         stored: The checkpoint's dtype.
         dtype: Of the written weights.
         max_shard_bytes: Largest file's tensors (the tensors of a larger single parameter get a file of their own).
+        base: HF directory or Megatron checkpoint of a LoRA checkpoint's base model; None for a whole model.
         verify: Whether to compare the checkpoint's checksums first.
         group: Of all ranks, for the collectives; None for the default group.
         quiet: Without a word of how far it is.
 
     Raises:
         UserError: On every rank: the checkpoint is damaged, is not what the template's config asks for, or cannot be
-            read; ``out`` is not empty, or could not be written.
+            read; the base is not the one that the adapter was trained on; ``out`` is not empty, or could not be
+            written.
     """
     started = time.perf_counter()
     shown = not quiet and dist.get_rank() == 0
@@ -100,12 +106,17 @@ def export_hf(
         refuse_damage(checkpoint, content=verify, group=group)
     with AtomicDirectory(out, group) as directory:
         hf_config = directory.run_on_all_ranks(lambda: _read_config(checkpoint, template))
-        reader = directory.run_on_all_ranks(lambda: _open(checkpoint, hf_config, stored))
+        if base is not None:
+            with waiting(f"sha256 of {base}", shown=shown):
+                check_base(base, checkpoint, directory)
+        read = directory.run_on_all_ranks(lambda: _open(checkpoint, base, hf_config, stored))
+        # Where products are made of pieces, these are of the same rows whatever dtype the base is stored in.
+        element_size = stored.itemsize if base is None else torch.float32.itemsize
         files = _plan(global_parameters(hf_config), dtype.itemsize, max_shard_bytes)
         size = sum(file.numel for file in files) * dtype.itemsize
         directory.reserve(size)
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
-        directory.run_on_all_ranks(lambda: _write(reader, hf_config, directory.temporary, mine, stored, dtype, quiet))
+        directory.run_on_all_ranks(lambda: _write(read, directory.temporary, mine, element_size, dtype, quiet))
         directory.run_on_rank0(lambda: _finish(directory.temporary, checkpoint, template, files, dtype, size))
         with waiting(f"{out}: until all of it is on disk", shown=shown):
             directory.commit()
@@ -122,10 +133,11 @@ def _read_config(checkpoint: Path, template: Path) -> PretrainedConfig:
     return theirs
 
 
-def _open(checkpoint: Path, hf_config: PretrainedConfig, stored: torch.dtype) -> CheckpointReader:
-    reader = CheckpointReader(checkpoint)
-    check_checkpoint(reader, hf_config, stored)
-    return reader
+def _open(checkpoint: Path, base: Path | None, hf_config: PretrainedConfig, stored: torch.dtype) -> ReadPiece:
+    if base is None:
+        return read_megatron(checkpoint, hf_config, stored)
+    adapter = adapter_tensors(checkpoint, hf_config, torch.float32)
+    return merged(read_base_model(base, hf_config), adapter, read_lora(checkpoint).scale)
 
 
 def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: int) -> list[_File]:
@@ -148,28 +160,16 @@ def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: i
 
 
 def _write(
-    reader: CheckpointReader,
-    hf_config: PretrainedConfig,
-    directory: Path,
-    files: list[_File],
-    stored: torch.dtype,
-    dtype: torch.dtype,
-    quiet: bool,
+    read: ReadPiece, directory: Path, files: list[_File], element_size: int, dtype: torch.dtype, quiet: bool
 ) -> None:
-    heads = Heads.of(hf_config)
-
-    def read(piece: Piece) -> list[tuple[str, int, Tensor]]:
-        rows = piece.read_megatron(reader)
-        return [
-            (name, first, converted(part, dtype, name))
-            for name, first, part in piece.to_hf(rows, heads, hf_config.vocab_size)
-        ]
+    def read_converted(piece: Piece) -> list[tuple[str, int, Tensor]]:
+        return [(name, first, converted(part, dtype, name)) for name, first, part in read(piece)]
 
     with progress_bar("Megatron to HF", sum(file.numel for file in files) * dtype.itemsize, quiet=quiet) as bar:
         for file in files:
-            pieces = [piece for parameter in file.parameters for piece in pieces_of(parameter, stored.itemsize)]
+            pieces = [piece for parameter in file.parameters for piece in pieces_of(parameter, element_size)]
             with SafetensorsFile(directory / file.name, file.shapes, dtype) as writer:
-                for _, parts in read_ahead(read, pieces):
+                for _, parts in read_ahead(read_converted, pieces):
                     for name, first, rows in parts:
                         writer.write_rows(name, first, rows)
                         bar.update(rows.nbytes)

@@ -86,7 +86,8 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
                 raise
             logger.info("%s; start the same command again to continue", stopped)
             if config.export.hf != "none":
-                logger.info("what is saved can be exported: %s", run_export_command(config.output_dir))
+                command = run_export_command(config.output_dir, config.export_kind)
+                logger.info("what is saved can be exported: %s", command)
             return signals.STOPPED_STATUS
         return 0
 

@@ -46,9 +46,12 @@ class LayerNormColumnParallelLinear(_ExtraState, ColumnParallelLinear):
         self.zero_centered, self.eps = config.layernorm_zero_centered_gamma, config.layernorm_epsilon
         self.layer_norm_weight = torch.nn.Parameter(torch.empty(input_size, dtype=config.params_dtype))
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.return_layernorm_output = False
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return super().forward(_normalised(x, self.layer_norm_weight, self.eps, self.zero_centered))
+    def forward(self, x: Tensor) -> tuple[Tensor | tuple[Tensor, Tensor], None]:
+        normalised = _normalised(x, self.layer_norm_weight, self.eps, self.zero_centered)
+        output, bias = super().forward(normalised)
+        return (output, normalised) if self.return_layernorm_output else output, bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return _sharded(self, prefix, {"weight": 0, "bias": 0}, sharded_offsets, metadata)

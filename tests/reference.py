@@ -100,9 +100,19 @@ def train(policy_dir: Path, reference_dir: Path, guide_dir: Path | None, pairs: 
 
     Weight decay spares norms, as usual.
     """
-    policy, reference = load(policy_dir).train(), load(reference_dir).eval()
     guide = load(guide_dir).eval() if guide_dir is not None else None
-    parameters = list(policy.parameters())
+    return train_models(load(policy_dir).train(), load(reference_dir).eval(), guide, pairs, settings)
+
+
+def train_models(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    guide: PreTrainedModel | None,
+    pairs: Sequence[Tokens],
+    settings: Settings,
+) -> Result:
+    """As :func:`train`, of loaded models; those parameters of the policy train that require a gradient."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
@@ -126,4 +136,5 @@ def train(policy_dir: Path, reference_dir: Path, guide_dir: Path | None, pairs: 
     with torch.no_grad():
         final = sum(pair_loss(policy, reference, guide, pair, settings).item() for pair in pairs)
         final /= divisor(pairs, settings.method)
-    return Result(losses, norms, final, {name: p.detach().clone() for name, p in policy.named_parameters()})
+    trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    return Result(losses, norms, final, trained)

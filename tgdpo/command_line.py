@@ -191,15 +191,33 @@ def find_models(given: argparse.Namespace, *options: str, weights: bool = True) 
     Raises:
         UserError: One means no model, see :func:`~megatron_tgdpo.checkpoints.find_model.find_model`.
     """
-    from megatron_tgdpo.checkpoints.find_model import find_model
-
     for option in options:
         name = option.lstrip("-").replace("-", "_")
         text = getattr(given, name)
         if isinstance(text, list):
-            setattr(given, name, [find_model(one, option, weights=weights) for one in text])
+            setattr(given, name, [find_whole_model(one, option, weights=weights) for one in text])
         elif text is not None:
-            setattr(given, name, find_model(text, option, weights=weights))
+            setattr(given, name, find_whole_model(text, option, weights=weights))
+
+
+def find_whole_model(text: str | Path, option: str, *, weights: bool = True) -> Path:
+    """A model that can be run, from what an option names: as it is, or once a checkpoint is exported.
+
+    A checkpoint of a LoRA run is one: it says where its base model is. A ``peft`` directory is none.
+
+    Raises:
+        UserError: There is none; the message begins with the option.
+    """
+    from megatron_tgdpo.checkpoints.find_model import find_model, naming
+
+    found = find_model(text, option, weights=weights, adapter=True)
+    # Only now: this takes the seconds of torch's import.
+    from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, refuse_adapter
+
+    if not is_megatron_checkpoint(found):
+        with naming(option):
+            refuse_adapter(found)
+    return found
 
 
 def check_ranks(parallel: "ParallelConfig", ranks: int) -> None:

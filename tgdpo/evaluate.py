@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tgdpo.checkpoints.find_model import find_model
 from tgdpo.command_line import (
     add_columns_argument,
     add_length_arguments,
@@ -22,6 +21,7 @@ from tgdpo.command_line import (
     check_present,
     check_scratch,
     check_temperature,
+    find_whole_model,
     not_negative,
     positive,
     positive_number,
@@ -83,7 +83,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     check_temperature(given)
     check_present(given, "--chat-template")
     check_scratch(given)
-    models = {name: find_model(path, _option(name)) for name, path in models.items()}
+    models = {name: find_whole_model(path, _option(name)) for name, path in models.items()}
     given.reference = models[REFERENCE]
     # The tokenizer is the reference's, wherever that keeps it.
     options = preprocess_options(given, str(given.reference))

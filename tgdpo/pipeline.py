@@ -6,9 +6,10 @@
     guidance   where guidance.mode is cached: tgdpo guidance
     train      tgdpo train
     export     the trained policy as an HF directory in output_dir/hf, where export.hf has not had training write it: of
-               the last checkpoint, or with export.hf=best of the best one: tgdpo convert to-hf
+               the last checkpoint, or with export.hf=best of the best one: tgdpo convert to-hf; of a LoRA run as a
+               whole model (export.merge)
     evaluate   policy and guide against the reference on data.test, or without it data.validation,
-               output_dir/evaluation.json: tgdpo evaluate
+               output_dir/evaluation.json: tgdpo evaluate; a guide that is a PEFT directory is left out
 
 Start the same command again to continue after an interruption. Ctrl-C, TERM or USR1 has the stage that runs save and
 end. A stage whose inputs have changed since says so, or is made again where nothing is lost by that. On Slurm:
@@ -33,6 +34,7 @@ from tgdpo.command_line import check_ranks, not_negative, positive
 
 if TYPE_CHECKING:
     from megatron_tgdpo.config.schema import ParallelConfig
+    from megatron_tgdpo.setup.model_sources import ModelSource
 
 # In the output directory: of stages that leave no record of their inputs themselves, a digest of these.
 RECORD_FILE = "pipeline.json"
@@ -76,6 +78,10 @@ class Pipeline:
         self.config = load_config(file, overrides)
         self.output_dir = Path(self.config.output_dir)
         self._run = [file, *overrides]
+        if self.config.lora.trains:
+            # What follows the training takes whole models.
+            self._run.append("export.merge=true")
+            self.config = load_config(file, self._run[1:])
         self._sampling = list(sampling)
         for source in (source for found in self.config.test_sets.values() for source in found):
             # Training does not read it, and would not miss it for hours.
@@ -167,7 +173,8 @@ class Pipeline:
     def _export(self) -> list[str]:
         if not self._is_trained():
             raise UserError(f"{self.output_dir}: the training is not finished, so that there is nothing to export yet")
-        return ["convert", "to-hf", "--megatron", str(self._checkpoint()), "--out", str(self.hf())]
+        words = ["convert", "to-hf", "--megatron", str(self._checkpoint()), "--out", str(self.hf())]
+        return words + (["--merge"] if self.config.export_kind == "merged" else [])
 
     def _is_exported(self) -> bool:
         if not self._is_trained():
@@ -175,19 +182,31 @@ class Pipeline:
         from megatron_tgdpo.training.export import is_current
 
         out = self.hf()
-        if out.exists() and not is_current(out, self._checkpoint()):
-            raise UserError(f"{out}: not an export of {self._checkpoint()}: remove it, or move it, to have one")
+        if out.exists() and not is_current(out, self._checkpoint(), self.config.export_kind):
+            whole = " as a whole model" if self.config.export_kind == "merged" else ""
+            raise UserError(f"{out}: not an export of {self._checkpoint()}{whole}: remove it, or move it, to have one")
         return out.exists()
 
     def _test_files(self) -> dict[str, str]:
-        """Sets to evaluate on that are one file each, or one preprocessed dataset."""
+        """Sets to evaluate on that are one file each, or one preprocessed dataset; none without a whole reference."""
+        if self._begins_with_adapter():
+            return {}
         sets = self.config.test_sets.items()
         return {name: s[0].path for name, s in sets if len(s) == 1 and not (s[0].split or s[0].subset)}
 
+    def _begins_with_adapter(self) -> bool:
+        """Whether the reference is the policy's beginning, and that no whole model."""
+        config = self.config
+        return "reference" in config.method.frozen and config.model.reference is None and bool(config.lora.adapter)
+
     def left_out(self) -> list[str]:
-        """Names of sets that are not evaluated."""
+        """Sets that are not evaluated, by name, with the reason."""
+        reason = "several files or a split, not evaluated: tgdpo evaluate takes one file, or preprocessed data"
+        if self._begins_with_adapter():
+            reason = "not evaluated: the reference is lora.adapter on its base, and tgdpo evaluate takes whole models"
         key = "data.validation" if self.config.data.test is None else "data.test"
-        return [name or key for name in self.config.test_sets if name not in self._test_files()]
+        names = [name for name in self.config.test_sets if name not in self._test_files()]
+        return [f"{name or key}: {reason}" for name in names]
 
     def chosen_by(self) -> str | None:
         """The metric that chose the evaluated checkpoint, if the pairs that it is evaluated on are those of that."""
@@ -199,13 +218,14 @@ class Pipeline:
 
         def arguments() -> list[str]:
             from megatron_tgdpo.setup.hub_inputs import as_recorded
+            from megatron_tgdpo.setup.model_sources import model_sources
 
             config = as_recorded(self.config)
-            data = config.data
+            data, guide = config.data, model_sources(config).get("guide")
             options = {
                 "--reference": config.reference_path,
                 "--model": f"{config.loss.method}={self.hf()}",
-                "--guide": config.model_paths.get("guide"),
+                "--guide": _that_runs(guide),
                 "--pairs": pairs,
                 "--out": str(out),
                 "--beta": config.loss.beta,
@@ -307,10 +327,19 @@ def _main(args: argparse.Namespace) -> None:
             f"the checkpoint was chosen by {metric} on data.validation, on which it was evaluated, too: the figures "
             "flatter it; set data.test to pairs that chose nothing"
         )
-    for name in pipeline.left_out():
-        print(f"{name}: several files or a split, not evaluated: tgdpo evaluate takes one file, or preprocessed data")
+    for line in pipeline.left_out():
+        print(line)
     if args.only is None:
         print(f"aligned model (HF): {pipeline.hf()}")
+
+
+def _that_runs(source: "ModelSource | None") -> Path | None:
+    """A model that evaluate takes: a whole one, or a checkpoint of a LoRA run; None for others."""
+    from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
+
+    if source is None or source.adapter is None:
+        return None if source is None else source.base
+    return source.adapter if is_megatron_checkpoint(source.adapter) else None
 
 
 def _is_there(path: str) -> bool:

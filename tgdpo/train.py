@@ -12,22 +12,32 @@ from megatron_tgdpo import train
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from megatron_tgdpo.config.schema import ExportKind
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line and exit status: :func:`megatron_tgdpo.train.main`; what this adds is ``export.hf``."""
     train.main(arguments, export)
 
 
-def export(checkpoint: Path, out: Path, group: "dist.ProcessGroup | None", *, verify: bool) -> None:
-    """Writes a checkpoint of the run as an HF directory; see ``training/export.py: Exporter``."""
+def export(checkpoint: Path, out: Path, group: "dist.ProcessGroup | None", *, verify: bool, kind: "ExportKind") -> None:
+    """Writes a checkpoint of the run as an HF or a ``peft`` directory; see ``training/export.py: Exporter``."""
     # Only now: a wrong option should not take the seconds of these imports.
     from checkpoints_convert.arguments import DEFAULT_SHARD_SIZE, parse_size
     from checkpoints_convert.command_line import dtype_of
     from checkpoints_convert.export import export_hf
+    from checkpoints_convert.export_adapter import export_adapter
+    from checkpoints_convert.merge import find_base
     from megatron_tgdpo.checkpoints.manifest import read_metadata
     from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 
     stored = raise_on_all_ranks(lambda: dtype_of(read_metadata(checkpoint), checkpoint), group)
+    base = None
+    if kind == "adapter":
+        export_adapter(checkpoint, out, dtype=stored, verify=verify, group=group)
+        return
+    if kind == "merged":
+        base = raise_on_all_ranks(lambda: find_base(checkpoint, None), group)
     size = parse_size("the shard size", DEFAULT_SHARD_SIZE)
     export_hf(
         checkpoint,
@@ -36,6 +46,7 @@ def export(checkpoint: Path, out: Path, group: "dist.ProcessGroup | None", *, ve
         stored=stored,
         dtype=stored,
         max_shard_bytes=size,
+        base=base,
         verify=verify,
         group=group,
         quiet=True,

@@ -17,13 +17,14 @@ from megatron_tgdpo.storage.hub import MODEL, fetch, hub_name, local_path
 BEST = "best"
 
 
-def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
+def find_model(text: str | Path, what: str, *, weights: bool = True, adapter: bool = False) -> Path:
     """The HF directory or Megatron checkpoint that a text means; one of the Hub is fetched, which may take hours.
 
     Args:
         text: A path or a name of the Hub.
         what: The key or the argument that has it, as ``model.guide`` or ``--model``, for errors.
         weights: Whether weights are wanted of a model of the Hub; else its config and tokenizer alone.
+        adapter: Whether it may be a LoRA adapter as well.
 
     Raises:
         UserError: There is nothing there, no model, or no complete one; or the Hub has no such model, or cannot be
@@ -32,14 +33,20 @@ def find_model(text: str | Path, what: str, *, weights: bool = True) -> Path:
     """
     name = None if is_best(text) else hub_name(str(text))
     if name is None:
-        return find_local_model(text, what)
+        return find_local_model(text, what, adapter=adapter)
     with naming(what, _near(Path(text))):
         pinned = fetch(name, MODEL, weights=weights)
-    return find_local_model(str(pinned), what)
+    return find_local_model(str(pinned), what, adapter=adapter)
 
 
-def find_local_model(text: str | Path, what: str) -> Path:
-    """As :func:`find_model`, without asking the Hub: of its names, only those that are pinned to a commit are known."""
+def find_local_model(text: str | Path, what: str, *, adapter: bool = False) -> Path:
+    """As :func:`find_model`, without asking the Hub: of its names, only those that are pinned to a commit are known.
+
+    Args:
+        text: A path, or a pinned name of the Hub.
+        what: For errors.
+        adapter: Whether it may be a LoRA adapter as well.
+    """
     path = local_path(str(text))
     if is_best(path):
         return _best_of_run(path.parent, what)
@@ -58,6 +65,10 @@ def find_local_model(text: str | Path, what: str) -> Path:
             raise DamageError(
                 f"{what}: {error}: name another checkpoint, or its run's output directory for the newest complete one"
             ) from error
+        return _asked_for(path, what, adapter=adapter)
+    from megatron_tgdpo.checkpoints.adapter_directory import is_peft_adapter
+
+    if adapter and is_peft_adapter(path):
         return path
     with naming(what):
         refuse_adapter(path)
@@ -81,6 +92,17 @@ def find_local_model(text: str | Path, what: str) -> Path:
         raise UserError(
             f"{what} {path}: a training output directory without a complete checkpoint: start its run again to "
             "continue it, or name another model"
+        )
+    return _asked_for(checkpoint, what, adapter=adapter)
+
+
+def _asked_for(checkpoint: Path, what: str, *, adapter: bool) -> Path:
+    from megatron_tgdpo.checkpoints.adapter_directory import is_adapter
+
+    if not adapter and is_adapter(checkpoint):
+        raise UserError(
+            f"{what} {checkpoint}: an adapter, of a LoRA run, no whole model: training takes it as lora.adapter, "
+            "model.reference or model.guide; tgdpo convert to-hf --merge makes a whole model of it"
         )
     return checkpoint
 

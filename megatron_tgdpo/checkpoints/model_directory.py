@@ -47,13 +47,16 @@ def hf_directory(path: Path) -> Path:
 
 
 def model_files(path: Path) -> list[Path]:
-    """``config.json``, then every weight file of a model directory by name: what makes it this model.
+    """``config.json``, then every weight file of a model directory by name: what makes it this model, or adapter.
 
     Raises:
         UserError: There are no weight files, or no such directory.
         StorageError: It cannot be read.
     """
     try:
+        names = [name for name in _ADAPTER[:2] if (path / name).is_file()]
+        if len(names) == 2 and not (path / "config.json").is_file():
+            return [path / name for name in names]
         weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
         config = hf_directory(path) / "config.json"
     except OSError as error:
@@ -77,8 +80,8 @@ def refuse_adapter(path: Path, tensors: Iterable[str] = ()) -> None:
     found += [name for name in tensors if ".lora_" in name]
     if found:
         raise UserError(
-            f"{path}: a LoRA adapter ({found[0]}), not a model: merge it into its base model first "
-            "(peft's merge_and_unload) and give the directory where that was saved"
+            f"{path}: a LoRA adapter ({found[0]}), not a model: in training it may be lora.adapter, model.reference or "
+            "model.guide; elsewhere merge it into its base model first (peft's merge_and_unload)"
         )
 
 

@@ -93,13 +93,13 @@ class CheckpointReader:
         if target.is_contiguous():
             self._files.read_into(target, name, place)
             return
-        matrix = target.view(-1, target.shape[-1])
-        step = max(1, _BLOCK_BYTES // (matrix.shape[1] * target.element_size()))
-        for block in matrix.split(step):
-            dense = torch.empty_like(block, memory_format=torch.contiguous_format)
-            self._files.read_into(dense, name, place)
-            block.copy_(dense)
-            place += dense.nbytes
+        step = max(1, _BLOCK_BYTES // (target.shape[-1] * target.element_size()))
+        for matrix in _matrices(target):
+            for block in matrix.split(step):
+                dense = torch.empty_like(block, memory_format=torch.contiguous_format)
+                self._files.read_into(dense, name, place)
+                block.copy_(dense)
+                place += dense.nbytes
 
     def _chunk(self, index: MetadataIndex) -> ChunkStorageMetadata:
         assert index.index is not None
@@ -151,3 +151,12 @@ class CheckpointReader:
             RuntimeError,
         ) as error:
             raise load_error(self.path, error) from error
+
+
+def _matrices(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's last two axes, for every place on the others."""
+    if tensor.dim() <= 2:
+        yield tensor
+    else:
+        for part in tensor:
+            yield from _matrices(part)

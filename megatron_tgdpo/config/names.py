@@ -32,6 +32,20 @@ ELSEWHERE = {
     "transformer_impl": "model.layer_spec",
     "attn_implementation": "model.layer_spec",
     "attention_backend": "model.layer_spec",
+    # adapters
+    "use_lora": "lora.rank",
+    "use_peft": "lora.rank",
+    "peft": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_target": "lora.targets",
+    "lora_target_modules": "lora.targets",
+    "target_modules": "lora.targets",
+    "use_rslora": "lora.rslora",
+    "adapter_name_or_path": "lora.adapter",
+    "lora_dropout": _DROPOUT,
+    "finetuning_type": "lora.rank, which trains all weights if it is null",
     # data
     "dataset": "data.train",
     "dataset_name": "data.train",
@@ -221,12 +235,6 @@ ELSEWHERE = {
     "disable_dropout": _DROPOUT,
     "hidden_dropout": _DROPOUT,
     "attention_dropout": _DROPOUT,
-    "use_lora": "none: all weights are trained",
-    "use_peft": "none: all weights are trained",
-    "lora_rank": "none: all weights are trained",
-    "lora_r": "none: all weights are trained",
-    "peft": "none: all weights are trained",
-    "finetuning_type": "none: all weights are trained",
 }
 
 

@@ -44,7 +44,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "eval.every_steps", "eval.generate",
         "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background", "checkpoint.verify",
         "checkpoint.best_metric", "checkpoint.best_mode",
-        "export.hf",
+        "export.hf", "export.merge",
         "log.every_steps", "log.wandb", "log.mlflow", "log.swanlab",
         "preflight.enabled", "preflight.slow_group_ratio",
         "output_dir",
@@ -66,6 +66,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "data.tokenizer",  # the embedding was trained on its ids
         "data.shuffle", "train.seed",  # the order of the epoch under way
         "loss.method",
+        "lora.rank", "lora.alpha", "lora.targets", "lora.rslora", "lora.adapter",  # what trains
         "precision.dtype",  # of the weights in the checkpoint
     ),
 }  # fmt: skip
@@ -76,6 +77,7 @@ INPUTS = {
     "model.policy": "weights",
     "model.reference": "weights",
     "model.guide": "weights",
+    "lora.adapter": "weights",
     "data.train": "token ids",
     "data.validation": "token ids",
     "data.tokenizer": "ids",

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_tgdpo.config.constraints import Rule
-from megatron_tgdpo.config.schema import Config, GuideConfig, LossConfig
+from megatron_tgdpo.config.schema import Config, GuideConfig, LoraConfig, LossConfig
 from megatron_tgdpo.loss.methods import METHODS
 
 # What a run makes in its output directory; "best" is a name for one of its checkpoints.
@@ -95,6 +95,35 @@ MODELS = (
     Rule(
         lambda c: "reference" not in c.method.frozen and c.model.reference is not None,
         "loss.method {c.loss.method} uses no reference: remove model.reference",
+    ),
+)
+
+LORA = (
+    Rule(
+        lambda c: c.lora != LoraConfig() and c.lora.rank is None and c.lora.adapter is None,
+        "section lora has neither rank nor adapter: set lora.rank, or remove the section",
+    ),
+    Rule(
+        lambda c: c.lora.adapter is not None and c.lora != LoraConfig(adapter=c.lora.adapter),
+        "lora.adapter {c.lora.adapter} has a rank, alpha and targets of its own: remove the other keys of section lora",
+    ),
+    Rule(
+        lambda c: c.lora.trains and {c.precision.fp8, c.precision.fp4} != {"none"},
+        "section lora with precision.fp8 {c.precision.fp8} and fp4 {c.precision.fp4}: adapters beside FP8 linears are "
+        "not supported yet, set both to none",
+    ),
+    Rule(
+        lambda c: c.lora.trains and (c.precision.frozen == "fp8" or c.precision.fp8_params),
+        "section lora with weights in FP8 (precision.frozen, precision.fp8_params): the policy's weights are the "
+        "reference's, in one dtype; set precision.frozen=same and precision.fp8_params=false",
+    ),
+    Rule(
+        lambda c: c.lora.trains and c.overlap.tensor,
+        "overlap.tensor hides traffic within linears, and adapters have to look into them: set it to false",
+    ),
+    Rule(
+        lambda c: c.export.merge and not c.lora.trains,
+        "export.merge is true without section lora: whole models are exported as it is, set it to false",
     ),
 )
 
@@ -198,4 +227,4 @@ GENERATE = (
     ),
 )
 
-RULES: tuple[Rule, ...] = (*TRAIN, *LOSS, *MODELS, *GUIDANCE, *PARALLEL, *OVERLAP, *LENGTHS, *BEST, *GENERATE)
+RULES: tuple[Rule, ...] = (*TRAIN, *LOSS, *MODELS, *LORA, *GUIDANCE, *PARALLEL, *OVERLAP, *LENGTHS, *BEST, *GENERATE)

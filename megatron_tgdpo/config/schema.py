@@ -8,7 +8,7 @@ tokens.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -28,6 +28,8 @@ from megatron_tgdpo.data.sources import Source, read_sets, read_sources
 from megatron_tgdpo.loss.methods import GUIDE_METHODS, METHODS, Method
 from megatron_tgdpo.storage.hub import local_path
 
+# A whole model that trained; of a LoRA run its adapter, or base and adapter in one.
+ExportKind = Literal["model", "adapter", "merged"]
 # OmegaConf has no such union.
 _SOURCES = str | dict[str, Any] | list[Any]
 
@@ -35,12 +37,32 @@ _SOURCES = str | dict[str, Any] | list[Any]
 @dataclass(frozen=True)
 class ModelConfig:
     # Each an HF directory, a model of the Hub (OWNER/NAME or OWNER/NAME@REVISION), a Megatron checkpoint, or the output
-    # directory of a run.
+    # directory of a run. Reference and guide may be LoRA adapters of the policy's model, too.
     policy: str = MISSING  # what the policy starts from
     reference: str | None = None  # null: same as policy
     guide: str | None = None  # required by method tgdpo; null: what section guide trains
     # auto: Transformer Engine where usable on CUDA
     layer_spec: str = one_of(("auto", "local", "transformer_engine"), "auto")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of the policy's linears train, its weights do not, where ``rank`` or ``adapter`` is set."""
+
+    rank: int | None = positive(None, at_most=1 << 12)  # of every adapter; null: all weights train
+    alpha: float | None = positive(None)  # what adapters add is scaled by alpha / rank; null: 2 x rank
+    # linears that have adapters, in every layer: all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj,
+    # up_proj, down_proj
+    targets: Any = field(default="all-linear", metadata={"type": str | list[Any]})
+    rslora: bool = False  # alpha is divided by the root of the rank
+    # to continue with: a PEFT directory, or a checkpoint or output directory of a run; its own rank, alpha and targets
+    # hold
+    adapter: str | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether an adapter trains, and not all weights."""
+        return self.rank is not None or self.adapter is not None
 
 
 @dataclass(frozen=True)
@@ -230,6 +252,7 @@ class ExportConfig:
     # which checkpoints become HF directories in output_dir/hf: end, best: the last or the best one, when all steps are
     # made; every_save: each one when it is saved
     hf: str = one_of(("none", "end", "best", "every_save"), "none")
+    merge: bool = False  # with section lora: these are whole models, base and adapter in one, not adapters
 
 
 @dataclass(frozen=True)
@@ -249,6 +272,7 @@ class PreflightConfig:
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
@@ -340,6 +364,13 @@ class Config:
     def guide_dir(self) -> str:
         """The output directory of the guide's run, where section ``guide`` has one trained."""
         return self.guide.output_dir or str(Path(self.output_dir) / "guide")
+
+    @property
+    def export_kind(self) -> ExportKind:
+        """What an export of this run's checkpoints is."""
+        if not self.lora.trains:
+            return "model"
+        return "merged" if self.export.merge else "adapter"
 
     @property
     def reference_path(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
 from megatron_tgdpo.frozen.communicator import P2PBuffer
-from megatron_tgdpo.frozen.models import FrozenModels, model_logps
+from megatron_tgdpo.frozen.models import FrozenModel, FrozenModels, model_logps
 from megatron_tgdpo.models.language_model import LanguageModel
 
 
@@ -35,30 +35,33 @@ class ColocatedModel(MegatronModule):
     Args:
         policy: The model that trains.
         frozen: The reference and, for TGDPO, the guide; none where their log-probs come from a cache or are
-            prefetched. Width and depth may differ from the policy's, the vocabulary may not.
+            prefetched. Width and depth may differ from the policy's, the vocabulary may not. Their weights may be the
+            policy's, where that trains an adapter only.
         keep_bytes: Memory for the policy's logits that are kept for backward instead of being computed again.
     """
 
-    def __init__(self, policy: LanguageModel, frozen: Sequence[LanguageModel] = (), *, keep_bytes: int = 0) -> None:
+    def __init__(self, policy: LanguageModel, frozen: Sequence[FrozenModel] = (), *, keep_bytes: int = 0) -> None:
         super().__init__(policy.config)
         self.keep_bytes = keep_bytes
         self.policy = policy
         self.frozen = FrozenModels(frozen)
         self.p2p_buffer = P2PBuffer(sum(self.frozen.widths), dtype=policy.config.params_dtype)
+        self._incoming: Tensor | Sequence[Tensor | None] | None = None
         # What megatron-core's schedule and gradient finalisation read from a pipeline module.
         self.model_type = policy.model_type
         self.pre_process = policy.pre_process
         self.post_process = policy.post_process
-        self.share_embeddings_and_output_weights = policy.share_embeddings_and_output_weights
+        trains = next(policy.parameters()).requires_grad or not policy.config.adapters
+        self.share_embeddings_and_output_weights = policy.share_embeddings_and_output_weights and trains
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The policy's shared weight on the stages that hold it; megatron-core sums its gradient over both."""
         result: Tensor | None = self.policy.shared_embedding_or_output_weight()
-        return result
+        return result if self.share_embeddings_and_output_weights else None
 
     def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor | None] | None) -> None:
         """Takes the policy's hidden states [S_local, 1, H] from the previous stage (None on the first)."""
-        self.policy.set_input_tensor(input_tensor)
+        self._incoming = input_tensor
 
     def forward(self, batch: PreferenceBatch) -> Tensor | TokenLogps:
         """Runs this stage's layers of all models on one pack.
@@ -69,6 +72,8 @@ class ColocatedModel(MegatronModule):
         frozen: tuple[Tensor, ...] = ()
         if self.p2p_buffer.width:
             frozen = self.frozen(batch, None if self.pre_process else self.p2p_buffer.take_incoming())
+        # Not before: a frozen model of the same weights has its own.
+        self.policy.set_input_tensor(self._incoming)
         hidden = self.policy(batch.tokens, batch.position_ids, batch.packing)
         if self.post_process:
             return TokenLogps(model_logps(self.policy, hidden, batch, self.keep_bytes), frozen)

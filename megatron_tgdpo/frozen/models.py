@@ -4,6 +4,8 @@ Legend: S_local tokens of the pack on this rank, W sum of the frozen models' hid
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,24 +13,42 @@ from torch import Tensor
 from megatron_tgdpo.batching.collate import PreferenceBatch
 from megatron_tgdpo.loss.vocab_parallel_logps import response_hidden, token_logps
 from megatron_tgdpo.models.language_model import LanguageModel
+from megatron_tgdpo.models.lora import adapter_on
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A frozen model on this rank: a model's weights, with one of its adapters or with none.
+
+    Attributes:
+        model: This rank's slice.
+        adapter: Name of the adapter that is on.
+        shared: Whether the weights are those of a model that is cared for elsewhere, as the policy's.
+    """
+
+    model: LanguageModel
+    adapter: str | None = None
+    shared: bool = False
 
 
 class FrozenModels(torch.nn.Module):
     """This rank's slices of the frozen models; they hold no gradient and never leave evaluation mode.
 
     Args:
-        models: The reference and, for TGDPO, the guide; none where their log-probs come from elsewhere.
+        frozen: The reference and, for TGDPO, the guide; none where their log-probs come from elsewhere.
 
     Attributes:
-        models: As given.
+        frozen: As given.
+        models: Their slices; several may be one.
         widths: Their hidden sizes.
     """
 
-    def __init__(self, models: Sequence[LanguageModel]) -> None:
+    def __init__(self, frozen: Sequence[FrozenModel]) -> None:
         super().__init__()
-        self.models = tuple(models)
-        self.slices = torch.nn.ModuleList(models)
-        self.widths = [model.config.hidden_size for model in models]
+        self.frozen = tuple(frozen)
+        self.models = tuple(each.model for each in frozen)
+        self.slices = torch.nn.ModuleList(each.model for each in frozen if not each.shared)
+        self.widths = [model.config.hidden_size for model in self.models]
         self.requires_grad_(False)
         self.eval()
 
@@ -47,13 +67,19 @@ class FrozenModels(torch.nn.Module):
         Returns:
             One tensor, [S_local, 1, W], for the next stage; on the last stage token log-probs, [R] float32 a model.
         """
-        if incoming is not None:
-            for model, part in zip(self.models, incoming.split(self.widths, dim=-1), strict=True):
-                model.set_input_tensor(part.contiguous())
-        states = [model(batch.tokens, batch.position_ids, batch.packing) for model in self.models]
+        parts = [None] * len(self.frozen) if incoming is None else incoming.split(self.widths, dim=-1)
+        states = [self._run(each, batch, part) for each, part in zip(self.frozen, parts, strict=True)]
         if states and not self.models[0].post_process:
             return (torch.cat(states, dim=-1),)
         return tuple(model_logps(model, hidden, batch) for model, hidden in zip(self.models, states, strict=True))
+
+    def _run(self, frozen: FrozenModel, batch: PreferenceBatch, incoming: Tensor | None) -> Tensor:
+        model = frozen.model
+        if incoming is not None:
+            model.set_input_tensor(incoming.contiguous())
+        with adapter_on(model, frozen.adapter) if model.config.adapters else nullcontext():
+            result: Tensor = model(batch.tokens, batch.position_ids, batch.packing)
+        return result
 
 
 def model_logps(model: LanguageModel, hidden: Tensor, batch: PreferenceBatch, keep_bytes: int = 0) -> Tensor:

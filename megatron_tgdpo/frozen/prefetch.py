@@ -15,10 +15,9 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.collate import PreferenceBatch
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.frozen.models import FrozenModels
+from megatron_tgdpo.frozen.models import FrozenModel, FrozenModels
 from megatron_tgdpo.frozen.prefetch_communicator import FrozenChannel
 from megatron_tgdpo.frozen.queue import FrozenQueue
-from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
@@ -110,7 +109,7 @@ class Prefetcher:
 def build_prefetcher(
     config: Config,
     configs: Mapping[str, PretrainedConfig],
-    frozen: Sequence[LanguageModel],
+    frozen: Sequence[FrozenModel],
     layout: ParallelLayout,
     pg: ProcessGroupCollection,
     device: torch.device,
@@ -127,7 +126,7 @@ def build_prefetcher(
     """
     if dist.get_rank() == 0:
         logger.warning("guidance.prefetch is experimental: no run with real models has yet shown that it is faster")
-    models, dtype = FrozenModels(frozen), frozen[0].config.params_dtype
+    models, dtype = FrozenModels(frozen), frozen[0].model.config.params_dtype
     tokens = config.seq_length // layout.context
     local = tokens // (layout.tensor if layout.sequence_parallel else 1)
     shape = (local, 1, sum(models.widths))

@@ -25,7 +25,7 @@ from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.errors import StorageError, UserError
 from megatron_tgdpo.gpu.fp8 import frozen_precision
 from megatron_tgdpo.loss.methods import Method
-from megatron_tgdpo.setup.fingerprints import weights_fingerprint
+from megatron_tgdpo.setup.model_sources import model_sources
 from megatron_tgdpo.storage.atomic_file import replacing, write_atomically
 from megatron_tgdpo.storage.files import read_error
 from megatron_tgdpo.storage.json_text import parse_json
@@ -63,8 +63,9 @@ class GuidanceKey:
 
 def model_fingerprints(config: Config, digests: Mapping[str, str]) -> tuple[str, str | None]:
     """Fingerprints of reference and guide; ``digests`` of their files: see ``setup/fingerprints.py: hash_files``."""
-    reference, guide = Path(config.reference_path), config.model_paths.get("guide")
-    return weights_fingerprint(reference, digests), None if guide is None else weights_fingerprint(Path(guide), digests)
+    sources = model_sources(config)
+    guide = sources.get("guide")
+    return sources["reference"].fingerprint(digests), None if guide is None else guide.fingerprint(digests)
 
 
 def guidance_key(config: Config, dataset: PreferenceDataset, models: tuple[str, str | None]) -> GuidanceKey:

@@ -24,6 +24,7 @@ from megatron_tgdpo.frozen.colocated import ColocatedModel, TokenLogps
 from megatron_tgdpo.frozen.communicator import ColocatedCommunicator
 from megatron_tgdpo.frozen.forward_logps import forward_logps
 from megatron_tgdpo.models.language_model import LanguageModel
+from megatron_tgdpo.models.lora import set_active
 from megatron_tgdpo.setup.layout import pack_format
 from megatron_tgdpo.setup.models import load_frozen_models
 
@@ -40,8 +41,8 @@ class FrozenEngine:
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:
-        """Reference and guide, in the order of their log-probs."""
-        return (self.model.policy, *self.model.frozen.models)
+        """Those of reference and guide; one, where both are adapters of it."""
+        return tuple(dict.fromkeys((self.model.policy, *self.model.frozen.models)))
 
     @property
     def receives(self) -> bool:
@@ -89,7 +90,10 @@ def build_frozen_engine(
     device: torch.device,
 ) -> FrozenEngine:
     """Builds and loads reference and guide. Collective over all ranks; arguments as for ``build_engine``."""
-    reference, *guide = load_frozen_models(config, configs, layout, pg, device)
+    first, *guide = load_frozen_models(config, configs, layout, pg, device)
+    reference = first.model
+    if reference.config.adapters:
+        set_active(reference, first.adapter)
     model = ColocatedModel(reference, guide)
     communicator = None
     if layout.pipeline > 1:

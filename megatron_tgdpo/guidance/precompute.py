@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoints.model_directory import model_files
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.console import progress
 from megatron_tgdpo.data.dataset import PreferenceDataset
@@ -47,6 +46,7 @@ from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files
 from megatron_tgdpo.setup.hub_inputs import pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
 from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
+from megatron_tgdpo.setup.model_sources import model_sources
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +162,9 @@ def _on_each_dataset(
     check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
     needed = files_needed(layout, device)
     run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
-    cache, paths = Path(str(config.guidance.cache)), config.model_paths
+    cache, sources = Path(str(config.guidance.cache)), model_sources(config)
     digests = hash_files(
-        lambda: [file for role in config.method.frozen for file in model_files(Path(paths[role]))],
+        lambda: [file for role in config.method.frozen for file in sources[role].files],
         cache / HASHES_FILE,
         ranks,
         dist.PrefixStore("hashes", store),

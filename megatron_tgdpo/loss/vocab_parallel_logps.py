@@ -196,7 +196,8 @@ class _TokenLogps(torch.autograd.Function):
         sign = -grad.sign()[:, None]
         signed_hidden = hidden * sign.to(hidden.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight, returned = _weight_gradient(weight)
+        # None where the weight is frozen, as under LoRA.
+        grad_weight, returned = _weight_gradient(weight) if ctx.needs_input_grad[1] else (None, lambda: None)
         chunks, kept = ctx.chunks, ctx.kept
         buffer = chunks.buffer(hidden)
         for number, part in enumerate(chunks.slices):
@@ -216,7 +217,8 @@ class _TokenLogps(torch.autograd.Function):
                 grad_logits.mul_(slope)
             grad_logits = grad_logits.to(hidden.dtype)
             _add_product(grad_logits, weight[part], grad_hidden)
-            _add_product(grad_logits.t(), signed_hidden, grad_weight[part])
+            if grad_weight is not None:
+                _add_product(grad_logits.t(), signed_hidden, grad_weight[part])
         return grad_hidden.mul_(sign).to(hidden.dtype), returned(), None, None, None
 
 

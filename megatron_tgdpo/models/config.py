@@ -25,6 +25,7 @@ class LanguageModelConfig(TransformerConfig):
         embedding_scale: Factor of the embeddings, rounded to their dtype first, as transformers does.
         fused_layer_wgrad: Transformer Engine's linears add weight gradients to the fp32 buffer in the product itself.
             ``gradient_accumulation_fusion`` would ask megatron-core's own layers for apex's kernel too.
+        adapters: The layers' linears have room for LoRA adapters (``models/lora.py``).
     """
 
     post_norms: bool = False
@@ -32,6 +33,7 @@ class LanguageModelConfig(TransformerConfig):
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
     fused_layer_wgrad: bool = False
+    adapters: bool = False
 
 
 def transformer_config_kwargs(

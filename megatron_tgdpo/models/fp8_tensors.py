@@ -32,6 +32,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_tgdpo.models.lora import without_adapters
+
 # Weights are E4M3 in every format that Transformer Engine offers.
 _LARGEST_E4M3 = 448.0
 _EXTRA_STATE = "_extra_state"
@@ -118,13 +120,13 @@ def without_content(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_without(module: torch.nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Sets every parameter of ``module`` from the state dict, whose extra states are ignored.
+    """Sets every parameter but those of adapters from the state dict, whose extra states are ignored.
 
     Raises:
         RuntimeError: An entry is missing or unexpected.
     """
     weights = {name: value for name, value in state_dict.items() if not name.endswith(_EXTRA_STATE)}
-    parameters = dict(module.named_parameters())
+    parameters = without_adapters(dict(module.named_parameters()))
     if weights.keys() != parameters.keys():
         missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
         raise RuntimeError(f"state dict: missing {missing}, unexpected {unexpected}")

@@ -90,6 +90,9 @@ class LanguageModel(GPTModel):
             embedded = self.embedding(input_ids=tokens, position_ids=position_ids)
             if self._embedding_scale != 1.0:
                 embedded = embedded * self._embedding_scale
+            if self.config.adapters and self.config.recompute_granularity and torch.is_grad_enabled():
+                # What is recomputed has gradients of its weights only if its input has one.
+                embedded = embedded.detach().requires_grad_()
         result: Tensor = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
@@ -101,7 +104,10 @@ class LanguageModel(GPTModel):
     def sharded_state_dict(  # type: ignore[override]
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's, with names and shapes that do not depend on the layer spec; FP8 weights are in FP8."""
+        """As megatron-core's, with names and shapes that do not depend on the layer spec; FP8 weights are in FP8.
+
+        Adapters have a state of their own (``models/lora.py: adapter_state``).
+        """
         return without_content(super().sharded_state_dict(prefix, sharded_offsets, metadata))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]

@@ -3,9 +3,9 @@
 import copy
 from typing import Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -13,25 +13,33 @@ from torch import Tensor
 from megatron_tgdpo.mcore_compat import submodules_of
 from megatron_tgdpo.models.attention.sdpa import PackedCausalAttention
 from megatron_tgdpo.models.config import LanguageModelConfig
+from megatron_tgdpo.models.lora import with_adapters
 from megatron_tgdpo.models.norm import RMSNorm
 
 
-class RowParallelLinearPostNorm(RowParallelLinear):
+def with_post_norm(linear: type[torch.nn.Module], norm: Any) -> type[torch.nn.Module]:
     """A row-parallel linear whose summed output is normalised, for families with norms after attention and MLP.
 
     The norm is the linear's own, named ``post_layernorm``: megatron-core's layer has no place for it. Its input is
     whole on every tensor rank, or under sequence parallelism that rank's part of the sequence.
+
+    Args:
+        linear: Of either layer spec.
+        norm: Made as ``norm(config, size, epsilon)``.
     """
 
-    def __init__(self, input_size: int, output_size: int, *, config: LanguageModelConfig, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **kwargs)
-        self.post_layernorm = RMSNorm(config, output_size, config.layernorm_epsilon)
+    class RowLinearPostNorm(linear):  # type: ignore[valid-type, misc]
+        def __init__(self, input_size: int, output_size: int, *, config: LanguageModelConfig, **kwargs: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **kwargs)
+            self.post_layernorm = norm(config, output_size, config.layernorm_epsilon)
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
-        """[S, 1, local input] -> ([S_local, 1, output], no bias)."""
-        output, bias = super().forward(input_)
-        assert bias is None, "a bias would have to be added before the norm"
-        return self.post_layernorm(output), None
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            """[S, 1, local input] -> ([S_local, 1, output], no bias)."""
+            output, bias = super().forward(x)
+            assert bias is None, "a bias would have to be added before the norm"
+            return self.post_layernorm(output), None
+
+    return RowLinearPostNorm
 
 
 def local_block_spec(
@@ -48,8 +56,12 @@ def local_block_spec(
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    mlp = submodules_of(members.mlp)
+    if config.adapters:
+        attention.linear_qkv, mlp.linear_fc1 = with_adapters(attention.linear_qkv), with_adapters(mlp.linear_fc1)
+        attention.linear_proj, mlp.linear_fc2 = with_adapters(attention.linear_proj), with_adapters(mlp.linear_fc2)
     if config.post_norms:
-        attention.linear_proj = RowParallelLinearPostNorm
-        submodules_of(members.mlp).linear_fc2 = RowParallelLinearPostNorm
+        attention.linear_proj = with_post_norm(attention.linear_proj, RMSNorm)
+        mlp.linear_fc2 = with_post_norm(mlp.linear_fc2, RMSNorm)
     chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
     return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=RMSNorm)

@@ -15,11 +15,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from torch import Tensor
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.mcore_compat import submodules_of
 from megatron_tgdpo.models.config import LanguageModelConfig
+from megatron_tgdpo.models.layer_spec import with_post_norm
+from megatron_tgdpo.models.lora import with_adapters
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ def te_block_spec(
         parts = replace(
             parts, column_linear=with_fused_wgrad(parts.column_linear), row_linear=with_fused_wgrad(parts.row_linear)
         )
-    row_linear = row_linear_with_post_norm(parts) if config.post_norms else parts.row_linear
+    if config.adapters:
+        parts = replace(
+            parts, column_linear=with_adapters(parts.column_linear), row_linear=with_adapters(parts.row_linear)
+        )
+    row_linear = with_post_norm(parts.row_linear, parts.norm) if config.post_norms else parts.row_linear
     attention.linear_qkv = mlp.linear_fc1 = parts.column_linear
     attention.linear_proj = mlp.linear_fc2 = row_linear
     attention.core_attention = core_attention
@@ -106,19 +111,3 @@ def with_fused_wgrad(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
             super().__init__(*args, config=own, **kwargs)
 
     return FusedWgradLinear
-
-
-def row_linear_with_post_norm(parts: TransformerEngineParts) -> type[torch.nn.Module]:
-    """A row-parallel linear with a norm of its summed output, as ``RowParallelLinearPostNorm`` of the local spec."""
-
-    class RowLinearPostNorm(parts.row_linear):  # type: ignore[name-defined, misc]
-        def __init__(self, input_size: int, output_size: int, *, config: LanguageModelConfig, **kwargs: Any) -> None:
-            super().__init__(input_size, output_size, config=config, **kwargs)
-            self.post_layernorm = parts.norm(config, output_size, config.layernorm_epsilon)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, None]:
-            output, bias = super().forward(x)
-            assert bias is None, "a bias would have to be added before the norm"
-            return self.post_layernorm(output), None
-
-    return RowLinearPostNorm

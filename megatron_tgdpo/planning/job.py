@@ -1,13 +1,14 @@
 """What is to be planned: the models and the batch."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.planning.activations import Pack
+from megatron_tgdpo.planning.memory import Sources
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Job:
         pack: One micro batch.
         batch: One step.
         pack_given: Whether its tokens are the user's; else a layout that they do not divide by has them rounded up.
+        sources: What the models are made of.
     """
 
     policy: PretrainedConfig
@@ -67,6 +69,7 @@ class Job:
     pack: Pack
     batch: Batch
     pack_given: bool = True
+    sources: Sources = field(default_factory=Sources)
 
     def under(self, layout: ParallelLayout) -> "Job":
         """The job with a pack that the layout takes.

@@ -14,7 +14,7 @@ from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
-from megatron_tgdpo.planning.memory import GIB, RankMemory, rank_memory
+from megatron_tgdpo.planning.memory import GIB, RankMemory, Sources, rank_memory
 from megatron_tgdpo.planning.step_time import StepTime, step_time
 from megatron_tgdpo.planning.traffic import Traffic, traffic
 
@@ -59,7 +59,7 @@ def make_plan(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
     """
     check_layout(dict(zip(("policy", "reference", "guide"), job.models, strict=False)), layout)
     job = job.under(layout)
-    memory = rank_memory(job.policy, job.frozen, layout, job.pack, recompute)
+    memory = rank_memory(job.policy, job.frozen, layout, job.pack, recompute, sources=job.sources)
     return Plan(
         layout=layout,
         recompute=recompute,
@@ -115,12 +115,14 @@ def nearest(plans: Sequence[Plan], layout: ParallelLayout) -> Plan | None:
     return min(fitting, key=doublings, default=None)
 
 
-def job_of(config: Config, models: Sequence[PretrainedConfig]) -> Job:
+def job_of(config: Config, models: Sequence[PretrainedConfig], sources: Sources | None = None) -> Job:
     """A run with pairs of ``data.max_length`` tokens, half of them response; the arguments are choose_layout's."""
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, config.shared_prompts)
     keep = config.train.keep_logits_mib * 2**20
     pack = Pack(config.seq_length, config.longest_sequence, config.precision.parameter_bytes, batch.gathered_keys, keep)
-    return Job(models[0], tuple(models[1:]), pack, batch, config.batch.tokens_per_micro_batch is not None)
+    return Job(
+        models[0], tuple(models[1:]), pack, batch, config.batch.tokens_per_micro_batch is not None, sources or Sources()
+    )
 
 
 def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: Cluster) -> Plan:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
@@ -17,6 +18,9 @@ from megatron_tgdpo.planning.workspace import (
     logprob_workspace,
 )
 
+if TYPE_CHECKING:  # it imports megatron-core, which a plan does without
+    from megatron_tgdpo.models.lora import Lora
+
 GIB = 2**30
 
 
@@ -27,10 +31,12 @@ class RankMemory:
     Attributes:
         stage: Its pipeline stage, from 0.
         policy_parameters: Policy parameters on that rank.
-        frozen_parameters: Reference and guide parameters on that rank.
+        trained_parameters: Those of them that train: all, or an adapter's.
+        frozen_parameters: Reference and guide parameters on that rank, without those that another model has.
         weights: Policy weights, with FP8 copies of them.
-        gradients: fp32 gradient buffer.
-        optimizer: Adam moments, and the fp32 main copy of bf16 weights, split over data and context ranks.
+        gradients: fp32 gradient buffer of what trains.
+        optimizer: Adam moments, and the fp32 main copy of bf16 weights, of what trains, split over data and context
+            ranks.
         frozen: Weights of reference and guide.
         activations: What the policy's layers keep for backward, for all micro batches in flight.
         carried: Hidden states of one pack that travel between stages.
@@ -41,6 +47,7 @@ class RankMemory:
 
     stage: int
     policy_parameters: int
+    trained_parameters: int
     frozen_parameters: int
     weights: int
     gradients: int
@@ -76,6 +83,32 @@ class LinearBytes:
     plain_ends: bool = False
 
 
+@dataclass(frozen=True)
+class FrozenSource:
+    """What a frozen model is made of.
+
+    Attributes:
+        adapter: A LoRA adapter, or None.
+        shared: Whether its base is in memory anyway, as the policy's or another frozen model's.
+    """
+
+    adapter: "Lora | None" = None
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What models are made of, as far as LoRA goes.
+
+    Attributes:
+        trained: The adapter that the policy trains; None where all of its weights train.
+        frozen: Of reference and guide; empty where each is a whole model of its own.
+    """
+
+    trained: "Lora | None" = None
+    frozen: tuple[FrozenSource, ...] = ()
+
+
 def stage_linears(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, *, plain_ends: bool) -> int:
     """Weights of the layers' linears that one rank of a pipeline stage holds, of those that may compute in FP8."""
     layers = set(stage_layers(hf_config, layout, stage))
@@ -103,6 +136,31 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage:
     return total
 
 
+def adapter_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: "Lora") -> int:
+    """Parameters of an adapter that one rank of a pipeline stage holds: see ``models/lora.py: LoraAdapter``.
+
+    Of a linear that megatron-core fused, one adapted part is as large as all.
+    """
+    layers, total = set(stage_layers(hf_config, layout, stage)), 0
+    for parameter in global_parameters(hf_config):
+        parts = {name.removesuffix(".weight").rpartition(".")[2] for name, _ in parameter.hf_tensors}
+        if parameter.layer in layers and len(parameter.shape) == 2 and parts.intersection(lora.targets):
+            outputs, inputs = parameter.shape
+            if parameter.kind == "row":
+                inputs //= layout.tensor
+            else:
+                outputs //= layout.tensor
+            total += lora.rank * (len(parts) * inputs + outputs)
+    return total
+
+
+def trained_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: "Lora | None") -> int:
+    """Parameters that one rank of a pipeline stage trains: all of the policy's, or its adapter's."""
+    if lora is None:
+        return stage_parameters(hf_config, layout, stage)
+    return adapter_parameters(hf_config, layout, stage, lora)
+
+
 def _copied_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
     """Parameters of :func:`stage_parameters` that another stage saves: the last stage's copy of tied embeddings."""
     if not hf_config.tie_word_embeddings or stage == 0 or stage < layout.pipeline - 1:
@@ -119,11 +177,21 @@ def stage_memory(
     recompute: str,
     stage: int,
     fp8: LinearBytes = LinearBytes(),
+    sources: Sources = Sources(),
 ) -> RankMemory:
     """Memory of a rank of one stage; the arguments are those of :func:`rank_memory`."""
-    trained = stage_parameters(policy, layout, stage)
-    saved = trained - _copied_parameters(policy, layout, stage)
-    held = [stage_parameters(config, layout, stage) for config in frozen]
+    whole = stage_parameters(policy, layout, stage)
+    trained = trained_parameters(policy, layout, stage, sources.trained)
+    saved = trained - (_copied_parameters(policy, layout, stage) if sources.trained is None else 0)
+    made_of = sources.frozen or (FrozenSource(),) * len(frozen)
+    pairs = list(zip(frozen, made_of, strict=True))
+    alone = [config for config, source in pairs if not source.shared]
+    held = [stage_parameters(config, layout, stage) for config in alone]
+    beside = sum(
+        adapter_parameters(config, layout, stage, source.adapter)
+        for config, source in pairs
+        if source.adapter is not None
+    )
     size = pack.dtype_bytes
     state = (2 if size == 4 else 3) * 4
 
@@ -139,12 +207,14 @@ def stage_memory(
         workspace = max(workspace, logprobs[0] + kept_logits(policy, layout, pack), *logprobs[1:])
     return RankMemory(
         stage=stage,
-        policy_parameters=trained,
-        frozen_parameters=sum(held),
-        weights=weights(policy, trained, fp8.policy),
+        policy_parameters=whole + (trained if sources.trained is not None else 0),
+        trained_parameters=trained,
+        frozen_parameters=sum(held) + beside,
+        weights=weights(policy, whole, fp8.policy) + (trained * size if sources.trained is not None else 0),
         gradients=4 * trained,
         optimizer=state * trained // (layout.data * layout.context),
-        frozen=sum(weights(config, count, fp8.frozen) for config, count in zip(frozen, held, strict=True)),
+        frozen=sum(weights(config, count, fp8.frozen) for config, count in zip(alone, held, strict=True))
+        + beside * size,
         activations=round(stage_activations(policy, layout, pack, recompute, stage)),
         carried=round(carried_states(policy, frozen, layout, pack)),
         workspace=round(workspace),
@@ -159,6 +229,7 @@ def rank_memory(
     pack: Pack,
     recompute: str,
     fp8: LinearBytes = LinearBytes(),
+    sources: Sources = Sources(),
 ) -> RankMemory:
     """The fullest rank's memory: on the first stage, with most micro batches in flight, or on the last.
 
@@ -171,7 +242,8 @@ def rank_memory(
         pack: The micro batch.
         recompute: ``train.recompute``.
         fp8: What weights take where layers compute in FP8.
+        sources: What the models are made of.
     """
     stages = {0, layout.pipeline - 1}
-    ends = [stage_memory(policy, frozen, layout, pack, recompute, stage, fp8) for stage in stages]
+    ends = [stage_memory(policy, frozen, layout, pack, recompute, stage, fp8, sources) for stage in stages]
     return replace(max(ends, key=lambda memory: memory.total), save=max(memory.save for memory in ends))

@@ -30,8 +30,10 @@ def memory_lines(memory: RankMemory) -> list[str]:
         "workspace": memory.workspace,
         "total": memory.total,
     }
+    lora = memory.trained_parameters != memory.policy_parameters
+    trained = f" (of which {memory.trained_parameters:,} train)" if lora else ""
     return [
-        f"fullest rank: stage {memory.stage}, parameters policy {memory.policy_parameters:,}, "
+        f"fullest rank: stage {memory.stage}, parameters policy {memory.policy_parameters:,}{trained}, "
         f"frozen {memory.frozen_parameters:,}",
         *(f"  {name:<24} {size / GIB:9.3f} GiB" for name, size in parts.items()),
         f"a save takes {memory.save / GIB:.3f} GiB of host memory on a rank",

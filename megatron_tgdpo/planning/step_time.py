@@ -54,10 +54,13 @@ def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
 def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
     """FLOP of one pack on one GPU of a stage: policy forward, policy backward, frozen forward.
 
-    The last stage also computes log-probs. The policy's backward costs two forwards; recomputation one more, or
+    The last stage also computes log-probs. The policy's backward costs two forwards, one where its weights are frozen
+    beside an adapter; recomputation one more, or
     attention's alone. Of the log-probs, backward makes the logits again.
     """
     last = stage == layout.pipeline - 1
+    # A frozen weight has no gradient to be computed; what adapters compute is little.
+    products = 2 if job.sources.trained is None else 1
 
     def layers(hf_config: PretrainedConfig) -> float:
         count = hf_config.num_hidden_layers // layout.pipeline
@@ -72,7 +75,7 @@ def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> 
         )
         return result
 
-    backward = 2 * layers(job.policy) + 3 * logits(job.policy)
+    backward = products * layers(job.policy) + (products + 1) * logits(job.policy)
     if recompute == "full":
         backward += layers(job.policy)
     elif recompute == "selective":

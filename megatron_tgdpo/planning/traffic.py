@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.memory import stage_parameters
+from megatron_tgdpo.planning.memory import trained_parameters
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
 
 def data_bytes(job: Job, layout: ParallelLayout) -> float:
     """Bytes of one step, on the stage with most parameters."""
-    parameters = max(stage_parameters(job.policy, layout, stage) for stage in {0, layout.pipeline - 1})
+    lora = job.sources.trained
+    parameters = max(trained_parameters(job.policy, layout, stage, lora) for stage in {0, layout.pipeline - 1})
     return ring(layout.data) * parameters * (4 + job.pack.dtype_bytes)
 
 

@@ -21,7 +21,7 @@ from megatron_tgdpo.gpu.overlap import ddp_config, optimizer_kwargs, start_user_
 from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.setup.layout import pack_format
 from megatron_tgdpo.setup.learning_rate import build_scheduler
-from megatron_tgdpo.setup.models import load_frozen_models, load_model
+from megatron_tgdpo.setup.models import load_frozen_models, load_policy
 from megatron_tgdpo.setup.optimizer import build_optimizer
 from megatron_tgdpo.storage.dtypes import DTYPES
 
@@ -79,11 +79,10 @@ def build_engine(
     """
     if config.overlap.tensor:
         start_user_buffers(config, configs["policy"].hidden_size, layout)
-    policy = load_model(
-        config.model_paths["policy"], configs["policy"], layout, pg, config, device, config.train.recompute
-    )
+    policy = load_policy(config, configs, layout, pg, device)
     cached, prefetch = config.guidance.mode == "cached", config.guidance.prefetch
-    frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device)
+    base = policy[0] if policy[0].config.adapters else None
+    frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device, base)
     keep_bytes = config.train.keep_logits_mib * 2**20
     modules = [ColocatedModel(chunk, [] if prefetch else frozen, keep_bytes=keep_bytes) for chunk in policy]
     chunks = [

@@ -81,6 +81,16 @@ def hash_files(
     return plan.known | found
 
 
+def known_hashes(files: Iterable[str | Path], record: Path) -> dict[str, str]:
+    """sha256 (hex), by absolute path, of those files that are as a record of :func:`hash_files` has them.
+
+    Raises:
+        UserError: A file is not there.
+        StorageError: A file or the record cannot be read.
+    """
+    return _plan(map(Path, files), record, again=False).known
+
+
 def shares(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
     """Divides files among ranks so that each reads about as many bytes.
 

@@ -113,6 +113,7 @@ def with_pins(config: Config, pins: Pins) -> Config:
     models = {role: of_model(getattr(model, role)) for role in ("policy", "reference", "guide")}
     return replace(
         config,
+        lora=replace(config.lora, adapter=of_model(config.lora.adapter)),
         model=replace(model, **models),
         data=replace(
             data,
@@ -141,6 +142,7 @@ def _fetch_all(config: Config, *, weights: bool) -> dict[str, dict[str, str]]:
     pins: dict[str, dict[str, str]] = {MODEL: {}, DATASET: {}, RUN: {}}
     model, data = config.model, config.data
     models = {"model.policy": model.policy, "model.reference": model.reference, "model.guide": model.guide}
+    models["lora.adapter"] = config.lora.adapter
     for key, text in models.items():
         if text is not None:
             _pin_model(key, text, recorded, pins, weights=weights)
@@ -166,7 +168,8 @@ def _pin_model(key: str, text: str, recorded: Pins, pins: dict[str, dict[str, st
                 pins[MODEL][text] = _fetch(recorded[MODEL].get(text, text), MODEL, weights=weights)
         return
     before = recorded[RUN].get(text)
-    found = find_local_model(before if before is not None and Path(before).is_dir() else text, key)
+    there = before if before is not None and Path(before).is_dir() else text
+    found = find_local_model(there, key, adapter=key != "model.policy")
     if found != Path(text):
         pins[RUN][text] = str(found)
         unfinished = "" if (Path(text) / DONE_FILE).exists() else ", of a run that is not finished"

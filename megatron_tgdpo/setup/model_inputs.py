@@ -5,13 +5,17 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.checkpoints.adapter_directory import is_peft_adapter, read_lora
+from megatron_tgdpo.checkpoints.find_model import naming
 from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.adapters import check_adapter
 from megatron_tgdpo.models.rotary import longest_exact
+from megatron_tgdpo.setup.model_sources import model_sources, trained_lora
 from megatron_tgdpo.storage.hub import local_path
 
 
@@ -19,11 +23,20 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
     """HF configs of the policy and of the frozen models that the method uses.
 
     Raises:
-        UserError: A directory holds no supported model, or one that sequences of this length are too long for, or
-            vocabulary sizes differ without tokenizers to compare.
+        UserError: A directory holds no supported model, or no supported adapter of the policy's, or one that sequences
+            of this length are too long for, or vocabulary sizes differ without tokenizers to compare.
     """
-    paths = config.model_paths
+    sources = model_sources(config)
+    for role, source in sources.items():
+        if source.adapter is not None and config.offload.frozen and role != "policy":
+            raise UserError(f"offload.frozen moves whole models only, and the {role} is an adapter: set it to false")
+    paths = {role: str(source.base) for role, source in sources.items()}
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
+    for role, source in sources.items():
+        if source.adapter is not None and is_peft_adapter(source.adapter):
+            with naming("lora.adapter" if role == "policy" else f"model.{role}"):
+                check_adapter(source.adapter, read_lora(source.adapter), configs[role])
+    trained_lora(config)
     for role in configs:
         # An embedding may have rows that no token has; without a tokenizer next to it nobody can tell.
         told = _has_tokenizer(paths[role]) and _has_tokenizer(paths["policy"])

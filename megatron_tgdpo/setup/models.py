@@ -1,6 +1,6 @@
 """Builds the models of a run and fills them with weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,26 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.checkpoints.adapter_directory import Lora, is_peft_adapter, read_lora
+from megatron_tgdpo.checkpoints.integrity import refuse_damage
+from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.console import waiting
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
+from megatron_tgdpo.frozen.models import FrozenModel
 from megatron_tgdpo.gpu.layer_offload import serve_from_host
 from megatron_tgdpo.gpu.options import building, model_options
+from megatron_tgdpo.models.hf_weights.adapters import fill_adapter, new_adapter, read_adapter
 from megatron_tgdpo.models.hf_weights.load import load_hf_weights, load_megatron_weights, refuse_non_finite
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
+from megatron_tgdpo.models.lora import adapter_state, add_adapter, freeze_all_but, load_adapter_state, set_active
+from megatron_tgdpo.setup.model_sources import model_sources, trained_lora
 from megatron_tgdpo.storage.dtypes import DTYPES
 
+# The name of the adapter that trains; frozen ones are called by their role.
+POLICY = "policy"
 # megatron-core's arguments for each value of train.recompute.
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -31,10 +40,12 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def load_model(
-    path: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, config: Config,
-    device: torch.device, recompute: str = "none", frozen: bool = False,
+    path: str | Path, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, config: Config,
+    device: torch.device, recompute: str = "none", frozen: bool = False, adapters: bool = False,
 ) -> list[LanguageModel]:  # fmt: skip
     """Builds this rank's chunks of one model and fills them from an HF or Megatron directory. Collective.
+
+    With ``adapters`` there is room for LoRA adapters: see :func:`load_adapter`.
 
     Raises:
         UserError: On every rank: it cannot be loaded, or a weight is not finite.
@@ -47,6 +58,7 @@ def load_model(
             "finalize_model_grads_func": finalize_model_grads,
             "deallocate_pipeline_outputs": layout.pipeline > 1,
             "batch_p2p_comm": True,
+            "adapters": adapters,
             **RECOMPUTE[recompute],
             **overrides,
         },
@@ -67,16 +79,91 @@ def load_model(
     return chunks
 
 
-def load_frozen_models(
+def load_policy(
     config: Config,
     configs: Mapping[str, PretrainedConfig],
     layout: ParallelLayout,
     pg: ProcessGroupCollection,
     device: torch.device,
 ) -> list[LanguageModel]:
-    """This rank's slices of the frozen models that the method uses, the reference first. Collective."""
-    whole = replace(layout, virtual=1)
-    models = []
-    for role in config.method.frozen:
-        models += load_model(config.model_paths[role], configs[role], whole, pg, config, device, frozen=True)
-    return models
+    """This rank's chunks of the policy, with the adapter that trains, if one does, on. Collective."""
+    lora, source, hf_config = trained_lora(config), model_sources(config)["policy"], configs["policy"]
+    chunks = load_model(
+        source.base, hf_config, layout, pg, config, device, config.train.recompute, adapters=lora is not None
+    )
+    if lora is not None:
+        for chunk in chunks:
+            add_adapter(chunk, POLICY, lora, hf_config)
+        if source.adapter is not None:
+            load_adapter(chunks, POLICY, source.adapter, lora, hf_config, verify=config.checkpoint.verify)
+        else:
+            fresh = dict(new_adapter(lora, hf_config, config.train.seed))
+            for chunk in chunks:
+                fill_adapter(chunk, POLICY, fresh, hf_config)
+        for chunk in chunks:
+            freeze_all_but(chunk, POLICY)
+            set_active(chunk, POLICY)
+    return chunks
+
+
+def load_adapter(
+    chunks: Sequence[LanguageModel], name: str, path: Path, lora: Lora, hf_config: PretrainedConfig, *, verify: bool
+) -> None:
+    """Fills the adapter of this name in this rank's chunks from a directory. Collective.
+
+    Raises:
+        UserError: On every rank: it cannot be loaded, or is of another base model.
+    """
+    if is_peft_adapter(path):
+        tensors = raise_on_all_ranks(lambda: read_adapter(path, lora, hf_config))
+        for chunk in chunks:
+            fill_adapter(chunk, name, tensors, hf_config)
+        return
+    if verify:
+        refuse_damage(path)
+    wanted = {str(number): adapter_state(chunk, name) for number, chunk in enumerate(chunks)}
+    loaded = load_sharded(path, {"model": wanted})["model"]
+    for number, chunk in enumerate(chunks):
+        load_adapter_state(chunk, name, loaded[str(number)])
+
+
+def load_frozen_models(
+    config: Config,
+    configs: Mapping[str, PretrainedConfig],
+    layout: ParallelLayout,
+    pg: ProcessGroupCollection,
+    device: torch.device,
+    policy: LanguageModel | None = None,
+) -> list[FrozenModel]:
+    """This rank's slices of the frozen models that the method uses, the reference first. Collective.
+
+    Models of one base share its weights, and the policy's where only an adapter of it trains.
+
+    Args:
+        config: The run.
+        configs: HF configs by role.
+        layout: The parallel layout.
+        pg: Its process groups.
+        device: Of the models.
+        policy: With room for adapters, where their base may be the policy's.
+    """
+    whole, sources = replace(layout, virtual=1), model_sources(config)
+    roles = config.method.frozen
+    bases = {sources["policy"].base: policy} if policy is not None else {}
+    found = []
+    for role in roles:
+        source, shared = sources[role], sources[role].base in bases
+        if not shared:
+            adapters = any(sources[other].adapter for other in roles if sources[other].base == source.base)
+            (bases[source.base],) = load_model(
+                source.base, configs[role], whole, pg, config, device, frozen=True, adapters=adapters
+            )
+        model = bases[source.base]
+        if source.adapter is not None:
+            lora = read_lora(source.adapter)
+            add_adapter(model, role, lora, configs[role])
+            load_adapter([model], role, source.adapter, lora, configs[role], verify=config.checkpoint.verify)
+            if shared and model is policy:
+                freeze_all_but(model, POLICY)
+        found.append(FrozenModel(model, None if source.adapter is None else role, shared))
+    return found

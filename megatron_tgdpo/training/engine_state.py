@@ -1,7 +1,7 @@
 """The engine's state to and from a checkpoint, on any layout.
 
-Only the policy is saved, with its optimizer state and what delayed scaling remembers; the learning rate and the data
-order follow from the step.
+Only what trains of the policy is saved, its weights or its adapter, with its optimizer state and what delayed scaling
+remembers; the learning rate and the data order follow from the step.
 """
 
 import logging
@@ -17,7 +17,9 @@ from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.gpu.overlap import finish_param_gather
 from megatron_tgdpo.models.fp8_tensors import dequantised, history_shards, restore_history
+from megatron_tgdpo.models.lora import adapter_state, load_adapter_state
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
+from megatron_tgdpo.setup.models import POLICY
 from megatron_tgdpo.training.sharded_optimizer_state import load_optimizer_shards, optimizer_shards, weight_shards
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,10 @@ def load_checkpoint(engine: Engine, path: Path, step: int) -> None:
         wanted.pop("fp8", None)
     state = load_sharded(path, wanted)
     for number, chunk in enumerate(policy_chunks(engine)):
-        chunk.load_state_dict(state["model"][str(number)])
+        if chunk.config.adapters:
+            load_adapter_state(chunk, POLICY, state["model"][str(number)])
+        else:
+            chunk.load_state_dict(state["model"][str(number)])
         if has_history:
             restore_history(chunk, state["fp8"][str(number)], state["model"][str(number)])
     settings = [
@@ -81,7 +86,10 @@ def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     metadata = {"singleton_local_shards": False, "dp_cp_group": engine.pg.dp_cp}
     # A checkpoint has the names of the shards, which count layers through the whole model, not those of this dict.
     chunks = {str(number): chunk for number, chunk in enumerate(policy_chunks(engine))}
-    model_state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in chunks.items()}
+    model_state = {
+        name: adapter_state(chunk, POLICY) if chunk.config.adapters else chunk.sharded_state_dict(metadata=metadata)
+        for name, chunk in chunks.items()
+    }
     history = {name: history_shards(chunk, model_state[name], engine.pg) for name, chunk in chunks.items()}
     others = {"fp8": history} if any(history.values()) else {}
     if is_loading:

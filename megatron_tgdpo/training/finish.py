@@ -6,14 +6,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_tgdpo.checkpoints.adapter_directory import read_lora
 from megatron_tgdpo.checkpoints.best import checkpoint_of, read_best
 from megatron_tgdpo.checkpoints.listing import newest_checkpoint
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import one_line
 from megatron_tgdpo.output.directory import mark_done
 from megatron_tgdpo.output.figure import FIGURE_FILE, draw, read_records
-from megatron_tgdpo.training.export import Exporter, export, export_command
+from megatron_tgdpo.setup.model_sources import model_sources
+from megatron_tgdpo.storage.hub import local_path
+from megatron_tgdpo.training.export import Exporter, export, export_command, export_path
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +50,8 @@ def finish(config: Config, exporter: Exporter | None, step: int, steps: int) -> 
         draw_metrics(output_dir)
     chosen = best if config.export.hf == "best" else newest
     if done and config.export.hf != "none" and exporter is not None and chosen is not None:
-        exported = export(exporter, output_dir, chosen, verify=config.checkpoint.verify)
+        verify, kind = config.checkpoint.verify, config.export_kind
+        exported = export(exporter, output_dir, chosen, verify=verify, kind=kind)
     if dist.get_rank() == 0:
         if config.export.hf == "best" and best is None:
             logger.warning("export.hf is best, but there is no best checkpoint: nothing is exported")
@@ -82,22 +87,48 @@ def _uses(config: Config, checkpoint: Path, exported: Path | None) -> list[str]:
     """What to type next, a line each."""
     output_dir = Path(config.output_dir)
     name = output_dir.resolve().name
-    if exported is None:
-        lines = [f"for transformers and vLLM: {export_command(output_dir, checkpoint)}"]
+    out = export_path(output_dir, checkpoint)
+    kind = config.export_kind
+    if kind == "adapter":
+        lines = _uses_of_adapter(config, checkpoint, out, exported=exported is not None)
+    elif exported is None:
+        lines = [f"for transformers and vLLM: {export_command(checkpoint, out, kind)}"]
     else:
         lines = [
             f"in Python: AutoModelForCausalLM.from_pretrained({str(exported)!r})",
             f"as a server: vllm serve {shlex.quote(str(exported))}",
         ]
-    model = shlex.quote(str(exported or checkpoint))
+    # Of an adapter the checkpoint, which says what its base is.
+    model = shlex.quote(str(checkpoint if kind == "adapter" or exported is None else exported))
     pairs = next((source.path for found in config.test_sets.values() for source in found), "HELDOUT.jsonl")
-    lines.append(
-        f"compare it: tgdpo evaluate --reference {shlex.quote(config.reference_path)} "
-        f"--model {shlex.quote(name)}={model} --pairs {shlex.quote(pairs)} "
-        f"--out {shlex.quote(str(output_dir / 'evaluation.json'))}"
-    )
+    reference = model_sources(config).get("reference")
+    if reference is None or reference.adapter is None:  # evaluate takes whole models
+        lines.append(
+            f"compare it: tgdpo evaluate --reference {shlex.quote(config.reference_path)} "
+            f"--model {shlex.quote(name)}={model} --pairs {shlex.quote(pairs)} "
+            f"--out {shlex.quote(str(output_dir / 'evaluation.json'))}"
+        )
     lines.append(
         f"answer a benchmark: tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model {model} "
         f"--name {shlex.quote(name)} --out {shlex.quote(f'{name}.json')}"
     )
     return lines
+
+
+def _uses_of_adapter(config: Config, checkpoint: Path, out: Path, *, exported: bool) -> list[str]:
+    """How an adapter is used, and how it becomes a whole model."""
+    if exported:
+        name, base = Path(config.output_dir).resolve().name, local_path(config.model.policy)
+        # vLLM takes few numbers: from 8 on these powers of two.
+        rank = max(8, 1 << (read_lora(checkpoint).rank - 1).bit_length())
+        words = ["vllm", "serve", str(base), "--enable-lora", "--max-lora-rank", str(rank)]
+        lines = [f"the adapter: {out}"]
+        if not is_megatron_checkpoint(base):
+            lines = [
+                f"in Python, with peft: AutoPeftModelForCausalLM.from_pretrained({str(out)!r})",
+                f"as a server: {shlex.join([*words, '--lora-modules', f'{name}={out}'])}",
+            ]
+    else:
+        lines = [f"the adapter for peft and vLLM: {export_command(checkpoint, out, 'adapter')}"]
+    whole = out.with_name(f"{out.name}-merged")
+    return [*lines, f"a whole model of it: {export_command(checkpoint, whole, 'merged')}"]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.sampler import make_sampler
+from megatron_tgdpo.checkpoints.adapter_directory import read_lora
 from megatron_tgdpo.config.loading import changed_yaml, to_yaml
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import prepared_prefix
@@ -28,7 +29,7 @@ from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans, job_of, nearest
-from megatron_tgdpo.planning.memory import GIB, RankMemory, rank_memory
+from megatron_tgdpo.planning.memory import GIB, FrozenSource, RankMemory, Sources, rank_memory
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.planning.step_time import step_time
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
@@ -39,6 +40,7 @@ from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
 from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
+from megatron_tgdpo.setup.model_sources import model_sources, trained_lora
 from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.training.best import check_best_metric
 from megatron_tgdpo.training.export import Exporter
@@ -117,13 +119,14 @@ def dry_run(
     check_layout(configs, layout)
     check_best_metric(config)
     memory = planned_memory(config, configs, layout)
+    sources = planned_sources(config, configs)
     # A guide that is still to be trained was given the shape of the policy.
     shown = config if is_trained(given) else replace(config, model=replace(config.model, guide=given.model.guide))
     node = math.gcd(world_size, Cluster.gpus_per_node)
     cluster = Cluster(world_size // node, node, gpu_memory_gib)
     usable = gpu_memory_gib - cluster.reserve_gib
     fits = memory.total <= usable * GIB
-    verdict, job = "fits" if fits else "does NOT fit", job_of(config, [*configs.values()])
+    verdict, job = "fits" if fits else "does NOT fit", job_of(config, [*configs.values()], sources)
     lines = [
         (to_yaml(shown) if full else f"# what differs from the defaults\n{changed_yaml(shown)}").rstrip(),
         f"ranks: {world_size} = {layout}",
@@ -155,7 +158,29 @@ def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layo
     pack = Pack(
         config.seq_length // layout.context, config.longest_sequence, config.precision.parameter_bytes, gathered, keep
     )
-    return rank_memory(configs["policy"], frozen, layout, pack, config.train.recompute, linear_bytes(config))
+    return rank_memory(
+        configs["policy"],
+        frozen,
+        layout,
+        pack,
+        config.train.recompute,
+        linear_bytes(config),
+        planned_sources(config, configs),
+    )
+
+
+def planned_sources(config: Config, configs: Mapping[str, PretrainedConfig]) -> Sources:
+    """What the models that run are made of, and which share a base; as ``setup/models.py`` loads them."""
+    sources, trained = model_sources(config), trained_lora(config)
+    bases = set() if trained is None else {sources["policy"].base}
+    frozen = []
+    for role in configs:
+        if role != "policy":
+            source = sources[role]
+            adapter = None if source.adapter is None else read_lora(source.adapter)
+            frozen.append(FrozenSource(adapter, source.base in bases))
+            bases.add(source.base)
+    return Sources(trained, tuple(frozen))
 
 
 def pack_lines(config: Config) -> list[str]:
@@ -224,9 +249,15 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
         logger.warning("Transformer Engine %s is newer than any tested (%s)", dotted(found.transformer_engine), newest)
     described = partial(describe_model, config.model, config.precision)
     logger.info("policy: %s", described(modules[0].policy.config, engine.device))
-    for model in frozen.models:
-        logger.info("frozen: %s", described(model.config, engine.device))
+    for each in frozen.frozen:
+        with_adapter = "" if each.adapter is None else f" with the {each.adapter}'s adapter"
+        whose = f"the weights above{with_adapter}, " if each.shared else ""
+        logger.info("frozen: %s%s", whose, described(each.model.config, engine.device))
     logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
+    if (lora := trained_lora(config)) is not None:
+        trained = sum(p.numel() for module in modules for p in module.policy.parameters() if p.requires_grad)
+        targets = ", ".join(lora.targets)
+        logger.info("LoRA of rank %d, alpha %g on %s: %.2fM train", lora.rank, lora.alpha, targets, trained / 1e6)
     for line in pack_lines(config):
         logger.info("%s", line)
     logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.sampler import DatasetPart, Sampler, make_sampler
 from megatron_tgdpo.checkpoints.listing import remove_incomplete
-from megatron_tgdpo.checkpoints.model_directory import hf_files, model_files
+from megatron_tgdpo.checkpoints.model_directory import hf_files
 from megatron_tgdpo.config.resume_compatibility import INPUTS, Inputs
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
@@ -31,6 +31,7 @@ from megatron_tgdpo.setup.datasets import Prepared, prepare_data, write_summary
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import Pins, record_pins
 from megatron_tgdpo.setup.model_inputs import check_tokenizers
+from megatron_tgdpo.setup.model_sources import check_bases, model_sources
 from megatron_tgdpo.setup.trained_guide import check_trained
 from megatron_tgdpo.signals import leave_if_requested
 from megatron_tgdpo.storage.hub import local_path
@@ -123,7 +124,7 @@ def check_inputs(config: Config, prepared: Mapping[str, Prepared], ranks: RankEn
     """
 
     def files() -> list[Path]:
-        weights = [file for path in config.model_paths.values() for file in model_files(Path(path))]
+        weights = [file for source in model_sources(config).values() for file in source.files]
         return weights + [Path(file) for dataset in _open(prepared).values() for file in dataset.files]
 
     record = Path(config.output_dir) / HASHES_FILE
@@ -144,8 +145,13 @@ def _fingerprints(config: Config, prepared: Mapping[str, Prepared], digests: Map
                 guidance_key(config, dataset, frozen)
             )
     found: dict[str, str | None] = dict.fromkeys(INPUTS)
-    for role, path in config.model_paths.items():
-        found[f"model.{role}"] = weights_fingerprint(Path(path), digests)
+    sources = model_sources(config)
+    for role, source in sources.items():
+        found[f"model.{role}"] = source.fingerprint(digests)
+    if (adapter := sources["policy"].adapter) is not None:
+        found["model.policy"] = weights_fingerprint(sources["policy"].base, digests)
+        found["lora.adapter"] = weights_fingerprint(adapter, digests)
+    check_bases(sources, found["model.policy"])
     of_data = {name: each.fingerprint(datasets[name]) for name, each in prepared.items()}
     found["data.train"] = of_data.pop("train")
     if of_data:

@@ -5,7 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_tgdpo import signals
 from megatron_tgdpo.batching.collate import PreferenceBatch, collate
 from megatron_tgdpo.batching.packer import plan_packs
+from megatron_tgdpo.checkpoints.adapter_directory import LORA
 from megatron_tgdpo.checkpoints.best import Best
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import to_dict
@@ -29,6 +30,7 @@ from megatron_tgdpo.output.metrics import StepMetrics, eval_group
 from megatron_tgdpo.output.metrics_log import MetricsLog
 from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.setup.engine import Engine
+from megatron_tgdpo.setup.model_sources import trained_lora
 from megatron_tgdpo.signals import StoppedEarly
 from megatron_tgdpo.storage.hub import local_path
 from megatron_tgdpo.training.best import BestWatch, find_best
@@ -89,6 +91,7 @@ class Trainer:
         self.data = data
         self.output_dir = Path(config.output_dir)
         self.start = start
+        self.lora = trained_lora(config)
         self.exporter = exporter
         self.last_step = last_step(config, data.order)
         self.saver = CheckpointSaver(
@@ -247,6 +250,7 @@ class Trainer:
                 "consumed_pairs": self.data.order.consumed_pairs(step),
                 "dtype": self.config.precision.dtype,
                 "config": to_dict(self.config),
+                **({} if self.lora is None else {LORA: asdict(self.lora)}),
             },
             last=last,
             best=best,
@@ -255,7 +259,7 @@ class Trainer:
     def _export(self, checkpoint: Path, group: dist.ProcessGroup) -> None:
         assert self.exporter is not None, "only given where there is one"
         # Its checksums were taken a moment ago.
-        export(self.exporter, self.output_dir, checkpoint, group, verify=False)
+        export(self.exporter, self.output_dir, checkpoint, group, verify=False, kind=self.config.export_kind)
 
     def _over_ranks(self, *mine: float) -> list[float]:
         """The largest of each number over all ranks, in one reduction.

@@ -9,9 +9,10 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.lora import Lora
 from megatron_tgdpo.planning.activations import LayerWidths, Pack
 from megatron_tgdpo.planning.job import Batch, Job
-from megatron_tgdpo.planning.memory import RankMemory, stage_memory
+from megatron_tgdpo.planning.memory import FrozenSource, RankMemory, Sources, stage_memory
 from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, ring, tensor_bytes
 from tests.distributed.common import merged
 from tests.processes import run_forked
@@ -21,14 +22,18 @@ STATIC_LIMIT = 0.02
 KEPT_LIMIT = 0.05
 # A plan may be too large rather than too small; here Gloo's threads may also hold what they sent for a while.
 PEAK_LIMITS = (-0.2, 0.1)
+LORA_SLACK = -0.3
 # What several tensor ranks have one of them saves; and there are descriptions of the tensors.
 SAVE_LIMITS = (-0.05, 0.1)
 SHAPE: dict[str, Any] = {"hidden_size": 128, "mlp_size": 320, "heads": 8, "kv_heads": 4, "vocab_size": 500}
 LENGTH = 256
 
 
-def case(family: str, dtype: str, recompute: str = "none", **parallel: Any) -> dict[str, Any]:
-    return {"family": family, "dtype": dtype, "recompute": recompute, "parallel": parallel}
+LORA = Lora(8, 16.0, ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+
+
+def case(family: str, dtype: str, recompute: str = "none", lora: bool = False, **parallel: Any) -> dict[str, Any]:
+    return {"family": family, "dtype": dtype, "recompute": recompute, "lora": lora, "parallel": parallel}
 
 
 CASES = {
@@ -41,6 +46,7 @@ CASES = {
         "gemma2-selective": case("gemma2", "bf16", "selective"),
         "qwen3": case("qwen3", "bf16"),
         "mistral-full": case("mistral", "fp32", "full"),
+        "llama-lora": case("llama", "bf16", lora=True),
     },
     4: {
         "llama-tp2-pp2-sp": case("llama", "bf16", tensor=2, pipeline=2, sequence_parallel=True),
@@ -48,6 +54,8 @@ CASES = {
         "gemma2-pp4": case("gemma2", "bf16", pipeline=4),
         "qwen2-tp2-dp2": case("qwen2", "bf16", tensor=2),
         "llama-dp4-fp32": case("llama", "fp32"),
+        "llama-tp2-pp2-sp-lora": case("llama", "bf16", lora=True, tensor=2, pipeline=2, sequence_parallel=True),
+        "gemma2-tp2-dp2-lora": case("gemma2", "fp32", lora=True, tensor=2),
     },
 }
 
@@ -77,6 +85,7 @@ def config_of(root: Path, values: dict[str, Any]) -> dict[str, Any]:
         parallel=values["parallel"],
         precision={"dtype": values["dtype"]},
         train={"recompute": values["recompute"]},
+        lora={"rank": LORA.rank, "targets": list(LORA.targets)} if values["lora"] else {},
     )
 
 
@@ -146,7 +155,9 @@ def test_memory_is_what_is_allocated(root: Path, measured: Measured, processes: 
     values = CASES[processes][name]
     (policy, *frozen), layout, pack = planned_inputs(root, processes, values)
     for facts in measured.ranks(processes, name):
-        plan = stage_memory(policy, frozen, layout, pack, values["recompute"], facts["stage"])
+        # The reference is the policy's base, the guide a model of its own.
+        sources = Sources(LORA, (FrozenSource(shared=True), FrozenSource())) if values["lora"] else Sources()
+        plan = stage_memory(policy, frozen, layout, pack, values["recompute"], facts["stage"], sources=sources)
         kept, peak = step_bytes(policy, layout, pack, values["recompute"], plan)
         kinds = ("weights", "frozen", "gradients", "optimizer")
         static = {kind: facts[kind] / getattr(plan, kind) - 1 for kind in kinds}
@@ -154,6 +165,11 @@ def test_memory_is_what_is_allocated(root: Path, measured: Measured, processes: 
         # Shown by pytest -rP: measured beside planned.
         print(f"{name} stage {plan.stage}", {kind: f"{value:+.1%}" for kind, value in (static | step).items()})
         assert all(abs(value) < STATIC_LIMIT for value in static.values()), static
+        if values["lora"]:
+            # A plan counts what a step keeps whose weights all train: more than frozen ones ask for.
+            assert LORA_SLACK < step["kept"] < KEPT_LIMIT
+            assert LORA_SLACK < step["peak"] < PEAK_LIMITS[1]
+            continue
         assert abs(step["kept"]) < KEPT_LIMIT
         assert PEAK_LIMITS[0] < step["peak"] < PEAK_LIMITS[1]
         save = {name: facts[name] / plan.save - 1 for name in ("save", "save_peak")}

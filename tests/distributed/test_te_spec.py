@@ -30,6 +30,16 @@ def test_the_specs_are_one_model(results: dict[str, dict], family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_OPTIONS)
+def test_adapters_are_the_same_on_both_specs(results: dict[str, dict], family: str) -> None:
+    found = results[family]["adapters"]
+    assert found["effect"] > 1e-2
+    assert found["hidden"] < 2e-6
+    assert found["same_gradients"]
+    assert len(found["gradients"]) == 2 * 4 * 2  # layers, linears, a and b
+    assert max(found["gradients"].values()) < 2e-5, found["gradients"]
+
+
+@pytest.mark.parametrize("family", FAMILY_OPTIONS)
 def test_checkpoints_do_not_depend_on_the_spec(results: dict[str, dict], family: str) -> None:
     assert results[family]["same_description"]
     assert results[family]["local to te"]

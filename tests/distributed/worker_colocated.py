@@ -95,6 +95,7 @@ def main() -> None:
         "frozen_gradients": sum(p.grad is not None or hasattr(p, "main_grad") for p in model.frozen.parameters()),
         "frozen_trainable": sum(p.requires_grad for p in model.frozen.parameters()),
         "policy_elements": sum(p.numel() for p in model.policy.parameters()),
+        "policy_only_elements": sum(p.numel() for p in policy.parameters()),
         "frozen_elements": sum(p.numel() for p in model.frozen.parameters()),
         "buffer_elements": sum(buffer.grad_data.numel() for buffer in engine.chunks[0].buffers),
         "policy_only_buffer_elements": sum(buffer.grad_data.numel() for buffer in alone.buffers),

@@ -18,14 +18,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from checkpoints_convert.logits import packing_of
+from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import ParallelLayout, init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.gpu.kernel_choice import core_attention_spec
 from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.adapters import fill_adapter, peft_shapes
 from megatron_tgdpo.models.hf_weights.mapping import local_name
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
 from megatron_tgdpo.models.layer_spec_te import te_block_spec
+from megatron_tgdpo.models.lora import add_adapter, freeze_all_but, set_active
 from tests import fake_te
 from tests.checkpoints import load_weights, save
 
@@ -33,15 +36,21 @@ CPU = torch.device("cpu")
 ROW, LENGTHS = 128, [60, 40]
 
 
-def build(spec: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection) -> LanguageModel:
+def build(
+    spec: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, **overrides: Any
+) -> LanguageModel:
     """The model on a layer spec; scores with a cap are FlexAttention's on a GPU, whose backward the CPU lacks."""
     if spec == "local":
-        return build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
+        return build_language_model(
+            hf_config, layout, pg, dtype=torch.float32, device=CPU, transformer_overrides=overrides
+        )
     capped = bool(getattr(hf_config, "attn_logit_softcapping", None))
     attention = core_attention_spec("blocks" if capped else "transformer_engine")
     with fake_te.importable():
         block = partial(te_block_spec, core_attention=attention, parts=fake_te.PARTS)
-        return build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU, block_spec=block)
+        return build_language_model(
+            hf_config, layout, pg, dtype=torch.float32, device=CPU, transformer_overrides=overrides, block_spec=block
+        )
 
 
 def run(model: LanguageModel) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,6 +110,31 @@ def compare(hf: Path, root: Path, layout: ParallelLayout, pg: ProcessGroupCollec
     return found
 
 
+def compare_adapters(hf: Path, layout: ParallelLayout, pg: ProcessGroupCollection) -> dict[str, Any]:
+    """The same with an adapter on; it alone trains."""
+    hf_config, lora = read_hf_config(hf), Lora(4, 6.0)
+    torch.manual_seed(9)
+    tensors = {name: 0.1 * torch.randn(shape) for name, shape in peft_shapes(lora, hf_config).items()}
+    results = []
+    for spec in ("local", "te"):
+        model = build(spec, hf_config, layout, pg, adapters=True)
+        load_weights(model, hf, hf_config, pg)
+        without = run(model)[0]
+        add_adapter(model, "policy", lora, hf_config)
+        fill_adapter(model, "policy", tensors, hf_config)
+        freeze_all_but(model, "policy")
+        set_active(model, "policy")
+        hidden, gradients = run(model)
+        results.append((hidden, {name: each for name, each in gradients.items() if each.numel()}))
+    (local, local_gradients), (te, te_gradients) = results
+    return {
+        "hidden": difference(te, local),
+        "gradients": {name: difference(te_gradients[name], each) for name, each in local_gradients.items()},
+        "same_gradients": local_gradients.keys() == te_gradients.keys(),
+        "effect": difference(te, without),
+    }
+
+
 def main() -> None:
     root = Path(sys.argv[1])
     enable_cpu_backend()
@@ -114,6 +148,7 @@ def main() -> None:
     dist.barrier()
     for hf in sorted((root / "hf").iterdir()):
         found = compare(hf, root, layout, pg)
+        found["adapters"] = compare_adapters(hf, layout, pg)
         if dist.get_rank() == 0:
             (root / "out" / f"{hf.name}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

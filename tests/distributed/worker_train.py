@@ -21,6 +21,8 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from checkpoints_convert.export import export_hf
+from checkpoints_convert.export_adapter import export_adapter
+from megatron_tgdpo.checkpoints.adapter_directory import is_adapter
 from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
@@ -39,6 +41,9 @@ def export(config: Config, out: Path) -> None:
     newest = newest_checkpoint(Path(config.output_dir))
     assert newest is not None
     stored = DTYPES[config.precision.dtype]
+    if is_adapter(newest):
+        export_adapter(newest, out, dtype=stored)
+        return
     export_hf(newest, out, template=newest, stored=stored, dtype=stored, max_shard_bytes=10**9)
 
 

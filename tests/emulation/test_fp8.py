@@ -64,6 +64,17 @@ def test_the_history_of_delayed_scaling_goes_to_another_layout(found: Found) -> 
         assert ours == pytest.approx(alone, rel=2e-3)
 
 
+def test_an_adapter_is_what_it_becomes_in_merged_weights(found: Found) -> None:
+    """Transformer Engine's fused norm and linear hands out what the norm made, which an adapter takes. Merged weights
+    are rounded to bf16, and with them a good part of what the adapter adds.
+    """
+    run = found("one rank")["adapters"]
+    (adapter, _), (merged, _) = run["adapter"][0], run["merged"][0]
+    assert run["steps"][0][0] == pytest.approx(math.log(2), rel=1e-4)
+    assert abs(adapter - math.log(2)) > 1e-2, "nothing was learned"
+    assert merged - math.log(2) == pytest.approx(adapter - math.log(2), rel=0.25)
+
+
 @pytest.mark.parametrize("other", ["shorter history", "none before", "bf16"])
 def test_a_run_continues_without_a_history_that_fits(found: Found, other: str) -> None:
     losses = [loss for loss, _ in found("one rank")["elsewhere"][other]]

@@ -8,6 +8,7 @@ from tests.emulation.emulated import install
 install()
 
 import json  # noqa: E402
+import shutil  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -15,11 +16,16 @@ from typing import Any  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from checkpoints_convert.export import export_hf  # noqa: E402
+from megatron_tgdpo.checkpoints.adapter_directory import Lora  # noqa: E402
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend  # noqa: E402
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout  # noqa: E402
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment  # noqa: E402
+from megatron_tgdpo.models.hf_config import read_hf_config  # noqa: E402
+from megatron_tgdpo.models.hf_weights.adapters import peft_tensors  # noqa: E402
+from megatron_tgdpo.models.lora import adapters_of  # noqa: E402
 from megatron_tgdpo.setup.engine import Engine, policy_chunks, unwrapped  # noqa: E402
 from megatron_tgdpo.training.checkpoint_saver import checkpoint_path  # noqa: E402
 from tests.emulation import kernels  # noqa: E402
@@ -87,6 +93,26 @@ def frozen(runs: Runs) -> dict[str, Any]:
     return found
 
 
+def adapters(runs: Runs, out: Path) -> dict[str, Any]:
+    """LoRA steps, and the loss of the next one; by the adapter, and by weights that it is merged into."""
+    base, guide = runs.root / "policy", str(runs.root / "guide")
+    config = runs.config(lora={"rank": 8, "alpha": 256})
+    engine = runs.engine(config)
+    steps = runs.steps(engine, DATA[:BEFORE])
+    (policy,), hf_config, lora = policy_chunks(engine), read_hf_config(base), Lora(8, 256.0)
+    shutil.copytree(base, out)
+    weights = load_file(base / "model.safetensors")
+    for layer, adapter in adapters_of(policy, "policy"):
+        tensors = dict(peft_tensors(adapter.fused, layer, adapter.a, adapter.b, lora, hf_config))
+        for name in (key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("A.weight")):
+            product = tensors[f"{name}.lora_B.weight"].float() @ tensors[f"{name}.lora_A.weight"].float()
+            weights[f"{name}.weight"] += lora.scale * product.detach()
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    merged = runs.engine(runs.config(model={"policy": str(out), "reference": str(base), "guide": guide}))
+    following = {"adapter": engine, "merged": merged}
+    return {"steps": steps} | {name: runs.steps(each, DATA[BEFORE : BEFORE + 1]) for name, each in following.items()}
+
+
 def elsewhere(runs: Runs, saved: Path, pipeline: int) -> dict[str, Any]:
     """Continues a run with delayed scaling, saved on one rank, on this layout; there also as another kind of run."""
     name = "delayed, FP8 weights"
@@ -113,6 +139,7 @@ def main() -> None:
     found["frozen"] = frozen(runs)
     found["elsewhere"] = elsewhere(runs, one_rank, pipeline)
     if layout.world_size == 1:
+        found["adapters"] = adapters(runs, out / "merged")
         found |= {"exported": exported(runs, out / "exported"), "uninitialised": uninitialised(runs)}
     if dist.get_rank() == 0:
         (out / "found.json").write_text(json.dumps(found))

@@ -132,16 +132,18 @@ CONTRACT = [
     # The model.
     Relied("extensions.transformer_engine", None, "models/layer_spec_te.py", "TENorm and the fused linears; HAVE_TE"),
     Relied("models.gpt.gpt_model.GPTModel", "config transformer_layer_spec vocab_size max_sequence_length pre_process "
-           "post_process share_embeddings_and_output_weights position_embedding_type", "models/language_model.py",
-           "base class of ours"),
+           "post_process share_embeddings_and_output_weights position_embedding_type",
+           "models/language_model.py models/lora.py", "base class of ours"),
     Relied("models.gpt.gpt_layer_specs.get_gpt_layer_local_spec", "normalization qk_layernorm",
            "models/layer_spec.py models/layer_spec_te.py", "the skeleton of both layer specs"),
     Relied("tensor_parallel.layers.ColumnParallelLinear", None, "models/language_model.py", "the output layer"),
-    Relied("tensor_parallel.layers.RowParallelLinear", None, "models/language_model.py models/layer_spec.py",
-           "base class of the linear with a norm behind it"),
+    Relied("tensor_parallel.layers.RowParallelLinear", None, "models/language_model.py", "a layer's output"),
     Relied("tensor_parallel.layers.VocabParallelEmbedding", None, "models/language_model.py", "the embedding"),
     Relied("tensor_parallel.layers.set_tensor_model_parallel_attributes", "tensor is_parallel dim stride",
-           "models/language_model.py", "marks what is split, for norms and checkpoints"),
+           "models/language_model.py models/lora.py", "marks what is split, for norms and checkpoints"),
+    Relied("transformer.utils.make_sharded_tensors_for_checkpoint",
+           "state_dict prefix tensor_parallel_layers_axis_map sharded_offsets tp_group dp_cp_group", "models/lora.py",
+           "how an adapter lies in a checkpoint"),
     Relied("transformer.transformer_block.TransformerBlockSubmodules", "layer_specs layer_norm", "gpu/kernel_choice.py "
            "gpu/options.py models/language_model.py models/layer_spec.py models/layer_spec_te.py", "a stage's layers"),
     Relied("transformer.utils.is_layer_window_attention", "window_size window_attn_skip_freq layer_number",

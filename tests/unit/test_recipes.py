@@ -13,11 +13,13 @@ from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import Plan, make_plan
+from megatron_tgdpo.planning.memory import FrozenSource, Sources
+from megatron_tgdpo.setup.model_sources import trained_lora
 from tests.published_configs import PUBLISHED, write_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 NAME = re.compile(
-    r"(?P<method>tgdpo|dpo)-(?P<model>[a-z0-9.]+-\d+b)-(?P<nodes>\d+)n(?P<gpus>\d+)g-tp(?P<tp>\d+)pp(?P<pp>\d+)dp(?P<dp>\d+)"
+    r"(?P<method>tgdpo|dpo)-(?P<model>[a-z0-9.]+-\d+b)(?P<lora>-lora)?-(?P<nodes>\d+)n(?P<gpus>\d+)g-tp(?P<tp>\d+)pp(?P<pp>\d+)dp(?P<dp>\d+)"
 )
 MODELS = {
     "llama3-8b": "Llama-3-8B",
@@ -27,7 +29,7 @@ MODELS = {
 }
 
 
-def parts(recipe: Path) -> dict[str, str]:
+def parts(recipe: Path) -> dict[str, str | None]:
     match = NAME.fullmatch(recipe.stem)
     assert match is not None
     return match.groupdict()
@@ -38,6 +40,12 @@ def layout_of(config: Config, world_size: int) -> ParallelLayout:
     return make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, world_size)
 
 
+def gigabytes(recipe: Path) -> int:
+    """Of the GPUs that the recipe is for."""
+    (memory,) = re.findall(r" (\d+) GB:", recipe.read_text().splitlines()[0])
+    return int(memory)
+
+
 def plan_of(recipe: Path, tmp_path: Path) -> Plan:
     config, said = load_config(recipe), parts(recipe)
     model = read_hf_config(write_config(tmp_path, PUBLISHED[MODELS[said["model"]]]))
@@ -45,8 +53,13 @@ def plan_of(recipe: Path, tmp_path: Path) -> Plan:
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, shared_prompts=True)
     keep = config.train.keep_logits_mib * 2**20
     pack = Pack(config.seq_length, config.data.max_length, 2, batch.gathered_keys, keep)
-    job = Job(model, frozen, pack, batch)
-    cluster = Cluster(nodes=int(said["nodes"]), gpus_per_node=int(said["gpus"]))
+    sources = Sources()
+    if (lora := trained_lora(config)) is not None:
+        sources = Sources(lora, (FrozenSource(None, True), FrozenSource(lora, True)))
+    job = Job(model, frozen, pack, batch, sources=sources)
+    cluster = Cluster(
+        nodes=int(said["nodes"]), gpus_per_node=int(said["gpus"]), gpu_memory_gib=gigabytes(recipe)
+    )
     return make_plan(job, cluster, layout_of(config, cluster.gpus), config.train.recompute)
 
 
@@ -82,17 +95,21 @@ def test_a_recipe_has_the_hyper_parameters_of_the_reference_code(recipe: Path) -
         else {"beta": 0.1, "label_smoothing": 0, "sft_weight": 0}
     )
     assert config.loss.options == wanted
-    assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup_ratio) == (7e-7, "cosine", 0.1)
+    assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup_ratio) == (
+        7e-6 if parts(recipe)["lora"] else 7e-7,
+        "cosine",
+        0.1,
+    )
     assert (config.batch.global_pairs, config.data.max_length, config.train.epochs) == (128, 2048, 1)
     assert config.precision.dtype == "bf16"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_fits_gpus_of_80_gb_and_says_what_is_planned(recipe: Path, tmp_path: Path) -> None:
+def test_a_recipe_fits_its_gpus_and_says_what_is_planned(recipe: Path, tmp_path: Path) -> None:
     plan = plan_of(recipe, tmp_path)
     assert plan.fits
     # Whichever gigabyte is meant.
-    assert plan.memory.total < 80e9
+    assert plan.memory.total < gigabytes(recipe) * 1e9
     assert plan.warning == ""
     said = re.search(
         r"# Planned, not measured .*: ([\d.]+) GiB on the fullest GPU, ([\d.]+) s a step", recipe.read_text()

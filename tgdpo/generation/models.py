@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from megatron_tgdpo.checkpoints import model_directory
+from megatron_tgdpo.checkpoints.adapter_directory import is_adapter
 from megatron_tgdpo.checkpoints.find_model import find_local_model
 from megatron_tgdpo.checkpoints.manifest import TENSORS_FILE, read_metadata
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, model_files
@@ -44,14 +45,14 @@ def hf_directory(path: Path, scratch: Path | None = None) -> Iterator[Path]:
 
     Args:
         path: What ``checkpoints/find_model.py`` takes for a model, of the Hub once it is fetched. A Megatron checkpoint
-            is exported, in the dtype it is stored in, and deleted at the end. The export initialises torch.distributed
-            with one rank, and ends it.
+            is exported, in the dtype it is stored in, and deleted at the end; one of a LoRA run is merged with its
+            base. The export initialises torch.distributed with one rank, and ends it.
         scratch: Where exports go; None for the system's temporary directory.
 
     Raises:
         UserError: It is none of these, or it cannot be exported.
     """
-    found = find_local_model(path, _WHAT)
+    found = find_local_model(path, _WHAT, adapter=True)
     if not is_megatron_checkpoint(found):
         yield found
         return
@@ -68,12 +69,12 @@ def tokenizer_directory(path: Path) -> Path:
     Raises:
         UserError: It is no model directory.
     """
-    return model_directory.hf_directory(find_local_model(path, _WHAT))
+    return model_directory.hf_directory(find_local_model(path, _WHAT, adapter=True))
 
 
 def fingerprint(path: Path) -> str:
     """sha256 (hex) of a model directory's config and of its weight files' names, sizes and times of change."""
-    directory = find_local_model(path, _WHAT)
+    directory = find_local_model(path, _WHAT, adapter=True)
     config, *weights = model_files(directory)
     digest = hashlib.sha256(config.read_bytes())
     for file in (directory / TENSORS_FILE, *weights):
@@ -130,14 +131,16 @@ def _export(checkpoint: Path, out: Path) -> None:
     from checkpoints_convert.command_line import dtype_of as stored_dtype
     from checkpoints_convert.command_line import join_ranks
     from checkpoints_convert.export import export_hf
+    from checkpoints_convert.merge import find_base
 
     stored = stored_dtype(read_metadata(checkpoint), checkpoint)
     size = parse_size("the shard size", DEFAULT_SHARD_SIZE)
+    base = find_base(checkpoint, None) if is_adapter(checkpoint) else None
     own_group = not dist.is_initialized()
     if own_group:
         join_ranks(timeout_minutes=30.0)
     try:
-        export_hf(checkpoint, out, template=checkpoint, stored=stored, dtype=stored, max_shard_bytes=size)
+        export_hf(checkpoint, out, template=checkpoint, stored=stored, dtype=stored, max_shard_bytes=size, base=base)
     finally:
         if own_group:
             dist.destroy_process_group()

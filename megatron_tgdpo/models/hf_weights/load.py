@@ -22,6 +22,7 @@ from megatron_tgdpo.models.hf_weights.check import open_hf
 from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, OUTPUT, Heads, expected_shapes, local_name, read_shard
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.models.language_model import LanguageModel
+from megatron_tgdpo.models.lora import without_adapters
 
 _LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -44,7 +45,7 @@ class MappedParameter:
 
 
 def mapped_parameters(model: LanguageModel, hf_config: PretrainedConfig) -> Iterator[MappedParameter]:
-    """Goes through the parameters of this rank's slice of the model, in the model's order.
+    """Goes through the parameters of this rank's slice of the model but its adapters', in the model's order.
 
     Args:
         model: This rank's slice of a language model.
@@ -54,7 +55,7 @@ def mapped_parameters(model: LanguageModel, hf_config: PretrainedConfig) -> Iter
         KeyError: The family's table lacks a parameter of the model.
     """
     weights = family_of(hf_config.architectures).weights
-    for name, parameter in model.named_parameters():
+    for name, parameter in without_adapters(dict(model.named_parameters())).items():
         match = _LAYER_PARAMETER.fullmatch(name)
         layer = None
         key = name

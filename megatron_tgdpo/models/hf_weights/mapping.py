@@ -161,10 +161,10 @@ def read_shard(
             half = shape[0] // 2
             return torch.cat([checkpoint.rows(name, rank * half, (rank + 1) * half) for name in names])
         case "qkv":
-            return torch.cat([checkpoint.rows(names[i], a, b) for i, a, b in _qkv_runs(start, end, heads)])
+            return torch.cat([checkpoint.rows(names[i], a, b) for i, a, b in qkv_runs(start, end, heads)])
 
 
-def _qkv_runs(start: int, end: int, heads: Heads) -> Iterator[tuple[int, int, int]]:
+def qkv_runs(start: int, end: int, heads: Heads) -> Iterator[tuple[int, int, int]]:
     """Rows [start, end) of the interleaved parameter as runs (0 query | 1 key | 2 value, first row, last row + 1)."""
     query_rows = heads.queries_per_group * heads.size
     position = 0
@@ -197,7 +197,7 @@ def join_shards(kind: Kind, shards: list[Tensor], heads: Heads, vocab_size: int)
             return [torch.cat([pair[i] for pair in gates_and_ups]) for i in (0, 1)]
         case "qkv":
             joined = torch.cat(shards)
-            runs = list(_qkv_runs(0, joined.shape[0], heads))
+            runs = list(qkv_runs(0, joined.shape[0], heads))
             pieces = joined.split([b - a for _, a, b in runs])
             return [
                 torch.cat([piece for piece, (i, _, _) in zip(pieces, runs, strict=True) if i == index])

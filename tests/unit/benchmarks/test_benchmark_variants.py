@@ -18,7 +18,9 @@ from tools.benchmarks.training_step.reference_step import ReferenceStep
 from tools.benchmarks.training_step.report import metrics, yardstick_lines
 
 SETTINGS = reference.Settings(2, 2, LEARNING_RATE, beta=BETA, alpha=ALPHA, clip_grad=CLIP)
-PROBLEM = Problem("scratch", "policy", "guide", "pairs", "tokenizer", 96, 8, 4, "cpu", "fp32", 1)
+PROBLEM = Problem(
+    "scratch", "policy", "guide", "adapter", "guide_adapter", "pairs", "tokenizer", 96, 8, 4, "cpu", "fp32", 1
+)
 
 
 @pytest.fixture(scope="module")

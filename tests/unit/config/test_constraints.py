@@ -17,8 +17,8 @@ from tests.unit.config.test_loading import VALID
 
 # Text that may be anything: names of files, and of models and datasets.
 FREE = {
-    "model.policy", "model.reference", "model.guide", "data.tokenizer", "data.chat_template", "guide.output_dir",
-    "guidance.cache", "train.branch_from", "checkpoint.best_metric",
+    "model.policy", "model.reference", "model.guide", "lora.adapter", "data.tokenizer", "data.chat_template",
+    "guide.output_dir", "guidance.cache", "train.branch_from", "checkpoint.best_metric",
 }  # fmt: skip
 
 

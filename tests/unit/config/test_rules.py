@@ -34,6 +34,14 @@ BROKEN = [
     ),
     (["loss.method=dpo"], "loss.method dpo uses no guide"),
     (["loss.method=simpo", "model.guide=null", "model.reference=ref"], "loss.method simpo uses no reference"),
+    (["lora.alpha=8"], "section lora has neither rank nor adapter"),
+    (["lora.adapter=dir", "lora.rank=4"], "lora.adapter dir has a rank, alpha and targets of its own"),
+    (["lora.rank=4", "precision.fp8=blockwise"], "section lora with precision.fp8 blockwise"),
+    (["lora.rank=4", "precision.frozen=fp8"], "section lora with weights in FP8"),
+    (
+        ["lora.rank=4", "parallel.tensor=2", "parallel.sequence_parallel=true", "overlap.tensor=true"],
+        "overlap.tensor hides traffic within linears",
+    ),
     (["loss.method=simpo", "model.guide=null", *_CACHED], "loss.method simpo has no frozen models"),
     (["guidance.mode=cached"], "guidance.mode cached needs guidance.cache"),
     ([*_CACHED, "guidance.prefetch=true", "parallel.pipeline=2"], "guidance.prefetch is true but no frozen models"),
@@ -58,6 +66,7 @@ BROKEN = [
         "checkpoint.best_metric is eval/loss but eval.every_steps is not set",
     ),
     (["checkpoint.best_mode=min"], "checkpoint.best_mode is min but checkpoint.best_metric is not set"),
+    (["export.merge=true"], "export.merge is true without section lora"),
     (["export.hf=best"], "export.hf is best but checkpoint.best_metric is not set"),
     (["eval.generate.prompts=2"], "eval.generate.prompts is 2 but data.validation is not set"),
     (

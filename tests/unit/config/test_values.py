@@ -187,9 +187,9 @@ def test_a_section_may_be_empty_or_be_given_whole(tmp_path: Path) -> None:
         ("optimizer.weight_decy", "optimizer.weight_decay"),
         ("optimiser", "did you mean optimizer?"),
         ("learning_rte", "optimizer.lr"),
-        ("lora_rank", "there is none here: all weights are trained"),
+        ("lora_r", "did you mean lora.rank?"),
         ("train.foo", "train has steps, epochs, seed"),
-        ("zzz", "there are model, data, loss"),
+        ("zzz", "there are model, lora, data, loss"),
     ],
 )
 def test_an_unknown_key_suggests_the_right_one(tmp_path: Path, unknown: str, meant: str) -> None:

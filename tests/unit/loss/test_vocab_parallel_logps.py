@@ -1,10 +1,13 @@
 """Token log-probs against a full log-softmax: values, gradients, chunking, padded vocabulary, precision, memory."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tgdpo.loss import vocab_parallel_logps
 from megatron_tgdpo.loss.vocab_chunks import CHUNK_ELEMENTS, chunk_rows
 from megatron_tgdpo.loss.vocab_parallel_logps import token_logps
 
@@ -57,6 +60,21 @@ def test_values_and_gradients(
     torch.testing.assert_close(grad_hidden.double(), want_hidden, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad_weight.double(), want_weight, rtol=1e-4, atol=1e-5)
     assert not grad_weight[VOCABULARY:].any()
+
+
+def test_a_frozen_weight_gets_no_product_of_its_own(single_rank_group: dist.ProcessGroup) -> None:
+    hidden, weight, targets, grads = inputs()
+    products = {}
+    for trains in (True, False):
+        weight.requires_grad_(trains)
+        with mock.patch.object(vocab_parallel_logps, "_add_product", wraps=vocab_parallel_logps._add_product) as made:
+            logps = token_logps(hidden, weight, targets, vocab_size=VOCABULARY, tp_group=single_rank_group)
+            (grad_hidden,) = torch.autograd.grad(logps, (hidden,), grads)
+        products[trains] = made.call_count
+        torch.testing.assert_close(
+            grad_hidden.double(), expected(hidden, weight, targets, grads)[1], rtol=1e-4, atol=1e-5
+        )
+    assert products[True] == 2 * products[False] > 0
 
 
 def test_bf16_inputs_are_not_rounded_on_the_way_to_float32(single_rank_group: dist.ProcessGroup) -> None:

@@ -18,11 +18,12 @@ from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.models.attention import sdpa as attention
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
+from megatron_tgdpo.models.lora import Lora
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, Pack, layer_activations, stage_activations
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import all_plans, make_plan
-from megatron_tgdpo.planning.memory import LinearBytes, stage_memory, stage_parameters
+from megatron_tgdpo.planning.memory import FrozenSource, LinearBytes, Sources, stage_memory, stage_parameters
 from megatron_tgdpo.planning.report import memory_lines, plan_text
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
@@ -91,6 +92,22 @@ def test_optimizer_state_is_split_over_data_ranks(llama: PretrainedConfig) -> No
     one, eight = (stage_memory(llama, [llama], make_layout(1, 1, 1, False, n), ROW, "none", 0) for n in (1, 8))
     assert one.optimizer == 12 * parameter_count(llama) == 8 * eight.optimizer
     assert one.static - one.optimizer == eight.static - eight.optimizer == (2 + 4 + 2) * parameter_count(llama)
+
+
+def test_an_adapter_has_gradients_and_state_and_its_base_neither(llama: PretrainedConfig) -> None:
+    lora, grid = Lora(16, 32.0), make_layout(2, 1, 1, True, 2)
+    sources = Sources(lora, (FrozenSource(shared=True), FrozenSource(Lora(8, 16.0, ("q_proj", "o_proj")), shared=True)))
+    plan = stage_memory(llama, [llama, llama], grid, ROW, "none", 0, sources=sources)
+    whole = stage_memory(llama, [], grid, ROW, "none", 0)
+    # Of each of 32 layers, on one of two tensor ranks: A and B of q, k, v; o; gate, up; down.
+    qkv, o = 3 * 4096 + 6144 // 2, 4096 // 2 + 4096
+    trained = 32 * 16 * (qkv + o + 2 * 4096 + 28672 // 2 + 14336 // 2 + 4096)
+    assert plan.trained_parameters == trained
+    assert (plan.gradients, plan.optimizer, plan.save) == (4 * trained, 12 * trained, (2 + 12) * trained)
+    assert plan.weights == whole.weights + 2 * trained
+    assert plan.frozen == 2 * 32 * 8 * (qkv + o)
+    assert f"(of which {trained:,} train)" in memory_lines(plan)[0]
+    assert "train)" not in memory_lines(whole)[0]
 
 
 def test_weights_of_linears_in_fp8(llama: PretrainedConfig) -> None:
@@ -206,7 +223,7 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
     path = make_llama(tmp_path / "model")
     values = {
         **VALID,
-        "model": {"policy": str(path), "guide": str(path)},
+        "model": {"policy": str(path), "guide": str(make_llama(tmp_path / "guide"))},
         "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
         "train": {"steps": 1, "recompute": "full"},
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tgdpo.config.schema import ExportKind
 from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError
 from megatron_tgdpo.training.export import export
 
@@ -19,10 +20,10 @@ class Exports:
     def __init__(self) -> None:
         self.made: list[str] = []
 
-    def __call__(self, checkpoint: Path, out: Path, group: object, *, verify: bool) -> None:
+    def __call__(self, checkpoint: Path, out: Path, group: object, *, verify: bool, kind: str) -> None:
         assert not out.exists()
         out.mkdir(parents=True)
-        (out / "config.json").write_text("{}")
+        (out / ("adapter_config.json" if kind == "adapter" else "config.json")).write_text("{}")
         self.made.append(out.name)
 
 
@@ -34,8 +35,8 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def export_it(exporter: Callable[..., None], checkpoint: Path) -> Path:
-    return export(exporter, checkpoint.parent.parent, checkpoint, verify=True)
+def export_it(exporter: Callable[..., None], checkpoint: Path, kind: ExportKind = "model") -> Path:
+    return export(exporter, checkpoint.parent.parent, checkpoint, verify=True, kind=kind)
 
 
 def test_a_checkpoint_is_exported_once(checkpoint: Path) -> None:
@@ -54,6 +55,14 @@ def test_an_export_of_a_step_that_was_made_again_is_replaced(checkpoint: Path) -
     assert len(exports.made) == 2
     assert [file.name for file in out.iterdir()] == ["config.json"]
     assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_an_adapter_gives_way_to_a_whole_model(checkpoint: Path) -> None:
+    exports = Exports()
+    assert export_it(exports, checkpoint, "adapter") == (out := export_it(exports, checkpoint, "adapter"))
+    assert len(exports.made) == 1
+    export_it(exports, checkpoint, "merged")
+    assert [file.name for file in out.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(("raised", "kind"), [(UserError, AgreedError), (StorageError, AgreedStorageError)])

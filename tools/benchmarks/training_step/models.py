@@ -3,11 +3,19 @@
 A size names the parameters outside embedding and output weight, so that it is the same transformer at any vocabulary.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from checkpoints_convert.export_adapter import peft_config
+from megatron_tgdpo.checkpoints.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, Lora
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.adapters import peft_shapes
+from tools.benchmarks.training_step.problem import LORA_ALPHA, LORA_RANK
 
 # Logits of a random model then differ by about a nat, not by hundredths, so that losses tell variants apart.
 _WEIGHT_STD = 0.05
@@ -74,3 +82,15 @@ def write_model(path: Path, config: LlamaConfig, *, dtype: torch.dtype, seed: in
     embeddings = {id(weight): weight.numel() for weight in (model.model.embed_tokens.weight, model.lm_head.weight)}
     total = sum(parameter.numel() for parameter in model.parameters())
     return ParameterCount(total - sum(embeddings.values()), sum(embeddings.values()))
+
+
+def write_adapter(path: Path, base: Path, seed: int) -> None:
+    """Writes a ``peft`` directory with random A and B, for every linear of the layers."""
+    lora, generator = Lora(LORA_RANK, LORA_ALPHA), torch.Generator().manual_seed(seed)
+    tensors = {
+        PREFIX + name: torch.randn(shape, generator=generator) * (0.02 if "lora_B" in name else shape[1] ** -0.5)
+        for name, shape in peft_shapes(lora, read_hf_config(base)).items()
+    }
+    path.mkdir()
+    (path / ADAPTER_CONFIG).write_text(json.dumps(peft_config(lora, str(base))), encoding="utf-8")
+    safetensors.torch.save_file(tensors, path / ADAPTER_WEIGHTS, metadata={"format": "pt"})

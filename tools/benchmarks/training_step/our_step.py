@@ -19,12 +19,18 @@ from megatron_tgdpo.setup.layout import layout_of
 from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.training.run_data import open_data, prepare_on_rank0
 from megatron_tgdpo.training.step import StepResult, train_step
-from tools.benchmarks.training_step.problem import ALPHA, BETA, CLIP, LEARNING_RATE, Problem
+from tools.benchmarks.training_step.problem import ALPHA, BETA, CLIP, LEARNING_RATE, LORA_LEARNING_RATE, Problem
 from tools.benchmarks.training_step.recorder import Recorder
 
 
 def our_config(
-    problem: Problem, *, guided: bool, mode: str, shared_prompts: bool = True, train: Mapping[str, Any] | None = None
+    problem: Problem,
+    *,
+    guided: bool,
+    mode: str,
+    shared_prompts: bool = True,
+    lora: bool = False,
+    train: Mapping[str, Any] | None = None,
 ) -> Config:
     """The configuration of the run that the steps are of.
 
@@ -33,11 +39,19 @@ def our_config(
         guided: TGDPO; else DPO.
         mode: ``guidance.mode``.
         shared_prompts: ``batch.shared_prompts``.
+        lora: An adapter of the policy trains. For TGDPO the guide is another one, the reference the base; for DPO the
+            reference is the adapter as it begins, as in TRL.
         train: More values of the section ``train``.
     """
     name = f"run-{'tgdpo' if guided else 'dpo'}-{mode}-{'shared' if shared_prompts else 'unshared'}"
+    guide = problem.guide_adapter if lora else problem.guide
     values: dict[str, Any] = {
-        "model": {"policy": problem.policy, "guide": problem.guide if guided else None},
+        "model": {
+            "policy": problem.policy,
+            "reference": problem.policy if lora and guided else None,
+            "guide": guide if guided else None,
+        },
+        "lora": {"adapter": problem.adapter if lora else None},
         "data": {
             "train": problem.data,
             "tokenizer": problem.tokenizer,
@@ -48,9 +62,15 @@ def our_config(
         "guidance": {"mode": mode, "cache": problem.cache},
         "parallel": {"device": problem.device},
         "batch": {"global_pairs": problem.global_pairs, "shared_prompts": shared_prompts},
-        "optimizer": {"lr": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0.0, "clip_grad": CLIP},
+        "optimizer": {
+            "lr": LORA_LEARNING_RATE if lora else LEARNING_RATE,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            "clip_grad": CLIP,
+        },
         "precision": {"dtype": problem.dtype},
-        "train": {"steps": problem.steps, **(train or {})},
+        # A policy with an adapter is not its reference.
+        "train": {"steps": problem.steps, "check_start": not lora, **(train or {})},
         "output_dir": str(Path(problem.directory) / name),
     }
     return config_from_dict(values, "benchmark")

@@ -7,6 +7,8 @@ from pathlib import Path
 BETA, ALPHA, CLIP = 0.1, 0.5, 1.0
 # Each step then changes the losses by far more than the variants may differ.
 LEARNING_RATE = 1e-5
+# Of adapters.
+LORA_RANK, LORA_ALPHA, LORA_LEARNING_RATE = 16, 32, 1e-3
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Problem:
         directory: Scratch space.
         policy: HF directory of the policy, which is the reference too.
         guide: HF directory of the guide.
+        adapter: ``peft`` directory of the adapter that the policy begins with, in variants with LoRA.
+        guide_adapter: That of the guide, there.
         data: Prefix of the preprocessed pairs.
         tokenizer: That they were made with.
         max_length: Most tokens of prompt plus response.
@@ -32,6 +36,8 @@ class Problem:
     directory: str
     policy: str
     guide: str
+    adapter: str
+    guide_adapter: str
     data: str
     tokenizer: str
     max_length: int

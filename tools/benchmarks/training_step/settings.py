@@ -11,7 +11,7 @@ from megatron_tgdpo.distributed.cpu_backend import resolve_device
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.storage.dtypes import DTYPES
 from tools.benchmarks.training_step.measure import run_tool
-from tools.benchmarks.training_step.models import SHAPES, ParameterCount, llama_config, write_model
+from tools.benchmarks.training_step.models import SHAPES, ParameterCount, llama_config, write_adapter, write_model
 from tools.benchmarks.training_step.our_step import our_config
 from tools.benchmarks.training_step.pairs import Pairs
 from tools.benchmarks.training_step.problem import Problem
@@ -52,12 +52,14 @@ class Settings:
 
 
 def write_models(directory: Path, settings: Settings, max_length: int) -> ParameterCount:
-    """Writes ``policy`` and ``guide``, which differ in their seed; returns the policy's parameters."""
+    """Writes ``policy`` and ``guide``, which differ in their seed, and adapters; returns the policy's parameters."""
     config = llama_config(SHAPES[settings.size], settings.vocabulary, tied=settings.tied, max_length=max_length)
     counts = [
         write_model(directory / role, config, dtype=DTYPES[settings.dtype], seed=seed)
         for seed, role in enumerate(("policy", "guide"))
     ]
+    for seed, role in enumerate(("adapter", "guide_adapter")):
+        write_adapter(directory / role, directory / "policy", seed)
     return counts[0]
 
 
@@ -76,6 +78,8 @@ def make_problem(directory: Path, models: Path, pairs: Pairs, settings: Settings
         directory=str(directory),
         policy=str(models / "policy"),
         guide=str(models / "guide"),
+        adapter=str(models / "adapter"),
+        guide_adapter=str(models / "guide_adapter"),
         data=pairs.dataset.prefix,
         tokenizer=pairs.tokenizer,
         max_length=manifest["options"]["max_length"],

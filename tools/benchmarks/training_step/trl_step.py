@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallb
 from trl import DPOConfig, DPOTrainer
 
 from megatron_tgdpo.data.dataset import PreferenceDataset
-from tools.benchmarks.training_step.problem import BETA, CLIP, LEARNING_RATE, Problem
+from tools.benchmarks.training_step.problem import BETA, CLIP, LEARNING_RATE, LORA_LEARNING_RATE, Problem
 from tools.benchmarks.training_step.recorder import Recorder
 
 
@@ -58,22 +58,28 @@ class _StepTimes(TrainerCallback):
         self.recorder.end(torch.stack(losses).mean().item())
 
 
-def run(problem: Problem, recorder: Recorder) -> None:
-    """All steps of a problem."""
+def run(problem: Problem, recorder: Recorder, *, lora: bool) -> None:
+    """All steps of a problem; with ``lora`` the reference is the policy's adapter as it begins."""
     bf16 = problem.dtype == "bf16"
-    policy = _load(problem.policy, torch.float32)
-    reference = _load(problem.policy, torch.bfloat16 if bf16 else torch.float32)
+    policy: torch.nn.Module = _load(problem.policy, torch.float32)
+    reference = None
+    if lora:
+        from peft import PeftModel
+
+        policy = PeftModel.from_pretrained(policy, problem.adapter, is_trainable=True)
+    else:
+        reference = _load(problem.policy, torch.bfloat16 if bf16 else torch.float32)
     times = _StepTimes(recorder)
     trainer = _TokenisedDPOTrainer(
         model=policy,
         ref_model=reference,
-        args=_arguments(problem, bf16),
+        args=_arguments(problem, bf16, LORA_LEARNING_RATE if lora else LEARNING_RATE),
         train_dataset=_records(problem),
         processing_class=_placeholder_tokenizer(),
         callbacks=[times],
     )
     times.trainer = trainer
-    recorder.built([*policy.parameters(), *reference.parameters()])
+    recorder.built([weight for model in (policy, reference) if model is not None for weight in model.parameters()])
     trainer.train()
 
 
@@ -83,14 +89,14 @@ def _load(path: str, dtype: torch.dtype) -> LlamaForCausalLM:
     )
 
 
-def _arguments(problem: Problem, bf16: bool) -> DPOConfig:
+def _arguments(problem: Problem, bf16: bool, learning_rate: float) -> DPOConfig:
     return DPOConfig(
         output_dir=str(Path(problem.directory) / "run-trl"),
         max_steps=problem.steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=problem.global_pairs,
         gradient_checkpointing=False,
-        learning_rate=LEARNING_RATE,
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         max_grad_norm=CLIP,
         beta=BETA,

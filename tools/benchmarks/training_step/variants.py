@@ -23,7 +23,7 @@ class Variant:
 
     Attributes:
         name: On the command line and in tables.
-        objective: ``tgdpo`` or ``dpo``; the losses of all variants of an objective must agree.
+        objective: ``tgdpo`` or ``dpo``, of all weights or with LoRA; losses of all variants of an objective must agree.
         models: What runs in a step.
         load: Imports what the variant needs and returns what runs all steps of a problem.
         loss_tolerance: Largest relative difference of a step's loss, in fp32, from the first variant of the objective.
@@ -45,18 +45,25 @@ def _reference(*, guided: bool) -> Callable[[], Run]:
     return load
 
 
-def _trl() -> Run:
-    from tools.benchmarks.training_step import trl_step
+def _trl(*, lora: bool) -> Callable[[], Run]:
+    def load() -> Run:
+        from tools.benchmarks.training_step import trl_step
 
-    return trl_step.run
+        return lambda problem, recorder: trl_step.run(problem, recorder, lora=lora)
+
+    return load
 
 
-def _ours(*, guided: bool, mode: str, shared_prompts: bool = True, **train: Any) -> Callable[[], Run]:
+def _ours(
+    *, guided: bool, mode: str, shared_prompts: bool = True, lora: bool = False, **train: Any
+) -> Callable[[], Run]:
     def load() -> Run:
         from tools.benchmarks.training_step import our_step
 
         def run(problem: Problem, recorder: Recorder) -> None:
-            config = our_step.our_config(problem, guided=guided, mode=mode, shared_prompts=shared_prompts, train=train)
+            config = our_step.our_config(
+                problem, guided=guided, mode=mode, shared_prompts=shared_prompts, lora=lora, train=train
+            )
             our_step.run(problem, recorder, config)
 
         return run
@@ -70,7 +77,7 @@ REFERENCE = "reference"
 POLICY_ONLY = "dpo-cached"
 # As little memory as a step can do with.
 _LEAN: dict[str, Any] = {"keep_logits_mib": 0, "recompute": "full"}
-_THREE, _TWO = "policy, reference, guide", "policy, reference"
+_THREE, _TWO, _ADAPTERS = "policy, reference, guide", "policy, reference", "base, two adapters"
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -84,11 +91,17 @@ VARIANTS = {
         Variant("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective")),
         Variant("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full")),
         Variant("reference-dpo", "dpo", _TWO, _reference(guided=False)),
-        Variant("trl", "dpo", _TWO, _trl),
+        Variant("trl", "dpo", _TWO, _trl(lora=False)),
         Variant("dpo-colocated", "dpo", _TWO, _ours(guided=False, mode="colocated")),
         Variant(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached")),
+        Variant("lora", "tgdpo-lora", _ADAPTERS, _ours(guided=True, mode="colocated", lora=True)),
+        Variant("lora-lean", "tgdpo-lora", _ADAPTERS, _ours(guided=True, mode="colocated", lora=True, **_LEAN)),
+        Variant("lora-dpo", "dpo-lora", _ADAPTERS, _ours(guided=False, mode="colocated", lora=True)),
+        Variant("trl-lora", "dpo-lora", _ADAPTERS, _trl(lora=True)),
     )
 }
+# Packages that variants need.
+_NEEDS = {"trl": ("trl",), "trl-lora": ("trl", "peft")}
 CACHED = ("cached", "cached-unshared", "cached-lean", "cached-selective", "cached-full", POLICY_ONLY)
 
 
@@ -107,9 +120,15 @@ def choose_variants(names: list[str] | None) -> tuple[list[Variant], list[str]]:
     if unknown:
         raise UserError(f"--variants: there is no variant '{unknown[0]}', choose from {', '.join(VARIANTS)}")
     chosen = [VARIANTS[name] for name in names or VARIANTS]
-    if find_spec("trl") is not None or (names and "trl" not in names):
-        return chosen, []
-    why = "trl is not installed: pip install 'megatron-tgdpo[benchmark]'"
-    if names:
-        raise UserError(f"--variants: {why}")
-    return [variant for variant in chosen if variant.name != "trl"], [f"variant trl is left out: {why}"]
+    wanted = {variant.name: _NEEDS[variant.name] for variant in chosen if variant.name in _NEEDS}
+    absent = {name: [one for one in needs if find_spec(one) is None] for name, needs in wanted.items()}
+    whys = {
+        name: f"{' and '.join(needs)} {'are' if len(needs) > 1 else 'is'} not installed: "
+        "pip install 'megatron-tgdpo[benchmark]'"
+        for name, needs in absent.items()
+        if needs
+    }
+    if names and whys:
+        raise UserError(f"--variants: {next(iter(whys.values()))}")
+    left_out = [f"variant {name} is left out: {why}" for name, why in whys.items()]
+    return [variant for variant in chosen if variant.name not in whys], left_out

@@ -1,0 +1,123 @@
+"""The adapter of a checkpoint of a LoRA run into a directory that ``peft`` loads and vLLM serves."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from checkpoints_convert.model_card import CARD_FILE, model_card
+from checkpoints_convert.streaming import Summary
+from megatron_tgdpo.checkpoints.adapter_directory import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE,
+    PREFIX,
+    Lora,
+    read_base,
+    read_lora,
+)
+from megatron_tgdpo.checkpoints.integrity import refuse_damage
+from megatron_tgdpo.checkpoints.manifest import read_metadata
+from megatron_tgdpo.checkpoints.model_directory import copy_hf_files
+from megatron_tgdpo.checkpoints.reader import CheckpointReader
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.adapters import adapted_parts, peft_tensors
+from megatron_tgdpo.models.lora import checkpoint_prefix, fused_linears
+from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
+from megatron_tgdpo.storage.dtypes import dtype_name
+from megatron_tgdpo.storage.hub import hub_name
+
+# What is of the whole model, and would make the directory look like one.
+_OF_THE_MODEL = ("config.json", "generation_config.json")
+
+
+def export_adapter(
+    checkpoint: Path, out: Path, *, dtype: torch.dtype, verify: bool = True, group: dist.ProcessGroup | None = None
+) -> Summary:
+    """Writes a ``peft`` directory: adapter, tokenizer, model card; all of it, or nothing. Collective; rank 0 writes.
+
+    Args:
+        checkpoint: Of a LoRA run, saved at any layout.
+        out: The directory to make; it must not exist, or be empty.
+        dtype: Of the written tensors.
+        verify: Whether to compare the checkpoint's checksums first.
+        group: Of all ranks, for the collectives; None for the default group.
+
+    Raises:
+        UserError: On every rank: the checkpoint is damaged or ``out`` is not empty, or could not be written.
+    """
+    started = time.perf_counter()
+    refuse_damage(checkpoint, content=verify, group=group)
+    with AtomicDirectory(out, group) as directory:
+        tensors = directory.run_on_all_ranks(lambda: adapter_tensors(checkpoint, read_hf_config(checkpoint), dtype))
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        directory.reserve(size)
+        directory.run_on_rank0(lambda: _write(directory.temporary, checkpoint, tensors))
+        directory.commit()
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return Summary(out, count, dtype_name(dtype), size, time.perf_counter() - started)
+
+
+def adapter_tensors(checkpoint: Path, hf_config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A checkpoint's adapter as tensors by their names in ``peft``, without its prefix.
+
+    Raises:
+        UserError: The checkpoint lacks a part of it.
+    """
+    reader, lora = CheckpointReader(checkpoint), read_lora(checkpoint)
+    found: dict[str, Tensor] = {}
+    for layer in range(hf_config.num_hidden_layers):
+        for fused in fused_linears(hf_config):
+            if not any(True for _ in adapted_parts(fused, lora)):
+                continue
+            prefix = checkpoint_prefix(fused)
+            missing = [name for name in (f"{prefix}a", f"{prefix}b") if name not in reader.tensors]
+            if missing:
+                raise UserError(f"{checkpoint}: it lacks {missing[0]}, which an adapter of its targets has")
+            a, b = (
+                reader.rows(name, layer, 0, reader.tensors[name].size[1]).to(dtype)
+                for name in (f"{prefix}a", f"{prefix}b")
+            )
+            found |= dict(peft_tensors(fused, layer, a, b, lora, hf_config))
+    return found
+
+
+def _write(directory: Path, checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    metadata, base = read_metadata(checkpoint), read_base(checkpoint)
+    copy_hf_files(checkpoint, directory)
+    for name in _OF_THE_MODEL:
+        (directory / name).unlink(missing_ok=True)
+    header = {"format": "pt", **({} if base is None else {BASE: base})}
+    whole = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(whole, directory / ADAPTER_WEIGHTS, metadata=header)
+    model = (metadata.get("config") or {}).get("model") or {}
+    content = peft_config(read_lora(checkpoint), model.get("policy"))
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if (card := model_card(checkpoint, metadata)) is not None:
+        (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of an adapter, and of its base model: a path, or a pinned name of the Hub."""
+    hub = None if base is None else hub_name(base)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base if hub is None else hub.repo,
+        "revision": None if hub is None else hub.revision,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "target_modules": list(lora.targets),
+        "use_rslora": lora.rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }

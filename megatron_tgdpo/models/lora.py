@@ -1,0 +1,265 @@
+"""LoRA adapters beside megatron-core's parallel linears, exactly those of ``peft``: an A and a B for each linear of
+the Hugging Face model, also where megatron-core fuses several into one.
+
+A linear may carry several adapters, by name, of which one is on, or none. So one set of weights is several models: the
+policy with its adapter, the reference without one, the guide with its own.
+
+Legend: S_local tokens on this rank (under sequence parallelism of column-parallel linears, else S = all of the rank's),
+n Hugging Face linears in a fused one (3 in QKV, 2 in gate and up, else 1), r rank, tp tensor ranks.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.checkpoints.adapter_directory import Lora
+from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families.family import Kind
+from megatron_tgdpo.models.hf_weights.mapping import Heads, qkv_runs
+
+# A decoder layer's parallel linears.
+PARALLEL_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_FOLDER = "adapters."
+
+
+@dataclass(frozen=True)
+class FusedLinear:
+    """A parallel linear of one layer and the Hugging Face linears it is made of.
+
+    Attributes:
+        name: Relative to the layer, of ``PARALLEL_LINEARS``.
+        kind: Of its weight, see ``families/family.py``.
+        parts: Names of the Hugging Face linears, ``{layer}`` standing for the 0-based layer.
+    """
+
+    name: str
+    kind: Kind
+    parts: tuple[str, ...]
+
+    @property
+    def row_parallel(self) -> bool:
+        return self.kind == "row"
+
+
+def fused_linears(hf_config: PretrainedConfig) -> list[FusedLinear]:
+    """Those of every layer, in the order of ``PARALLEL_LINEARS``."""
+    weights = family_of(hf_config.architectures).weights
+    found = []
+    for name in PARALLEL_LINEARS:
+        weight = weights[f"{name}.weight"]
+        parts = tuple(tensor.removesuffix(".weight") for tensor, _ in weight.hf_tensors)
+        found.append(FusedLinear(name, weight.kind, parts))
+    return found
+
+
+class LoraAdapter(torch.nn.Module):
+    """The adapter of one parallel linear on one tensor rank.
+
+    Parameters, of the linear's dtype and device:
+        a: [n, r, inputs]; a row-parallel linear's inputs are split over tensor ranks, others' are whole.
+        b: [outputs / tp, r], rows as in the linear's weight; of gate and up [2, outputs / 2 / tp, r]; of a row-parallel
+            linear [outputs, r], whole.
+
+    Rows of ``b`` that belong to a linear without an adapter are zero and get no gradient.
+
+    Collectives: of [S, n r] activations over tensor ranks, one each in forward and backward.
+    """
+
+    def __init__(self, linear: Any, fused: FusedLinear, lora: Lora, heads: Heads, pg: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.fused, self.lora, self.tp_group = fused, lora, pg.tp
+        self.sequence_parallel: bool = linear.config.sequence_parallel
+        weight, count = linear.weight, len(fused.parts)
+        rows, inputs = weight.shape
+        like = {"dtype": linear.config.params_dtype, "device": weight.device}
+        self.a = torch.nn.Parameter(torch.zeros(count, lora.rank, inputs, **like))
+        shape = (2, rows // 2) if fused.kind == "glu" else (rows,)
+        self.b = torch.nn.Parameter(torch.zeros(*shape, lora.rank, **like))
+        # To which of the parts each row of b belongs, if that has an adapter: [rows, n].
+        owner = torch.tensor(_owners(fused.kind, rows, heads, pg.tp.rank()))
+        adapted = torch.tensor([part.rpartition(".")[2] in lora.targets for part in fused.parts])
+        mask = F.one_hot(owner, count) * adapted
+        self.mask: Tensor
+        self.register_buffer("mask", mask.to(**like), persistent=False)
+        replicated, split, axis = (self.b, self.a, 2) if fused.row_parallel else (self.a, self.b, self.b.dim() - 2)
+        set_tensor_model_parallel_attributes(split, True, axis, 1)
+        # Its gradient is of this rank's tokens: megatron-core sums it over the tensor ranks.
+        replicated.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+        self._split = {"a": 2} if fused.row_parallel else {"b": axis}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S_local, 1, inputs] -> [S_local, 1, outputs of this rank], to be added to the linear's output."""
+        hidden = F.linear(x, self.a.flatten(0, 1))
+        group = self.tp_group
+        if self.fused.row_parallel:
+            over_ranks = (
+                reduce_scatter_to_sequence_parallel_region
+                if self.sequence_parallel
+                else reduce_from_tensor_model_parallel_region
+            )
+            hidden = over_ranks(hidden, group=group)
+        elif self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        b = self.b.flatten(0, -2)
+        # Block by block, so that one product serves all parts: [rows, n r].
+        blocks = (self.mask[:, :, None] * b[:, None, :]).flatten(1)
+        return F.linear(hidden, blocks) * self.lora.scale
+
+    def sharded_state_dict(self, layer: int, layers: int, pg: ProcessGroupCollection) -> dict[str, Any]:
+        """megatron-core's sharded tensors of ``a`` and ``b``, whose keys depend on no layout and not on the name."""
+        result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"a": self.a, "b": self.b},
+            checkpoint_prefix(self.fused),
+            self._split,
+            [(0, layer, layers)],
+            tp_group=pg.tp,
+            dp_cp_group=pg.dp_cp,
+        )
+        return result
+
+
+def checkpoint_prefix(fused: FusedLinear) -> str:
+    """What the names of an adapter's tensors begin with in a checkpoint, in which all layers are stacked."""
+    return f"decoder.layers.{fused.name}.adapter."
+
+
+def _owners(kind: Kind, rows: int, heads: Heads, rank: int) -> list[int]:
+    """For each row of a parallel linear on a tensor rank, which of its parts it belongs to."""
+    if kind == "glu":
+        return [0] * (rows // 2) + [1] * (rows // 2)
+    if kind == "qkv":
+        return [part for part, a, b in qkv_runs(rank * rows, (rank + 1) * rows, heads) for _ in range(a, b)]
+    return [0] * rows
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's."""
+    return f".{_FOLDER}" in f".{name}"
+
+
+def without_adapters(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict's entries, or parameters by name, that are not of adapters."""
+    return {name: entry for name, entry in state.items() if not is_of_adapter(name)}
+
+
+def with_adapters(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The parallel linear, of either layer spec, with room for adapters.
+
+    Transformer Engine's, with the norm before it inside, hands out what the norm made: an adapter takes that.
+    """
+
+    class AdaptedLinear(linear):  # type: ignore[valid-type, misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.adapters = torch.nn.ModuleDict()
+            self.active: str | None = None
+            if hasattr(self, "layer_norm_weight"):
+                self.return_layernorm_output = True
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(x, *args, **kwargs)
+            if isinstance(output, tuple):
+                output, x = output
+            if self.active is not None and self.active in self.adapters:
+                output = output + self.adapters[self.active](x)
+            return output, bias
+
+        def sharded_state_dict(
+            self,
+            prefix: str = "",
+            sharded_offsets: tuple[Any, ...] = (),
+            metadata: dict[str, Any] | None = None,
+        ) -> dict[str, Any]:
+            """Without adapters: see :func:`adapter_state`."""
+            return without_adapters(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+
+    return AdaptedLinear
+
+
+def add_adapter(model: GPTModel, name: str, lora: Lora, hf_config: PretrainedConfig) -> None:
+    """Gives this rank's slice of a model an adapter that changes nothing yet, off.
+
+    Args:
+        model: A LanguageModel built with ``adapters``.
+        name: Of the adapter.
+        lora: What it is.
+        hf_config: That the model was built from.
+    """
+    heads = Heads.of(hf_config)
+    for layer in model.decoder.layers:
+        for fused in fused_linears(hf_config):
+            if any(part.rpartition(".")[2] in lora.targets for part in fused.parts):
+                linear = layer.get_submodule(fused.name)
+                linear.adapters[name] = LoraAdapter(linear, fused, lora, heads, model.pg_collection)
+
+
+def adapters_of(model: GPTModel, name: str) -> Iterator[tuple[int, LoraAdapter]]:
+    """The adapters of one name with their 0-based layers, in the order of a forward pass."""
+    for layer in model.decoder.layers:
+        for linear in PARALLEL_LINEARS:
+            found = getattr(layer.get_submodule(linear), "adapters", {})
+            if name in found:
+                yield int(layer.layer_number) - 1, found[name]
+
+
+@contextmanager
+def adapter_on(model: GPTModel, name: str | None) -> Iterator[None]:
+    """The model with the adapter of this name on and no other; afterwards as before."""
+    linears = [layer.get_submodule(linear) for layer in model.decoder.layers for linear in PARALLEL_LINEARS]
+    before = [getattr(linear, "active", None) for linear in linears]
+    set_active(model, name)
+    try:
+        yield
+    finally:
+        for linear, active in zip(linears, before, strict=True):
+            linear.active = active
+
+
+def set_active(model: GPTModel, name: str | None) -> None:
+    """Turns an adapter on and the others off; None turns all off."""
+    for layer in model.decoder.layers:
+        for linear in PARALLEL_LINEARS:
+            layer.get_submodule(linear).active = name
+
+
+def adapter_state(model: GPTModel, name: str) -> dict[str, Any]:
+    """megatron-core's sharded state dict of one adapter of this rank's slice."""
+    return {
+        f"{layer}.{key}": entry
+        for layer, adapter in adapters_of(model, name)
+        for key, entry in adapter.sharded_state_dict(layer, model.config.num_layers, model.pg_collection).items()
+    }
+
+
+@torch.no_grad()
+def load_adapter_state(model: GPTModel, name: str, state: Mapping[str, Tensor]) -> None:
+    """Sets an adapter from what was loaded for :func:`adapter_state`."""
+    for layer, adapter in adapters_of(model, name):
+        prefix = f"{layer}.{checkpoint_prefix(adapter.fused)}"
+        adapter.a.copy_(state[f"{prefix}a"])
+        adapter.b.copy_(state[f"{prefix}b"])
+
+
+def freeze_all_but(model: GPTModel, name: str) -> None:
+    """Has one adapter train and nothing else."""
+    model.requires_grad_(False)
+    for _, adapter in adapters_of(model, name):
+        adapter.requires_grad_(True)

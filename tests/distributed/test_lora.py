@@ -1,0 +1,247 @@
+"""LoRA on every layout trains as ``peft`` with plain PyTorch does: losses, gradient norms, adapters after ten steps."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from tests import reference
+from tests.distributed.common import read_metrics, write_pairs
+from tests.launch import PATIENCE
+from tests.processes import run_forked
+from tests.tiny_models import make_model, make_tokenizer
+
+peft = pytest.importorskip("peft")
+
+VOCABULARY = 131
+# Adam's first steps would turn the rounding of gradients that are all but zero into whole steps.
+SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=5e-3, weight_decay=0.1, clip_grad=1.0, eps=1e-6)
+LIMITS = {"loss": 1e-5, "validation loss": 1e-5, "gradient norm": 1e-4, "weights": 1e-4}
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: its layout, and what its models are."""
+
+    name: str
+    processes: int = 1
+    family: str = "llama"
+    tied: bool = False
+    method: str = "tgdpo"
+    guide: str = "adapter"  # adapter | model
+    start: str = "base"  # base | adapter: that the policy starts from
+    targets: str = "all"  # all | some
+    rslora: bool = False
+    parallel: tuple[tuple[str, Any], ...] = ()
+    recompute: str = "none"
+    guidance: str = "colocated"  # colocated | prefetch | cached
+
+    @property
+    def model(self) -> str:
+        return f"{self.family}-{'tied' if self.tied else 'untied'}"
+
+    @property
+    def settings(self) -> reference.Settings:
+        options = {"beta": 2.5, "gamma": 0.7} if self.method == "simpo" else {}
+        return replace(SETTINGS, method=self.method, **options)
+
+
+def _case(name: str, processes: int = 1, **options: Any) -> Case:
+    own = {key: options.pop(key) for key in list(options) if key in Case.__dataclass_fields__}
+    return Case(name, processes, **own, parallel=tuple(options.items()))
+
+
+CASES = (
+    _case("tp1"),
+    _case("tp1-some-rslora", targets="some", rslora=True, tied=True),
+    _case("tp1-guide-model", guide="model"),
+    _case("tp1-reference-adapter", start="adapter"),
+    _case("tp1-simpo", method="simpo"),
+    _case("gemma2", family="gemma2", tied=True),
+    _case("tp2", 2, tensor=2),
+    _case("tp2-sp-tied", 2, tensor=2, sequence_parallel=True, tied=True),
+    _case("pp2-tied", 2, pipeline=2, tied=True),
+    _case("cp2", 2, context=2),
+    _case("dp2", 2),
+    _case("pp2-prefetch-guide-model", 2, pipeline=2, guidance="prefetch", guide="model"),
+    _case("vpp2-cached", 2, pipeline=2, virtual_pipeline=2, guidance="cached"),
+    _case("tp2-pp2-sp-recompute", 4, tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
+    _case("tp4-some", 4, tensor=4, targets="some"),
+    _case("gemma2-tp2-sp-pp2", 4, tensor=2, pipeline=2, sequence_parallel=True, family="gemma2", tied=True),
+    _case("qwen2-tp2-pp2", 4, tensor=2, pipeline=2, family="qwen2", guide="model"),
+)
+# With --full of tests/run.sh.
+FULL_CASES = (
+    _case("tp1-dpo", method="dpo"),
+    _case("tp1-sft", method="sft"),
+    _case("tp1-recompute", recompute="full"),
+    _case("qwen3-tp2-dp2", 4, tensor=2, family="qwen3"),
+    _case("mistral-tp2-pp2", 4, tensor=2, pipeline=2, family="mistral"),
+    _case("cp2-tp2-sp", 4, context=2, tensor=2, sequence_parallel=True),
+    _case("cp2-pp2-sft", 4, context=2, pipeline=2, method="sft"),
+    _case("dp2-pp2-dpo", 4, pipeline=2, method="dpo", start="adapter"),
+    _case("vpp2-tp2-sp-simpo", 4, pipeline=2, virtual_pipeline=2, tensor=2, sequence_parallel=True, method="simpo"),
+)
+CASES += FULL_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
+
+
+def make_adapter(path: Path, base: Path, seed: int, *, targets: list[str], rslora: bool = False) -> Path:
+    """A ``peft`` adapter whose A and B are random."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(reference.load(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    model.save_pretrained(path)
+    return path
+
+
+class Runs:
+    """All cases of a process count, trained in one launch, and what ``peft`` makes of the same."""
+
+    def __init__(self, root: Path, chosen: set[str]) -> None:
+        self.root, self.chosen = root, chosen
+        self._launched: set[int] = set()
+        for family, tied in {(case.family, case.tied) for case in CASES}:
+            base = self.base(family, tied)
+            make_model(base, family, seed=1, vocab_size=VOCABULARY, tied=tied)
+            make_model(Path(f"{base}-guide"), family, seed=2, vocab_size=VOCABULARY, tied=tied, hidden_size=32)
+            for name, targets, rslora in (("all", ALL, False), ("some", ["q_proj", "v_proj", "up_proj"], True)):
+                make_adapter(Path(f"{base}-{name}"), base, 3, targets=targets, rslora=rslora)
+            make_adapter(Path(f"{base}-guide-adapter"), base, 4, targets=["q_proj", "k_proj", "o_proj", "down_proj"])
+        for file in root.glob("*/*token*.json"):
+            file.unlink()
+        make_tokenizer(VOCABULARY).save_pretrained(root / "tokenizer")
+        write_pairs(root / "pairs.jsonl", 32, VOCABULARY)
+
+    def base(self, family: str, tied: bool) -> Path:
+        return self.root / f"{family}-{'tied' if tied else 'untied'}"
+
+    def paths(self, case: Case) -> dict[str, Path | None]:
+        base = self.base(case.family, case.tied)
+        guide = Path(f"{base}-guide-adapter" if case.guide == "adapter" else f"{base}-guide")
+        return {
+            "base": base,
+            "adapter": Path(f"{base}-{case.targets}"),
+            "guide": guide if case.method == "tgdpo" else None,
+        }
+
+    def config(self, case: Case) -> dict[str, Any]:
+        paths = self.paths(case)
+        frozen = case.method in ("tgdpo", "dpo")
+        return {
+            "model": {
+                "policy": str(paths["base"]),
+                "reference": str(paths["base"]) if frozen and case.start == "base" else None,
+                "guide": None if paths["guide"] is None else str(paths["guide"]),
+            },
+            "lora": {"adapter": str(paths["adapter"])},
+            "data": {
+                "train": str(self.root / "pairs.jsonl"),
+                "validation": str(self.root / "pairs.jsonl"),
+                "max_length": 64,
+                "shuffle": False,
+                "workers": 1,
+                "tokenizer": str(self.root / "tokenizer"),
+            },
+            "loss": {"method": case.method, **({"beta": 2.5, "gamma": 0.7} if case.method == "simpo" else {})},
+            "parallel": {**dict(case.parallel), "timeout_minutes": 15},
+            "guidance": {
+                "mode": "cached" if case.guidance == "cached" else "colocated",
+                "cache": str(self.root / f"cache-{case.name}"),
+                "prefetch": case.guidance == "prefetch",
+            },
+            "batch": {"global_pairs": SETTINGS.global_pairs, "tokens_per_micro_batch": 256},
+            "optimizer": {
+                "lr": SETTINGS.lr,
+                "eps": SETTINGS.eps,
+                "weight_decay": SETTINGS.weight_decay,
+                "clip_grad": SETTINGS.clip_grad,
+                "schedule": "constant",
+                "warmup_ratio": 0.0,
+            },
+            "precision": {"dtype": "fp32"},
+            # A policy that is not its reference has another loss than ln 2.
+            "train": {"steps": SETTINGS.steps, "recompute": case.recompute, "check_start": case.start != "base"},
+            "output_dir": str(self.root / "runs" / case.name),
+        }
+
+    def output(self, case: Case) -> Path:
+        if case.processes not in self._launched:
+            self._launched.add(case.processes)
+            ours = [c for c in CASES if c.processes == case.processes and c.name in self.chosen]
+            cases: list[dict[str, Any]] = [
+                {"config": self.config(c), "precompute": 8} for c in ours if c.guidance == "cached"
+            ]
+            cases += [{"config": self.config(c), "export": str(self.root / "runs" / c.name / "adapter")} for c in ours]
+            file = self.root / f"cases{case.processes}.json"
+            file.write_text(json.dumps(cases))
+            run_forked(
+                "tests.distributed.worker_train",
+                [str(file)],
+                processes=case.processes,
+                timeout=PATIENCE * len(cases),
+            )
+        return self.root / "runs" / case.name
+
+    def expected(self, case: Case) -> reference.Result:
+        paths = self.paths(case)
+
+        def adapted(adapter: Path, *, trains: bool) -> Any:
+            return peft.PeftModel.from_pretrained(reference.load(paths["base"]), adapter, is_trainable=trains)
+
+        policy = adapted(paths["adapter"], trains=True).train()
+        ref = reference.load(paths["base"]) if case.start == "base" else adapted(paths["adapter"], trains=False)
+        guide = None
+        if paths["guide"] is not None:
+            guide = (
+                adapted(paths["guide"], trains=False) if case.guide == "adapter" else reference.load(paths["guide"])
+            ).eval()
+        return reference.train_models(policy, ref.eval(), guide, self._pairs(), case.settings)
+
+    def _pairs(self) -> list[reference.Tokens]:
+        tokenizer = AutoTokenizer.from_pretrained(self.root / "tokenizer")
+        records = [json.loads(line) for line in (self.root / "pairs.jsonl").read_text().splitlines()]
+        sides = (("prompt", []), ("chosen", [2]), ("rejected", [2]))
+        return [reference.Tokens(*(tokenizer(r[side])["input_ids"] + end for side, end in sides)) for r in records]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = {one["case"].name for one in params if isinstance(one.get("case"), Case)}
+    return Runs(tmp_path_factory.mktemp("lora"), chosen)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_equals_peft(runs: Runs, case: Case) -> None:
+    output, expected = runs.output(case), runs.expected(case)
+    steps = read_metrics(output)
+    assert [step["step"] for step in steps] == list(range(1, SETTINGS.steps + 1))
+    if case.method in ("tgdpo", "dpo") and case.start == "adapter":
+        assert steps[0]["train/loss"] == pytest.approx(math.log(2), rel=LIMITS["loss"])
+    assert abs(steps[-1]["train/loss"] - steps[0]["train/loss"]) > 0.01, "nothing was learned"
+    exported = load_file(output / "adapter" / "adapter_model.safetensors")
+    wanted = {name.replace(".default.", "."): tensor for name, tensor in expected.weights.items()}
+    assert exported.keys() == wanted.keys()
+    differences = {
+        "loss": [abs(s["train/loss"] / want - 1) for s, want in zip(steps, expected.losses, strict=True)],
+        "validation loss": [abs(steps[-1]["eval/loss"] / expected.final_loss - 1)],
+        "gradient norm": [
+            abs(s["train/grad_norm"] / want - 1) for s, want in zip(steps, expected.grad_norms, strict=True)
+        ],
+        "weights": [float((exported[name] - want).norm() / want.norm()) for name, want in wanted.items()],
+    }
+    print(case.name, {what: f"{max(values):.1e}" for what, values in differences.items()})
+    for what, values in differences.items():
+        assert max(values) < LIMITS[what], (case.name, what, max(values))
