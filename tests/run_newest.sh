@@ -6,7 +6,7 @@
 # Makes .venv-newest: Python 3.12 or 3.13, the newest megatron-core, the newest torch. That is PyPI's build for CUDA, some
 # gigabytes, which runs on a CPU too; TORCH_SPEC names another. Beside it .venv-test of tests/run.sh, with Python 3.11 or
 # 3.10: losses are compared with its, and each reads the other's checkpoints and guidance caches.
-# Without arguments: unit tests, the equivalence matrix, interleaved stages, context parallelism, resuming, conversion,
+# Without arguments: unit tests, the equivalence matrix, LoRA, interleaved stages, context parallelism, resuming, conversion,
 # guidance caches, and the exchange between versions.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -37,7 +37,7 @@ versions='import sys; from importlib.metadata import version as v
 print("Python %d.%d," % sys.version_info[:2], "megatron-core", v("megatron-core") + ", torch", v("torch"))'
 for python in .venv-newest/bin/python ${TGDPO_OTHER_PYTHON:-}; do "$python" -c "$versions"; done
 if [ $# -eq 0 ]; then
-  set -- tests/distributed/test_{equivalence,versions,interleaved,resume,checkpoint_shards,conversion,guidance}.py tests/unit
+  set -- tests/distributed/test_{equivalence,versions,interleaved,resume,checkpoint_shards,conversion,guidance,lora}.py tests/unit
 fi
 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 exec .venv-newest/bin/python -m pytest \
   --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
