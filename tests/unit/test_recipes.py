@@ -57,9 +57,7 @@ def plan_of(recipe: Path, tmp_path: Path) -> Plan:
     if (lora := trained_lora(config)) is not None:
         sources = Sources(lora, (FrozenSource(None, True), FrozenSource(lora, True)))
     job = Job(model, frozen, pack, batch, sources=sources)
-    cluster = Cluster(
-        nodes=int(said["nodes"]), gpus_per_node=int(said["gpus"]), gpu_memory_gib=gigabytes(recipe)
-    )
+    cluster = Cluster(nodes=int(said["nodes"]), gpus_per_node=int(said["gpus"]), gpu_memory_gib=gigabytes(recipe))
     return make_plan(job, cluster, layout_of(config, cluster.gpus), config.train.recompute)
 
 
