@@ -28,8 +28,12 @@ from megatron_tgdpo.checkpoints.model_directory import copy_hf_files
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.hf_weights.adapters import adapted_parts, peft_tensors
-from megatron_tgdpo.models.lora import checkpoint_prefix, fused_linears
+from megatron_tgdpo.models.hf_weights.adapter_layout import (
+    adapted_parts,
+    checkpoint_prefix,
+    fused_linears,
+    peft_tensors,
+)
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 from megatron_tgdpo.storage.dtypes import dtype_name
 from megatron_tgdpo.storage.hub import hub_name
@@ -100,7 +104,7 @@ def _write(directory: Path, checkpoint: Path, tensors: dict[str, Tensor]) -> Non
     model = (metadata.get("config") or {}).get("model") or {}
     content = peft_config(read_lora(checkpoint), model.get("policy"))
     (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if (card := model_card(checkpoint, metadata)) is not None:
+    if (card := model_card(checkpoint, metadata, whole=False)) is not None:
         (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 

@@ -29,12 +29,13 @@ CARD_FILE = "README.md"
 _PACKAGES = ("megatron-core", "torch", "transformers")
 # Of training; of each validation set the same, with ``loss`` for ``train/loss``.
 _SHOWN = ("train/loss", "rewards/accuracies", "rewards/margins", "guidance/weight_mean", "guidance/guide_accuracy")
+_PEFT_IMPORTS = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _FRONT_MATTER = re.compile(r"---\r?\n(.*?)\r?\n---\s", re.DOTALL)
 _LONGEST_CARD = 1 << 20
 
 
-def model_card(checkpoint: Path, metadata: Mapping[str, Any]) -> str | None:
+def model_card(checkpoint: Path, metadata: Mapping[str, Any], *, whole: bool = True) -> str | None:
     """The card of a training checkpoint, in Markdown with the Hub's front matter; None if it is not of training.
 
     What is said of data and metrics comes from the run's directory, if the checkpoint still lies there.
@@ -42,6 +43,7 @@ def model_card(checkpoint: Path, metadata: Mapping[str, Any]) -> str | None:
     Args:
         checkpoint: The checkpoint.
         metadata: Of its manifest.
+        whole: Of a whole model; else of a LoRA run's adapter alone.
     """
     config, step = metadata.get("config"), metadata.get("step")
     if not isinstance(config, Mapping) or step is None:
@@ -49,7 +51,11 @@ def model_card(checkpoint: Path, metadata: Mapping[str, Any]) -> str | None:
     run = checkpoint.absolute().parent.parent
     model, loss = _section(config, "model"), _section(config, "loss")
     method = str(loss.get("method"))
-    front = {**_licence(model.get("policy")), "library_name": "transformers", "pipeline_tag": "text-generation"}
+    front = {
+        **_licence(model.get("policy")),
+        "library_name": "transformers" if whole else "peft",
+        "pipeline_tag": "text-generation",
+    }
     tags = [tag for tag in ("tgdpo", "dpo", "simpo", "sft") if tag == method] + ["megatron-core"]
     base = _pinned(model.get("policy"))
     if base is not None:
@@ -66,16 +72,16 @@ def model_card(checkpoint: Path, metadata: Mapping[str, Any]) -> str | None:
     lines += [
         f"The policy after step {step} of a training with {method}, by megatron-tgdpo {__version__}.",
         "",
-        *_table(("", ""), _facts(config, method, step, _summary(run))),
+        *_table(("", ""), _facts(config, method, step, _summary(run), _section(metadata, "lora"))),
         "",
         *_metrics(run, step, best_of_record(metadata.get("best"))),
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        *(["from transformers import AutoModelForCausalLM, AutoTokenizer"] if whole else _PEFT_IMPORTS),
         "",
         'directory = "."  # where this file lies',
-        "model = AutoModelForCausalLM.from_pretrained(directory)",
+        f"model = {'AutoModelForCausalLM' if whole else 'AutoPeftModelForCausalLM'}.from_pretrained(directory)",
         "tokenizer = AutoTokenizer.from_pretrained(directory)",
         "```",
     ]
@@ -83,7 +89,11 @@ def model_card(checkpoint: Path, metadata: Mapping[str, Any]) -> str | None:
 
 
 def _facts(
-    config: Mapping[str, Any], method: str, step: int, summary: Mapping[str, list[Mapping[str, Any]]]
+    config: Mapping[str, Any],
+    method: str,
+    step: int,
+    summary: Mapping[str, list[Mapping[str, Any]]],
+    lora: Mapping[str, Any],
 ) -> Iterable[tuple[str, str]]:
     model, loss, data = (_section(config, name) for name in ("model", "loss", "data"))
     options = [f"{key} {value}" for key, value in loss.items() if key != "method" and value is not None]
@@ -96,6 +106,9 @@ def _facts(
     if "guide" in frozen:
         yield "guide", _model_name(model.get("guide"))
     yield from _data(data, summary)
+    if lora:
+        targets = ", ".join(map(str, lora.get("targets") or []))
+        yield "LoRA", f"rank {lora.get('rank')}, alpha {lora.get('alpha'):g}, on {targets}"
     if data.get("chat_template"):
         yield "chat template", _file_name(data["chat_template"])
     if data.get("template_kwargs"):

@@ -53,7 +53,10 @@ def _main(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     nproc = [] if args.nproc is None else ["--nproc", str(args.nproc)]
-    command = shlex.join(["tgdpo", "train", args.config, *nproc, *args.overrides])
+    from megatron_tgdpo.setup.trained_guide import is_trained
+
+    name = "train" if is_trained(config) else "pipeline"
+    command = shlex.join(["tgdpo", name, args.config, *nproc, *args.overrides])
 
     def look(ranks: "RankEnvironment", store: "dist.Store") -> int:
         stops = 0

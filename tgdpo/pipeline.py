@@ -159,7 +159,8 @@ class Pipeline:
         from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
 
         best = self.config.export.hf == "best"
-        checkpoint = find_local_model(self.output_dir / "best" if best else self.output_dir, "output_dir")
+        where = self.output_dir / "best" if best else self.output_dir
+        checkpoint = find_local_model(where, "output_dir", adapter=self.config.lora.trains)
         if not is_megatron_checkpoint(checkpoint):
             raise UserError(f"output_dir {self.output_dir}: holds an HF model: name another directory for the run")
         return checkpoint

@@ -28,6 +28,7 @@ ALL_LINEAR = "all-linear"
 LORA = "lora"
 # In the header of adapter_model.safetensors: the base model's fingerprint.
 BASE = "base_sha256"
+_DTYPES = ("F64", "F32", "F16", "BF16")
 # A longer header is none (the format's own limit).
 _MAX_HEADER_BYTES = 100_000_000
 # What peft calls the model around the linears.
@@ -97,10 +98,13 @@ def read_peft_config(path: Path) -> tuple[Lora, str | None]:
     rank, alpha = content.get("r"), content.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise UserError(f"{file}: r is {rank!r}: a positive number of rows is wanted")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise UserError(f"{file}: lora_alpha is {alpha!r}: a number is wanted")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < abs(alpha) < 1e12:
+        raise UserError(f"{file}: lora_alpha is {str(alpha)[:40]}: a number other than 0 is wanted")
+    rslora = content.get("use_rslora")
+    if rslora not in (True, False, None) or (isinstance(rslora, int) and not isinstance(rslora, bool)):
+        raise UserError(f"{file}: use_rslora is {str(rslora)[:40]!r}: true or false is wanted")
     base = content.get("base_model_name_or_path")
-    lora = Lora(rank, float(alpha), _targets(file, content.get("target_modules")), bool(content.get("use_rslora")))
+    lora = Lora(rank, float(alpha), _targets(file, content.get("target_modules")), bool(rslora))
     return lora, base if isinstance(base, str) and base else None
 
 
@@ -163,7 +167,11 @@ def read_base(path: Path) -> str | None:
 
 def peft_shapes_there(path: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of :func:`read_peft_tensors`, from the file's header; raises what that does."""
-    shapes = {name: tuple(entry["shape"]) for name, entry in _header(path).items() if name != "__metadata__"}
+    entries = {name: entry for name, entry in _header(path).items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{path}: {name} has dtype {entry['dtype'][:40]}: only {', '.join(_DTYPES)} are read")
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     return _without_prefix(path, shapes)
 
 
@@ -174,9 +182,16 @@ def _header(path: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = parse_json(stream.read(min(size, _MAX_HEADER_BYTES)))
+            text = stream.read(min(size, _MAX_HEADER_BYTES))
+        if len(text) != size:
+            raise ValueError("its header is longer than the file, or than headers are")
+        header = parse_json(text)
         check_shape(header, dict, "header")
-        check_shape(header, {name: {} if name == "__metadata__" else {"shape": [int]} for name in header}, "header")
+        check_shape(
+            header,
+            {name: {} if name == "__metadata__" else {"shape": [int], "dtype": str} for name in header},
+            "header",
+        )
     except OSError as error:
         raise read_error(file, error) from error
     except (ValueError, TypeError) as error:

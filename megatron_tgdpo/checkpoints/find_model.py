@@ -49,7 +49,7 @@ def find_local_model(text: str | Path, what: str, *, adapter: bool = False) -> P
     """
     path = local_path(str(text))
     if is_best(path):
-        return _best_of_run(path.parent, what)
+        return _asked_for(_best_of_run(path.parent, what), what, adapter=adapter)
     if not is_there(path):
         raise UserError(f"{what} {path}: no such directory{_near(path)}")
     if not path.is_dir():

@@ -39,6 +39,8 @@ ELSEWHERE = {
     "lora_rank": "lora.rank",
     "lora_r": "lora.rank",
     "lora_alpha": "lora.alpha",
+    "r": "lora.rank",
+    "dropout": _DROPOUT,
     "lora_target": "lora.targets",
     "lora_target_modules": "lora.targets",
     "target_modules": "lora.targets",

@@ -165,9 +165,12 @@ def check_changes(recorded: Recorded, changes: list[Change], output_dir: str, *,
     """
     fixed = [change for change in changes if change.policy is ChangePolicy.FIXED]
     if fixed:
+        section = recorded.config.get("lora") or {}
+        lora = section.get("rank") is not None or section.get("adapter") is not None
         raise UserError(
             f"{recorded.source} cannot be continued with {_listed(fixed)}: that makes another run, which may start "
-            f"from the weights of this one: model.policy=RUN/checkpoints/step_N, output_dir not {output_dir}"
+            f"from the {'adapter' if lora else 'weights'} of this one: "
+            f"{'lora.adapter' if lora else 'model.policy'}=RUN/checkpoints/step_N, output_dir not {output_dir}"
         )
     unasked = [change for change in changes if change.policy is ChangePolicy.ASKED]
     if unasked and not asked:

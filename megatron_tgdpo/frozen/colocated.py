@@ -72,12 +72,21 @@ class ColocatedModel(MegatronModule):
         frozen: tuple[Tensor, ...] = ()
         if self.p2p_buffer.width:
             frozen = self.frozen(batch, None if self.pre_process else self.p2p_buffer.take_incoming())
-        # Not before: a frozen model of the same weights has its own.
-        self.policy.set_input_tensor(self._incoming)
-        hidden = self.policy(batch.tokens, batch.position_ids, batch.packing)
+        hidden = self.run_policy(batch)
         if self.post_process:
             return TokenLogps(model_logps(self.policy, hidden, batch, self.keep_bytes), frozen)
         if frozen:
             (self.p2p_buffer.outgoing,) = frozen
         result: Tensor | TokenLogps = hidden
+        return result
+
+    def run_policy(self, batch: PreferenceBatch) -> Tensor:
+        """This stage's layers of the policy alone, on a pack and what :meth:`set_input_tensor` was given.
+
+        Returns:
+            [S_local, 1, H] hidden states.
+        """
+        # Not before: a frozen model of the same weights has its own.
+        self.policy.set_input_tensor(self._incoming)
+        result: Tensor = self.policy(batch.tokens, batch.position_ids, batch.packing)
         return result

@@ -99,7 +99,8 @@ def wire_overlap(chunks: Sequence[DistributedDataParallel], policy: Sequence[Lan
         schedule_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
         first.config = schedule_config
     for chunk, part in zip(chunks, policy, strict=True):
-        if chunk.ddp_config.overlap_param_gather and part.post_process:
+        # A frozen output weight, as under LoRA, is not gathered.
+        if chunk.ddp_config.overlap_param_gather and part.post_process and part.output_weight().requires_grad:
             group = chunk.param_to_bucket_group[part.output_weight()]
             part.decoder.register_forward_hook(lambda *_, group=group: group.finish_param_sync())
 

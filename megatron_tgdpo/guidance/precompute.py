@@ -42,11 +42,11 @@ from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.models.logp_tolerance import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.setup.datasets import Prepared, prepare_data
-from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files
+from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
 from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
-from megatron_tgdpo.setup.model_sources import model_sources
+from megatron_tgdpo.setup.model_sources import check_bases, model_sources
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +163,11 @@ def _on_each_dataset(
     needed = files_needed(layout, device)
     run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
     cache, sources = Path(str(config.guidance.cache)), model_sources(config)
+    # The policy's base as well, where an adapter says of which base it is.
+    adapted = any(sources[role].adapter is not None for role in config.method.frozen)
+    read = ("policy", *config.method.frozen) if adapted else config.method.frozen
     digests = hash_files(
-        lambda: [file for role in config.method.frozen for file in sources[role].files],
+        lambda: [file for role in read for file in sources[role].files],
         cache / HASHES_FILE,
         ranks,
         dist.PrefixStore("hashes", store),
@@ -212,6 +215,9 @@ class _Plan:
 
 def _plans(config: Config, block_pairs: int | None, digests: Mapping[str, str]) -> dict[str, _Plan]:
     """What is to be done for each dataset; ``block_pairs`` is None where complete caches are wanted. On one rank."""
+    sources = model_sources(config)
+    if any(source.adapter is not None for role, source in sources.items() if role in config.method.frozen):
+        check_bases(sources, weights_fingerprint(sources["policy"].base, digests))
     lacking = check_tokenizers(config)
     cache = Path(str(config.guidance.cache))
     models = model_fingerprints(config, digests)

@@ -10,7 +10,6 @@ n Hugging Face linears in a fused one (3 in QKV, 2 in gate and up, else 1), r ra
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,43 +28,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.checkpoints.adapter_directory import Lora
-from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.families.family import Kind
+from megatron_tgdpo.models.hf_weights.adapter_layout import (
+    PARALLEL_LINEARS,
+    FusedLinear,
+    checkpoint_prefix,
+    fused_linears,
+)
 from megatron_tgdpo.models.hf_weights.mapping import Heads, qkv_runs
 
-# A decoder layer's parallel linears.
-PARALLEL_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 _FOLDER = "adapters."
-
-
-@dataclass(frozen=True)
-class FusedLinear:
-    """A parallel linear of one layer and the Hugging Face linears it is made of.
-
-    Attributes:
-        name: Relative to the layer, of ``PARALLEL_LINEARS``.
-        kind: Of its weight, see ``families/family.py``.
-        parts: Names of the Hugging Face linears, ``{layer}`` standing for the 0-based layer.
-    """
-
-    name: str
-    kind: Kind
-    parts: tuple[str, ...]
-
-    @property
-    def row_parallel(self) -> bool:
-        return self.kind == "row"
-
-
-def fused_linears(hf_config: PretrainedConfig) -> list[FusedLinear]:
-    """Those of every layer, in the order of ``PARALLEL_LINEARS``."""
-    weights = family_of(hf_config.architectures).weights
-    found = []
-    for name in PARALLEL_LINEARS:
-        weight = weights[f"{name}.weight"]
-        parts = tuple(tensor.removesuffix(".weight") for tensor, _ in weight.hf_tensors)
-        found.append(FusedLinear(name, weight.kind, parts))
-    return found
 
 
 class LoraAdapter(torch.nn.Module):
@@ -134,11 +106,6 @@ class LoraAdapter(torch.nn.Module):
             dp_cp_group=pg.dp_cp,
         )
         return result
-
-
-def checkpoint_prefix(fused: FusedLinear) -> str:
-    """What the names of an adapter's tensors begin with in a checkpoint, in which all layers are stacked."""
-    return f"decoder.layers.{fused.name}.adapter."
 
 
 def _owners(kind: Kind, rows: int, heads: Heads, rank: int) -> list[int]:

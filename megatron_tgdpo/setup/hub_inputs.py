@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_tgdpo.checkpoints.adapter_directory import is_adapter
 from megatron_tgdpo.checkpoints.find_model import find_local_model, is_best, is_output_dir, naming
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import prepared_prefix
@@ -170,6 +171,8 @@ def _pin_model(key: str, text: str, recorded: Pins, pins: dict[str, dict[str, st
     before = recorded[RUN].get(text)
     there = before if before is not None and Path(before).is_dir() else text
     found = find_local_model(there, key, adapter=key != "model.policy")
+    if key == "lora.adapter" and not is_adapter(found):
+        raise UserError(f"{key} {text}: a whole model, no adapter: name it as model.policy, and set lora.rank")
     if found != Path(text):
         pins[RUN][text] = str(found)
         unfinished = "" if (Path(text) / DONE_FILE).exists() else ", of a run that is not finished"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -13,10 +14,24 @@ from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_t
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.hf_weights.adapters import check_adapter
+from megatron_tgdpo.models.hf_weights.adapter_layout import check_adapter
 from megatron_tgdpo.models.rotary import longest_exact
 from megatron_tgdpo.setup.model_sources import model_sources, trained_lora
 from megatron_tgdpo.storage.hub import local_path
+
+# What a model with an adapter on it does not go with.
+_UNFIT = {
+    "offload.frozen": "moves whole models only",
+    "overlap.tensor": "hides traffic within linears",
+    "precision.fp8": "computes linears in FP8",
+    "precision.fp4": "computes linears in FP4",
+    "precision.frozen": "holds frozen weights in FP8",
+}
+
+
+def _value(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
@@ -28,8 +43,10 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
     """
     sources = model_sources(config)
     for role, source in sources.items():
-        if source.adapter is not None and config.offload.frozen and role != "policy":
-            raise UserError(f"offload.frozen moves whole models only, and the {role} is an adapter: set it to false")
+        if source.adapter is not None and role != "policy":
+            for key, reason in _UNFIT.items():
+                if _value(config, key) not in (False, "none", "same", "bf16"):
+                    raise UserError(f"{key} {reason}, and model.{role} is an adapter: leave it at its default")
     paths = {role: str(source.base) for role, source in sources.items()}
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
     for role, source in sources.items():

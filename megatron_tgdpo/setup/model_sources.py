@@ -103,10 +103,10 @@ def trained_lora(config: Config) -> Lora | None:
 
 
 def _targets(given: Any) -> tuple[str, ...]:
-    if given == ALL_LINEAR:
+    if given in (ALL_LINEAR, [ALL_LINEAR]):
         return LINEARS
     names = [given] if isinstance(given, str) else given
-    unknown = [name for name in names if name not in LINEARS and name not in _FUSED]
+    unknown = [name for name in names if not isinstance(name, str) or name not in (*LINEARS, *_FUSED)]
     if unknown or not names:
         known = ", ".join((ALL_LINEAR, *LINEARS, *_FUSED))
         raise UserError(f"lora.targets names {', '.join(map(str, unknown)) or 'nothing'}: there are {known}")

@@ -22,7 +22,8 @@ from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.frozen.models import FrozenModel
 from megatron_tgdpo.gpu.layer_offload import serve_from_host
 from megatron_tgdpo.gpu.options import building, model_options
-from megatron_tgdpo.models.hf_weights.adapters import fill_adapter, new_adapter, read_adapter
+from megatron_tgdpo.models.hf_weights.adapter_layout import new_adapter, read_adapter
+from megatron_tgdpo.models.hf_weights.adapters import fill_adapter
 from megatron_tgdpo.models.hf_weights.load import load_hf_weights, load_megatron_weights, refuse_non_finite
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
 from megatron_tgdpo.models.lora import adapter_state, add_adapter, freeze_all_but, load_adapter_state, set_active

@@ -149,8 +149,8 @@ def _next_tokens(engine: Engine, layout: ParallelLayout, sequences: Sequence[Seq
 
 
 def _policy_step(batches: Iterator[PreferenceBatch], model: Any) -> tuple[Tensor, Callable[[Tensor, bool], Tensor]]:
-    batch, policy = next(batches), unwrapped(model).policy
-    hidden: Tensor = policy(batch.tokens, batch.position_ids, batch.packing)
+    batch, colocated = next(batches), unwrapped(model)
+    policy, hidden = colocated.policy, colocated.run_policy(batch)
 
     def collect(hidden: Tensor, non_loss_data: bool) -> Tensor:
         assert non_loss_data

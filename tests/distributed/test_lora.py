@@ -43,6 +43,7 @@ class Case:
     parallel: tuple[tuple[str, Any], ...] = ()
     recompute: str = "none"
     guidance: str = "colocated"  # colocated | prefetch | cached
+    overlap: bool = False  # of the traffic of data ranks
 
     @property
     def model(self) -> str:
@@ -70,7 +71,7 @@ CASES = (
     _case("tp2-sp-tied", 2, tensor=2, sequence_parallel=True, tied=True),
     _case("pp2-tied", 2, pipeline=2, tied=True),
     _case("cp2", 2, context=2),
-    _case("dp2", 2),
+    _case("dp2-overlap", 2, overlap=True),
     _case("pp2-prefetch-guide-model", 2, pipeline=2, guidance="prefetch", guide="model"),
     _case("vpp2-cached", 2, pipeline=2, virtual_pipeline=2, guidance="cached"),
     _case("tp2-pp2-sp-recompute", 4, tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
@@ -161,6 +162,7 @@ class Runs:
                 "cache": str(self.root / f"cache-{case.name}"),
                 "prefetch": case.guidance == "prefetch",
             },
+            "overlap": {"grad_reduce": case.overlap, "param_gather": case.overlap},
             "batch": {"global_pairs": SETTINGS.global_pairs, "tokens_per_micro_batch": 256},
             "optimizer": {
                 "lr": SETTINGS.lr,
@@ -183,7 +185,14 @@ class Runs:
             cases: list[dict[str, Any]] = [
                 {"config": self.config(c), "precompute": 8} for c in ours if c.guidance == "cached"
             ]
-            cases += [{"config": self.config(c), "export": str(self.root / "runs" / c.name / "adapter")} for c in ours]
+            cases += [
+                {
+                    "config": self.config(c),
+                    "export": str(self.root / "runs" / c.name / "adapter"),
+                    "bucket_parameters": 1500 if c.overlap else None,
+                }
+                for c in ours
+            ]
             file = self.root / f"cases{case.processes}.json"
             file.write_text(json.dumps(cases))
             run_forked(

@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_tgdpo.checkpoints import find_model
 from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
+from megatron_tgdpo.errors import UserError
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked
+from tests.tiny_models import make_llama
+from tgdpo import pipeline
 
 SERIES = ("train/loss", "train/grad_norm", "train/lr", "rewards/margins")
 TP2 = {"tensor": 2, "sequence_parallel": True}
@@ -132,3 +136,45 @@ def test_the_base_is_there_once(problem: tuple[Path, dict[str, Any]], runs: Path
         assert trained <= facts["buffer_elements"] < trained + 1024
         assert facts["policy_gradient_norm"] > 0
         assert facts["backward_bytes"] == facts["policy_only_backward_bytes"]
+
+
+def test_a_guidance_cache_is_not_made_with_an_adapter_of_another_base(
+    problem: tuple[Path, dict[str, Any]], runs: Path
+) -> None:
+    root, config = problem
+    make_llama(root / "other", seed=3, tied=True)
+    models = {"policy": str(root / "other"), "guide": str(runs / "dpo")}
+    ours = merged(
+        config,
+        model=models,
+        guidance={"mode": "cached", "cache": str(root / "other-cache")},
+        output_dir=str(root / "other-run"),
+    )
+    file = root / "other.json"
+    file.write_text(json.dumps([{"config": ours, "precompute": 8}]))
+    done = run_forked("tests.distributed.worker_train", [str(file)], check=False)
+    assert done.returncode != 0
+    assert "the guide's adapter" in done.stderr
+    assert "was trained on another model than model.policy" in done.stderr
+    assert not list((root / "other-cache").glob("train/shard-*"))
+
+
+def test_a_pipeline_goes_on_with_a_run_that_is_trained(
+    problem: tuple[Path, dict[str, Any]], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, config = problem
+    file = root / "pipeline.yaml"
+    trained = merged(config, model={"guide": None}, loss={"method": "dpo"}, output_dir=str(runs / "dpo"))
+    file.write_text(json.dumps(trained))
+    pipeline.main([str(file), "--list"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["train", "complete"] in lines
+    assert ["export", "to", "do"] in lines
+
+
+def test_the_best_checkpoint_of_a_lora_run_is_no_whole_model(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = newest_checkpoint(runs / "dpo")
+    monkeypatch.setattr(find_model, "_best_of_run", lambda *_: newest)
+    assert find_model.find_local_model(runs / "dpo" / "best", "model.guide", adapter=True) == newest
+    with pytest.raises(UserError, match="an adapter, of a LoRA run, no whole model"):
+        find_model.find_local_model(runs / "dpo" / "best", "model.policy")

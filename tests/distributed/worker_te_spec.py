@@ -24,7 +24,8 @@ from megatron_tgdpo.distributed.layout import ParallelLayout, init_model_paralle
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.gpu.kernel_choice import core_attention_spec
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.hf_weights.adapters import fill_adapter, peft_shapes
+from megatron_tgdpo.models.hf_weights.adapter_layout import peft_shapes
+from megatron_tgdpo.models.hf_weights.adapters import fill_adapter
 from megatron_tgdpo.models.hf_weights.mapping import local_name
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
 from megatron_tgdpo.models.layer_spec_te import te_block_spec

@@ -24,7 +24,7 @@ from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend  # noqa: E
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout  # noqa: E402
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment  # noqa: E402
 from megatron_tgdpo.models.hf_config import read_hf_config  # noqa: E402
-from megatron_tgdpo.models.hf_weights.adapters import peft_tensors  # noqa: E402
+from megatron_tgdpo.models.hf_weights.adapter_layout import peft_tensors  # noqa: E402
 from megatron_tgdpo.models.lora import adapters_of  # noqa: E402
 from megatron_tgdpo.setup.engine import Engine, policy_chunks, unwrapped  # noqa: E402
 from megatron_tgdpo.training.checkpoint_saver import checkpoint_path  # noqa: E402

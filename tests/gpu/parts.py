@@ -155,7 +155,7 @@ def token_rewards(bench: Bench, config: Config, data: list[PreferencePair]) -> t
     from megatron_tgdpo.setup.model_inputs import read_model_configs
 
     found = load_frozen_models(config, read_model_configs(config), bench.layout, bench.pg, bench.device)
-    model = ColocatedModel(found[0], found[1:])
+    model = ColocatedModel(found[0].model, found[1:])
     packs = packs_of(data, pack_format(config, bench.pg))
     logps = [model(pack.to(bench.device)) for pack in packs]
     return 0.1 * torch.cat([found.frozen[0] - found.policy for found in logps]).cpu()

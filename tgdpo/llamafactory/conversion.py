@@ -72,6 +72,11 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "finetuning_type": ("full",),
     "pref_loss": ("sigmoid", "simpo"),
 }
+# What to do instead.
+_HINTS = {
+    ("finetuning_type", "lora"): "; then add section lora to what is written, as lora: {rank: 8}, or leave the key out "
+    "of the import with --ignore finetuning_type and do the same",
+}
 # Reference key -> our option of the loss.
 _LOSS_OPTIONS = {
     "pref_beta": "beta",
@@ -129,7 +134,10 @@ def convert(
     for key, allowed in _REQUIRED_VALUES.items():
         if values[key] not in allowed and key not in ignore:
             default = "" if values[key] is given.get(key) else ", which is the reference code's default: set it"
-            raise UserError(f"{source}: {key}: {values[key]} is not supported here, only {', '.join(allowed)}{default}")
+            hint = _HINTS.get((key, values[key]), "")
+            raise UserError(
+                f"{source}: {key}: {values[key]} is not carried over, only {', '.join(allowed)}{default}{hint}"
+            )
     schedule = values["lr_scheduler_type"]
     if schedule not in _SCHEDULES:
         raise UserError(f"{source}: lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")

@@ -114,7 +114,7 @@ def test_an_interrupted_save_is_never_taken_for_whole(saved: Path, hf: Path) -> 
     assert checkpoint_directory.remove_incomplete(checkpoints) == [checkpoints / "step_00000010.tmp"]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000020"]
     shutil.rmtree(checkpoints / "step_00000003")
-    with pytest.raises(UserError, match=r"--megatron .*: a training output directory without a complete checkpoint"):
+    with pytest.raises(UserError, match=r"--megatron .*step_00000020: not a complete Megatron checkpoint"):
         find_checkpoint(output_dir)
 
 

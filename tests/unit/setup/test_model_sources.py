@@ -15,7 +15,8 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import DamageError, UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.hf_weights.adapters import new_adapter, peft_shapes, read_adapter
+from megatron_tgdpo.models.hf_weights.adapter_layout import new_adapter, peft_shapes, read_adapter
+from megatron_tgdpo.setup.hub_inputs import pin_here
 from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.setup.model_sources import check_bases, model_sources, trained_lora
 from tests.tiny_models import make_llama
@@ -70,6 +71,8 @@ def test_what_an_adapter_is(base: Path, adapter: Path) -> None:
     assert some == Lora(8, 4.0, ("q_proj", "gate_proj", "up_proj"))
     with pytest.raises(UserError, match=r"lora.targets names lm_head: there are all-linear, q_proj"):
         trained_lora(config_of(base, adapter, lora={"rank": 8, "targets": ["lm_head"]}))
+    with pytest.raises(UserError, match=r"lora.targets names \['q_proj'\]"):
+        trained_lora(config_of(base, adapter, lora={"rank": 8, "targets": [["q_proj"]]}))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,10 @@ def test_what_an_adapter_is(base: Path, adapter: Path) -> None:
         ({"target_modules": []}, "target_modules names"),
         ({"r": 0}, "r is 0: a positive number"),
         ({"r": 8}, "lora_A.weight has shape .*4.* ask for .*8"),
-        ({"lora_alpha": "many"}, "lora_alpha is 'many'"),
+        ({"lora_alpha": "many"}, "lora_alpha is many"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'"),
         ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight has shape .* ask for None"),
     ],
 )
@@ -124,20 +130,48 @@ def test_damaged_and_pickled_adapters_are_refused(base: Path, adapter: Path) -> 
         read_model_configs(config)
 
 
+def test_tensors_of_other_types_and_false_headers_are_refused(base: Path, adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor.to(torch.int64) for name, tensor in tensors.items()}, file)
+    with pytest.raises(UserError, match="has dtype I64: only F64, F32, F16, BF16 are read"):
+        read_model_configs(config_of(base, adapter))
+    file.write_bytes(b"\xff" * 8 + b"{}")
+    with pytest.raises(DamageError, match="its header is longer than the file"):
+        read_model_configs(config_of(base, adapter))
+
+
+def test_a_whole_model_is_no_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
+    config = config_of(base, adapter, lora={"adapter": str(base)}, output_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"^lora.adapter .*base: a whole model, no adapter: name it as model.policy"):
+        pin_here(config, weights=True)
+
+
 def test_values_that_are_not_finite_are_refused(base: Path, adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
-    next(iter(tensors.values()))[0, 0] = math.nan
-    save_file(tensors, file)
-    with pytest.raises(UserError, match="values that are not finite"):
-        read_adapter(adapter, read_lora(adapter), read_hf_config(base))
+    # The second is finite before it is cast.
+    for value, dtype in ((math.nan, torch.float32), (1e299, torch.float64)):
+        changed = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        next(iter(changed.values()))[0, 0] = value
+        save_file(changed, file)
+        with pytest.raises(UserError, match="values that are not finite"):
+            read_adapter(adapter, read_lora(adapter), read_hf_config(base))
 
 
 def test_an_adapter_is_no_policy_and_does_not_move_to_the_host(base: Path, adapter: Path) -> None:
     assert find_local_model(adapter, "model.guide", adapter=True) == adapter
     with pytest.raises(UserError, match=r"model.policy: .*a LoRA adapter .*lora.adapter, model.reference"):
         find_local_model(adapter, "model.policy")
-    with pytest.raises(UserError, match=r"offload.frozen moves whole models only, and the guide is an adapter"):
+    sections = {
+        "overlap.tensor": {"overlap": {"tensor": True}, "parallel": {"tensor": 2, "sequence_parallel": True}},
+        "precision.fp8": {"precision": {"fp8": "blockwise"}},
+        "precision.frozen": {"precision": {"frozen": "fp8"}},
+    }
+    for key, section in sections.items():
+        with pytest.raises(UserError, match=f"^{key} .* and model.guide is an adapter"):
+            read_model_configs(config_of(base, adapter, **section))
+    with pytest.raises(UserError, match=r"offload.frozen moves whole models only, and model.guide is an adapter"):
         read_model_configs(config_of(base, adapter, offload={"frozen": True}))
 
 
