@@ -106,7 +106,7 @@ def _uses(config: Config, checkpoint: Path, exported: Path | None) -> list[str]:
         lines.append(
             f"compare it: tgdpo evaluate --reference {shlex.quote(config.reference_path)} "
             f"--model {shlex.quote(name)}={model} --pairs {shlex.quote(pairs)} "
-            f"--out {shlex.quote(str(output_dir / 'evaluation.json'))}"
+            f"--max-length {config.data.max_length} --out {shlex.quote(str(output_dir / 'evaluation.json'))}"
         )
     lines.append(
         f"answer a benchmark: tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model {model} "

@@ -130,8 +130,10 @@ def test_the_reference_code_s_defaults() -> None:
     assert (config.precision.dtype, config.loss.options["beta"], config.data.max_length) == ("fp32", 0.1, 2048)
     for key, default in (("stage", "sft"), ("finetuning_type", "lora")):
         without = {name: value for name, value in needed.items() if name != key}
-        with pytest.raises(UserError, match=f"{key}: {default} is not supported here.*the reference code's default"):
+        with pytest.raises(UserError, match=f"{key}: {default} is not carried over.*the reference code's default"):
             convert(without, 4, "p", None)
+    with pytest.raises(UserError, match="finetuning_type: lora is not carried over, only full; then add section lora"):
+        convert({**needed, "finetuning_type": "lora"}, 4, "p", None)
 
 
 def test_null_is_the_default_or_what_it_means_there() -> None:
