@@ -43,10 +43,12 @@ def configure(level: int = logging.WARNING, format: str = "%(message)s") -> None
         level: Of our own lines.
         format: Of a line, as :mod:`logging` has it.
     """
+    # What a command of ours has set for the processes that it starts is nobody's wish.
+    asked = any(option != _SETTINGS["PYTHONWARNINGS"] for option in sys.warnoptions)
     for name, value in _SETTINGS.items():
-        if name != "PYTHONWARNINGS" or not sys.warnoptions:
+        if name != "PYTHONWARNINGS" or not asked:
             os.environ.setdefault(name, value)
-    if not sys.warnoptions:
+    if not asked:
         warnings.simplefilter("ignore")
         # Libraries set filters of their own: what passes them is logged, by a logger that is not ours.
         logging.captureWarnings(True)

@@ -79,6 +79,11 @@ def test_who_asks_for_warnings_gets_them() -> None:
     assert "a library's warning" in errors_of("-W", "default", "-c", FOREIGN, "")
 
 
+def test_what_a_command_starts_is_as_quiet_as_itself() -> None:
+    """It has inherited a filter from the command, which libraries put theirs before."""
+    assert errors_of("-W", "ignore", "-c", FOREIGN, "") == "a library's error\nours\n"
+
+
 def test_progress_is_a_line_now_and_then_where_nobody_looks() -> None:
     *bars, last = errors_of("-c", FOREIGN, PROGRESS).splitlines()[2:]
     assert re.fullmatch(r"loading /m: \d+ s", last)
