@@ -14,8 +14,6 @@ from transformers import PretrainedConfig
 from checkpoints_convert.model_card import CARD_FILE, model_card
 from checkpoints_convert.streaming import Summary
 from megatron_tgdpo.checkpoints.adapter_directory import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     BASE,
     PREFIX,
     Lora,
@@ -24,7 +22,7 @@ from megatron_tgdpo.checkpoints.adapter_directory import (
 )
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
 from megatron_tgdpo.checkpoints.manifest import read_metadata
-from megatron_tgdpo.checkpoints.model_directory import copy_hf_files
+from megatron_tgdpo.checkpoints.model_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_hf_files
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config

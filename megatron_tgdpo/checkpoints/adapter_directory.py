@@ -15,12 +15,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_tgdpo.checkpoints.manifest import read_metadata
-from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
+from megatron_tgdpo.checkpoints.model_directory import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    is_megatron_checkpoint,
+    is_peft_adapter,
+)
 from megatron_tgdpo.errors import DamageError, UserError
 from megatron_tgdpo.storage.files import read_error
 from megatron_tgdpo.storage.json_text import check_shape, parse_json
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The linears of a decoder layer, by the names that Hugging Face gives them.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"
@@ -66,11 +70,6 @@ class Lora:
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-def is_peft_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter, and not a whole model."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def read_peft_config(path: Path) -> tuple[Lora, str | None]:

@@ -56,7 +56,7 @@ def find_local_model(text: str | Path, what: str, *, adapter: bool = False) -> P
         raise UserError(f"{what} {path}: a file: name the directory of the model")
     # Only now: a wrong path should not take the seconds of torch's import.
     from megatron_tgdpo.checkpoints.manifest import check_files
-    from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, refuse_adapter
+    from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, is_peft_adapter, refuse_adapter
 
     if is_megatron_checkpoint(path):
         try:
@@ -66,8 +66,6 @@ def find_local_model(text: str | Path, what: str, *, adapter: bool = False) -> P
                 f"{what}: {error}: name another checkpoint, or its run's output directory for the newest complete one"
             ) from error
         return _asked_for(path, what, adapter=adapter)
-    from megatron_tgdpo.checkpoints.adapter_directory import is_peft_adapter
-
     if adapter and is_peft_adapter(path):
         return path
     with naming(what):

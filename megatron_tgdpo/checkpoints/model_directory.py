@@ -32,7 +32,9 @@ _HF_FILES = (
 )
 _HF_SUFFIXES = (".model", ".tiktoken")
 _HF_FOLDERS = ("additional_chat_templates",)
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# Of a LoRA adapter as peft writes it.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 _WEIGHT_SUFFIXES = (".safetensors", TENSORS_SUFFIX)
 
 
@@ -46,6 +48,11 @@ def hf_directory(path: Path) -> Path:
     return path / HF_FOLDER if is_megatron_checkpoint(path) else path
 
 
+def is_peft_adapter(path: Path) -> bool:
+    """Whether a directory holds a LoRA adapter as ``peft`` writes it, and not a whole model."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
 def model_files(path: Path) -> list[Path]:
     """``config.json``, then every weight file of a model directory by name: what makes it this model, or adapter.
 
@@ -54,9 +61,8 @@ def model_files(path: Path) -> list[Path]:
         StorageError: It cannot be read.
     """
     try:
-        names = [name for name in _ADAPTER[:2] if (path / name).is_file()]
-        if len(names) == 2 and not (path / "config.json").is_file():
-            return [path / name for name in names]
+        if is_peft_adapter(path):
+            return [path / ADAPTER_CONFIG, path / ADAPTER_WEIGHTS]
         weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
         config = hf_directory(path) / "config.json"
     except OSError as error:

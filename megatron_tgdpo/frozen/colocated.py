@@ -51,8 +51,10 @@ class ColocatedModel(MegatronModule):
         self.model_type = policy.model_type
         self.pre_process = policy.pre_process
         self.post_process = policy.post_process
-        trains = next(policy.parameters()).requires_grad or not policy.config.adapters
-        self.share_embeddings_and_output_weights = policy.share_embeddings_and_output_weights and trains
+        # Beside adapters that train, a weight that two stages share is frozen, and has no gradient to be summed.
+        self.share_embeddings_and_output_weights = (
+            policy.share_embeddings_and_output_weights and not policy.config.adapters
+        )
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The policy's shared weight on the stages that hold it; megatron-core sums its gradient over both."""

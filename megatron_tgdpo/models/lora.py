@@ -178,33 +178,34 @@ def add_adapter(model: GPTModel, name: str, lora: Lora, hf_config: PretrainedCon
                 linear.adapters[name] = LoraAdapter(linear, fused, lora, heads, model.pg_collection)
 
 
+def _linears(model: GPTModel) -> Iterator[tuple[int, Any]]:
+    """The layers' parallel linears, which have room for adapters, with their 0-based layers."""
+    for layer in model.decoder.layers:
+        for name in PARALLEL_LINEARS:
+            yield int(layer.layer_number) - 1, layer.get_submodule(name)
+
+
 def adapters_of(model: GPTModel, name: str) -> Iterator[tuple[int, LoraAdapter]]:
     """The adapters of one name with their 0-based layers, in the order of a forward pass."""
-    for layer in model.decoder.layers:
-        for linear in PARALLEL_LINEARS:
-            found = getattr(layer.get_submodule(linear), "adapters", {})
-            if name in found:
-                yield int(layer.layer_number) - 1, found[name]
+    return ((layer, linear.adapters[name]) for layer, linear in _linears(model) if name in linear.adapters)
 
 
 @contextmanager
 def adapter_on(model: GPTModel, name: str | None) -> Iterator[None]:
     """The model with the adapter of this name on and no other; afterwards as before."""
-    linears = [layer.get_submodule(linear) for layer in model.decoder.layers for linear in PARALLEL_LINEARS]
-    before = [getattr(linear, "active", None) for linear in linears]
+    _, first = next(_linears(model))
+    before = first.active
     set_active(model, name)
     try:
         yield
     finally:
-        for linear, active in zip(linears, before, strict=True):
-            linear.active = active
+        set_active(model, before)
 
 
 def set_active(model: GPTModel, name: str | None) -> None:
     """Turns an adapter on and the others off; None turns all off."""
-    for layer in model.decoder.layers:
-        for linear in PARALLEL_LINEARS:
-            layer.get_submodule(linear).active = name
+    for _, linear in _linears(model):
+        linear.active = name
 
 
 def adapter_state(model: GPTModel, name: str) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.hf_weights.adapter_layout import Lora
 from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, global_parameters
 from megatron_tgdpo.planning.activations import Pack, stage_activations, stage_layers
 from megatron_tgdpo.planning.workspace import (
@@ -17,9 +17,6 @@ from megatron_tgdpo.planning.workspace import (
     layer_workspace,
     logprob_workspace,
 )
-
-if TYPE_CHECKING:  # it imports megatron-core, which a plan does without
-    from megatron_tgdpo.models.lora import Lora
 
 GIB = 2**30
 
@@ -92,7 +89,7 @@ class FrozenSource:
         shared: Whether its base is in memory anyway, as the policy's or another frozen model's.
     """
 
-    adapter: "Lora | None" = None
+    adapter: Lora | None = None
     shared: bool = False
 
 
@@ -105,7 +102,7 @@ class Sources:
         frozen: Of reference and guide; empty where each is a whole model of its own.
     """
 
-    trained: "Lora | None" = None
+    trained: Lora | None = None
     frozen: tuple[FrozenSource, ...] = ()
 
 
@@ -136,7 +133,7 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage:
     return total
 
 
-def adapter_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: "Lora") -> int:
+def adapter_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: Lora) -> int:
     """Parameters of an adapter that one rank of a pipeline stage holds: see ``models/lora.py: LoraAdapter``.
 
     Of a linear that megatron-core fused, one adapted part is as large as all.
@@ -154,7 +151,7 @@ def adapter_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stag
     return total
 
 
-def trained_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: "Lora | None") -> int:
+def trained_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: Lora | None) -> int:
     """Parameters that one rank of a pipeline stage trains: all of the policy's, or its adapter's."""
     if lora is None:
         return stage_parameters(hf_config, layout, stage)

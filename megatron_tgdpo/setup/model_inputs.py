@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoints.adapter_directory import is_peft_adapter, read_lora
+from megatron_tgdpo.checkpoints.adapter_directory import read_lora
 from megatron_tgdpo.checkpoints.find_model import naming
-from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory
+from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory, is_peft_adapter
+from megatron_tgdpo.config.constraints import Rule, first_broken
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
@@ -19,19 +19,16 @@ from megatron_tgdpo.models.rotary import longest_exact
 from megatron_tgdpo.setup.model_sources import model_sources, trained_lora
 from megatron_tgdpo.storage.hub import local_path
 
-# What a model with an adapter on it does not go with.
-_UNFIT = {
-    "offload.frozen": "moves whole models only",
-    "overlap.tensor": "hides traffic within linears",
-    "precision.fp8": "computes linears in FP8",
-    "precision.fp4": "computes linears in FP4",
-    "precision.frozen": "holds frozen weights in FP8",
-}
-
-
-def _value(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+# What a frozen model with an adapter on it does not go with; config/rules.py has the same of the policy.
+_BESIDE_ADAPTERS = (
+    Rule(lambda c: c.offload.frozen, "offload.frozen moves whole models only: set it to false"),
+    Rule(lambda c: c.overlap.tensor, "overlap.tensor hides traffic within linears: set it to false"),
+    Rule(
+        lambda c: {c.precision.fp8, c.precision.fp4} != {"none"} or c.precision.frozen == "fp8",
+        "FP8 and FP4 are not supported beside adapters yet: set precision.fp8=none, precision.fp4=none and "
+        "precision.frozen=same",
+    ),
+)
 
 
 def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
@@ -43,10 +40,8 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
     """
     sources = model_sources(config)
     for role, source in sources.items():
-        if source.adapter is not None and role != "policy":
-            for key, reason in _UNFIT.items():
-                if _value(config, key) not in (False, "none", "same", "bf16"):
-                    raise UserError(f"{key} {reason}, and model.{role} is an adapter: leave it at its default")
+        if source.adapter is not None and role != "policy" and (broken := first_broken(_BESIDE_ADAPTERS, config)):
+            raise UserError(f"model.{role} is an adapter, and {broken}")
     paths = {role: str(source.base) for role, source in sources.items()}
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
     for role, source in sources.items():

@@ -11,10 +11,10 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.checkpoints.adapter_directory import Lora, is_peft_adapter, read_lora
+from megatron_tgdpo.checkpoints.adapter_directory import Lora, read_lora
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
 from megatron_tgdpo.checkpoints.load import load_sharded
-from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, is_peft_adapter
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.console import waiting
 from megatron_tgdpo.distributed.layout import ParallelLayout

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from megatron_tgdpo.checkpoints.adapter_directory import ADAPTER_CONFIG
 from megatron_tgdpo.checkpoints.listing import remove_checkpoint
 from megatron_tgdpo.checkpoints.manifest import METADATA_FILE
+from megatron_tgdpo.checkpoints.model_directory import ADAPTER_CONFIG
 from megatron_tgdpo.config.schema import ExportKind
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError, AgreedStorageError, StorageError, UserError

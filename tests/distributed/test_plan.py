@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.lora import Lora
 from megatron_tgdpo.planning.activations import LayerWidths, Pack
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.memory import FrozenSource, RankMemory, Sources, stage_memory

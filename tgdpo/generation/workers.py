@@ -1,4 +1,8 @@
-"""The processes of a command that generates: one a GPU, each with the models, and results in the order of the items."""
+"""The processes of a command that generates: one a GPU, each with the models, and results in the order of the items.
+
+Those of ``concurrent.futures`` do not say how one of them died, cannot all be given the same task, and are waited for
+when one of them has failed, whatever they are at.
+"""
 
 import os
 import signal

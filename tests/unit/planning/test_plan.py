@@ -8,6 +8,7 @@ import pytest
 import yaml
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.config.loading import config_from_dict, load_config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.options import PreprocessOptions
@@ -18,7 +19,6 @@ from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.models.attention import sdpa as attention
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
-from megatron_tgdpo.models.lora import Lora
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, Pack, layer_activations, stage_activations
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job

@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints_convert.export_adapter import peft_config
-from megatron_tgdpo.checkpoints.adapter_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, Lora
+from megatron_tgdpo.checkpoints.adapter_directory import PREFIX, Lora
+from megatron_tgdpo.checkpoints.model_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.adapter_layout import peft_shapes
 from tools.benchmarks.training_step.problem import LORA_ALPHA, LORA_RANK
