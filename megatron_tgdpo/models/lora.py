@@ -48,7 +48,8 @@ class LoraAdapter(torch.nn.Module):
         b: [outputs / tp, r], rows as in the linear's weight; of gate and up [2, outputs / 2 / tp, r]; of a row-parallel
             linear [outputs, r], whole.
 
-    Rows of ``b`` that belong to a linear without an adapter are zero and get no gradient.
+    A linear of the n without an adapter has an A and a B of zeros, which stay so: each one's gradient is a product with
+    the other.
 
     Collectives: of [S, n r] activations over tensor ranks, one each in forward and backward.
     """
@@ -63,12 +64,10 @@ class LoraAdapter(torch.nn.Module):
         self.a = torch.nn.Parameter(torch.zeros(count, lora.rank, inputs, **like))
         shape = (2, rows // 2) if fused.kind == "glu" else (rows,)
         self.b = torch.nn.Parameter(torch.zeros(*shape, lora.rank, **like))
-        # To which of the parts each row of b belongs, if that has an adapter: [rows, n].
+        # To which of the parts each row of b belongs: [rows, n].
         owner = torch.tensor(_owners(fused.kind, rows, heads, pg.tp.rank()))
-        adapted = torch.tensor([part.rpartition(".")[2] in lora.targets for part in fused.parts])
-        mask = F.one_hot(owner, count) * adapted
         self.mask: Tensor
-        self.register_buffer("mask", mask.to(**like), persistent=False)
+        self.register_buffer("mask", F.one_hot(owner, count).to(**like), persistent=False)
         replicated, split, axis = (self.b, self.a, 2) if fused.row_parallel else (self.a, self.b, self.b.dim() - 2)
         set_tensor_model_parallel_attributes(split, True, axis, 1)
         # Its gradient is of this rank's tokens: megatron-core sums it over the tensor ranks.
