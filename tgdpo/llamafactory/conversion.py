@@ -70,12 +70,13 @@ _NULLS = {"max_grad_norm": 0.0, "save_total_limit": 0}
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "stage": ("tgdpo", "dpo"),
     "finetuning_type": ("full",),
-    "pref_loss": ("sigmoid", "simpo"),
+    "pref_loss": ("sigmoid", "hinge", "ipo", "orpo", "simpo"),
 }
 # What to do instead.
 _HINTS = {
     ("finetuning_type", "lora"): "; then add section lora to what is written, as lora: {rank: 8}, or leave the key out "
     "of the import with --ignore finetuning_type and do the same",
+    ("pref_loss", "kto_pair"): ": a pair's loss depends on the mean log-ratio of the others in its micro batch there",
 }
 # Reference key -> our option of the loss.
 _LOSS_OPTIONS = {
@@ -92,6 +93,9 @@ _ONLY_FOR = {
     "simpo_gamma": ("simpo",),
     "ref_model": ("tgdpo", "dpo"),
 }
+# What the authors' TGDPO makes of these is not what they are elsewhere: another loss without the guide, no label
+# smoothing, and an SFT term that is divided by the tokens twice.
+_NOT_OF_TGDPO = {"pref_loss": ("sigmoid", "simpo"), "dpo_label_smoothing": (None, 0.0), "pref_ftx": (None, 0.0)}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 _BESIDE = ".chat_template.jinja"
 
@@ -138,6 +142,14 @@ def convert(
             raise UserError(
                 f"{source}: {key}: {values[key]} is not carried over, only {', '.join(allowed)}{default}{hint}"
             )
+    if values["stage"] == "tgdpo":
+        for key, allowed in _NOT_OF_TGDPO.items():
+            if values.get(key) not in allowed and key not in ignore:
+                raise UserError(
+                    f"{source}: {key}: {values[key]} with stage: tgdpo is not carried over: the authors' code "
+                    "computes something else than its name says there: take it out, and set it in section loss of what "
+                    "is written"
+                )
     schedule = values["lr_scheduler_type"]
     if schedule not in _SCHEDULES:
         raise UserError(f"{source}: lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")
@@ -151,6 +163,7 @@ def convert(
             flat.pop(option, None)
     flat |= {
         "loss.method": method,
+        **({"loss.form": values["pref_loss"]} if method == "dpo" and values["pref_loss"] != "sigmoid" else {}),
         "data.train": train,
         "data.validation": validation,
         "data.columns": dict(columns) if columns else None,
@@ -171,8 +184,8 @@ def convert(
 
 
 def _method(values: Mapping[str, Any]) -> str:
-    if values["pref_loss"] == "simpo":
-        return "simpo"
+    if values["pref_loss"] in ("simpo", "orpo"):
+        return str(values["pref_loss"])
     return "tgdpo" if values["stage"] == "tgdpo" else "dpo"
 
 
