@@ -146,6 +146,8 @@ class ParallelConfig:
     context: int = positive(1)  # ranks that share each sequence
     # chunks of layers per stage, for the interleaved schedule; null: no chunks
     virtual_pipeline: int | None = positive(None)
+    expert: int = positive(1)  # ranks that divide a layer's experts among them; spans tensor, context and data ranks
+    expert_tensor: int | None = positive(None)  # ranks that share each expert; null: as parallel.tensor
     sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor ranks
     # auto takes the CPU only on a machine without an NVIDIA device
     device: str = one_of(("auto", "cuda", "cpu"), "auto")
