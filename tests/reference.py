@@ -40,6 +40,7 @@ class Settings:
     weights: str = "tgdpo"  # or sepo, confpo; without a guide tgdpo is none
     select_share: float = 0.3
     reference_free: bool = False
+    sentences: bool = False  # of one sentence a response
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
@@ -92,6 +93,8 @@ def pair_loss(
             if guide is not None:
                 guide_beta = settings.beta if settings.guide_beta is None else settings.guide_beta
                 rewards = guide_beta * (response_logps(guide, pair.prompt, response) - log_ref)
+                if settings.sentences:
+                    rewards = rewards.mean().expand_as(rewards)
                 weights = 1 + sign * settings.alpha * rewards
         if settings.weights == "sepo":
             best = (sign * rewards).topk(max(1, int(settings.select_share * len(rewards)))).indices

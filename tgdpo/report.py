@@ -163,6 +163,10 @@ def _logps(
     dtype = DTYPES[config.precision.dtype]
     named = given.reference or given.guide
     cache = str(config.guidance.cache) if given.cache or (config.guidance.mode == "cached" and not named) else None
+    if cache is None and config.guidance.unit == "sentence":
+        raise UserError(
+            "guidance.unit is sentence, and models give rewards of tokens: give --cache, or guidance.unit=token"
+        )
     running = {role: model for role, model in models.items() if cache is None or role == "policy"}
     for tokens in compare_with_data(config, running):
         tokens.check(dataset)

@@ -56,7 +56,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "data.train", "data.max_length", "data.max_prompt_length", "data.overlong_prompt", "data.chat_template",
         "data.template_kwargs",
         "loss.beta", "loss.alpha", "loss.guide_beta", "loss.form", "loss.reference_free", "loss.label_smoothing",
-        "loss.sft_weight", "loss.gamma", "loss.weights", "loss.select_share",
+        "loss.sft_weight", "loss.gamma", "loss.weights", "loss.select_share", "guidance.unit",
         "batch.global_pairs",
         "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay",
         "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio", "optimizer.warmup_steps",

@@ -178,6 +178,11 @@ GUIDANCE = (
         "guidance.mode cached needs guidance.cache (a directory): fill it with tgdpo guidance",
     ),
     Rule(
+        lambda c: c.guidance.unit == "sentence" and (c.guidance.mode != "cached" or "guide" not in c.method.frozen),
+        "guidance.unit is sentence, which a guide's cache only can hold: set guidance.mode=cached and "
+        "loss.method=tgdpo, or guidance.unit=token",
+    ),
+    Rule(
         lambda c: c.guidance.prefetch and (c.guidance.mode == "cached" or not c.method.frozen),
         "guidance.prefetch is true but no frozen models run: set it to false",
     ),

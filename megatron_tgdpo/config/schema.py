@@ -136,6 +136,8 @@ class GuidanceConfig:
     mode: str = one_of(("colocated", "cached"), "colocated")
     cache: str | None = None  # directory that tgdpo guidance writes and mode cached reads
     verify: bool = True  # compare the cache's checksums before training from it
+    # what has one reward: each token | all tokens of a sentence, the mean of theirs (mode cached)
+    unit: str = one_of(("token", "sentence"), "token")
     prefetch: bool = False  # experimental: run the next step's frozen forwards in the pipeline bubbles of this one
 
 

@@ -47,6 +47,7 @@ class GuidanceKey:
         reference: Of the reference's weights and config.
         guide: Of the guide's; None without one.
         dtype: ``precision.dtype`` that the models ran in.
+        unit: ``guidance.unit``: whether the guide's log-ratios are those of tokens, or means over sentences.
     """
 
     data: str
@@ -55,10 +56,15 @@ class GuidanceKey:
     reference: str
     guide: str | None
     dtype: str
+    unit: str = "token"
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        values = asdict(self)
+        if self.unit == "token":
+            # As in caches that know no other.
+            del values["unit"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def model_fingerprints(config: Config, digests: Mapping[str, str]) -> tuple[str, str | None]:
@@ -77,6 +83,7 @@ def guidance_key(config: Config, dataset: PreferenceDataset, models: tuple[str, 
         made_with["template_fingerprint"],
         *models,
         frozen_precision(config),
+        config.guidance.unit,
     )
 
 
@@ -249,7 +256,8 @@ class GuidanceCache:
         """
         for name, wanted in asdict(key).items():
             found = getattr(self.key, name)
-            if found != wanted and not (name == "guide" and wanted is None):
+            # Without a guide it does not matter what the cache has of one.
+            if found != wanted and not (name in ("guide", "unit") and key.guide is None):
                 raise UserError(
                     f"{self.directory}: made for another {name} ({_short(found)}) than this run's ({_short(wanted)}): "
                     f"{_AGAIN}, or name the cache of this run in guidance.cache"

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.console import progress
 from megatron_tgdpo.data.dataset import PreferenceDataset
+from megatron_tgdpo.data.tokenizers import load_tokenizer
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.distributed.ranks import (
@@ -39,10 +41,11 @@ from megatron_tgdpo.guidance.cache import (
     write_shard,
 )
 from megatron_tgdpo.guidance.frozen_logps import FrozenEngine, build_frozen_engine
+from megatron_tgdpo.guidance.sentences import SentenceMeans
 from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.models.logp_tolerance import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
-from megatron_tgdpo.setup.datasets import Prepared, prepare_data
+from megatron_tgdpo.setup.datasets import Prepared, prepare_data, preprocess_options
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import pin_inputs
 from megatron_tgdpo.setup.layout import layout_of
@@ -62,6 +65,7 @@ class Work:
         key: What its values follow from.
         shards: Its division.
         missing: Shards that are not there, or not whole.
+        averaged: What makes of a pair's log-probs those that the cache holds, where they are not as computed.
     """
 
     directory: Path
@@ -69,11 +73,19 @@ class Work:
     key: GuidanceKey
     shards: Shards
     missing: list[int]
+    averaged: SentenceMeans | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The models whose log-probs it holds, in the order of the engine's."""
         return ("reference",) if self.key.guide is None else ("reference", "guide")
+
+    def values(self, engine: FrozenEngine, pairs: Sequence[int]) -> dict[int, np.ndarray]:
+        """What the cache holds of some pairs; see ``FrozenEngine.logps``."""
+        found = engine.logps(self.dataset, pairs)
+        if self.averaged is None:
+            return found
+        return {index: self.averaged(index, values) for index, values in found.items()}
 
 
 def precompute_guidance(config: Config, block_pairs: int, ranks: RankEnvironment, store: dist.Store) -> None:
@@ -116,11 +128,11 @@ def verify_guidance(config: Config, sample: int, ranks: RankEnvironment, store: 
         cache = GuidanceCache(work.directory, work.dataset.trained_lengths, use_guide=work.key.guide is not None)
         rng = np.random.default_rng(config.train.seed)
         pairs = sorted(rng.choice(len(work.dataset), min(sample, len(work.dataset)), replace=False).tolist())
-        values = engine.logps(work.dataset, pairs)
+        values = work.values(engine, pairs)
         noisy = []
         for draw in range(DRAWS):
             with rounding_noise(engine.models, engine.device, draw):
-                noisy.append(engine.logps(work.dataset, pairs))
+                noisy.append(work.values(engine, pairs))
         cached = {index: np.stack([logps for logps in cache.logps(index) if logps is not None]) for index in values}
         for number, role in enumerate(work.roles):
 
@@ -182,9 +194,17 @@ def _on_each_dataset(
     try:
         engine = build_frozen_engine(config, configs, layout, pg, device)
         for name, plan in plans.items():
-            action(engine, name, _Plan.of_json(plan).work(cache / name))
+            work = _Plan.of_json(plan).work(cache / name)
+            if work.key.unit == "sentence":
+                work = replace(work, averaged=raise_on_all_ranks(partial(_sentence_means, config, work.dataset)))
+            action(engine, name, work)
     finally:
         destroy_model_parallel()
+
+
+def _sentence_means(config: Config, dataset: PreferenceDataset) -> SentenceMeans:
+    options = preprocess_options(config)
+    return SentenceMeans(dataset, load_tokenizer(options.tokenizer, options.chat_template, options.template_kwargs))
 
 
 @dataclass(frozen=True)
@@ -251,7 +271,7 @@ def _compute(engine: FrozenEngine, name: str, work: Work) -> None:
             # Without a shard at the last turn this replica's experts may be asked for.
             shard = mine[turn] if turn < len(mine) else None
             indices: Sequence[int] = [] if shard is None else work.shards.pairs(shard)
-            found = engine.logps(work.dataset, indices)
+            found = work.values(engine, indices)
             if shard is not None and engine.receives:
                 values = np.concatenate([found[index] for index in indices], axis=1)
                 write_shard(work.directory, shard, work.key, dict(zip(work.roles, values, strict=True)))

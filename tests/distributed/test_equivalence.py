@@ -53,7 +53,8 @@ class Case:
     @property
     def settings(self) -> reference.Settings:
         """What the independent implementation is told."""
-        return replace(SETTINGS, global_pairs=self.global_pairs, **self.loss)
+        sentences = self.method == "sentence"
+        return replace(SETTINGS, global_pairs=self.global_pairs, sentences=sentences, **self.loss)
 
     @property
     def loss(self) -> dict[str, Any]:
@@ -79,6 +80,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "smoothed-dpo": {"method": "dpo", "beta": 0.3, "label_smoothing": 0.2, "sft_weight": 0.5},
     "ipo": {"method": "tgdpo", "form": "ipo", "beta": 0.5, "guide_beta": 0.2, "sft_weight": 0.5},
     "orpo": {"beta": 0.4},
+    "sentence": {"method": "tgdpo", "alpha": 2.0},
     "sepo": {"method": "tgdpo", "weights": "sepo", "select_share": 0.4, **_MEANS},
     "confpo": {"method": "dpo", "weights": "confpo", "gamma": 0.7, **_MEANS},
     "simpo": {"beta": 2.5, "gamma": 0.7},
@@ -136,6 +138,8 @@ CASES = (
     Case("cp2-pp2-gemma2", 4, "random", tied=True, context=2, pipeline=2, family="gemma2"),
     Case("smoothed-dpo-tp2-pp2", 4, "random", tensor=2, pipeline=2, method="smoothed-dpo"),
     Case("smoothed-dpo-cp2", 2, "random", context=2, seq_length=256, method="smoothed-dpo"),
+    # Rewards of whole sentences, which random words without a full stop are one of.
+    Case("sentence-cp2", 2, "random", context=2, seq_length=128, method="sentence", guidance="cached"),
     # Scores that are means, over the tokens of all context ranks.
     Case("ipo-cp2-tp2", 4, "random", context=2, tensor=2, seq_length=128, method="ipo"),
     # Tokens that are selected by what those on other ranks are.
@@ -256,6 +260,7 @@ class Inputs:
             "guidance": {
                 "mode": "cached" if case.cached else "colocated",
                 "cache": str(self.cache(case)),
+                "unit": "sentence" if case.method == "sentence" else "token",
                 "prefetch": case.guidance == "prefetch",
             },
             "overlap": {

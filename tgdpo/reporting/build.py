@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 
 from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair
+from megatron_tgdpo.data.sentences import SentenceSplitter
+from megatron_tgdpo.data.token_text import token_texts
 from megatron_tgdpo.data.tokenizers import Tokenizer
 from megatron_tgdpo.guidance.monitor import guide_doubt, guide_warning
 from megatron_tgdpo.loss.choices import WEIGHTS
 from tgdpo.reporting.metrics import NEGATIVE_SHARES, Metrics, histogram_reach, make_metrics
 from tgdpo.reporting.numbers import decimals_of
 from tgdpo.reporting.render import ReportPair
-from tgdpo.reporting.sentences import SentenceSplitter
-from tgdpo.reporting.token_text import token_texts
 
 
 def report_metrics(

@@ -62,6 +62,7 @@ BROKEN = [
     ),
     (["loss.method=simpo", "model.guide=null", *_CACHED], "loss.method simpo has no frozen models"),
     (["guidance.mode=cached"], "guidance.mode cached needs guidance.cache"),
+    (["guidance.unit=sentence"], "guidance.unit is sentence, which a guide's cache only can hold"),
     ([*_CACHED, "guidance.prefetch=true", "parallel.pipeline=2"], "guidance.prefetch is true but no frozen models"),
     (["guidance.prefetch=true"], "guidance.prefetch is true with one stage"),
     (["parallel.context=2", "batch.shared_prompts=true"], "batch.shared_prompts is true with parallel.context"),

@@ -3,10 +3,10 @@
 import pytest
 from transformers import ByT5Tokenizer
 
+from megatron_tgdpo.data.sentences import SentenceSplitter
+from megatron_tgdpo.data.token_text import token_texts
 from megatron_tgdpo.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from tests.unit.data.conftest import hf_directory, llama_like_directory, sp_model  # noqa: F401 - fixtures
-from tgdpo.reporting.sentences import SentenceSplitter
-from tgdpo.reporting.token_text import token_texts
 
 TEXT = " The sea\u2014w\u00f6rld \u8a9e is <b>wide</b>.\n\n\U0001f642  Blue\tis a colour, and so is green"
 
