@@ -36,6 +36,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "data.validation", "data.test", "data.columns", "data.workers",
         "guidance.mode", "guidance.cache", "guidance.verify", "guidance.prefetch",
         "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.virtual_pipeline",
+        "parallel.pipeline_layers",
         "parallel.sequence_parallel", "parallel.device", "parallel.timeout_minutes",
         "batch.tokens_per_micro_batch", "batch.shared_prompts",
         "overlap.grad_reduce", "overlap.param_gather", "overlap.tensor",

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.memory import trained_parameters
+from megatron_tgdpo.planning.memory import fullest_stages, trained_parameters
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes sent by a GPU of a middle stage in one optimizer step.
+    """Bytes sent by a GPU in one optimizer step, of the stage that sends most of the kind.
 
     Attributes:
         tensor: All-reduces, or under sequence parallelism all-gathers and reduce-scatters, within layers.
@@ -33,7 +34,7 @@ def ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[float, float, float]:
+def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
     """Bytes of one pack and one stage: policy forward, policy backward, frozen forward.
 
     A layer's forward takes four ring passes over the hidden states of the pack: an all-gather and a reduce-scatter for
@@ -41,16 +42,16 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[floa
     linears gather their inputs again for the gradients of their weights.
     """
 
-    def forward(hf_config: PretrainedConfig) -> float:
-        layers = hf_config.num_hidden_layers // layout.pipeline
+    def forward(number: int, hf_config: PretrainedConfig) -> float:
+        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
         result: float = (
             4 * layers * ring(layout.tensor) * job.pack.tokens * hf_config.hidden_size * job.pack.dtype_bytes
         )
         return result
 
-    policy = forward(job.policy)
+    policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
     backward = (1.5 if layout.sequence_parallel else 1.0) + (1.0 if recompute == "full" else 0.0)
-    return policy, backward * policy, sum(forward(hf_config) for hf_config in job.frozen)
+    return policy, backward * policy, sum(frozen)
 
 
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
@@ -67,7 +68,7 @@ def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
 def data_bytes(job: Job, layout: ParallelLayout) -> float:
     """Bytes of one step, on the stage with most parameters."""
     lora = job.sources.trained
-    parameters = max(trained_parameters(job.policy, layout, stage, lora) for stage in {0, layout.pipeline - 1})
+    parameters = max(trained_parameters(job.policy, layout, stage, lora) for stage in fullest_stages(layout))
     return ring(layout.data) * parameters * (4 + job.pack.dtype_bytes)
 
 
@@ -75,7 +76,7 @@ def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
     """All of one step."""
     packs = job.micro_batches(layout)
     return Traffic(
-        tensor=packs * sum(tensor_bytes(job, layout, recompute)),
+        tensor=packs * max(sum(tensor_bytes(job, layout, recompute, stage)) for stage in range(layout.pipeline)),
         pipeline=packs * pipeline_bytes(job, layout),
         data=data_bytes(job, layout),
     )

@@ -6,10 +6,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from megatron_tgdpo.checkpoints.adapter_directory import ALL_LINEAR, LINEARS, Lora, is_adapter, read_base, read_lora
 from megatron_tgdpo.checkpoints.model_directory import model_files
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.planning.memory import FrozenSource, Sources
 from megatron_tgdpo.setup.fingerprints import weights_fingerprint
 from megatron_tgdpo.storage.hub import local_path
 
@@ -112,3 +115,17 @@ def _targets(given: Any) -> tuple[str, ...]:
         raise UserError(f"lora.targets names {', '.join(map(str, unknown)) or 'nothing'}: there are {known}")
     wanted = {part for name in names for part in _FUSED.get(name, (name,))}
     return tuple(name for name in LINEARS if name in wanted)
+
+
+def planned_sources(config: Config, configs: Mapping[str, PretrainedConfig]) -> Sources:
+    """What the models that run are made of, and which share a base; as ``setup/models.py`` loads them."""
+    sources, trained = model_sources(config), trained_lora(config)
+    bases = set() if trained is None else {sources["policy"].base}
+    frozen = []
+    for role in configs:
+        if role != "policy":
+            source = sources[role]
+            adapter = None if source.adapter is None else read_lora(source.adapter)
+            frozen.append(FrozenSource(adapter, source.base in bases))
+            bases.add(source.base)
+    return Sources(trained, tuple(frozen))
