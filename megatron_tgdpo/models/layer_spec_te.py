@@ -6,7 +6,7 @@ Engine.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.mcore_compat import submodules_of
+from megatron_tgdpo.models.attention.self_attention import FamilySelfAttention, is_wanted
 from megatron_tgdpo.models.config import LanguageModelConfig
-from megatron_tgdpo.models.layer_spec import with_post_norm
+from megatron_tgdpo.models.layer_spec import wrapped_row_linear
 from megatron_tgdpo.models.lora import with_adapters
 
 
@@ -31,11 +32,13 @@ class TransformerEngineParts:
         norm: ``TENorm``.
         column_linear: ``TELayerNormColumnParallelLinear``, which holds the norm before it as ``layer_norm_weight``.
         row_linear: ``TERowParallelLinear``.
+        plain_column_linear: ``TEColumnParallelLinear``, for layers without a norm before attention and MLP.
     """
 
     norm: Any
     column_linear: type[torch.nn.Module]
     row_linear: type[torch.nn.Module]
+    plain_column_linear: type[torch.nn.Module]
 
 
 def load_parts() -> TransformerEngineParts:
@@ -52,6 +55,7 @@ def load_parts() -> TransformerEngineParts:
         norm=wrappers.TENorm,
         column_linear=wrappers.TELayerNormColumnParallelLinear,
         row_linear=wrappers.TERowParallelLinear,
+        plain_column_linear=wrappers.TEColumnParallelLinear,
     )
 
 
@@ -64,8 +68,8 @@ def te_block_spec(
     """The layers and the final norm of one chunk of this pipeline stage.
 
     Every family is covered by the fields of the config: biases (``add_qkv_bias``), norms of query and key heads
-    (``qk_layernorm``), norms after attention and MLP (``post_norms``), zero-centred scales, windows and caps (the core
-    attention's business).
+    (``qk_layernorm``), norms before or after attention and MLP (``pre_norms``, ``post_norms``), zero-centred scales,
+    windows and caps (the core attention's business), rotary tables and wider norms (``attention/self_attention.py``).
 
     Args:
         config: The model's configuration.
@@ -80,17 +84,15 @@ def te_block_spec(
     # Parameters carry the names of checkpoints already.
     layers.sharded_state_dict_keys_map = {}
     layers.input_layernorm = layers.pre_mlp_layernorm = IdentityOp
+    if is_wanted(config):
+        layers.self_attention.module = FamilySelfAttention
+    column, row = parts.column_linear if config.pre_norms else parts.plain_column_linear, parts.row_linear
     if config.fused_layer_wgrad:
-        parts = replace(
-            parts, column_linear=with_fused_wgrad(parts.column_linear), row_linear=with_fused_wgrad(parts.row_linear)
-        )
+        column, row = with_fused_wgrad(column), with_fused_wgrad(row)
     if config.adapters:
-        parts = replace(
-            parts, column_linear=with_adapters(parts.column_linear), row_linear=with_adapters(parts.row_linear)
-        )
-    row_linear = with_post_norm(parts.row_linear, parts.norm) if config.post_norms else parts.row_linear
-    attention.linear_qkv = mlp.linear_fc1 = parts.column_linear
-    attention.linear_proj = mlp.linear_fc2 = row_linear
+        column, row = with_adapters(column), with_adapters(row)
+    attention.linear_qkv = mlp.linear_fc1 = column
+    attention.linear_proj = mlp.linear_fc2 = wrapped_row_linear(config, row, parts.norm)
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm

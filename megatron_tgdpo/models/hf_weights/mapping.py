@@ -4,6 +4,7 @@ Legend: tp ranks of the tensor group, r this rank, D head size. A parameter of k
 group, the group's query heads, its key head, its value head; with tp > groups a rank holds an equal run of those rows.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ FUSED_NORMS = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 _LAYERS = "decoder.layers."
+_UNFUSED: dict[Kind, Kind] = {"fused_glu": "glu", "fused_qkv": "qkv"}
 
 
 def local_name(name: str) -> str:
@@ -51,6 +53,12 @@ class Heads:
         """Reads it from the HF config."""
         groups = hf_config.num_key_value_heads
         return cls(groups, hf_config.num_attention_heads // groups, head_dim(hf_config))
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Of the projections of query, key and value."""
+        kv = self.groups * self.size
+        return self.queries_per_group * kv, kv, kv
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,11 @@ def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[Glob
         hf_config: The HF config.
         tensor: Tensor-parallel size; it counts only for how far the vocabulary is padded.
     """
-    weights = dict(family_of(hf_config.architectures).weights)
+    weights = {
+        name: weight
+        for name, weight in family_of(hf_config.architectures).weights.items()
+        if weight.only_if is None or getattr(hf_config, weight.only_if)
+    }
     if hf_config.tie_word_embeddings:
         del weights[OUTPUT]
     in_layers = {name: weight for name, weight in weights.items() if "{layer}" in weight.hf_tensors[0][0]}
@@ -121,13 +133,16 @@ def parameter_count(hf_config: PretrainedConfig) -> int:
 
 def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
     heads = Heads.of(hf_config)
+    query, kv, _ = heads.rows
     return {
         "vocab": hf_config.vocab_size,
         "hidden": hf_config.hidden_size,
         "mlp": hf_config.intermediate_size,
-        "query": heads.groups * heads.queries_per_group * heads.size,
-        "kv": heads.groups * heads.size,
+        "query": query,
+        "kv": kv,
         "head": heads.size,
+        "gate_up": 2 * hf_config.intermediate_size,
+        "qkv": query + 2 * kv,
     }
 
 
@@ -157,11 +172,21 @@ def read_shard(
             stored = checkpoint.tensors[names[0]].shape[0]
             rows = checkpoint.rows(names[0], min(start, stored), min(end, stored))
             return torch.cat((rows, rows.new_zeros(shape[0] - rows.shape[0], shape[1])))
+        case "rows":
+            return checkpoint.rows(names[0], start, end)
         case "glu":
             half = shape[0] // 2
             return torch.cat([checkpoint.rows(name, rank * half, (rank + 1) * half) for name in names])
+        case "fused_glu":
+            half, up = shape[0] // 2, checkpoint.tensors[names[0]].shape[0] // 2
+            gate_and_up = (rank * half, up + rank * half)
+            return torch.cat([checkpoint.rows(names[0], first, first + half) for first in gate_and_up])
         case "qkv":
             return torch.cat([checkpoint.rows(names[i], a, b) for i, a, b in qkv_runs(start, end, heads)])
+        case "fused_qkv":
+            firsts = (0, *itertools.accumulate(heads.rows))
+            runs = qkv_runs(start, end, heads)
+            return torch.cat([checkpoint.rows(names[0], firsts[i] + a, firsts[i] + b) for i, a, b in runs])
 
 
 def qkv_runs(start: int, end: int, heads: Heads) -> Iterator[tuple[int, int, int]]:
@@ -190,6 +215,10 @@ def join_shards(kind: Kind, shards: list[Tensor], heads: Heads, vocab_size: int)
             return [shards[0]]
         case "row":
             return [torch.cat(shards, dim=1)]
+        case "rows":
+            return [torch.cat(shards)]
+        case "fused_glu" | "fused_qkv":
+            return [torch.cat(join_shards(_UNFUSED[kind], shards, heads, vocab_size))]
         case "vocab":
             return [torch.cat(shards)[:vocab_size]]
         case "glu":
