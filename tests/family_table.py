@@ -11,12 +11,12 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from megatron_tgdpo.models.families import BEYOND, FAMILIES
+from megatron_tgdpo.models.families import BEYOND, EXPERTS_BEYOND, FAMILIES
 from tests.distributed.test_conversion import Reference
 from tests.distributed.worker_conversion import LENGTHS
 from tests.distributed.worker_families import LAYOUTS
 from tests.processes import run_forked
-from tests.tiny_models import ALL_OPTIONS, make_model
+from tests.tiny_models import DENSE_OPTIONS, make_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 # Models, and what of them is computed beside the plain dense decoder (grouped queries, RMSNorm, a SiLU-gated MLP).
@@ -58,6 +58,8 @@ NOTES = {
     ),
     "Ernie4_5ForCausalLM": ("ERNIE-4.5 0.3B", "neighbours rotated together"),
     "CwmForCausalLM": ("CWM 32B", "windows on three layers of four"),
+    "Qwen3MoeForCausalLM": ("Qwen3-30B-A3B, Qwen3-235B-A22B", "Qwen3's attention; experts in every layer"),
+    "MixtralForCausalLM": ("Mixtral 8x7B, 8x22B", "windows; experts in every layer"),
 }
 
 
@@ -65,13 +67,15 @@ def supported(measured: Mapping[str, tuple[float, float]]) -> str:
     """The table of families.
 
     Args:
-        measured: By architecture the largest differences, of a logit and of a weight's gradient.
+        measured: By architecture the largest differences, of a logit and of a weight's gradient, but for those with
+            experts, which have tests of their own.
     """
     lines = ["| family | models | beside the dense decoder | logits | gradients |", "|---|---|---|---|---|"]
     for family in FAMILIES:
         models, what = NOTES[family.architecture]
-        logits, gradients = measured[family.architecture]
-        lines.append(f"| `{family.architecture}` | {models} | {what} | {logits:.0e} | {gradients:.0e} |")
+        figures = measured.get(family.architecture)
+        shown = "[experts](experts.md) | " if figures is None else " | ".join(f"{figure:.0e}" for figure in figures)
+        lines.append(f"| `{family.architecture}` | {models} | {what} | {shown} |")
     return "\n".join(lines)
 
 
@@ -80,6 +84,7 @@ def refused() -> str:
     lines = ["| it has | architectures |", "|---|---|"]
     for what in dict.fromkeys(BEYOND.values()):
         lines.append(f"| {what} | {', '.join(f'`{part}...`' for part in BEYOND if BEYOND[part] == what)} |")
+    lines += [f"| experts, with {what} | `{part}...` |" for part, what in EXPERTS_BEYOND.items()]
     return "\n".join(lines)
 
 
@@ -91,11 +96,11 @@ def between(text: str, name: str, table: str) -> str:
 
 def measure(root: Path) -> dict[str, tuple[float, float]]:
     """Runs every family, tiny and random, and compares it with transformers."""
-    for family in ALL_OPTIONS:
+    for family in DENSE_OPTIONS:
         make_model(root / "hf" / family, family, seed=6)
     run_forked("tests.distributed.worker_families", [str(root)], processes=2)
     reference, found = Reference(root), {}
-    for family in ALL_OPTIONS:
+    for family in DENSE_OPTIONS:
         config = json.loads((root / "hf" / family / "config.json").read_text())
         wanted, logits, gradients = reference[family], [], []
         for layout in LAYOUTS:

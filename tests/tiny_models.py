@@ -25,6 +25,17 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "mistral": {"head_dim": 32, "sliding_window": 24},
 }
+# Families with experts, which under tensor parallelism train with sequence parallelism only.
+EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"head_dim": 32, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 _TYPES = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -87,7 +98,8 @@ MORE_FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-ALL_OPTIONS = FAMILY_OPTIONS | MORE_FAMILY_OPTIONS
+# All without experts.
+DENSE_OPTIONS = FAMILY_OPTIONS | MORE_FAMILY_OPTIONS
 
 
 def make_model(
@@ -113,7 +125,7 @@ def make_model(
 
     With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it; ``rope`` gives other
     settings. ``noise`` changes matrices by so much of themselves. ``options`` go into the HF config, over
-    ``FAMILY_OPTIONS`` and ``MORE_FAMILY_OPTIONS``.
+    ``FAMILY_OPTIONS``, ``EXPERT_OPTIONS`` and ``MORE_FAMILY_OPTIONS``.
 
     Returns:
         ``path``.
@@ -128,7 +140,7 @@ def make_model(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         }
-    options = {**_rope_arguments(rope), **ALL_OPTIONS.get(family, {}), **options}
+    options = {**_rope_arguments(rope), **(DENSE_OPTIONS | EXPERT_OPTIONS).get(family, {}), **options}
     for name in ("layer_types", "no_rope_layers"):
         if name in options:
             options[name] = options[name][:layers]

@@ -82,6 +82,7 @@ def transformer_config_kwargs(
         "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
         "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence_parallel,
+        **(_expert_kwargs(layout) if family.has_experts else {}),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -116,3 +117,16 @@ def _rotary_kwargs(hf_config: PretrainedConfig, kwargs: Mapping[str, Any]) -> di
         scale = kwargs.get("softmax_scale") or kwargs["kv_channels"] ** -0.5
         return {"softmax_scale": factors[0] ** 2 * scale}
     return {**found, "rotary_factors": factors}
+
+
+def _expert_kwargs(layout: ParallelLayout) -> dict[str, Any]:
+    """How tokens get to their experts: every one to all that it asks for, by an exchange that takes any number."""
+    return {
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_shards,
+        "moe_token_dispatcher_type": "alltoall",
+        # What decides where a token goes is computed in fp32, and not bent towards evenness.
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
+from megatron_tgdpo.models.experts import prepare_experts
 from megatron_tgdpo.models.fp8_tensors import load_without, without_content
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.layer_spec import local_block_spec
@@ -174,4 +175,6 @@ def build_language_model(
     """
     kwargs = transformer_config_kwargs(hf_config, layout, dtype=dtype, device=device, overrides=transformer_overrides)
     config = LanguageModelConfig(**kwargs)
-    return LanguageModel(config, block_spec(config, pg), hf_config, pg, device, chunk)
+    model = LanguageModel(config, block_spec(config, pg), hf_config, pg, device, chunk)
+    prepare_experts(model, layout, device)
+    return model

@@ -15,6 +15,7 @@ from megatron_tgdpo.mcore_compat import submodules_of
 from megatron_tgdpo.models.attention.sdpa import PackedCausalAttention
 from megatron_tgdpo.models.attention.self_attention import FamilySelfAttention, is_wanted
 from megatron_tgdpo.models.config import LanguageModelConfig
+from megatron_tgdpo.models.experts import Router
 from megatron_tgdpo.models.lora import with_adapters
 from megatron_tgdpo.models.norm import RMSNorm
 
@@ -64,13 +65,25 @@ def wrapped_row_linear(config: LanguageModelConfig, linear: type[torch.nn.Module
     return linear if config.residual_multiplier == 1.0 else with_multiplier(linear, config.residual_multiplier)
 
 
+def layer_skeleton(config: LanguageModelConfig) -> ModuleSpec:
+    """megatron-core's layer of the local spec, a copy to be changed; with experts one after another, and our router."""
+    layer: ModuleSpec = copy.deepcopy(
+        get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+        )
+    )
+    if config.num_moe_experts is not None:
+        submodules_of(layer.submodules.mlp).router = Router
+    return layer
+
+
 def local_block_spec(
     config: LanguageModelConfig,
     pg: ProcessGroupCollection,
     core_attention: type | ModuleSpec = PackedCausalAttention,
 ) -> TransformerBlockSubmodules:
     """The layers and the final norm of one chunk of this pipeline stage."""
-    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
+    layer = layer_skeleton(config)
     members = layer.submodules
     members.input_layernorm = members.pre_mlp_layernorm = RMSNorm if config.pre_norms else IdentityOp
     if is_wanted(config):
@@ -80,10 +93,14 @@ def local_block_spec(
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     mlp = submodules_of(members.mlp)
+    if config.num_moe_experts is not None:
+        # A checkpoint has the norm before a router by its own name, see hf_weights/mapping.py: FUSED_NORMS.
+        del members.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     if config.adapters:
         attention.linear_qkv, mlp.linear_fc1 = with_adapters(attention.linear_qkv), with_adapters(mlp.linear_fc1)
         attention.linear_proj, mlp.linear_fc2 = with_adapters(attention.linear_proj), with_adapters(mlp.linear_fc2)
     attention.linear_proj = wrapped_row_linear(config, attention.linear_proj, RMSNorm)
-    mlp.linear_fc2 = wrapped_row_linear(config, mlp.linear_fc2, RMSNorm)
+    if config.num_moe_experts is None:
+        mlp.linear_fc2 = wrapped_row_linear(config, mlp.linear_fc2, RMSNorm)
     chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
     return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=RMSNorm)

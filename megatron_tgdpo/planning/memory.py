@@ -198,10 +198,13 @@ def stage_memory(
         linears = stage_linears(hf_config, layout, stage, plain_ends=fp8.plain_ends)
         return round(parameters * size + (linear - size) * linears)
 
-    workspace = max(layer_workspace(policy, layout, pack, recompute), frozen_workspace(frozen, layout, pack))
+    workspace = max(
+        layer_workspace(policy, layout, pack, recompute, sources.trained), frozen_workspace(frozen, layout, pack)
+    )
     if stage == layout.pipeline - 1:
-        logprobs = [logprob_workspace(config, layout, pack) for config in (policy, *frozen)]
-        workspace = max(workspace, logprobs[0] + kept_logits(policy, layout, pack), *logprobs[1:])
+        trains = logprob_workspace(policy, layout, pack, weight_trains=sources.trained is None)
+        logprobs = [logprob_workspace(config, layout, pack, weight_trains=False) for config in frozen]
+        workspace = max(workspace, trains + kept_logits(policy, layout, pack), *logprobs)
     return RankMemory(
         stage=stage,
         policy_parameters=whole + (trained if sources.trained is not None else 0),
@@ -212,7 +215,7 @@ def stage_memory(
         optimizer=state * trained // (layout.data * layout.context),
         frozen=sum(weights(config, count, fp8.frozen) for config, count in zip(alone, held, strict=True))
         + beside * size,
-        activations=round(stage_activations(policy, layout, pack, recompute, stage)),
+        activations=round(stage_activations(policy, layout, pack, recompute, stage, sources.trained)),
         carried=round(carried_states(policy, frozen, layout, pack)),
         workspace=round(workspace),
         save=(size + 12) * saved // (layout.data * layout.context),

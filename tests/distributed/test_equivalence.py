@@ -53,13 +53,17 @@ class Case:
     @property
     def settings(self) -> reference.Settings:
         """What the independent implementation is told."""
-        method = self.method.removeprefix("smoothed-")
-        return replace(SETTINGS, global_pairs=self.global_pairs, method=method, **METHOD_OPTIONS[self.method])
+        return replace(SETTINGS, global_pairs=self.global_pairs, **self.loss)
+
+    @property
+    def loss(self) -> dict[str, Any]:
+        """The method and its options."""
+        return {"method": self.method, **METHOD_OPTIONS[self.method]}
 
     @property
     def cached(self) -> bool:
         """Whether it reads a guidance cache."""
-        frozen = self.settings.method in ("tgdpo", "dpo")
+        frozen = self.loss["method"] in ("tgdpo", "dpo")
         return frozen and (self.virtual is not None or self.guidance == "cached")
 
     @property
@@ -68,10 +72,13 @@ class Case:
         return f"{self.family}-{self.data}-{'tied' if self.tied else 'untied'}"
 
 
-METHOD_OPTIONS = {
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "tgdpo": {},
     "dpo": {},
-    "smoothed-dpo": {"beta": 0.3, "label_smoothing": 0.2, "sft_weight": 0.5},
+    "smoothed-dpo": {"method": "dpo", "beta": 0.3, "label_smoothing": 0.2, "sft_weight": 0.5},
+    "ipo": {"method": "tgdpo", "form": "ipo", "beta": 0.5, "guide_beta": 0.2, "sft_weight": 0.5},
+    "free": {"method": "dpo", "form": "sigmoid_norm", "reference_free": True, "beta": 2.0},
+    "orpo": {"beta": 0.4},
     "simpo": {"beta": 2.5, "gamma": 0.7},
     "sft": {},
 }
@@ -127,6 +134,10 @@ CASES = (
     Case("cp2-pp2-gemma2", 4, "random", tied=True, context=2, pipeline=2, family="gemma2"),
     Case("smoothed-dpo-tp2-pp2", 4, "random", tensor=2, pipeline=2, method="smoothed-dpo"),
     Case("smoothed-dpo-cp2", 2, "random", context=2, seq_length=256, method="smoothed-dpo"),
+    # Scores that are means, over the tokens of all context ranks.
+    Case("ipo-cp2-tp2", 4, "random", context=2, tensor=2, seq_length=128, method="ipo"),
+    Case("free-cp2", 2, "random", context=2, seq_length=128, method="free"),
+    Case("orpo-cp2", 2, "random", context=2, seq_length=128, method="orpo"),
     Case("simpo-tp2-pp2", 4, "random", tensor=2, pipeline=2, seq_length=128, method="simpo"),
     Case("simpo-dp2", 2, "random", method="simpo"),
     Case("simpo-cp2", 2, "random", context=2, method="simpo"),
@@ -234,7 +245,7 @@ class Inputs:
         return {
             "model": {
                 "policy": str(self.policy(case)),
-                "guide": str(self.guide(case)) if case.method == "tgdpo" else None,
+                "guide": str(self.guide(case)) if case.loss["method"] == "tgdpo" else None,
             },
             "data": {
                 "train": str(self.root / ("real.json" if real else "random.jsonl")),
@@ -244,7 +255,7 @@ class Inputs:
                 "workers": 1,
                 "tokenizer": str(SHARED_DATA / "llama2_sentencepiece.model" if real else self.root / "tokenizer"),
             },
-            "loss": {"method": case.method.removeprefix("smoothed-"), **METHOD_OPTIONS[case.method]},
+            "loss": case.loss,
             "parallel": {
                 "tensor": case.tensor,
                 "pipeline": case.pipeline,
@@ -381,7 +392,7 @@ class Runs:
         key = (case.model, case.method, case.global_pairs)
         if key not in self._expected:
             policy = self.inputs.policy(case)
-            guide = self.inputs.guide(case) if case.method == "tgdpo" else None
+            guide = self.inputs.guide(case) if case.loss["method"] == "tgdpo" else None
             self._expected[key] = reference.train(policy, policy, guide, self._pairs(case), case.settings)
         return self._expected[key]
 

@@ -12,10 +12,12 @@ from megatron_tgdpo.models.families import (
     granite,
     llama,
     mistral,
+    mixtral,
     olmo2,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     seed_oss,
     smollm3,
 )
@@ -41,6 +43,8 @@ FAMILIES: tuple[Family, ...] = (
     exaone4.FAMILY,
     ernie4_5.FAMILY,
     llama.CWM,
+    qwen3_moe.FAMILY,
+    mixtral.FAMILY,
 )
 # What the models of these architectures have and no model here; parts of names, the first that fits counts.
 BEYOND = {
@@ -48,7 +52,6 @@ BEYOND = {
     "Gemma3n": "layers that share keys, and embeddings for each layer",
     "Gemma4": "layers that share keys, and embeddings for each layer",
     "Qwen3_5": "gated delta-net layers",
-    "Qwen3Next": "gated delta-net layers",
     "OlmoHybrid": "gated delta-net layers",
     "KimiLinear": "gated delta-net layers",
     "Mamba": "state-space layers",
@@ -70,7 +73,18 @@ BEYOND = {
     "PhiFor": "norms that subtract the mean",
     "GPT": "norms that subtract the mean",
 }
-_EXPERTS = ("Moe", "Mixtral", "DeepseekV2", "DeepseekV3", "Dbrx", "Jamba", "GptOss", "Llama4")
+# The same of those with experts, whatever the case of letters.
+EXPERTS_BEYOND = {
+    "GptOss": "attention sinks and experts with biases and an activation of their own",
+    "Deepseek": "latent attention",
+    "Qwen3Next": "linear attention",
+    "Qwen2Moe": "a shared expert with a gate",
+    "Llama4": "chunked attention and layers without rotary positions",
+    "Jamba": "state-space layers",
+    "Dbrx": "experts in one fused tensor",
+    "Glm4Moe": "a router with sigmoid scores and biases",
+    "Moe": "experts of a kind that no family here has",
+}
 
 
 def family_of(architectures: Sequence[str] | None) -> Family:
@@ -83,9 +97,10 @@ def family_of(architectures: Sequence[str] | None) -> Family:
         if family.architecture in (architectures or ()):
             return family
     known = ", ".join(family.architecture for family in FAMILIES)
-    experts = any(part in name for name in architectures or () for part in _EXPERTS)
-    reason = ", a mixture of experts, which is not supported" if experts else ""
+    names = " ".join(architectures or ()).lower()
+    lacking = next((what for part, what in EXPERTS_BEYOND.items() if part.lower() in names), None)
+    reason = f", a mixture of experts with {lacking}, which is not supported" if lacking else ""
     beyond = next((what for part, what in BEYOND.items() if any(part in name for name in architectures or ())), None)
-    if beyond is not None and not experts:
+    if beyond is not None and not lacking:
         reason = f", with {beyond}, which is not supported (docs/families.md)"
     raise UserError(f"config.json: architectures is {architectures}{reason}; supported are: {known}")
