@@ -198,6 +198,6 @@ def test_the_dry_run_counts_what_trains_and_the_base_once(run: Run) -> None:
 
 
 def test_an_adapter_names_its_base_as_peft_finds_it() -> None:
-    content = peft_config(Lora(4, 8.0), f"owner/name@{'0' * 40}")
+    content = peft_config(Lora(4, 8.0), f"owner/name@{'0' * 40}", ["q_proj"])
     assert (content["base_model_name_or_path"], content["revision"]) == ("owner/name", "0" * 40)
-    assert peft_config(Lora(4, 8.0), "/a/path")["revision"] is None
+    assert peft_config(Lora(4, 8.0), "/a/path", ["q_proj"])["revision"] is None
