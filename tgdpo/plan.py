@@ -9,6 +9,7 @@ is checked: docs/planning.md. ``tgdpo train CONFIG --dry-run`` gives the same me
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -113,6 +114,11 @@ def _plan(given: argparse.Namespace) -> bool:
     print(text)
     if given.write is not None and chosen is not None:
         write_config(given, chosen, named)
+        command = "pipeline" if "guide" in METHODS[given.method].frozen and not given.guide else "train"
+        ranks, file = chosen.layout.world_size, shlex.quote(str(given.write))
+        print(f"{given.write}: written; to train: tgdpo {command} {file} --nproc {ranks}")
+    elif chosen is not None and chosen.fits:
+        print("to train with it: --write config.yaml --train PAIRS makes a config")
     return chosen is None or chosen.fits
 
 

@@ -160,7 +160,7 @@ def test_options_that_do_not_go_together(run: Run, words: list[str], said: str) 
 def test_a_run_exports_its_adapter_or_a_whole_model(run: Run, whole: Path) -> None:
     serve = f"as a server: vllm serve {run.root / 'policy'} --enable-lora --max-lora-rank 8 --lora-modules run="
     assert f"{serve}{run.adapter}" in run.log
-    merge = f"a whole model of it: tgdpo convert to-hf --megatron {run.checkpoint} --out {run.adapter}-merged --merge"
+    merge = f"a whole model of it: tgdpo convert to-hf --megatron {run.output} --out {run.adapter}-merged --merge"
     assert merge in run.log
     # The same adapter, by the command.
     out = run.root / "adapter"
