@@ -105,8 +105,12 @@ def _plan(given: argparse.Namespace) -> bool:
     if given.write is not None and given.write.exists():
         raise UserError(f"--write {given.write}: is there already: name another file, or remove it")
     named = {role: getattr(given, role) for role in ("model", "reference", "guide")}
-    options = [f"--{role}" for role in ("model", "reference", "guide") if not _is_config_file(getattr(given, role))]
-    find_models(given, *options, weights=False, adapters=("--guide", "--reference"))
+    if not _is_config_file(given.model):
+        from megatron_tgdpo.checkpoints.find_model import find_model
+
+        given.model = find_model(given.model, "--model", weights=False)
+    options = [f"--{role}" for role in ("reference", "guide") if not _is_config_file(getattr(given, role))]
+    find_models(given, *options, weights=False)
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.planning import plan, write_config
 
