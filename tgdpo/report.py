@@ -173,7 +173,10 @@ def _logps(
     found = {}
     if cache is not None:
         found = cached_logps(open_cache(config, given.split, dataset), cache, pairs, places)
-    return {**found, **model_logps(running, pairs, dtype, device)}, cache
+    # Adapters of the config are of its policy.
+    policy = Path(config.model_paths["policy"])
+    bases = {role: policy for role, asked in (("reference", given.reference), ("guide", given.guide)) if not asked}
+    return {**found, **model_logps(running, pairs, dtype, device, bases)}, cache
 
 
 def _check_writable(path: Path) -> None:

@@ -98,7 +98,9 @@ def test_a_cache_gives_the_page_that_its_models_give(run: Path) -> None:
     dataset = open_split(config, "train")
     pairs = [dataset[index] for index in range(len(dataset))]
     models = {"reference": str(run / "reference"), "guide": str(run / "guide")}
-    values = {name: np.concatenate(arrays) for name, arrays in model_logps(models, pairs, torch.float32, CPU).items()}
+    values = {
+        name: np.concatenate(arrays) for name, arrays in model_logps(models, pairs, torch.float32, CPU, {}).items()
+    }
     key, shards = guidance_key(config, dataset, ("a", "b")), Shards(dataset.lengths, 8)
     cache = run / "cache" / "train"
     cache.mkdir(parents=True)
