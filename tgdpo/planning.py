@@ -78,6 +78,7 @@ def write_config(arguments: argparse.Namespace, plan: Plan, named: Mapping[str, 
         "parallel": {
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
+            "pipeline_layers": layout.unequal,
             "sequence_parallel": layout.sequence_parallel,
         },
         "batch": {

@@ -38,6 +38,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "guidance.mode", "guidance.cache", "guidance.verify", "guidance.prefetch",
         "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.virtual_pipeline",
         "parallel.expert", "parallel.expert_tensor",
+        "parallel.pipeline_layers",
         "parallel.sequence_parallel", "parallel.device", "parallel.timeout_minutes",
         "batch.tokens_per_micro_batch", "batch.shared_prompts",
         "overlap.grad_reduce", "overlap.param_gather", "overlap.tensor",

@@ -46,6 +46,19 @@ def _unused_option(option: str) -> Rule:
     )
 
 
+def _layers_given(role: str) -> Rule:
+    def broken(c: Config) -> bool:
+        given = getattr(c.parallel.pipeline_layers, role)
+        least = c.parallel.virtual_pipeline or 1
+        return given is not None and (len(given) != c.parallel.pipeline or min(given, default=0) < least)
+
+    return Rule(
+        broken,
+        f"parallel.pipeline_layers.{role} is {{c.parallel.pipeline_layers.{role}}}: it must have a number for each of "
+        "parallel.pipeline = {c.parallel.pipeline} stages, at least 1 (with virtual_pipeline, one for each chunk)",
+    )
+
+
 TRAIN = (
     Rule(
         lambda c: (c.train.steps is None) == (c.train.epochs is None),
@@ -175,6 +188,7 @@ GUIDANCE = (
 )
 
 PARALLEL = (
+    *(_layers_given(role) for role in ("policy", "reference", "guide")),
     Rule(
         lambda c: c.parallel.context > 1 and c.shared_prompts,
         "batch.shared_prompts is true with parallel.context > 1: a prompt that two responses share cannot be split "

@@ -138,6 +138,15 @@ class GuidanceConfig:
 
 
 @dataclass(frozen=True)
+class PipelineLayersConfig:
+    """Layers of each stage, as [8, 8, 7, 3]; null: as many for all if they divide by the stages, else by cost."""
+
+    policy: list[int] | None = None
+    reference: list[int] | None = None  # null also: those of the policy, if it has as many layers
+    guide: list[int] | None = None  # null also: those of policy or reference, if one has as many layers
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     tensor: int = positive(1)  # ranks that share each layer
     pipeline: int = positive(1)  # stages of consecutive layers
@@ -146,6 +155,7 @@ class ParallelConfig:
     virtual_pipeline: int | None = positive(None)
     expert: int = positive(1)  # ranks that divide a layer's experts among them; spans tensor, context and data ranks
     expert_tensor: int | None = positive(None)  # ranks that share each expert; null: as parallel.tensor
+    pipeline_layers: PipelineLayersConfig = field(default_factory=PipelineLayersConfig)
     sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor ranks
     # auto takes the CPU only on a machine without an NVIDIA device
     device: str = one_of(("auto", "cuda", "cpu"), "auto")

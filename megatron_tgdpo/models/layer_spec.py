@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -79,10 +78,10 @@ def layer_skeleton(config: LanguageModelConfig) -> ModuleSpec:
 
 def local_block_spec(
     config: LanguageModelConfig,
-    pg: ProcessGroupCollection,
+    count: int,
     core_attention: type | ModuleSpec = PackedCausalAttention,
 ) -> TransformerBlockSubmodules:
-    """The layers and the final norm of one chunk of this pipeline stage."""
+    """The ``count`` layers and the final norm of one chunk of this pipeline stage."""
     layer = layer_skeleton(config)
     members = layer.submodules
     members.input_layernorm = members.pre_mlp_layernorm = RMSNorm if config.pre_norms else IdentityOp
@@ -102,5 +101,4 @@ def local_block_spec(
     attention.linear_proj = wrapped_row_linear(config, attention.linear_proj, RMSNorm)
     if config.num_moe_experts is None:
         mlp.linear_fc2 = wrapped_row_linear(config, mlp.linear_fc2, RMSNorm)
-    chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
-    return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -7,6 +7,7 @@ parallelism what lies between them.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -84,9 +85,10 @@ class LayerWidths:
 
 def stage_layers(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> list[int]:
     """The layers of a stage, counted from 0 through the model: those of its chunks, one after another."""
-    size = hf_config.num_hidden_layers // layout.parts
-    starts = [(chunk * layout.pipeline + stage) * size for chunk in range(layout.virtual)]
-    return [layer for start in starts for layer in range(start, start + size)]
+    sizes = layout.part_layers(hf_config.num_hidden_layers)
+    starts = [0, *accumulate(sizes)]
+    parts = (chunk * layout.pipeline + stage for chunk in range(layout.virtual))
+    return [layer for part in parts for layer in range(starts[part], starts[part] + sizes[part])]
 
 
 def layer_activations(

@@ -1,6 +1,6 @@
 """What each model of a run is made of: a whole model, and for some a LoRA adapter on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -103,7 +103,7 @@ def trained_lora(config: Config) -> Lora | None:
     return Lora(lora.rank, alpha, lora_targets(lora.targets), lora.rslora)
 
 
-def planned_sources(config: Config, roles: Sequence[str]) -> Sources:
+def planned_sources(config: Config, roles: Iterable[str]) -> Sources:
     """What the models of a run are made of, and which share a base, for the planner; as ``setup/models.py`` loads them.
 
     Args:

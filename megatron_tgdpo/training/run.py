@@ -23,7 +23,6 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
-from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
@@ -37,7 +36,7 @@ from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.datasets import count_training_data
 from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
-from megatron_tgdpo.setup.layout import layout_of
+from megatron_tgdpo.setup.layout import fitted_layout, layout_of
 from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
 from megatron_tgdpo.setup.model_sources import planned_sources, trained_lora
 from megatron_tgdpo.setup.trained_guide import is_trained
@@ -69,7 +68,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exp
     config, pins = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     model_configs = read_model_configs(config)
     used = models_that_run(config, model_configs)
-    check_layout(used, layout)
+    layout = fitted_layout(config, used, layout)
     check_gpu_options(config, used, layout, capabilities(device))
     check_best_metric(config)
     needed = files_needed(layout, device)
@@ -115,7 +114,7 @@ def dry_run(
     layout = layout_of(config.parallel, world_size)
     given, config = config, pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
-    check_layout(configs, layout)
+    layout = fitted_layout(config, configs, layout)
     check_best_metric(config)
     memory = planned_memory(config, configs, layout)
     sources = planned_sources(config, list(configs))
@@ -129,6 +128,7 @@ def dry_run(
     lines = [
         (to_yaml(shown) if full else f"# what differs from the defaults\n{changed_yaml(shown)}").rstrip(),
         f"ranks: {world_size} = {layout}",
+        *([f"stages: {layout.describe_layers()}"] if layout.layers else []),
         *memory_lines(memory),
         *pack_lines(config),
         _duration(config, job, cluster, layout),
@@ -229,6 +229,8 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     counts = [sum(p.numel() for module in part for p in module.parameters()) for part in parts]
     found = capabilities(engine.device)
     logger.info("layout %s on %s; fused parts: %s", layout, found.describe(), config.train.fused)
+    if layout.layers:
+        logger.info("stages: %s", layout.describe_layers())
     if untested_engine(found.transformer_engine):
         newest = dotted(NEWEST_TESTED_TE)
         logger.warning("Transformer Engine %s is newer than any tested (%s)", dotted(found.transformer_engine), newest)

@@ -49,6 +49,9 @@ class Case:
     guidance: str = "colocated"  # colocated | prefetch | cached
     overlap: str = "none"  # none | grad_reduce | both
     global_pairs: int = SETTINGS.global_pairs
+    layers: int = 4
+    guide_layers: int = 4
+    pipeline_layers: dict[str, list[int]] | None = None
 
     @property
     def settings(self) -> reference.Settings:
@@ -69,7 +72,8 @@ class Case:
     @property
     def model(self) -> str:
         """Names what is trained, apart from how."""
-        return f"{self.family}-{self.data}-{'tied' if self.tied else 'untied'}"
+        depths = "" if self.layers == self.guide_layers == 4 else f"-{self.layers}-{self.guide_layers}"
+        return f"{self.family}-{self.data}-{'tied' if self.tied else 'untied'}{depths}"
 
 
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
@@ -150,6 +154,21 @@ CASES = (
     Case("vpp2", 2, "random", pipeline=2, virtual=2, seq_length=128),
     Case("vpp2-tied", 2, "random", tied=True, pipeline=2, virtual=2),
     Case("vpp2-tp2-sp", 4, "random", tensor=2, pipeline=2, virtual=2, sequence_parallel=True, seq_length=128),
+    # Stages that are not equal: by cost, given, and in chunks; the guide has other layers than the policy.
+    Case("pp2-uneven", 2, "random", pipeline=2, seq_length=128, layers=5, guide_layers=3),
+    Case("pp2-uneven-prefetch", 2, "random", pipeline=2, layers=5, guide_layers=3, guidance="prefetch"),
+    Case("pp2-uneven-cached", 2, "random", pipeline=2, layers=5, guide_layers=3, guidance="cached"),
+    Case(
+        "pp2-given-tied",
+        2,
+        "random",
+        tied=True,
+        pipeline=2,
+        pipeline_layers={"policy": [1, 3], "reference": [3, 1], "guide": [2, 2]},
+    ),
+    Case("vpp2-uneven", 2, "random", pipeline=2, virtual=2, seq_length=128, layers=5, guide_layers=3),
+    Case("pp3-gemma2", 3, "random", tied=True, pipeline=3, family="gemma2"),
+    Case("pp4-uneven", 4, "random", pipeline=4, seq_length=128, layers=6, guide_layers=5, recompute="full"),
     # Windows and softcaps recompute their scores by themselves, inside what is recomputed here.
     Case("gemma2-recompute-full", 1, "random", tied=True, family="gemma2", recompute="full"),
     Case("gemma2-recompute-selective", 1, "random", tied=True, family="gemma2", recompute="selective"),
@@ -262,6 +281,7 @@ class Inputs:
                 "sequence_parallel": case.sequence_parallel,
                 "context": case.context,
                 "virtual_pipeline": case.virtual,
+                "pipeline_layers": case.pipeline_layers or {},
                 "timeout_minutes": 15,
             },
             "guidance": {
@@ -300,8 +320,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
             if case.family == "glm":
                 # What is not rotated of a key's bias moves no softmax: Adam would make whole steps of its rounding.
                 common["attention_bias"] = False
-            make_model(made.policy(case), case.family, seed=1, **common)
-            make_model(made.guide(case), case.family, seed=2, hidden_size=32, **common)
+            make_model(made.policy(case), case.family, seed=1, layers=case.layers, **common)
+            make_model(made.guide(case), case.family, seed=2, hidden_size=32, layers=case.guide_layers, **common)
         elif SHARED_DATA.is_dir():
             small = {"vocab_size": 32000, "hidden_size": 16, "heads": 2, "layers": 2}
             make_model(made.policy(case), case.family, seed=3, **small)

@@ -370,6 +370,7 @@ def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], s
         "parallel": {
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
+            **({"pipeline_layers": layout.unequal} if layout.unequal else {}),
             "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
         },
         "train": {"recompute": plan.recompute},

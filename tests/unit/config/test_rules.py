@@ -62,6 +62,15 @@ BROKEN = [
     (["parallel.context=2", "batch.shared_prompts=true"], "batch.shared_prompts is true with parallel.context"),
     ([*_CACHED, "parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is 2 with one stage"),
     (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is 2 with guidance.mode"),
+    (["parallel.pipeline_layers.policy=[3, 1]"], "parallel.pipeline_layers.policy is [3, 1]: it must have a number"),
+    (
+        ["parallel.pipeline=2", "parallel.pipeline_layers.guide=[4, 0]"],
+        "parallel.pipeline_layers.guide is [4, 0]: it must have",
+    ),
+    (
+        [*_CACHED, "parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.pipeline_layers.policy=[3, 1]"],
+        "parallel.pipeline_layers.policy is [3, 1]: it must have",
+    ),
     (["overlap.param_gather=true"], "overlap.param_gather needs overlap.grad_reduce"),
     (["parallel.tensor=2", "overlap.tensor=true"], "overlap.tensor needs parallel.sequence_parallel"),
     (

@@ -249,8 +249,8 @@ def test_a_thousand_gpus_need_more_pairs(tmp_path: Path) -> None:
 
 
 def test_a_layout_must_divide(llama: PretrainedConfig) -> None:
-    with pytest.raises(UserError, match=r"32 layers are not divisible by parallel\.pipeline = 3"):
-        make_plan(Job(llama, (), ROW, BATCH), Cluster(), make_layout(1, 3, 1, False, 3), "none")
+    with pytest.raises(UserError, match=r"32 layers are fewer than parallel\.pipeline = 33 stages"):
+        make_plan(Job(llama, (), ROW, BATCH), Cluster(), make_layout(1, 33, 1, False, 33), "none")
 
 
 def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
