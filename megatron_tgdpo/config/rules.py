@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_tgdpo.config.constraints import Rule
 from megatron_tgdpo.config.schema import Config, GuideConfig, LoraConfig, LossConfig
-from megatron_tgdpo.loss.choices import FORMS, Form
+from megatron_tgdpo.loss.choices import FORMS, WEIGHTS, Form
 from megatron_tgdpo.loss.methods import METHODS
 
 # What a run makes in its output directory; "best" is a name for one of its checkpoints.
@@ -87,10 +87,23 @@ LOSS = (
         lambda c: not _form(c).pairwise and bool(c.loss.reference_free),
         f"{_POINTWISE}: set loss.reference_free=false",
     ),
-    # The guide's partition function cancels between two responses, and not in one.
+    # A guide's partition function cancels between two responses, and not in one.
     Rule(
-        lambda c: not _form(c).pairwise and "guide" in c.method.frozen,
-        f"{_POINTWISE}, and a guide's weights hold for differences of two only: set loss.method=dpo, or another form",
+        lambda c: not _form(c).pairwise and c.method.weighted,
+        f"{_POINTWISE}, and token weights hold for differences of two only: set loss.method=dpo with loss.weights="
+        "uniform, or another form",
+    ),
+    Rule(
+        lambda c: bool(c.loss.gamma) and c.loss.form is not None and not _form(c).margin,
+        "loss.gamma is {c.loss.gamma} but loss.form {c.loss.form} does not use it: set it to 0",
+    ),
+    Rule(
+        lambda c: c.loss.weights is not None and WEIGHTS[c.loss.weights].guided and "guide" not in c.method.frozen,
+        "loss.weights {c.loss.weights} come from a guide: set loss.method=tgdpo and model.guide",
+    ),
+    Rule(
+        lambda c: c.loss.weights is not None and not WEIGHTS[c.loss.weights].guided and "guide" in c.method.frozen,
+        "loss.weights {c.loss.weights} need no guide: set loss.method=dpo and remove model.guide",
     ),
 )
 

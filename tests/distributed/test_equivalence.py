@@ -76,13 +76,15 @@ class Case:
         return f"{self.family}-{self.data}-{'tied' if self.tied else 'untied'}{depths}"
 
 
+_MEANS = {"form": "sigmoid_norm", "reference_free": True, "beta": 2.0}
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "tgdpo": {},
     "dpo": {},
     "smoothed-dpo": {"method": "dpo", "beta": 0.3, "label_smoothing": 0.2, "sft_weight": 0.5},
     "ipo": {"method": "tgdpo", "form": "ipo", "beta": 0.5, "guide_beta": 0.2, "sft_weight": 0.5},
-    "free": {"method": "dpo", "form": "sigmoid_norm", "reference_free": True, "beta": 2.0},
     "orpo": {"beta": 0.4},
+    "sepo": {"method": "tgdpo", "weights": "sepo", "select_share": 0.4, **_MEANS},
+    "confpo": {"method": "dpo", "weights": "confpo", "gamma": 0.7, **_MEANS},
     "simpo": {"beta": 2.5, "gamma": 0.7},
     "sft": {},
 }
@@ -140,7 +142,9 @@ CASES = (
     Case("smoothed-dpo-cp2", 2, "random", context=2, seq_length=256, method="smoothed-dpo"),
     # Scores that are means, over the tokens of all context ranks.
     Case("ipo-cp2-tp2", 4, "random", context=2, tensor=2, seq_length=128, method="ipo"),
-    Case("free-cp2", 2, "random", context=2, seq_length=128, method="free"),
+    # Tokens that are selected by what those on other ranks are.
+    Case("sepo-cp2", 2, "random", context=2, seq_length=128, method="sepo"),
+    Case("confpo-cp2", 2, "random", context=2, seq_length=128, method="confpo"),
     Case("orpo-cp2", 2, "random", context=2, seq_length=128, method="orpo"),
     Case("simpo-tp2-pp2", 4, "random", tensor=2, pipeline=2, seq_length=128, method="simpo"),
     Case("simpo-dp2", 2, "random", method="simpo"),
