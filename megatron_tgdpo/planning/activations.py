@@ -2,8 +2,8 @@
 
 The count goes through the layer tensor by tensor, as Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) do,
 for this project's layer: RMSNorm, grouped-query attention by SDPA on packs (no padding, no score matrix), gated
-MLP, no dropout, rotary angles. Their sequence parallelism (section 4.2.2) divides what lies outside the linears, tensor
-parallelism what lies between them.
+MLP, or experts that get as many tokens each, no dropout, rotary angles. Their sequence parallelism (section 4.2.2)
+divides what lies outside the linears, tensor parallelism what lies between them.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.hf_weights.mapping import Heads
+from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads
 
 # Query rows that models/attention/sdpa.py masks at a time where SDPA's causal kernel does not apply.
 QUERY_BLOCK = 1024
@@ -51,7 +51,8 @@ class LayerWidths:
         query: All query heads.
         key: All key heads; as many for the values.
         projected: What the joint query, key and value projection leaves in memory.
-        mlp: Of gate, and of up.
+        mlp: Of gate, and of up; of all experts that a token goes to.
+        routed: Of the residual stream, as often as the token goes to experts; 0 without.
     """
 
     hidden: float
@@ -61,6 +62,7 @@ class LayerWidths:
     key: float
     projected: float
     mlp: float
+    routed: float
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, layout: ParallelLayout) -> "LayerWidths":
@@ -69,6 +71,10 @@ class LayerWidths:
         number = heads.groups * heads.queries_per_group
         # With more tensor ranks than key/value heads, megatron-core gathers the projection and keeps it whole.
         shared = 1 if tp > heads.groups else tp
+        experts = Experts.of(hf_config)
+        mlp = hf_config.intermediate_size if experts is None else experts.top_k * experts.size
+        # Each of the ranks that share an expert has the whole rows of all their tokens.
+        routed = 0 if experts is None else experts.top_k * hf_config.hidden_size * layout.expert_shards
         return cls(
             hidden=hf_config.hidden_size / (tp if layout.sequence_parallel else 1),
             heads=number / tp,
@@ -76,7 +82,8 @@ class LayerWidths:
             query=number * heads.size / tp,
             key=max(heads.groups / tp, 1) * heads.size,
             projected=(number + 2 * heads.groups) * heads.size / shared,
-            mlp=hf_config.intermediate_size / tp,
+            mlp=mlp / tp,
+            routed=routed / tp,
         )
 
 
@@ -106,7 +113,7 @@ def layer_activations(
     norms = (4 if settings.get("post_norms") else 2) * width.hidden * _norm_bytes(settings, size)
     if settings.get("qk_layernorm"):
         norms += width.query * size
-    linear_inputs = (2 * width.hidden + width.query + width.mlp) * size
+    linear_inputs = (2 * width.hidden + width.routed + width.query + width.mlp) * size
     # Rotated queries and keys; cosines and sines for both. Values stay inside the projection, unless they are gathered.
     keys = 2 * width.key * pack.gathered_keys or width.key
     attention = (width.projected + width.query + keys + 4 * width.head) * size

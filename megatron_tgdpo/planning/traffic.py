@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.hf_weights.mapping import Experts
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.memory import trained_parameters
+from megatron_tgdpo.planning.memory import expert_parameters, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Traffic:
         tensor: All-reduces, or under sequence parallelism all-gathers and reduce-scatters, within layers.
         pipeline: Hidden states of all models forwards, the policy's gradient backwards.
         data: Reduce-scatter of the fp32 gradients and all-gather of the new weights.
+        expert: Tokens to their experts and back.
     """
 
     tensor: float
     pipeline: float
     data: float
+    expert: float = 0.0
 
 
 def ring(ranks: int) -> float:
@@ -37,20 +40,47 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[floa
     """Bytes of one pack and one stage: policy forward, policy backward, frozen forward.
 
     A layer's forward takes four ring passes over the hidden states of the pack: an all-gather and a reduce-scatter for
-    attention and for the MLP, or one all-reduce each. So does its backward; under sequence parallelism two more, as the
-    linears gather their inputs again for the gradients of their weights.
+    attention and for the MLP, or one all-reduce each; with experts two, and what :func:`expert_bytes` counts. So does
+    its backward; under sequence parallelism two more, as the linears gather their inputs again for the gradients of
+    their weights.
     """
 
     def forward(hf_config: PretrainedConfig) -> float:
         layers = hf_config.num_hidden_layers // layout.pipeline
         result: float = (
-            4 * layers * ring(layout.tensor) * job.pack.tokens * hf_config.hidden_size * job.pack.dtype_bytes
+            (4 if Experts.of(hf_config) is None else 2)
+            * layers
+            * ring(layout.tensor)
+            * job.pack.tokens
+            * hf_config.hidden_size
+            * job.pack.dtype_bytes
         )
         return result
 
     policy = forward(job.policy)
     backward = (1.5 if layout.sequence_parallel else 1.0) + (1.0 if recompute == "full" else 0.0)
     return policy, backward * policy, sum(forward(hf_config) for hf_config in job.frozen)
+
+
+def expert_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[float, float, float]:
+    """Bytes of one pack and one stage that a rank sends for experts: policy forward, policy backward, frozen forward.
+
+    A layer's forward sends every token's hidden state to each of its experts, of which all ranks have as many, and gets
+    them back; the ranks that share an expert gather each other's tokens, and scatter what they add up. So does its
+    backward.
+    """
+
+    def forward(hf_config: PretrainedConfig) -> float:
+        experts = Experts.of(hf_config)
+        if experts is None:
+            return 0.0
+        layers = hf_config.num_hidden_layers // layout.pipeline
+        local = job.pack.tokens / layout.tensor * experts.top_k * hf_config.hidden_size * job.pack.dtype_bytes
+        gathered = (layout.expert_shards - 1) * local
+        return 2 * layers * (ring(layout.expert) * local + gathered)
+
+    policy = forward(job.policy)
+    return policy, (2 if recompute == "full" else 1) * policy, sum(forward(hf_config) for hf_config in job.frozen)
 
 
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
@@ -67,8 +97,14 @@ def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
 def data_bytes(job: Job, layout: ParallelLayout) -> float:
     """Bytes of one step, on the stage with most parameters."""
     lora = job.sources.trained
-    parameters = max(trained_parameters(job.policy, layout, stage, lora) for stage in {0, layout.pipeline - 1})
-    return ring(layout.data) * parameters * (4 + job.pack.dtype_bytes)
+    stages, size = {0, layout.pipeline - 1}, 4 + job.pack.dtype_bytes
+
+    def of_stage(stage: int) -> float:
+        trained = trained_parameters(job.policy, layout, stage, lora)
+        experts = expert_parameters(job.policy, layout, stage) if lora is None and layout.splits_experts else 0
+        return ring(layout.data) * (trained - experts) * size + ring(layout.expert_data) * experts * size
+
+    return max(map(of_stage, stages))
 
 
 def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
@@ -78,4 +114,5 @@ def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
         tensor=packs * sum(tensor_bytes(job, layout, recompute)),
         pipeline=packs * pipeline_bytes(job, layout),
         data=data_bytes(job, layout),
+        expert=packs * sum(expert_bytes(job, layout, recompute)),
     )

@@ -312,6 +312,7 @@ def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], s
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
             "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
+            **layout.expert_keys,
         },
         "train": {"recompute": plan.recompute},
     }
