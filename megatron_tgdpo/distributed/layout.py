@@ -1,6 +1,6 @@
 """The grid of ranks: which layout, which process groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_tgdpo.errors import UserError
@@ -10,16 +10,24 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
+# The models, in the order in which a layout has their layers.
+ROLES = ("policy", "reference", "guide")
+
+
 @dataclass(frozen=True)
 class ParallelLayout:
     """How the ranks are split; ``data`` follows from the world size.
 
     Every pipeline stage holds ``virtual`` chunks of consecutive layers: chunk c of stage s is part c x pipeline + s of
-    pipeline x virtual equal parts of the model.
+    pipeline x virtual parts of the model.
 
     Experts are split otherwise: the tensor x context x data ranks of a stage, in this order, are expert_tensor x
     expert x expert_data ranks to them. ``expert`` ranks have different experts, ``expert_tensor`` ranks share each
     (None: as ``tensor``), and what is left has the same.
+
+    Attributes:
+        layers: Layers of each stage, of policy, reference and guide in this order; of a model without, or with none
+            (``()``), the parts are equal. What takes the layout of one model reads the first: see :meth:`of_model`.
     """
 
     tensor: int
@@ -30,6 +38,7 @@ class ParallelLayout:
     virtual: int = 1
     expert: int = 1
     expert_tensor: int | None = None
+    layers: tuple[tuple[int, ...], ...] = ()
 
     @property
     def expert_shards(self) -> int:
@@ -56,6 +65,27 @@ class ParallelLayout:
         """Into how many parts of consecutive layers a model is divided."""
         return self.pipeline * self.virtual
 
+    def of_model(self, number: int) -> "ParallelLayout":
+        """The layout of one model: 0 the policy, 1 the reference, 2 the guide."""
+        return replace(self, layers=self.layers[number : number + 1])
+
+    def part_layers(self, layers: int) -> tuple[int, ...]:
+        """How many of a model's layers each part has, in the model's order; a stage's chunks are as equal as can be.
+
+        Raises:
+            ValueError: The layers are not divisible by the parts, and no numbers are given.
+        """
+        given = self.layers[0] if self.layers else ()
+        if not given:
+            if layers % self.parts:
+                raise ValueError(f"{layers} layers in {self.parts} parts: of which sizes?")
+            return (layers // self.parts,) * self.parts
+        return tuple(
+            of_stage * (chunk + 1) // self.virtual - of_stage * chunk // self.virtual
+            for chunk in range(self.virtual)
+            for of_stage in given
+        )
+
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
@@ -66,6 +96,15 @@ class ParallelLayout:
         vpp = f" in {self.virtual} chunks" if self.virtual > 1 else ""
         ep = f", experts EP{self.expert} x TP{self.expert_shards}" if self.splits_experts else ""
         return f"TP{self.tensor} x PP{self.pipeline}{vpp}{cp} x DP{self.data}{sp}{ep}"
+
+    @property
+    def unequal(self) -> dict[str, list[int]]:
+        """Layers of each stage by role, of the models whose stages are given: ``parallel.pipeline_layers``."""
+        return {role: list(sizes) for role, sizes in zip(ROLES, self.layers, strict=False) if sizes}
+
+    def describe_layers(self) -> str:
+        """Which layers the stages of unequal ones have, as ``policy 8+8+7+3 layers``; empty where all are equal."""
+        return ", ".join(f"{role} {'+'.join(map(str, sizes))} layers" for role, sizes in self.unequal.items())
 
 
 def make_layout(
@@ -121,6 +160,7 @@ def init_model_parallel(layout: ParallelLayout, seed: int, timeout_minutes: floa
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_shards,

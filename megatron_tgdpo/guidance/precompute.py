@@ -39,13 +39,12 @@ from megatron_tgdpo.guidance.cache import (
     write_shard,
 )
 from megatron_tgdpo.guidance.frozen_logps import FrozenEngine, build_frozen_engine
-from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.models.logp_tolerance import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.setup.datasets import Prepared, prepare_data
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import pin_inputs
-from megatron_tgdpo.setup.layout import layout_of
+from megatron_tgdpo.setup.layout import fitted_layout, layout_of
 from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
 from megatron_tgdpo.setup.model_sources import check_bases, model_sources
 
@@ -160,7 +159,7 @@ def _on_each_dataset(
     layout = replace(layout_of(config.parallel, ranks.world_size), virtual=1)
     config, _ = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     configs = read_model_configs(config)
-    check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
+    layout = fitted_layout(config, configs, layout)
     needed = files_needed(layout, device)
     run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
     cache, sources = Path(str(config.guidance.cache)), model_sources(config)

@@ -1,4 +1,7 @@
-"""Whether models divide by a parallel layout, from their HF configs alone: megatron-core is not imported for it."""
+"""Whether models divide by a parallel layout, from their HF configs alone: megatron-core is not imported for it.
+
+Heads and sizes must divide by the tensor ranks; of layers every stage, and every chunk, needs one.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,20 +58,22 @@ def _sizes(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 def _choices(numbers: list[int]) -> str:
     if not numbers:
-        return "another number of stages first: with these none divides"
+        return "1, and parallel.pipeline to fewer"
+    if len(numbers) > 2 and numbers == list(range(1, len(numbers) + 1)):
+        return f"at most {numbers[-1]}"
     *others, last = map(str, numbers)
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def _stages(kwargs: Mapping[str, Any], pp: int, layout: ParallelLayout) -> str | None:
     layers = kwargs["num_layers"]
-    return f"{layers} layers are not divisible by parallel.pipeline = {pp}" if layers % pp else None
+    return f"{layers} layers are fewer than parallel.pipeline = {pp} stages" if layers < pp else None
 
 
 def _chunks(kwargs: Mapping[str, Any], chunks: int, layout: ParallelLayout) -> str | None:
     layers, pp = kwargs["num_layers"], layout.pipeline
-    if layers % (pp * chunks):
-        return f"{layers} layers are not divisible by parallel.pipeline x virtual_pipeline = {pp} x {chunks}"
+    if layers < pp * chunks:
+        return f"{layers} layers are fewer than parallel.pipeline x virtual_pipeline = {pp} x {chunks}"
     return None
 
 

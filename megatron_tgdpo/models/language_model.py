@@ -29,7 +29,8 @@ from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.layer_spec import local_block_spec
 from megatron_tgdpo.models.rotary import RotaryFrequencies
 
-BlockSpec = Callable[[LanguageModelConfig, ProcessGroupCollection], TransformerBlockSubmodules]
+# Makes a chunk from the config and its number of layers.
+BlockSpec = Callable[[LanguageModelConfig, int], TransformerBlockSubmodules]
 
 
 class LanguageModel(GPTModel):
@@ -160,12 +161,13 @@ def build_language_model(
 
     Args:
         hf_config: From :func:`read_hf_config`.
-        layout: The parallel layout, already initialised (``init_model_parallel``).
+        layout: The parallel layout, already initialised (``init_model_parallel``), with this model's layers first
+            (``layout.of_model``).
         pg: Its process groups.
         dtype: Of parameters and activations.
         device: CPU needs the CPU backend (``enable_cpu_backend``).
         transformer_overrides: Extra or different arguments of LanguageModelConfig, e.g. recomputation.
-        block_spec: Makes one chunk's layers from config and process groups.
+        block_spec: Makes one chunk's layers from the config and their number.
         chunk: Which of the stage's ``layout.virtual`` chunks.
 
     Raises:
@@ -173,6 +175,7 @@ def build_language_model(
     """
     kwargs = transformer_config_kwargs(hf_config, layout, dtype=dtype, device=device, overrides=transformer_overrides)
     config = LanguageModelConfig(**kwargs)
-    model = LanguageModel(config, block_spec(config, pg), hf_config, pg, device, chunk)
+    layers = layout.part_layers(config.num_layers)[chunk * layout.pipeline + pg.pp.rank()]
+    model = LanguageModel(config, block_spec(config, layers), hf_config, pg, device, chunk)
     prepare_experts(model, layout, device)
     return model

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -57,10 +56,10 @@ def layer_skeleton(config: LanguageModelConfig) -> ModuleSpec:
 
 def local_block_spec(
     config: LanguageModelConfig,
-    pg: ProcessGroupCollection,
+    count: int,
     core_attention: type | ModuleSpec = PackedCausalAttention,
 ) -> TransformerBlockSubmodules:
-    """The layers and the final norm of one chunk of this pipeline stage."""
+    """The ``count`` layers and the final norm of one chunk of this pipeline stage."""
     layer = layer_skeleton(config)
     members = layer.submodules
     members.input_layernorm = RMSNorm
@@ -79,5 +78,4 @@ def local_block_spec(
     if config.post_norms:
         attention.linear_proj = with_post_norm(attention.linear_proj, RMSNorm)
         mlp.linear_fc2 = with_post_norm(mlp.linear_fc2, RMSNorm)
-    chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
-    return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

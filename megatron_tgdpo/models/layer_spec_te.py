@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
@@ -64,7 +63,7 @@ def load_parts() -> TransformerEngineParts:
 
 def te_block_spec(
     config: LanguageModelConfig,
-    pg: ProcessGroupCollection,
+    count: int,
     core_attention: type | ModuleSpec,
     parts: TransformerEngineParts,
 ) -> TransformerBlockSubmodules:
@@ -76,7 +75,7 @@ def te_block_spec(
 
     Args:
         config: The model's configuration.
-        pg: Process groups; ``pg.pp`` says how many layers are here.
+        count: How many layers.
         core_attention: Class or spec of the core attention.
         parts: From :func:`load_parts`, or look-alikes.
     """
@@ -111,8 +110,7 @@ def te_block_spec(
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm
-    chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
-    return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=parts.norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.norm)
 
 
 def with_fused_wgrad(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:

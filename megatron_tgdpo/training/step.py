@@ -13,7 +13,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
-from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.output.metrics import StepMetrics, reduce_metrics
 from megatron_tgdpo.setup.engine import Engine
 from megatron_tgdpo.training.forward_step import forward_step
@@ -43,7 +42,7 @@ def forward_backward(
             pg_collection=engine.pg,
             **pipeline,
         )
-    return reduce_metrics(metrics, engine.pg, engine.device, without=METHODS[engine.loss.method].without)
+    return reduce_metrics(metrics, engine.pg, engine.device, without=engine.loss.row.without)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ planning        errors loss distributed config models
 output          errors loss storage checkpoints config models
 frozen          loss distributed batching config models planning
 gpu             errors distributed config models planning
-setup           errors signals console distributed storage data checkpoints batching config models output frozen gpu
+setup           errors signals console distributed storage data checkpoints batching config models planning output \
+                frozen gpu
 resilience      errors signals mcore_compat console distributed storage checkpoints config models output setup
 guidance        errors intervals console loss distributed storage data checkpoints batching config models output \
                 frozen gpu setup resilience
