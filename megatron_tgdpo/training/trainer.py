@@ -5,7 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.training.engine_state import load_checkpoint
 from megatron_tgdpo.training.export import Exporter, export
 from megatron_tgdpo.training.finish import finish
+from megatron_tgdpo.training.performance import Performance, StepWork
 from megatron_tgdpo.training.resume import StartPoint, last_step
 from megatron_tgdpo.training.run_data import RunData
 from megatron_tgdpo.training.samples import PolicySamples
@@ -55,15 +56,6 @@ _PROGRESS = (
 _EVAL_PROGRESS = (("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"))
 
 
-@dataclass(frozen=True)
-class StepTokens:
-    """What one step works on, over all ranks: tokens of pairs, tokens of packs with their padding, and pairs."""
-
-    real: int
-    computed: int
-    pairs: int
-
-
 class Trainer:
     """Runs the steps of a configured run from where it goes on to its end.
 
@@ -73,6 +65,7 @@ class Trainer:
         engine: Models and optimizer of this rank.
         data: Datasets and data order.
         start: Where it goes on.
+        performance: Tells how fast its steps are.
         exporter: Writes HF directories, if ``export.hf`` asks for them.
     """
 
@@ -83,6 +76,7 @@ class Trainer:
         engine: Engine,
         data: RunData,
         start: StartPoint,
+        performance: Performance,
         exporter: Exporter | None = None,
     ) -> None:
         self.config = config
@@ -91,6 +85,7 @@ class Trainer:
         self.data = data
         self.output_dir = Path(config.output_dir)
         self.start = start
+        self.performance = performance
         self.lora = trained_lora(config)
         self.exporter = exporter
         self.last_step = last_step(config, data.order)
@@ -134,8 +129,9 @@ class Trainer:
         coming = self._step_packs(first)
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
-            packs, tokens = coming
-            coming = self._step_packs(step + 1) if step < self.last_step else ([], StepTokens(0, 0, 0))
+            packs, work = coming
+            coming = self._step_packs(step + 1) if step < self.last_step else ([], None)
+            data_seconds = time.monotonic() - begin
             result = train_step(self.engine, packs, coming[0])
             self._guard(step, result)
             if step == 1 and self.config.train.check_start and self.config.method.frozen:
@@ -144,13 +140,15 @@ class Trainer:
             values |= {"train/lr": result.lr}
             values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
             seconds = time.monotonic() - begin
-            peak, stop, failed, waited = self._over_ranks(
+            peak, data_seconds, stop, failed, waited = self._over_ranks(
                 _peak_memory_bytes(self.engine.device) / GIB,
+                data_seconds,
                 signals.requested(),
                 self.saver.has_failed,
                 time.monotonic() - saved,
             )
-            values |= self._performance(seconds, tokens, peak) | self.saver.take_metrics()
+            assert work is not None, "a step has pairs"
+            values |= self.performance.metrics(seconds, work, data_seconds, peak) | self.saver.take_metrics()
             evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
             for group, evaluation in evaluations.items():
                 values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
@@ -162,7 +160,7 @@ class Trainer:
                 log.write(step, values, evaluations, samples)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
                     logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
-                if (warning := guide_watch.count(result.metrics.values, tokens.pairs)) is not None:
+                if (warning := guide_watch.count(result.metrics.values, work.pairs)) is not None:
                     logger.warning(warning)
             last = bool(stop) or step == self.last_step
             due = best is not None or failed
@@ -210,7 +208,7 @@ class Trainer:
         """Collates packs one by one, when the schedule takes them."""
         return (collate([dataset[i] for i in pack], self.engine.pack_format, guidance) for pack in packs)
 
-    def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], StepTokens]:
+    def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], StepWork | None]:
         """This data rank's packs of a step, and what is in those of all ranks."""
         train, pack_format = self.data.train, self.engine.pack_format
         indices = self.data.order.step_indices(step)
@@ -218,10 +216,8 @@ class Trainer:
         used = [
             int(pack_format.pair_tokens(train.lengths[pack]).sum()) if pack else 0 for packs in plan for pack in packs
         ]
-        tokens = StepTokens(
-            pack_format.real_tokens(train.lengths[indices]), sum(map(pack_format.cut, used)), len(indices)
-        )
-        return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), tokens
+        work = self.performance.work(train.lengths[indices], train.trained_lengths[indices], used)
+        return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), work
 
     def _guard(self, step: int, result: StepResult) -> None:
         if result.updated:
@@ -270,17 +266,6 @@ class Trainer:
         maxima = torch.tensor([float(number) for number in mine], device=self.engine.device)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         return maxima.tolist()
-
-    def _performance(self, seconds: float, tokens: StepTokens, peak: float) -> dict[str, float]:
-        """The step's speed, and memory in GiB."""
-        return {
-            "perf/pairs_per_second": tokens.pairs / seconds,
-            "perf/tokens_per_second": tokens.real / seconds,
-            "perf/tokens_per_second_per_gpu": tokens.real / seconds / self.layout.world_size,
-            "perf/step_seconds": seconds,
-            "perf/packing_efficiency": tokens.real / tokens.computed,
-            "perf/peak_memory_gib": peak,
-        }
 
     def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
         eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))
