@@ -47,7 +47,6 @@ from megatron_tgdpo.training.step import StepResult, evaluate_packs, train_step
 
 logger = logging.getLogger(__name__)
 
-_EVAL_PLAN_PAIRS = 1024
 # Metric, its name in the progress line, its format.
 _PROGRESS = (
     ("train/loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".4f"),
@@ -87,6 +86,8 @@ class Trainer:
         self.start = start
         self.performance = performance
         self.lora = trained_lora(config)
+        # This data rank's packs of each validation set, once it was evaluated.
+        self._evaluated: dict[str, list[list[int]]] = {}
         self.exporter = exporter
         self.last_step = last_step(config, data.order)
         self.saver = CheckpointSaver(
@@ -181,10 +182,9 @@ class Trainer:
 
     def _evaluate(self, name: str) -> StepMetrics:
         dataset = self.data.validation[name]
-        indices = list(range(len(dataset)))
-        # Planned in parts: the time to plan grows with the square of the pairs.
-        parts = (indices[start : start + _EVAL_PLAN_PAIRS] for start in range(0, len(indices), _EVAL_PLAN_PAIRS))
-        packs = [pack for part in parts for pack in self._plan(dataset, part)[self.engine.pg.dp.rank()]]
+        if name not in self._evaluated:
+            self._evaluated[name] = self._plan(dataset, list(range(len(dataset))))[self.engine.pg.dp.rank()]
+        packs = self._evaluated[name]
         batches = self._collated(dataset, packs, self.data.validation_guidance.get(name))
         return evaluate_packs(self.engine, batches, len(packs))
 
