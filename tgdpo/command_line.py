@@ -20,7 +20,7 @@ from megatron_tgdpo.errors import UserError
 if TYPE_CHECKING:
     from megatron_tgdpo.config.schema import ParallelConfig
 
-MODEL_HELP = "HF directory, model of the Hub, Megatron checkpoint, or output directory of a run"
+MODEL_HELP = "HF directory, model of the Hub, Megatron checkpoint, PEFT adapter, or output directory of a run"
 
 
 def positive(text: str) -> int:
@@ -203,7 +203,8 @@ def find_models(given: argparse.Namespace, *options: str, weights: bool = True) 
 def find_whole_model(text: str | Path, option: str, *, weights: bool = True) -> Path:
     """A model that can be run, from what an option names: as it is, or once a checkpoint is exported.
 
-    A checkpoint of a LoRA run is one: it says where its base model is. A ``peft`` directory is none.
+    An adapter is one, of a LoRA run or of ``peft``, where its base model is there. With ``weights`` false, for a model
+    that is not run, its base is not looked for.
 
     Raises:
         UserError: There is none; the message begins with the option.
@@ -212,11 +213,13 @@ def find_whole_model(text: str | Path, option: str, *, weights: bool = True) -> 
 
     found = find_model(text, option, weights=weights, adapter=True)
     # Only now: this takes the seconds of torch's import.
-    from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, refuse_adapter
+    from megatron_tgdpo.checkpoints.model_directory import is_peft_adapter
 
-    if not is_megatron_checkpoint(found):
+    if weights and is_peft_adapter(found):
+        from checkpoints_convert.merge import find_base
+
         with naming(option):
-            refuse_adapter(found)
+            find_base(found, None)
     return found
 
 
@@ -228,7 +231,15 @@ def check_ranks(parallel: "ParallelConfig", ranks: int) -> None:
     """
     from megatron_tgdpo.distributed.layout import make_layout
 
-    make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, ranks)
+    make_layout(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.sequence_parallel,
+        ranks,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+    )
 
 
 def check_scratch(given: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from megatron_tgdpo.gpu.kernel_choice import LayerSpec, build_block_spec, choose
 from megatron_tgdpo.gpu.overlap import check_overlap
 from megatron_tgdpo.gpu.overlap import transformer_kwargs as overlap_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
+from megatron_tgdpo.models.families import family_of
 
 
 @functools.cache
@@ -51,6 +52,11 @@ def check_gpu_options(
     check_overlap(config, layout, found, spec)
     for role, hf_config in configs.items():
         recipe = config.precision.policy_recipe if role == "policy" else config.frozen_recipe
+        if recipe is not None and family_of(hf_config.architectures).has_experts:
+            raise UserError(
+                f"model.{role} has experts, whose products are not made in FP8 or FP4 yet: set precision.fp8=none and "
+                "precision.fp4=none (for a frozen model alone precision.frozen=bf16)"
+            )
         if recipe is not None:
             own = layout.of_model(ROLES.index(role))
             kwargs = transformer_config_kwargs(hf_config, own, dtype=torch.bfloat16, device=torch.device("cpu"))

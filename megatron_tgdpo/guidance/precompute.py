@@ -4,7 +4,8 @@ Data-parallel replicas work on shards of their own, without waiting for each oth
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -245,10 +246,12 @@ def _compute(engine: FrozenEngine, name: str, work: Work) -> None:
     mine = work.missing[engine.pg.dp.rank() :: engine.pg.dp.size()]
     pairs = sum(len(work.shards.pairs(shard)) for shard in mine)
     with progress(f"guidance, {name}", pairs, "pair", shown=dist.get_rank() == 0) as bar:
-        for shard in mine:
-            indices = work.shards.pairs(shard)
+        for turn in range(math.ceil(len(work.missing) / engine.pg.dp.size())):
+            # Without a shard at the last turn this replica's experts may be asked for.
+            shard = mine[turn] if turn < len(mine) else None
+            indices: Sequence[int] = [] if shard is None else work.shards.pairs(shard)
             found = engine.logps(work.dataset, indices)
-            if engine.receives:
+            if shard is not None and engine.receives:
                 values = np.concatenate([found[index] for index in indices], axis=1)
                 write_shard(work.directory, shard, work.key, dict(zip(work.roles, values, strict=True)))
             bar.update(len(indices))

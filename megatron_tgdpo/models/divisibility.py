@@ -13,7 +13,7 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import family_of
 
 # No layout has more ranks of one kind than there are of what they share.
-_SHARED = ("num_layers", "num_attention_heads")
+_SHARED = ("num_layers", "num_attention_heads", "num_moe_experts")
 
 
 def check_layout(configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> None:
@@ -23,12 +23,13 @@ def check_layout(configs: Mapping[str, PretrainedConfig], layout: ParallelLayout
         UserError: One does not; the message names its role, and the sizes by which all of them do.
     """
     sizes = {role: _sizes(hf_config) for role, hf_config in configs.items()}
+    _check_experts(sizes, layout)
     for role, kwargs in sizes.items():
         for key, size, problem in _PROBLEMS:
             why = problem(kwargs, size(layout), layout)
             if why is None:
                 continue
-            most = max(each[name] for each in sizes.values() for name in _SHARED)
+            most = max(each.get(name) or 1 for each in sizes.values() for name in _SHARED)
             divide = [
                 number
                 for number in range(1, most + 1)
@@ -82,9 +83,35 @@ def _tensor_ranks(kwargs: Mapping[str, Any], tp: int, layout: ParallelLayout) ->
         return f"{kwargs['num_attention_heads']} attention heads are not divisible by parallel.tensor = {tp}"
     if groups % tp and tp % groups:
         return f"{groups} key/value heads neither divide nor are divisible by parallel.tensor = {tp}"
-    if kwargs["ffn_hidden_size"] % tp:
+    if kwargs.get("qk_projection_norm") and tp > groups:
+        return f"a norm over all of {groups} key/value heads, which parallel.tensor = {tp} would divide"
+    if not kwargs.get("num_moe_experts") and kwargs["ffn_hidden_size"] % tp:
         return f"MLP size {kwargs['ffn_hidden_size']} is not divisible by parallel.tensor = {tp}"
     return None
+
+
+def _expert_ranks(kwargs: Mapping[str, Any], ep: int, layout: ParallelLayout) -> str | None:
+    experts = kwargs.get("num_moe_experts")
+    return f"{experts} experts are not divisible by parallel.expert = {ep}" if experts and experts % ep else None
+
+
+def _expert_shards(kwargs: Mapping[str, Any], etp: int, layout: ParallelLayout) -> str | None:
+    size = kwargs.get("moe_ffn_hidden_size")
+    return f"expert size {size} is not divisible by parallel.expert_tensor = {etp}" if size and size % etp else None
+
+
+def _check_experts(sizes: Mapping[str, Mapping[str, Any]], layout: ParallelLayout) -> None:
+    with_experts = [role for role, kwargs in sizes.items() if kwargs.get("num_moe_experts")]
+    if layout.splits_experts and not with_experts:
+        raise UserError(
+            f"parallel.expert is {layout.expert} and expert_tensor {layout.expert_shards}, but no model has experts: "
+            "remove both keys"
+        )
+    if with_experts and layout.tensor > 1 and not layout.sequence_parallel:
+        raise UserError(
+            f"model.{with_experts[0]} has experts, which under parallel.tensor = {layout.tensor} would get every token "
+            f"{layout.tensor} times: set parallel.sequence_parallel=true"
+        )
 
 
 # A key, its value in a layout, and what is wrong with such a value for a model.
@@ -93,4 +120,6 @@ _PROBLEMS: tuple[tuple[str, Callable[[ParallelLayout], int], _Problem], ...] = (
     ("parallel.pipeline", lambda layout: layout.pipeline, _stages),
     ("parallel.virtual_pipeline", lambda layout: layout.virtual, _chunks),
     ("parallel.tensor", lambda layout: layout.tensor, _tensor_ranks),
+    ("parallel.expert", lambda layout: layout.expert, _expert_ranks),
+    ("parallel.expert_tensor", lambda layout: layout.expert_shards, _expert_shards),
 )

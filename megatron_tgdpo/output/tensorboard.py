@@ -134,7 +134,7 @@ def _with_plugin_data(summary: Any, change: Callable[[HParamsPluginData], None])
 def _as_markdown(sample: Sample) -> str:
     """Prompt and answer as they are: the page would take what is in them for markup."""
     end = "" if sample.ended else f" (cut after {sample.tokens} tokens)"
-    parts = {f"Prompt of pair {sample.pair}": sample.prompt, f"Answer{end}": sample.answer}
+    parts = {f"Prompt of {sample.source}": sample.prompt, f"Answer{end}": sample.answer}
     return "\n\n".join(f"{title}\n\n" + indent(text, "    ", lambda line: True) for title, text in parts.items())
 
 

@@ -132,18 +132,21 @@ def job_of(config: Config, models: Sequence[PretrainedConfig], sources: Sources 
     )
 
 
-def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: Cluster) -> Plan:
+def choose_layout(
+    config: Config, models: Sequence[PretrainedConfig], cluster: Cluster, sources: Sources | None = None
+) -> Plan:
     """The fastest layout that fits, by estimate, for pairs of ``data.max_length`` tokens, half of them response.
 
     Args:
         config: The run; its own layout is not looked at.
         models: HF configs of the policy and of the frozen models that run co-located.
         cluster: The machines.
+        sources: What the models are made of (``setup/model_sources.py: planned_sources``); by default each is whole.
 
     Raises:
         UserError: None fits.
     """
-    plans = all_plans(job_of(config, models), cluster)
+    plans = all_plans(job_of(config, models, sources), cluster)
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return fitting[0]

@@ -146,7 +146,7 @@ def adapter_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stag
     layers, total = set(stage_layers(hf_config, layout, stage)), 0
     for parameter in global_parameters(hf_config):
         parts = {name.removesuffix(".weight").rpartition(".")[2] for name, _ in parameter.hf_tensors}
-        if parameter.layer in layers and len(parameter.shape) == 2 and parts.intersection(lora.targets):
+        if parameter.layer in layers and len(parameter.shape) == 2 and any(map(lora.adapts, parts)):
             outputs, inputs = parameter.shape
             if parameter.kind == "row":
                 inputs //= layout.tensor
@@ -207,10 +207,13 @@ def stage_memory(
         linears = stage_linears(hf_config, own, stage, plain_ends=fp8.plain_ends)
         return round(parameters * size + (linear - size) * linears)
 
-    workspace = max(layer_workspace(policy, layout, pack, recompute), frozen_workspace(frozen, layout, pack))
+    workspace = max(
+        layer_workspace(policy, layout, pack, recompute, sources.trained), frozen_workspace(frozen, layout, pack)
+    )
     if stage == layout.pipeline - 1:
-        logprobs = [logprob_workspace(config, layout, pack) for config in (policy, *frozen)]
-        workspace = max(workspace, logprobs[0] + kept_logits(policy, layout, pack), *logprobs[1:])
+        trains = logprob_workspace(policy, layout, pack, weight_trains=sources.trained is None)
+        logprobs = [logprob_workspace(config, layout, pack, weight_trains=False) for config in frozen]
+        workspace = max(workspace, trains + kept_logits(policy, layout, pack), *logprobs)
     return RankMemory(
         stage=stage,
         policy_parameters=whole + (trained if sources.trained is not None else 0),
@@ -220,7 +223,7 @@ def stage_memory(
         gradients=4 * trained,
         optimizer=state * trained // (layout.data * layout.context),
         frozen=sum(weights(*each, count, fp8.frozen) for each, count in zip(alone, held, strict=True)) + beside * size,
-        activations=round(stage_activations(policy, layout, pack, recompute, stage)),
+        activations=round(stage_activations(policy, layout, pack, recompute, stage, sources.trained)),
         carried=round(carried_states(policy, frozen, layout, pack)),
         workspace=round(workspace),
         save=(size + 12) * saved // (layout.data * layout.context),

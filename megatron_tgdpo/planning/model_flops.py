@@ -25,10 +25,13 @@ def query_width(hf_config: PretrainedConfig) -> int:
 
 
 def linear_flops(hf_config: PretrainedConfig) -> int:
-    """Of a layer's linears, forwards, for a token: two for each weight."""
-    heads, query = Heads.of(hf_config), query_width(hf_config)
+    """Of a layer's linears, forwards, for a token: two for each weight, of experts those that a token goes to."""
+    settings: dict[str, Any] = family_of(hf_config.architectures).config_kwargs(hf_config)
+    heads, query, mlp = Heads.of(hf_config), query_width(hf_config), 3 * settings["ffn_hidden_size"]
+    if settings.get("num_moe_experts"):
+        mlp = 3 * settings["moe_ffn_hidden_size"] * settings["moe_router_topk"] + settings["num_moe_experts"]
     joint = 2 * query + 2 * heads.groups * heads.size
-    result: int = 2 * hf_config.hidden_size * (joint + 3 * hf_config.intermediate_size)
+    result: int = 2 * hf_config.hidden_size * (joint + mlp)
     return result
 
 

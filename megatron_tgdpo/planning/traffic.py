@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
 from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.memory import fullest_stages, trained_parameters
@@ -39,8 +40,10 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
 
     A layer's forward takes four ring passes over the hidden states of the pack: an all-gather and a reduce-scatter for
     attention and for the MLP, or one all-reduce each. So does its backward; under sequence parallelism two more, as the
-    linears gather their inputs again for the gradients of their weights.
+    linears gather their inputs again for the gradients of their weights, if these train. An adapter adds a pass over
+    what each of its As made, forward and backward, or both in one of them.
     """
+    sequence_parallel = layout.sequence_parallel
 
     def forward(number: int, hf_config: PretrainedConfig) -> float:
         layers = len(stage_layers(hf_config, layout.of_model(number), stage))
@@ -49,9 +52,29 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
         )
         return result
 
+    def adapter(number: int, hf_config: PretrainedConfig, lora: Lora | None) -> tuple[float, float]:
+        """Of forward and of backward."""
+        if lora is None:
+            return 0.0, 0.0
+        adapted = [fused for fused in fused_linears(hf_config) if any(adapted_parts(fused, lora))]
+        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
+        sizes = [sum(len(fused.parts) for fused in adapted if fused.row_parallel == row) for row in (False, True)]
+        columns, rows = (
+            ring(layout.tensor) * layers * job.pack.tokens * size * lora.rank * job.pack.dtype_bytes for size in sizes
+        )
+        return (columns + rows, columns + rows) if sequence_parallel else (2 * rows, 2 * columns)
+
+    trained = job.sources.trained
     policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
-    backward = (1.5 if layout.sequence_parallel else 1.0) + (1.0 if recompute == "full" else 0.0)
-    return policy, backward * policy, sum(frozen)
+    backward = (1.5 if sequence_parallel and trained is None else 1.0) * policy
+    added, added_backwards = adapter(0, job.policy, trained)
+    if recompute == "full":
+        backward += policy + added
+    frozen += [
+        adapter(number, hf_config, source.adapter)[0]
+        for number, (hf_config, source) in enumerate(zip(job.frozen, job.sources.frozen, strict=False), 1)
+    ]
+    return policy + added, backward + added_backwards, sum(frozen)
 
 
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:

@@ -24,6 +24,8 @@ def layout_of(parallel: ParallelConfig, world_size: int) -> ParallelLayout:
         parallel.sequence_parallel,
         world_size,
         parallel.virtual_pipeline or 1,
+        parallel.expert,
+        parallel.expert_tensor,
     )
 
 

@@ -4,10 +4,11 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megatron_tgdpo.checkpoints.best import Best
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.console import progress
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
@@ -45,14 +47,19 @@ from megatron_tgdpo.training.samples import PolicySamples
 from megatron_tgdpo.training.start_check import check_start
 from megatron_tgdpo.training.step import StepResult, evaluate_packs, train_step
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 logger = logging.getLogger(__name__)
 
 # Metric, its name in the progress line, its format.
 _PROGRESS = (
-    ("train/loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".4f"),
-    ("train/grad_norm", "grad_norm", ".3f"), ("train/lr", "lr", ".3g"),
+    ("train/loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".3f"),
+    ("train/grad_norm", "grad", ".2f"), ("train/lr", "lr", ".3g"),
 )  # fmt: skip
-_EVAL_PROGRESS = (("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"))
+_EVAL_PROGRESS = (
+    ("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".3f"),
+)  # fmt: skip
 
 
 class Trainer:
@@ -66,6 +73,7 @@ class Trainer:
         start: Where it goes on.
         performance: Tells how fast its steps are.
         exporter: Writes HF directories, if ``export.hf`` asks for them.
+        guide_of: As for ``training/finish.py: finish``.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class Trainer:
         start: StartPoint,
         performance: Performance,
         exporter: Exporter | None = None,
+        guide_of: Sequence[str] | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -89,6 +98,7 @@ class Trainer:
         # This data rank's packs of each validation set, once it was evaluated.
         self._evaluated: dict[str, list[list[int]]] = {}
         self.exporter = exporter
+        self.guide_of = guide_of
         self.last_step = last_step(config, data.order)
         self.saver = CheckpointSaver(
             engine,
@@ -120,7 +130,7 @@ class Trainer:
             raise
         if done < self.last_step:
             raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
-        finish(self.config, self.exporter, done, self.data.order.steps)
+        finish(self.config, self.exporter, done, self.data.order.steps, self.guide_of)
 
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
@@ -161,6 +171,8 @@ class Trainer:
                 log.write(step, values, evaluations, samples)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
                     logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
+                for group in evaluations:
+                    logger.info("%s at step %d: %s", group, step, _shown(values, _EVAL_PROGRESS, f"{group}/"))
                 if (warning := guide_watch.count(result.metrics.values, work.pairs)) is not None:
                     logger.warning(warning)
             last = bool(stop) or step == self.last_step
@@ -186,7 +198,9 @@ class Trainer:
             self._evaluated[name] = self._plan(dataset, list(range(len(dataset))))[self.engine.pg.dp.rank()]
         packs = self._evaluated[name]
         batches = self._collated(dataset, packs, self.data.validation_guidance.get(name))
-        return evaluate_packs(self.engine, batches, len(packs))
+        label, first = f"evaluating data.{'.'.join(filter(None, ('validation', name)))}", dist.get_rank() == 0
+        with progress(label, len(packs), "pack", shown=first, leave=False) as bar:
+            return evaluate_packs(self.engine, _counted(batches, bar), len(packs))
 
     def _resume(self) -> int:
         if self.start.checkpoint is None:
@@ -226,10 +240,11 @@ class Trainer:
         pair = result.metrics.bad_pair
         if pair is not None:
             raise AgreedError(
-                f"step {step}: the loss of pair {pair} ({train.source(pair)}) is not finite; no parameter was changed "
-                "by this step: look at that pair, or lower optimizer.lr"
+                f"step {step}: the loss of the pair {train.source(pair)} is not finite; no parameter was changed "
+                "by this step: look at it, or lower optimizer.lr"
             )
-        pairs = ", ".join(map(str, self.data.order.step_indices(step)))
+        first, *others = map(train.source, self.data.order.step_indices(step))
+        pairs = f"{first} and {len(others)} others" if others else first
         raise AgreedError(
             f"step {step}: the gradient norm is {result.grad_norm} with finite losses; no parameter was changed by "
             f"this step (its pairs: {pairs}): lower optimizer.lr, or check the weights"
@@ -269,16 +284,23 @@ class Trainer:
 
     def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
         eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))
-        metrics = [f"{text} {values[name]:{form}}" for name, text, form in _PROGRESS if name in values]
-        line = (
-            f"step {step}/{self.data.order.steps} {' '.join(metrics)} | "
-            f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.2f} s/step ETA {eta}"
+        return (
+            f"step {step}/{self.data.order.steps} {_shown(values, _PROGRESS)} | "
+            f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.3g} s/step ETA {eta}"
         )
-        for group in map(eval_group, self.data.validation):
-            there = [(f"{group}/{name}", text, form) for name, text, form in _EVAL_PROGRESS]
-            evaluated = [f"{text} {values[name]:{form}}" for name, text, form in there if name in values]
-            line += f" | {group} {' '.join(evaluated)}" if evaluated else ""
-        return line
+
+
+def _shown(values: Mapping[str, float], metrics: Sequence[tuple[str, str, str]], before: str = "") -> str:
+    """Metrics as text, as far as they are there; ``before`` stands before their names."""
+    there = [(values[before + name], text, form) for name, text, form in metrics if before + name in values]
+    return " ".join(f"{text} {value:{form}}" for value, text, form in there)
+
+
+def _counted(batches: Iterable[PreferenceBatch], bar: "tqdm[Any]") -> Iterator[PreferenceBatch]:
+    """The same batches; the bar moves when one is taken."""
+    for batch in batches:
+        bar.update()
+        yield batch
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

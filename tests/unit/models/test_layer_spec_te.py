@@ -21,7 +21,14 @@ class Norm(torch.nn.Module):
         super().__init__()
 
 
-PARTS = TransformerEngineParts(norm=Norm, column_linear=Linear, row_linear=Linear)
+PARTS = TransformerEngineParts(
+    norm=Norm,
+    column_linear=Linear,
+    row_linear=Linear,
+    plain_column_linear=Linear,
+    column_grouped=Linear,
+    row_grouped=Linear,
+)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -1,5 +1,6 @@
 """Operations by the real lengths of pairs: what a mask shows, layer by layer, and what passes multiply."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.gpu.peak import peak_tflops
+from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.mapping import global_parameters
 from megatron_tgdpo.planning.model_flops import linear_flops, score_flops, seen, step_flops, step_models
 from megatron_tgdpo.planning.step_time import layer_flops
 from tests.published_configs import PUBLISHED, write_config
@@ -56,6 +59,24 @@ def test_a_step_of_equal_sequences_is_that_of_the_planner(tmp_path: Path) -> Non
     found = step_flops(step_models(llama, (), adapter=False), lengths, 0, shared_prompts=False, chosen_only=False)
     assert found == pytest.approx(3 * 8 * 2048 * 32 * layer_flops(llama, 2049))
     assert linear_flops(llama) == 2 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_linears_of_every_family(tmp_path: Path, name: str) -> None:
+    """Two for each element of a layer's matrices; of experts, a token goes to some."""
+    model = published(tmp_path, name)
+    settings = family_of(model.architectures).config_kwargs(model)
+    experts = settings.get("num_moe_experts") or 1
+    of_experts, others = 0, 0
+    for parameter in global_parameters(model):
+        if parameter.layer == 0 and len(parameter.shape) >= 2:
+            size = math.prod(parameter.shape)
+            if ".experts." in parameter.key:
+                of_experts += size
+            else:
+                others += size
+    chosen = of_experts * settings.get("moe_router_topk", 1) // experts
+    assert linear_flops(model) == 2 * (others + chosen)
 
 
 def test_peaks_by_device_and_precision() -> None:

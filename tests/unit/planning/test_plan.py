@@ -1,5 +1,6 @@
 """The planner's arithmetic by hand, its ranking and warnings, and that a dry run says the same."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.config.loading import config_from_dict, load_config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.preprocess import preprocess
+from megatron_tgdpo.data.preprocess import preprocess, try_first_records
+from megatron_tgdpo.data.sources import Source
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.fp8 import linear_bytes
@@ -22,11 +24,12 @@ from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, Pack, layer_activations, stage_activations
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
-from megatron_tgdpo.planning.layouts import all_plans, make_plan
+from megatron_tgdpo.planning.layouts import all_plans, choose_layout, make_plan
 from megatron_tgdpo.planning.memory import FrozenSource, LinearBytes, Sources, stage_memory, stage_parameters
 from megatron_tgdpo.planning.report import memory_lines, plan_text
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
+from megatron_tgdpo.setup.model_sources import planned_sources
 from megatron_tgdpo.training.run import dry_run, pack_lines
 from tests.distributed.common import write_pairs
 from tests.processes import run_forked
@@ -110,6 +113,22 @@ def test_an_adapter_has_gradients_and_state_and_its_base_neither(llama: Pretrain
     assert "train)" not in memory_lines(whole)[0]
 
 
+def test_activations_beside_an_adapter_by_hand(llama: PretrainedConfig) -> None:
+    whole, some = Lora(16, 32.0), Lora(8, 16.0, ("v_proj", "down_proj"))
+    size, tokens = 2, ROW.tokens
+    # Frozen linears keep no input, adapters keep theirs, what each A made, and each B as one product takes it.
+    linear_inputs, made = 4096 + 4096 + 4096 + 14336, (3 + 1 + 2 + 1) * 16
+    rows = 3 * (4096 + 2 * 1024) + 4096 + 2 * 2 * 14336 + 4096
+    full = layer_activations(llama, SINGLE, ROW, "none", 1)
+    assert layer_activations(llama, SINGLE, ROW, "none", 1, whole) == full + size * (tokens * made + 16 * rows)
+    kept = layer_activations(llama, SINGLE, ROW, "none", 1, some)
+    without = linear_inputs - 4096 - 14336
+    made, rows = (3 + 1) * 8, 8 * (3 * (4096 + 2 * 1024) + 4096)
+    assert kept == full + size * (tokens * (made - without) + rows)
+    # The first norm's input is the embedding, which has no gradient.
+    assert layer_activations(llama, SINGLE, ROW, "none", 0, some) == kept - size * tokens * 4096
+
+
 def test_weights_of_linears_in_fp8(llama: PretrainedConfig) -> None:
     grid = make_layout(2, 2, 1, True, 4)
     plain, fp8 = (
@@ -165,6 +184,22 @@ def test_traffic_by_hand(llama: PretrainedConfig) -> None:
     assert sent.pipeline == packs * hidden / 2 * 4
     largest = stage_parameters(llama, make_layout(2, 4, 1, True, 16), 3)  # has the final norm
     assert sent.data == (4 + 2) * largest / 2
+
+
+def test_traffic_of_adapters_by_hand(llama: PretrainedConfig) -> None:
+    sources = Sources(
+        Lora(16, 32.0), (FrozenSource(shared=True), FrozenSource(Lora(8, 16.0, ("o_proj",)), shared=True))
+    )
+    job, whole = Job(llama, (llama, llama), ROW, BATCH, sources=sources), Job(llama, (llama, llama), ROW, BATCH)
+    hidden, packs, number = 4096 * 4096 * 2, 32, 4096 * 2 * 16
+    for sequence_parallel in (True, False):
+        layout = make_layout(2, 4, 1, sequence_parallel, 16)
+        # What seven As made goes forwards and backwards, of the guide's one; frozen linears gather no input again.
+        added = (2 * 7 + 1 / 2) * number if sequence_parallel else (2 * 7 + 2 / 2) * number
+        added -= 2 * hidden if sequence_parallel else 0
+        sent = traffic(job, layout, "none")
+        assert sent.tensor == traffic(whole, layout, "none").tensor + packs * 8 / 2 * added
+        assert sent.data < traffic(whole, layout, "none").data / 50
 
 
 def test_a_bubble_is_as_long_as_the_other_stages_take(llama: PretrainedConfig) -> None:
@@ -248,25 +283,50 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
 
 def test_a_dry_run_counts_the_steps_of_its_epochs(tmp_path: Path) -> None:
     path, file = make_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
-    file.write_text("{}\n" * 30)
+    write_pairs(file, 30)
     values = {**VALID, "model": {"policy": str(path), "guide": str(path)}, "train": {"epochs": 1.5}}
     sources = [str(file), {"path": str(file), "weight": 0.5}]
     lines = {
-        name: dry_run(config_from_dict({**values, "data": {"train": train}}), 1)[0].splitlines()[-2]
+        name: dry_run(config_from_dict({**values, "data": {"train": train}}), 1)[0].splitlines()
         for name, train in {"raw": sources, "missing": str(tmp_path / "no.jsonl")}.items()
     }
+    tried = try_first_records([Source(str(file))], PreprocessOptions(str(path), max_length=2048, workers=1))
+    tokens = 8 * round((2 * tried.lengths[:, 0] + tried.lengths[:, 1] + tried.lengths[:, 2]).mean())
+    assert tried.records == 30
     # 1.5 x (30 + 15) pairs in steps of 8.
-    assert lines["raw"].startswith("1.5 epochs of 60 records, if each is a pair: 9 steps of 8 pairs, 16,384 tokens if")
-    assert ": 147,456 in all, about " in lines["raw"]
-    assert lines["missing"].startswith(f"data.train: {tmp_path}/no.jsonl: cannot be read: No such")
-    assert ": 1.5 epochs in steps of 8 pairs" in lines["missing"]
+    assert lines["raw"][-2].startswith(
+        f"1.5 epochs of 60 records, if each is a pair: 9 steps of 8 pairs, {tokens:,} tokens (by the first 60 records)"
+        f": {9 * tokens:,} in all, about "
+    )
+    assert lines["missing"][-3].startswith("1.5 epochs in steps of 8 pairs, 16,384 tokens if sequences are half as")
+    assert lines["missing"][-2].startswith(f"WARNING: data.train: {tmp_path}/no.jsonl: cannot be read: No such")
+    short = {**values, "data": {"train": str(file), "max_length": int(tried.lengths[:, :2].sum(axis=1).min())}}
+    assert "are cut and lose their end token" in dry_run(config_from_dict(short), 1)[0].splitlines()[-2]
     prefix = str(tmp_path / "pairs")
     write_pairs(file, 20)
     preprocess([str(file)], prefix, PreprocessOptions(str(path), max_length=64, workers=1), progress=False)
     line = dry_run(config_from_dict({**values, "data": {"train": prefix}}), 1)[0].splitlines()[-2]
     lengths = PreferenceDataset(prefix).lengths
     tokens = 8 * round((2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]).mean())
-    assert line.startswith(f"1.5 epochs of 20 pairs: 4 steps of 8 pairs, {tokens:,} tokens on average: {4 * tokens:,} ")
+    assert line.startswith(f"1.5 epochs of 20 pairs: 4 steps of 8 pairs, {tokens:,} tokens: {4 * tokens:,} in all")
+
+
+def test_a_dry_run_on_a_cpu_speaks_of_this_machine(tmp_path: Path) -> None:
+    path = make_llama(tmp_path / "model")
+    values = {**VALID, "model": {"policy": str(path)}, "guide": {"method": "dpo"}, "train": {"steps": 1}}
+    config = config_from_dict(values)
+    text, fits = dry_run(config, 2, on_cpu=True)
+    assert fits
+    assert "H100" not in text
+    # A guide that is still to be trained has weights of its own.
+    ((policy, frozen),) = re.findall(r"policy ([\d,]+), frozen ([\d,]+)", text)
+    assert int(frozen.replace(",", "")) == 2 * int(policy.replace(",", ""))
+    verdict, others = text.splitlines()[-2:]
+    assert re.fullmatch(r"fits this machine's [\d.]+ GiB, of which it needs [\d.]+", verdict)
+    assert others == "for GPUs, here or elsewhere: --world-size N and --gpu-memory-gib GIB"
+    # The method's options are as they are by default.
+    assert "alpha" not in text
+    assert config_from_dict(yaml.safe_load(text[: text.index("ranks: ")])) == config
 
 
 def test_a_dry_run_that_does_not_fit_names_overrides_that_do(tmp_path: Path) -> None:
@@ -323,7 +383,48 @@ def test_a_layout_that_does_not_fit_is_answered_with_the_nearest(
     assert "no layout of 8 GPUs fits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [[], ["--method", "dpo"], ["--guide", "{model}", "--guidance", "cached"]])
+def test_a_plan_of_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "guide", "adapter"):
+        (tmp_path / name).mkdir()
+    write_config(tmp_path / "base", PUBLISHED["Llama-3-8B"])
+    lora = ["--model", str(tmp_path / "base"), "--gpus-per-node", "1", "--tensor", "1", "--lora-rank", "16"]
+
+    def frozen_gib(*options: str) -> float:
+        assert tgdpo_plan([*lora, *options]) in (0, 1)
+        text = capsys.readouterr().out
+        assert "train)" in text
+        return float(re.findall(r"frozen models +([\d.]+) GiB", text)[0])
+
+    # The reference is the base; the guide an adapter as large as the policy's, another, the base too, or a whole model.
+    config = {"peft_type": "LORA", "r": 160, "lora_alpha": 160, "target_modules": "all-linear"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    own = frozen_gib()
+    assert frozen_gib("--guide", str(tmp_path / "adapter")) == pytest.approx(10 * own, rel=0.02)
+    assert frozen_gib("--guide", str(tmp_path / "base")) == frozen_gib("--method", "dpo") == 0
+    write_config(tmp_path / "guide", PUBLISHED["Llama-3-8B"])
+    assert frozen_gib("--guide", str(tmp_path / "guide")) == pytest.approx(2 * 8.03e9 / 2**30, rel=0.01)
+    assert frozen_gib("--lora-targets", "qkv, proj") < own / 2
+    assert tgdpo_plan([*lora, "--lora-targets", "embed"]) == 1
+    assert "--lora-targets names embed: there are all-linear, q_proj" in capsys.readouterr().err
+
+
+def test_a_layout_for_adapters_is_chosen(tmp_path: Path) -> None:
+    model = str(make_llama(tmp_path / "model"))
+    values = {**VALID, "model": {"policy": model, "guide": model}}
+    chosen = [config_from_dict({**values, **section}) for section in ({}, {"lora": {"rank": 4}})]
+    hf_config = read_hf_config(Path(model))
+    plans = [
+        choose_layout(each, [hf_config] * 3, Cluster(1, 1), planned_sources(each, list(each.model_paths)))
+        for each in chosen
+    ]
+    assert [plan.memory.frozen > 0 for plan in plans] == [True, False]
+    assert plans[0].memory.optimizer > 2 * plans[1].memory.optimizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--method", "dpo"], ["--guide", "{model}", "--guidance", "cached"], ["--lora-rank", "4"]],
+)
 def test_a_written_config_is_one_that_training_takes(tmp_path: Path, options: list[str]) -> None:
     model, out = str(make_llama(tmp_path / "model")), tmp_path / "config.yaml"
     (tmp_path / "pairs.jsonl").write_text("{}")
@@ -334,7 +435,9 @@ def test_a_written_config_is_one_that_training_takes(tmp_path: Path, options: li
     assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel) == (2, 2, True)
     assert (config.model.policy, config.batch.global_pairs, config.data.max_length) == (model, 16, 64)
     assert config.guidance.mode == ("cached" if "cached" in options else "colocated")
-    assert config.guide.method == (None if options else "dpo")
+    assert config.guide.method == (None if {"dpo", "cached"}.intersection(options) else "dpo")
+    lora = "--lora-rank" in options
+    assert (config.lora.rank, config.optimizer.lr) == ((4, 7e-6) if lora else (None, 7e-7))
     text, fits = dry_run(config, 8)
     assert fits
     assert "ranks: 8 = TP2 x PP2 x DP2 + SP" in text
