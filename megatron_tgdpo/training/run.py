@@ -44,6 +44,7 @@ from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.training.best import check_best_metric
 from megatron_tgdpo.training.export import Exporter
 from megatron_tgdpo.training.finish import finish
+from megatron_tgdpo.training.performance import Performance
 from megatron_tgdpo.training.resume import begin, find_start, last_step, log_nothing_to_do
 from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer
@@ -101,7 +102,8 @@ def run(
             return
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
-        Trainer(config, layout, engine, data, start, exporter, guide_of).train()
+        performance = Performance(config, used, engine.pack_format, layout.world_size, device)
+        Trainer(config, layout, engine, data, start, performance, exporter, guide_of).train()
 
 
 def dry_run(
