@@ -16,6 +16,7 @@ class LiveStorages(TorchDispatchMode):
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._sum = 0  # of those, some of which may be gone
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -27,12 +28,14 @@ class LiveStorages(TorchDispatchMode):
                 if storage._cdata not in self._known and storage._cdata not in self._live:
                     # The weak reference keeps the address from being used again.
                     self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    self._sum += storage.nbytes()
                     new = True
-        if new:
+        if new and self._sum > self.peak:
             self.peak = max(self.peak, self.bytes())
         return out
 
     def bytes(self) -> int:
         """Of the storages that are alive."""
         self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        return sum(size for _, size in self._live.values())
+        self._sum = sum(size for _, size in self._live.values())
+        return self._sum

@@ -25,6 +25,17 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "mistral": {"head_dim": 32, "sliding_window": 24},
 }
+# Families with experts, which under tensor parallelism train with sequence parallelism only.
+EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"head_dim": 32, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 def make_model(
@@ -50,7 +61,7 @@ def make_model(
 
     With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it; ``rope`` gives other
     settings. ``noise`` changes matrices by so much of themselves. ``options`` go into the HF config, over
-    ``FAMILY_OPTIONS``.
+    ``FAMILY_OPTIONS`` and ``EXPERT_OPTIONS``.
 
     Returns:
         ``path``.
@@ -79,7 +90,7 @@ def make_model(
         bos_token_id=1,
         eos_token_id=2,
         **_rope_arguments(rope),
-        **{**FAMILY_OPTIONS.get(family, {}), **options},
+        **{**FAMILY_OPTIONS.get(family, {}), **EXPERT_OPTIONS.get(family, {}), **options},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

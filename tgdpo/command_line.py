@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,13 +180,14 @@ def check_present(given: argparse.Namespace, *options: str) -> None:
             raise UserError(f"{option} {path}: no such file or directory")
 
 
-def find_models(given: argparse.Namespace, *options: str, weights: bool = True) -> None:
+def find_models(given: argparse.Namespace, *options: str, weights: bool = True, adapters: Sequence[str] = ()) -> None:
     """Puts, in options (``--model``) that name models or lists of them, the directories they mean; None is left out.
 
     Args:
         given: The command line.
         options: Their names.
         weights: Whether weights are wanted of a model of the Hub.
+        adapters: Which of them may name a ``peft`` adapter as well.
 
     Raises:
         UserError: One means no model, see :func:`~megatron_tgdpo.checkpoints.find_model.find_model`.
@@ -197,13 +198,13 @@ def find_models(given: argparse.Namespace, *options: str, weights: bool = True) 
         if isinstance(text, list):
             setattr(given, name, [find_whole_model(one, option, weights=weights) for one in text])
         elif text is not None:
-            setattr(given, name, find_whole_model(text, option, weights=weights))
+            setattr(given, name, find_whole_model(text, option, weights=weights, peft=option in adapters))
 
 
-def find_whole_model(text: str | Path, option: str, *, weights: bool = True) -> Path:
+def find_whole_model(text: str | Path, option: str, *, weights: bool = True, peft: bool = False) -> Path:
     """A model that can be run, from what an option names: as it is, or once a checkpoint is exported.
 
-    A checkpoint of a LoRA run is one: it says where its base model is. A ``peft`` directory is none.
+    A checkpoint of a LoRA run is one: it says where its base model is. A ``peft`` directory is none, unless ``peft``.
 
     Raises:
         UserError: There is none; the message begins with the option.
@@ -214,7 +215,7 @@ def find_whole_model(text: str | Path, option: str, *, weights: bool = True) -> 
     # Only now: this takes the seconds of torch's import.
     from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, refuse_adapter
 
-    if not is_megatron_checkpoint(found):
+    if not peft and not is_megatron_checkpoint(found):
         with naming(option):
             refuse_adapter(found)
     return found
@@ -228,7 +229,15 @@ def check_ranks(parallel: "ParallelConfig", ranks: int) -> None:
     """
     from megatron_tgdpo.distributed.layout import make_layout
 
-    make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, ranks)
+    make_layout(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.sequence_parallel,
+        ranks,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+    )
 
 
 def check_scratch(given: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from megatron_tgdpo.config.schema import Config, GuideConfig
+    from megatron_tgdpo.distributed.layout import ParallelLayout
     from megatron_tgdpo.distributed.ranks import RankEnvironment
 
 # A line of the report: ``ok``, ``note`` or ``STOP``, and what it says.
@@ -134,9 +135,8 @@ def _versions() -> str:
 def _input_lines(config: "Config", guide: "GuideConfig", world_size: int, device: "torch.device") -> list[Line]:
     """What one rank can see for all: models, data, and whether the run fits them and a machine like this."""
     from megatron_tgdpo.gpu.options import capabilities, check_gpu_options
-    from megatron_tgdpo.models.divisibility import check_layout
     from megatron_tgdpo.output.metrics_log import check_loggers
-    from megatron_tgdpo.setup.layout import layout_of
+    from megatron_tgdpo.setup.layout import fitted_layout, layout_of
     from megatron_tgdpo.setup.model_inputs import check_tokenizers, models_that_run, read_model_configs
     from megatron_tgdpo.training.best import check_best_metric
     from megatron_tgdpo.training.run import planned_memory
@@ -154,23 +154,27 @@ def _input_lines(config: "Config", guide: "GuideConfig", world_size: int, device
     def configs() -> dict[str, "PretrainedConfig"]:
         return models_that_run(config, read_model_configs(config))
 
+    @functools.cache
+    def fitted() -> "ParallelLayout":
+        return fitted_layout(config, configs(), layout_of(config.parallel, world_size))
+
     def models() -> str:
         configs()
         check_tokenizers(config)
         return "models: " + ", ".join(f"{role} {path}" for role, path in config.model_paths.items())
 
     def layout() -> str:
-        check_layout(configs(), layout_of(config.parallel, world_size))
-        return f"layout: {layout_of(config.parallel, world_size)}"
+        found = fitted()
+        return f"layout: {found}{f', {found.describe_layers()}' if found.layers else ''}"
 
     def kernels() -> str:
-        check_gpu_options(config, configs(), layout_of(config.parallel, world_size), capabilities(device))
+        check_gpu_options(config, configs(), fitted(), capabilities(device))
         precision = config.precision
         return f"precision: {precision.dtype}, FP8 {precision.fp8}, FP4 {precision.fp4}"
 
     def memory() -> str:
         asked = replace(config, guide=guide)  # a guide that is still to be trained takes memory of its own
-        need = planned_memory(asked, configs(), layout_of(config.parallel, world_size)).total
+        need = planned_memory(asked, configs(), fitted()).total
         have = _memory_of(device)
         text = f"memory: the fullest rank needs about {need / 2**30:.1f} GiB, by plan"
         if have is None:

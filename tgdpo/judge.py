@@ -25,7 +25,6 @@ from tgdpo.command_line import (
     run,
 )
 
-
 # The share of replies without a verdict above which people are warned.
 _UNPARSABLE = 0.1
 
@@ -98,8 +97,8 @@ def table(results: dict[str, Any], out: Path) -> str:
     if results["unparsable"] > _UNPARSABLE:
         lines.insert(
             1,
-            f"WARNING: {results['unparsable']:.1%} of the replies have no verdict that can be read (judgments.jsonl has "
-            "them): take a stronger judge, or a larger --max-new-tokens",
+            f"WARNING: {results['unparsable']:.1%} of the replies have no verdict that can be read (judgments.jsonl "
+            "has them): take a stronger judge, or a larger --max-new-tokens",
         )
     return "\n".join(lines)
 

@@ -3,7 +3,8 @@
     tgdpo plan --model MODEL_OR_CONFIG_JSON [--method dpo] [--nodes 4] [--tensor 8 --pipeline 4 ...]
     tgdpo plan --model MODEL_OR_CONFIG_JSON --schedules [--tensor 8]
 
-Reads only ``config.json``. Reference and guide have the policy's shape unless given. What is computed, and how well it
+Reads only ``config.json``. Reference and guide have the policy's shape unless given; with ``--lora-rank`` they are the
+policy's base and an adapter on it. What is computed, and how well it
 is checked: docs/planning.md. ``tgdpo train CONFIG --dry-run`` gives the same memory for a config.
 """
 
@@ -18,7 +19,7 @@ from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.planning.cluster import Cluster
-from tgdpo.command_line import find_models, positive_number, run
+from tgdpo.command_line import find_models, positive, positive_number, run
 
 _MAY_BE_ZERO = ("reserve_gib", "response_share")
 _LARGEST = 10**9
@@ -38,6 +39,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=("colocated", "cached"),
         default="colocated",
         help="guidance.mode; cached has no frozen models; default %(default)s",
+    )
+    lora = parser.add_argument_group(
+        "LoRA (an adapter trains; the reference is its base, and the guide an adapter as large, unless --guide names a "
+        "whole model or another adapter)"
+    )
+    lora.add_argument("--lora-rank", type=positive, help="lora.rank; default: all weights train")
+    lora.add_argument(
+        "--lora-targets", default="all-linear", help="lora.targets, with commas between; default %(default)s"
     )
     batch = parser.add_argument_group("batch")
     batch.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision.dtype; default %(default)s")
@@ -74,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     written = parser.add_argument_group("a config of the layout, that tgdpo train takes as it is")
     written.add_argument("--write", type=Path, metavar="YAML", help="file to make; needs --train")
     written.add_argument("--train", metavar="DATA", help="data.train: a file of pairs, or what else training takes")
-    written.add_argument("--lr", type=positive_number, default=7e-7, help="optimizer.lr; default %(default)s")
+    written.add_argument("--lr", type=positive_number, help="optimizer.lr; default 7e-7, with --lora-rank 7e-6")
     cluster = parser.add_argument_group("cluster (H100 SXM; figures and sources in docs/planning.md)")
     for field in fields(Cluster):
         name = f"--{field.name.replace('_', '-')}"
@@ -97,7 +106,7 @@ def _plan(given: argparse.Namespace) -> bool:
         raise UserError(f"--write {given.write}: is there already: name another file, or remove it")
     named = {role: getattr(given, role) for role in ("model", "reference", "guide")}
     options = [f"--{role}" for role in ("model", "reference", "guide") if not _is_config_file(getattr(given, role))]
-    find_models(given, *options, weights=False)
+    find_models(given, *options, weights=False, adapters=("--guide", "--reference"))
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.planning import plan, write_config
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.checkpoints.adapter_directory import Lora, is_adapter, read_lora
 from megatron_tgdpo.config.loading import changed_yaml, config_from_dict
 from megatron_tgdpo.config.schema import PrecisionConfig, TrainConfig
 from megatron_tgdpo.distributed.layout import make_layout
@@ -17,8 +18,9 @@ from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans, make_plan, nearest
-from megatron_tgdpo.planning.memory import GIB
+from megatron_tgdpo.planning.memory import GIB, FrozenSource, Sources
 from megatron_tgdpo.planning.report import plan_text, schedules_table, table
+from megatron_tgdpo.setup.model_sources import lora_targets
 from megatron_tgdpo.storage.atomic_file import write_atomically
 
 
@@ -61,7 +63,7 @@ def write_config(arguments: argparse.Namespace, plan: Plan, named: Mapping[str, 
         raise UserError(f"--write {arguments.write}: not written, as the layout does not fit")
     # Training takes a model's directory for what is its config.json here.
     models = {role: path and str(Path(path).parent if _is_file(path) else path) for role, path in named.items()}
-    layout, method = plan.layout, METHODS[arguments.method]
+    layout, method, lora = plan.layout, METHODS[arguments.method], _lora(arguments)
     values = {
         "model": {
             "policy": models["model"],
@@ -76,6 +78,7 @@ def write_config(arguments: argparse.Namespace, plan: Plan, named: Mapping[str, 
         "parallel": {
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
+            "pipeline_layers": layout.unequal,
             "sequence_parallel": layout.sequence_parallel,
         },
         "batch": {
@@ -83,7 +86,8 @@ def write_config(arguments: argparse.Namespace, plan: Plan, named: Mapping[str, 
             "tokens_per_micro_batch": arguments.seq_length,
             "shared_prompts": False if arguments.no_shared_prompts else None,
         },
-        "optimizer": {"lr": arguments.lr},
+        "lora": {} if lora is None else {"rank": lora.rank, "targets": list(lora.targets)},
+        "optimizer": {"lr": arguments.lr or (7e-7 if lora is None else 7e-6)},
         "precision": {"dtype": arguments.dtype},
         "train": {"epochs": 1, "recompute": plan.recompute},
         "output_dir": str(Path("runs") / arguments.write.stem),
@@ -113,9 +117,7 @@ def _instead(plans: Sequence[Plan], asked: Plan) -> str:
 
 def _job(arguments: argparse.Namespace) -> Job:
     policy = _read(arguments.model)
-    roles = METHODS[arguments.method].frozen if arguments.guidance == "colocated" else ()
-    paths = [getattr(arguments, role) for role in roles]
-    frozen = tuple(_read(path) if path else policy for path in paths)
+    frozen, sources = _frozen(arguments, policy)
     share = arguments.response_share
     shared = not (arguments.no_shared_prompts or METHODS[arguments.method].chosen_only)
     batch = Batch(arguments.global_pairs, arguments.pair_tokens or arguments.max_length, share, shared)
@@ -128,7 +130,34 @@ def _job(arguments: argparse.Namespace) -> Job:
             "raise it, or lower --pair-tokens"
         )
     pack = Pack(tokens, min(arguments.max_length, tokens), dtype_bytes, batch.gathered_keys, keep)
-    return Job(policy, frozen, pack, batch, arguments.seq_length is not None)
+    return Job(policy, frozen, pack, batch, arguments.seq_length is not None, sources)
+
+
+def _lora(arguments: argparse.Namespace) -> Lora | None:
+    """What the policy trains; None for all weights."""
+    if arguments.lora_rank is None:
+        return None
+    targets = lora_targets([name.strip() for name in arguments.lora_targets.split(",")], "--lora-targets")
+    return Lora(arguments.lora_rank, 2.0 * arguments.lora_rank, targets)
+
+
+def _frozen(arguments: argparse.Namespace, policy: PretrainedConfig) -> tuple[tuple[PretrainedConfig, ...], Sources]:
+    """Configs of the frozen models, and what models are made of; as ``setup/model_sources.py: planned_sources``."""
+    trained = _lora(arguments)
+    bases = set() if trained is None else {str(arguments.model)}
+    configs, sources = [], []
+    for role in METHODS[arguments.method].frozen if arguments.guidance == "colocated" else ():
+        path, adapter = getattr(arguments, role), None
+        if path is not None and is_adapter(Path(path)):
+            path, adapter = arguments.model, read_lora(Path(path))
+        elif path is None and trained is not None:
+            path, adapter = arguments.model, trained if role == "guide" else None
+        # Without an adapter each is a model of its own, unless the same is named twice.
+        base = str(arguments.model if path is None and role == "reference" else path or role)
+        configs.append(_read(path) if path else policy)
+        sources.append(FrozenSource(adapter, base in bases))
+        bases.add(base)
+    return tuple(configs), Sources(trained, tuple(sources))
 
 
 def _read(path: str) -> PretrainedConfig:

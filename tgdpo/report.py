@@ -108,13 +108,16 @@ def _report(given: argparse.Namespace, asked: argparse.Namespace, config: Config
         "data": ", ".join(source.path for source in config.datasets[given.split]),
         "pairs": f"{len(pairs):,} of {len(dataset):,}",
     }
-    alpha, beta = config.loss.options["alpha"], config.loss.options["beta"]
-    page = render_page(shown, metrics, alpha=alpha, beta=beta, facts=facts, warnings=warnings, notes=notes)
+    loss = config.loss.options
+    strength = {name: loss[name] for name in ("alpha", "beta", "guide_beta")}
+    plain = {"form": "sigmoid", "reference_free": False, "label_smoothing": 0.0, "sft_weight": 0.0}
+    plain_loss = all(loss[name] == value for name, value in plain.items())
+    page = render_page(shown, metrics, **strength, facts=facts, plain_loss=plain_loss, warnings=warnings, notes=notes)
     write_atomically(given.out, page)
     for prefix, texts in (("WARNING", warnings), ("note", notes)):
         for text in texts:
             print(f"{prefix}: {text}", file=sys.stderr)
-    return f"{summary(metrics, facts, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
+    return f"{summary(metrics, facts, **strength)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
 
 
 def _models(given: argparse.Namespace, config: Config) -> dict[str, str]:

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.divisibility import check_divides
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.rotary import rope_frequencies
@@ -48,7 +49,7 @@ def transformer_config_kwargs(
 
     Args:
         hf_config: From :func:`~megatron_tgdpo.models.hf_config.read_hf_config`.
-        layout: The parallel layout.
+        layout: The parallel layout, with this model's layers first (``layout.of_model``).
         dtype: Of parameters and activations, ``torch.float32`` or ``torch.bfloat16``.
         device: Where the parameters will be.
         overrides: Wins over everything else.
@@ -69,8 +70,10 @@ def transformer_config_kwargs(
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
+        "pipeline_model_parallel_layout": _unequal_parts(layout, kwargs["num_layers"]),
         "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence_parallel,
+        **(_expert_kwargs(layout) if family.has_experts else {}),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -88,3 +91,32 @@ def transformer_config_kwargs(
         "gradient_accumulation_fusion": False,
         **(overrides or {}),
     }
+
+
+def _expert_kwargs(layout: ParallelLayout) -> dict[str, Any]:
+    """How tokens get to their experts: every one to all that it asks for, by an exchange that takes any number."""
+    return {
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_shards,
+        "moe_token_dispatcher_type": "alltoall",
+        # What decides where a token goes is computed in fp32, and not bent towards evenness.
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
+def _unequal_parts(layout: ParallelLayout, layers: int) -> list[list[str]] | None:
+    """What each part of the model holds, as megatron-core names it; None for equal parts."""
+    try:
+        sizes = layout.part_layers(layers)
+    except ValueError as error:
+        chunks = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""
+        raise UserError(
+            f"{layers} layers are not divisible by parallel.pipeline = {layout.pipeline}{chunks}, and their stages are "
+            "not given"
+        ) from error
+    if len(set(sizes)) == 1:
+        return None
+    parts = [["decoder"] * size for size in sizes]
+    return [["embedding", *parts[0]], *parts[1:-1], [*parts[-1], "loss"]]

@@ -7,13 +7,15 @@ parallelism what lies between them.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.hf_weights.mapping import Heads
+from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
+from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes
 
 # Query rows that models/attention/sdpa.py masks at a time where SDPA's causal kernel does not apply.
 QUERY_BLOCK = 1024
@@ -82,13 +84,19 @@ class LayerWidths:
 
 def stage_layers(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> list[int]:
     """The layers of a stage, counted from 0 through the model: those of its chunks, one after another."""
-    size = hf_config.num_hidden_layers // layout.parts
-    starts = [(chunk * layout.pipeline + stage) * size for chunk in range(layout.virtual)]
-    return [layer for start in starts for layer in range(start, start + size)]
+    sizes = layout.part_layers(hf_config.num_hidden_layers)
+    starts = [0, *accumulate(sizes)]
+    parts = (chunk * layout.pipeline + stage for chunk in range(layout.virtual))
+    return [layer for part in parts for layer in range(starts[part], starts[part] + sizes[part])]
 
 
 def layer_activations(
-    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, recompute: str, layer: int
+    hf_config: PretrainedConfig,
+    layout: ParallelLayout,
+    pack: Pack,
+    recompute: str,
+    layer: int,
+    lora: Lora | None = None,
 ) -> float:
     """Bytes that one layer keeps of one pack until its backward pass.
 
@@ -98,6 +106,7 @@ def layer_activations(
         pack: The micro batch.
         recompute: ``none``, ``selective`` or ``full``.
         layer: Counted from 0; layers may differ in their attention windows.
+        lora: The adapter that trains; None where all weights do. A frozen linear keeps no input, an adapter does.
     """
     width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
     if recompute == "full":
@@ -106,7 +115,21 @@ def layer_activations(
     norms = (4 if settings.get("post_norms") else 2) * width.hidden * _norm_bytes(settings, size)
     if settings.get("qk_layernorm"):
         norms += width.query * size
-    linear_inputs = (2 * width.hidden + width.query + width.mlp) * size
+    inputs = {
+        "self_attention.linear_qkv": width.hidden,
+        "self_attention.linear_proj": width.query,
+        "mlp.linear_fc1": width.hidden,
+        "mlp.linear_fc2": width.mlp,
+    }
+    adapters = 0.0
+    if lora is not None:
+        inputs = {
+            fused.name: inputs[fused.name] for fused in fused_linears(hf_config) if any(adapted_parts(fused, lora))
+        }
+        adapters = _adapters(hf_config, layout, pack, lora)
+        if layer == 0 and recompute == "none":
+            norms -= width.hidden * _norm_bytes(settings, size)  # the embedding has no gradient
+    linear_inputs = sum(inputs.values()) * size
     # Rotated queries and keys; cosines and sines for both. Values stay inside the projection, unless they are gathered.
     keys = 2 * width.key * pack.gathered_keys or width.key
     attention = (width.projected + width.query + keys + 4 * width.head) * size
@@ -114,7 +137,23 @@ def layer_activations(
         attention += _core_attention(settings, width, pack, layer)
     # Gate and up in one tensor, the activated gate, and up once more (megatron-core adds its offset of 0).
     mlp = 4 * width.mlp * size
-    return pack.tokens * (norms + linear_inputs + attention + mlp)
+    return pack.tokens * (norms + linear_inputs + attention + mlp) + adapters
+
+
+def _adapters(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, lora: Lora) -> float:
+    """Bytes that the adapters of a layer keep beside their inputs: see ``models/lora.py: LoraAdapter.forward``.
+
+    What A made, of the whole pack before a column-parallel B; and the B as one product takes it, with all parts.
+    """
+    shapes, elements = expected_shapes(hf_config), 0.0
+    for fused in fused_linears(hf_config):
+        if not any(adapted_parts(fused, lora)):
+            continue
+        outputs = sum(shapes[f"{part.format(layer=0)}.weight"][0] for part in fused.parts)
+        tokens = pack.tokens / (layout.tensor if fused.row_parallel and layout.sequence_parallel else 1)
+        rows = outputs / (1 if fused.row_parallel else layout.tensor)
+        elements += (tokens + rows) * len(fused.parts) * lora.rank
+    return elements * pack.dtype_bytes
 
 
 def _norm_bytes(settings: dict[str, Any], size: int) -> int:
@@ -137,7 +176,12 @@ def _core_attention(settings: dict[str, Any], width: LayerWidths, pack: Pack, la
 
 
 def stage_activations(
-    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, recompute: str, stage: int
+    hf_config: PretrainedConfig,
+    layout: ParallelLayout,
+    pack: Pack,
+    recompute: str,
+    stage: int,
+    lora: Lora | None = None,
 ) -> float:
     """Bytes that a stage keeps at the fullest moment of 1F1B: all its layers, for all micro batches in flight.
 
@@ -146,7 +190,7 @@ def stage_activations(
     also keeps input and output of the final norm.
     """
     layers = stage_layers(hf_config, layout, stage)
-    held = sum(layer_activations(hf_config, layout, pack, recompute, layer) for layer in layers)
+    held = sum(layer_activations(hf_config, layout, pack, recompute, layer, lora) for layer in layers)
     following = layout.pipeline - stage - 1
     in_flight: float = following + 1
     if layout.virtual > 1:

@@ -10,11 +10,11 @@ from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.memory import GIB, RankMemory, Sources, rank_memory
+from megatron_tgdpo.planning.pipeline_layers import Given, fit_layout
 from megatron_tgdpo.planning.step_time import StepTime, step_time
 from megatron_tgdpo.planning.traffic import Traffic, traffic
 
@@ -24,7 +24,7 @@ class Plan:
     """A layout and what it costs.
 
     Attributes:
-        layout: The parallel layout.
+        layout: The parallel layout, with the layers of its stages.
         recompute: ``train.recompute``.
         memory: Of the fullest rank.
         time: Of a step.
@@ -51,13 +51,20 @@ class Plan:
         return self.time.bubble / (self.time.total - self.time.data)
 
 
-def make_plan(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> Plan:
+def make_plan(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str, given: Given | None = None) -> Plan:
     """Computes one plan.
+
+    Args:
+        job: The training run.
+        cluster: The machines.
+        layout: The parallel layout.
+        recompute: ``train.recompute``.
+        given: ``parallel.pipeline_layers``, by role.
 
     Raises:
         UserError: A model does not divide by the layout, or a pack of given size not by the tensor ranks.
     """
-    check_layout(dict(zip(("policy", "reference", "guide"), job.models, strict=False)), layout)
+    layout = fit_layout(job, layout, recompute, given)
     job = job.under(layout)
     memory = rank_memory(job.policy, job.frozen, layout, job.pack, recompute, sources=job.sources)
     return Plan(
@@ -125,18 +132,21 @@ def job_of(config: Config, models: Sequence[PretrainedConfig], sources: Sources 
     )
 
 
-def choose_layout(config: Config, models: Sequence[PretrainedConfig], cluster: Cluster) -> Plan:
+def choose_layout(
+    config: Config, models: Sequence[PretrainedConfig], cluster: Cluster, sources: Sources | None = None
+) -> Plan:
     """The fastest layout that fits, by estimate, for pairs of ``data.max_length`` tokens, half of them response.
 
     Args:
         config: The run; its own layout is not looked at.
         models: HF configs of the policy and of the frozen models that run co-located.
         cluster: The machines.
+        sources: What the models are made of (``setup/model_sources.py: planned_sources``); by default each is whole.
 
     Raises:
         UserError: None fits.
     """
-    plans = all_plans(job_of(config, models), cluster)
+    plans = all_plans(job_of(config, models, sources), cluster)
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return fitting[0]

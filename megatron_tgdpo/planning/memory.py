@@ -106,6 +106,11 @@ class Sources:
     frozen: tuple[FrozenSource, ...] = ()
 
 
+def fullest_stages(layout: ParallelLayout) -> Sequence[int]:
+    """The stages of which one holds most: of equal ones the first, with most micro batches in flight, or the last."""
+    return range(layout.pipeline) if layout.layers else sorted({0, layout.pipeline - 1})
+
+
 def stage_linears(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, *, plain_ends: bool) -> int:
     """Weights of the layers' linears that one rank of a pipeline stage holds, of those that may compute in FP8."""
     layers = set(stage_layers(hf_config, layout, stage))
@@ -181,38 +186,44 @@ def stage_memory(
     trained = trained_parameters(policy, layout, stage, sources.trained)
     saved = trained - (_copied_parameters(policy, layout, stage) if sources.trained is None else 0)
     made_of = sources.frozen or (FrozenSource(),) * len(frozen)
-    pairs = list(zip(frozen, made_of, strict=True))
-    alone = [config for config, source in pairs if not source.shared]
-    held = [stage_parameters(config, layout, stage) for config in alone]
+    # Each with the layout that is its own.
+    models = [
+        (config, layout.of_model(number), source)
+        for number, (config, source) in enumerate(zip(frozen, made_of, strict=True), start=1)
+    ]
+    alone = [(config, own) for config, own, source in models if not source.shared]
+    held = [stage_parameters(config, own, stage) for config, own in alone]
     beside = sum(
-        adapter_parameters(config, layout, stage, source.adapter)
-        for config, source in pairs
+        adapter_parameters(config, own, stage, source.adapter)
+        for config, own, source in models
         if source.adapter is not None
     )
     size = pack.dtype_bytes
     state = (2 if size == 4 else 3) * 4
 
-    def weights(hf_config: PretrainedConfig, parameters: int, linear: float | None) -> int:
+    def weights(hf_config: PretrainedConfig, own: ParallelLayout, parameters: int, linear: float | None) -> int:
         if linear is None:
             return parameters * size
-        linears = stage_linears(hf_config, layout, stage, plain_ends=fp8.plain_ends)
+        linears = stage_linears(hf_config, own, stage, plain_ends=fp8.plain_ends)
         return round(parameters * size + (linear - size) * linears)
 
-    workspace = max(layer_workspace(policy, layout, pack, recompute), frozen_workspace(frozen, layout, pack))
+    workspace = max(
+        layer_workspace(policy, layout, pack, recompute, sources.trained), frozen_workspace(frozen, layout, pack)
+    )
     if stage == layout.pipeline - 1:
-        logprobs = [logprob_workspace(config, layout, pack) for config in (policy, *frozen)]
-        workspace = max(workspace, logprobs[0] + kept_logits(policy, layout, pack), *logprobs[1:])
+        trains = logprob_workspace(policy, layout, pack, weight_trains=sources.trained is None)
+        logprobs = [logprob_workspace(config, layout, pack, weight_trains=False) for config in frozen]
+        workspace = max(workspace, trains + kept_logits(policy, layout, pack), *logprobs)
     return RankMemory(
         stage=stage,
         policy_parameters=whole + (trained if sources.trained is not None else 0),
         trained_parameters=trained,
         frozen_parameters=sum(held) + beside,
-        weights=weights(policy, whole, fp8.policy) + (trained * size if sources.trained is not None else 0),
+        weights=weights(policy, layout, whole, fp8.policy) + (trained * size if sources.trained is not None else 0),
         gradients=4 * trained,
         optimizer=state * trained // (layout.data * layout.context),
-        frozen=sum(weights(config, count, fp8.frozen) for config, count in zip(alone, held, strict=True))
-        + beside * size,
-        activations=round(stage_activations(policy, layout, pack, recompute, stage)),
+        frozen=sum(weights(*each, count, fp8.frozen) for each, count in zip(alone, held, strict=True)) + beside * size,
+        activations=round(stage_activations(policy, layout, pack, recompute, stage, sources.trained)),
         carried=round(carried_states(policy, frozen, layout, pack)),
         workspace=round(workspace),
         save=(size + 12) * saved // (layout.data * layout.context),
@@ -228,7 +239,7 @@ def rank_memory(
     fp8: LinearBytes = LinearBytes(),
     sources: Sources = Sources(),
 ) -> RankMemory:
-    """The fullest rank's memory: on the first stage, with most micro batches in flight, or on the last.
+    """The fullest rank's memory.
 
     ``save`` is that of the stage that saves most.
 
@@ -241,6 +252,6 @@ def rank_memory(
         fp8: What weights take where layers compute in FP8.
         sources: What the models are made of.
     """
-    stages = {0, layout.pipeline - 1}
+    stages = fullest_stages(layout)
     ends = [stage_memory(policy, frozen, layout, pack, recompute, stage, fp8, sources) for stage in stages]
     return replace(max(ends, key=lambda memory: memory.total), save=max(memory.save for memory in ends))

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan
 from megatron_tgdpo.planning.memory import GIB, RankMemory
+from megatron_tgdpo.planning.pipeline_layers import fit_layout
 from megatron_tgdpo.planning.pipeline_schedule import interleaved, one_f_one_b
 from megatron_tgdpo.planning.prefetch import plan_prefetch
 from megatron_tgdpo.planning.step_time import stage_costs
@@ -52,6 +52,7 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
     on_node = plan.memory.save * min(cluster.gpus_per_node, cluster.gpus) / GIB
     lines = [
         f"{cluster.gpus} GPUs = {plan.layout}, recompute {plan.recompute}",
+        *([f"stages: {plan.layout.describe_layers()}"] if plan.layout.layers else []),
         *memory_lines(plan.memory),
         f"and at most {on_node:.1f} GiB on a node",
         f"{verdict} {usable:.1f} GiB ({cluster.gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)",
@@ -84,10 +85,10 @@ def table(plans: Sequence[Plan]) -> str:
 def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: bool, recompute: str) -> str:
     """Simulated bubbles of every schedule, and what prefetch takes off a co-located step, for the job's own costs.
 
-    Numbers of stages that do not divide the models are left out.
+    Numbers of stages beyond the layers of a model are left out.
 
     Raises:
-        UserError: No number of stages divides them.
+        UserError: All of them are.
     """
     lines = [
         f"{'':>11} | {'with frozen models':^34} | {'policy alone (cached)':^24}",
@@ -97,11 +98,11 @@ def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: 
     for stages in _STAGES:
         layout = make_layout(tensor, stages, 1, sequence_parallel, tensor * stages)
         try:
-            check_layout(dict(zip(("policy", "reference", "guide"), job.models, strict=False)), layout)
+            layout = fit_layout(job, layout, recompute)
         except UserError:
             continue
         costs = tuple(stage_costs(job, cluster, layout, recompute))
-        divides = job.policy.num_hidden_layers % (stages * _CHUNKS) == 0
+        divides = job.policy.num_hidden_layers >= stages * _CHUNKS
         for packs in _MICRO_BATCHES:
             colocated = one_f_one_b(costs, packs, colocated=True)
             prefetch = plan_prefetch(costs, packs, packs).timeline
@@ -113,5 +114,5 @@ def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: 
                 f"{alone.bubble:>9.1%} {chunked}"
             )
     if len(lines) == 2:
-        raise UserError(f"none of {', '.join(map(str, _STAGES))} stages divides the models")
+        raise UserError(f"a model has not the layers for any of {', '.join(map(str, _STAGES))} stages")
     return "\n".join(lines)

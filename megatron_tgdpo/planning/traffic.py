@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
+from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.memory import trained_parameters
+from megatron_tgdpo.planning.memory import fullest_stages, trained_parameters
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes sent by a GPU of a middle stage in one optimizer step.
+    """Bytes sent by a GPU in one optimizer step, of the stage that sends most of the kind.
 
     Attributes:
         tensor: All-reduces, or under sequence parallelism all-gathers and reduce-scatters, within layers.
@@ -33,24 +35,46 @@ def ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[float, float, float]:
+def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
     """Bytes of one pack and one stage: policy forward, policy backward, frozen forward.
 
     A layer's forward takes four ring passes over the hidden states of the pack: an all-gather and a reduce-scatter for
     attention and for the MLP, or one all-reduce each. So does its backward; under sequence parallelism two more, as the
-    linears gather their inputs again for the gradients of their weights.
+    linears gather their inputs again for the gradients of their weights, if these train. An adapter adds a pass over
+    what each of its As made, forward and backward, or both in one of them.
     """
+    sequence_parallel = layout.sequence_parallel
 
-    def forward(hf_config: PretrainedConfig) -> float:
-        layers = hf_config.num_hidden_layers // layout.pipeline
+    def forward(number: int, hf_config: PretrainedConfig) -> float:
+        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
         result: float = (
             4 * layers * ring(layout.tensor) * job.pack.tokens * hf_config.hidden_size * job.pack.dtype_bytes
         )
         return result
 
-    policy = forward(job.policy)
-    backward = (1.5 if layout.sequence_parallel else 1.0) + (1.0 if recompute == "full" else 0.0)
-    return policy, backward * policy, sum(forward(hf_config) for hf_config in job.frozen)
+    def adapter(number: int, hf_config: PretrainedConfig, lora: Lora | None) -> tuple[float, float]:
+        """Of forward and of backward."""
+        if lora is None:
+            return 0.0, 0.0
+        adapted = [fused for fused in fused_linears(hf_config) if any(adapted_parts(fused, lora))]
+        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
+        sizes = [sum(len(fused.parts) for fused in adapted if fused.row_parallel == row) for row in (False, True)]
+        columns, rows = (
+            ring(layout.tensor) * layers * job.pack.tokens * size * lora.rank * job.pack.dtype_bytes for size in sizes
+        )
+        return (columns + rows, columns + rows) if sequence_parallel else (2 * rows, 2 * columns)
+
+    trained = job.sources.trained
+    policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
+    backward = (1.5 if sequence_parallel and trained is None else 1.0) * policy
+    added, added_backwards = adapter(0, job.policy, trained)
+    if recompute == "full":
+        backward += policy + added
+    frozen += [
+        adapter(number, hf_config, source.adapter)[0]
+        for number, (hf_config, source) in enumerate(zip(job.frozen, job.sources.frozen, strict=False), 1)
+    ]
+    return policy + added, backward + added_backwards, sum(frozen)
 
 
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
@@ -67,7 +91,7 @@ def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
 def data_bytes(job: Job, layout: ParallelLayout) -> float:
     """Bytes of one step, on the stage with most parameters."""
     lora = job.sources.trained
-    parameters = max(trained_parameters(job.policy, layout, stage, lora) for stage in {0, layout.pipeline - 1})
+    parameters = max(trained_parameters(job.policy, layout, stage, lora) for stage in fullest_stages(layout))
     return ring(layout.data) * parameters * (4 + job.pack.dtype_bytes)
 
 
@@ -75,7 +99,7 @@ def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
     """All of one step."""
     packs = job.micro_batches(layout)
     return Traffic(
-        tensor=packs * sum(tensor_bytes(job, layout, recompute)),
+        tensor=packs * max(sum(tensor_bytes(job, layout, recompute, stage)) for stage in range(layout.pipeline)),
         pipeline=packs * pipeline_bytes(job, layout),
         data=data_bytes(job, layout),
     )

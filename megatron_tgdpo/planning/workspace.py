@@ -7,19 +7,25 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.loss.vocab_chunks import chunk_rows
 from megatron_tgdpo.models.hf_config import padded_vocab_size
+from megatron_tgdpo.models.hf_weights.adapter_layout import Lora
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, LayerWidths, Pack, layer_activations
 
 _FP32 = 4
 
 
-def layer_workspace(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, recompute: str) -> float:
-    """Peak of one layer's backward pass on top of what was kept: activations made again, gradients, one weight's."""
+def layer_workspace(
+    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, recompute: str, lora: Lora | None = None
+) -> float:
+    """Peak of one layer's backward pass on top of what was kept: activations made again, gradients, one weight's.
+
+    A frozen weight beside an adapter (``lora``) has no gradient.
+    """
     width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
-    again = layer_activations(hf_config, layout, pack, "none", 0) if recompute == "full" else 0.0
+    again = layer_activations(hf_config, layout, pack, "none", 0, lora) if recompute == "full" else 0.0
     # At the gate: gradients of the joint gate and up three times (each half padded with zeros, then their sum), when
     # three of the MLP's kept tensors are gone already.
     gradients = pack.tokens * (3 * width.mlp + 2 * hf_config.hidden_size) * size
-    weight = 2 * width.mlp * hf_config.hidden_size * size
+    weight = 2 * width.mlp * hf_config.hidden_size * size if lora is None else 0.0
     # Attention's backward follows that of the MLP, whose kept tensors it finds gone.
     scores = _scores(hf_config, width, pack) - pack.tokens * 5 * width.mlp * size
     result: float = again + max(gradients + weight, scores)
@@ -48,21 +54,26 @@ def kept_logits(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack)
     return min(pack.keep_logits_bytes, pack.tokens * rows * _FP32)
 
 
-def logprob_workspace(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack) -> float:
+def logprob_workspace(
+    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, *, weight_trains: bool = True
+) -> float:
     """Peak of the log-probs' backward pass on the last stage, if every token of the pack is a response token.
 
     One chunk of fp32 logits (with a softcap also its slope and what makes it) and, below fp32, its gradient in the
     weights' dtype and the fp32 gradient of the chunk's rows; what backward returns in the place of the weight's
-    gradient, which went to the gradient buffer; the hidden states, and their gradient in fp32 and in their dtype.
+    gradient, which went to the gradient buffer; the hidden states, and their gradient in fp32 and in their dtype. A
+    weight that does not train has no gradient.
     """
     rows = padded_vocab_size(hf_config, layout.tensor) // layout.tensor
     chunk, hidden = chunk_rows(pack.tokens, rows, "cuda"), hf_config.hidden_size
     below_fp32 = pack.dtype_bytes < _FP32
     buffers = 3 if getattr(hf_config, "final_logit_softcapping", None) else 1
     logits = pack.tokens * chunk * (buffers * _FP32 + (pack.dtype_bytes if below_fp32 else 0))
-    gradient = chunk * hidden * _FP32 if below_fp32 else 0
+    gradient = 0
+    if weight_trains:
+        gradient = rows * hidden * pack.dtype_bytes + (chunk * hidden * _FP32 if below_fp32 else 0)
     states = pack.tokens * hidden * (_FP32 + 3 * pack.dtype_bytes)
-    result: float = logits + gradient + rows * hidden * pack.dtype_bytes + states
+    result: float = logits + gradient + states
     return result
 
 

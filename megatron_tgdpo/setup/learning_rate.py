@@ -2,14 +2,14 @@
 
 import math
 
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_tgdpo.config.schema import OptimizerSettings
 
 
 def build_scheduler(
-    optimizer: DistributedOptimizer, settings: OptimizerSettings, total_steps: int
+    optimizer: ChainedOptimizer, settings: OptimizerSettings, total_steps: int
 ) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then constant, linear or cosine to 0 after ``total_steps``.
 

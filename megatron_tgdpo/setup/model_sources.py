@@ -1,6 +1,6 @@
 """What each model of a run is made of: a whole model, and for some a LoRA adapter on it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -10,7 +10,9 @@ from megatron_tgdpo.checkpoints.adapter_directory import ALL_LINEAR, LINEARS, Lo
 from megatron_tgdpo.checkpoints.model_directory import model_files
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.planning.memory import FrozenSource, Sources
 from megatron_tgdpo.setup.fingerprints import weights_fingerprint
+from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.storage.hub import local_path
 
 # megatron-core's names of fused linears, for lora.targets.
@@ -99,16 +101,42 @@ def trained_lora(config: Config) -> Lora | None:
     if lora.rank is None:
         return None
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-    return Lora(lora.rank, alpha, _targets(lora.targets), lora.rslora)
+    return Lora(lora.rank, alpha, lora_targets(lora.targets), lora.rslora)
 
 
-def _targets(given: Any) -> tuple[str, ...]:
+def planned_sources(config: Config, roles: Iterable[str]) -> Sources:
+    """What the models of a run are made of, and which share a base, for the planner; as ``setup/models.py`` loads them.
+
+    Args:
+        config: The run.
+        roles: Of the models that run, in their order.
+    """
+    sources, trained = model_sources(config), trained_lora(config)
+    bases = set() if trained is None else {sources["policy"].base}
+    frozen = []
+    for role in roles:
+        if role != "policy":
+            source = sources[role]
+            adapter = None if source.adapter is None else read_lora(source.adapter)
+            # A whole guide that is still to be trained has weights of its own, though it is planned as the policy.
+            own = role == "guide" and trained is None and not is_trained(config)
+            frozen.append(FrozenSource(adapter, not own and source.base in bases))
+            bases.add(source.base)
+    return Sources(trained, tuple(frozen))
+
+
+def lora_targets(given: Any, what: str = "lora.targets") -> tuple[str, ...]:
+    """The linears that ``lora.targets`` names, of ``LINEARS``.
+
+    Raises:
+        UserError: It names others, or none; the message begins with ``what``.
+    """
     if given in (ALL_LINEAR, [ALL_LINEAR]):
         return LINEARS
     names = [given] if isinstance(given, str) else given
     unknown = [name for name in names if not isinstance(name, str) or name not in (*LINEARS, *_FUSED)]
     if unknown or not names:
         known = ", ".join((ALL_LINEAR, *LINEARS, *_FUSED))
-        raise UserError(f"lora.targets names {', '.join(map(str, unknown)) or 'nothing'}: there are {known}")
+        raise UserError(f"{what} names {', '.join(map(str, unknown)) or 'nothing'}: there are {known}")
     wanted = {part for name in names for part in _FUSED.get(name, (name,))}
     return tuple(name for name in LINEARS if name in wanted)

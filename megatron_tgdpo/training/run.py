@@ -14,7 +14,6 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.sampler import make_sampler
-from megatron_tgdpo.checkpoints.adapter_directory import read_lora
 from megatron_tgdpo.config.loading import changed_yaml, to_yaml
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
@@ -24,12 +23,11 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
-from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans, job_of, nearest
-from megatron_tgdpo.planning.memory import GIB, FrozenSource, RankMemory, Sources, rank_memory
+from megatron_tgdpo.planning.memory import GIB, RankMemory, rank_memory
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.planning.step_time import step_time
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
@@ -38,10 +36,10 @@ from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.datasets import count_training_data
 from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
-from megatron_tgdpo.setup.layout import layout_of
+from megatron_tgdpo.setup.layout import fitted_layout, layout_of
 from megatron_tgdpo.setup.learning_rate import describe_schedule
 from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
-from megatron_tgdpo.setup.model_sources import model_sources, trained_lora
+from megatron_tgdpo.setup.model_sources import planned_sources, trained_lora
 from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.training.best import check_best_metric
 from megatron_tgdpo.training.export import Exporter
@@ -78,7 +76,7 @@ def run(
     config, pins = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     model_configs = read_model_configs(config)
     used = models_that_run(config, model_configs)
-    check_layout(used, layout)
+    layout = fitted_layout(config, used, layout)
     check_gpu_options(config, used, layout, capabilities(device))
     check_best_metric(config)
     needed = files_needed(layout, device)
@@ -131,10 +129,10 @@ def dry_run(
     gpu_memory_gib = Cluster.gpu_memory_gib if gpu_memory_gib is None else gpu_memory_gib
     given, config = config, pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
-    check_layout(configs, layout)
+    layout = fitted_layout(config, configs, layout)
     check_best_metric(config)
     memory = planned_memory(config, configs, layout)
-    sources = planned_sources(config, configs)
+    sources = planned_sources(config, list(configs))
     # A guide that is still to be trained was given the shape of the policy.
     shown = config if is_trained(given) else replace(config, model=replace(config.model, guide=given.model.guide))
     node = math.gcd(world_size, Cluster.gpus_per_node)
@@ -150,6 +148,7 @@ def dry_run(
     lines = [
         to_yaml(shown) if full else f"# what differs from the defaults\n{changed_yaml(shown, options=False)}",
         f"ranks: {ranks}",
+        *([f"stages: {layout.describe_layers()}"] if layout.layers else []),
         *memory_lines(memory),
         *pack_lines(config),
         *_duration(config, job, None if on_cpu else cluster, layout),
@@ -187,24 +186,8 @@ def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layo
         pack,
         config.train.recompute,
         linear_bytes(config),
-        planned_sources(config, configs),
+        planned_sources(config, list(configs)),
     )
-
-
-def planned_sources(config: Config, configs: Mapping[str, PretrainedConfig]) -> Sources:
-    """What the models that run are made of, and which share a base; as ``setup/models.py`` loads them."""
-    sources, trained = model_sources(config), trained_lora(config)
-    bases = set() if trained is None else {sources["policy"].base}
-    frozen = []
-    for role in configs:
-        if role != "policy":
-            source = sources[role]
-            adapter = None if source.adapter is None else read_lora(source.adapter)
-            # A whole guide that is still to be trained has weights of its own, though it is shown as the policy.
-            own = role == "guide" and trained is None and not is_trained(config)
-            frozen.append(FrozenSource(adapter, not own and source.base in bases))
-            bases.add(source.base)
-    return Sources(trained, tuple(frozen))
 
 
 def pack_lines(config: Config) -> list[str]:
@@ -271,6 +254,8 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     found = capabilities(engine.device)
     fused = "" if engine.device.type == "cpu" else f"; fused parts: {config.train.fused}"
     logger.info("layout %s on %s%s", layout, found.describe(), fused)
+    if layout.layers:
+        logger.info("stages: %s", layout.describe_layers())
     if untested_engine(found.transformer_engine):
         newest = dotted(NEWEST_TESTED_TE)
         logger.warning("Transformer Engine %s is newer than any tested (%s)", dotted(found.transformer_engine), newest)

@@ -1,6 +1,8 @@
 """Builds training engines and counts the bytes that they hold, and that a step adds. One JSON line of all ranks' facts.
 
-torchrun --nproc-per-node N -m tests.distributed.worker_plan CONFIGS.json
+torchrun --nproc-per-node N -m tests.distributed.worker_plan CONFIGS.json [NAME ...]
+
+The traffic of those that are named is counted, too.
 """
 
 import json
@@ -93,17 +95,18 @@ def sent_in_a_step(engine: Engine, pack: PreferenceBatch, count: int) -> dict[st
     return {"sent_stages": after - before, **{name: sent.by_dtype.get(dtype, 0.0) for dtype, name in names.items()}}
 
 
-def measure(config: Config, world_size: int) -> dict[str, Any]:
-    """This rank's facts for one config."""
+def measure(config: Config, world_size: int, *, traffic: bool) -> dict[str, Any]:
+    """This rank's facts for one config, with what it sends if ``traffic``."""
     parallel = config.parallel
     layout = make_layout(parallel.tensor, parallel.pipeline, 1, parallel.sequence_parallel, world_size)
     pg = init_model_parallel(layout, 0, 15)
     engine = build_engine(config, read_model_configs(config), layout, pg, 10, CPU)
     static = static_tensors(engine)
-    facts: dict[str, Any] = {"stage": pg.pp.rank(), **storage_bytes(static)}
+    facts: dict[str, Any] = {"stage": pg.pp.rank(), "tensor": pg.tp.rank(), **storage_bytes(static)}
     engine.chunks[0].train()
     engine.chunks[0].zero_grad_buffer()
     pack, known = full_row(config), [tensor for tensors in static.values() for tensor in tensors]
+    known += unwrapped(engine.chunks[0]).policy.buffers()
     facts["kept"] = kept_by_forward(engine, pack, known)
     with LiveStorages(known) as step:
         forward_backward(engine, [pack] * (2 * layout.pipeline), 2 * layout.pipeline, forward_only=False)
@@ -112,7 +115,8 @@ def measure(config: Config, world_size: int) -> dict[str, Any]:
         staged = stage(training_state(engine, is_loading=False), live_storages(engine))
     facts["save"], facts["save_peak"] = storages.bytes(), storages.peak
     del staged
-    facts |= sent_in_a_step(engine, pack, 2 * layout.pipeline)
+    if traffic:
+        facts |= sent_in_a_step(engine, pack, 2 * layout.pipeline)
     destroy_model_parallel()
     return facts
 
@@ -123,7 +127,7 @@ def main() -> None:
     ranks = read_rank_environment()
     init_distributed(ranks, CPU, 15, connect_store(ranks))
     measured = {
-        name: measure(config_from_dict(values), ranks.world_size)
+        name: measure(config_from_dict(values), ranks.world_size, traffic=name in sys.argv[2:])
         for name, values in json.loads(Path(sys.argv[1]).read_text()).items()
     }
     gathered: list[Any] = [None] * ranks.world_size

@@ -30,11 +30,12 @@ planning        errors loss distributed config models
 output          errors loss storage checkpoints config models
 frozen          loss distributed batching config models planning
 gpu             errors distributed config models planning
-setup           errors signals console distributed storage data checkpoints batching config models output frozen gpu
+setup           errors signals console distributed storage data checkpoints batching config models planning output \
+                frozen gpu
 resilience      errors signals mcore_compat console distributed storage checkpoints config models output setup
 guidance        errors intervals console loss distributed storage data checkpoints batching config models output \
                 frozen gpu setup resilience
-training        errors signals loss distributed storage data checkpoints batching config models planning output frozen \
+training        errors signals console loss distributed storage data checkpoints batching config models planning output frozen \
                 gpu setup resilience guidance
 train           errors signals distributed config setup resilience training
 checkpoints_convert     megatron_tgdpo

@@ -5,18 +5,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tgdpo.checkpoints.adapter_directory import ALL_LINEAR, LINEARS, is_adapter
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import config_from_dict, to_yaml
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.config.values import typed
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.layouts import choose_layout
+from megatron_tgdpo.setup.model_sources import model_sources, planned_sources
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from megatron_tgdpo.storage.yaml_text import is_null, read_yaml_file
 from tgdpo.llamafactory.datasets import dataset_files
-from tgdpo.llamafactory.keys import READ, Reference, harmless, refuse_unknown
+from tgdpo.llamafactory.keys import LORA_READ, READ, LoraReference, Reference, harmless, is_lora, refuse_unknown
 from tgdpo.llamafactory.templates import NAMES, chat_template
 
 # Reference key -> our key, value as it is.
@@ -63,19 +66,20 @@ _DEFAULTS: dict[str, Any] = {
     "max_steps": -1,
     "seed": 42,
     "bf16": False,
+    "lora_rank": 8,
+    "lora_target": "all",
 }
 # What null means where it is not the default.
 _NULLS = {"max_grad_norm": 0.0, "save_total_limit": 0}
 # Values without which the reference run would compute something else than this project does.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "stage": ("tgdpo", "dpo"),
-    "finetuning_type": ("full",),
-    "pref_loss": ("sigmoid", "simpo"),
+    "finetuning_type": ("full", "lora"),
+    "pref_loss": ("sigmoid", "hinge", "ipo", "orpo", "simpo"),
 }
-# What to do instead.
+# Why not.
 _HINTS = {
-    ("finetuning_type", "lora"): "; then add section lora to what is written, as lora: {rank: 8}, or leave the key out "
-    "of the import with --ignore finetuning_type and do the same",
+    ("pref_loss", "kto_pair"): ": a pair's loss depends on the mean log-ratio of the others in its micro batch there",
 }
 # Reference key -> our option of the loss.
 _LOSS_OPTIONS = {
@@ -92,6 +96,9 @@ _ONLY_FOR = {
     "simpo_gamma": ("simpo",),
     "ref_model": ("tgdpo", "dpo"),
 }
+# What the authors' TGDPO makes of these is not what they are elsewhere: another loss without the guide, no label
+# smoothing, and an SFT term that is divided by the tokens twice.
+_NOT_OF_TGDPO = {"pref_loss": ("sigmoid", "simpo"), "dpo_label_smoothing": (None, 0.0), "pref_ftx": (None, 0.0)}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 _BESIDE = ".chat_template.jinja"
 
@@ -127,6 +134,9 @@ def convert(
     """
     refuse_unknown(reference, source, ignore)
     given = typed(Reference, {key: reference[key] for key in reference if key in READ}, "", source)
+    lora = is_lora(reference, ignore)
+    if lora:
+        given |= typed(LoraReference, {key: reference[key] for key in reference if key in LORA_READ}, "", source)
     if any("${" in str(value) for value in given.values()):
         raise UserError(f"{source}: has ${{...}}: write the values out")
     given = {key: _NULLS.get(key, _DEFAULTS.get(key)) if value is None else value for key, value in given.items()}
@@ -138,6 +148,14 @@ def convert(
             raise UserError(
                 f"{source}: {key}: {values[key]} is not carried over, only {', '.join(allowed)}{default}{hint}"
             )
+    if values["stage"] == "tgdpo":
+        for key, allowed in _NOT_OF_TGDPO.items():
+            if values.get(key) not in allowed and key not in ignore:
+                raise UserError(
+                    f"{source}: {key}: {values[key]} with stage: tgdpo is not carried over: the authors' code "
+                    "computes something else than its name says there: take it out, and set it in section loss of what "
+                    "is written"
+                )
     schedule = values["lr_scheduler_type"]
     if schedule not in _SCHEDULES:
         raise UserError(f"{source}: lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")
@@ -151,6 +169,7 @@ def convert(
             flat.pop(option, None)
     flat |= {
         "loss.method": method,
+        **({"loss.form": values["pref_loss"]} if method == "dpo" and values["pref_loss"] != "sigmoid" else {}),
         "data.train": train,
         "data.validation": validation,
         "data.columns": dict(columns) if columns else None,
@@ -163,6 +182,8 @@ def convert(
             values["max_steps"] if values["max_steps"] > 0 else values["num_train_epochs"]
         ),
     }
+    if lora:
+        flat |= _lora(values, source, has_reference="reference" in METHODS[method].frozen)
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         section, _, key = name.rpartition(".")
@@ -170,9 +191,39 @@ def convert(
     return nested
 
 
+def _lora(values: Mapping[str, Any], source: str, *, has_reference: bool) -> dict[str, Any]:
+    """What trains, as our keys: a new adapter, or one that is there.
+
+    Without ``ref_model`` the reference of the reference code is the base model with adapters off, also where training
+    goes on with an adapter that has learned (``train/trainer_utils.py: create_ref_model``).
+    """
+    if path := values.get("adapter_name_or_path"):
+        if "," in path:
+            raise UserError(
+                f"{source}: adapter_name_or_path: {path} names several: merge all but the last into the model first"
+            )
+        found = {"lora.adapter": path}
+        if has_reference and "ref_model" not in values:
+            found |= {"model.reference": values["model_name_or_path"], "train.check_start": False}
+        return found
+    targets = [name.strip() for name in values["lora_target"].split(",")]
+    if targets == ["all"]:
+        targets = [ALL_LINEAR]
+    elif unknown := [name for name in targets if name not in LINEARS]:
+        raise UserError(
+            f"{source}: lora_target: {unknown[0]} has no adapter here: there are all, or some of {', '.join(LINEARS)}"
+        )
+    return {
+        "lora.rank": values["lora_rank"],
+        "lora.alpha": values.get("lora_alpha") or None,
+        "lora.targets": targets,
+        "lora.rslora": bool(values.get("use_rslora")),
+    }
+
+
 def _method(values: Mapping[str, Any]) -> str:
-    if values["pref_loss"] == "simpo":
-        return "simpo"
+    if values["pref_loss"] in ("simpo", "orpo"):
+        return str(values["pref_loss"])
     return "tgdpo" if values["stage"] == "tgdpo" else "dpo"
 
 
@@ -190,21 +241,24 @@ def _warmup(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {"optimizer.warmup_ratio": 0.0, "optimizer.warmup_steps": int(steps)}
 
 
-def not_carried_over(reference: Mapping[str, Any]) -> list[str]:
+def not_carried_over(reference: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
     """Keys of the reference file that have no counterpart and change nothing that is trained."""
-    return sorted(filter(harmless, reference))
+    lora = is_lora(reference, ignore)
+    return sorted(key for key in reference if harmless(key, lora=lora))
 
 
 def _notes(reference: Mapping[str, Any], config: Config, ignore: Sequence[str]) -> list[str]:
     """What the reader of an imported config should know: lines."""
     lines = []
-    left = [key for key in not_carried_over(reference) if key not in ignore]
+    left = [key for key in not_carried_over(reference, ignore) if key not in ignore]
     if left:
         lines.append(f"left out, without effect on what is trained: {', '.join(left)}")
     if ignore:
         lines.append(f"left out as asked, whatever the effect: {', '.join(ignore)}")
     if "max_prompt_length" in reference and config.data.max_prompt_length is None:
         lines.append("max_prompt_length: left out, the authors' code never reads it; --max-prompt-length takes it over")
+    if config.lora.adapter is not None and not config.train.check_start:
+        lines.append("model.reference is the base, as the reference code has it: the first loss is not ln 2")
     if config.precision.dtype == "fp32":
         lines.append("precision.dtype is fp32: the reference code trains in fp32 where bf16 is not set")
     if config.optimizer.schedule == "constant" and not (config.optimizer.warmup_ratio or config.optimizer.warmup_steps):
@@ -297,20 +351,26 @@ def read_reference(path: Path) -> dict[str, Any]:
 
 def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The planner's layout as values of the config, if the models are here, and a line on it."""
-    paths = [Path(path) for path in config.model_paths.values()]
-    missing = [str(path) for path in paths if not (hf_directory(path) / "config.json").is_file()]
+    sources = model_sources(config)
+    missing = [
+        str(source.base) for source in sources.values() if not (hf_directory(source.base) / "config.json").is_file()
+    ]
     if missing:
         return {}, f"layout: NOT planned, there is no {missing[0]}/config.json here: set parallel (see tgdpo plan)"
+    if (adapter := sources["policy"].adapter) is not None and not is_adapter(adapter):
+        return {}, f"layout: NOT planned, there is no adapter {adapter} here: set parallel (see tgdpo plan)"
     nodes, rest = divmod(args.ranks, args.gpus_per_node) if args.ranks > args.gpus_per_node else (1, 0)
     if rest:
         raise UserError(f"--ranks {args.ranks} are not whole nodes of --gpus-per-node {args.gpus_per_node}")
     cluster = Cluster(nodes, min(args.ranks, args.gpus_per_node), args.gpu_memory_gib)
-    plan = choose_layout(config, [read_hf_config(path) for path in paths], cluster)
+    models = [read_hf_config(source.base) for source in sources.values()]
+    plan = choose_layout(config, models, cluster, planned_sources(config, list(sources)))
     layout = plan.layout
     values = {
         "parallel": {
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
+            **({"pipeline_layers": layout.unequal} if layout.unequal else {}),
             "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
         },
         "train": {"recompute": plan.recompute},

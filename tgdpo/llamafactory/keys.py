@@ -57,7 +57,19 @@ class Reference:
     eval_steps: int | None = None
 
 
+@dataclass
+class LoraReference:
+    """Those that are translated where ``finetuning_type`` is lora; beside full they change nothing."""
+
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_target: str | None = None
+    use_rslora: bool | None = None
+    adapter_name_or_path: str | None = None
+
+
 READ = tuple(field.name for field in fields(Reference))
+LORA_READ = tuple(field.name for field in fields(LoraReference))
 _OFF = (None, False)
 _NONE = (None,)
 _NEXT = "; prepare the file and give it with --train"
@@ -127,6 +139,15 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "sortish_sampler": (_OFF, ""),
     "dataloader_drop_last": (_OFF, ""),
 }
+# The same where finetuning_type is lora.
+LORA_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "lora_dropout": ((None, 0), "adapters have no dropout here, so that the first loss is ln 2"),
+    "use_dora": (_OFF, "only plain LoRA is"),
+    "pissa_init": (_OFF, "it changes the base model: only plain LoRA is"),
+    "loraplus_lr_ratio": (_NONE, "A and B have one learning rate"),
+    "additional_target": (_NONE, "only linears of the layers have adapters"),
+    "create_new_adapter": (_OFF, "merge adapter_name_or_path into the model first"),
+}
 # Without effect on what is trained: how it is computed, saved, logged and evaluated, and options of what ONLY refuses.
 HARMLESS = frozenset({
     "accelerator", "activation_checkpointing", "activation_checkpointing_kwargs", "adapter_folder",
@@ -170,8 +191,16 @@ _HARMLESS_BEGINNINGS = (
 )  # fmt: skip
 
 
-def harmless(key: str) -> bool:
+def is_lora(reference: Mapping[str, Any], ignore: Sequence[str] = ()) -> bool:
+    """Whether an adapter trains, as by default."""
+    given = reference.get("finetuning_type")
+    return "finetuning_type" not in ignore and (is_null(given) or str(given) == "lora")
+
+
+def harmless(key: str, *, lora: bool) -> bool:
     """Whether a key changes nothing that is trained, whatever its value."""
+    if lora and (key in LORA_READ or key in LORA_ONLY or key.startswith("lora_")):
+        return False
     return key not in ONLY and key not in READ and (key in HARMLESS or key.startswith(_HARMLESS_BEGINNINGS))
 
 
@@ -181,15 +210,16 @@ def refuse_unknown(reference: Mapping[str, Any], source: str, ignore: Sequence[s
     Raises:
         UserError: It names all of them.
     """
-    refused = []
+    refused, lora = [], is_lora(reference, ignore)
+    only, read = ({**ONLY, **LORA_ONLY}, (*READ, *LORA_READ)) if lora else (ONLY, READ)
     for key, value in reference.items():
-        if key in ignore or key in READ or harmless(key):
+        if key in ignore or key in read or harmless(key, lora=lora):
             continue
         line = f" in line {key.line}" if isinstance(key, Text) and key.line else ""
-        if key not in ONLY:
+        if key not in only:
             refused.append(f"{key}{line} (not a key that is known)")
-        elif _plain(value) not in ONLY[key][0]:
-            hint = ONLY[key][1]
+        elif _plain(value) not in only[key][0]:
+            hint = only[key][1]
             refused.append(f"{key}: {_plain(value)}{line}" + (f" ({hint})" if hint else ""))
     if refused:
         raise UserError(

@@ -80,11 +80,27 @@ def remarks(metrics: Mapping[str, Metrics]) -> tuple[list[str], list[str]]:
     return found
 
 
-def summary(metrics: Mapping[str, Metrics], facts: Mapping[str, str], alpha: float, beta: float) -> str:
-    """The report's metrics in a few lines of text; ``facts`` has the models by what they are here."""
+def summary(
+    metrics: Mapping[str, Metrics],
+    facts: Mapping[str, str],
+    alpha: float,
+    beta: float,
+    guide_beta: float | None = None,
+) -> str:
+    """The report's metrics in a few lines of text.
+
+    Args:
+        metrics: By the guide's name.
+        facts: The models by what they are here.
+        alpha: Strength of the guidance.
+        beta: Strength of the KL constraint.
+        guide_beta: Scale of the guides' log-ratios, where it is not beta.
+    """
     of_all = next(iter(metrics.values()))
-    blocks = [f"{of_all.pairs} pairs, {len(of_all.toward)} response tokens, alpha {alpha:g}, beta {beta:g}"]
-    blocks += [f"{name:<16} {facts[name]}\n{_of_guide(one, alpha, beta)}" for name, one in metrics.items()]
+    own = "" if guide_beta is None else f", guide_beta {guide_beta:g}"
+    blocks = [f"{of_all.pairs} pairs, {len(of_all.toward)} response tokens, alpha {alpha:g}, beta {beta:g}{own}"]
+    scale = beta if guide_beta is None else guide_beta
+    blocks += [f"{name:<16} {facts[name]}\n{_of_guide(one, alpha, scale)}" for name, one in metrics.items()]
     return "\n".join(blocks)
 
 

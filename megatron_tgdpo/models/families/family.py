@@ -16,8 +16,9 @@ from megatron_tgdpo.errors import UserError
 #   qkv    query, key, value interleaved per key/value group, then rows split (weights and biases)
 Kind = Literal["copy", "vocab", "row", "glu", "qkv"]
 
-# A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size.
-Dimension = Literal["vocab", "hidden", "mlp", "query", "kv", "head"]
+# A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size;
+# the number of experts, and the intermediate size of each.
+Dimension = Literal["vocab", "hidden", "mlp", "query", "kv", "head", "experts", "expert_mlp"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,22 @@ class Weight:
 
     Attributes:
         kind: How the HF tensors become the parameter.
-        hf_tensors: (name, shape) of each, ``{layer}`` in the name standing for the 0-based layer.
+        hf_tensors: (name, shape) of each, ``{layer}`` in the name standing for the 0-based layer, ``{expert}`` for the
+            0-based expert, each of which has such a parameter.
     """
 
     kind: Kind
     hf_tensors: tuple[tuple[str, tuple[Dimension, ...]], ...]
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether each layer has one."""
+        return "{layer}" in self.hf_tensors[0][0]
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether each expert of each layer has one."""
+        return "{expert}" in self.hf_tensors[0][0]
 
 
 # Keys that no family's maths depends on, beside those of transformers' base class (dtype, id2label, ...).
@@ -71,6 +83,11 @@ class Family:
     config_keys: frozenset[str]
     config_kwargs: Callable[[PretrainedConfig], dict[str, Any]]
     weights: Mapping[str, Weight]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the MLPs are a router and experts."""
+        return any(weight.of_expert for weight in self.weights.values())
 
     def check(self, hf_config: PretrainedConfig) -> None:
         """Refuses, by name, every setting that the family does not know of and that is not the default.

@@ -13,13 +13,14 @@ def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
     return {**dense.config_kwargs(hf_config), **dense.window_kwargs(hf_config), "qk_layernorm": True}
 
 
+HEAD_NORMS = {
+    "self_attention.q_layernorm.weight": Weight("copy", ((ATTENTION + "q_norm.weight", ("head",)),)),
+    "self_attention.k_layernorm.weight": Weight("copy", ((ATTENTION + "k_norm.weight", ("head",)),)),
+}
+
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
     config_keys=dense.CONFIG_KEYS | dense.WINDOW_KEYS,
     config_kwargs=_config_kwargs,
-    weights={
-        **dense.WEIGHTS,
-        "self_attention.q_layernorm.weight": Weight("copy", ((ATTENTION + "q_norm.weight", ("head",)),)),
-        "self_attention.k_layernorm.weight": Weight("copy", ((ATTENTION + "k_norm.weight", ("head",)),)),
-    },
+    weights={**dense.WEIGHTS, **HEAD_NORMS},
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.families.family import Dimension, Kind, Weight
+from megatron_tgdpo.models.families.family import Dimension, Family, Kind, Weight
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.models.rotary import head_dim
@@ -22,7 +22,8 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 # A layer's norms before attention and MLP: modules of their own in the local layer spec, whose names families use; in
 # Transformer Engine's fused with the linear that follows. Checkpoints of both hold the fused names: the local spec's
-# layers are mapped to them by megatron-core (``sharded_state_dict_keys_map``). Prefixes, relative to a layer.
+# layers are mapped to them by megatron-core (``sharded_state_dict_keys_map``). Prefixes, relative to a layer. Before
+# experts the norm is a module of its own in both.
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -58,8 +59,11 @@ class GlobalParameter:
     """One whole parameter of a model and the HF tensors it is made of.
 
     Attributes:
-        key: megatron-core's name in the local spec's model, without the layer's number.
+        key: megatron-core's name in the local spec's model, without the numbers of layer and expert.
         layer: 0-based layer, None for a parameter outside the layers.
+        expert: 0-based expert, None for a parameter that not each has.
+        checkpoint_key: Name of the tensor in a Megatron checkpoint, in which all layers are stacked, and of each all
+            experts.
         kind: See ``families/family.py``.
         shape: Of the whole parameter (of one layer), the vocabulary padded.
         hf_tensors: (name, shape) of each.
@@ -67,17 +71,24 @@ class GlobalParameter:
 
     key: str
     layer: int | None
+    expert: int | None
+    checkpoint_key: str
     kind: Kind
     shape: tuple[int, ...]
     hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
-    def checkpoint_key(self) -> str:
-        """Name of the tensor in a Megatron checkpoint, in which all layers are stacked."""
-        for local, fused in FUSED_NORMS.items():
-            if self.key.startswith(_LAYERS + local):
-                return _LAYERS + fused + self.key.removeprefix(_LAYERS + local)
-        return self.key
+    def index(self) -> tuple[int, ...]:
+        """Where it lies on the first axes of the checkpoint's tensor."""
+        return tuple(number for number in (self.layer, self.expert) if number is not None)
+
+
+def _stored_names(family: Family) -> dict[str, str]:
+    """What names in a checkpoint begin with instead of their beginnings in the local spec's model, in a layer."""
+    if not family.has_experts:
+        return FUSED_NORMS
+    first_norm = "input_layernorm."
+    return {first_norm: FUSED_NORMS[first_norm], "mlp.experts.": "mlp.experts.experts."}
 
 
 def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[GlobalParameter]:
@@ -87,24 +98,29 @@ def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[Glob
         hf_config: The HF config.
         tensor: Tensor-parallel size; it counts only for how far the vocabulary is padded.
     """
-    weights = dict(family_of(hf_config.architectures).weights)
+    family = family_of(hf_config.architectures)
+    weights, renamed = dict(family.weights), _stored_names(family)
     if hf_config.tie_word_embeddings:
         del weights[OUTPUT]
-    in_layers = {name: weight for name, weight in weights.items() if "{layer}" in weight.hf_tensors[0][0]}
+    in_layers = {name: weight for name, weight in weights.items() if weight.of_layer}
     sizes, padded = _sizes(hf_config), padded_vocab_size(hf_config, tensor)
 
-    def make(name: str, weight: Weight, layer: int | None) -> GlobalParameter:
+    def make(name: str, weight: Weight, layer: int | None, expert: int | None = None) -> GlobalParameter:
         tensors = tuple(
-            (hf_name.format(layer=layer), tuple(sizes[dimension] for dimension in dimensions))
+            (hf_name.format(layer=layer, expert=expert), tuple(sizes[dimension] for dimension in dimensions))
             for hf_name, dimensions in weight.hf_tensors
         )
         rows = padded if weight.kind == "vocab" else sum(shape[0] for _, shape in tensors)
-        key = name if layer is None else _LAYERS + name
-        return GlobalParameter(key, layer, weight.kind, (rows, *tensors[0][1][1:]), tensors)
+        stored = next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
+        key, stored = (name, stored) if layer is None else (_LAYERS + name, _LAYERS + stored)
+        return GlobalParameter(key, layer, expert, stored, weight.kind, (rows, *tensors[0][1][1:]), tensors)
 
     first = [make(EMBEDDING, weights.pop(EMBEDDING), None)]
     layers = [
-        make(name, weight, layer) for layer in range(hf_config.num_hidden_layers) for name, weight in in_layers.items()
+        make(name, weight, layer, expert)
+        for layer in range(hf_config.num_hidden_layers)
+        for name, weight in in_layers.items()
+        for expert in (range(sizes["experts"]) if weight.of_expert else [None])
     ]
     return first + layers + [make(name, weight, None) for name, weight in weights.items() if name not in in_layers]
 
@@ -121,10 +137,13 @@ def parameter_count(hf_config: PretrainedConfig) -> int:
 
 def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
     heads = Heads.of(hf_config)
+    kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
     return {
         "vocab": hf_config.vocab_size,
         "hidden": hf_config.hidden_size,
         "mlp": hf_config.intermediate_size,
+        "experts": kwargs.get("num_moe_experts", 0),
+        "expert_mlp": kwargs.get("moe_ffn_hidden_size", 0),
         "query": heads.groups * heads.queries_per_group * heads.size,
         "kv": heads.groups * heads.size,
         "head": heads.size,
@@ -134,7 +153,8 @@ def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
 def read_shard(
     checkpoint: HfCheckpoint, kind: Kind, names: Sequence[str], shape: Sequence[int], heads: Heads, rank: int
 ) -> Tensor:
-    """Reads from HF files exactly what one tensor-parallel rank holds of a parameter.
+    """Reads from HF files exactly what one tensor-parallel rank (of an expert, one of the ranks that share it) holds of
+    a parameter.
 
     Args:
         checkpoint: The open HF checkpoint.

@@ -1,5 +1,6 @@
 """The reference code's YAML becomes the same run here."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,16 +9,19 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.config.loading import config_from_dict, load_config
-from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.config.schema import Config, LoraConfig
 from megatron_tgdpo.data.chat import ChatTemplate
 from megatron_tgdpo.data.fields import Message
 from megatron_tgdpo.data.layouts import detect_layout, parse_record, rename
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.setup.learning_rate import build_scheduler
+from megatron_tgdpo.setup.model_sources import trained_lora
 from megatron_tgdpo.storage.yaml_text import read_yaml
 from tests.launch import run_module
 from tests.published_configs import PUBLISHED
+from tests.unit.config.test_loading import VALID
 from tgdpo.import_config import main
 from tgdpo.llamafactory.conversion import convert, not_carried_over
 from tgdpo.llamafactory.datasets import dataset_files
@@ -52,16 +56,44 @@ def test_other_methods() -> None:
     unguided = {key: value for key, value in REFERENCE.items() if not key.startswith("tgdpo_")}
     dpo = {**unguided, "stage": "dpo", "pref_ftx": 0.25, "dpo_label_smoothing": 0.1}
     loss = config_from_dict(convert(dpo, 8, "pairs.jsonl", None)).loss
-    assert (loss.method, loss.options) == ("dpo", {"beta": 0.1, "label_smoothing": 0.1, "sft_weight": 0.25})
+    assert (loss.method, loss.form, loss.beta, loss.label_smoothing, loss.sft_weight) == (
+        "dpo",
+        "sigmoid",
+        0.1,
+        0.1,
+        0.25,
+    )
     simpo = {**unguided, "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.5, "simpo_gamma": 1.4, "pref_ftx": 0}
     del simpo["ref_model"]
     loss = config_from_dict(convert(simpo, 8, "pairs.jsonl", None)).loss
     assert (loss.method, loss.options) == ("simpo", {"beta": 2.5, "gamma": 1.4})
-    with pytest.raises(UserError, match=r"loss\.sft_weight is set but loss\.method tgdpo does not use it"):
-        config_from_dict(convert({**REFERENCE, "pref_ftx": 0.1}, 8, "pairs.jsonl", None))
+    orpo = {**unguided, "stage": "dpo", "pref_loss": "orpo", "pref_beta": 0.2}
+    del orpo["ref_model"]
+    loss = config_from_dict(convert(orpo, 8, "pairs.jsonl", None)).loss
+    assert (loss.method, loss.options) == ("orpo", {"beta": 0.2})
 
 
-@pytest.mark.parametrize(("key", "value"), [("pref_loss", "ipo"), ("finetuning_type", "lora"), ("fp16", True)])
+@pytest.mark.parametrize("form", ["hinge", "ipo"])
+def test_forms_of_dpo(form: str) -> None:
+    unguided = {key: value for key, value in REFERENCE.items() if not key.startswith("tgdpo_")}
+    loss = config_from_dict(convert({**unguided, "stage": "dpo", "pref_loss": form}, 8, "pairs.jsonl", None)).loss
+    assert (loss.method, loss.form, loss.beta) == ("dpo", form, 0.1)
+    smoothed = convert({**unguided, "stage": "dpo", "pref_loss": form, "dpo_label_smoothing": 0.1}, 8, "p", None)
+    with pytest.raises(UserError, match=f"loss.label_smoothing is 0.1 but loss.form {form} does not use it"):
+        config_from_dict(smoothed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("pref_ftx", 0.1), ("dpo_label_smoothing", 0.1), ("pref_loss", "ipo"), ("pref_loss", "orpo")]
+)
+def test_what_the_authors_tgdpo_makes_something_else_of(key: str, value: object) -> None:
+    reference = {**REFERENCE, key: value}
+    with pytest.raises(UserError, match=f"{key}: {value} with stage: tgdpo is not carried over"):
+        convert(reference, 8, "pairs.jsonl", None)
+    assert convert(reference, 8, "pairs.jsonl", None, ignore=[key]) == convert(REFERENCE, 8, "pairs.jsonl", None)
+
+
+@pytest.mark.parametrize(("key", "value"), [("pref_loss", "kto_pair"), ("finetuning_type", "oft"), ("fp16", True)])
 def test_what_would_change_the_maths_is_refused(key: str, value: object) -> None:
     with pytest.raises(UserError, match=key):
         convert({**REFERENCE, key: value}, 8, "pairs.jsonl", None)
@@ -128,12 +160,71 @@ def test_the_reference_code_s_defaults() -> None:
     assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup_ratio) == (5e-5, "linear", 0.0)
     assert (config.batch.global_pairs, config.train.epochs, config.train.seed) == (32, 3.0, 42)
     assert (config.precision.dtype, config.loss.options["beta"], config.data.max_length) == ("fp32", 0.1, 2048)
-    for key, default in (("stage", "sft"), ("finetuning_type", "lora")):
-        without = {name: value for name, value in needed.items() if name != key}
-        with pytest.raises(UserError, match=f"{key}: {default} is not carried over.*the reference code's default"):
-            convert(without, 4, "p", None)
-    with pytest.raises(UserError, match="finetuning_type: lora is not carried over, only full; then add section lora"):
-        convert({**needed, "finetuning_type": "lora"}, 4, "p", None)
+    without = {name: value for name, value in needed.items() if name != "stage"}
+    with pytest.raises(UserError, match=r"stage: sft is not carried over.*the reference code's default"):
+        convert(without, 4, "p", None)
+    del needed["finetuning_type"]
+    lora = config_from_dict(convert(needed, 4, "p", None)).lora
+    assert trained_lora_of(lora) == Lora(8, 16.0)
+    assert not config_from_dict(convert(needed, 4, "p", None, ignore=["finetuning_type"])).lora.trains
+
+
+LORA = {**REFERENCE, "finetuning_type": "lora"}
+del LORA["ref_model"]
+
+
+def trained_lora_of(lora: LoraConfig) -> Lora | None:
+    return trained_lora(config_from_dict({**VALID, "lora": dataclasses.asdict(lora)}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"lora_rank": 64}, Lora(64, 128.0)),
+        ({"lora_rank": 4, "lora_alpha": 4, "use_rslora": True, "lora_dropout": 0.0}, Lora(4, 4.0, rslora=True)),
+        ({"lora_alpha": 0, "lora_target": "all"}, Lora(8, 16.0)),  # 0 is the default there
+        ({"lora_target": "v_proj, q_proj", "pissa_iter": 4}, Lora(8, 16.0, ("q_proj", "v_proj"))),
+    ],
+)
+def test_an_adapter_trains(changes: dict, wanted: Lora) -> None:
+    config = config_from_dict(convert({**LORA, **changes}, 8, "p", None))
+    assert trained_lora_of(config.lora) == wanted
+    assert (config.model.reference, config.train.check_start) == (None, True)
+    assert not_carried_over({**LORA, "lora_rank": 8, "pissa_iter": 16}) == ["pissa_iter"]
+
+
+def test_an_adapter_that_goes_on_has_the_base_as_its_reference() -> None:
+    config = config_from_dict(convert({**LORA, "adapter_name_or_path": "sft", "lora_rank": 4}, 8, "p", None))
+    assert config.lora == LoraConfig(adapter="sft")
+    assert (config.model.policy, config.model.reference, config.train.check_start) == ("policy", "policy", False)
+    own = {**LORA, "adapter_name_or_path": "sft", "ref_model": "reference"}
+    config = config_from_dict(convert(own, 8, "p", None))
+    assert (config.model.reference, config.train.check_start) == ("reference", True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("lora_dropout", 0.05, "adapters have no dropout here"),
+        ("use_dora", True, "only plain LoRA is"),
+        ("pissa_init", True, "it changes the base model"),
+        ("loraplus_lr_ratio", 16.0, "one learning rate"),
+        ("additional_target", "embed_tokens", "only linears"),
+        ("create_new_adapter", True, "merge adapter_name_or_path"),
+        ("quantization_bit", 4, "not quantised"),
+        ("lora_bias", "all", "not a key that is known"),
+        ("lora_target", "q_proj,W_pack", "lora_target: W_pack has no adapter here"),
+        ("adapter_name_or_path", "a,b", "names several"),
+        ("lora_rank", 0, r"lora.rank is 0"),
+    ],
+)
+def test_what_is_no_plain_adapter_is_refused(key: str, value: object, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        config_from_dict(convert({**LORA, key: value}, 8, "p", None))
+    assert "\n" not in str(caught.value)
+    if key not in ("quantization_bit", "adapter_name_or_path"):
+        # Options of what is not used.
+        convert({**LORA, key: value, "finetuning_type": "full"}, 8, "p", None)
 
 
 def test_null_is_the_default_or_what_it_means_there() -> None:
@@ -240,6 +331,9 @@ def test_the_layout_is_the_planner_s_and_fits(tmp_path: Path, capsys: pytest.Cap
     assert config is not None
     assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel) == (2, 1, True)
     assert "TP2 x PP1 x DP4" in capsys.readouterr().out
+    lora = {key: value for key, value in reference.items() if key not in ("finetuning_type", *roles[1:])}
+    assert imported(tmp_path, {**lora, "stage": "dpo"}, "--ranks", "1") is not None
+    assert "layout: TP1 x PP1 x DP1" in capsys.readouterr().out
     more = imported(tmp_path, reference, "--ranks", "8", "--gpu-memory-gib", "40")
     assert more is not None
     assert more.parallel.tensor * more.parallel.pipeline > 2

@@ -52,6 +52,7 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
             continue
         refused.add(key)
     assert "attention_dropout" in refused
+    assert ("mlp_only_layers" in refused) == (model_type == "qwen3_moe")
     assert ("hidden_activation" if model_type == "gemma2" else "hidden_act") in refused
     assert not refused & {"hidden_size", "sliding_window", "bos_token_id", "dtype"}
 
@@ -65,8 +66,19 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
         ("Qwen2.5-7B", {"rope_scaling": {"type": "su", "factor": 4.0}}, "rope type 'su'"),
         ("Qwen2.5-7B", {"layer_types": ["chunked_attention"] * 28}, "chunked_attention"),
         ("Qwen2.5-7B", {"layer_types": ["sliding_attention"] * 28}, "sliding_window is None"),
-        ("Mistral-7B-v0.1", {"architectures": ["MixtralForCausalLM"]}, "mixture of experts"),
-        ("Qwen3-8B", {"architectures": ["Qwen3MoeForCausalLM"]}, "mixture of experts"),
+        ("Mistral-7B-v0.1", {"architectures": ["MixtralForCausalLM"]}, "model_type is 'mistral'"),
+        (
+            "Qwen3-8B",
+            {"architectures": ["GptOssForCausalLM"]},
+            "experts with attention sinks .*, which is not supported",
+        ),
+        ("Qwen3-8B", {"architectures": ["DeepseekV3ForCausalLM"]}, "experts with latent attention"),
+        ("Qwen3-8B", {"architectures": ["OlmoeForCausalLM"]}, "experts of a kind that no family here has"),
+        ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("Qwen3-30B-A3B", {"num_experts_per_tok": 129}, "num_experts_per_tok is 129 with 128 experts"),
+        ("Qwen3-30B-A3B", {"num_experts_per_tok": 1}, "no router could learn"),
+        ("Mixtral-8x7B", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
         ("Qwen3-8B", {"architectures": ["Qwen3NextForCausalLM"]}, "supported are: LlamaForCausalLM, Gemma2"),
         ("Llama-2-7b", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ],

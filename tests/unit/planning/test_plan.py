@@ -1,5 +1,6 @@
 """The planner's arithmetic by hand, its ranking and warnings, and that a dry run says the same."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,12 @@ from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, Pack, layer_activations, stage_activations
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
-from megatron_tgdpo.planning.layouts import all_plans, make_plan
+from megatron_tgdpo.planning.layouts import all_plans, choose_layout, make_plan
 from megatron_tgdpo.planning.memory import FrozenSource, LinearBytes, Sources, stage_memory, stage_parameters
 from megatron_tgdpo.planning.report import memory_lines, plan_text
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
+from megatron_tgdpo.setup.model_sources import planned_sources
 from megatron_tgdpo.training.run import dry_run, pack_lines
 from tests.distributed.common import write_pairs
 from tests.processes import run_forked
@@ -111,6 +113,22 @@ def test_an_adapter_has_gradients_and_state_and_its_base_neither(llama: Pretrain
     assert "train)" not in memory_lines(whole)[0]
 
 
+def test_activations_beside_an_adapter_by_hand(llama: PretrainedConfig) -> None:
+    whole, some = Lora(16, 32.0), Lora(8, 16.0, ("v_proj", "down_proj"))
+    size, tokens = 2, ROW.tokens
+    # Frozen linears keep no input, adapters keep theirs, what each A made, and each B as one product takes it.
+    linear_inputs, made = 4096 + 4096 + 4096 + 14336, (3 + 1 + 2 + 1) * 16
+    rows = 3 * (4096 + 2 * 1024) + 4096 + 2 * 2 * 14336 + 4096
+    full = layer_activations(llama, SINGLE, ROW, "none", 1)
+    assert layer_activations(llama, SINGLE, ROW, "none", 1, whole) == full + size * (tokens * made + 16 * rows)
+    kept = layer_activations(llama, SINGLE, ROW, "none", 1, some)
+    without = linear_inputs - 4096 - 14336
+    made, rows = (3 + 1) * 8, 8 * (3 * (4096 + 2 * 1024) + 4096)
+    assert kept == full + size * (tokens * (made - without) + rows)
+    # The first norm's input is the embedding, which has no gradient.
+    assert layer_activations(llama, SINGLE, ROW, "none", 0, some) == kept - size * tokens * 4096
+
+
 def test_weights_of_linears_in_fp8(llama: PretrainedConfig) -> None:
     grid = make_layout(2, 2, 1, True, 4)
     plain, fp8 = (
@@ -168,6 +186,22 @@ def test_traffic_by_hand(llama: PretrainedConfig) -> None:
     assert sent.data == (4 + 2) * largest / 2
 
 
+def test_traffic_of_adapters_by_hand(llama: PretrainedConfig) -> None:
+    sources = Sources(
+        Lora(16, 32.0), (FrozenSource(shared=True), FrozenSource(Lora(8, 16.0, ("o_proj",)), shared=True))
+    )
+    job, whole = Job(llama, (llama, llama), ROW, BATCH, sources=sources), Job(llama, (llama, llama), ROW, BATCH)
+    hidden, packs, number = 4096 * 4096 * 2, 32, 4096 * 2 * 16
+    for sequence_parallel in (True, False):
+        layout = make_layout(2, 4, 1, sequence_parallel, 16)
+        # What seven As made goes forwards and backwards, of the guide's one; frozen linears gather no input again.
+        added = (2 * 7 + 1 / 2) * number if sequence_parallel else (2 * 7 + 2 / 2) * number
+        added -= 2 * hidden if sequence_parallel else 0
+        sent = traffic(job, layout, "none")
+        assert sent.tensor == traffic(whole, layout, "none").tensor + packs * 8 / 2 * added
+        assert sent.data < traffic(whole, layout, "none").data / 50
+
+
 def test_a_bubble_is_as_long_as_the_other_stages_take(llama: PretrainedConfig) -> None:
     job, layout = Job(llama, (llama,), ROW, BATCH), make_layout(1, 4, 1, False, 8)
     plan = make_plan(job, Cluster(), layout, "none")
@@ -216,8 +250,8 @@ def test_a_thousand_gpus_need_more_pairs(tmp_path: Path) -> None:
 
 
 def test_a_layout_must_divide(llama: PretrainedConfig) -> None:
-    with pytest.raises(UserError, match=r"32 layers are not divisible by parallel\.pipeline = 3"):
-        make_plan(Job(llama, (), ROW, BATCH), Cluster(), make_layout(1, 3, 1, False, 3), "none")
+    with pytest.raises(UserError, match=r"32 layers are fewer than parallel\.pipeline = 33 stages"):
+        make_plan(Job(llama, (), ROW, BATCH), Cluster(), make_layout(1, 33, 1, False, 33), "none")
 
 
 def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
@@ -349,7 +383,48 @@ def test_a_layout_that_does_not_fit_is_answered_with_the_nearest(
     assert "no layout of 8 GPUs fits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [[], ["--method", "dpo"], ["--guide", "{model}", "--guidance", "cached"]])
+def test_a_plan_of_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "guide", "adapter"):
+        (tmp_path / name).mkdir()
+    write_config(tmp_path / "base", PUBLISHED["Llama-3-8B"])
+    lora = ["--model", str(tmp_path / "base"), "--gpus-per-node", "1", "--tensor", "1", "--lora-rank", "16"]
+
+    def frozen_gib(*options: str) -> float:
+        assert tgdpo_plan([*lora, *options]) in (0, 1)
+        text = capsys.readouterr().out
+        assert "train)" in text
+        return float(re.findall(r"frozen models +([\d.]+) GiB", text)[0])
+
+    # The reference is the base; the guide an adapter as large as the policy's, another, the base too, or a whole model.
+    config = {"peft_type": "LORA", "r": 160, "lora_alpha": 160, "target_modules": "all-linear"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    own = frozen_gib()
+    assert frozen_gib("--guide", str(tmp_path / "adapter")) == pytest.approx(10 * own, rel=0.02)
+    assert frozen_gib("--guide", str(tmp_path / "base")) == frozen_gib("--method", "dpo") == 0
+    write_config(tmp_path / "guide", PUBLISHED["Llama-3-8B"])
+    assert frozen_gib("--guide", str(tmp_path / "guide")) == pytest.approx(2 * 8.03e9 / 2**30, rel=0.01)
+    assert frozen_gib("--lora-targets", "qkv, proj") < own / 2
+    assert tgdpo_plan([*lora, "--lora-targets", "embed"]) == 1
+    assert "--lora-targets names embed: there are all-linear, q_proj" in capsys.readouterr().err
+
+
+def test_a_layout_for_adapters_is_chosen(tmp_path: Path) -> None:
+    model = str(make_llama(tmp_path / "model"))
+    values = {**VALID, "model": {"policy": model, "guide": model}}
+    chosen = [config_from_dict({**values, **section}) for section in ({}, {"lora": {"rank": 4}})]
+    hf_config = read_hf_config(Path(model))
+    plans = [
+        choose_layout(each, [hf_config] * 3, Cluster(1, 1), planned_sources(each, list(each.model_paths)))
+        for each in chosen
+    ]
+    assert [plan.memory.frozen > 0 for plan in plans] == [True, False]
+    assert plans[0].memory.optimizer > 2 * plans[1].memory.optimizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--method", "dpo"], ["--guide", "{model}", "--guidance", "cached"], ["--lora-rank", "4"]],
+)
 def test_a_written_config_is_one_that_training_takes(tmp_path: Path, options: list[str]) -> None:
     model, out = str(make_llama(tmp_path / "model")), tmp_path / "config.yaml"
     (tmp_path / "pairs.jsonl").write_text("{}")
@@ -360,7 +435,9 @@ def test_a_written_config_is_one_that_training_takes(tmp_path: Path, options: li
     assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence_parallel) == (2, 2, True)
     assert (config.model.policy, config.batch.global_pairs, config.data.max_length) == (model, 16, 64)
     assert config.guidance.mode == ("cached" if "cached" in options else "colocated")
-    assert config.guide.method == (None if options else "dpo")
+    assert config.guide.method == (None if {"dpo", "cached"}.intersection(options) else "dpo")
+    lora = "--lora-rank" in options
+    assert (config.lora.rank, config.optimizer.lr) == ((4, 7e-6) if lora else (None, 7e-7))
     text, fits = dry_run(config, 8)
     assert fits
     assert "ranks: 8 = TP2 x PP2 x DP2 + SP" in text

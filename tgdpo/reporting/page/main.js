@@ -12,7 +12,7 @@ function drawTiles(target) {
 }
 
 function guideNode(guide) {
-  const { alpha, beta } = settings;
+  const { alpha, guideBeta: beta } = settings;
   const count = pairs.reduce((sum, pair) => sum + negativeWeights(guide, pair), 0);
   const tokens = guide.logps.length;
   const toward = guide.toward.map((value) => alpha * beta * value);
@@ -38,7 +38,7 @@ function guideNode(guide) {
 
 // Up to which alpha at most so many tokens have negative weights.
 function alphaTile(guide) {
-  const limits = guide.tails.map(([, tail]) => (tail < 0 ? -1 / (settings.beta * tail) : Infinity));
+  const limits = guide.tails.map(([, tail]) => (tail < 0 ? -1 / (settings.guideBeta * tail) : Infinity));
   const [alpha, ...texts] = together([settings.alpha, ...limits], 2);
   const rows = limits.map((limit, k) => {
     const [share] = guide.tails[k];
@@ -62,7 +62,7 @@ function drawLegend(target) {
     node.style.setProperty("--strength", strength);
     return node;
   };
-  const full = settings.beta * fullColour;
+  const full = settings.guideBeta * fullColour;
   const [least, less, none, more, most] = together([-full, -full / 2, 0, full / 2, full], 0, signed);
   target.replaceChildren(
     element("span", {}, "reward ", sample("minus", 1, least), sample("minus", 0.5, less), sample("", 0, none), sample("plus", 0.5, more), sample("plus", 1, most),
