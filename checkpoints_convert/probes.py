@@ -1,5 +1,6 @@
 """Inputs that show whether two models compute the same, and what transformers makes of them."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +44,17 @@ class Reference:
 
 
 def spans(hf_config: PretrainedConfig) -> dict[str, int]:
-    """Lengths at which the maths of a model changes: a sequence must be longer to show it."""
+    """Lengths at which the maths of a model changes: a sequence must be longer to show it.
+
+    None that sequences may not pass here (``models/rotary.py: longest_exact``).
+    """
     found = {}
     window = family_of(hf_config.architectures).config_kwargs(hf_config).get("window_size")
     if window is not None:
         found["sliding window"] = window[0] + 1
     for kind in rope_layer_types(hf_config) or (None,):
         original = rope_settings(hf_config, kind)[2].get("original_max_position_embeddings")
-        if original:
+        if original and int(original) < (longest_exact(hf_config) or math.inf):
             found["original rope length"] = int(original)
     return found
 
@@ -64,7 +68,14 @@ def long_length(hf_config: PretrainedConfig) -> int:
 
 
 def make_probes(hf: Path, hf_config: PretrainedConfig, length: int) -> list[Probe]:
-    """Random tokens, long and short, and where there is a tokenizer a long and a short text."""
+    """Random tokens, long and short, and where there is a tokenizer a long and a short text.
+
+    Raises:
+        UserError: ``length`` is beyond what the model is exact for.
+    """
+    most = longest_exact(hf_config)
+    if most is not None and length > most:
+        raise UserError(f"--long-tokens {length}: positions are the same for all sequences only up to {most}")
     random = torch.Generator().manual_seed(0)
     probes = [
         Probe(f"{n} random tokens", torch.randint(0, hf_config.vocab_size, (n,), generator=random))
