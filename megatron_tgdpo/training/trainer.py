@@ -35,6 +35,7 @@ from megatron_tgdpo.setup.engine import Engine
 from megatron_tgdpo.setup.model_sources import trained_lora
 from megatron_tgdpo.signals import StoppedEarly
 from megatron_tgdpo.storage.hub import local_path
+from megatron_tgdpo.training.ahead import Ahead
 from megatron_tgdpo.training.best import BestWatch, find_best
 from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.training.engine_state import load_checkpoint
@@ -60,6 +61,10 @@ _PROGRESS = (
 _EVAL_PROGRESS = (
     ("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".3f"),
 )  # fmt: skip
+
+
+# This data rank's packs of a step, and what is in those of all ranks.
+StepPacks = tuple[list[PreferenceBatch], StepWork]
 
 
 class Trainer:
@@ -124,7 +129,8 @@ class Trainer:
         if self._over_ranks(signals.requested())[0]:
             raise StoppedEarly(f"asked to stop before step {done + 1} of {self.data.order.steps}")
         try:
-            done = self._train_from(done + 1)
+            with Ahead(self._step_packs) as ahead:
+                done = self._train_from(done + 1, ahead)
         except BaseException:
             self.saver.leave()
             raise
@@ -132,18 +138,25 @@ class Trainer:
             raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
         finish(self.config, self.exporter, done, self.data.order.steps, self.guide_of)
 
-    def _train_from(self, first: int) -> int:
+    def _train_from(self, first: int, ahead: Ahead[StepPacks]) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
         log = raise_on_all_ranks(lambda: MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None)
         guide_watch, asked = GuideWatch(), self.config.eval
         started = saved = time.monotonic()
-        coming = self._step_packs(first)
+        ahead.start(first)
+        coming, data_seconds = ahead.take()
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
             packs, work = coming
-            coming = self._step_packs(step + 1) if step < self.last_step else ([], None)
-            data_seconds = time.monotonic() - begin
-            result = train_step(self.engine, packs, coming[0])
+            data_seconds, more = 0.0, step < self.last_step
+            if more:
+                ahead.start(step + 1)
+            # What is prefetched in this step is of the next one's packs.
+            if more and self.engine.prefetcher is not None:
+                coming, data_seconds = ahead.take()
+            result = train_step(self.engine, packs, coming[0] if more else ())
+            if more and self.engine.prefetcher is None:
+                coming, data_seconds = ahead.take()
             self._guard(step, result)
             if step == 1 and self.config.train.check_start and self.config.method.frozen:
                 check_start(self.engine, packs, result.metrics)
@@ -158,7 +171,6 @@ class Trainer:
                 self.saver.has_failed,
                 time.monotonic() - saved,
             )
-            assert work is not None, "a step has pairs"
             values |= self.performance.metrics(seconds, work, data_seconds, peak) | self.saver.take_metrics()
             evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
             for group, evaluation in evaluations.items():
@@ -222,7 +234,7 @@ class Trainer:
         """Collates packs one by one, when the schedule takes them."""
         return (collate([dataset[i] for i in pack], self.engine.pack_format, guidance) for pack in packs)
 
-    def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], StepWork | None]:
+    def _step_packs(self, step: int) -> StepPacks:
         """This data rank's packs of a step, and what is in those of all ranks."""
         train, pack_format = self.data.train, self.engine.pack_format
         indices = self.data.order.step_indices(step)
