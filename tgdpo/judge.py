@@ -20,6 +20,7 @@ from tgdpo.command_line import (
     add_precision_arguments,
     check_present,
     check_scratch,
+    find_whole_model,
     positive,
     positive_number,
     run,
@@ -67,9 +68,7 @@ def _judge(given: argparse.Namespace) -> None:
         if given.judge_model is None:
             raise UserError("--judge-model is missing: what the server calls its model")
     else:
-        from megatron_tgdpo.checkpoints.find_model import find_model
-
-        given.judge_directory = find_model(given.judge, "--judge")
+        given.judge_directory = find_whole_model(given.judge, "--judge")
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.judging.run import judge_answers
 

@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     layout = parser.add_argument_group("layout (none given: all, ranked)")
     layout.add_argument("--tensor", type=int, help="parallel.tensor")
     layout.add_argument("--pipeline", type=int, help="parallel.pipeline")
+    layout.add_argument("--expert", type=int, help="parallel.expert")
+    layout.add_argument("--expert-tensor", type=int, help="parallel.expert_tensor; default: as --tensor")
     layout.add_argument("--no-sequence-parallel", action="store_true", help="default: on with --tensor above 1")
     layout.add_argument(
         "--recompute",
@@ -105,8 +107,12 @@ def _plan(given: argparse.Namespace) -> bool:
     if given.write is not None and given.write.exists():
         raise UserError(f"--write {given.write}: is there already: name another file, or remove it")
     named = {role: getattr(given, role) for role in ("model", "reference", "guide")}
-    options = [f"--{role}" for role in ("model", "reference", "guide") if not _is_config_file(getattr(given, role))]
-    find_models(given, *options, weights=False, adapters=("--guide", "--reference"))
+    if not _is_config_file(given.model):
+        from megatron_tgdpo.checkpoints.find_model import find_model
+
+        given.model = find_model(given.model, "--model", weights=False)
+    options = [f"--{role}" for role in ("reference", "guide") if not _is_config_file(getattr(given, role))]
+    find_models(given, *options, weights=False)
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.planning import plan, write_config
 

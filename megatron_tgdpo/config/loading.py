@@ -105,9 +105,7 @@ def _build(values: dict[str, Any], source: str) -> Config:
 
 def _with_method_defaults(config: Config) -> Config:
     unset: dict[str, Any] = {
-        name: default
-        for name, default in METHODS[config.loss.method].options.items()
-        if getattr(config.loss, name) is None
+        name: default for name, default in config.loss.row.options.items() if getattr(config.loss, name) is None
     }
     return replace(config, loss=replace(config.loss, **unset))
 

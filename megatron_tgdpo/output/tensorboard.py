@@ -56,8 +56,10 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "How fast is it?": {
         "tokens per second": ("perf/tokens_per_second", "perf/tokens_per_second_per_gpu"),
-        "pairs per second": ("perf/pairs_per_second",),
-        "seconds per step": ("perf/step_seconds",),
+        "pairs per second": ("perf/pairs_per_second", "perf/pairs_per_second_per_gpu"),
+        "model TFLOP/s of a rank": ("perf/tflops_per_gpu",),
+        "share of the GPU's peak": ("perf/mfu",),
+        "seconds per step, and of them waiting for data": ("perf/step_seconds", "perf/data_seconds"),
         "share of pack tokens that are not padding": ("perf/packing_efficiency",),
         "peak memory of a rank (GiB)": ("perf/peak_memory_gib",),
         "saving: seconds waited, writing, exporting": (

@@ -44,6 +44,7 @@ from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.training.best import check_best_metric
 from megatron_tgdpo.training.export import Exporter
 from megatron_tgdpo.training.finish import finish
+from megatron_tgdpo.training.performance import Performance
 from megatron_tgdpo.training.resume import begin, find_start, last_step, log_nothing_to_do
 from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer
@@ -101,7 +102,8 @@ def run(
             return
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
-        Trainer(config, layout, engine, data, start, exporter, guide_of).train()
+        performance = Performance(config, used, engine.pack_format, layout.world_size, device)
+        Trainer(config, layout, engine, data, start, performance, exporter, guide_of).train()
 
 
 def dry_run(
@@ -234,9 +236,10 @@ def _instead(plan: Plan | None, world_size: int) -> str:
         return f"no layout of {world_size} GPUs fits: take more, or shorter packs, or guidance.mode=cached"
     layout = plan.layout
     sequence = " parallel.sequence_parallel=true" if layout.sequence_parallel else ""
+    experts = "".join(f" parallel.{key}={value}" for key, value in layout.expert_keys.items())
     return (
         f"the nearest that fits: parallel.tensor={layout.tensor} parallel.pipeline={layout.pipeline} "
-        f"parallel.context=1{sequence} train.recompute={plan.recompute} ({plan.memory.total / GIB:.1f} GiB)"
+        f"parallel.context=1{sequence}{experts} train.recompute={plan.recompute} ({plan.memory.total / GIB:.1f} GiB)"
     )
 
 
