@@ -3,7 +3,7 @@ guide do, how fast is it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from textwrap import indent
+from textwrap import indent, wrap
 from typing import Any
 
 from tensorboard.plugins.hparams.api_pb2 import MetricName
@@ -26,6 +26,7 @@ _FIRST = {
 # The first columns of the HParams tab.
 _FIRST_HYPERPARAMETERS = ("loss.alpha", "loss.beta", "optimizer.lr")
 _TRAIN = "train"
+_TEXT_COLUMNS = 100
 WEIGHT_HISTOGRAM = "guidance/weights"
 
 # Charts of the Custom Scalars tab, by question and title, each with the metrics that it draws of every run.
@@ -132,10 +133,17 @@ def _with_plugin_data(summary: Any, change: Callable[[HParamsPluginData], None])
 
 
 def _as_markdown(sample: Sample) -> str:
-    """Prompt and answer as they are: the page would take what is in them for markup."""
+    """Prompt and answer as they are, but for long lines: the page would take what is in them for markup, and not break
+    them."""
     end = "" if sample.ended else f" (cut after {sample.tokens} tokens)"
     parts = {f"Prompt of {sample.source}": sample.prompt, f"Answer{end}": sample.answer}
-    return "\n\n".join(f"{title}\n\n" + indent(text, "    ", lambda line: True) for title, text in parts.items())
+    shown = {title: "\n".join(map(_broken, text.split("\n"))) for title, text in parts.items()}
+    return "\n\n".join(f"{title}\n\n" + indent(text, "    ", lambda line: True) for title, text in shown.items())
+
+
+def _broken(line: str) -> str:
+    """A line in pieces that a window shows whole."""
+    return "\n".join(wrap(line, _TEXT_COLUMNS, replace_whitespace=False, expand_tabs=False)) or line
 
 
 class TensorBoard(Logger):
