@@ -102,12 +102,13 @@ def _uses(config: Config, checkpoint: Path, exported: Path | None) -> list[str]:
     model = shlex.quote(str(checkpoint if kind == "adapter" or exported is None else exported))
     pairs = next((source.path for found in config.test_sets.values() for source in found), "HELDOUT.jsonl")
     reference = model_sources(config).get("reference")
-    if reference is None or reference.adapter is None:  # evaluate takes whole models
-        lines.append(
-            f"compare it: tgdpo evaluate --reference {shlex.quote(config.reference_path)} "
-            f"--model {shlex.quote(name)}={model} --pairs {shlex.quote(pairs)} "
-            f"--max-length {config.data.max_length} --out {shlex.quote(str(output_dir / 'evaluation.json'))}"
-        )
+    adapter = None if reference is None else reference.adapter
+    compared = config.reference_path if adapter is None else str(adapter)
+    lines.append(
+        f"compare it: tgdpo evaluate --reference {shlex.quote(compared)} "
+        f"--model {shlex.quote(name)}={model} --pairs {shlex.quote(pairs)} "
+        f"--max-length {config.data.max_length} --out {shlex.quote(str(output_dir / 'evaluation.json'))}"
+    )
     lines.append(
         f"answer a benchmark: tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model {model} "
         f"--name {shlex.quote(name)} --out {shlex.quote(f'{name}.json')}"
