@@ -22,6 +22,7 @@ from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.load import load_megatron_weights
 from megatron_tgdpo.models.hf_weights.mapping import expected_shapes
 from megatron_tgdpo.models.language_model import build_language_model
+from megatron_tgdpo.planning.pipeline_layers import fit_one
 
 LOGIT_LIMIT = 1e-4  # of the largest logit
 LOGP_LIMIT = 1e-3  # nats
@@ -111,7 +112,8 @@ def compare_outputs(
     probes = raise_on_all_ranks(lambda: make_probes(hf, hf_config, length))
     # Before our model is there: so that one rank never holds both.
     references = raise_on_all_ranks(lambda: reference_outputs(hf, probes, stored, session.device) if compares else [])
-    model = build_language_model(hf_config, session.layout, pg, dtype=torch.float32, device=session.device)
+    layout = fit_one(hf_config, session.layout)
+    model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=session.device)
     load_megatron_weights([model], checkpoint, hf_config)
     lengths = [len(probe.tokens) for probe in probes]
     padding = torch.zeros(-sum(lengths) % session.layout.tensor, dtype=torch.int64)

@@ -105,14 +105,21 @@ def _write(directory: Path, checkpoint: Path, tensors: dict[str, Tensor]) -> Non
     whole = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(whole, directory / ADAPTER_WEIGHTS, metadata=header)
     model = (metadata.get("config") or {}).get("model") or {}
-    content = peft_config(read_lora(checkpoint), model.get("policy"))
+    linears = dict.fromkeys(name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors)
+    content = peft_config(read_lora(checkpoint), model.get("policy"), list(linears))
     (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if (card := model_card(checkpoint, metadata, whole=False)) is not None:
         (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
-    """What ``adapter_config.json`` says of an adapter, and of its base model: a path, or a pinned name of the Hub."""
+def peft_config(lora: Lora, base: str | None, linears: list[str]) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of an adapter.
+
+    Args:
+        lora: What it is.
+        base: Of its base model, a path or a pinned name of the Hub.
+        linears: Names of those that have adapters.
+    """
     hub = None if base is None else hub_name(base)
     return {
         "peft_type": "LORA",
@@ -121,7 +128,7 @@ def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
         "revision": None if hub is None else hub.revision,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "target_modules": list(lora.targets),
+        "target_modules": linears,
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
         "bias": "none",

@@ -95,8 +95,7 @@ class _Planner(DefaultSavePlanner):
 
     def _item(self, index: MetadataIndex, piece: Piece) -> WriteItem:
         assert index.offset is not None
-        stacked = () if piece.parameter.layer is None else (1,)
-        sizes = (*stacked, piece.end - piece.start, *piece.parameter.shape[1:])
+        sizes = (*(1 for _ in piece.parameter.index), piece.end - piece.start, *piece.parameter.shape[1:])
         chunk = ChunkStorageMetadata(index.offset, torch.Size(sizes))
         data = TensorWriteData(chunk, TensorProperties(dtype=self._dtype), torch.Size(self._sizes[index.fqn]))
         return WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
@@ -112,10 +111,8 @@ class _Planner(DefaultSavePlanner):
 
 
 def _index(piece: Piece) -> MetadataIndex:
-    layer, columns = piece.parameter.layer, piece.parameter.shape[1:]
-    return MetadataIndex(
-        piece.parameter.checkpoint_key, (*([] if layer is None else [layer]), piece.start, *(0 for _ in columns))
-    )
+    parameter = piece.parameter
+    return MetadataIndex(parameter.checkpoint_key, (*parameter.index, piece.start, *(0 for _ in parameter.shape[1:])))
 
 
 class _StreamWriter(Writer):

@@ -16,7 +16,7 @@ from megatron_tgdpo import __version__
 from megatron_tgdpo.checkpoints.best import Best, best_of_record, read_best
 from megatron_tgdpo.data.sources import read_sets, read_sources
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.loss.methods import METHODS
+from megatron_tgdpo.loss.methods import METHODS, Method
 from megatron_tgdpo.output.directory import SUMMARY_FILE
 from megatron_tgdpo.output.metrics_file import logged_steps
 from megatron_tgdpo.storage.hub import HubName, hub_name, local_path
@@ -96,11 +96,14 @@ def _facts(
     lora: Mapping[str, Any],
 ) -> Iterable[tuple[str, str]]:
     model, loss, data = (_section(config, name) for name in ("model", "loss", "data"))
-    options = [f"{key} {value}" for key, value in loss.items() if key != "method" and value is not None]
-    yield "method", ", ".join([method, *options])
+    row = METHODS.get(method, Method(""))
+    told = {key: value for key, value in loss.items() if key != "method" and value is not None}
+    # What is off as usual goes without saying.
+    told = {key: value for key, value in told.items() if value or value != row.options.get(key)}
+    yield "method", ", ".join([method, *(f"{key} {value}" for key, value in told.items())])
     policy = _model_name(model.get("policy"))
     yield "began as", policy
-    frozen = METHODS[method].frozen if method in METHODS else ()
+    frozen = row.given(loss).frozen
     if "reference" in frozen:
         yield "reference", _model_name(model["reference"]) if model.get("reference") else policy
     if "guide" in frozen:

@@ -15,6 +15,8 @@ from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 
 # Blocks of up to 32 MiB are used again by the allocator; the first touch of larger, fresh ones costs more than reading.
 PIECE_BYTES = 16 << 20
+# Kinds of parameters that are a linear's.
+_LINEARS = ("qkv", "glu", "row", "fused_qkv", "fused_glu")
 
 T = TypeVar("T")
 
@@ -62,7 +64,7 @@ class Piece:
     def read_megatron(self, checkpoint: CheckpointReader) -> Tensor:
         """The rows from a Megatron checkpoint, in the stored dtype, without padding."""
         end = self.end if self.hf_index is None else self.start + self.hf_end - self.hf_start
-        return checkpoint.rows(self.parameter.checkpoint_key, self.parameter.layer, self.start, end)
+        return checkpoint.rows(self.parameter.checkpoint_key, self.parameter.index, self.start, end)
 
     def to_hf(self, rows: Tensor, heads: Heads, vocab_size: int) -> list[tuple[str, int, Tensor]]:
         """What :meth:`read_megatron` gave as (HF name, first row, rows)."""
@@ -89,20 +91,21 @@ def converted(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def checkpoint_sizes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Size of every tensor of the model by its name in a Megatron checkpoint, the vocabulary padded for one rank."""
-    layers = hf_config.num_hidden_layers
+    # The last of each name has the highest numbers of layer and expert.
     return {
-        parameter.checkpoint_key: parameter.shape if parameter.layer is None else (layers, *parameter.shape)
+        parameter.checkpoint_key: (*(number + 1 for number in parameter.index), *parameter.shape)
         for parameter in global_parameters(hf_config)
     }
 
 
 def extra_state_keys(hf_config: PretrainedConfig) -> list[str]:
-    """Names of the empty objects that megatron-core saves beside, and asks of a checkpoint: one for every linear."""
+    """Names of the empty objects that megatron-core saves beside, and asks of a checkpoint: one for every linear that
+    is no expert's."""
     layers = hf_config.num_hidden_layers
     return [
         f"{parameter.checkpoint_key.removesuffix('weight')}_extra_state/shard_{parameter.layer}_{layers}"
         for parameter in global_parameters(hf_config)
-        if parameter.kind in ("qkv", "glu", "row") and parameter.key.endswith(".weight")
+        if parameter.kind in _LINEARS and parameter.key.endswith(".weight") and parameter.expert is None
     ]
 
 
@@ -119,7 +122,7 @@ def pieces_of(parameter: GlobalParameter, element_size: int) -> Iterator[Piece]:
         element_size: Bytes of an element.
     """
     rows = parameter.shape[0]
-    if parameter.kind == "qkv":
+    if parameter.kind in ("qkv", "fused_qkv"):
         yield Piece(parameter, 0, rows, None)
         return
     row_bytes = element_size * (parameter.shape[1] if len(parameter.shape) > 1 else 1)

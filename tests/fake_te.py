@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -57,12 +58,71 @@ class LayerNormColumnParallelLinear(_ExtraState, ColumnParallelLinear):
         return _sharded(self, prefix, {"weight": 0, "bias": 0}, sharded_offsets, metadata)
 
 
+class PlainColumnParallelLinear(_ExtraState, ColumnParallelLinear):
+    def __init__(self, input_size: int, output_size: int, *, config: Any, tp_comm_buffer_name: str, **kwargs: Any):
+        super().__init__(input_size, output_size, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return _sharded(self, prefix, {"weight": 0, "bias": 0}, sharded_offsets, metadata)
+
+
 class RowLinear(_ExtraState, RowParallelLinear):
     def __init__(self, input_size: int, output_size: int, *, config: Any, tp_comm_buffer_name: str, **kwargs: Any):
         super().__init__(input_size, output_size, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return _sharded(self, prefix, {"weight": 1}, sharded_offsets, metadata)
+
+
+class _Grouped(torch.nn.Module):
+    """Products of the experts of this rank, each with its own tokens, which follow one another."""
+
+    axis: int
+
+    def __init__(
+        self, num_gemms: int, input_size: int, output_size: int, *, config: Any, init_method: Any, bias: bool,
+        skip_bias_add: bool, is_expert: bool, tp_comm_buffer_name: str, pg_collection: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert is_expert
+        assert not bias
+        self.num_gemms, self.pg = num_gemms, pg_collection
+        shape = [output_size, input_size]
+        shape[self.axis] //= pg_collection.expt_tp.size()
+        for number in range(num_gemms):
+            self.register_parameter(
+                f"weight{number}", torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+            )
+
+    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, None]:
+        parts = x.split(m_splits)
+        return torch.cat([F.linear(part, getattr(self, f"weight{n}")) for n, part in enumerate(parts)]), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        assert metadata is not None
+        sharded: dict[str, Any] = {}
+        for number in range(self.num_gemms):
+            expert = self.pg.ep.rank() * self.num_gemms + number
+            place = (len(sharded_offsets), expert, self.pg.ep.size() * self.num_gemms)
+            weight = {"weight": getattr(self, f"weight{number}")}
+            made = make_sharded_tensors_for_checkpoint(
+                weight, prefix, {"weight": self.axis}, (*sharded_offsets, place),
+                tp_group=self.pg.expt_tp, dp_cp_group=metadata["dp_cp_group"],
+            )  # fmt: skip
+            entry = made[f"{prefix}weight"]
+            entry.replica_id = (*entry.replica_id[:2], self.pg.expt_dp.rank())
+            sharded[f"{prefix}weight{number}"] = entry
+            state = ShardedObject(f"{prefix}_extra_state", torch.zeros(1), (1,), (0,))
+            sharded[f"{prefix}_extra_state{number or ''}"] = state
+        return sharded
+
+
+class ColumnGrouped(_Grouped):
+    axis = 0
+
+
+class RowGrouped(_Grouped):
+    axis = 1
 
 
 class DotProductAttention(torch.nn.Module):
@@ -108,7 +168,14 @@ def varlen(
     return torch.cat(outputs)
 
 
-PARTS = TransformerEngineParts(norm=Norm, column_linear=LayerNormColumnParallelLinear, row_linear=RowLinear)
+PARTS = TransformerEngineParts(
+    norm=Norm,
+    column_linear=LayerNormColumnParallelLinear,
+    row_linear=RowLinear,
+    plain_column_linear=PlainColumnParallelLinear,
+    column_grouped=ColumnGrouped,
+    row_grouped=RowGrouped,
+)
 
 
 @contextmanager

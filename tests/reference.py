@@ -1,4 +1,4 @@
-"""TGDPO, DPO, SimPO and SFT training in plain PyTorch and transformers, written from the papers' equations.
+"""TGDPO, DPO, SimPO, ORPO and SFT training in plain PyTorch and transformers, written from the papers' equations.
 
 Independent of the code under test: one pair at a time, full logits, no packing, no parallelism, float32. It shares
 nothing with ``megatron_tgdpo`` but the token ids of the pairs.
@@ -35,6 +35,11 @@ class Settings:
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
     gamma: float = 0.0
+    form: str = "sigmoid"  # or sigmoid_norm, ipo
+    guide_beta: float | None = None
+    weights: str = "tgdpo"  # or sepo, confpo; without a guide tgdpo is none
+    select_share: float = 0.3
+    reference_free: bool = False
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
@@ -76,16 +81,30 @@ def pair_loss(
     if settings.method == "simpo":
         margin = settings.beta * (chosen.mean() - rejected.mean()) - settings.gamma
         return -torch.log(torch.sigmoid(margin))
+    if settings.method == "orpo":
+        odds = [torch.exp(mean) / (1 - torch.exp(mean)) for mean in (chosen.mean(), rejected.mean())]
+        return -chosen.mean() - settings.beta * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))
     scores = []
     for response, log_pi, sign in ((pair.chosen, chosen, 1.0), (pair.rejected, rejected, -1.0)):
         with torch.no_grad():
             log_ref = response_logps(reference, pair.prompt, response)
             weights = torch.ones_like(log_ref)
             if guide is not None:
-                rewards = settings.beta * (response_logps(guide, pair.prompt, response) - log_ref)
+                guide_beta = settings.beta if settings.guide_beta is None else settings.guide_beta
+                rewards = guide_beta * (response_logps(guide, pair.prompt, response) - log_ref)
                 weights = 1 + sign * settings.alpha * rewards
-        scores.append(settings.beta * (weights * (log_pi - log_ref)).sum())
-    right = torch.sigmoid(scores[0] - scores[1])
+        if settings.weights == "sepo":
+            best = (sign * rewards).topk(max(1, int(settings.select_share * len(rewards)))).indices
+            weights = torch.zeros_like(log_ref).index_fill(0, best, 1.0)
+        if settings.weights == "confpo":
+            weights = (log_pi.exp() <= log_pi.exp().mean()).float().detach()
+        weighted = weights * (log_pi if settings.reference_free else log_pi - log_ref)
+        terms = len(log_ref) if settings.weights == "tgdpo" else weights.sum()
+        scores.append(settings.beta * (weighted.sum() / (1 if settings.form == "sigmoid" else terms)))
+    if settings.form == "ipo":
+        distance = (scores[0] - scores[1]) / settings.beta - 1 / (2 * settings.beta)
+        return distance**2 - settings.sft_weight * chosen.mean()
+    right = torch.sigmoid(scores[0] - scores[1] - settings.gamma)
     smoothed = (1 - settings.label_smoothing) * torch.log(right) + settings.label_smoothing * torch.log(1 - right)
     return -smoothed - settings.sft_weight * chosen.mean()
 

@@ -231,7 +231,15 @@ def check_ranks(parallel: "ParallelConfig", ranks: int) -> None:
     """
     from megatron_tgdpo.distributed.layout import make_layout
 
-    make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, ranks)
+    make_layout(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.sequence_parallel,
+        ranks,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+    )
 
 
 def check_scratch(given: argparse.Namespace) -> None:

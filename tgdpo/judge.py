@@ -26,6 +26,9 @@ from tgdpo.command_line import (
     run,
 )
 
+# The share of replies without a verdict above which people are warned.
+_UNPARSABLE = 0.1
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; ``None`` means this process's."""
@@ -89,7 +92,14 @@ def table(results: dict[str, Any], out: Path) -> str:
             value = results[name]
             estimate = Estimate(**value) if isinstance(value, dict) else value and Estimate(value, None, None)
             rows.append([name, form.format(0) if value == 0 else with_interval(estimate, form)])
-    return f"{align(rows)}\n{out}: judgments.jsonl, results.json, judge.png"
+    lines = [align(rows), f"{out}: written, judgments.jsonl, results.json and judge.png"]
+    if results["unparsable"] > _UNPARSABLE:
+        lines.insert(
+            1,
+            f"WARNING: {results['unparsable']:.1%} of the replies have no verdict that can be read (judgments.jsonl "
+            "has them): take a stronger judge, or a larger --max-new-tokens",
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

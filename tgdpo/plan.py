@@ -9,6 +9,7 @@ is checked: docs/planning.md. ``tgdpo train CONFIG --dry-run`` gives the same me
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     layout = parser.add_argument_group("layout (none given: all, ranked)")
     layout.add_argument("--tensor", type=int, help="parallel.tensor")
     layout.add_argument("--pipeline", type=int, help="parallel.pipeline")
+    layout.add_argument("--expert", type=int, help="parallel.expert")
+    layout.add_argument("--expert-tensor", type=int, help="parallel.expert_tensor; default: as --tensor")
     layout.add_argument("--no-sequence-parallel", action="store_true", help="default: on with --tensor above 1")
     layout.add_argument(
         "--recompute",
@@ -117,6 +120,11 @@ def _plan(given: argparse.Namespace) -> bool:
     print(text)
     if given.write is not None and chosen is not None:
         write_config(given, chosen, named)
+        command = "pipeline" if "guide" in METHODS[given.method].frozen and not given.guide else "train"
+        ranks, file = chosen.layout.world_size, shlex.quote(str(given.write))
+        print(f"{given.write}: written; to train: tgdpo {command} {file} --nproc {ranks}")
+    elif chosen is not None and chosen.fits:
+        print("to train with it: --write config.yaml --train PAIRS makes a config")
     return chosen is None or chosen.fits
 
 

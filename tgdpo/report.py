@@ -69,8 +69,8 @@ def _main(given: argparse.Namespace) -> None:
     config = load_config(given.config, [*given.overrides, *cache])
     if "guide" not in config.method.frozen:
         raise UserError(
-            f"{given.config}: loss.method {config.loss.method} has no token weights: give a TGDPO run's config, or "
-            "set loss.method=tgdpo model.guide=DIR"
+            f"{given.config}: loss.method {config.loss.method} has no token weights of a guide: give a TGDPO run's "
+            "config, or set loss.method=tgdpo model.guide=DIR"
         )
     if config.guidance.mode != "cached":
         from megatron_tgdpo.setup.trained_guide import check_finished
@@ -85,7 +85,7 @@ def _report(given: argparse.Namespace, asked: argparse.Namespace, config: Config
     from megatron_tgdpo.setup.datasets import preprocess_options
     from megatron_tgdpo.setup.hub_inputs import pin_here
     from megatron_tgdpo.storage.atomic_file import write_atomically
-    from tgdpo.reporting.build import remarks, report_metrics, report_pairs, summary
+    from tgdpo.reporting.build import remarks, report_metrics, report_pairs, selected_tokens, summary
     from tgdpo.reporting.render import render_page
     from tgdpo.reporting.sources import check_finite, choose_pairs, open_split
 
@@ -108,13 +108,22 @@ def _report(given: argparse.Namespace, asked: argparse.Namespace, config: Config
         "data": ", ".join(source.path for source in config.datasets[given.split]),
         "pairs": f"{len(pairs):,} of {len(dataset):,}",
     }
-    alpha, beta = config.loss.options["alpha"], config.loss.options["beta"]
-    page = render_page(shown, metrics, alpha=alpha, beta=beta, facts=facts, warnings=warnings, notes=notes)
+    loss = config.loss.options
+    weights = selected_tokens(pairs, logps, guides, loss)
+    strength = {
+        "alpha": loss.get("alpha", 0.0),
+        "beta": loss["beta"],
+        "guide_beta": loss["guide_beta"],
+        "weights": weights,
+    }
+    plain = {"form": "sigmoid", "reference_free": False, "label_smoothing": 0.0, "sft_weight": 0.0, "gamma": 0.0}
+    plain_loss = all(loss[name] == value for name, value in plain.items())
+    page = render_page(shown, metrics, **strength, facts=facts, plain_loss=plain_loss, warnings=warnings, notes=notes)
     write_atomically(given.out, page)
     for prefix, texts in (("WARNING", warnings), ("note", notes)):
         for text in texts:
             print(f"{prefix}: {text}", file=sys.stderr)
-    return f"{summary(metrics, facts, alpha, beta)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
+    return f"{summary(metrics, facts, **strength)}\n{given.out}: written, {len(page) / 2**20:.1f} MiB"
 
 
 def _models(given: argparse.Namespace, config: Config) -> dict[str, str]:

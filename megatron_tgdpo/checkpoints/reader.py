@@ -57,19 +57,20 @@ class CheckpointReader:
             key: info for key, info in metadata.state_dict_metadata.items() if isinstance(info, TensorStorageMetadata)
         }
 
-    def rows(self, key: str, layer: int | None, start: int, end: int) -> Tensor:
+    def rows(self, key: str, index: int | tuple[int, ...] | None, start: int, end: int) -> Tensor:
         """Rows [start, end) of a tensor, in the stored dtype.
 
         Args:
             key: The tensor's name.
-            layer: Index on the tensor's first axis, which the result has not; None to take rows of that axis itself.
+            index: On the tensor's first axis, or axes, which the result has not: the layer, or layer and expert; None
+                to take rows of the first axis itself.
             start: First row.
             end: Last row + 1.
 
         Raises:
             UserError: The files lack a part of it, or are damaged.
         """
-        info, lead = self.tensors[key], () if layer is None else (layer,)
+        info, lead = self.tensors[key], (index,) if isinstance(index, int) else index or ()
         shape = (end - start, *info.size[len(lead) + 1 :])
         offsets = torch.Size((*lead, start, *(0 for _ in shape[1:])))
         wanted = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in lead), *shape)))

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.loss.methods import METHODS
 
 
 class ChangePolicy(Enum):
@@ -36,6 +37,8 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "data.validation", "data.test", "data.columns", "data.workers",
         "guidance.mode", "guidance.cache", "guidance.verify", "guidance.prefetch",
         "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.virtual_pipeline",
+        "parallel.expert", "parallel.expert_tensor",
+        "parallel.pipeline_layers",
         "parallel.sequence_parallel", "parallel.device", "parallel.timeout_minutes",
         "batch.tokens_per_micro_batch", "batch.shared_prompts",
         "overlap.grad_reduce", "overlap.param_gather", "overlap.tensor",
@@ -53,7 +56,8 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "model.reference", "model.guide",
         "data.train", "data.max_length", "data.max_prompt_length", "data.overlong_prompt", "data.chat_template",
         "data.template_kwargs",
-        "loss.beta", "loss.alpha", "loss.label_smoothing", "loss.sft_weight", "loss.gamma",
+        "loss.beta", "loss.alpha", "loss.guide_beta", "loss.form", "loss.reference_free", "loss.label_smoothing",
+        "loss.sft_weight", "loss.gamma", "loss.weights", "loss.select_share",
         "batch.global_pairs",
         "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay",
         "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio", "optimizer.warmup_steps",
@@ -141,6 +145,10 @@ def find_changes(recorded: Recorded, config: Config, inputs: Inputs | None) -> l
     # A key that the run's version did not have: what it did then is the default.
     defaults = flatten(OmegaConf.to_container(OmegaConf.structured(Config)))  # type: ignore[arg-type]
     theirs, ours = {**defaults, **flatten(recorded.config)}, flatten(to_dict(config))
+    # An option that the method has got since.
+    loss = {name: theirs[f"loss.{name}"] for name in ("weights", "reference_free")}
+    options = METHODS[theirs["loss.method"]].given(loss).options if theirs["loss.method"] in METHODS else {}
+    theirs |= {f"loss.{name}": value for name, value in options.items() if theirs[f"loss.{name}"] is None}
     changes = []
     for key, policy in POLICY_OF.items():
         if key in INPUTS:

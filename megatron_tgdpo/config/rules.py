@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tgdpo.config.constraints import BESIDE_ADAPTERS, Rule
 from megatron_tgdpo.config.schema import Config, GuideConfig, LoraConfig, LossConfig
+from megatron_tgdpo.loss.choices import FORMS, WEIGHTS, Form
 from megatron_tgdpo.loss.methods import METHODS
 
 # What a run makes in its output directory; "best" is a name for one of its checkpoints.
@@ -45,6 +46,19 @@ def _unused_option(option: str) -> Rule:
     )
 
 
+def _layers_given(role: str) -> Rule:
+    def broken(c: Config) -> bool:
+        given = getattr(c.parallel.pipeline_layers, role)
+        least = c.parallel.virtual_pipeline or 1
+        return given is not None and (len(given) != c.parallel.pipeline or min(given, default=0) < least)
+
+    return Rule(
+        broken,
+        f"parallel.pipeline_layers.{role} is {{c.parallel.pipeline_layers.{role}}}: it must have a number for each of "
+        "parallel.pipeline = {c.parallel.pipeline} stages, at least 1 (with virtual_pipeline, one for each chunk)",
+    )
+
+
 TRAIN = (
     Rule(
         lambda c: (c.train.steps is None) == (c.train.epochs is None),
@@ -52,7 +66,46 @@ TRAIN = (
     ),
 )
 
-LOSS = tuple(_unused_option(field.name) for field in fields(LossConfig) if field.name != "method")
+
+def _form(c: Config) -> Form:
+    return FORMS[c.loss.form or "sigmoid"]
+
+
+_POINTWISE = "loss.form {c.loss.form} compares each response with the reference on its own"
+LOSS = (
+    *(_unused_option(field.name) for field in fields(LossConfig) if field.name != "method"),
+    Rule(
+        lambda c: bool(c.loss.label_smoothing) and not _form(c).smoothed,
+        "loss.label_smoothing is {c.loss.label_smoothing} but loss.form {c.loss.form} does not use it: set it to 0",
+    ),
+    Rule(
+        lambda c: c.loss.form == "exo_pair" and not c.loss.label_smoothing,
+        "loss.form exo_pair needs loss.label_smoothing above 0, what its target leaves to the rejected response: 0.001 "
+        "in the paper",
+    ),
+    Rule(
+        lambda c: not _form(c).pairwise and bool(c.loss.reference_free),
+        f"{_POINTWISE}: set loss.reference_free=false",
+    ),
+    # A guide's partition function cancels between two responses, and not in one.
+    Rule(
+        lambda c: not _form(c).pairwise and c.method.weighted,
+        f"{_POINTWISE}, and token weights hold for differences of two only: set loss.method=dpo with loss.weights="
+        "uniform, or another form",
+    ),
+    Rule(
+        lambda c: bool(c.loss.gamma) and c.loss.form is not None and not _form(c).margin,
+        "loss.gamma is {c.loss.gamma} but loss.form {c.loss.form} does not use it: set it to 0",
+    ),
+    Rule(
+        lambda c: c.loss.weights is not None and WEIGHTS[c.loss.weights].guided and "guide" not in c.method.frozen,
+        "loss.weights {c.loss.weights} come from a guide: set loss.method=tgdpo and model.guide",
+    ),
+    Rule(
+        lambda c: c.loss.weights is not None and not WEIGHTS[c.loss.weights].guided and "guide" in c.method.frozen,
+        "loss.weights {c.loss.weights} need no guide: set loss.method=dpo and remove model.guide",
+    ),
+)
 
 MODELS = (
     Rule(
@@ -158,6 +211,7 @@ GUIDANCE = (
 )
 
 PARALLEL = (
+    *(_layers_given(role) for role in ("policy", "reference", "guide")),
     Rule(
         lambda c: c.parallel.context > 1 and c.shared_prompts,
         "batch.shared_prompts is true with parallel.context > 1: a prompt that two responses share cannot be split "

@@ -25,6 +25,7 @@ from megatron_tgdpo.config.constraints import (
     token_multiple,
 )
 from megatron_tgdpo.data.sources import Source, read_sets, read_sources
+from megatron_tgdpo.loss.choices import FORMS, WEIGHTS
 from megatron_tgdpo.loss.methods import GUIDE_METHODS, METHODS, Method
 from megatron_tgdpo.storage.hub import local_path
 
@@ -90,19 +91,30 @@ class LossConfig:
     """An option that the method does not use must be null; one that it uses has the default in loss/methods.py."""
 
     method: str = one_of(METHODS, "tgdpo")
-    # tgdpo, dpo: strength of the KL constraint, per nat; simpo: scale of the rewards
+    # tgdpo, dpo: strength of the KL constraint, per nat; simpo: scale of the rewards; orpo: weight of the odds ratio
     beta: float | None = positive(None)
     alpha: float | None = at_least(0, None)  # tgdpo: strength of the token-level guidance; 0 is DPO
-    label_smoothing: float | None = fraction(None, below=0.5)  # dpo: probability that a pair's label is wrong
-    # dpo: weight of the mean NLL of chosen tokens (the reference code's pref_ftx)
+    # tgdpo: scale of the guide's log-ratios, per nat; null: beta, as the authors have it
+    guide_beta: float | None = positive(None)
+    form: str | None = one_of(FORMS, None)  # tgdpo, dpo: what is made of a pair's scores, by TRL's names
+    reference_free: bool | None = None  # tgdpo, dpo: log-probs of the policy in place of its ratios to the reference
+    label_smoothing: float | None = fraction(None, below=0.5)  # tgdpo, dpo: probability that a pair's label is wrong
+    # tgdpo, dpo: weight of the mean NLL of chosen tokens (the reference code's pref_ftx)
     sft_weight: float | None = at_least(0, None)
-    # simpo: margin by which chosen rewards should exceed rejected ones, in nats
+    # tgdpo, dpo, simpo: margin by which chosen scores should exceed rejected ones, in nats
     gamma: float | None = at_least(0, None)
+    weights: str | None = one_of(WEIGHTS, None)  # what tokens count; tgdpo: tgdpo or sepo; dpo: uniform or confpo
+    select_share: float | None = share(None)  # weights sepo: share of each response's tokens that count
 
     @property
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """The options that the method uses."""
-        return {name: getattr(self, name) for name in METHODS[self.method].options}
+        return {name: getattr(self, name) for name in self.row.options}
+
+    @property
+    def row(self) -> Method:
+        """The method, with the options and frozen models that it has with these values."""
+        return METHODS[self.method].given({"weights": self.weights, "reference_free": self.reference_free})
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class GuideConfig:
 
     method: str | None = one_of(GUIDE_METHODS, None)  # null: model.guide names a guide that is there
     beta: float | None = positive(None)  # the guide's loss.beta; null: the method's default
-    gamma: float | None = at_least(0, None)  # the guide's loss.gamma (simpo); null: the method's default
+    gamma: float | None = at_least(0, None)  # the guide's loss.gamma (simpo, dpo); null: the method's default
     lr: float | None = at_least(0, None)  # the guide's optimizer.lr; null: the policy's
     steps: int | None = positive(None)  # the guide's train.steps; null with epochs null: as long as the policy
     epochs: float | None = positive(None)  # the guide's train.epochs
@@ -128,12 +140,24 @@ class GuidanceConfig:
 
 
 @dataclass(frozen=True)
+class PipelineLayersConfig:
+    """Layers of each stage, as [8, 8, 7, 3]; null: as many for all if they divide by the stages, else by cost."""
+
+    policy: list[int] | None = None
+    reference: list[int] | None = None  # null also: those of the policy, if it has as many layers
+    guide: list[int] | None = None  # null also: those of policy or reference, if one has as many layers
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     tensor: int = positive(1)  # ranks that share each layer
     pipeline: int = positive(1)  # stages of consecutive layers
     context: int = positive(1)  # ranks that share each sequence
     # chunks of layers per stage, for the interleaved schedule; null: no chunks
     virtual_pipeline: int | None = positive(None)
+    expert: int = positive(1)  # ranks that divide a layer's experts among them; spans tensor, context and data ranks
+    expert_tensor: int | None = positive(None)  # ranks that share each expert; null: as parallel.tensor
+    pipeline_layers: PipelineLayersConfig = field(default_factory=PipelineLayersConfig)
     sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor ranks
     # auto takes the CPU only on a machine without an NVIDIA device
     device: str = one_of(("auto", "cuda", "cpu"), "auto")
@@ -216,7 +240,7 @@ class TrainConfig:
     fused: str = one_of(("auto", "off"), "auto")
     keep_logits_mib: int = at_least(0, 1024)  # MiB for logits of the policy that backward need not compute again
     recompute: str = one_of(RECOMPUTE_CHOICES, "none")  # policy activations computed again in backward, to save memory
-    check_start: bool = True  # stop unless the loss of a fresh run is ln 2 for every pair of the first step
+    check_start: bool = True  # stop unless policy and reference agree at a fresh run's first step (a loss of ln 2)
     # (turn off for a policy that deliberately differs from the reference)
 
 
@@ -345,7 +369,7 @@ class Config:
 
     @property
     def method(self) -> Method:
-        return METHODS[self.loss.method]
+        return self.loss.row
 
     @property
     def model_paths(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ models' hidden states go with them in a :class:`~megatron_tgdpo.frozen.communica
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -27,6 +28,11 @@ class TokenLogps:
 
     policy: Tensor
     frozen: tuple[Tensor, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """What megatron-core's schedule asks of the last stage's output where the model has experts."""
+        return self.policy.device
 
 
 class ColocatedModel(MegatronModule):

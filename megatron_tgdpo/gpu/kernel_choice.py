@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -104,14 +103,14 @@ def _engine_attends(config: LanguageModelConfig, found: Capabilities) -> bool:
 
 
 def build_block_spec(
-    config: LanguageModelConfig, pg: ProcessGroupCollection, spec: LayerSpec, attention: str
+    config: LanguageModelConfig, count: int, spec: LayerSpec, attention: str
 ) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers, of the chosen spec with the chosen core attention."""
+    """The ``count`` layers of a chunk, of the chosen spec with the chosen core attention."""
     if spec == "local":
-        return local_block_spec(config, pg, core_attention_spec(attention))
+        return local_block_spec(config, count, core_attention_spec(attention))
     from megatron_tgdpo.models.layer_spec_te import load_parts, te_block_spec
 
-    return te_block_spec(config, pg, core_attention_spec(attention), load_parts())
+    return te_block_spec(config, count, core_attention_spec(attention), load_parts())
 
 
 def core_attention_spec(attention: str) -> ModuleSpec:

@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.schema import Config, ModelConfig, PrecisionConfig, TrainConfig
-from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.distributed.layout import ROLES, ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities, detect
 from megatron_tgdpo.gpu.fp8 import (
@@ -25,6 +24,7 @@ from megatron_tgdpo.gpu.kernel_choice import LayerSpec, build_block_spec, choose
 from megatron_tgdpo.gpu.overlap import check_overlap
 from megatron_tgdpo.gpu.overlap import transformer_kwargs as overlap_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
+from megatron_tgdpo.models.families import family_of
 
 
 @functools.cache
@@ -52,8 +52,14 @@ def check_gpu_options(
     check_overlap(config, layout, found, spec)
     for role, hf_config in configs.items():
         recipe = config.precision.policy_recipe if role == "policy" else config.frozen_recipe
+        if recipe is not None and family_of(hf_config.architectures).has_experts:
+            raise UserError(
+                f"model.{role} has experts, whose products are not made in FP8 or FP4 yet: set precision.fp8=none and "
+                "precision.fp4=none (for a frozen model alone precision.frozen=bf16)"
+            )
         if recipe is not None:
-            kwargs = transformer_config_kwargs(hf_config, layout, dtype=torch.bfloat16, device=torch.device("cpu"))
+            own = layout.of_model(ROLES.index(role))
+            kwargs = transformer_config_kwargs(hf_config, own, dtype=torch.bfloat16, device=torch.device("cpu"))
             try:
                 check_fp8_sizes(kwargs, recipe, config.seq_length, layout)
             except UserError as error:
@@ -110,9 +116,9 @@ def describe_model(
 
 
 def _block_spec(
-    config: LanguageModelConfig, pg: ProcessGroupCollection, *, spec: LayerSpec, found: Capabilities
+    config: LanguageModelConfig, count: int, *, spec: LayerSpec, found: Capabilities
 ) -> TransformerBlockSubmodules:
-    return build_block_spec(config, pg, spec, choose_attention(config, spec, found))
+    return build_block_spec(config, count, spec, choose_attention(config, spec, found))
 
 
 def _fused_kwargs(

@@ -52,7 +52,8 @@ class FrozenEngine:
         return result
 
     def logps(self, dataset: PreferenceDataset, indices: Sequence[int]) -> dict[int, np.ndarray]:
-        """Token log-probs of some pairs. Collective over the ranks of one data-parallel replica.
+        """Token log-probs of some pairs. Collective over the ranks of one data-parallel replica; where replicas divide
+        experts among them over all ranks, of which some may have no pairs.
 
         Returns:
             On the rank that ``receives``: by pair, [models, chosen + rejected tokens] float32. Empty elsewhere.
@@ -60,9 +61,11 @@ class FrozenEngine:
         tokens = self.pack_format.pair_tokens(dataset.lengths[list(indices)]).tolist()
         (plan,) = plan_packs(indices, tokens, self.pack_format.tokens, 1)
         packs = [pack for pack in plan if pack]
-        batches = [collate([dataset[i] for i in pack], self.pack_format).to(self.device) for pack in packs]
+        # Empty ones for the experts that are here.
+        filled: list[list[int]] = packs + [[]] * (self._most_packs(len(packs)) - len(packs))
+        batches = [collate([dataset[i] for i in pack], self.pack_format).to(self.device) for pack in filled]
         results = (
-            forward_logps([self.model], batches, self.communicator, self.pg, self.pack_format.tokens) if packs else []
+            forward_logps([self.model], batches, self.communicator, self.pg, self.pack_format.tokens) if batches else []
         )
         found: dict[int, np.ndarray] = {}
         for pack, batch, logps in zip(packs, batches, results, strict=False):
@@ -71,6 +74,14 @@ class FrozenEngine:
             if self.receives:
                 found |= zip(pack, np.split(whole.cpu().numpy(), np.cumsum(lengths)[:-1], axis=1), strict=True)
         return found
+
+    def _most_packs(self, packs: int) -> int:
+        """The packs of this replica, or where each layer is collective over replicas those of the one that has most."""
+        if self.pg.ep.size() == 1 or not any(model.config.num_moe_experts for model in self.models):
+            return packs
+        most = torch.tensor(packs, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.pg.dp)
+        return int(most)
 
     def _whole(self, batch: PreferenceBatch, logps: TokenLogps, tokens: int) -> Tensor:
         """[models, tokens] float32 of all response tokens of a pack, put together over the context-parallel ranks."""

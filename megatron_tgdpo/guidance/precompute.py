@@ -4,7 +4,8 @@ Data-parallel replicas work on shards of their own, without waiting for each oth
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,12 @@ from megatron_tgdpo.guidance.cache import (
     write_shard,
 )
 from megatron_tgdpo.guidance.frozen_logps import FrozenEngine, build_frozen_engine
-from megatron_tgdpo.models.divisibility import check_layout
 from megatron_tgdpo.models.logp_tolerance import DRAWS, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.setup.datasets import Prepared, prepare_data
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, hash_files, weights_fingerprint
 from megatron_tgdpo.setup.hub_inputs import pin_inputs
-from megatron_tgdpo.setup.layout import layout_of
+from megatron_tgdpo.setup.layout import fitted_layout, layout_of
 from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
 from megatron_tgdpo.setup.model_sources import check_bases, model_sources
 
@@ -159,7 +159,7 @@ def _on_each_dataset(
     layout = replace(layout_of(config.parallel, ranks.world_size), virtual=1)
     config, _ = pin_inputs(config, ranks, dist.PrefixStore("hub", store))
     configs = read_model_configs(config)
-    check_layout({role: hf_config for role, hf_config in configs.items() if role != "policy"}, layout)
+    layout = fitted_layout(config, configs, layout)
     needed = files_needed(layout, device)
     run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
     cache, sources = Path(str(config.guidance.cache)), model_sources(config)
@@ -246,10 +246,12 @@ def _compute(engine: FrozenEngine, name: str, work: Work) -> None:
     mine = work.missing[engine.pg.dp.rank() :: engine.pg.dp.size()]
     pairs = sum(len(work.shards.pairs(shard)) for shard in mine)
     with progress(f"guidance, {name}", pairs, "pair", shown=dist.get_rank() == 0) as bar:
-        for shard in mine:
-            indices = work.shards.pairs(shard)
+        for turn in range(math.ceil(len(work.missing) / engine.pg.dp.size())):
+            # Without a shard at the last turn this replica's experts may be asked for.
+            shard = mine[turn] if turn < len(mine) else None
+            indices: Sequence[int] = [] if shard is None else work.shards.pairs(shard)
             found = engine.logps(work.dataset, indices)
-            if engine.receives:
+            if shard is not None and engine.receives:
                 values = np.concatenate([found[index] for index in indices], axis=1)
                 write_shard(work.directory, shard, work.key, dict(zip(work.roles, values, strict=True)))
             bar.update(len(indices))

@@ -1,4 +1,4 @@
-"""The losses of TGDPO, DPO, SimPO and SFT: pure functions of token log-probs. Imports torch and nothing else.
+"""The losses of TGDPO, DPO, SimPO, ORPO and SFT: pure functions of token log-probs, which import torch alone.
 
 Legend: P pairs in the pack, B = 2P sequences, R response tokens of all sequences back to back.
 Sequences lie chosen_0, rejected_0, chosen_1, rejected_1, ...; log-probs are natural logarithms (nats), float32.
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_tgdpo.loss.choices import FORMS, WEIGHTS, Options
+
 OverRanks = Callable[[Tensor], Tensor]
 
 
@@ -25,13 +27,14 @@ class PreferenceLoss:
     Attributes:
         losses: [P] nats, to be summed over the global batch and divided by the sum of ``count``.
         count: [] int32, this pack's part of the divisor: pairs, or for SFT chosen tokens.
-        weighted_margins: [P] the argument of the sigmoid, or for SFT the difference of the rewards.
-        rewards: [B] implicit rewards of the responses, unweighted: beta * log-ratio for TGDPO and DPO, beta * mean
-            log-prob for SimPO, mean log-prob for SFT.
+        weighted_margins: [P] the argument of the sigmoid, which for TGDPO and DPO is the difference of the scores,
+            whatever the form; for SFT the difference of the rewards.
+        rewards: [B] implicit rewards of the responses, unweighted: beta * log-ratio for TGDPO and DPO (a sum over
+            tokens whatever the form, as TRL has it), beta * mean log-prob for SimPO and ORPO, mean log-prob for SFT.
         logps: [B] sum over response tokens of log pi_theta, whatever the method.
         reference_logps: [B] sum over response tokens of log pi_ref; zeros without a reference.
         guide_rewards: [B] sum over response tokens of ``token_rewards``.
-        token_rewards: [R] beta * (log pi_g - log pi_ref); zeros without a guide.
+        token_rewards: [R] guide_beta * (log pi_g - log pi_ref); zeros without a guide.
         token_weights: [R] the factor of each token's log-ratio; ones without a guide.
         token_logratios: [R] log pi_theta - log pi_ref; zeros without a reference.
         logratios: [B] their sums over response tokens.
@@ -58,7 +61,7 @@ class LossFunction(Protocol):
         policy_logps: Tensor,
         frozen_logps: Mapping[str, Tensor],
         lengths: Tensor,
-        options: Mapping[str, float],
+        options: Options,
         over_ranks: OverRanks,
     ) -> PreferenceLoss:
         """The losses of one pack.
@@ -116,22 +119,6 @@ def without_reference(policy_logps: Tensor, sums: Tensor) -> dict[str, Tensor]:
     return {**without, **without_guide(policy_logps, sums)}
 
 
-def guidance_token_weights(token_rewards: Tensor, lengths: Tensor, alpha: float) -> Tensor:
-    """Weights of TGDPO: 1 + alpha * reward on chosen responses, 1 - alpha * reward on rejected ones.
-
-    Args:
-        token_rewards: [R] rewards from the guide.
-        lengths: [B] int64 response lengths, chosen and rejected alternating.
-        alpha: Strength of the guidance.
-
-    Returns:
-        [R] weights, without gradient.
-    """
-    signs = torch.ones_like(lengths, dtype=token_rewards.dtype)
-    signs[1::2] = -1.0
-    return 1.0 + alpha * signs.repeat_interleave(lengths, output_size=token_rewards.numel()) * token_rewards.detach()
-
-
 def on_one_rank(sums: Tensor) -> Tensor:
     """The ``over_ranks`` of a rank that holds whole sequences."""
     return sums
@@ -141,81 +128,88 @@ def tgdpo_loss(
     policy_logps: Tensor,
     frozen_logps: Mapping[str, Tensor],
     lengths: Tensor,
-    options: Mapping[str, float],
+    options: Options,
     over_ranks: OverRanks = on_one_rank,
 ) -> PreferenceLoss:
     """TGDPO: ``-log sigmoid(score_chosen - score_rejected)``.
 
-    ``score = beta * sum_t weights[t] * (log pi_theta[t] - log pi_ref[t])`` without length normalisation. Options:
-    ``beta``, the strength of the KL constraint; ``alpha``, that of the guidance.
+    ``score = beta * sum_t weights[t] * (log pi_theta[t] - log pi_ref[t])`` without length normalisation, and
+    ``weights[t] = 1 +- alpha * guide_beta * (log pi_g[t] - log pi_ref[t])``. Options: those of :func:`dpo_loss`;
+    ``alpha``, the strength of the guidance; ``guide_beta``, the scale of the guide's log-ratios, None for ``beta``.
+    With other ``weights`` (loss/token_weights.py) it is another method.
 
     Source: arXiv 2506.14574; the exact form is that of the reference code, dvlab-research/TGDPO,
-    ``src/llamafactory/train/tgdpo/trainer.py``, ``dpo_loss``, the ``sigmoid`` branch.
+    ``src/llamafactory/train/tgdpo/trainer.py``, ``dpo_loss``, the ``sigmoid`` branch. Other forms are not theirs.
     """
-    beta, reference_logps = options["beta"], frozen_logps["reference"].detach()
-    token_logratios = policy_logps - reference_logps
-    token_rewards = beta * (frozen_logps["guide"].detach() - reference_logps)
-    token_weights = guidance_token_weights(token_rewards, lengths, options["alpha"])
-    tokens = (token_weights * token_logratios, token_logratios, policy_logps, reference_logps, token_rewards)
-    weighted, *plain = sums_per_sequence(over_ranks, lengths, *tokens)
-    logratios, logps, reference, guide_rewards = (sums.detach() for sums in plain)
-    margins = chosen_minus_rejected(beta * weighted)
-    return PreferenceLoss(
-        losses=-F.logsigmoid(margins),
-        count=count_pairs(lengths),
-        weighted_margins=margins.detach(),
-        rewards=beta * logratios,
-        logps=logps,
-        reference_logps=reference,
-        guide_rewards=guide_rewards,
-        token_rewards=token_rewards,
-        token_weights=token_weights,
-        token_logratios=token_logratios.detach(),
-        logratios=logratios,
-    )
+    reference_logps = frozen_logps["reference"].detach()
+    guide_beta = options["beta"] if options["guide_beta"] is None else options["guide_beta"]
+    token_rewards = guide_beta * (frozen_logps["guide"].detach() - reference_logps)
+    return _loss_of_scores(policy_logps, reference_logps, token_rewards, lengths, options, over_ranks)
 
 
 def dpo_loss(
     policy_logps: Tensor,
     frozen_logps: Mapping[str, Tensor],
     lengths: Tensor,
-    options: Mapping[str, float],
+    options: Options,
     over_ranks: OverRanks = on_one_rank,
 ) -> PreferenceLoss:
-    """DPO, conservative DPO with label smoothing, and an SFT term if asked for.
+    """DPO, its other forms (loss/forms.py), and an SFT term if asked for.
 
-    With ``m = score_chosen - score_rejected`` and e the label smoothing, a pair's loss is
-    ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m) + sft_weight * (mean NLL of the chosen response's tokens)``.
-    Options: ``beta``, the strength of the KL constraint; ``label_smoothing``, the probability that a pair's label is
-    wrong, in [0, 0.5); ``sft_weight``.
+    A pair's loss is ``form(score_chosen, score_rejected) + sft_weight * (mean NLL of the chosen response's tokens)``,
+    with ``score = beta * log-ratio``. Options: ``beta``, the strength of the KL constraint; ``form``;
+    ``label_smoothing``, the probability that a pair's label is wrong, in [0, 0.5); ``gamma``, by how much the scores
+    should differ, of forms that have it; ``sft_weight``; ``reference_free``: log-ratios are log-probs of the policy, as
+    to a reference that gives all responses the same probability; ``weights`` of the tokens, uniform for DPO itself.
 
-    Source: DPO, arXiv 2305.18290; conservative DPO, https://ericmitchell.ai/cdpo.pdf; the SFT term is the reference
-    code's ``pref_ftx``, LLaMA-Factory ``src/llamafactory/train/dpo/trainer.py``, ``get_batch_loss_metrics``, which
-    adds ``pref_ftx * -(chosen log-prob / chosen tokens)`` to each pair's loss before averaging over pairs.
+    Source: arXiv 2305.18290; the SFT term is the reference code's ``pref_ftx``, LLaMA-Factory
+    ``src/llamafactory/train/dpo/trainer.py``, ``get_batch_loss_metrics``, which adds
+    ``pref_ftx * -(chosen log-prob / chosen tokens)`` to each pair's loss before averaging over pairs.
     """
-    label_smoothing, sft_weight = options["label_smoothing"], options["sft_weight"]
-    reference_logps = frozen_logps["reference"].detach()
-    token_logratios = policy_logps - reference_logps
-    tokens = (token_logratios, policy_logps, reference_logps, torch.ones_like(reference_logps))
-    logratios, logps, reference, whole_lengths = sums_per_sequence(over_ranks, lengths, *tokens)
-    scores = options["beta"] * logratios
-    margins = chosen_minus_rejected(scores)
-    losses = -(1.0 - label_smoothing) * F.logsigmoid(margins)
-    # Written so that terms with factor 0 do not turn an infinite log-prob into nan.
-    if label_smoothing:
-        losses = losses - label_smoothing * F.logsigmoid(-margins)
-    if sft_weight:
-        losses = losses - sft_weight * (logps / whole_lengths.clamp(min=1))[0::2]
+    reference_logps = frozen_logps["reference"].detach() if "reference" in frozen_logps else None
+    token_rewards = torch.zeros_like(policy_logps)
+    return _loss_of_scores(policy_logps, reference_logps, token_rewards, lengths, options, over_ranks)
+
+
+def _loss_of_scores(
+    policy_logps: Tensor,
+    reference_logps: Tensor | None,
+    token_rewards: Tensor,
+    lengths: Tensor,
+    options: Options,
+    over_ranks: OverRanks,
+) -> PreferenceLoss:
+    """DPO with token weights; all tensors but ``lengths`` are [R], and only ``policy_logps`` has a gradient."""
+    beta, form, weights = options["beta"], FORMS[options["form"]], WEIGHTS[options["weights"]]
+    token_weights = weights.weight_function(policy_logps.detach(), token_rewards, lengths, options, over_ranks)
+    known = reference_logps if reference_logps is not None else torch.zeros_like(policy_logps)
+    token_logratios = policy_logps - known
+    compared = policy_logps if options["reference_free"] else token_logratios
+    ones = torch.ones_like(known)
+    counted = token_weights if weights.selecting else ones
+    tokens = (token_weights * compared, token_logratios, policy_logps, known, token_rewards, ones, counted)
+    scores, logratios, logps, reference, guide_rewards, *counts = sums_per_sequence(over_ranks, lengths, *tokens)
+    whole_lengths, terms = (count.detach().clamp(min=1) for count in counts)
+    scores = beta * (scores / terms if form.averaged else scores)
+    losses = form.loss_function(scores[0::2], scores[1::2], options)
+    # A term with factor 0 would turn an infinite log-prob into nan.
+    if options["sft_weight"]:
+        losses = losses - options["sft_weight"] * (logps / whole_lengths)[0::2]
+    logps, logratios, token_logratios = logps.detach(), logratios.detach(), token_logratios.detach()
+    # Without a reference nothing is known of the ratio to it.
+    missing = reference_logps is None
     return PreferenceLoss(
         losses=losses,
         count=count_pairs(lengths),
-        weighted_margins=margins.detach(),
-        rewards=scores.detach(),
-        logps=logps.detach(),
+        weighted_margins=chosen_minus_rejected(scores.detach()) - options["gamma"],
+        rewards=beta * (logps if options["reference_free"] else logratios),
+        logps=logps,
         reference_logps=reference.detach(),
-        token_logratios=token_logratios.detach(),
-        logratios=logratios.detach(),
-        **without_guide(policy_logps, logps),
+        guide_rewards=guide_rewards.detach(),
+        token_rewards=token_rewards,
+        token_weights=token_weights,
+        token_logratios=torch.zeros_like(token_logratios) if missing else token_logratios,
+        logratios=torch.zeros_like(logratios) if missing else logratios,
     )
 
 
@@ -223,7 +217,7 @@ def simpo_loss(
     policy_logps: Tensor,
     frozen_logps: Mapping[str, Tensor],
     lengths: Tensor,
-    options: Mapping[str, float],
+    options: Options,
     over_ranks: OverRanks = on_one_rank,
 ) -> PreferenceLoss:
     """SimPO: ``-log sigmoid(beta * mean log-prob of chosen - beta * mean log-prob of rejected - gamma)``.
@@ -247,11 +241,42 @@ def simpo_loss(
     )
 
 
+def orpo_loss(
+    policy_logps: Tensor,
+    frozen_logps: Mapping[str, Tensor],
+    lengths: Tensor,
+    options: Options,
+    over_ranks: OverRanks = on_one_rank,
+) -> PreferenceLoss:
+    """ORPO: ``(mean NLL of chosen tokens) - beta * log sigmoid(log odds(chosen) - log odds(rejected))``.
+
+    With p the geometric mean of a response's token probabilities, ``odds = p / (1 - p)``.
+
+    Source: arXiv 2403.07691, equations 3 to 7; ``beta`` is the paper's lambda. The NLL is a mean over the tokens of
+    each pair's chosen response and then over pairs, as in LLaMA-Factory; TRL's ORPOTrainer takes that of the prompt's
+    tokens in, and one mean over all tokens of a micro batch.
+    """
+    del frozen_logps
+    logps, whole_lengths = sums_per_sequence(over_ranks, lengths, policy_logps, torch.ones_like(policy_logps))
+    means = logps / whole_lengths.clamp(min=1)
+    # A response that is certain to the last bit has infinite odds; so it counts as a little less.
+    below_one = means.clamp(max=-torch.finfo(means.dtype).eps)
+    margins = chosen_minus_rejected(means - torch.log(-torch.expm1(below_one)))
+    return PreferenceLoss(
+        losses=-means[0::2] - options["beta"] * F.logsigmoid(margins),
+        count=count_pairs(lengths),
+        weighted_margins=margins.detach(),
+        rewards=options["beta"] * means.detach(),
+        logps=logps.detach(),
+        **without_reference(policy_logps, logps),
+    )
+
+
 def sft_loss(
     policy_logps: Tensor,
     frozen_logps: Mapping[str, Tensor],
     lengths: Tensor,
-    options: Mapping[str, float],
+    options: Options,
     over_ranks: OverRanks = on_one_rank,
 ) -> PreferenceLoss:
     """SFT on chosen responses: ``-log pi_theta`` of their tokens; rejected ones have no part in it.

@@ -23,12 +23,14 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
+from megatron_tgdpo.models.experts import prepare_experts
 from megatron_tgdpo.models.fp8_tensors import load_without, without_content
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.layer_spec import local_block_spec
 from megatron_tgdpo.models.rotary import RotaryFrequencies
 
-BlockSpec = Callable[[LanguageModelConfig, ProcessGroupCollection], TransformerBlockSubmodules]
+# Makes a chunk from the config and its number of layers.
+BlockSpec = Callable[[LanguageModelConfig, int], TransformerBlockSubmodules]
 
 
 class LanguageModel(GPTModel):
@@ -70,8 +72,10 @@ class LanguageModel(GPTModel):
         self.true_vocab_size: int = hf_config.vocab_size
         self.padded_vocab_size: int = vocabulary
         self.logit_softcap = config.final_logit_softcapping
-        self._embedding_scale = float(torch.tensor(config.embedding_scale).to(config.params_dtype))
-        self.rotary = RotaryFrequencies(hf_config, device)
+        self._embedding_scale = config.embedding_scale
+        if config.embedding_scale_rounded:
+            self._embedding_scale = float(torch.tensor(config.embedding_scale).to(config.params_dtype))
+        self.rotary = RotaryFrequencies(hf_config, device, interleaved=config.rotary_interleaved)
         _mark_tensor_parallel(self)
 
     def forward(self, tokens: Tensor, position_ids: Tensor, packing: PackedSequence) -> Tensor:  # type: ignore[override]
@@ -83,7 +87,7 @@ class LanguageModel(GPTModel):
             packing: Which tokens attend to which; needed on every stage.
 
         Returns:
-            [S_local, 1, H] hidden states, after the final norm on the last stage.
+            [S_local, 1, H] hidden states, after the final norm on the last stage, times the logits' factor.
         """
         embedded = None
         if self.pre_process:
@@ -99,7 +103,7 @@ class LanguageModel(GPTModel):
             rotary_pos_emb=self.rotary(position_ids),
             packed_seq_params=packing,
         )
-        return result
+        return result * self.config.logit_scale if self.post_process and self.config.logit_scale != 1.0 else result
 
     def sharded_state_dict(  # type: ignore[override]
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -159,12 +163,13 @@ def build_language_model(
 
     Args:
         hf_config: From :func:`read_hf_config`.
-        layout: The parallel layout, already initialised (``init_model_parallel``).
+        layout: The parallel layout, already initialised (``init_model_parallel``), with this model's layers first
+            (``layout.of_model``).
         pg: Its process groups.
         dtype: Of parameters and activations.
         device: CPU needs the CPU backend (``enable_cpu_backend``).
         transformer_overrides: Extra or different arguments of LanguageModelConfig, e.g. recomputation.
-        block_spec: Makes one chunk's layers from config and process groups.
+        block_spec: Makes one chunk's layers from the config and their number.
         chunk: Which of the stage's ``layout.virtual`` chunks.
 
     Raises:
@@ -172,4 +177,7 @@ def build_language_model(
     """
     kwargs = transformer_config_kwargs(hf_config, layout, dtype=dtype, device=device, overrides=transformer_overrides)
     config = LanguageModelConfig(**kwargs)
-    return LanguageModel(config, block_spec(config, pg), hf_config, pg, device, chunk)
+    layers = layout.part_layers(config.num_layers)[chunk * layout.pipeline + pg.pp.rank()]
+    model = LanguageModel(config, block_spec(config, layers), hf_config, pg, device, chunk)
+    prepare_experts(model, layout, device)
+    return model

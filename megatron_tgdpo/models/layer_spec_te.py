@@ -6,20 +6,21 @@ Engine.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.mcore_compat import submodules_of
+from megatron_tgdpo.models.attention.self_attention import FamilySelfAttention, is_wanted
 from megatron_tgdpo.models.config import LanguageModelConfig
-from megatron_tgdpo.models.layer_spec import with_post_norm
+from megatron_tgdpo.models.layer_spec import layer_skeleton, wrapped_row_linear
 from megatron_tgdpo.models.lora import with_adapters
 
 
@@ -31,11 +32,17 @@ class TransformerEngineParts:
         norm: ``TENorm``.
         column_linear: ``TELayerNormColumnParallelLinear``, which holds the norm before it as ``layer_norm_weight``.
         row_linear: ``TERowParallelLinear``.
+        plain_column_linear: ``TEColumnParallelLinear``, for layers without a norm before attention and MLP.
+        column_grouped: ``TEColumnParallelGroupedLinear``: those of this rank's experts, as one product of groups.
+        row_grouped: ``TERowParallelGroupedLinear``.
     """
 
     norm: Any
     column_linear: type[torch.nn.Module]
     row_linear: type[torch.nn.Module]
+    plain_column_linear: type[torch.nn.Module]
+    column_grouped: type[torch.nn.Module]
+    row_grouped: type[torch.nn.Module]
 
 
 def load_parts() -> TransformerEngineParts:
@@ -52,50 +59,60 @@ def load_parts() -> TransformerEngineParts:
         norm=wrappers.TENorm,
         column_linear=wrappers.TELayerNormColumnParallelLinear,
         row_linear=wrappers.TERowParallelLinear,
+        plain_column_linear=wrappers.TEColumnParallelLinear,
+        column_grouped=wrappers.TEColumnParallelGroupedLinear,
+        row_grouped=wrappers.TERowParallelGroupedLinear,
     )
 
 
 def te_block_spec(
     config: LanguageModelConfig,
-    pg: ProcessGroupCollection,
+    count: int,
     core_attention: type | ModuleSpec,
     parts: TransformerEngineParts,
 ) -> TransformerBlockSubmodules:
     """The layers and the final norm of one chunk of this pipeline stage.
 
     Every family is covered by the fields of the config: biases (``add_qkv_bias``), norms of query and key heads
-    (``qk_layernorm``), norms after attention and MLP (``post_norms``), zero-centred scales, windows and caps (the core
-    attention's business).
+    (``qk_layernorm``), norms before or after attention and MLP (``pre_norms``, ``post_norms``), zero-centred scales,
+    experts, windows and caps (the core attention's business), rotary tables and wider norms
+    (``attention/self_attention.py``).
 
     Args:
         config: The model's configuration.
-        pg: Process groups; ``pg.pp`` says how many layers are here.
+        count: How many layers.
         core_attention: Class or spec of the core attention.
         parts: From :func:`load_parts`, or look-alikes.
     """
     # The local spec's skeleton: the layer, its attention, its MLP and residual additions are megatron-core's in both.
-    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
+    layer = layer_skeleton(config)
     layers = layer.submodules
     attention, mlp = layers.self_attention.submodules, submodules_of(layers.mlp)
     # Parameters carry the names of checkpoints already.
     layers.sharded_state_dict_keys_map = {}
     layers.input_layernorm = layers.pre_mlp_layernorm = IdentityOp
+    if is_wanted(config):
+        layers.self_attention.module = FamilySelfAttention
+    column, row = parts.column_linear if config.pre_norms else parts.plain_column_linear, parts.row_linear
+    column_grouped, row_grouped = parts.column_grouped, parts.row_grouped
     if config.fused_layer_wgrad:
-        parts = replace(
-            parts, column_linear=with_fused_wgrad(parts.column_linear), row_linear=with_fused_wgrad(parts.row_linear)
-        )
+        column, row = with_fused_wgrad(column), with_fused_wgrad(row)
+        column_grouped, row_grouped = with_fused_wgrad(column_grouped), with_fused_wgrad(row_grouped)
     if config.adapters:
-        parts = replace(
-            parts, column_linear=with_adapters(parts.column_linear), row_linear=with_adapters(parts.row_linear)
-        )
-    row_linear = with_post_norm(parts.row_linear, parts.norm) if config.post_norms else parts.row_linear
-    attention.linear_qkv = mlp.linear_fc1 = parts.column_linear
-    attention.linear_proj = mlp.linear_fc2 = row_linear
+        column, row = with_adapters(column), with_adapters(row)
+    row = wrapped_row_linear(config, row, parts.norm)
+    attention.linear_qkv, attention.linear_proj = column, row
+    if config.num_moe_experts is None:
+        mlp.linear_fc1, mlp.linear_fc2 = column, row
+    else:
+        # The router reads the norm's output as well as the experts.
+        layers.pre_mlp_layernorm = parts.norm
+        grouped = MLPSubmodules(linear_fc1=column_grouped, linear_fc2=row_grouped)
+        mlp.experts = ModuleSpec(module=TEGroupedMLP, submodules=grouped)
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm
-    chunks = pg.pp.size() * (config.virtual_pipeline_model_parallel_size or 1)
-    return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=parts.norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.norm)
 
 
 def with_fused_wgrad(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:

@@ -2,11 +2,12 @@
 
 The count goes through the layer tensor by tensor, as Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) do,
 for this project's layer: RMSNorm, grouped-query attention by SDPA on packs (no padding, no score matrix), gated
-MLP, no dropout, rotary angles. Their sequence parallelism (section 4.2.2) divides what lies outside the linears, tensor
-parallelism what lies between them.
+MLP, or experts that get as many tokens each, no dropout, rotary angles. Their sequence parallelism (section 4.2.2)
+divides what lies outside the linears, tensor parallelism what lies between them.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -14,7 +15,8 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
-from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes
+from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, expected_shapes
+from megatron_tgdpo.models.rotary import rope_layer_types
 
 # Query rows that models/attention/sdpa.py masks at a time where SDPA's causal kernel does not apply.
 QUERY_BLOCK = 1024
@@ -52,7 +54,8 @@ class LayerWidths:
         query: All query heads.
         key: All key heads; as many for the values.
         projected: What the joint query, key and value projection leaves in memory.
-        mlp: Of gate, and of up.
+        mlp: Of gate, and of up; of all experts that a token goes to.
+        routed: Of the residual stream, as often as the token goes to experts; 0 without.
     """
 
     hidden: float
@@ -62,6 +65,7 @@ class LayerWidths:
     key: float
     projected: float
     mlp: float
+    routed: float
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, layout: ParallelLayout) -> "LayerWidths":
@@ -70,6 +74,10 @@ class LayerWidths:
         number = heads.groups * heads.queries_per_group
         # With more tensor ranks than key/value heads, megatron-core gathers the projection and keeps it whole.
         shared = 1 if tp > heads.groups else tp
+        experts = Experts.of(hf_config)
+        mlp = hf_config.intermediate_size if experts is None else experts.top_k * experts.size
+        # Each of the ranks that share an expert has the whole rows of all their tokens.
+        routed = 0 if experts is None else experts.top_k * hf_config.hidden_size * layout.expert_shards
         return cls(
             hidden=hf_config.hidden_size / (tp if layout.sequence_parallel else 1),
             heads=number / tp,
@@ -77,15 +85,17 @@ class LayerWidths:
             query=number * heads.size / tp,
             key=max(heads.groups / tp, 1) * heads.size,
             projected=(number + 2 * heads.groups) * heads.size / shared,
-            mlp=hf_config.intermediate_size / tp,
+            mlp=mlp / tp,
+            routed=routed / tp,
         )
 
 
 def stage_layers(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> list[int]:
     """The layers of a stage, counted from 0 through the model: those of its chunks, one after another."""
-    size = hf_config.num_hidden_layers // layout.parts
-    starts = [(chunk * layout.pipeline + stage) * size for chunk in range(layout.virtual)]
-    return [layer for start in starts for layer in range(start, start + size)]
+    sizes = layout.part_layers(hf_config.num_hidden_layers)
+    starts = [0, *accumulate(sizes)]
+    parts = (chunk * layout.pipeline + stage for chunk in range(layout.virtual))
+    return [layer for part in parts for layer in range(starts[part], starts[part] + sizes[part])]
 
 
 def layer_activations(
@@ -110,13 +120,16 @@ def layer_activations(
     if recompute == "full":
         return pack.tokens * width.hidden * size
     settings = family_of(hf_config.architectures).config_kwargs(hf_config)
-    norms = (4 if settings.get("post_norms") else 2) * width.hidden * _norm_bytes(settings, size)
+    count = 2 * (settings.get("pre_norms", True) + settings.get("post_norms", False))
+    norms = count * width.hidden * _norm_bytes(settings, size)
     if settings.get("qk_layernorm"):
         norms += width.query * size
+    if settings.get("qk_projection_norm"):
+        norms += 2 * (width.query + width.key) * _FP32
     inputs = {
         "self_attention.linear_qkv": width.hidden,
         "self_attention.linear_proj": width.query,
-        "mlp.linear_fc1": width.hidden,
+        "mlp.linear_fc1": width.hidden + width.routed,
         "mlp.linear_fc2": width.mlp,
     }
     adapters = 0.0
@@ -135,7 +148,8 @@ def layer_activations(
         attention += _core_attention(settings, width, pack, layer)
     # Gate and up in one tensor, the activated gate, and up once more (megatron-core adds its offset of 0).
     mlp = 4 * width.mlp * size
-    return pack.tokens * (norms + linear_inputs + attention + mlp) + adapters
+    result: float = pack.tokens * (norms + linear_inputs + attention + mlp) + adapters
+    return result
 
 
 def _adapters(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, lora: Lora) -> float:
@@ -195,7 +209,7 @@ def stage_activations(
         in_flight = (2 * following + (layout.virtual - 1) * layout.pipeline + 1) / layout.virtual
     width = LayerWidths.of(hf_config, layout)
     if recompute == "full":
-        held += pack.tokens * width.head * _FP32  # rotary angles
+        held += pack.tokens * width.head * _FP32 * len(rope_layer_types(hf_config) or (None,))  # rotary angles
     if stage == layout.pipeline - 1:
         norm = _norm_bytes(family_of(hf_config.architectures).config_kwargs(hf_config), pack.dtype_bytes)
         held += pack.tokens * (width.hidden * norm + hf_config.hidden_size * pack.dtype_bytes)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.divisibility import check_layout
+from megatron_tgdpo.models.hf_weights.mapping import Experts, active_parameter_count, parameter_count
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan
 from megatron_tgdpo.planning.memory import GIB, RankMemory
+from megatron_tgdpo.planning.pipeline_layers import fit_layout
 from megatron_tgdpo.planning.pipeline_schedule import interleaved, one_f_one_b
 from megatron_tgdpo.planning.prefetch import plan_prefetch
 from megatron_tgdpo.planning.step_time import stage_costs
@@ -50,33 +51,47 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
     if plan.pack_tokens != job.pack.tokens:
         rounded = f" (not {job.pack.tokens}, the default: {plan.layout.tensor} tensor ranks must divide them)"
     on_node = plan.memory.save * min(cluster.gpus_per_node, cluster.gpus) / GIB
+    exchanged = ("expert",) if sent.expert else ()
     lines = [
         f"{cluster.gpus} GPUs = {plan.layout}, recompute {plan.recompute}",
+        *_active(job),
+        *([f"stages: {plan.layout.describe_layers()}"] if plan.layout.layers else []),
         *memory_lines(plan.memory),
         f"and at most {on_node:.1f} GiB on a node",
         f"{verdict} {usable:.1f} GiB ({cluster.gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)",
         f"{plan.micro_batches} packs of {plan.pack_tokens} tokens per data rank and step{rounded}",
         f"pipeline bubble {plan.bubble:.0%}",
         "sent per GPU and step:",
-        *(f"  {kind:<24} {getattr(sent, kind) / 1e9:9.2f} GB" for kind in ("tensor", "pipeline", "data")),
+        *(f"  {kind:<24} {getattr(sent, kind) / 1e9:9.2f} GB" for kind in ("tensor", *exchanged, "pipeline", "data")),
         "estimated step:",
         *(
             f"  {part:<24} {getattr(time, part):9.2f} s"
-            for part in ("compute", "tensor", "pipeline", "bubble", "data", "total")
+            for part in ("compute", "tensor", *exchanged, "pipeline", "bubble", "data", "total")
         ),
         f"  {'tokens/s per GPU':<24} {tokens / time.total / cluster.gpus:9.0f}",
     ]
     return "\n".join(lines + ([f"warning: {plan.warning}"] if plan.warning else []))
 
 
+def _active(job: Job) -> list[str]:
+    """How much of a policy with experts a token meets."""
+    if Experts.of(job.policy) is None:
+        return []
+    return [
+        f"policy: {parameter_count(job.policy):,} parameters, of which a token meets "
+        f"{active_parameter_count(job.policy):,}; experts are taken to get as many tokens each"
+    ]
+
+
 def table(plans: Sequence[Plan]) -> str:
     """One line a plan."""
-    lines = [f"{'layout':<30} {'recompute':<10} {'GiB':>7} {'step s':>8} {'packs':>5} {'bubble':>7}  note"]
+    width = max([30, *(len(str(plan.layout)) for plan in plans)])
+    lines = [f"{'layout':<{width}} {'recompute':<10} {'GiB':>7} {'step s':>8} {'packs':>5} {'bubble':>7}  note"]
     for plan in plans:
         note = "" if plan.fits else "does not fit; "
         lines.append(
-            f"{plan.layout!s:<30} {plan.recompute:<10} {plan.memory.total / GIB:7.1f} {plan.time.total:8.2f} "
-            f"{plan.micro_batches:5d} {plan.bubble:7.0%}  {note}{plan.warning}"
+            f"{plan.layout!s:<{width}} {plan.recompute:<10} {plan.memory.total / GIB:7.1f} {plan.time.total:8.2f} "
+            f"{plan.micro_batches:5d} {plan.bubble:7.0%}  {note}{plan.warning}".rstrip()
         )
     return "\n".join(lines)
 
@@ -84,10 +99,10 @@ def table(plans: Sequence[Plan]) -> str:
 def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: bool, recompute: str) -> str:
     """Simulated bubbles of every schedule, and what prefetch takes off a co-located step, for the job's own costs.
 
-    Numbers of stages that do not divide the models are left out.
+    Numbers of stages beyond the layers of a model are left out.
 
     Raises:
-        UserError: No number of stages divides them.
+        UserError: All of them are.
     """
     lines = [
         f"{'':>11} | {'with frozen models':^34} | {'policy alone (cached)':^24}",
@@ -97,11 +112,11 @@ def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: 
     for stages in _STAGES:
         layout = make_layout(tensor, stages, 1, sequence_parallel, tensor * stages)
         try:
-            check_layout(dict(zip(("policy", "reference", "guide"), job.models, strict=False)), layout)
+            layout = fit_layout(job, layout, recompute)
         except UserError:
             continue
         costs = tuple(stage_costs(job, cluster, layout, recompute))
-        divides = job.policy.num_hidden_layers % (stages * _CHUNKS) == 0
+        divides = job.policy.num_hidden_layers >= stages * _CHUNKS
         for packs in _MICRO_BATCHES:
             colocated = one_f_one_b(costs, packs, colocated=True)
             prefetch = plan_prefetch(costs, packs, packs).timeline
@@ -113,5 +128,5 @@ def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: 
                 f"{alone.bubble:>9.1%} {chunked}"
             )
     if len(lines) == 2:
-        raise UserError(f"none of {', '.join(map(str, _STAGES))} stages divides the models")
+        raise UserError(f"a model has not the layers for any of {', '.join(map(str, _STAGES))} stages")
     return "\n".join(lines)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.models.hf_weights.mapping import Heads
+from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
+from megatron_tgdpo.planning.model_flops import linear_flops, query_width, score_flops
 from megatron_tgdpo.planning.pipeline_schedule import StageCosts, one_f_one_b
-from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, tensor_bytes
+from megatron_tgdpo.planning.traffic import data_bytes, expert_bytes, pipeline_bytes, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,11 @@ class StepTime:
 
     Attributes:
         compute: Of the slowest stage's products, over all its packs.
-        tensor: Of tensor-parallel traffic.
+        tensor: Of its tensor-parallel traffic.
         pipeline: Of traffic between stages.
         bubble: That a stage waits for the pipeline to fill and drain.
         data: Of reducing gradients and gathering weights.
+        expert: Of exchanging tokens for experts.
     """
 
     compute: float
@@ -33,59 +35,82 @@ class StepTime:
     pipeline: float
     bubble: float
     data: float
+    expert: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data
+        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.expert
 
 
 def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
-    """FLOP per token of one layer's forward: two for each weight, and causal attention to half the sequence on average.
+    """FLOP per token of one layer's forward: causal attention is to half the sequence on average."""
+    return linear_flops(hf_config) + score_flops(hf_config) * sequence_tokens / 2
 
-    Source: Narayanan et al. 2021 (arXiv 2104.04473, appendix), with grouped-query attention and a gated MLP.
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOP of one pack, of one model and over all tensor ranks.
+
+    Attributes:
+        layer_forward: Of a layer.
+        layer_backward: The same, backwards; 0 of a frozen model.
+        logits_forward: Of the log-probs.
+        logits_backward: The same, backwards.
     """
-    heads, hidden = Heads.of(hf_config), hf_config.hidden_size
-    query = heads.groups * heads.queries_per_group * heads.size
-    weights = hidden * (2 * query + 2 * heads.groups * heads.size + 3 * hf_config.intermediate_size)
-    result: float = 2 * weights + 2 * query * sequence_tokens
-    return result
+
+    layer_forward: float
+    layer_backward: float
+    logits_forward: float
+    logits_backward: float
+
+    @property
+    def layer(self) -> float:
+        return self.layer_forward + self.layer_backward
+
+    @property
+    def logits(self) -> float:
+        return self.logits_forward + self.logits_backward
+
+
+def model_flops(job: Job, number: int, recompute: str) -> ModelFlops:
+    """FLOP of one pack.
+
+    The policy's backward costs two forwards, one where its weights are frozen beside an adapter; recomputation one
+    more, or attention's alone. Of the log-probs, backward makes the logits again.
+
+    Args:
+        job: The models, and what a pack is.
+        number: Of the model: 0 is the policy.
+        recompute: ``train.recompute``.
+    """
+    hf_config, tokens = job.models[number], job.pack.tokens
+    layer = tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
+    logits = 2 * tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size
+    if number > 0:
+        return ModelFlops(layer, 0.0, logits, 0.0)
+    # A frozen weight has no gradient to be computed; what adapters compute is little.
+    products = 2 if job.sources.trained is None else 1
+    backward = products * layer
+    if recompute == "full":
+        backward += layer
+    elif recompute == "selective":
+        backward += tokens * query_width(hf_config) * job.batch.pair_tokens
+    return ModelFlops(layer, backward, logits, (products + 1) * logits)
 
 
 def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
     """FLOP of one pack on one GPU of a stage: policy forward, policy backward, frozen forward.
 
-    The last stage also computes log-probs. The policy's backward costs two forwards, one where its weights are frozen
-    beside an adapter; recomputation one more, or
-    attention's alone. Of the log-probs, backward makes the logits again.
+    The last stage also computes log-probs.
     """
     last = stage == layout.pipeline - 1
-    # A frozen weight has no gradient to be computed; what adapters compute is little.
-    products = 2 if job.sources.trained is None else 1
-
-    def layers(hf_config: PretrainedConfig) -> float:
-        count = hf_config.num_hidden_layers // layout.pipeline
-        result: float = count * job.pack.tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
-        return result
-
-    def logits(hf_config: PretrainedConfig) -> float:
-        if not last:
-            return 0.0
-        result: float = (
-            2 * job.pack.tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size
-        )
-        return result
-
-    backward = products * layers(job.policy) + (products + 1) * logits(job.policy)
-    if recompute == "full":
-        backward += layers(job.policy)
-    elif recompute == "selective":
-        heads = Heads.of(job.policy)
-        query = heads.groups * heads.queries_per_group * heads.size
-        count = job.policy.num_hidden_layers // layout.pipeline
-        backward += count * job.pack.tokens * query * job.batch.pair_tokens
-    forward = layers(job.policy) + logits(job.policy)
-    frozen = sum(layers(config) + logits(config) for config in job.frozen)
-    return forward / layout.tensor, backward / layout.tensor, frozen / layout.tensor
+    found = []
+    for number, hf_config in enumerate(job.models):
+        each, count = model_flops(job, number, recompute), len(stage_layers(hf_config, layout.of_model(number), stage))
+        forward = count * each.layer_forward + (each.logits_forward if last else 0.0)
+        found.append((forward, count * each.layer_backward + (each.logits_backward if last else 0.0)))
+    (forward, backward), *frozen = found
+    return forward / layout.tensor, backward / layout.tensor, sum(each for each, _ in frozen) / layout.tensor
 
 
 def stage_costs(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> list[StageCosts]:
@@ -93,17 +118,23 @@ def stage_costs(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: s
 
     Transfers between stages hold both sides up, so they are part of the passes that send.
     """
-    policy, frozen, backward = tensor_bytes(job, layout, recompute)
     sent = pipeline_bytes(job, layout) / 2 / cluster.bandwidth(2 * layout.tensor * layout.data)
     costs = []
     for stage in range(layout.pipeline):
-        flops = pack_flops(job, layout, recompute, stage)
+        flops, sizes = pack_flops(job, layout, recompute, stage), tensor_bytes(job, layout, recompute, stage)
         seconds = [
-            flop / cluster.flops + size / cluster.bandwidth(layout.tensor)
-            for flop, size in zip(flops, (policy, backward, frozen), strict=True)
+            flop / cluster.flops
+            + size / cluster.bandwidth(layout.tensor)
+            + exchanged / cluster.bandwidth(_span(layout))
+            for flop, size, exchanged in zip(flops, sizes, expert_bytes(job, layout, recompute, stage), strict=True)
         ]
         costs.append(StageCosts(seconds[0] + sent, seconds[1] + sent, seconds[2]))
     return costs
+
+
+def _span(layout: ParallelLayout) -> int:
+    """Ranks, one after another, among which tokens travel for experts."""
+    return layout.expert * layout.expert_shards
 
 
 def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> StepTime:
@@ -113,14 +144,24 @@ def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
     stages lie tensor x data ranks apart.
     """
     packs, model = job.micro_batches(layout), layout.tensor * layout.data
-    compute = sum(pack_flops(job, layout, recompute, layout.pipeline - 1)) / cluster.flops
-    tensor = sum(tensor_bytes(job, layout, recompute)) / cluster.bandwidth(layout.tensor)
+    compute, tensor, expert = max(
+        (
+            (
+                sum(pack_flops(job, layout, recompute, stage)) / cluster.flops,
+                sum(tensor_bytes(job, layout, recompute, stage)) / cluster.bandwidth(layout.tensor),
+                sum(expert_bytes(job, layout, recompute, stage)) / cluster.bandwidth(_span(layout)),
+            )
+            for stage in range(layout.pipeline)
+        ),
+        key=sum,
+    )
     pipeline = pipeline_bytes(job, layout) / cluster.bandwidth(2 * model)
     timeline = one_f_one_b(stage_costs(job, cluster, layout, recompute), packs, colocated=True)
     return StepTime(
         compute=packs * compute,
         tensor=packs * tensor,
         pipeline=packs * pipeline,
-        bubble=max(0.0, timeline.step_time - packs * (compute + tensor + pipeline)),
+        bubble=max(0.0, timeline.step_time - packs * (compute + tensor + pipeline + expert)),
         data=data_bytes(job, layout) / cluster.bandwidth(model),
+        expert=packs * expert,
     )

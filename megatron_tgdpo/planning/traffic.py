@@ -10,23 +10,27 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
+from megatron_tgdpo.models.hf_weights.mapping import Experts
+from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.memory import trained_parameters
+from megatron_tgdpo.planning.memory import expert_parameters, fullest_stages, trained_parameters
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes sent by a GPU of a middle stage in one optimizer step.
+    """Bytes sent by a GPU in one optimizer step, of the stage that sends most of the kind.
 
     Attributes:
         tensor: All-reduces, or under sequence parallelism all-gathers and reduce-scatters, within layers.
         pipeline: Hidden states of all models forwards, the policy's gradient backwards.
         data: Reduce-scatter of the fp32 gradients and all-gather of the new weights.
+        expert: Tokens to their experts and back.
     """
 
     tensor: float
     pipeline: float
     data: float
+    expert: float = 0.0
 
 
 def ring(ranks: int) -> float:
@@ -34,50 +38,74 @@ def ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str) -> tuple[float, float, float]:
+def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
     """Bytes of one pack and one stage: policy forward, policy backward, frozen forward.
 
     A layer's forward takes four ring passes over the hidden states of the pack: an all-gather and a reduce-scatter for
-    attention and for the MLP, or one all-reduce each. So does its backward; under sequence parallelism two more, as the
-    linears gather their inputs again for the gradients of their weights, if these train. An adapter adds a pass over
-    what each of its As made, forward and backward, or both in one of them.
+    attention and for the MLP, or one all-reduce each; with experts two, and what :func:`expert_bytes` counts. So does
+    its backward; under sequence parallelism two more, as the linears gather their inputs again for the gradients of
+    their weights, if these train. An adapter adds a pass over what each of its As made, forward and backward, or both
+    in one of them.
     """
     sequence_parallel = layout.sequence_parallel
 
-    def forward(hf_config: PretrainedConfig) -> float:
-        layers = hf_config.num_hidden_layers // layout.pipeline
+    def forward(number: int, hf_config: PretrainedConfig) -> float:
+        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
         result: float = (
-            4 * layers * ring(layout.tensor) * job.pack.tokens * hf_config.hidden_size * job.pack.dtype_bytes
+            (4 if Experts.of(hf_config) is None else 2)
+            * layers
+            * ring(layout.tensor)
+            * job.pack.tokens
+            * hf_config.hidden_size
+            * job.pack.dtype_bytes
         )
         return result
 
-    def adapter(hf_config: PretrainedConfig, lora: Lora | None) -> tuple[float, float]:
+    def adapter(number: int, hf_config: PretrainedConfig, lora: Lora | None) -> tuple[float, float]:
         """Of forward and of backward."""
         if lora is None:
             return 0.0, 0.0
         adapted = [fused for fused in fused_linears(hf_config) if any(adapted_parts(fused, lora))]
+        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
         sizes = [sum(len(fused.parts) for fused in adapted if fused.row_parallel == row) for row in (False, True)]
         columns, rows = (
-            ring(layout.tensor)
-            * (hf_config.num_hidden_layers // layout.pipeline)
-            * job.pack.tokens
-            * size
-            * lora.rank
-            * job.pack.dtype_bytes
-            for size in sizes
+            ring(layout.tensor) * layers * job.pack.tokens * size * lora.rank * job.pack.dtype_bytes for size in sizes
         )
         return (columns + rows, columns + rows) if sequence_parallel else (2 * rows, 2 * columns)
 
-    trained, policy = job.sources.trained, forward(job.policy)
+    trained = job.sources.trained
+    policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
     backward = (1.5 if sequence_parallel and trained is None else 1.0) * policy
-    added, added_backwards = adapter(job.policy, trained)
+    added, added_backwards = adapter(0, job.policy, trained)
     if recompute == "full":
         backward += policy + added
-    frozen = [forward(hf_config) for hf_config in job.frozen]
     frozen += [
-        adapter(hf_config, source.adapter)[0] for hf_config, source in zip(job.frozen, job.sources.frozen, strict=False)
+        adapter(number, hf_config, source.adapter)[0]
+        for number, (hf_config, source) in enumerate(zip(job.frozen, job.sources.frozen, strict=False), 1)
     ]
     return policy + added, backward + added_backwards, sum(frozen)
+
+
+def expert_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
+    """Bytes of one pack and one stage that a rank sends for experts: policy forward, policy backward, frozen forward.
+
+    A layer's forward sends every token's hidden state to each of its experts, of which all ranks have as many, and gets
+    them back; the ranks that share an expert gather each other's tokens, and scatter what they add up. So does its
+    backward.
+    """
+
+    def forward(number: int, hf_config: PretrainedConfig) -> float:
+        experts = Experts.of(hf_config)
+        if experts is None:
+            return 0.0
+        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
+        local = job.pack.tokens / layout.tensor * experts.top_k * hf_config.hidden_size * job.pack.dtype_bytes
+        gathered = (layout.expert_shards - 1) * local
+        sent: float = 2 * layers * (ring(layout.expert) * local + gathered)
+        return sent
+
+    policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
+    return policy, (2 if recompute == "full" else 1) * policy, sum(frozen)
 
 
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
@@ -94,15 +122,22 @@ def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
 def data_bytes(job: Job, layout: ParallelLayout) -> float:
     """Bytes of one step, on the stage with most parameters."""
     lora = job.sources.trained
-    parameters = max(trained_parameters(job.policy, layout, stage, lora) for stage in {0, layout.pipeline - 1})
-    return ring(layout.data) * parameters * (4 + job.pack.dtype_bytes)
+    size = 4 + job.pack.dtype_bytes
+
+    def of_stage(stage: int) -> float:
+        trained = trained_parameters(job.policy, layout, stage, lora)
+        experts = expert_parameters(job.policy, layout, stage) if lora is None and layout.splits_experts else 0
+        return ring(layout.data) * (trained - experts) * size + ring(layout.expert_data) * experts * size
+
+    return max(map(of_stage, fullest_stages(layout)))
 
 
 def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
     """All of one step."""
     packs = job.micro_batches(layout)
     return Traffic(
-        tensor=packs * sum(tensor_bytes(job, layout, recompute)),
+        tensor=packs * max(sum(tensor_bytes(job, layout, recompute, stage)) for stage in range(layout.pipeline)),
         pipeline=packs * pipeline_bytes(job, layout),
         data=data_bytes(job, layout),
+        expert=packs * max(sum(expert_bytes(job, layout, recompute, stage)) for stage in range(layout.pipeline)),
     )

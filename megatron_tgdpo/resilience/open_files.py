@@ -25,10 +25,12 @@ def mcore_group_sizes(layout: ParallelLayout) -> list[int]:
     """Ranks in each process group of megatron-core that one rank is in; of a first or last pipeline stage, which is in
     the most."""
     tensor, pipeline, context, data = layout.tensor, layout.pipeline, layout.context, layout.data
-    of_data = [data * context, data * context, data, data * tensor, data * context * tensor, layout.world_size]
-    of_models = [context, context * tensor, tensor, tensor, tensor, pipeline, tensor * pipeline, tensor * pipeline]
+    of_data = [data * context, data, data * tensor, data * context * tensor, layout.world_size]
+    of_models = [context, context * tensor, tensor, pipeline, tensor * pipeline]
+    shards, expert = layout.expert_shards, layout.expert
+    of_experts = [shards, expert, shards * expert, shards * expert * pipeline, layout.expert_data]
     of_ends = [min(pipeline, 2), 1]
-    return [*of_data, *of_models, *of_ends, 1]
+    return [*of_data, *of_models, *of_experts, *of_ends]
 
 
 def files_needed(layout: ParallelLayout, device: torch.device) -> int:

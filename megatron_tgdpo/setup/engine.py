@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PretrainedConfig
@@ -32,7 +32,7 @@ class Engine:
 
     Attributes:
         chunks: The wrapped co-located model; with the interleaved schedule, its chunks on this stage.
-        optimizer: Over the policy's parameters.
+        optimizer: Over the policy's parameters; see :func:`~megatron_tgdpo.setup.optimizer.build_optimizer`.
         scheduler: Of the learning rate; advanced once a step.
         communicator: Between pipeline stages; None with one stage.
         prefetcher: Runs the frozen models, where they do not run in the policy's forward.
@@ -43,7 +43,7 @@ class Engine:
     """
 
     chunks: Sequence[DistributedDataParallel]
-    optimizer: DistributedOptimizer
+    optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
     communicator: ColocatedCommunicator | None
     prefetcher: Prefetcher | None

@@ -1,13 +1,18 @@
 """The parallel layout of a run, and the format of its packs under it."""
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.config.schema import Config, ParallelConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
+from megatron_tgdpo.planning.layouts import job_of
+from megatron_tgdpo.planning.pipeline_layers import fit_layout
+from megatron_tgdpo.setup.model_sources import planned_sources
 
 
 def layout_of(parallel: ParallelConfig, world_size: int) -> ParallelLayout:
@@ -19,7 +24,24 @@ def layout_of(parallel: ParallelConfig, world_size: int) -> ParallelLayout:
         parallel.sequence_parallel,
         world_size,
         parallel.virtual_pipeline or 1,
+        parallel.expert,
+        parallel.expert_tensor,
     )
+
+
+def fitted_layout(config: Config, configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> ParallelLayout:
+    """The layout with the layers of each stage: those of ``parallel.pipeline_layers``, or by cost.
+
+    Args:
+        config: The run.
+        configs: HF configs of the models that run, by role.
+        layout: From :func:`layout_of`.
+
+    Raises:
+        UserError: The models do not divide by it.
+    """
+    job = job_of(config, [*configs.values()], planned_sources(config, configs))
+    return fit_layout(job, layout, config.train.recompute, asdict(config.parallel.pipeline_layers))
 
 
 def pack_format(config: Config, pg: ProcessGroupCollection) -> PackFormat:

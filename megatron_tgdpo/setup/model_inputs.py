@@ -13,8 +13,9 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.hf_weights.adapter_layout import check_adapter
+from megatron_tgdpo.models.hf_weights.adapter_layout import adapted_linears, check_adapter
 from megatron_tgdpo.models.rotary import longest_exact
 from megatron_tgdpo.setup.model_sources import model_sources, trained_lora
 from megatron_tgdpo.storage.hub import local_path
@@ -45,10 +46,19 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
     paths = {role: str(source.base) for role, source in sources.items()}
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
     for role, source in sources.items():
+        adapted = source.adapter is not None or (role == "policy" and config.lora.trains)
+        if adapted and family_of(configs[role].architectures).has_experts:
+            raise UserError(
+                f"model.{role} {paths[role]} has experts, beside which adapters are not supported yet: train and take "
+                "whole models (no section lora, no adapter directory)"
+            )
         if source.adapter is not None and is_peft_adapter(source.adapter):
             with naming("lora.adapter" if role == "policy" else f"model.{role}"):
                 check_adapter(source.adapter, read_lora(source.adapter), configs[role])
-    trained_lora(config)
+    lora = trained_lora(config)
+    if lora is not None:
+        with naming("lora.targets"):
+            adapted_linears(lora, configs["policy"])
     for role in configs:
         # An embedding may have rows that no token has; without a tokenizer next to it nobody can tell.
         told = _has_tokenizer(paths[role]) and _has_tokenizer(paths["policy"])
@@ -61,9 +71,8 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
         longest = longest_exact(configs[role])
         if longest is not None and config.longest_sequence > longest:
             raise UserError(
-                f"model.{role} {paths[role]}: config.json has dynamic rope scaling, which beyond "
-                f"max_position_embeddings ({longest}) depends on the longest sequence of a batch: set data.max_length "
-                f"to at most {longest}"
+                f"model.{role} {paths[role]}: the rope scaling of config.json is one for all sequences only up to "
+                f"{longest} tokens: set data.max_length to at most {longest}"
             )
     return configs
 

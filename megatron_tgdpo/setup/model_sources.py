@@ -1,6 +1,6 @@
 """What each model of a run is made of: a whole model, and for some a LoRA adapter on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +12,7 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.planning.memory import FrozenSource, Sources
 from megatron_tgdpo.setup.fingerprints import weights_fingerprint
+from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.storage.hub import local_path
 
 # megatron-core's names of fused linears, for lora.targets.
@@ -103,7 +104,7 @@ def trained_lora(config: Config) -> Lora | None:
     return Lora(lora.rank, alpha, lora_targets(lora.targets), lora.rslora)
 
 
-def planned_sources(config: Config, roles: Sequence[str]) -> Sources:
+def planned_sources(config: Config, roles: Iterable[str]) -> Sources:
     """What the models of a run are made of, and which share a base, for the planner; as ``setup/models.py`` loads them.
 
     Args:
@@ -117,7 +118,9 @@ def planned_sources(config: Config, roles: Sequence[str]) -> Sources:
         if role != "policy":
             source = sources[role]
             adapter = None if source.adapter is None else read_lora(source.adapter)
-            frozen.append(FrozenSource(adapter, source.base in bases))
+            # A whole guide that is still to be trained has weights of its own, though it is planned as the policy.
+            own = role == "guide" and trained is None and not is_trained(config)
+            frozen.append(FrozenSource(adapter, not own and source.base in bases))
             bases.add(source.base)
     return Sources(trained, tuple(frozen))
 

@@ -17,7 +17,7 @@ from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, is_peft_adapter
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.console import waiting
-from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.distributed.layout import ROLES, ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.frozen.models import FrozenModel
 from megatron_tgdpo.gpu.layer_offload import serve_from_host
@@ -158,8 +158,9 @@ def load_frozen_models(
         source, shared = sources[role], sources[role].base in bases
         if not shared:
             adapters = any(sources[other].adapter for other in roles if sources[other].base == source.base)
+            own = whole.of_model(ROLES.index(role))
             (bases[source.base],) = load_model(
-                source.base, configs[role], whole, pg, config, device, frozen=True, adapters=adapters
+                source.base, configs[role], own, pg, config, device, frozen=True, adapters=adapters
             )
         model = bases[source.base]
         if source.adapter is not None:

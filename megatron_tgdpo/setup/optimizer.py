@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -71,10 +71,12 @@ def build_optimizer(
     *,
     fused: bool = True,
     options: Mapping[str, Any] | None = None,
-) -> DistributedOptimizer:
+) -> ChainedOptimizer:
     """megatron-core's distributed Adam over the policy's parameters; state is fp32 and split over data ranks.
 
-    The distributed optimizer is used for one data rank too, so that every layout writes the same checkpoint.
+    The distributed optimizer is used for one data rank too, so that every layout writes the same checkpoint. Experts
+    that are split otherwise than the rest of the model have an optimizer of their own, over their own data ranks; it
+    comes second.
 
     Args:
         model: The wrapped model.
@@ -99,11 +101,12 @@ def build_optimizer(
         **(options or {}),
     )
     chained = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
-    (optimizer,) = chained.chained_optimizers
-    assert isinstance(optimizer, DistributedOptimizer)
-    if isinstance(optimizer.optimizer, torch.optim.AdamW) or not (fused or config.optimizer_cpu_offload):
-        optimizer.optimizer = GroupStepAdamW.taking_over(optimizer.optimizer)
-    if optimizer.init_state_fn is not None:
-        # Moments exist from the start, so that a fresh optimizer can receive a checkpoint's.
-        optimizer.init_state_fn(optimizer.optimizer, config)
-    return optimizer
+    assert isinstance(chained, ChainedOptimizer)
+    for optimizer in chained.chained_optimizers:
+        assert isinstance(optimizer, DistributedOptimizer)
+        if isinstance(optimizer.optimizer, torch.optim.AdamW) or not (fused or config.optimizer_cpu_offload):
+            optimizer.optimizer = GroupStepAdamW.taking_over(optimizer.optimizer)
+        if optimizer.init_state_fn is not None:
+            # Moments exist from the start, so that a fresh optimizer can receive a checkpoint's.
+            optimizer.init_state_fn(optimizer.optimizer, config)
+    return chained

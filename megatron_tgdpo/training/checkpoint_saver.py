@@ -212,13 +212,13 @@ class CheckpointSaver:
 
 def live_storages(engine: Engine) -> set[int]:
     """Addresses of everything that the next step writes to."""
-    optimizer = engine.optimizer.optimizer
     tensors: list[torch.Tensor] = []
     for chunk in policy_chunks(engine):
         tensors += [*chunk.parameters(), *chunk.buffers()]
-    tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for state in optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    tensors += [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
+    for optimizer in engine.optimizer.chained_optimizers:
+        for state in optimizer.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     # An FP8 tensor of Transformer Engine has no storage of its own; what a checkpoint has of it is a new tensor.
     plain = (tensor for tensor in tensors if not is_fp8(tensor))
     return {tensor.untyped_storage().data_ptr() for tensor in plain}

@@ -94,7 +94,8 @@ def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     others = {"fp8": history} if any(history.values()) else {}
     if is_loading:
         # Where moments come into being with the first step, they are made here.
-        engine.optimizer.load_state_dict(engine.optimizer.state_dict())
+        for optimizer in engine.optimizer.chained_optimizers:
+            optimizer.load_state_dict(optimizer.state_dict())
     optimizer_state = optimizer_shards(engine.optimizer, model_state)
     if not is_loading:
         return {"model": weight_shards(engine.optimizer, model_state), "optimizer": optimizer_state, **others}

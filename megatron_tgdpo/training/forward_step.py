@@ -27,7 +27,6 @@ from torch import Tensor
 from megatron_tgdpo.batching.collate import PreferenceBatch
 from megatron_tgdpo.config.schema import LossConfig
 from megatron_tgdpo.frozen.colocated import TokenLogps
-from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.loss.preference import OverRanks, PreferenceLoss
 from megatron_tgdpo.output.metrics import PackMetrics, pack_metrics
 
@@ -61,7 +60,7 @@ def forward_step(
 
 def method_loss(logps: TokenLogps, batch: PreferenceBatch, config: LossConfig, over_ranks: OverRanks) -> PreferenceLoss:
     """The loss of ``config.method``, from the log-probs that it uses."""
-    method = METHODS[config.method]
+    method = config.row
     frozen = frozen_logps(logps, batch, method.frozen)
     return method.loss_function(logps.policy, frozen, batch.response_lengths, config.options, over_ranks)
 

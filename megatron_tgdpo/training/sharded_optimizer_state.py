@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -28,6 +29,9 @@ from megatron_tgdpo.models.fp8_tensors import plain_part
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 # megatron-core's names of what the optimizer keeps of a parameter.
 _STATES = ("param", "exp_avg", "exp_avg_sq")
+# Parts of the state that are no plain values; the second has the tensors of the experts' own optimizer.
+_EXPERTS = "expert_param_state"
+_SHARDED = ("param_state", _EXPERTS, "param_state_sharding_type")
 
 
 def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[Box]:
@@ -56,21 +60,27 @@ def _in_row(shape: Sequence[int], row: int, start: int, end: int) -> Iterator[Bo
         yield (row, *offset), (1, *size)
 
 
-def optimizer_shards(optimizer: DistributedOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
+def optimizer_shards(chain: ChainedOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
     """megatron-core's sharded state dict of the optimizer, for saving and loading.
 
-    Its tensors are views of the optimizer's own, if those are fp32, so loading needs no memory for them.
+    Its tensors are views of the optimizer's own, if those are fp32, so loading needs no memory for them. Its plain
+    values are those of the first optimizer of the chain: the step, which all have in common, and settings.
 
     Args:
-        optimizer: With its moments there.
+        chain: With the moments there.
         model_state: megatron-core's sharded state dict of what it trains, with the parameters themselves as data.
     """
     entries = _entries(model_state)
-    state = optimizer.state_dict()
-    state["param_state"] = {
-        number: _of_parameter(entries, parameter, optimizer._get_main_param_and_optimizer_states(parameter), start, end)
-        for number, (parameter, start, end) in enumerate(_owned(optimizer))
-    }
+    state = chain.chained_optimizers[0].state_dict()
+    state["param_state"], *others = (
+        {
+            number: _of_parameter(entries, parameter, each._get_main_param_and_optimizer_states(parameter), start, end)
+            for number, (parameter, start, end) in enumerate(_owned(each))
+        }
+        for each in chain.chained_optimizers
+    )
+    if others:
+        (state[_EXPERTS],) = others
     # For megatron-core's own loader: what the tensors are to it.
     state["param_state_sharding_type"] = "fully_reshardable"
     result: dict[str, Any] = state
@@ -87,37 +97,48 @@ def _of_parameter(
     }
 
 
-def load_optimizer_shards(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
+def load_optimizer_shards(chain: ChainedOptimizer, state: dict[str, Any]) -> None:
     """Takes what was loaded for :func:`optimizer_shards`.
 
     Args:
-        optimizer: The same, with nothing changed since.
+        chain: The same, with nothing changed since.
         state: What came in place of the sharded tensors, and the checkpoint's plain values.
     """
-    optimizer.load_state_dict(
-        {name: value for name, value in state.items() if name not in ("param_state", "param_state_sharding_type")}
-    )
+    plain = {name: value for name, value in state.items() if name not in _SHARDED}
+    first, *others = chain.chained_optimizers
+    _load(first, plain, state["param_state"])
+    for experts in others:
+        # The checkpoint may be of a layout where they had no optimizer of their own.
+        own = experts.state_dict()
+        steps = [{"step": group["step"]} for group in plain["optimizer"]["param_groups"] if "step" in group]
+        for group in own["optimizer"]["param_groups"]:
+            group.update(*steps[:1])
+        _load(experts, own, state[_EXPERTS])
+
+
+def _load(optimizer: DistributedOptimizer, plain: dict[str, Any], loaded: dict[int, Any]) -> None:
+    optimizer.load_state_dict(plain)
     with torch.no_grad():
         for number, (parameter, _, _) in enumerate(_owned(optimizer)):
-            tensors = {
-                name: torch.cat([part.flatten() for part in parts])
-                for name, parts in state["param_state"][number].items()
-            }
+            tensors = {name: torch.cat([part.flatten() for part in parts]) for name, parts in loaded[number].items()}
             optimizer._set_main_param_and_optimizer_states(parameter, tensors)
     if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
         optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
-def weight_shards(optimizer: DistributedOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
+def weight_shards(chain: ChainedOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
     """For saving: the weights that this rank owns, and what else is in the model's state.
 
     FP8 weights are turned into bf16 on the way, one after another, and only what this rank owns is kept of them.
     """
     entries = _entries(model_state)
-    trained = {id(parameter) for buffer in optimizer.buffers for parameter in buffer.params}
+    trained = {
+        id(parameter) for each in chain.chained_optimizers for buffer in each.buffers for parameter in buffer.params
+    }
+    parts = (part for each in chain.chained_optimizers for part in _owned(each))
     owned = {
         number: _shards(entry := entries[id(parameter)], entry.key, plain_part(parameter, start, end), start, end)
-        for number, (parameter, start, end) in enumerate(_owned(optimizer))
+        for number, (parameter, start, end) in enumerate(parts)
     }
     others = [item for item in nested_values(model_state) if id(getattr(item, "data", None)) not in trained]
     return {"weights": owned, "others": others}

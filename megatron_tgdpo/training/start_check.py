@@ -1,6 +1,7 @@
 """The identity policy == reference, checked at the first step of a run."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from megatron_tgdpo.batching.collate import PreferenceBatch
 from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.frozen.forward_logps import forward_logps
+from megatron_tgdpo.loss.forms import loss_at_reference
 from megatron_tgdpo.models.logp_tolerance import DRAWS, NEGLIGIBLE, LogpDifference, logp_difference, rounding_noise
 from megatron_tgdpo.output.metrics import StepMetrics
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
@@ -16,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_start(engine: Engine, packs: Sequence[PreferenceBatch], metrics: StepMetrics) -> None:
-    """Checks that policy and reference gave the same log-probs: then every pair's loss is ln 2. Collective.
+    """Checks that policy and reference gave the same log-probs: then every pair's loss is ln 2 (or what its form has
+    there, :func:`~megatron_tgdpo.loss.forms.loss_at_reference`). Collective.
 
     Only where they did not, up to what fp32 leaves, the policy's rounding is measured, in a few forward passes.
 
@@ -31,15 +34,23 @@ def check_start(engine: Engine, packs: Sequence[PreferenceBatch], metrics: StepM
     """
     found = metrics.difference
     if found.within(NEGLIGIBLE):
+        logger.info("step 1: policy and reference are the same, so loss is ln 2 and accuracy 0, as ties are wrong")
         return
     allowed = policy_rounding(engine, packs).allowing()
     if not found.within(allowed):
         raise AgreedError(
-            "step 1: the loss is not ln 2, since policy and reference disagree before training: their log-probs of a "
-            f"token differ by up to {found} nats, and rounding explains {allowed}: check model.policy, model.reference "
+            f"step 1: {_wrong_loss(engine)}policy and reference disagree before training: their log-probs of a token "
+            f"differ by up to {found} nats, and rounding explains {allowed}: check model.policy, model.reference "
             "and the guidance cache, or set train.check_start=false if policy and reference differ on purpose"
         )
     logger.info("step 1: log-probs of policy and reference differ by up to %s nats: rounding", found)
+
+
+def _wrong_loss(engine: Engine) -> str:
+    expected = loss_at_reference(engine.loss.options)
+    if expected is None:
+        return ""
+    return f"the loss is not {'ln 2' if math.isclose(expected, math.log(2)) else f'{expected:.6g}'}, since "
 
 
 def policy_rounding(engine: Engine, packs: Sequence[PreferenceBatch]) -> LogpDifference:

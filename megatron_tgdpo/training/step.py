@@ -7,13 +7,12 @@ from functools import partial
 from itertools import tee
 
 import torch
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
-from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.output.metrics import StepMetrics, reduce_metrics
 from megatron_tgdpo.setup.engine import Engine
 from megatron_tgdpo.training.forward_step import forward_step
@@ -43,7 +42,7 @@ def forward_backward(
             pg_collection=engine.pg,
             **pipeline,
         )
-    return reduce_metrics(metrics, engine.pg, engine.device, without=METHODS[engine.loss.method].without)
+    return reduce_metrics(metrics, engine.pg, engine.device, without=engine.loss.row.without)
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,13 @@ def train_step(
     return StepResult(metrics, grad_norm, lr, updated=True)
 
 
-def clip_gradients(optimizer: DistributedOptimizer, norm: float) -> None:
+def clip_gradients(optimizer: ChainedOptimizer, norm: float) -> None:
     """Scales this rank's gradients in place if their global norm is above ``clip_grad`` of the optimizer's config.
 
     Source: ``ChainedOptimizer.step`` of megatron-core 0.16.1.
     """
-    settings, parameters = optimizer.config, optimizer.get_parameters()
+    settings = optimizer.config
+    parameters = [parameter for each in optimizer.chained_optimizers for parameter in each.get_parameters()]
     # A rank may own no parameter, and the fused kernel takes no empty list.
     if settings.clip_grad > 0 and parameters:
         clip_grad_by_total_norm_fp32(

@@ -88,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config: dict[str, Any] = {
         "model": {role: str(root / role) for role in ("policy", "reference")},
         "data": {"train": str(root / "debates.jsonl"), "max_length": 32, "workers": 1},
-        "loss": {"method": "ipo", "beta": BETA},
+        "loss": {"method": "discopop", "beta": BETA},
         "batch": {"global_pairs": len(DEBATES)},
         "optimizer": {"lr": 1e-4, "clip_grad": 0.0},
         "precision": {"dtype": "fp32"},
@@ -117,7 +117,7 @@ def logged(run: Path) -> dict[str, float]:
 
 
 def test_loss_family_layout_and_attention_compute_what_plain_pytorch_does(run: Path) -> None:
-    """transformers' model, whole logits, one response at a time, and IPO as its paper has it."""
+    """transformers' model, whole logits, one response at a time, and DiscoPOP as its paper has it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.parent / "policy")
@@ -132,7 +132,9 @@ def test_loss_family_layout_and_attention_compute_what_plain_pytorch_does(run: P
     losses = []
     for debate in DEBATES:
         won, lost = ("pro", "con") if debate["winner"] == "pro" else ("con", "pro")
-        losses.append((logratio(debate, won) - logratio(debate, lost) - 1 / (2 * BETA)) ** 2)
+        margin = BETA * (logratio(debate, won) - logratio(debate, lost))
+        share = 1 / (1 + torch.exp(-margin / 0.05))
+        losses.append((1 - share) * torch.log1p(torch.exp(-margin)) + share * torch.exp(-margin))
     loss = torch.stack(losses).mean()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])

@@ -84,8 +84,8 @@ def test_stages_hold_their_chunks(tmp_path: Path) -> None:
     # The first stage keeps p (1 + (p - 1) / (p v)) micro batches of its layers (Korthikanti et al. 2022, 4.2.3).
     layer = layer_activations(llama, chunked, pack, "none", 0)
     assert stage_activations(llama, chunked, pack, "none", 0) == pytest.approx(4 * layer * 2 * (1 + 1 / 8))
-    with pytest.raises(UserError, match=r"8 layers are not divisible by parallel.pipeline x virtual_pipeline = 2 x 3"):
-        check_layout({"policy": llama}, make_layout(1, 2, 1, False, 2, 3))
+    with pytest.raises(UserError, match=r"8 layers are fewer than parallel.pipeline x virtual_pipeline = 2 x 5"):
+        check_layout({"policy": llama}, make_layout(1, 2, 1, False, 2, 5))
 
 
 def test_packs_come_in_groups_of_the_stages() -> None:

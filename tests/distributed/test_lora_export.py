@@ -169,7 +169,7 @@ def test_options_that_do_not_go_together(run: Run, words: list[str], said: str) 
 def test_a_run_exports_its_adapter_or_a_whole_model(run: Run, whole: Path) -> None:
     serve = f"as a server: vllm serve {run.root / 'policy'} --enable-lora --max-lora-rank 8 --lora-modules run="
     assert f"{serve}{run.adapter}" in run.log
-    merge = f"a whole model of it: tgdpo convert to-hf --megatron {run.checkpoint} --out {run.adapter}-merged --merge"
+    merge = f"a whole model of it: tgdpo convert to-hf --megatron {run.output} --out {run.adapter}-merged --merge"
     assert merge in run.log
     # The same adapter, by the command.
     out = run.root / "adapter"
@@ -266,6 +266,6 @@ def test_the_dry_run_counts_what_trains_and_the_base_once(run: Run) -> None:
 
 
 def test_an_adapter_names_its_base_as_peft_finds_it() -> None:
-    content = peft_config(Lora(4, 8.0), f"owner/name@{'0' * 40}")
+    content = peft_config(Lora(4, 8.0), f"owner/name@{'0' * 40}", ["q_proj"])
     assert (content["base_model_name_or_path"], content["revision"]) == ("owner/name", "0" * 40)
-    assert peft_config(Lora(4, 8.0), "/a/path")["revision"] is None
+    assert peft_config(Lora(4, 8.0), "/a/path", ["q_proj"])["revision"] is None

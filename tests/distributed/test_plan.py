@@ -208,7 +208,8 @@ def test_traffic_is_what_is_sent(root: Path, measured: Measured, name: str) -> N
     job = Job(models[0], tuple(models[1:]), pack, Batch(8, 2 * LENGTH, 1.0, False), sources=sources_of(values))
     packs, responses, ranks = 2 * layout.pipeline, 4 * (LENGTH - 1), measured.ranks(4, name)
     for facts in ranks:
-        tensor = sum(tensor_bytes(job, layout, values["recompute"])) + ends(job, layout, facts["stage"], responses)
+        stage = facts["stage"]
+        tensor = sum(tensor_bytes(job, layout, values["recompute"], stage)) + ends(job, layout, stage, responses)
         assert facts["sent_bf16"] == pytest.approx(packs * tensor)
         if layout.pipeline == 1:
             # Three floats a response token and model go into the log-probs' all-reduces.

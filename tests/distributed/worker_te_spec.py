@@ -23,9 +23,11 @@ from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import ParallelLayout, init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.gpu.kernel_choice import core_attention_spec
+from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.adapter_layout import peft_shapes
 from megatron_tgdpo.models.hf_weights.adapters import fill_adapter
+from megatron_tgdpo.models.hf_weights.load import without_expert
 from megatron_tgdpo.models.hf_weights.mapping import local_name
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
 from megatron_tgdpo.models.layer_spec_te import te_block_spec
@@ -65,7 +67,8 @@ def run(model: LanguageModel) -> tuple[Tensor, dict[str, Tensor]]:
     gradients = {}
     for name, parameter in model.named_parameters():
         layer, dot, rest = name.partition("decoder.layers.")[2].partition(".")
-        key = f"{layer}.{local_name(rest)}" if dot else name
+        key, expert = without_expert(local_name(rest))
+        key = f"{layer}.{key}.{expert}" if dot else name
         gradients[key] = torch.zeros(0) if parameter.grad is None else parameter.grad.clone()
     return hidden.detach(), gradients
 
@@ -148,8 +151,10 @@ def main() -> None:
         (root / "checkpoints").mkdir()
     dist.barrier()
     for hf in sorted((root / "hf").iterdir()):
+        hf_config = read_hf_config(hf)
         found = compare(hf, root, layout, pg)
-        found["adapters"] = compare_adapters(hf, layout, pg)
+        if not family_of(hf_config.architectures).has_experts:
+            found["adapters"] = compare_adapters(hf, layout, pg)
         if dist.get_rank() == 0:
             (root / "out" / f"{hf.name}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

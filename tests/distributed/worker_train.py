@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 
 from checkpoints_convert.export import export_hf
 from checkpoints_convert.export_adapter import export_adapter
@@ -65,7 +65,7 @@ def state_of(kind: str | None) -> Iterator[None]:
     with (
         mock.patch.object(engine_state, "training_state", gathered_state),
         mock.patch.object(checkpoint_saver, "training_state", gathered_state),
-        mock.patch.object(engine_state, "load_optimizer_shards", DistributedOptimizer.load_state_dict),
+        mock.patch.object(engine_state, "load_optimizer_shards", ChainedOptimizer.load_state_dict),
     ):
         yield
 

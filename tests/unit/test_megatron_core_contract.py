@@ -21,7 +21,9 @@ FAST_MOVING = (
     "dist_checkpointing.core", "dist_checkpointing.dict_utils", "dist_checkpointing.state_dict_utils",
     "dist_checkpointing.strategies", "dist_checkpointing.utils", "dist_checkpointing.validation",
     "distributed", "extensions", "fp8_utils", "models", "optimizer", "optimizer_param_scheduler", "pipeline_parallel",
-    "tensor_parallel.layers", "tensor_parallel.random", "transformer.transformer_block", "transformer.utils",
+    "tensor_parallel.layers", "tensor_parallel.random", "transformer.attention", "transformer.moe",
+    "transformer.transformer_block",
+    "transformer.utils",
 )  # fmt: skip
 
 
@@ -49,6 +51,7 @@ _TORCH = "dist_checkpointing.strategies.torch"
 _DISTRIBUTED_OPTIMIZER = "optimizer.distrib_optimizer.DistributedOptimizer"
 _SCHEDULES = "pipeline_parallel.schedules"
 _RANDOM = "tensor_parallel.random"
+_EXPERTS, _EXCHANGE = "models/experts.py", "transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
 
 # fmt: off
 CONTRACT = [
@@ -95,14 +98,15 @@ CONTRACT = [
     Relied("optimizer.OptimizerConfig", "optimizer lr min_lr adam_beta1 adam_beta2 adam_eps weight_decay clip_grad "
            "bf16 params_dtype use_distributed_optimizer", "setup/optimizer.py", "its settings"),
     Relied("optimizer.get_megatron_optimizer", "config model_chunks use_gloo_process_groups", "setup/optimizer.py",
-           "returns a chain of one DistributedOptimizer"),
+           "returns a chain of one DistributedOptimizer, with experts on other ranks of two"),
     Relied("optimizer.clip_grads.clip_grad_by_total_norm_fp32", "parameters max_norm total_norm", "training/step.py",
            "clips by a norm that was looked at before"),
     Relied("optimizer.cpu_offloading.HybridDeviceOptimizer", None, _SHARDING, "tells an optimizer in host memory"),
     Relied("optimizer.cpu_offloading.HybridDeviceOptimizer._sync_hdo_state_to_sub_optimizers", "", "",
            "loaded moments reach the optimizers beneath"),
-    Relied(_DISTRIBUTED_OPTIMIZER, None, "setup/engine.py setup/learning_rate.py setup/optimizer.py training/step.py "
-           f"{_SHARDING}",
+    Relied("optimizer.ChainedOptimizer", None, "setup/engine.py setup/learning_rate.py setup/optimizer.py "
+           f"training/step.py {_SHARDING}", "one norm of the gradients of both optimizers"),
+    Relied(_DISTRIBUTED_OPTIMIZER, None, f"setup/optimizer.py {_SHARDING}",
            "fp32 state, split over data ranks; gbuf_ranges says who owns what"),
     Relied(f"{_DISTRIBUTED_OPTIMIZER}._get_main_param_and_optimizer_states", "model_param", "",
            "fp32 weight and moments of the part that this rank owns"),
@@ -134,16 +138,36 @@ CONTRACT = [
     Relied("models.gpt.gpt_model.GPTModel", "config transformer_layer_spec vocab_size max_sequence_length pre_process "
            "post_process share_embeddings_and_output_weights position_embedding_type",
            "models/language_model.py models/lora.py", "base class of ours"),
-    Relied("models.gpt.gpt_layer_specs.get_gpt_layer_local_spec", "normalization qk_layernorm",
-           "models/layer_spec.py models/layer_spec_te.py", "the skeleton of both layer specs"),
+    Relied("models.gpt.gpt_layer_specs.get_gpt_layer_local_spec", "num_experts normalization qk_layernorm",
+           "models/layer_spec.py", "the skeleton of both layer specs"),
+    # Experts.
+    Relied("transformer.moe.moe_layer.MoELayer", "config submodules layer_number pg_collection", _EXPERTS,
+           "the layer; its router, experts and exchange are finished after it was built"),
+    Relied("transformer.moe.router.TopKRouter", "config pg_collection", _EXPERTS, "base class of ours"),
+    Relied("transformer.moe.router.TopKRouter.gating", "input", "", "overridden: logits of any PyTorch, in fp32"),
+    Relied("transformer.moe.router.TopKRouter._apply_expert_bias", "routing_map", "", "overridden: it compiles"),
+    Relied(_EXCHANGE, "num_local_experts local_expert_indices config pg_collection", _EXPERTS,
+           "base class of the exchange without a GPU"),
+    Relied(f"{_EXCHANGE}._maybe_dtoh_and_synchronize", "point tokens_per_expert", "", "overridden: no streams"),
+    Relied(f"{_EXCHANGE}.dispatch_postprocess", "", "", "overridden: gloo gathers equal parts only"),
+    Relied(f"{_EXCHANGE}.combine_preprocess", "", "", "overridden, for the same reason"),
+    Relied("transformer.moe.moe_utils.sort_chunks_by_idxs", "input split_sizes sorted_idxs probs", _EXPERTS,
+           "tokens by expert"),
+    Relied("transformer.moe.experts.TEGroupedMLP", "num_local_experts config submodules pg_collection",
+           "models/layer_spec_te.py", "experts as one product of groups"),
     Relied("tensor_parallel.layers.ColumnParallelLinear", None, "models/language_model.py", "the output layer"),
     Relied("tensor_parallel.layers.RowParallelLinear", None, "models/language_model.py", "a layer's output"),
     Relied("tensor_parallel.layers.VocabParallelEmbedding", None, "models/language_model.py", "the embedding"),
     Relied("tensor_parallel.layers.set_tensor_model_parallel_attributes", "tensor is_parallel dim stride",
-           "models/language_model.py models/lora.py", "marks what is split, for norms and checkpoints"),
+           "models/language_model.py models/lora.py models/norm.py", "marks what is split, for norms and checkpoints"),
     Relied("transformer.utils.make_sharded_tensors_for_checkpoint",
-           "state_dict prefix tensor_parallel_layers_axis_map sharded_offsets tp_group dp_cp_group", "models/lora.py",
-           "how an adapter lies in a checkpoint"),
+           "state_dict prefix tensor_parallel_layers_axis_map sharded_offsets tp_group dp_cp_group",
+           "models/lora.py models/norm.py", "how an adapter, and a norm split over ranks, lie in a checkpoint"),
+    Relied("transformer.attention.SelfAttention", "config submodules layer_number",
+           "models/attention/self_attention.py", "base class of ours, for families that need more"),
+    Relied("transformer.attention.SelfAttention.forward", "hidden_states rotary_pos_emb", "", "overridden: its table"),
+    Relied("transformer.attention.SelfAttention.get_query_key_value_tensors", "hidden_states", "",
+           "overridden: three tensors where the input is packed"),
     Relied("transformer.transformer_block.TransformerBlockSubmodules", "layer_specs layer_norm", "gpu/kernel_choice.py "
            "gpu/options.py models/language_model.py models/layer_spec.py models/layer_spec_te.py", "a stage's layers"),
     Relied("transformer.utils.is_layer_window_attention", "window_size window_attn_skip_freq layer_number",

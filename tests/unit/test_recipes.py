@@ -8,6 +8,7 @@ import pytest
 from megatron_tgdpo.config.loading import load_config
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
@@ -87,12 +88,9 @@ def test_a_recipe_is_what_its_name_and_launch_line_say(recipe: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_has_the_hyper_parameters_of_the_reference_code(recipe: Path) -> None:
     config = load_config(recipe)
-    wanted = (
-        {"beta": 0.1, "alpha": 0.5}
-        if config.loss.method == "tgdpo"
-        else {"beta": 0.1, "label_smoothing": 0, "sft_weight": 0}
-    )
-    assert config.loss.options == wanted
+    assert (config.loss.beta, config.loss.alpha) == (0.1, 0.5 if config.loss.method == "tgdpo" else None)
+    told = {"beta": 0.1, **({"alpha": 0.5} if config.loss.method == "tgdpo" else {})}
+    assert config.loss.options == {**METHODS[config.loss.method].options, **told}
     assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup_ratio) == (
         7e-6 if parts(recipe)["lora"] else 7e-7,
         "cosine",

@@ -75,7 +75,11 @@ _NULLS = {"max_grad_norm": 0.0, "save_total_limit": 0}
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "stage": ("tgdpo", "dpo"),
     "finetuning_type": ("full", "lora"),
-    "pref_loss": ("sigmoid", "simpo"),
+    "pref_loss": ("sigmoid", "hinge", "ipo", "orpo", "simpo"),
+}
+# Why not.
+_HINTS = {
+    ("pref_loss", "kto_pair"): ": a pair's loss depends on the mean log-ratio of the others in its micro batch there",
 }
 # Reference key -> our option of the loss.
 _LOSS_OPTIONS = {
@@ -92,6 +96,9 @@ _ONLY_FOR = {
     "simpo_gamma": ("simpo",),
     "ref_model": ("tgdpo", "dpo"),
 }
+# What the authors' TGDPO makes of these is not what they are elsewhere: another loss without the guide, no label
+# smoothing, and an SFT term that is divided by the tokens twice.
+_NOT_OF_TGDPO = {"pref_loss": ("sigmoid", "simpo"), "dpo_label_smoothing": (None, 0.0), "pref_ftx": (None, 0.0)}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 _BESIDE = ".chat_template.jinja"
 
@@ -137,7 +144,18 @@ def convert(
     for key, allowed in _REQUIRED_VALUES.items():
         if values[key] not in allowed and key not in ignore:
             default = "" if values[key] is given.get(key) else ", which is the reference code's default: set it"
-            raise UserError(f"{source}: {key}: {values[key]} is not carried over, only {', '.join(allowed)}{default}")
+            hint = _HINTS.get((key, values[key]), "")
+            raise UserError(
+                f"{source}: {key}: {values[key]} is not carried over, only {', '.join(allowed)}{default}{hint}"
+            )
+    if values["stage"] == "tgdpo":
+        for key, allowed in _NOT_OF_TGDPO.items():
+            if values.get(key) not in allowed and key not in ignore:
+                raise UserError(
+                    f"{source}: {key}: {values[key]} with stage: tgdpo is not carried over: the authors' code "
+                    "computes something else than its name says there: take it out, and set it in section loss of what "
+                    "is written"
+                )
     schedule = values["lr_scheduler_type"]
     if schedule not in _SCHEDULES:
         raise UserError(f"{source}: lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")
@@ -151,6 +169,7 @@ def convert(
             flat.pop(option, None)
     flat |= {
         "loss.method": method,
+        **({"loss.form": values["pref_loss"]} if method == "dpo" and values["pref_loss"] != "sigmoid" else {}),
         "data.train": train,
         "data.validation": validation,
         "data.columns": dict(columns) if columns else None,
@@ -203,8 +222,8 @@ def _lora(values: Mapping[str, Any], source: str, *, has_reference: bool) -> dic
 
 
 def _method(values: Mapping[str, Any]) -> str:
-    if values["pref_loss"] == "simpo":
-        return "simpo"
+    if values["pref_loss"] in ("simpo", "orpo"):
+        return str(values["pref_loss"])
     return "tgdpo" if values["stage"] == "tgdpo" else "dpo"
 
 
@@ -351,7 +370,9 @@ def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], s
         "parallel": {
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
+            **({"pipeline_layers": layout.unequal} if layout.unequal else {}),
             "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
+            **layout.expert_keys,
         },
         "train": {"recompute": plan.recompute},
     }

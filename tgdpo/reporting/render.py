@@ -43,6 +43,9 @@ def render_page(
     alpha: float,
     beta: float,
     facts: Mapping[str, str],
+    guide_beta: float | None = None,
+    plain_loss: bool = True,
+    weights: Mapping[str, Sequence[np.ndarray]] | None = None,
     warnings: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> str:
@@ -54,6 +57,9 @@ def render_page(
         alpha: Strength of the guidance that the page opens with.
         beta: Strength of the KL constraint that it opens with.
         facts: What the heading says, by name; of a guide's name, the model.
+        guide_beta: Scale of the guides' log-ratios, where it is not beta.
+        weights: Of each pair's tokens, by the guide's name, where they are 0 or 1 and alpha and beta do not make them.
+        plain_loss: Whether a policy's loss is ``-log sigmoid`` of its margin; else none is shown.
         warnings: Shown on top.
         notes: Shown below them.
 
@@ -68,7 +74,13 @@ def render_page(
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        data=_payload(pairs, metrics, alpha, beta, facts),
+        data={
+            "alpha": alpha,
+            "beta": beta,
+            "guide_beta": guide_beta,
+            "plain_loss": plain_loss,
+            **_payload(pairs, metrics, facts, weights or {}),
+        },
         facts=facts,
         guides=[facts[name] for name in metrics],
         warnings=warnings,
@@ -77,11 +89,12 @@ def render_page(
 
 
 def _payload(
-    pairs: Sequence[ReportPair], metrics: Mapping[str, Metrics], alpha: float, beta: float, facts: Mapping[str, str]
+    pairs: Sequence[ReportPair],
+    metrics: Mapping[str, Metrics],
+    facts: Mapping[str, str],
+    weights: Mapping[str, Sequence[np.ndarray]],
 ) -> dict[str, Any]:
     return {
-        "alpha": alpha,
-        "beta": beta,
         "quantiles": QUANTILES,
         "logps": {name: _floats([pair.logps[name] for pair in pairs]) for name in pairs[0].logps},
         "pairs": [
@@ -89,7 +102,13 @@ def _payload(
             for pair in pairs
         ],
         "guides": [
-            {"name": name, "model": facts[name], **_of_guide(pairs, name, one)} for name, one in metrics.items()
+            {
+                "name": name,
+                "model": facts[name],
+                "weights": _floats(weights[name]) if name in weights else None,
+                **_of_guide(pairs, name, one),
+            }
+            for name, one in metrics.items()
         ],
     }
 

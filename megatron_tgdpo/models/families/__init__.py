@@ -3,11 +3,88 @@
 from collections.abc import Sequence
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.families import gemma2, llama, mistral, qwen2, qwen3
+from megatron_tgdpo.models.families import (
+    ernie4_5,
+    exaone4,
+    gemma2,
+    gemma3,
+    glm4,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+)
 from megatron_tgdpo.models.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma2.FAMILY, qwen2.FAMILY, qwen3.FAMILY, mistral.FAMILY)
-_EXPERTS = ("Moe", "Mixtral", "DeepseekV2", "DeepseekV3", "Dbrx", "Jamba", "GptOss", "Llama4")
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    gemma2.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    mistral.FAMILY,
+    gemma3.FAMILY,
+    phi3.FAMILY,
+    olmo2.OLMO2,
+    olmo2.OLMO3,
+    glm4.GLM,
+    glm4.GLM4,
+    smollm3.FAMILY,
+    mistral.MINISTRAL,
+    mistral.MINISTRAL3,
+    granite.FAMILY,
+    seed_oss.FAMILY,
+    exaone4.FAMILY,
+    ernie4_5.FAMILY,
+    llama.CWM,
+    qwen3_moe.FAMILY,
+    mixtral.FAMILY,
+)
+# What the models of these architectures have and no model here; parts of names, the first that fits counts.
+BEYOND = {
+    "ForConditionalGeneration": "inputs other than text",
+    "Gemma3n": "layers that share keys, and embeddings for each layer",
+    "Gemma4": "layers that share keys, and embeddings for each layer",
+    "Qwen3_5": "gated delta-net layers",
+    "OlmoHybrid": "gated delta-net layers",
+    "KimiLinear": "gated delta-net layers",
+    "Mamba": "state-space layers",
+    "Bamba": "state-space layers",
+    "FalconH1": "state-space layers",
+    "NemotronH": "state-space layers",
+    "Zamba": "state-space layers",
+    "Lfm": "convolution layers",
+    "MiniCPM3": "latent attention (MLA)",
+    "Youtu": "latent attention (MLA)",
+    "HunYuanDense": "norms of query and key heads after rotation",
+    "Cohere": "attention and MLP side by side",
+    "Nemotron": "an MLP without gate",
+    "Arcee": "an MLP without gate",
+    "Apertus": "an MLP without gate",
+    "Starcoder2": "norms that subtract the mean",
+    "StableLm": "norms that subtract the mean",
+    "OlmoFor": "norms that subtract the mean",
+    "PhiFor": "norms that subtract the mean",
+    "GPT": "norms that subtract the mean",
+}
+# The same of those with experts, whatever the case of letters.
+EXPERTS_BEYOND = {
+    "GptOss": "attention sinks and experts with biases and an activation of their own",
+    "Deepseek": "latent attention",
+    "Qwen3Next": "linear attention",
+    "Qwen2Moe": "a shared expert with a gate",
+    "Llama4": "chunked attention and layers without rotary positions",
+    "Jamba": "state-space layers",
+    "Dbrx": "experts in one fused tensor",
+    "Glm4Moe": "a router with sigmoid scores and biases",
+    "Moe": "experts of a kind that no family here has",
+}
 
 
 def family_of(architectures: Sequence[str] | None) -> Family:
@@ -20,6 +97,10 @@ def family_of(architectures: Sequence[str] | None) -> Family:
         if family.architecture in (architectures or ()):
             return family
     known = ", ".join(family.architecture for family in FAMILIES)
-    experts = any(part in name for name in architectures or () for part in _EXPERTS)
-    reason = ", a mixture of experts, which is not supported" if experts else ""
+    names = " ".join(architectures or ()).lower()
+    lacking = next((what for part, what in EXPERTS_BEYOND.items() if part.lower() in names), None)
+    reason = f", a mixture of experts with {lacking}, which is not supported" if lacking else ""
+    beyond = next((what for part, what in BEYOND.items() if any(part in name for name in architectures or ())), None)
+    if beyond is not None and not lacking:
+        reason = f", with {beyond}, which is not supported (docs/families.md)"
     raise UserError(f"config.json: architectures is {architectures}{reason}; supported are: {known}")

@@ -14,10 +14,13 @@ from megatron_tgdpo.errors import UserError
 #   row    one tensor, columns split (row-parallel linear)
 #   glu    gate and up: each split by rows, then joined per rank
 #   qkv    query, key, value interleaved per key/value group, then rows split (weights and biases)
-Kind = Literal["copy", "vocab", "row", "glu", "qkv"]
+#   rows   one tensor, rows split
+#   fused_glu, fused_qkv   as glu and qkv, of one tensor that has the parts one after another
+Kind = Literal["copy", "vocab", "row", "glu", "qkv", "rows", "fused_glu", "fused_qkv"]
 
-# A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size.
-Dimension = Literal["vocab", "hidden", "mlp", "query", "kv", "head"]
+# A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size;
+# gate_up (twice mlp); qkv (query and twice kv); the number of experts, and the intermediate size of each.
+Dimension = Literal["vocab", "hidden", "mlp", "query", "kv", "head", "gate_up", "qkv", "experts", "expert_mlp"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,24 @@ class Weight:
 
     Attributes:
         kind: How the HF tensors become the parameter.
-        hf_tensors: (name, shape) of each, ``{layer}`` in the name standing for the 0-based layer.
+        hf_tensors: (name, shape) of each, ``{layer}`` in the name standing for the 0-based layer, ``{expert}`` for the
+            0-based expert, each of which has such a parameter.
+        only_if: The key of the HF config without which there is no such parameter; None if there always is.
     """
 
     kind: Kind
     hf_tensors: tuple[tuple[str, tuple[Dimension, ...]], ...]
+    only_if: str | None = None
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether each layer has one."""
+        return "{layer}" in self.hf_tensors[0][0]
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether each expert of each layer has one."""
+        return "{expert}" in self.hf_tensors[0][0]
 
 
 # Keys that no family's maths depends on, beside those of transformers' base class (dtype, id2label, ...).
@@ -71,6 +87,11 @@ class Family:
     config_keys: frozenset[str]
     config_kwargs: Callable[[PretrainedConfig], dict[str, Any]]
     weights: Mapping[str, Weight]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the MLPs are a router and experts."""
+        return any(weight.of_expert for weight in self.weights.values())
 
     def check(self, hf_config: PretrainedConfig) -> None:
         """Refuses, by name, every setting that the family does not know of and that is not the default.

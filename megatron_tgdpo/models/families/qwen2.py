@@ -5,8 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import dense
-from megatron_tgdpo.models.families.dense import ATTENTION
-from megatron_tgdpo.models.families.family import Family, Weight
+from megatron_tgdpo.models.families.family import Family
 
 
 def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -19,13 +18,6 @@ FAMILY = Family(
     config_kwargs=_config_kwargs,
     weights={
         **dense.WEIGHTS,
-        "self_attention.linear_qkv.bias": Weight(
-            "qkv",
-            (
-                (ATTENTION + "q_proj.bias", ("query",)),
-                (ATTENTION + "k_proj.bias", ("kv",)),
-                (ATTENTION + "v_proj.bias", ("kv",)),
-            ),
-        ),
+        "self_attention.linear_qkv.bias": dense.QKV_BIAS,
     },
 )

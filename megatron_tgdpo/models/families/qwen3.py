@@ -5,8 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import dense
-from megatron_tgdpo.models.families.dense import ATTENTION
-from megatron_tgdpo.models.families.family import Family, Weight
+from megatron_tgdpo.models.families.family import Family
 
 
 def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -17,9 +16,5 @@ FAMILY = Family(
     architecture="Qwen3ForCausalLM",
     config_keys=dense.CONFIG_KEYS | dense.WINDOW_KEYS,
     config_kwargs=_config_kwargs,
-    weights={
-        **dense.WEIGHTS,
-        "self_attention.q_layernorm.weight": Weight("copy", ((ATTENTION + "q_norm.weight", ("head",)),)),
-        "self_attention.k_layernorm.weight": Weight("copy", ((ATTENTION + "k_norm.weight", ("head",)),)),
-    },
+    weights={**dense.WEIGHTS, **dense.HEAD_NORMS},
 )

@@ -25,6 +25,11 @@ from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.models.lora import without_adapters
 
 _LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# An expert's, of the local layer spec or of Transformer Engine's grouped products.
+_EXPERT_PARAMETERS = (
+    re.compile(r"(mlp\.experts\.)local_experts\.(\d+)\.(.+)"),
+    re.compile(r"(mlp\.experts\.)()(.+\.weight)(\d+)"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,14 @@ class MappedParameter:
         parameter: The parameter itself, this rank's shard.
         kind: See ``families/family.py``.
         hf_names: Names of the HF tensors.
+        of_expert: Whether it is an expert's.
     """
 
     name: str
     parameter: torch.nn.Parameter
     kind: Kind
     hf_names: tuple[str, ...]
+    of_expert: bool = False
 
 
 def mapped_parameters(model: LanguageModel, hf_config: PretrainedConfig) -> Iterator[MappedParameter]:
@@ -57,16 +64,27 @@ def mapped_parameters(model: LanguageModel, hf_config: PretrainedConfig) -> Iter
     weights = family_of(hf_config.architectures).weights
     for name, parameter in without_adapters(dict(model.named_parameters())).items():
         match = _LAYER_PARAMETER.fullmatch(name)
-        layer = None
+        layer = expert = None
         key = name
         if match:
             # The index in the module list is local to the pipeline stage; layer_number is global and 1-based.
             layer = int(model.decoder.layers[int(match[1])].layer_number) - 1
-            key = local_name(match[2])
+            key, local_expert = without_expert(local_name(match[2]))
+            if local_expert is not None:
+                ep = model.pg_collection.ep
+                expert = ep.rank() * (int(model.config.num_moe_experts or 0) // ep.size()) + local_expert
         # The last stage's copy of tied embeddings.
         weight = weights[EMBEDDING if key == OUTPUT and hf_config.tie_word_embeddings else key]
-        names = tuple(hf_name.format(layer=layer) for hf_name, _ in weight.hf_tensors)
-        yield MappedParameter(name, parameter, weight.kind, names)
+        names = tuple(hf_name.format(layer=layer, expert=expert) for hf_name, _ in weight.hf_tensors)
+        yield MappedParameter(name, parameter, weight.kind, names, expert is not None)
+
+
+def without_expert(key: str) -> tuple[str, int | None]:
+    """A layer's parameter without its expert's number among this rank's, and that number."""
+    for pattern in _EXPERT_PARAMETERS:
+        if match := pattern.fullmatch(key):
+            return match[1] + match[3], int(match[2] or match[4])
+    return key, None
 
 
 def load_megatron_weights(
@@ -107,7 +125,7 @@ def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfi
         model: This rank's slice; every parameter is overwritten, padded vocabulary rows with zeros.
         path: An HF directory with safetensors.
         hf_config: The config that the model was built from.
-        pg: Process groups; only ``pg.tp`` is read.
+        pg: Process groups; ``pg.tp``, and for experts ``pg.ep`` and ``pg.expt_tp``, are read.
 
     Raises:
         UserError: A file or tensor is missing, truncated, unexpected or of another shape than the config says.
@@ -115,8 +133,9 @@ def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfi
     if not path.is_dir():
         raise UserError(f"{path}: no such directory")
     checkpoint = open_hf(path, hf_config)
-    heads, rank = Heads.of(hf_config), pg.tp.rank()
+    heads = Heads.of(hf_config)
     for mapped in mapped_parameters(model, hf_config):
+        rank = (pg.expt_tp if mapped.of_expert else pg.tp).rank()
         shard = read_shard(checkpoint, mapped.kind, mapped.hf_names, mapped.parameter.shape, heads, rank)
         if shard.shape != mapped.parameter.shape:
             raise ValueError(f"{mapped.name}: {list(shard.shape)} read for {list(mapped.parameter.shape)}")

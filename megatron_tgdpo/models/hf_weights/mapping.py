@@ -4,6 +4,7 @@ Legend: tp ranks of the tensor group, r this rank, D head size. A parameter of k
 group, the group's query heads, its key head, its value head; with tp > groups a rank holds an equal run of those rows.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.families.family import Dimension, Kind, Weight
+from megatron_tgdpo.models.families.family import Dimension, Family, Kind, Weight
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.models.rotary import head_dim
@@ -22,12 +23,14 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 # A layer's norms before attention and MLP: modules of their own in the local layer spec, whose names families use; in
 # Transformer Engine's fused with the linear that follows. Checkpoints of both hold the fused names: the local spec's
-# layers are mapped to them by megatron-core (``sharded_state_dict_keys_map``). Prefixes, relative to a layer.
+# layers are mapped to them by megatron-core (``sharded_state_dict_keys_map``). Prefixes, relative to a layer. Before
+# experts the norm is a module of its own in both.
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 _LAYERS = "decoder.layers."
+_UNFUSED: dict[Kind, Kind] = {"fused_glu": "glu", "fused_qkv": "qkv"}
 
 
 def local_name(name: str) -> str:
@@ -52,14 +55,23 @@ class Heads:
         groups = hf_config.num_key_value_heads
         return cls(groups, hf_config.num_attention_heads // groups, head_dim(hf_config))
 
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Of the projections of query, key and value."""
+        kv = self.groups * self.size
+        return self.queries_per_group * kv, kv, kv
+
 
 @dataclass(frozen=True)
 class GlobalParameter:
     """One whole parameter of a model and the HF tensors it is made of.
 
     Attributes:
-        key: megatron-core's name in the local spec's model, without the layer's number.
+        key: megatron-core's name in the local spec's model, without the numbers of layer and expert.
         layer: 0-based layer, None for a parameter outside the layers.
+        expert: 0-based expert, None for a parameter that not each has.
+        checkpoint_key: Name of the tensor in a Megatron checkpoint, in which all layers are stacked, and of each all
+            experts.
         kind: See ``families/family.py``.
         shape: Of the whole parameter (of one layer), the vocabulary padded.
         hf_tensors: (name, shape) of each.
@@ -67,44 +79,64 @@ class GlobalParameter:
 
     key: str
     layer: int | None
+    expert: int | None
+    checkpoint_key: str
     kind: Kind
     shape: tuple[int, ...]
     hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
-    def checkpoint_key(self) -> str:
-        """Name of the tensor in a Megatron checkpoint, in which all layers are stacked."""
-        for local, fused in FUSED_NORMS.items():
-            if self.key.startswith(_LAYERS + local):
-                return _LAYERS + fused + self.key.removeprefix(_LAYERS + local)
-        return self.key
+    def index(self) -> tuple[int, ...]:
+        """Where it lies on the first axes of the checkpoint's tensor."""
+        return tuple(number for number in (self.layer, self.expert) if number is not None)
 
 
-def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[GlobalParameter]:
+def _stored_names(family: Family) -> dict[str, str]:
+    """What names in a checkpoint begin with instead of their beginnings in the local spec's model, in a layer."""
+    if not family.has_experts:
+        return FUSED_NORMS
+    first_norm = "input_layernorm."
+    return {first_norm: FUSED_NORMS[first_norm], "mlp.experts.": "mlp.experts.experts."}
+
+
+def global_parameters(
+    hf_config: PretrainedConfig, tensor: int = 1, *, every_expert: bool = True
+) -> list[GlobalParameter]:
     """All parameters of a model in the order of a forward pass; no output weight if it is tied to the embedding.
 
     Args:
         hf_config: The HF config.
         tensor: Tensor-parallel size; it counts only for how far the vocabulary is padded.
+        every_expert: Whether all experts are listed, or of each layer the first one.
     """
-    weights = dict(family_of(hf_config.architectures).weights)
+    family = family_of(hf_config.architectures)
+    renamed = _stored_names(family)
+    weights = {
+        name: weight
+        for name, weight in family.weights.items()
+        if weight.only_if is None or getattr(hf_config, weight.only_if)
+    }
     if hf_config.tie_word_embeddings:
         del weights[OUTPUT]
-    in_layers = {name: weight for name, weight in weights.items() if "{layer}" in weight.hf_tensors[0][0]}
+    in_layers = {name: weight for name, weight in weights.items() if weight.of_layer}
     sizes, padded = _sizes(hf_config), padded_vocab_size(hf_config, tensor)
 
-    def make(name: str, weight: Weight, layer: int | None) -> GlobalParameter:
+    def make(name: str, weight: Weight, layer: int | None, expert: int | None = None) -> GlobalParameter:
         tensors = tuple(
-            (hf_name.format(layer=layer), tuple(sizes[dimension] for dimension in dimensions))
+            (hf_name.format(layer=layer, expert=expert), tuple(sizes[dimension] for dimension in dimensions))
             for hf_name, dimensions in weight.hf_tensors
         )
         rows = padded if weight.kind == "vocab" else sum(shape[0] for _, shape in tensors)
-        key = name if layer is None else _LAYERS + name
-        return GlobalParameter(key, layer, weight.kind, (rows, *tensors[0][1][1:]), tensors)
+        stored = next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
+        key, stored = (name, stored) if layer is None else (_LAYERS + name, _LAYERS + stored)
+        return GlobalParameter(key, layer, expert, stored, weight.kind, (rows, *tensors[0][1][1:]), tensors)
 
     first = [make(EMBEDDING, weights.pop(EMBEDDING), None)]
     layers = [
-        make(name, weight, layer) for layer in range(hf_config.num_hidden_layers) for name, weight in in_layers.items()
+        make(name, weight, layer, expert)
+        for layer in range(hf_config.num_hidden_layers)
+        for name, weight in in_layers.items()
+        for expert in (range(sizes["experts"] if every_expert else 1) if weight.of_expert else [None])
     ]
     return first + layers + [make(name, weight, None) for name, weight in weights.items() if name not in in_layers]
 
@@ -119,22 +151,55 @@ def parameter_count(hf_config: PretrainedConfig) -> int:
     return sum(math.prod(shape) for shape in expected_shapes(hf_config).values())
 
 
+@dataclass(frozen=True)
+class Experts:
+    """The experts of each layer: how many, their intermediate size, and how many of them a token goes to."""
+
+    count: int
+    size: int
+    top_k: int
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig) -> "Experts | None":
+        """Of a model; None if it has none."""
+        kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
+        if not kwargs.get("num_moe_experts"):
+            return None
+        return cls(kwargs["num_moe_experts"], kwargs["moe_ffn_hidden_size"], kwargs["moe_router_topk"])
+
+
+def active_parameter_count(hf_config: PretrainedConfig) -> int:
+    """Parameters that a token meets: of experts only those that it goes to."""
+    experts, total = Experts.of(hf_config), 0
+    for parameter in global_parameters(hf_config, every_expert=False):
+        met = experts.top_k if experts is not None and parameter.expert is not None else 1
+        total += met * sum(math.prod(shape) for _, shape in parameter.hf_tensors)
+    return total
+
+
 def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
     heads = Heads.of(hf_config)
+    query, kv, _ = heads.rows
+    kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
     return {
         "vocab": hf_config.vocab_size,
         "hidden": hf_config.hidden_size,
         "mlp": hf_config.intermediate_size,
-        "query": heads.groups * heads.queries_per_group * heads.size,
-        "kv": heads.groups * heads.size,
+        "experts": kwargs.get("num_moe_experts", 0),
+        "expert_mlp": kwargs.get("moe_ffn_hidden_size", 0),
+        "query": query,
+        "kv": kv,
         "head": heads.size,
+        "gate_up": 2 * hf_config.intermediate_size,
+        "qkv": query + 2 * kv,
     }
 
 
 def read_shard(
     checkpoint: HfCheckpoint, kind: Kind, names: Sequence[str], shape: Sequence[int], heads: Heads, rank: int
 ) -> Tensor:
-    """Reads from HF files exactly what one tensor-parallel rank holds of a parameter.
+    """Reads from HF files exactly what one tensor-parallel rank (of an expert, one of the ranks that share it) holds of
+    a parameter.
 
     Args:
         checkpoint: The open HF checkpoint.
@@ -157,11 +222,21 @@ def read_shard(
             stored = checkpoint.tensors[names[0]].shape[0]
             rows = checkpoint.rows(names[0], min(start, stored), min(end, stored))
             return torch.cat((rows, rows.new_zeros(shape[0] - rows.shape[0], shape[1])))
+        case "rows":
+            return checkpoint.rows(names[0], start, end)
         case "glu":
             half = shape[0] // 2
             return torch.cat([checkpoint.rows(name, rank * half, (rank + 1) * half) for name in names])
+        case "fused_glu":
+            half, up = shape[0] // 2, checkpoint.tensors[names[0]].shape[0] // 2
+            gate_and_up = (rank * half, up + rank * half)
+            return torch.cat([checkpoint.rows(names[0], first, first + half) for first in gate_and_up])
         case "qkv":
             return torch.cat([checkpoint.rows(names[i], a, b) for i, a, b in qkv_runs(start, end, heads)])
+        case "fused_qkv":
+            firsts = (0, *itertools.accumulate(heads.rows))
+            runs = qkv_runs(start, end, heads)
+            return torch.cat([checkpoint.rows(names[0], firsts[i] + a, firsts[i] + b) for i, a, b in runs])
 
 
 def qkv_runs(start: int, end: int, heads: Heads) -> Iterator[tuple[int, int, int]]:
@@ -190,6 +265,10 @@ def join_shards(kind: Kind, shards: list[Tensor], heads: Heads, vocab_size: int)
             return [shards[0]]
         case "row":
             return [torch.cat(shards, dim=1)]
+        case "rows":
+            return [torch.cat(shards)]
+        case "fused_glu" | "fused_qkv":
+            return [torch.cat(join_shards(_UNFUSED[kind], shards, heads, vocab_size))]
         case "vocab":
             return [torch.cat(shards)[:vocab_size]]
         case "glu":

@@ -56,16 +56,44 @@ def test_other_methods() -> None:
     unguided = {key: value for key, value in REFERENCE.items() if not key.startswith("tgdpo_")}
     dpo = {**unguided, "stage": "dpo", "pref_ftx": 0.25, "dpo_label_smoothing": 0.1}
     loss = config_from_dict(convert(dpo, 8, "pairs.jsonl", None)).loss
-    assert (loss.method, loss.options) == ("dpo", {"beta": 0.1, "label_smoothing": 0.1, "sft_weight": 0.25})
+    assert (loss.method, loss.form, loss.beta, loss.label_smoothing, loss.sft_weight) == (
+        "dpo",
+        "sigmoid",
+        0.1,
+        0.1,
+        0.25,
+    )
     simpo = {**unguided, "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.5, "simpo_gamma": 1.4, "pref_ftx": 0}
     del simpo["ref_model"]
     loss = config_from_dict(convert(simpo, 8, "pairs.jsonl", None)).loss
     assert (loss.method, loss.options) == ("simpo", {"beta": 2.5, "gamma": 1.4})
-    with pytest.raises(UserError, match=r"loss\.sft_weight is set but loss\.method tgdpo does not use it"):
-        config_from_dict(convert({**REFERENCE, "pref_ftx": 0.1}, 8, "pairs.jsonl", None))
+    orpo = {**unguided, "stage": "dpo", "pref_loss": "orpo", "pref_beta": 0.2}
+    del orpo["ref_model"]
+    loss = config_from_dict(convert(orpo, 8, "pairs.jsonl", None)).loss
+    assert (loss.method, loss.options) == ("orpo", {"beta": 0.2})
 
 
-@pytest.mark.parametrize(("key", "value"), [("pref_loss", "ipo"), ("finetuning_type", "oft"), ("fp16", True)])
+@pytest.mark.parametrize("form", ["hinge", "ipo"])
+def test_forms_of_dpo(form: str) -> None:
+    unguided = {key: value for key, value in REFERENCE.items() if not key.startswith("tgdpo_")}
+    loss = config_from_dict(convert({**unguided, "stage": "dpo", "pref_loss": form}, 8, "pairs.jsonl", None)).loss
+    assert (loss.method, loss.form, loss.beta) == ("dpo", form, 0.1)
+    smoothed = convert({**unguided, "stage": "dpo", "pref_loss": form, "dpo_label_smoothing": 0.1}, 8, "p", None)
+    with pytest.raises(UserError, match=f"loss.label_smoothing is 0.1 but loss.form {form} does not use it"):
+        config_from_dict(smoothed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("pref_ftx", 0.1), ("dpo_label_smoothing", 0.1), ("pref_loss", "ipo"), ("pref_loss", "orpo")]
+)
+def test_what_the_authors_tgdpo_makes_something_else_of(key: str, value: object) -> None:
+    reference = {**REFERENCE, key: value}
+    with pytest.raises(UserError, match=f"{key}: {value} with stage: tgdpo is not carried over"):
+        convert(reference, 8, "pairs.jsonl", None)
+    assert convert(reference, 8, "pairs.jsonl", None, ignore=[key]) == convert(REFERENCE, 8, "pairs.jsonl", None)
+
+
+@pytest.mark.parametrize(("key", "value"), [("pref_loss", "kto_pair"), ("finetuning_type", "oft"), ("fp16", True)])
 def test_what_would_change_the_maths_is_refused(key: str, value: object) -> None:
     with pytest.raises(UserError, match=key):
         convert({**REFERENCE, key: value}, 8, "pairs.jsonl", None)

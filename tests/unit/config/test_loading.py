@@ -59,12 +59,12 @@ def test_config_cannot_be_changed() -> None:
         ("losss.beta=1", "losss"),
         ("loss.beta=high", "loss.beta"),
         ("loss.beta=-1", "loss.beta"),
-        ("loss.method=kto", "tgdpo, dpo, simpo, sft"),
+        ("loss.method=kto", "tgdpo, dpo, simpo, orpo, sft"),
         ("loss.method=dpo", "model.guide"),
         ("model.guide=null", "model.guide"),
         ("train.epochs=1", "exactly one of train.steps and train.epochs"),
         ("parallel.context=0", "parallel.context"),
-        ("loss.gamma=1", "loss.gamma is set but loss.method tgdpo does not use it"),
+        ("loss.select_share=1", "loss.select_share is set but loss.method tgdpo does not use it"),
         ("loss.alpha=-1", "loss.alpha"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline is 2 with one stage"),
         ("batch.tokens_per_micro_batch=0", "batch.tokens_per_micro_batch is 0: it must be positive"),
@@ -128,9 +128,24 @@ def test_combinations_that_make_no_sense_are_refused(tmp_path: Path, overrides: 
         load_config(write(tmp_path, VALID), overrides)
 
 
+def test_dpo_without_a_reference_has_none(tmp_path: Path) -> None:
+    free = ["loss.method=dpo", "model.guide=null", "loss.reference_free=true"]
+    config = load_config(write(tmp_path, VALID), free)
+    assert config.method.frozen == ()
+    assert list(config.model_paths) == ["policy"]
+    assert "logps/reference_" in config.method.without
+    guided = load_config(write(tmp_path, VALID), ["loss.reference_free=true"])
+    assert guided.method.frozen == ("reference", "guide")
+
+
 def test_options_take_the_defaults_of_their_method(tmp_path: Path) -> None:
     path = write(tmp_path, VALID)
-    assert load_config(path).loss.options == {"beta": 0.1, "alpha": 0.5}
+    dpo = {"beta": 0.1, "form": "sigmoid", "reference_free": False, "label_smoothing": 0.0, "sft_weight": 0.0}
+    tgdpo = {**dpo, "gamma": 0.0, "guide_beta": None, "weights": "tgdpo"}
+    assert load_config(path).loss.options == {**tgdpo, "alpha": 0.5}
+    sepo = load_config(path, ["loss.weights=sepo"]).loss
+    assert sepo.options == {**tgdpo, "weights": "sepo", "select_share": 0.3}
+    assert sepo.alpha is None
     simpo = load_config(path, ["loss.method=simpo", "model.guide=null", "loss.gamma=0.3"])
     assert simpo.loss.options == {"beta": 2.0, "gamma": 0.3}
     assert simpo.loss.alpha is None

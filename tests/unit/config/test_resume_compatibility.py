@@ -99,3 +99,14 @@ def test_runs_of_versions_with_fewer_and_with_other_keys_can_be_compared() -> No
     assert find_changes(old, CONFIG, CONTENT) == []
     (offload,) = find_changes(old, changed(offload={"frozen": True}), CONTENT)
     assert (offload.key, offload.was, offload.now) == ("offload.frozen", False, True)
+
+
+def test_an_option_that_the_method_has_got_since_was_at_its_default() -> None:
+    before = to_dict(CONFIG)
+    # Its version did not know the one, and recorded the other as not used.
+    del before["loss"]["form"]
+    before["loss"]["label_smoothing"] = None
+    old = Recorded(RUN.source, before, CONTENT)
+    assert find_changes(old, CONFIG, CONTENT) == []
+    (form,) = find_changes(old, changed(loss={"form": "ipo"}), CONTENT)
+    assert (form.key, form.was, form.now) == ("loss.form", "sigmoid", "ipo")

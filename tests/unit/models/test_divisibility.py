@@ -28,10 +28,10 @@ def nine_heads(path: Path, **changes: int) -> PretrainedConfig:
         # The MLP has no ninths.
         ((9, 1, 1), "model.policy: MLP size 1536 is not divisible by parallel.tensor = 9: set parallel.tensor to 1 or "
                     "3"),
-        ((1, 4, 1), "model.policy: 30 layers are not divisible by parallel.pipeline = 4: set parallel.pipeline to 1, "
-                    "2, 3, 5, 6, 10, 15 or 30"),
-        ((1, 5, 4), "model.policy: 30 layers are not divisible by parallel.pipeline x virtual_pipeline = 5 x 4: set "
-                    "parallel.virtual_pipeline to 1, 2, 3 or 6"),
+        ((1, 31, 1), "model.policy: 30 layers are fewer than parallel.pipeline = 31 stages: set parallel.pipeline to "
+                    "at most 30"),
+        ((1, 8, 4), "model.policy: 30 layers are fewer than parallel.pipeline x virtual_pipeline = 8 x 4: set "
+                    "parallel.virtual_pipeline to at most 3"),
     ],
 )  # fmt: skip
 def test_what_divides_is_named(tmp_path: Path, layout: tuple[int, int, int], expected: str) -> None:
@@ -49,8 +49,8 @@ def test_what_is_named_divides_every_model(tmp_path: Path) -> None:
         "policy": nine_heads(tmp_path / "policy", intermediate_size=1152),
         "guide": nine_heads(tmp_path / "guide", num_hidden_layers=20),
     }
-    with pytest.raises(UserError, match=r"^model\.policy: .* set parallel\.pipeline to 1, 2, 5 or 10$"):
-        check_layout(models, make_layout(1, 4, 1, False, 4))
+    with pytest.raises(UserError, match=r"^model\.guide: 20 layers .* set parallel\.pipeline to at most 20$"):
+        check_layout(models, make_layout(1, 24, 1, False, 24))
     with pytest.raises(UserError, match=r"^model\.guide: MLP size .* set parallel\.tensor to 1 or 3$"):
         check_layout(models, make_layout(9, 1, 1, False, 9))
     check_layout(models, make_layout(3, 10, 1, False, 30))

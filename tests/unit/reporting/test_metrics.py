@@ -127,3 +127,7 @@ def test_summary_says_the_metrics() -> None:
     small = summary({"guide": make_metrics(PAIRS)}, {"guide": "runs/dpo"}, alpha=1.0, beta=5e-6)
     assert "mean 1.0000033, deviation 0.0000125, 0.9999850 to 1.0000200" in small
     assert "mean margin +0.00001" in small
+    # The rewards' scale is the guide's own, if it has one.
+    own = summary({"guide": make_metrics(PAIRS)}, {"guide": "runs/dpo"}, alpha=1.0, beta=0.1, guide_beta=0.5)
+    assert own.splitlines()[0] == "2 pairs, 6 response tokens, alpha 1, beta 0.1, guide_beta 0.5"
+    assert own.splitlines()[1:] == text.splitlines()[1:]

@@ -1,6 +1,7 @@
 """The command: from a config, its data and models to the page; and what it says of bad input."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,24 @@ def test_writes_the_page_and_says_the_metrics(run: Path, capsys: pytest.CaptureF
     assert "4 of 5" in html
     for fact in ("reference", "guide", "pairs.jsonl"):
         assert f"<dd>{run / fact}</dd>" in html
+
+
+def test_the_guide_s_own_beta_and_other_forms_are_on_the_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run / "form.html"
+    options = ["loss.guide_beta=0.4", "loss.form=ipo"]
+    assert main([str(run / "config.yaml"), *options, "--out", str(out)]) == 0
+    assert "alpha 0.5, beta 0.1, guide_beta 0.4" in capsys.readouterr().out
+    assert re.search(r'"guide_beta": ?0.4, ?"guides": ?\[.*"plain_loss": ?false', out.read_text())
+
+
+def test_selected_tokens_are_those_of_training(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of three or four response tokens and an end, a share of 0.5 is two."""
+    out = run / "sepo.html"
+    assert main([str(run / "config.yaml"), "loss.weights=sepo", "loss.select_share=0.5", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "5 pairs, 45 response tokens, beta 0.1\n" in printed
+    assert "token weights  1 on 20 of 45 tokens (44.4%), 0 on the others" in printed
+    assert "alpha" not in printed
 
 
 def test_guides_are_shown_side_by_side(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,7 @@ def test_dynamic_rope_scaling_holds_up_to_its_original_length(tmp_path: Path) ->
     policy = make_llama(tmp_path / "dynamic", rope={"rope_type": "dynamic", "factor": 2.0}, layers=1)
     values = {**VALID, "model": {"policy": str(policy)}, "loss": {"method": "dpo"}}
     read_model_configs(config_from_dict({**values, "data": {**VALID["data"], "max_length": 2048}}))
-    with pytest.raises(UserError, match=r"model.policy .* dynamic rope scaling.* data.max_length to at most 2048"):
+    with pytest.raises(UserError, match=r"model.policy .* rope scaling.* data.max_length to at most 2048"):
         read_model_configs(config_from_dict({**values, "data": {**VALID["data"], "max_length": 2049}}))
 
 
@@ -120,7 +120,10 @@ def test_a_guide_that_is_not_there(policy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "expected"),
-    [(1, 3, r"4 layers are not divisible by parallel\.pipeline = 3"), (8, 1, r"4 attention heads are not divisible")],
+    [
+        (1, 5, r"4 layers are fewer than parallel\.pipeline = 5 stages: set parallel.pipeline to at most 4"),
+        (8, 1, r"4 attention heads are not divisible"),
+    ],
 )
 def test_layouts_that_do_not_divide_the_model(policy: Path, tensor: int, pipeline: int, expected: str) -> None:
     layout = make_layout(tensor, pipeline, 1, False, tensor * pipeline)

@@ -19,7 +19,7 @@ from megatron_tgdpo.models.hf_weights.adapter_layout import new_adapter, peft_sh
 from megatron_tgdpo.setup.hub_inputs import pin_here
 from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.setup.model_sources import check_bases, model_sources, trained_lora
-from tests.tiny_models import make_llama
+from tests.tiny_models import make_llama, make_model
 from tests.unit.config.test_loading import VALID
 
 ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]}
@@ -100,6 +100,13 @@ def test_other_adapters_are_refused(base: Path, tmp_path: Path, content: dict[st
     adapter = make_adapter(tmp_path / "adapter", base, **content)
     with pytest.raises(UserError, match=message):
         read_model_configs(config_of(base, adapter))
+
+
+def test_a_part_of_a_fused_linear_is_refused(tmp_path: Path) -> None:
+    glm4 = make_model(tmp_path, "glm4", layers=2)
+    read_model_configs(config_of(glm4, glm4, lora={"rank": 8, "targets": ["fc1", "down_proj"]}))
+    with pytest.raises(UserError, match=r"lora.targets: .*of gate_proj, but gate_up_proj is one linear .*: name all"):
+        read_model_configs(config_of(glm4, glm4, lora={"rank": 8, "targets": ["gate_proj"]}))
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:

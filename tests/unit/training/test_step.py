@@ -11,7 +11,9 @@ from megatron_tgdpo.training.step import clip_gradients
 
 def optimizer(parameters: list[torch.Tensor], *, decoupled: bool, clip: float) -> Any:
     config = SimpleNamespace(clip_grad=clip, use_precision_aware_optimizer_no_fp8_or_ds_fp8=decoupled)
-    return SimpleNamespace(config=config, get_parameters=lambda: parameters)
+    # One of experts beside it; a rank may own none of their parameters.
+    chained = [SimpleNamespace(get_parameters=lambda part=part: part) for part in (parameters[:1], parameters[1:], [])]
+    return SimpleNamespace(config=config, chained_optimizers=chained)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])

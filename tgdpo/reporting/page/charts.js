@@ -9,7 +9,7 @@ function extent(values) {
 
 // Pairs by margin. No bin has both signs; a tie is a bar of its own kind.
 function marginHistograms() {
-  const margins = guides.map((_, g) => pairs.map((pair) => settings.beta * pair.margins[g]));
+  const margins = guides.map((_, g) => pairs.map((pair) => settings.guideBeta * pair.margins[g]));
   const [low, high] = extent(margins.flat());
   const step = roundUp((high - low) / 30 || 1);
   const from = Math.floor(low / step);
@@ -45,7 +45,7 @@ function marginHistograms() {
 
 // Pairs by difference in length and margin: a guide that likes what is longer shows as a slope.
 function marginsByLength() {
-  const { beta } = settings;
+  const { guideBeta: beta } = settings;
   const [low, high] = extent(pairs.map((pair) => pair.longer));
   const [bottom, top] = extent(pairs.flatMap((pair) => pair.margins.map((margin) => beta * margin)));
   const x = axis(low, high, { count: 8, least: 1, title: "tokens of chosen less those of rejected" });
@@ -158,9 +158,9 @@ function positions(title, unit, shown) {
 function extremeTokens() {
   return guides.map((guide) => {
     const { least_count: often, most, least } = guide.tokens;
-    const decimals = decimalsOf([...most, ...least].map((token) => settings.beta * token.mean), 3);
+    const decimals = decimalsOf([...most, ...least].map((token) => settings.guideBeta * token.mean), 3);
     const list = (title, tokens) => {
-      const rows = tokens.map(({ text, count, mean }) => [element("code", {}, JSON.stringify(text)), signed(settings.beta * mean, decimals), String(count)]);
+      const rows = tokens.map(({ text, count, mean }) => [element("code", {}, JSON.stringify(text)), signed(settings.guideBeta * mean, decimals), String(count)]);
       return element("div", {}, element("h3", {}, title), element("div", { class: "scroll" }, tableOf(["token", "mean reward", "times"], rows)));
     };
     const note = often > 1 ? `Of the tokens that occur at least ${often} times.` : "Few tokens occur more than once.";
@@ -169,7 +169,7 @@ function extremeTokens() {
 }
 
 function drawCharts(target) {
-  const { alpha, beta } = settings;
+  const { alpha, guideBeta: beta } = settings;
   const reward = (x) => beta * x;
   const rewards = [reward, reward];
   const weights = [1, -1].map((sign) => (x) => 1 + sign * alpha * beta * x);
@@ -178,8 +178,8 @@ function drawCharts(target) {
   target.replaceChildren(probe);
   chartWidth = Math.max(probe.firstChild.clientWidth, 240);
   const drawn = [marginHistograms(), marginsByLength(), histograms("Token rewards", "reward", rewards), positions("Rewards by position", "reward", rewards)];
-  // With alpha 0 every weight is 1.
-  if (alpha > 0) drawn.push(histograms("Token weights", "weight", weights), positions("Weights by position", "weight", weights));
+  // With alpha 0 every weight is 1; selected tokens have 1 and the others 0.
+  if (alpha > 0 && !guides.some((guide) => guide.weights)) drawn.push(histograms("Token weights", "weight", weights), positions("Weights by position", "weight", weights));
   drawn.push(extremeTokens());
   target.replaceChildren(...drawn.flat());
 }

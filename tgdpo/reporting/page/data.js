@@ -1,14 +1,21 @@
 "use strict";
 // Everything follows from x = log pi_g - log pi_ref of a token (nats): its reward is beta x, its weight
-// 1 + alpha beta x on chosen and 1 - alpha beta x on rejected responses.
+// 1 + alpha beta x on chosen and 1 - alpha beta x on rejected responses, where beta is the guide's, if it has its own.
 
 const RESPONSES = ["chosen", "rejected"];
 const report = JSON.parse(document.getElementById("data").textContent);
-const settings = { alpha: report.alpha, beta: report.beta, guide: 0 };
+const settings = {
+  alpha: report.alpha,
+  beta: report.beta,
+  guide: 0,
+  get guideBeta() {
+    return report.guide_beta ?? this.beta;
+  },
+};
 
 const logps = Object.fromEntries(Object.entries(report.logps).map(([model, text]) => [model, decodeFloats(text)]));
-// Each guide has its name, its model's, its metrics, and logps.
-const guides = report.guides.map((guide) => ({ ...guide, logps: logps[guide.name] }));
+// Each guide has its name, its model's, its metrics, and logps; weights where alpha and beta do not make them.
+const guides = report.guides.map((guide) => ({ ...guide, logps: logps[guide.name], weights: guide.weights && decodeFloats(guide.weights) }));
 const pairs = readPairs();
 // |x| that gets the full colour, the same for all guides.
 const fullColour = Math.max(...guides.map((guide) => guide.scale));
@@ -47,7 +54,8 @@ function totalOf(guide, response) {
 }
 
 function weightOf(guide, response, i) {
-  return 1 + response.sign * settings.alpha * settings.beta * logratio(guide, i);
+  if (guide.weights) return guide.weights[i];
+  return 1 + response.sign * settings.alpha * settings.guideBeta * logratio(guide, i);
 }
 
 function weightsOf(guide, response) {

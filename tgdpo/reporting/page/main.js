@@ -12,7 +12,7 @@ function drawTiles(target) {
 }
 
 function guideNode(guide) {
-  const { alpha, beta } = settings;
+  const { alpha, guideBeta: beta } = settings;
   const count = pairs.reduce((sum, pair) => sum + negativeWeights(guide, pair), 0);
   const tokens = guide.logps.length;
   const toward = guide.toward.map((value) => alpha * beta * value);
@@ -29,16 +29,24 @@ function guideNode(guide) {
       { class: "tiles" },
       tile("Guide accuracy", accuracy, `${guide.correct} of ${pairs.length} pairs${ties}; 95 % interval ${low} to ${high}`),
       tile("Guide margin", signed(beta * guide.margin), "chosen less rejected, summed token rewards, mean over pairs"),
-      tile("Negative weights", percent(count / tokens, 2), `${count.toLocaleString("en-US")} of ${tokens.toLocaleString("en-US")} tokens are pushed the other way`),
-      tile("Token weights", mean, `mean; deviation ${deviation}, from ${least} to ${most}`),
-      alphaTile(guide),
+      ...(guide.weights ? [selectedTile(guide)] : [
+        tile("Negative weights", percent(count / tokens, 2), `${count.toLocaleString("en-US")} of ${tokens.toLocaleString("en-US")} tokens are pushed the other way`),
+        tile("Token weights", mean, `mean; deviation ${deviation}, from ${least} to ${most}`),
+        alphaTile(guide),
+      ]),
     ),
   );
 }
 
+function selectedTile(guide) {
+  const count = guide.weights.reduce((sum, weight) => sum + weight, 0);
+  const [selected, tokens] = [count, guide.weights.length].map((number) => number.toLocaleString("en-US"));
+  return tile("Selected tokens", percent(count / guide.weights.length), `${selected} of ${tokens} tokens count, the others do not`);
+}
+
 // Up to which alpha at most so many tokens have negative weights.
 function alphaTile(guide) {
-  const limits = guide.tails.map(([, tail]) => (tail < 0 ? -1 / (settings.beta * tail) : Infinity));
+  const limits = guide.tails.map(([, tail]) => (tail < 0 ? -1 / (settings.guideBeta * tail) : Infinity));
   const [alpha, ...texts] = together([settings.alpha, ...limits], 2);
   const rows = limits.map((limit, k) => {
     const [share] = guide.tails[k];
@@ -62,7 +70,7 @@ function drawLegend(target) {
     node.style.setProperty("--strength", strength);
     return node;
   };
-  const full = settings.beta * fullColour;
+  const full = settings.guideBeta * fullColour;
   const [least, less, none, more, most] = together([-full, -full / 2, 0, full / 2, full], 0, signed);
   target.replaceChildren(
     element("span", {}, "reward ", sample("minus", 1, least), sample("minus", 0.5, less), sample("", 0, none), sample("plus", 0.5, more), sample("plus", 1, most),
@@ -76,6 +84,7 @@ function drawLegend(target) {
 function offerGuides() {
   byId("guide").append(...guides.map((guide, g) => element("option", { value: g }, guide.name)));
   for (const node of document.querySelectorAll(".several")) node.hidden = guides.length < 2;
+  byId("alpha").parentElement.hidden = guides.some((guide) => guide.weights);
 }
 
 function start() {

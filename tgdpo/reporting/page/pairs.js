@@ -40,18 +40,18 @@ function verdictNode(guide, pair, margin) {
   const sides = { plus: "\u2713 agrees with the label", minus: "\u2717 disagrees with the label", tie: "= has no preference" };
   const negative = negativeWeights(guide, pair);
   const [text] = marginAndRewards(guide, pair);
-  const loss = logps.policy ? ` \u00b7 policy's loss ${plain(lossOf(guide, pair))}` : "";
+  const loss = logps.policy && report.plain_loss ? ` \u00b7 policy's loss ${plain(lossOf(guide, pair))}` : "";
   return element(
     "p",
     { class: `verdict ${sideOf(margin)}` },
     element("b", {}, `${guide.name} ${sides[sideOf(margin)]}`),
-    ` \u00b7 margin ${text} \u00b7 ${negative} negative ${negative === 1 ? "weight" : "weights"}${loss}`,
+    ` \u00b7 margin ${text}${guide.weights ? "" : ` \u00b7 ${negative} negative ${negative === 1 ? "weight" : "weights"}`}${loss}`,
   );
 }
 
 // Texts of the margin and of the two responses' rewards, whose difference it is.
 function marginAndRewards(guide, pair) {
-  const [chosen, rejected] = pair.responses.map((response) => settings.beta * totalOf(guide, response));
+  const [chosen, rejected] = pair.responses.map((response) => settings.guideBeta * totalOf(guide, response));
   return together([chosen - rejected, chosen, rejected], 3, signed);
 }
 
@@ -100,7 +100,7 @@ function responsesNode(guide, pair) {
 
 function responseNode(guide, response, facts) {
   const ranges = sentenceRanges(response);
-  const sums = together(ranges.map(([from, to]) => settings.beta * sumOf(guide, response, from, to)), 2, signed);
+  const sums = together(ranges.map(([from, to]) => settings.guideBeta * sumOf(guide, response, from, to)), 2, signed);
   const of = guides.length > 1 ? `, ${guide.name}` : "";
   const text = element(
     "div",

@@ -25,7 +25,7 @@ function tokenFacts(guide, response, k) {
   const i = response.first + k;
   const text = response.texts[k];
   const several = guides.length > 1;
-  const rewards = together(guides.map((one) => settings.beta * logratio(one, i)), 4, signed);
+  const rewards = together(guides.map((one) => settings.guideBeta * logratio(one, i)), 4, signed);
   // Beside the 1 that a weight has without guidance.
   const [, ...weights] = together([1, ...guides.map((one) => weightOf(one, response, i))], 4);
   const models = ["reference", ...(logps.policy ? ["policy"] : []), ...guides.map((one) => one.name)];
