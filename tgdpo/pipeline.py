@@ -204,7 +204,9 @@ class Pipeline:
         """Sets that are not evaluated, by name, with the reason."""
         reason = "several files or a split, not evaluated: tgdpo evaluate takes one file, or preprocessed data"
         if self._begins_with_adapter():
-            reason = "not evaluated: the reference is lora.adapter on its base, and tgdpo evaluate takes whole models"
+            reason = (
+                "not evaluated: the reference is lora.adapter on its base: tgdpo evaluate takes that as --reference"
+            )
         key = "data.validation" if self.config.data.test is None else "data.test"
         names = [name for name in self.config.test_sets if name not in self._test_files()]
         return [f"{name or key}: {reason}" for name in names]

@@ -111,17 +111,18 @@ def _uses(config: Config, checkpoint: Path, run: Path, exported: Path | None) ->
     model = shlex.quote(str(run if kind == "adapter" or exported is None else exported))
     pairs = next((source.path for found in config.test_sets.values() for source in found), "HELDOUT.jsonl")
     reference = model_sources(config).get("reference")
-    if reference is None or reference.adapter is None:  # evaluate takes whole models
-        guide = model_sources(config).get("guide")
-        with_guide = guide is not None and (guide.adapter is None or is_megatron_checkpoint(guide.adapter))
-        # 200 long answers of each model take hours without a GPU.
-        few = "" if torch.cuda.is_available() else " --prompts 8 --max-new-tokens 64"
-        lines.append(
-            f"compare it: tgdpo evaluate --reference {shlex.quote(config.reference_path)} "
-            f"--model {shlex.quote(name)}={model} "
-            f"{f'--guide {shlex.quote(str(config.model.guide))} ' if with_guide else ''}--pairs {shlex.quote(pairs)} "
-            f"--max-length {config.data.max_length}{few} --out {shlex.quote(str(output_dir / 'evaluation.json'))}"
-        )
+    adapter = None if reference is None else reference.adapter
+    compared = config.reference_path if adapter is None else str(adapter)
+    guide = model_sources(config).get("guide")
+    with_guide = guide is not None and (guide.adapter is None or is_megatron_checkpoint(guide.adapter))
+    # 200 long answers of each model take hours without a GPU.
+    few = "" if torch.cuda.is_available() else " --prompts 8 --max-new-tokens 64"
+    lines.append(
+        f"compare it: tgdpo evaluate --reference {shlex.quote(compared)} "
+        f"--model {shlex.quote(name)}={model} "
+        f"{f'--guide {shlex.quote(str(config.model.guide))} ' if with_guide else ''}--pairs {shlex.quote(pairs)} "
+        f"--max-length {config.data.max_length}{few} --out {shlex.quote(str(output_dir / 'evaluation.json'))}"
+    )
     lines.append(
         f"answer a benchmark: tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model {model} "
         f"--name {shlex.quote(name)} --out {shlex.quote(f'{name}.json')}"

@@ -46,6 +46,7 @@ class Case:
     recompute: str = "none"
     guidance: str = "colocated"  # colocated | prefetch | cached
     overlap: bool = False  # of the traffic of data ranks
+    dtype: str = "fp32"
 
     @property
     def model(self) -> str:
@@ -94,6 +95,7 @@ FULL_CASES = (
     _case("dp2-pp2-dpo", 4, pipeline=2, method="dpo", start="adapter"),
     _case("vpp2-tp2-sp-simpo", 4, pipeline=2, virtual_pipeline=2, tensor=2, sequence_parallel=True, method="simpo"),
 )
+BF16_CASES = (_case("tp2-sp-bf16", 2, tensor=2, sequence_parallel=True, dtype="bf16"),)
 CASES += FULL_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
 
 
@@ -178,7 +180,7 @@ class Runs:
                 "schedule": "constant",
                 "warmup_ratio": 0.0,
             },
-            "precision": {"dtype": "fp32"},
+            "precision": {"dtype": case.dtype},
             # A policy that is not its reference has another loss than ln 2.
             "train": {"steps": SETTINGS.steps, "recompute": case.recompute, "check_start": case.start != "base"},
             "output_dir": str(self.root / "runs" / case.name),
@@ -187,7 +189,7 @@ class Runs:
     def output(self, case: Case) -> Path:
         if case.processes not in self._launched:
             self._launched.add(case.processes)
-            ours = [c for c in CASES if c.processes == case.processes and c.name in self.chosen]
+            ours = [c for c in (*CASES, *BF16_CASES) if c.processes == case.processes and c.name in self.chosen]
             cases: list[dict[str, Any]] = [
                 {"config": self.config(c), "precompute": 8} for c in ours if c.guidance == "cached"
             ]
@@ -209,14 +211,21 @@ class Runs:
             )
         return self.root / "runs" / case.name
 
-    def expected(self, case: Case) -> reference.Result:
+    def expected(self, case: Case, base_dtypes: tuple[torch.dtype, ...] = ()) -> reference.Result:
+        """By ``peft``, whose adapters are fp32; the base's weights are cast to these dtypes, one after the other."""
         paths = self.paths(case)
 
+        def base() -> Any:
+            model = reference.load(paths["base"])
+            for dtype in base_dtypes:
+                model = model.to(dtype)
+            return model
+
         def adapted(adapter: Path, *, trains: bool) -> Any:
-            return peft.PeftModel.from_pretrained(reference.load(paths["base"]), adapter, is_trainable=trains)
+            return peft.PeftModel.from_pretrained(base(), adapter, is_trainable=trains)
 
         policy = adapted(paths["adapter"], trains=True).train()
-        ref = reference.load(paths["base"]) if case.start == "base" else adapted(paths["adapter"], trains=False)
+        ref = base() if case.start == "base" else adapted(paths["adapter"], trains=False)
         guide = None
         if paths["guide"] is not None:
             guide = (
@@ -260,3 +269,17 @@ def test_training_equals_peft(runs: Runs, case: Case) -> None:
     print(case.name, {what: f"{max(values):.1e}" for what, values in differences.items()})
     for what, values in differences.items():
         assert max(values) < LIMITS[what], (case.name, what, max(values))
+
+
+@pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
+def test_training_in_bf16_is_as_near_to_fp32_as_that_of_peft(runs: Runs, case: Case) -> None:
+    """From one base, rounded to bf16: ten losses computed in fp32, by ``peft`` in bf16, and here in bf16."""
+    ours = [step["train/loss"] for step in read_metrics(runs.output(case))]
+    exact, rounded = (
+        runs.expected(case, dtypes).losses for dtypes in ((torch.bfloat16, torch.float32), (torch.bfloat16,))
+    )
+    assert abs(exact[-1] - exact[0]) > 0.01, "nothing was learned"
+    errors = [max(abs(a - b) for a, b in zip(losses, exact, strict=True)) for losses in (ours, rounded)]
+    print(case.name, [f"{error:.1e}" for error in errors])
+    # Two roundings of one thing; theirs rounds logits, too.
+    assert 0 < errors[0] < 3 * errors[1]
