@@ -41,7 +41,7 @@ def sepo(
     These are the highest rewards of a chosen response and the lowest of a rejected one: of n tokens
     ``floor(select_share * n)``, but at least one, and all that are equal to the last of them.
 
-    Source: arXiv 2408.13518, section 3: the token score is ``log pi_oracle - log pi_ref`` and the indicator that of the
+    Source: arXiv 2408.13518: the token score is ``log pi_oracle - log pi_ref`` and the indicator that of the
     highest k % (lowest, of rejected) in the response; the authors' ``token_score.py`` rounds down likewise. Its loss is
     ``form: sigmoid_norm`` with ``reference_free``: ``beta`` is its gamma, and ``gamma`` its lambda.
     """
@@ -61,7 +61,7 @@ def confpo(
 
     A token counts where its probability is at most the mean of all probabilities in its response.
 
-    Source: arXiv 2506.08712, section 4: ``s(y_i) = 1[pi(y_i) <= tau]``, tau the mean probability. The authors' code
+    Source: arXiv 2506.08712: ``s(y_i) = 1[pi(y_i) <= tau]``, tau the mean probability. The authors' code
     (``cpo_loss_confpo``) has < and leaves out a pair without such tokens, as of one token. Its loss is
     ``form: sigmoid_norm`` with ``reference_free``, ``beta`` and ``gamma`` being SimPO's.
     """
