@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     layout = parser.add_argument_group("layout (none given: all, ranked)")
     layout.add_argument("--tensor", type=int, help="parallel.tensor")
     layout.add_argument("--pipeline", type=int, help="parallel.pipeline")
+    layout.add_argument("--expert", type=int, help="parallel.expert")
+    layout.add_argument("--expert-tensor", type=int, help="parallel.expert_tensor; default: as --tensor")
     layout.add_argument("--no-sequence-parallel", action="store_true", help="default: on with --tensor above 1")
     layout.add_argument(
         "--recompute",

@@ -35,8 +35,16 @@ def plan(arguments: argparse.Namespace) -> tuple[str, Plan | None]:
     sequence_parallel = not arguments.no_sequence_parallel
     if arguments.schedules:
         return schedules_table(job, cluster, arguments.tensor or 1, sequence_parallel, arguments.recompute), None
-    if arguments.tensor is not None or arguments.pipeline is not None:
-        layout = make_layout(arguments.tensor or 1, arguments.pipeline or 1, 1, sequence_parallel, cluster.gpus)
+    if any(size is not None for size in (arguments.tensor, arguments.pipeline, arguments.expert)):
+        layout = make_layout(
+            arguments.tensor or 1,
+            arguments.pipeline or 1,
+            1,
+            sequence_parallel,
+            cluster.gpus,
+            expert=arguments.expert or 1,
+            expert_tensor=arguments.expert_tensor,
+        )
         asked = make_plan(job, cluster, layout, arguments.recompute)
         text = plan_text(asked, job, cluster)
         return (text if asked.fits else f"{text}\n{_instead(all_plans(job, cluster), asked)}"), asked
@@ -80,6 +88,7 @@ def write_config(arguments: argparse.Namespace, plan: Plan, named: Mapping[str, 
             "pipeline": layout.pipeline,
             "pipeline_layers": layout.unequal,
             "sequence_parallel": layout.sequence_parallel,
+            **layout.expert_keys,
         },
         "batch": {
             "global_pairs": arguments.global_pairs,
@@ -109,9 +118,10 @@ def _instead(plans: Sequence[Plan], asked: Plan) -> str:
     if found is None:
         return f"no layout of {asked.layout.world_size} GPUs fits: take more, or other models or packs"
     layout = found.layout
+    experts = "".join(f" --{key.replace('_', '-')} {value}" for key, value in layout.expert_keys.items())
     return (
-        f"the nearest that fits: --tensor {layout.tensor} --pipeline {layout.pipeline} --recompute {found.recompute} "
-        f"({found.memory.total / GIB:.1f} GiB)"
+        f"the nearest that fits: --tensor {layout.tensor} --pipeline {layout.pipeline}{experts} --recompute "
+        f"{found.recompute} ({found.memory.total / GIB:.1f} GiB)"
     )
 
 

@@ -7,7 +7,7 @@ fields (schema.py); what the machine, the models and the data must be like, wher
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_tgdpo.config.constraints import Rule
+from megatron_tgdpo.config.constraints import BESIDE_ADAPTERS, Rule
 from megatron_tgdpo.config.schema import Config, GuideConfig, LoraConfig, LossConfig
 from megatron_tgdpo.loss.choices import FORMS, WEIGHTS, Form
 from megatron_tgdpo.loss.methods import METHODS
@@ -161,14 +161,24 @@ LORA = (
         "lora.adapter {c.lora.adapter} has a rank, alpha and targets of its own: remove the other keys of section lora",
     ),
     Rule(
-        lambda c: c.lora.trains and {c.precision.fp8, c.precision.fp4} != {"none"},
-        "section lora with precision.fp8 {c.precision.fp8} and fp4 {c.precision.fp4}: adapters beside FP8 linears are "
-        "not supported yet, set both to none",
+        lambda c: c.lora.trains and c.precision.policy_recipe not in BESIDE_ADAPTERS,
+        "section lora with precision.fp8 {c.precision.fp8} and fp4 {c.precision.fp4}: beside adapters fp8 may be "
+        "tensorwise or blockwise; delayed scales would follow the reference's passes, the others have not been shown",
     ),
     Rule(
-        lambda c: c.lora.trains and (c.precision.frozen == "fp8" or c.precision.fp8_params),
-        "section lora with weights in FP8 (precision.frozen, precision.fp8_params): the policy's weights are the "
-        "reference's, in one dtype; set precision.frozen=same and precision.fp8_params=false",
+        lambda c: (
+            c.lora.trains
+            and (
+                c.precision.frozen == "fp8" or (c.precision.frozen == "bf16" and c.precision.policy_recipe is not None)
+            )
+        ),
+        "section lora with precision.frozen {c.precision.frozen}: the policy's weights are the reference's, and "
+        "compute in one precision; set precision.frozen=same",
+    ),
+    Rule(
+        lambda c: c.lora.trains and c.offload.frozen and c.model.reference is None and c.model.guide is None,
+        "offload.frozen with section lora: the reference's weights are the policy's, which stay on the device: set it "
+        "to false",
     ),
     Rule(
         lambda c: c.lora.trains and c.overlap.tensor,

@@ -56,6 +56,11 @@ class ParallelLayout:
         return self.expert > 1 or self.expert_shards != self.tensor
 
     @property
+    def expert_keys(self) -> dict[str, int]:
+        """What section ``parallel`` of a config says of experts; nothing where they are split as all else is."""
+        return {"expert": self.expert, "expert_tensor": self.expert_shards} if self.splits_experts else {}
+
+    @property
     def parts(self) -> int:
         """Into how many parts of consecutive layers a model is divided."""
         return self.pipeline * self.virtual

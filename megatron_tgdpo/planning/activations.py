@@ -2,8 +2,8 @@
 
 The count goes through the layer tensor by tensor, as Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) do,
 for this project's layer: RMSNorm, grouped-query attention by SDPA on packs (no padding, no score matrix), gated
-MLP, no dropout, rotary angles. Their sequence parallelism (section 4.2.2) divides what lies outside the linears, tensor
-parallelism what lies between them.
+MLP, or experts that get as many tokens each, no dropout, rotary angles. Their sequence parallelism (section 4.2.2)
+divides what lies outside the linears, tensor parallelism what lies between them.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
-from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes
+from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, expected_shapes
 from megatron_tgdpo.models.rotary import rope_layer_types
 
 # Query rows that models/attention/sdpa.py masks at a time where SDPA's causal kernel does not apply.
@@ -54,7 +54,8 @@ class LayerWidths:
         query: All query heads.
         key: All key heads; as many for the values.
         projected: What the joint query, key and value projection leaves in memory.
-        mlp: Of gate, and of up.
+        mlp: Of gate, and of up; of all experts that a token goes to.
+        routed: Of the residual stream, as often as the token goes to experts; 0 without.
     """
 
     hidden: float
@@ -64,6 +65,7 @@ class LayerWidths:
     key: float
     projected: float
     mlp: float
+    routed: float
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, layout: ParallelLayout) -> "LayerWidths":
@@ -72,6 +74,10 @@ class LayerWidths:
         number = heads.groups * heads.queries_per_group
         # With more tensor ranks than key/value heads, megatron-core gathers the projection and keeps it whole.
         shared = 1 if tp > heads.groups else tp
+        experts = Experts.of(hf_config)
+        mlp = hf_config.intermediate_size if experts is None else experts.top_k * experts.size
+        # Each of the ranks that share an expert has the whole rows of all their tokens.
+        routed = 0 if experts is None else experts.top_k * hf_config.hidden_size * layout.expert_shards
         return cls(
             hidden=hf_config.hidden_size / (tp if layout.sequence_parallel else 1),
             heads=number / tp,
@@ -79,7 +85,8 @@ class LayerWidths:
             query=number * heads.size / tp,
             key=max(heads.groups / tp, 1) * heads.size,
             projected=(number + 2 * heads.groups) * heads.size / shared,
-            mlp=hf_config.intermediate_size / tp,
+            mlp=mlp / tp,
+            routed=routed / tp,
         )
 
 
@@ -122,7 +129,7 @@ def layer_activations(
     inputs = {
         "self_attention.linear_qkv": width.hidden,
         "self_attention.linear_proj": width.query,
-        "mlp.linear_fc1": width.hidden,
+        "mlp.linear_fc1": width.hidden + width.routed,
         "mlp.linear_fc2": width.mlp,
     }
     adapters = 0.0

@@ -10,6 +10,7 @@ from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.hf_weights.mapping import Experts
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
@@ -95,29 +96,38 @@ def all_plans(job: Job, cluster: Cluster) -> list[Plan]:
     """The valid layouts with tensor groups inside a node, each with the least recomputation that fits; fastest first.
 
     Layouts that do not fit come last, with full recomputation. Sequence parallelism goes with tensor parallelism.
+    Experts are split as the rest of the model, or whole over groups of ranks inside a node.
     """
     plans = []
     for tensor in range(1, cluster.gpus_per_node + 1):
         for pipeline in range(1, job.policy.num_hidden_layers + 1):
             if cluster.gpus_per_node % tensor or cluster.gpus % (tensor * pipeline):
                 continue
-            layout = make_layout(tensor, pipeline, 1, True, cluster.gpus)
-            try:
-                candidates = [make_plan(job, cluster, layout, recompute) for recompute in RECOMPUTE_CHOICES]
-            except UserError:
-                continue
-            plans.append(next((plan for plan in candidates if plan.fits), candidates[-1]))
+            for expert in _expert_sizes(job, cluster, cluster.gpus // pipeline):
+                whole = None if expert == 1 else 1
+                layout = make_layout(tensor, pipeline, 1, True, cluster.gpus, expert=expert, expert_tensor=whole)
+                try:
+                    candidates = [make_plan(job, cluster, layout, recompute) for recompute in RECOMPUTE_CHOICES]
+                except UserError:
+                    continue
+                plans.append(next((plan for plan in candidates if plan.fits), candidates[-1]))
     return sorted(plans, key=lambda plan: (not plan.fits, plan.time.total))
 
 
+def _expert_sizes(job: Job, cluster: Cluster, ranks: int) -> list[int]:
+    """Values of ``parallel.expert`` for stages of so many ranks, whole experts on each; 1 alone without experts."""
+    if all(Experts.of(hf_config) is None for hf_config in job.models):
+        return [1]
+    return [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == ranks % size == 0]
+
+
 def nearest(plans: Sequence[Plan], layout: ParallelLayout) -> Plan | None:
-    """Of plans that fit the one whose tensor and pipeline sizes are the fewest doublings from a layout's."""
+    """Of plans that fit the one whose tensor, pipeline and expert sizes are the fewest doublings from a layout's."""
     fitting = [plan for plan in plans if plan.fits]
 
     def doublings(plan: Plan) -> float:
-        return abs(math.log2(plan.layout.tensor / layout.tensor)) + abs(
-            math.log2(plan.layout.pipeline / layout.pipeline)
-        )
+        ours, theirs = ((each.tensor, each.pipeline, each.expert) for each in (plan.layout, layout))
+        return sum(abs(math.log2(one / other)) for one, other in zip(ours, theirs, strict=True))
 
     return min(fitting, key=doublings, default=None)
 

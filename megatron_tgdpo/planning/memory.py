@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora
-from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, global_parameters
+from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, Experts, global_parameters
 from megatron_tgdpo.planning.activations import Pack, stage_activations, stage_layers
 from megatron_tgdpo.planning.workspace import (
     carried_states,
@@ -33,7 +33,7 @@ class RankMemory:
         weights: Policy weights, with FP8 copies of them.
         gradients: fp32 gradient buffer of what trains.
         optimizer: Adam moments, and the fp32 main copy of bf16 weights, of what trains, split over data and context
-            ranks.
+            ranks; of experts over those that have the same.
         frozen: Weights of reference and guide.
         activations: What the policy's layers keep for backward, for all micro batches in flight.
         carried: Hidden states of one pack that travel between stages.
@@ -116,7 +116,9 @@ def stage_linears(hf_config: PretrainedConfig, layout: ParallelLayout, stage: in
     layers = set(stage_layers(hf_config, layout, stage))
     if plain_ends:
         layers -= {0, hf_config.num_hidden_layers - 1}
-    held = (parameter for parameter in global_parameters(hf_config) if parameter.layer in layers)
+    held = (
+        one for one in global_parameters(hf_config, every_expert=False) if one.layer in layers and one.expert is None
+    )
     return sum(math.prod(parameter.shape) for parameter in held if len(parameter.shape) == 2) // layout.tensor
 
 
@@ -124,8 +126,10 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage:
     """Parameters that one rank of a pipeline stage holds, vocabulary padding included."""
     layers = set(stage_layers(hf_config, layout, stage))
     first, last = stage == 0, stage == layout.pipeline - 1
-    total = 0
-    for parameter in global_parameters(hf_config, layout.tensor):
+    total = expert_parameters(hf_config, layout, stage)
+    for parameter in global_parameters(hf_config, layout.tensor, every_expert=False):
+        if parameter.expert is not None:
+            continue
         size = math.prod(parameter.shape) // (1 if parameter.kind == "copy" else layout.tensor)
         if parameter.layer is not None:
             held = parameter.layer in layers
@@ -138,13 +142,24 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage:
     return total
 
 
+def expert_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
+    """Parameters of experts that one rank of a pipeline stage holds; they are part of :func:`stage_parameters`."""
+    experts = Experts.of(hf_config)
+    if experts is None:
+        return 0
+    layers = set(stage_layers(hf_config, layout, stage))
+    of_first = (one for one in global_parameters(hf_config, every_expert=False) if one.expert is not None)
+    size = sum(math.prod(one.shape) for one in of_first if one.layer in layers)
+    return experts.count * size // (layout.expert * layout.expert_shards)
+
+
 def adapter_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: Lora) -> int:
     """Parameters of an adapter that one rank of a pipeline stage holds: see ``models/lora.py: LoraAdapter``.
 
     Of a linear that megatron-core fused, one adapted part is as large as all.
     """
     layers, total = set(stage_layers(hf_config, layout, stage)), 0
-    for parameter in global_parameters(hf_config):
+    for parameter in global_parameters(hf_config, every_expert=False):
         parts = {name.removesuffix(".weight").rpartition(".")[2] for name, _ in parameter.hf_tensors}
         if parameter.layer in layers and len(parameter.shape) == 2 and any(map(lora.adapts, parts)):
             outputs, inputs = parameter.shape
@@ -167,7 +182,9 @@ def _copied_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stag
     """Parameters of :func:`stage_parameters` that another stage saves: the last stage's copy of tied embeddings."""
     if not hf_config.tie_word_embeddings or stage == 0 or stage < layout.pipeline - 1:
         return 0
-    (embedding,) = [one for one in global_parameters(hf_config, layout.tensor) if one.key == EMBEDDING]
+    (embedding,) = [
+        one for one in global_parameters(hf_config, layout.tensor, every_expert=False) if one.key == EMBEDDING
+    ]
     return math.prod(embedding.shape) // layout.tensor
 
 
@@ -185,6 +202,8 @@ def stage_memory(
     whole = stage_parameters(policy, layout, stage)
     trained = trained_parameters(policy, layout, stage, sources.trained)
     saved = trained - (_copied_parameters(policy, layout, stage) if sources.trained is None else 0)
+    experts = expert_parameters(policy, layout, stage) if sources.trained is None else 0
+    ranks = layout.data * layout.context
     made_of = sources.frozen or (FrozenSource(),) * len(frozen)
     # Each with the layout that is its own.
     models = [
@@ -221,12 +240,12 @@ def stage_memory(
         frozen_parameters=sum(held) + beside,
         weights=weights(policy, layout, whole, fp8.policy) + (trained * size if sources.trained is not None else 0),
         gradients=4 * trained,
-        optimizer=state * trained // (layout.data * layout.context),
+        optimizer=state * (trained - experts) // ranks + state * experts // layout.expert_data,
         frozen=sum(weights(*each, count, fp8.frozen) for each, count in zip(alone, held, strict=True)) + beside * size,
         activations=round(stage_activations(policy, layout, pack, recompute, stage, sources.trained)),
         carried=round(carried_states(policy, frozen, layout, pack)),
         workspace=round(workspace),
-        save=(size + 12) * saved // (layout.data * layout.context),
+        save=(size + 12) * (saved - experts) // ranks + (size + 12) * experts // layout.expert_data,
     )
 
 

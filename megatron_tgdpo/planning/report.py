@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.hf_weights.mapping import Experts, active_parameter_count, parameter_count
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan
@@ -50,8 +51,10 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
     if plan.pack_tokens != job.pack.tokens:
         rounded = f" (not {job.pack.tokens}, the default: {plan.layout.tensor} tensor ranks must divide them)"
     on_node = plan.memory.save * min(cluster.gpus_per_node, cluster.gpus) / GIB
+    exchanged = ("expert",) if sent.expert else ()
     lines = [
         f"{cluster.gpus} GPUs = {plan.layout}, recompute {plan.recompute}",
+        *_active(job),
         *([f"stages: {plan.layout.describe_layers()}"] if plan.layout.layers else []),
         *memory_lines(plan.memory),
         f"and at most {on_node:.1f} GiB on a node",
@@ -59,24 +62,35 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
         f"{plan.micro_batches} packs of {plan.pack_tokens} tokens per data rank and step{rounded}",
         f"pipeline bubble {plan.bubble:.0%}",
         "sent per GPU and step:",
-        *(f"  {kind:<24} {getattr(sent, kind) / 1e9:9.2f} GB" for kind in ("tensor", "pipeline", "data")),
+        *(f"  {kind:<24} {getattr(sent, kind) / 1e9:9.2f} GB" for kind in ("tensor", *exchanged, "pipeline", "data")),
         "estimated step:",
         *(
             f"  {part:<24} {getattr(time, part):9.2f} s"
-            for part in ("compute", "tensor", "pipeline", "bubble", "data", "total")
+            for part in ("compute", "tensor", *exchanged, "pipeline", "bubble", "data", "total")
         ),
         f"  {'tokens/s per GPU':<24} {tokens / time.total / cluster.gpus:9.0f}",
     ]
     return "\n".join(lines + ([f"warning: {plan.warning}"] if plan.warning else []))
 
 
+def _active(job: Job) -> list[str]:
+    """How much of a policy with experts a token meets."""
+    if Experts.of(job.policy) is None:
+        return []
+    return [
+        f"policy: {parameter_count(job.policy):,} parameters, of which a token meets "
+        f"{active_parameter_count(job.policy):,}; experts are taken to get as many tokens each"
+    ]
+
+
 def table(plans: Sequence[Plan]) -> str:
     """One line a plan."""
-    lines = [f"{'layout':<30} {'recompute':<10} {'GiB':>7} {'step s':>8} {'packs':>5} {'bubble':>7}  note"]
+    width = max([30, *(len(str(plan.layout)) for plan in plans)])
+    lines = [f"{'layout':<{width}} {'recompute':<10} {'GiB':>7} {'step s':>8} {'packs':>5} {'bubble':>7}  note"]
     for plan in plans:
         note = "" if plan.fits else "does not fit; "
         lines.append(
-            f"{plan.layout!s:<30} {plan.recompute:<10} {plan.memory.total / GIB:7.1f} {plan.time.total:8.2f} "
+            f"{plan.layout!s:<{width}} {plan.recompute:<10} {plan.memory.total / GIB:7.1f} {plan.time.total:8.2f} "
             f"{plan.micro_batches:5d} {plan.bubble:7.0%}  {note}{plan.warning}".rstrip()
         )
     return "\n".join(lines)

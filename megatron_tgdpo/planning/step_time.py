@@ -14,7 +14,7 @@ from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.model_flops import linear_flops, query_width, score_flops
 from megatron_tgdpo.planning.pipeline_schedule import StageCosts, one_f_one_b
-from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, tensor_bytes
+from megatron_tgdpo.planning.traffic import data_bytes, expert_bytes, pipeline_bytes, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class StepTime:
         pipeline: Of traffic between stages.
         bubble: That a stage waits for the pipeline to fill and drain.
         data: Of reducing gradients and gathering weights.
+        expert: Of exchanging tokens for experts.
     """
 
     compute: float
@@ -34,10 +35,11 @@ class StepTime:
     pipeline: float
     bubble: float
     data: float
+    expert: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data
+        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.expert
 
 
 def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
@@ -121,11 +123,18 @@ def stage_costs(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: s
     for stage in range(layout.pipeline):
         flops, sizes = pack_flops(job, layout, recompute, stage), tensor_bytes(job, layout, recompute, stage)
         seconds = [
-            flop / cluster.flops + size / cluster.bandwidth(layout.tensor)
-            for flop, size in zip(flops, sizes, strict=True)
+            flop / cluster.flops
+            + size / cluster.bandwidth(layout.tensor)
+            + exchanged / cluster.bandwidth(_span(layout))
+            for flop, size, exchanged in zip(flops, sizes, expert_bytes(job, layout, recompute, stage), strict=True)
         ]
         costs.append(StageCosts(seconds[0] + sent, seconds[1] + sent, seconds[2]))
     return costs
+
+
+def _span(layout: ParallelLayout) -> int:
+    """Ranks, one after another, among which tokens travel for experts."""
+    return layout.expert * layout.expert_shards
 
 
 def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> StepTime:
@@ -135,11 +144,12 @@ def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
     stages lie tensor x data ranks apart.
     """
     packs, model = job.micro_batches(layout), layout.tensor * layout.data
-    compute, tensor = max(
+    compute, tensor, expert = max(
         (
             (
                 sum(pack_flops(job, layout, recompute, stage)) / cluster.flops,
                 sum(tensor_bytes(job, layout, recompute, stage)) / cluster.bandwidth(layout.tensor),
+                sum(expert_bytes(job, layout, recompute, stage)) / cluster.bandwidth(_span(layout)),
             )
             for stage in range(layout.pipeline)
         ),
@@ -151,6 +161,7 @@ def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str
         compute=packs * compute,
         tensor=packs * tensor,
         pipeline=packs * pipeline,
-        bubble=max(0.0, timeline.step_time - packs * (compute + tensor + pipeline)),
+        bubble=max(0.0, timeline.step_time - packs * (compute + tensor + pipeline + expert)),
         data=data_bytes(job, layout) / cluster.bandwidth(model),
+        expert=packs * expert,
     )

@@ -10,9 +10,10 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
+from megatron_tgdpo.models.hf_weights.mapping import Experts
 from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.memory import fullest_stages, trained_parameters
+from megatron_tgdpo.planning.memory import expert_parameters, fullest_stages, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Traffic:
         tensor: All-reduces, or under sequence parallelism all-gathers and reduce-scatters, within layers.
         pipeline: Hidden states of all models forwards, the policy's gradient backwards.
         data: Reduce-scatter of the fp32 gradients and all-gather of the new weights.
+        expert: Tokens to their experts and back.
     """
 
     tensor: float
     pipeline: float
     data: float
+    expert: float = 0.0
 
 
 def ring(ranks: int) -> float:
@@ -39,16 +42,22 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
     """Bytes of one pack and one stage: policy forward, policy backward, frozen forward.
 
     A layer's forward takes four ring passes over the hidden states of the pack: an all-gather and a reduce-scatter for
-    attention and for the MLP, or one all-reduce each. So does its backward; under sequence parallelism two more, as the
-    linears gather their inputs again for the gradients of their weights, if these train. An adapter adds a pass over
-    what each of its As made, forward and backward, or both in one of them.
+    attention and for the MLP, or one all-reduce each; with experts two, and what :func:`expert_bytes` counts. So does
+    its backward; under sequence parallelism two more, as the linears gather their inputs again for the gradients of
+    their weights, if these train. An adapter adds a pass over what each of its As made, forward and backward, or both
+    in one of them.
     """
     sequence_parallel = layout.sequence_parallel
 
     def forward(number: int, hf_config: PretrainedConfig) -> float:
         layers = len(stage_layers(hf_config, layout.of_model(number), stage))
         result: float = (
-            4 * layers * ring(layout.tensor) * job.pack.tokens * hf_config.hidden_size * job.pack.dtype_bytes
+            (4 if Experts.of(hf_config) is None else 2)
+            * layers
+            * ring(layout.tensor)
+            * job.pack.tokens
+            * hf_config.hidden_size
+            * job.pack.dtype_bytes
         )
         return result
 
@@ -77,6 +86,28 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
     return policy + added, backward + added_backwards, sum(frozen)
 
 
+def expert_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
+    """Bytes of one pack and one stage that a rank sends for experts: policy forward, policy backward, frozen forward.
+
+    A layer's forward sends every token's hidden state to each of its experts, of which all ranks have as many, and gets
+    them back; the ranks that share an expert gather each other's tokens, and scatter what they add up. So does its
+    backward.
+    """
+
+    def forward(number: int, hf_config: PretrainedConfig) -> float:
+        experts = Experts.of(hf_config)
+        if experts is None:
+            return 0.0
+        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
+        local = job.pack.tokens / layout.tensor * experts.top_k * hf_config.hidden_size * job.pack.dtype_bytes
+        gathered = (layout.expert_shards - 1) * local
+        sent: float = 2 * layers * (ring(layout.expert) * local + gathered)
+        return sent
+
+    policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
+    return policy, (2 if recompute == "full" else 1) * policy, sum(frozen)
+
+
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
     """Bytes of one pack that a middle stage sends to both neighbours; nothing with one stage."""
     if layout.pipeline == 1:
@@ -91,8 +122,14 @@ def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
 def data_bytes(job: Job, layout: ParallelLayout) -> float:
     """Bytes of one step, on the stage with most parameters."""
     lora = job.sources.trained
-    parameters = max(trained_parameters(job.policy, layout, stage, lora) for stage in fullest_stages(layout))
-    return ring(layout.data) * parameters * (4 + job.pack.dtype_bytes)
+    size = 4 + job.pack.dtype_bytes
+
+    def of_stage(stage: int) -> float:
+        trained = trained_parameters(job.policy, layout, stage, lora)
+        experts = expert_parameters(job.policy, layout, stage) if lora is None and layout.splits_experts else 0
+        return ring(layout.data) * (trained - experts) * size + ring(layout.expert_data) * experts * size
+
+    return max(map(of_stage, fullest_stages(layout)))
 
 
 def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
@@ -102,4 +139,5 @@ def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
         tensor=packs * max(sum(tensor_bytes(job, layout, recompute, stage)) for stage in range(layout.pipeline)),
         pipeline=packs * pipeline_bytes(job, layout),
         data=data_bytes(job, layout),
+        expert=packs * max(sum(expert_bytes(job, layout, recompute, stage)) for stage in range(layout.pipeline)),
     )

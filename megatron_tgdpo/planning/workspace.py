@@ -8,6 +8,7 @@ from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.loss.vocab_chunks import chunk_rows
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora
+from megatron_tgdpo.models.hf_weights.mapping import Experts
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, LayerWidths, Pack, layer_activations
 
 _FP32 = 4
@@ -24,8 +25,10 @@ def layer_workspace(
     again = layer_activations(hf_config, layout, pack, "none", 0, lora) if recompute == "full" else 0.0
     # At the gate: gradients of the joint gate and up three times (each half padded with zeros, then their sum), when
     # three of the MLP's kept tensors are gone already.
-    gradients = pack.tokens * (3 * width.mlp + 2 * hf_config.hidden_size) * size
-    weight = 2 * width.mlp * hf_config.hidden_size * size if lora is None else 0.0
+    gradients = pack.tokens * (3 * width.mlp + 2 * (width.routed + hf_config.hidden_size)) * size
+    experts = Experts.of(hf_config)
+    columns = width.mlp if experts is None else experts.size / layout.expert_shards
+    weight = 2 * columns * hf_config.hidden_size * size if lora is None else 0.0
     # Attention's backward follows that of the MLP, whose kept tensors it finds gone.
     scores = _scores(hf_config, width, pack) - pack.tokens * 5 * width.mlp * size
     result: float = again + max(gradients + weight, scores)
@@ -41,9 +44,13 @@ def _scores(hf_config: PretrainedConfig, width: LayerWidths, pack: Pack) -> floa
 
 def frozen_workspace(frozen: Sequence[PretrainedConfig], layout: ParallelLayout, pack: Pack) -> float:
     """Peak of a frozen model's layer, which keeps nothing: the MLP's tensors between its two linears."""
-    mlp = max((LayerWidths.of(hf_config, layout).mlp for hf_config in frozen), default=0.0)
+    widths = [LayerWidths.of(hf_config, layout) for hf_config in frozen]
+    mlp, routed = (
+        max((width.mlp for width in widths), default=0.0),
+        max((width.routed for width in widths), default=0.0),
+    )
     hidden = max((hf_config.hidden_size for hf_config in frozen), default=0)
-    return pack.tokens * (5 * mlp + 2 * hidden) * pack.dtype_bytes
+    return pack.tokens * (5 * mlp + 2 * (routed + hidden)) * pack.dtype_bytes
 
 
 def kept_logits(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack) -> float:

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.checkpoints.adapter_directory import read_lora
 from megatron_tgdpo.checkpoints.find_model import naming
 from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory, is_peft_adapter
-from megatron_tgdpo.config.constraints import Rule, first_broken
+from megatron_tgdpo.config.constraints import BESIDE_ADAPTERS, Rule, first_broken
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
@@ -25,9 +25,9 @@ _BESIDE_ADAPTERS = (
     Rule(lambda c: c.offload.frozen, "offload.frozen moves whole models only: set it to false"),
     Rule(lambda c: c.overlap.tensor, "overlap.tensor hides traffic within linears: set it to false"),
     Rule(
-        lambda c: {c.precision.fp8, c.precision.fp4} != {"none"} or c.precision.frozen == "fp8",
-        "FP8 and FP4 are not supported beside adapters yet: set precision.fp8=none, precision.fp4=none and "
-        "precision.frozen=same",
+        lambda c: c.frozen_recipe not in BESIDE_ADAPTERS,
+        "linears beside it may compute in FP8 with tensorwise or blockwise scaling only: set precision.frozen=bf16, or "
+        "another recipe",
     ),
 )
 

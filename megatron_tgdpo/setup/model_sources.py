@@ -118,7 +118,7 @@ def planned_sources(config: Config, roles: Iterable[str]) -> Sources:
         if role != "policy":
             source = sources[role]
             adapter = None if source.adapter is None else read_lora(source.adapter)
-            # A whole guide that is still to be trained has weights of its own, though it is shown as the policy.
+            # A whole guide that is still to be trained has weights of its own, though it is planned as the policy.
             own = role == "guide" and trained is None and not is_trained(config)
             frozen.append(FrozenSource(adapter, not own and source.base in bases))
             bases.add(source.base)

@@ -236,9 +236,10 @@ def _instead(plan: Plan | None, world_size: int) -> str:
         return f"no layout of {world_size} GPUs fits: take more, or shorter packs, or guidance.mode=cached"
     layout = plan.layout
     sequence = " parallel.sequence_parallel=true" if layout.sequence_parallel else ""
+    experts = "".join(f" parallel.{key}={value}" for key, value in layout.expert_keys.items())
     return (
         f"the nearest that fits: parallel.tensor={layout.tensor} parallel.pipeline={layout.pipeline} "
-        f"parallel.context=1{sequence} train.recompute={plan.recompute} ({plan.memory.total / GIB:.1f} GiB)"
+        f"parallel.context=1{sequence}{experts} train.recompute={plan.recompute} ({plan.memory.total / GIB:.1f} GiB)"
     )
 
 

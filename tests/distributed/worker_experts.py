@@ -22,6 +22,7 @@ from megatron_tgdpo.models.experts import Router
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
+from megatron_tgdpo.planning.memory import expert_parameters, stage_parameters
 from megatron_tgdpo.storage.dtypes import dtype_name
 from tests.checkpoints import load_weights, save
 from tests.distributed.worker_conversion import LENGTHS, pack_tokens
@@ -37,6 +38,10 @@ def run_layout(root: Path, name: str) -> None:
         hf_config, out = read_hf_config(hf), root / "out" / name / hf.name
         model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
         load_weights(model, hf, hf_config, pg)
+        planned = {"all": stage_parameters(hf_config, layout, 0), "experts": expert_parameters(hf_config, layout, 0)}
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        assert planned == {"all": sum(sizes.values()), "experts": of_experts}
         routed = record_routes(model)
         outputs = packed_outputs(model, pack_tokens(), LENGTHS, pg)
         assert outputs is not None

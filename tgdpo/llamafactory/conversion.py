@@ -372,6 +372,7 @@ def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], s
             "pipeline": layout.pipeline,
             **({"pipeline_layers": layout.unequal} if layout.unequal else {}),
             "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
+            **layout.expert_keys,
         },
         "train": {"recompute": plan.recompute},
     }

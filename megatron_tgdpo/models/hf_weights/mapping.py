@@ -99,12 +99,15 @@ def _stored_names(family: Family) -> dict[str, str]:
     return {first_norm: FUSED_NORMS[first_norm], "mlp.experts.": "mlp.experts.experts."}
 
 
-def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[GlobalParameter]:
+def global_parameters(
+    hf_config: PretrainedConfig, tensor: int = 1, *, every_expert: bool = True
+) -> list[GlobalParameter]:
     """All parameters of a model in the order of a forward pass; no output weight if it is tied to the embedding.
 
     Args:
         hf_config: The HF config.
         tensor: Tensor-parallel size; it counts only for how far the vocabulary is padded.
+        every_expert: Whether all experts are listed, or of each layer the first one.
     """
     family = family_of(hf_config.architectures)
     renamed = _stored_names(family)
@@ -133,7 +136,7 @@ def global_parameters(hf_config: PretrainedConfig, tensor: int = 1) -> list[Glob
         make(name, weight, layer, expert)
         for layer in range(hf_config.num_hidden_layers)
         for name, weight in in_layers.items()
-        for expert in (range(sizes["experts"]) if weight.of_expert else [None])
+        for expert in (range(sizes["experts"] if every_expert else 1) if weight.of_expert else [None])
     ]
     return first + layers + [make(name, weight, None) for name, weight in weights.items() if name not in in_layers]
 
@@ -146,6 +149,32 @@ def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 def parameter_count(hf_config: PretrainedConfig) -> int:
     """Parameters of the HF model, tied ones once."""
     return sum(math.prod(shape) for shape in expected_shapes(hf_config).values())
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of each layer: how many, their intermediate size, and how many of them a token goes to."""
+
+    count: int
+    size: int
+    top_k: int
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig) -> "Experts | None":
+        """Of a model; None if it has none."""
+        kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
+        if not kwargs.get("num_moe_experts"):
+            return None
+        return cls(kwargs["num_moe_experts"], kwargs["moe_ffn_hidden_size"], kwargs["moe_router_topk"])
+
+
+def active_parameter_count(hf_config: PretrainedConfig) -> int:
+    """Parameters that a token meets: of experts only those that it goes to."""
+    experts, total = Experts.of(hf_config), 0
+    for parameter in global_parameters(hf_config, every_expert=False):
+        met = experts.top_k if experts is not None and parameter.expert is not None else 1
+        total += met * sum(math.prod(shape) for _, shape in parameter.hf_tensors)
+    return total
 
 
 def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:

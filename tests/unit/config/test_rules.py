@@ -54,8 +54,9 @@ BROKEN = [
     (["loss.method=simpo", "model.guide=null", "model.reference=ref"], "loss.method simpo uses no reference"),
     (["lora.alpha=8"], "section lora has neither rank nor adapter"),
     (["lora.adapter=dir", "lora.rank=4"], "lora.adapter dir has a rank, alpha and targets of its own"),
-    (["lora.rank=4", "precision.fp8=blockwise"], "section lora with precision.fp8 blockwise"),
-    (["lora.rank=4", "precision.frozen=fp8"], "section lora with weights in FP8"),
+    (["lora.rank=4", "precision.fp8=delayed"], "section lora with precision.fp8 delayed and fp4 none: beside adapters"),
+    (["lora.rank=4", "precision.frozen=fp8"], "section lora with precision.frozen fp8: the policy's weights"),
+    (["lora.rank=4", "loss.method=dpo", "model.guide=null", "offload.frozen=true"], "offload.frozen with section lora"),
     (
         ["lora.rank=4", "parallel.tensor=2", "parallel.sequence_parallel=true", "overlap.tensor=true"],
         "overlap.tensor hides traffic within linears",
@@ -122,6 +123,24 @@ def test_the_guides_run_has_a_directory_of_its_own(name: str) -> None:
     with pytest.raises(UserError, match=r"guide.output_dir is .*: name another directory"):
         config_from_dict(merged_all(["model.guide=null", *_GUIDE, f"guide.output_dir={name}"]))
     config_from_dict(merged_all(["model.guide=null", *_GUIDE, "guide.output_dir=${output_dir}/guides/dpo"]))
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        (["precision.fp4=nvfp4"], "section lora with precision.fp8 none and fp4 nvfp4: beside adapters"),
+        (["precision.fp8=mxfp8"], "section lora with precision.fp8 mxfp8 and fp4 none: beside adapters"),
+        (["precision.fp8=tensorwise", "precision.frozen=bf16"], "section lora with precision.frozen bf16"),
+        (["precision.fp8=tensorwise", "precision.fp8_params=true"], None),
+        (["precision.frozen=bf16"], None),
+    ],
+)
+def test_precisions_beside_adapters(precision: list[str], message: str | None) -> None:
+    if message is None:
+        assert config_from_dict(merged_all(["lora.rank=4", *precision])).lora.trains
+        return
+    with pytest.raises(UserError, match=message):
+        config_from_dict(merged_all(["lora.rank=4", *precision]))
 
 
 def test_no_rule_is_left_out() -> None:

@@ -172,8 +172,7 @@ def test_an_adapter_is_no_policy_and_does_not_move_to_the_host(base: Path, adapt
         find_local_model(adapter, "model.policy")
     sections = {
         "overlap.tensor": {"overlap": {"tensor": True}, "parallel": {"tensor": 2, "sequence_parallel": True}},
-        "precision.fp8": {"precision": {"fp8": "blockwise"}},
-        "precision.frozen": {"precision": {"frozen": "fp8"}},
+        "precision.frozen": {"precision": {"fp8": "mxfp8"}},
     }
     for key, section in sections.items():
         with pytest.raises(UserError, match=f"^model.guide is an adapter, and .*{key}"):

@@ -119,6 +119,7 @@ def settings(hf_config: PretrainedConfig, model: str, out: Path, records: int) -
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
         "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
+        **layout.expert_keys,
     }
     values["train"]["recompute"] = plan.recompute
     return values, gpus

@@ -1,0 +1,88 @@
+"""What models with experts take: parameters by hand, layouts that split experts, traffic of their exchange."""
+
+from pathlib import Path
+
+import pytest
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.distributed.layout import make_layout
+from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.divisibility import check_layout
+from megatron_tgdpo.models.hf_config import read_hf_config
+from megatron_tgdpo.models.hf_weights.mapping import active_parameter_count
+from megatron_tgdpo.planning.activations import Pack
+from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.job import Batch, Job
+from megatron_tgdpo.planning.layouts import all_plans, make_plan
+from megatron_tgdpo.planning.memory import expert_parameters, stage_parameters
+from megatron_tgdpo.planning.report import plan_text
+from tests.published_configs import PUBLISHED, write_config
+
+# Of Qwen3-30B-A3B: query, key, value and output, two norms and two of heads, a router; one expert.
+_ATTENTION = 2048 * (32 + 2 * 4 + 32) * 128
+_BESIDE = _ATTENTION + 2 * 2048 + 2 * 128 + 128 * 2048
+_EXPERT = 3 * 768 * 2048
+_ENDS = 2 * 151936 * 2048 + 2048
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> PretrainedConfig:
+    return read_hf_config(write_config(tmp_path, PUBLISHED["Qwen3-30B-A3B"]))
+
+
+def test_a_token_meets_its_experts_only(qwen: PretrainedConfig) -> None:
+    assert active_parameter_count(qwen) == _ENDS + 48 * (_BESIDE + 8 * _EXPERT)
+
+
+def test_ranks_hold_their_experts(qwen: PretrainedConfig) -> None:
+    for tensor, expert, expert_tensor, held in ((1, 8, 1, 16), (2, 8, 1, 16), (2, 1, None, 64), (4, 2, 4, 16)):
+        layout = make_layout(tensor, 2, 1, True, 16, expert=expert, expert_tensor=expert_tensor)
+        assert expert_parameters(qwen, layout, 1) == 24 * held * _EXPERT
+    whole = make_layout(1, 1, 1, False, 8, expert=8)
+    assert stage_parameters(qwen, whole, 0) == _ENDS + 48 * (_BESIDE + 16 * _EXPERT)
+
+
+def _job(model: PretrainedConfig) -> Job:
+    return Job(model, (), Pack(4096, 2048, 2), Batch(128, 2048, 0.5, True), False)
+
+
+def test_optimizer_state_of_experts_is_split_over_those_that_have_the_same(qwen: PretrainedConfig) -> None:
+    job, cluster = _job(qwen), Cluster(2, 8)
+    memory = make_plan(job, cluster, make_layout(1, 1, 1, False, 16, expert=8), "full").memory
+    dense, experts = _ENDS + 48 * _BESIDE, 48 * 16 * _EXPERT
+    assert memory.optimizer == 12 * dense // 16 + 12 * experts // 2
+    assert memory.gradients == 4 * (dense + experts)
+
+
+def test_tokens_travel_to_experts_of_other_ranks_only(qwen: PretrainedConfig) -> None:
+    job, cluster = _job(qwen), Cluster(1, 8)
+    alone, split = (make_plan(job, cluster, make_layout(1, 1, 1, False, 8, expert=n), "none") for n in (1, 8))
+    assert alone.traffic.expert == 0
+    packs = job.micro_batches(split.layout)
+    # There and back, forward and backward, for 7 of 8 of a token's experts.
+    assert split.traffic.expert == pytest.approx(packs * 2 * 2 * 48 * 4096 * 7 * 2048 * 2)
+    assert split.time.total > split.time.expert > 0
+    assert "of which a token meets 3,353,032,704" in plan_text(split, job, cluster)
+
+
+def test_plans_split_experts_inside_a_node(qwen: PretrainedConfig) -> None:
+    plans = all_plans(_job(qwen), Cluster(1, 8))
+    assert {plan.layout.expert for plan in plans} == {1, 2, 4, 8}
+    assert all(plan.layout.expert_shards == 1 for plan in plans if plan.layout.expert > 1)
+    assert plans[0].fits
+    assert plans[0].layout.expert > 1
+
+
+def test_layouts_that_cannot_be_are_refused(qwen: PretrainedConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"8 ranks of a stage .* 2 x 8 = 16: lower parallel.expert, or set"):
+        make_layout(2, 1, 1, True, 8, expert=8)
+    with pytest.raises(UserError, match=r"128 experts are not divisible by parallel.expert = 3: set"):
+        check_layout({"policy": qwen}, make_layout(1, 1, 1, False, 6, expert=3))
+    with pytest.raises(UserError, match=r"expert size 768 is not divisible by parallel.expert_tensor = 5"):
+        check_layout({"policy": qwen}, make_layout(1, 1, 1, False, 5, expert_tensor=5))
+    with pytest.raises(UserError, match=r"every token 2 times: set parallel.sequence_parallel=true"):
+        check_layout({"policy": qwen}, make_layout(2, 1, 1, False, 2))
+    dense = read_hf_config(write_config(tmp_path, PUBLISHED["Qwen3-8B"]))
+    with pytest.raises(UserError, match="no model has experts"):
+        check_layout({"policy": dense}, make_layout(1, 1, 1, False, 2, expert=2))
+    check_layout({"policy": dense, "guide": qwen}, make_layout(1, 1, 1, False, 2, expert=2))
