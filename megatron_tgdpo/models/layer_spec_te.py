@@ -31,6 +31,7 @@ class TransformerEngineParts:
         norm: ``TENorm``.
         column_linear: ``TELayerNormColumnParallelLinear``, which holds the norm before it as ``layer_norm_weight``.
         row_linear: ``TERowParallelLinear``.
+        plain_column_linear: ``TEColumnParallelLinear``, without a norm.
         column_grouped: ``TEColumnParallelGroupedLinear``: those of this rank's experts, as one product of groups.
         row_grouped: ``TERowParallelGroupedLinear``.
     """
@@ -38,6 +39,7 @@ class TransformerEngineParts:
     norm: Any
     column_linear: type[torch.nn.Module]
     row_linear: type[torch.nn.Module]
+    plain_column_linear: type[torch.nn.Module]
     column_grouped: type[torch.nn.Module]
     row_grouped: type[torch.nn.Module]
 
@@ -56,6 +58,7 @@ def load_parts() -> TransformerEngineParts:
         norm=wrappers.TENorm,
         column_linear=wrappers.TELayerNormColumnParallelLinear,
         row_linear=wrappers.TERowParallelLinear,
+        plain_column_linear=wrappers.TEColumnParallelLinear,
         column_grouped=wrappers.TEColumnParallelGroupedLinear,
         row_grouped=wrappers.TERowParallelGroupedLinear,
     )
@@ -91,6 +94,7 @@ def te_block_spec(
             parts,
             column_linear=with_fused_wgrad(parts.column_linear),
             row_linear=with_fused_wgrad(parts.row_linear),
+            plain_column_linear=with_fused_wgrad(parts.plain_column_linear),
             column_grouped=with_fused_wgrad(parts.column_grouped),
             row_grouped=with_fused_wgrad(parts.row_grouped),
         )
@@ -107,6 +111,8 @@ def te_block_spec(
         layers.pre_mlp_layernorm = parts.norm
         grouped = MLPSubmodules(linear_fc1=parts.column_grouped, linear_fc2=parts.row_grouped)
         mlp.experts = ModuleSpec(module=TEGroupedMLP, submodules=grouped)
+        shared = submodules_of(mlp.shared_experts)
+        shared.linear_fc1, shared.linear_fc2 = parts.plain_column_linear, row_linear
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm

@@ -51,7 +51,9 @@ def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
     heads, hidden = Heads.of(hf_config), hf_config.hidden_size
     query = heads.groups * heads.queries_per_group * heads.size
     experts = Experts.of(hf_config)
-    mlp = 3 * hf_config.intermediate_size if experts is None else 3 * experts.top_k * experts.size + experts.count
+    mlp = 3 * hf_config.intermediate_size
+    if experts is not None:
+        mlp = 3 * (experts.top_k * experts.size + experts.shared) + experts.count
     weights = hidden * (2 * query + 2 * heads.groups * heads.size + mlp)
     result: float = 2 * weights + 2 * query * sequence_tokens
     return result

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.families import gemma2, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from megatron_tgdpo.models.families import gemma2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from megatron_tgdpo.models.families.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -13,6 +13,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen3.FAMILY,
     mistral.FAMILY,
     qwen3_moe.FAMILY,
+    qwen2_moe.FAMILY,
     mixtral.FAMILY,
 )
 # What a family with experts needs beyond what is there, by a part of its architecture's name.
@@ -20,7 +21,6 @@ _LACKING = {
     "GptOss": "attention sinks and experts with biases and an activation of their own",
     "Deepseek": "latent attention",
     "Qwen3Next": "linear attention",
-    "Qwen2Moe": "a shared expert with a gate",
     "Llama4": "chunked attention and layers without rotary positions",
     "Jamba": "state-space layers",
     "Dbrx": "experts in one fused tensor",

@@ -17,8 +17,8 @@ from megatron_tgdpo.errors import UserError
 Kind = Literal["copy", "vocab", "row", "glu", "qkv"]
 
 # A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size;
-# the number of experts, and the intermediate size of each.
-Dimension = Literal["vocab", "hidden", "mlp", "query", "kv", "head", "experts", "expert_mlp"]
+# the number of experts, the intermediate size of each, and of the one that all tokens go to; one.
+Dimension = Literal["vocab", "hidden", "mlp", "query", "kv", "head", "experts", "expert_mlp", "shared_mlp", "one"]
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
             continue
         refused.add(key)
     assert "attention_dropout" in refused
-    assert ("mlp_only_layers" in refused) == (model_type == "qwen3_moe")
+    assert ("mlp_only_layers" in refused) == (model_type in ("qwen2_moe", "qwen3_moe"))
     assert ("hidden_activation" if model_type == "gemma2" else "hidden_act") in refused
     assert not refused & {"hidden_size", "sliding_window", "bos_token_id", "dtype"}
 

@@ -22,7 +22,12 @@ class Norm(torch.nn.Module):
 
 
 PARTS = TransformerEngineParts(
-    norm=Norm, column_linear=Linear, row_linear=Linear, column_grouped=Linear, row_grouped=Linear
+    norm=Norm,
+    column_linear=Linear,
+    row_linear=Linear,
+    plain_column_linear=Linear,
+    column_grouped=Linear,
+    row_grouped=Linear,
 )
 
 
