@@ -32,14 +32,14 @@ def find_checkpoint(path: Path, option: str = "--megatron", *, adapter: bool = F
     return found
 
 
-def find_hf(path: Path, option: str = "--hf") -> Path:
-    """:func:`find_model`, of which only an HF directory will do.
+def find_hf(path: Path, option: str = "--hf", *, adapter: bool = False) -> Path:
+    """:func:`find_model`, of which only an HF directory will do; with ``adapter``, also one of ``peft``.
 
     Raises:
         UserError: It is none.
         StorageError: Storage or the Hub failed.
     """
-    found = find_model(path, option)
+    found = find_model(path, option, adapter=adapter)
     if is_megatron_checkpoint(found):
         raise UserError(f"{option} {path}: a Megatron checkpoint: name an HF directory, or a model of the Hub")
     return found

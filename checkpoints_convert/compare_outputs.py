@@ -9,10 +9,12 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from checkpoints_convert.command_line import dtype_of, find_checkpoint, find_hf
+from checkpoints_convert.compare_adapters import verify_adapter
 from checkpoints_convert.compare_weights import different_weights
 from checkpoints_convert.layout_options import Session, open_session
 from checkpoints_convert.logits import RowOutputs, packed_outputs
 from checkpoints_convert.probes import Probe, Reference, long_length, make_probes, reference_outputs, spans
+from megatron_tgdpo.checkpoints.adapter_directory import is_adapter
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import UserError
@@ -58,7 +60,15 @@ def verify(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: They differ, or one of them cannot be read.
     """
-    hf, checkpoint = find_hf(arguments.hf), find_checkpoint(arguments.megatron)
+    checkpoint = find_checkpoint(arguments.megatron, adapter=True)
+    adapter = is_adapter(checkpoint)
+    hf = find_hf(arguments.hf, adapter=adapter)
+    if adapter:
+        session = open_session(arguments)
+        found = verify_adapter(hf, checkpoint)
+        if session.is_first:
+            print(found, flush=True)
+        return
     hf_shapes = expected_shapes(read_hf_config(hf))
     # Ours is built from the checkpoint's own config: what differs in the two configs must show in the logits.
     hf_config = read_hf_config(checkpoint)

@@ -23,7 +23,13 @@ from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.adapter_directory import read_lora
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
 from megatron_tgdpo.checkpoints.manifest import read_metadata
-from megatron_tgdpo.checkpoints.model_directory import copy_hf_files, hf_files
+from megatron_tgdpo.checkpoints.model_directory import (
+    OF_WHOLE_MODEL,
+    copy_hf_files,
+    hf_files,
+    is_megatron_checkpoint,
+    is_peft_adapter,
+)
 from megatron_tgdpo.console import waiting
 from megatron_tgdpo.data.tokenizers import load_tokenizer, read_template
 from megatron_tgdpo.errors import UserError
@@ -80,8 +86,8 @@ def export_hf(
     number. Padded vocabulary rows are dropped, optimizer state is not read. An export of a training checkpoint has a
     model card, and the chat template that the training used.
 
-    With ``base`` the checkpoint is of a LoRA run, and what is written is its base model with the adapter added, in
-    fp32 and cast once; memory holds the adapter as well.
+    With ``base`` the checkpoint is of a LoRA run, or is a ``peft`` directory, and what is written is its base model
+    with the adapter added, in fp32 and cast once; memory holds the adapter as well.
 
     Args:
         checkpoint: A Megatron checkpoint, saved at any layout.
@@ -90,7 +96,8 @@ def export_hf(
         stored: The checkpoint's dtype.
         dtype: Of the written weights.
         max_shard_bytes: Largest file's tensors (the tensors of a larger single parameter get a file of their own).
-        base: HF directory or Megatron checkpoint of a LoRA checkpoint's base model; None for a whole model.
+        base: HF directory or Megatron checkpoint of an adapter's base model, of a ``peft`` directory also the template;
+            None for a whole model.
         verify: Whether to compare the checkpoint's checksums first.
         group: Of all ranks, for the collectives; None for the default group.
         quiet: Without a word of how far it is.
@@ -102,8 +109,9 @@ def export_hf(
     """
     started = time.perf_counter()
     shown = not quiet and dist.get_rank() == 0
-    with waiting(f"checksums of {checkpoint}", shown=shown):
-        refuse_damage(checkpoint, content=verify, group=group)
+    if is_megatron_checkpoint(checkpoint):
+        with waiting(f"checksums of {checkpoint}", shown=shown):
+            refuse_damage(checkpoint, content=verify, group=group)
     with AtomicDirectory(out, group) as directory:
         hf_config = directory.run_on_all_ranks(lambda: _read_config(checkpoint, template))
         if base is not None:
@@ -125,7 +133,8 @@ def export_hf(
 
 def _read_config(checkpoint: Path, template: Path) -> PretrainedConfig:
     hf_files(template)  # which are copied at the end
-    theirs, ours = read_hf_config(template), read_hf_config(checkpoint)
+    theirs = read_hf_config(template)
+    ours = theirs if is_peft_adapter(checkpoint) else read_hf_config(checkpoint)
     given, own = expected_shapes(theirs), expected_shapes(ours)
     for name in sorted(given.keys() | own.keys()):
         if given.get(name) != own.get(name):
@@ -184,11 +193,15 @@ def _finish(
             temporary / _INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         )
     copy_hf_files(template, temporary)
-    metadata = read_metadata(checkpoint)
-    if template == checkpoint:
-        _copy_chat_template(temporary, metadata)
-    if (card := model_card(checkpoint, metadata)) is not None:
-        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+    if is_peft_adapter(checkpoint):
+        # Its tokenizer, where it has one, may have another chat template than the base's.
+        copy_hf_files(checkpoint, temporary, without=OF_WHOLE_MODEL)
+    else:
+        metadata = read_metadata(checkpoint)
+        if template == checkpoint:
+            _copy_chat_template(temporary, metadata)
+        if (card := model_card(checkpoint, metadata)) is not None:
+            (temporary / CARD_FILE).write_text(card, encoding="utf-8")
     _set_dtype(temporary / "config.json", dtype)
 
 

@@ -22,7 +22,13 @@ from megatron_tgdpo.checkpoints.adapter_directory import (
 )
 from megatron_tgdpo.checkpoints.integrity import refuse_damage
 from megatron_tgdpo.checkpoints.manifest import read_metadata
-from megatron_tgdpo.checkpoints.model_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_hf_files
+from megatron_tgdpo.checkpoints.model_directory import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    OF_WHOLE_MODEL,
+    copy_hf_files,
+    is_peft_adapter,
+)
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
@@ -31,13 +37,11 @@ from megatron_tgdpo.models.hf_weights.adapter_layout import (
     checkpoint_prefix,
     fused_linears,
     peft_tensors,
+    read_adapter,
 )
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 from megatron_tgdpo.storage.dtypes import dtype_name
 from megatron_tgdpo.storage.hub import hub_name
-
-# What is of the whole model, and would make the directory look like one.
-_OF_THE_MODEL = ("config.json", "generation_config.json")
 
 
 def export_adapter(
@@ -68,12 +72,15 @@ def export_adapter(
 
 
 def adapter_tensors(checkpoint: Path, hf_config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A checkpoint's adapter as tensors by their names in ``peft``, without its prefix.
+    """The adapter of a checkpoint, or of a ``peft`` directory, as tensors by their names there, without the prefix.
 
     Raises:
-        UserError: The checkpoint lacks a part of it.
+        UserError: A part of it is missing.
     """
-    reader, lora = CheckpointReader(checkpoint), read_lora(checkpoint)
+    lora = read_lora(checkpoint)
+    if is_peft_adapter(checkpoint):
+        return {name: tensor.to(dtype) for name, tensor in read_adapter(checkpoint, lora, hf_config).items()}
+    reader = CheckpointReader(checkpoint)
     found: dict[str, Tensor] = {}
     for layer in range(hf_config.num_hidden_layers):
         for fused in fused_linears(hf_config):
@@ -93,21 +100,26 @@ def adapter_tensors(checkpoint: Path, hf_config: PretrainedConfig, dtype: torch.
 
 def _write(directory: Path, checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     metadata, base = read_metadata(checkpoint), read_base(checkpoint)
-    copy_hf_files(checkpoint, directory)
-    for name in _OF_THE_MODEL:
-        (directory / name).unlink(missing_ok=True)
+    copy_hf_files(checkpoint, directory, without=OF_WHOLE_MODEL)
     header = {"format": "pt", **({} if base is None else {BASE: base})}
     whole = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(whole, directory / ADAPTER_WEIGHTS, metadata=header)
     model = (metadata.get("config") or {}).get("model") or {}
-    content = peft_config(read_lora(checkpoint), model.get("policy"))
+    linears = dict.fromkeys(name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors)
+    content = peft_config(read_lora(checkpoint), model.get("policy"), list(linears))
     (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if (card := model_card(checkpoint, metadata, whole=False)) is not None:
         (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
-    """What ``adapter_config.json`` says of an adapter, and of its base model: a path, or a pinned name of the Hub."""
+def peft_config(lora: Lora, base: str | None, linears: list[str]) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of an adapter.
+
+    Args:
+        lora: What it is.
+        base: Of its base model, a path or a pinned name of the Hub.
+        linears: Names of those that have adapters.
+    """
     hub = None if base is None else hub_name(base)
     return {
         "peft_type": "LORA",
@@ -116,7 +128,7 @@ def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
         "revision": None if hub is None else hub.revision,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "target_modules": list(lora.targets),
+        "target_modules": linears,
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
         "bias": "none",

@@ -40,7 +40,7 @@ def main() -> None:
     join_ranks(arguments.timeout_minutes)
     summary = import_hf(hf, arguments.out, hf_config, DTYPES.get(arguments.dtype))
     if dist.get_rank() == 0:
-        print(summary)
+        print(f"{summary}\nto train it: model.policy={arguments.out}")
 
 
 if __name__ == "__main__":

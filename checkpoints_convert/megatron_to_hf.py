@@ -13,6 +13,7 @@ or a model of the Hub. It must be the model that the adapter was trained on, by 
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from checkpoints_convert.arguments import (
@@ -82,7 +83,11 @@ def main() -> None:
             base=base,
         )
     if dist.get_rank() == 0:
-        print(summary)
+        out = str(summary.out)
+        use = f"in Python: AutoModelForCausalLM.from_pretrained({out!r}); as a server: vllm serve {shlex.quote(out)}"
+        if lora and base is None:
+            use = f"in Python, with peft: AutoPeftModelForCausalLM.from_pretrained({out!r})"
+        print(f"{summary}\n{use}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -11,15 +12,21 @@ from transformers import PretrainedConfig
 from checkpoints_convert.check_parameters import check_checkpoint
 from checkpoints_convert.command_line import dtype_of
 from checkpoints_convert.pieces import Piece
-from megatron_tgdpo.checkpoints.adapter_directory import read_base
+from megatron_tgdpo.checkpoints.adapter_directory import read_base, read_peft_config
 from megatron_tgdpo.checkpoints.find_model import find_local_model, find_model, naming
 from megatron_tgdpo.checkpoints.manifest import read_metadata
-from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, model_files
+from megatron_tgdpo.checkpoints.model_directory import (
+    ADAPTER_CONFIG,
+    is_megatron_checkpoint,
+    is_peft_adapter,
+    model_files,
+)
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_weights.check import open_hf
 from megatron_tgdpo.models.hf_weights.mapping import Heads
+from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.setup.fingerprints import HASHES_FILE, known_hashes, shares, weights_fingerprint
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 
@@ -28,14 +35,21 @@ ReadPiece = Callable[[Piece], list[tuple[str, int, Tensor]]]
 
 
 def find_base(checkpoint: Path, given: str | Path | None) -> Path:
-    """The directory of a LoRA checkpoint's base model: the one that is given, else the run's ``model.policy``.
+    """The directory of an adapter's base model: the one that is given, else the run's ``model.policy``, or what a
+    ``peft`` directory calls it, a path or a model of the Hub.
 
     Raises:
-        UserError: It is not there, or no whole model; the message names ``--base``.
+        UserError: It is not there, or no whole model; the message names ``--base``, or the entry to set.
         StorageError: It cannot be read, or the Hub failed.
     """
     if given is not None:
         return find_model(given, "--base")
+    if is_peft_adapter(checkpoint):
+        named, fix = read_peft_config(checkpoint)[1], f"base_model_name_or_path in its {ADAPTER_CONFIG}"
+        if named is None:
+            raise UserError(f"{checkpoint}: it does not say what its base model is: set {fix}")
+        with naming(f"{checkpoint}: its base", f": set {fix} to where that is"):
+            return find_model(named, "base_model_name_or_path")
     recorded = ((read_metadata(checkpoint).get("config") or {}).get("model") or {}).get("policy")
     if recorded is None:
         raise UserError(f"{checkpoint}: it does not say what its base model is: name that with --base")
@@ -44,7 +58,7 @@ def find_base(checkpoint: Path, given: str | Path | None) -> Path:
 
 
 def check_base(base: Path, checkpoint: Path, directory: AtomicDirectory) -> None:
-    """Compares the sha256 of a base model's weights with the one that a LoRA checkpoint recorded. Collective.
+    """Compares the sha256 of a base model's weights with the one that an adapter's directory has. Collective.
 
     The same weights in other files, as in the other format, are another base. Ranks divide the files. Those that the
     checkpoint's run has read before, and that are as they were, are not read.
@@ -65,12 +79,16 @@ def check_base(base: Path, checkpoint: Path, directory: AtomicDirectory) -> None
 
     digests = directory.collect(directory.run_on_all_ranks(hash_share))
 
+    fix = "name the right one with --base"
+    if is_peft_adapter(checkpoint):
+        fix = f"set base_model_name_or_path in its {ADAPTER_CONFIG} to the right one"
+
     def compare() -> None:
         found = weights_fingerprint(base, digests)
         if found != wanted:
             raise UserError(
                 f"{base}: not the base model of {checkpoint}: the sha256 of its weights is {found[:12]}, not "
-                f"{wanted[:12]}: name the right one with --base"
+                f"{wanted[:12]}: {fix}"
             )
 
     directory.run_on_rank0(compare)
@@ -103,6 +121,13 @@ def read_hf(path: Path, hf_config: PretrainedConfig) -> ReadPiece:
         return [(name, piece.hf_start, checkpoint.rows(name, piece.hf_start, piece.hf_end))]
 
     return read
+
+
+def base_dtype(path: Path) -> torch.dtype:
+    """The dtype that a base model's weights are stored in; of several, the one that holds all."""
+    if is_megatron_checkpoint(path):
+        return dtype_of(read_metadata(path), path)
+    return reduce(torch.promote_types, (info.torch_dtype for info in HfCheckpoint(path).tensors.values()))
 
 
 def read_base_model(path: Path, hf_config: PretrainedConfig) -> ReadPiece:

@@ -15,6 +15,8 @@ from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 
 # Blocks of up to 32 MiB are used again by the allocator; the first touch of larger, fresh ones costs more than reading.
 PIECE_BYTES = 16 << 20
+# Kinds of parameters that are a linear's.
+_LINEARS = ("qkv", "glu", "row", "fused_qkv", "fused_glu")
 
 T = TypeVar("T")
 
@@ -103,7 +105,7 @@ def extra_state_keys(hf_config: PretrainedConfig) -> list[str]:
     return [
         f"{parameter.checkpoint_key.removesuffix('weight')}_extra_state/shard_{parameter.layer}_{layers}"
         for parameter in global_parameters(hf_config)
-        if parameter.kind in ("qkv", "glu", "row") and parameter.key.endswith(".weight") and parameter.expert is None
+        if parameter.kind in _LINEARS and parameter.key.endswith(".weight") and parameter.expert is None
     ]
 
 
@@ -120,7 +122,7 @@ def pieces_of(parameter: GlobalParameter, element_size: int) -> Iterator[Piece]:
         element_size: Bytes of an element.
     """
     rows = parameter.shape[0]
-    if parameter.kind == "qkv":
+    if parameter.kind in ("qkv", "fused_qkv"):
         yield Piece(parameter, 0, rows, None)
         return
     row_bytes = element_size * (parameter.shape[1] if len(parameter.shape) > 1 else 1)

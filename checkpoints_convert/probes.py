@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.rotary import rope_settings
+from megatron_tgdpo.models.rotary import longest_exact, rope_layer_types, rope_settings
 
 _TEXT = "The quick brown fox jumps over the lazy dog, then sleeps until the morning comes. "
 _USUAL_LENGTH = 512
@@ -48,16 +48,18 @@ def spans(hf_config: PretrainedConfig) -> dict[str, int]:
     window = family_of(hf_config.architectures).config_kwargs(hf_config).get("window_size")
     if window is not None:
         found["sliding window"] = window[0] + 1
-    original = rope_settings(hf_config)[2].get("original_max_position_embeddings")
-    if original:
-        found["original rope length"] = int(original)
+    for kind in rope_layer_types(hf_config) or (None,):
+        original = rope_settings(hf_config, kind)[2].get("original_max_position_embeddings")
+        if original:
+            found["original rope length"] = int(original)
     return found
 
 
 def long_length(hf_config: PretrainedConfig) -> int:
     """Tokens of the long probes: past every span that is short enough to be cheap."""
     past = [length + 64 for length in spans(hf_config).values() if length + 64 <= _LARGEST_DEFAULT]
-    result: int = min(hf_config.max_position_embeddings, max([_USUAL_LENGTH, *past]))
+    most = longest_exact(hf_config) or hf_config.max_position_embeddings
+    result: int = min(most, max([_USUAL_LENGTH, *past]))
     return result
 
 

@@ -26,10 +26,11 @@ class Summary:
     seconds: float
 
     def __str__(self) -> str:
-        speed = self.size / max(self.seconds, 1e-9) / 1e6
+        megabytes = self.size / 1e6
+        speed = megabytes / max(self.seconds, 1e-9)
         return (
-            f"{self.out}: {self.parameters:,} parameters in {self.dtype}, {self.size:,} bytes, "
-            f"{self.seconds:.1f} s, {speed:,.0f} MB/s"
+            f"{self.out}: written, {self.parameters:,} parameters in {self.dtype}, {megabytes:,.1f} MB "
+            f"({self.seconds:.1f} s, {speed:,.0f} MB/s)"
         )
 
 

@@ -52,16 +52,29 @@ def configure(level: int = logging.WARNING, format: str = "%(message)s") -> None
         warnings.simplefilter("ignore")
         # Libraries set filters of their own: what passes them is logged, by a logger that is not ours.
         logging.captureWarnings(True)
-    logging.basicConfig(level=level, format=format, datefmt="%H:%M:%S")
+    stream = logging.StreamHandler()
+    stream.setFormatter(_Marked(format, datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level, handlers=[stream])
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_shown)
+
+
+class _Marked(logging.Formatter):
+    """Says of a warning that it is one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.levelno == logging.WARNING:
+            record.message = f"WARNING: {record.message}"
+        return super().formatMessage(record)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR or record.name.partition(".")[0] in _OURS
 
 
-def progress(label: str, total: int | None, unit: str, *, initial: int = 0, shown: bool = True) -> "tqdm[Any]":
+def progress(
+    label: str, total: int | None, unit: str, *, initial: int = 0, shown: bool = True, leave: bool = True
+) -> "tqdm[Any]":
     """A bar on stderr with rate and time left; where that is no terminal, a line every 30 seconds instead.
 
     Args:
@@ -70,6 +83,7 @@ def progress(label: str, total: int | None, unit: str, *, initial: int = 0, show
         unit: What is counted.
         initial: How much was done before.
         shown: Whether there is one at all: on one rank, as a rule.
+        leave: Whether a bar stays on the terminal when it is full.
     """
     from tqdm import tqdm
 
@@ -84,7 +98,7 @@ def progress(label: str, total: int | None, unit: str, *, initial: int = 0, show
         miniters=1,
         mininterval=_TERMINAL_SECONDS if terminal else _LOG_SECONDS,
         disable=not shown,
-        **({"dynamic_ncols": True} if terminal else lines),
+        **({"dynamic_ncols": True, "leave": leave} if terminal else lines),
     )
 
 

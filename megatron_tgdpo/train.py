@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None, exporter: "Exporter | None" = N
     parser.add_argument(
         "--dry-run", action="store_true", help="print what the run takes, and whether it fits, then stop"
     )
-    parser.add_argument("--world-size", type=int, help="ranks to assume in a dry run; default: as launched")
-    parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="of a dry run's GPUs; default %(default)g")
+    parser.add_argument("--world-size", type=int, help="GPUs to assume in a dry run; default: what is here")
+    parser.add_argument("--gpu-memory-gib", type=float, help="of a dry run's GPUs; default 80")
     parser.add_argument("--full-config", action="store_true", help="a dry run prints every key, not only what you set")
     nproc_argument(parser)
     args = parser.parse_intermixed_args(arguments)
@@ -48,7 +48,7 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
     signals.listen()
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size is {args.world_size}: it must be positive")
-    if not 0 < args.gpu_memory_gib < 1e9:
+    if args.gpu_memory_gib is not None and not 0 < args.gpu_memory_gib < 1e9:
         raise UserError(f"--gpu-memory-gib is {args.gpu_memory_gib:g}: it must be positive")
     # Only now: a wrong option should not take the seconds of an import, nor a wrong key those of the next.
     from megatron_tgdpo.config.loading import load_config
@@ -64,6 +64,7 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
         check_finished(config, [args.config, *args.overrides])
     import torch.distributed as dist
 
+    from megatron_tgdpo.distributed.cpu_backend import resolve_device
     from megatron_tgdpo.distributed.ranks import read_rank_environment
     from megatron_tgdpo.training.export import run_export_command
     from megatron_tgdpo.training.run import dry_run, run
@@ -72,7 +73,14 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
         if rank != 0:
             return 0
         world_size = args.world_size or args.nproc or read_rank_environment().world_size
-        text, fits = dry_run(config, world_size, args.gpu_memory_gib, full=args.full_config)
+        elsewhere = args.world_size is not None or args.gpu_memory_gib is not None
+        text, fits = dry_run(
+            config,
+            world_size,
+            args.gpu_memory_gib,
+            full=args.full_config,
+            on_cpu=not elsewhere and resolve_device(config.parallel.device).type == "cpu",
+        )
         print(text)
         return 0 if fits else 1
     if config.export.hf != "none" and exporter is None:
@@ -80,7 +88,7 @@ def _main(args: argparse.Namespace, rank: int, exporter: "Exporter | None") -> i
 
     def train(ranks, store) -> int:  # type: ignore[no-untyped-def]
         try:
-            run(config, ranks, store, exporter)
+            run(config, ranks, store, exporter, [args.config, *args.overrides] if args.guide else None)
         except signals.StoppedEarly as stopped:
             if not dist.is_initialized():
                 raise

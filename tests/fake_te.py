@@ -58,12 +58,12 @@ class LayerNormColumnParallelLinear(_ExtraState, ColumnParallelLinear):
         return _sharded(self, prefix, {"weight": 0, "bias": 0}, sharded_offsets, metadata)
 
 
-class PlainColumnLinear(_ExtraState, ColumnParallelLinear):
+class PlainColumnParallelLinear(_ExtraState, ColumnParallelLinear):
     def __init__(self, input_size: int, output_size: int, *, config: Any, tp_comm_buffer_name: str, **kwargs: Any):
         super().__init__(input_size, output_size, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        return _sharded(self, prefix, {"weight": 0}, sharded_offsets, metadata)
+        return _sharded(self, prefix, {"weight": 0, "bias": 0}, sharded_offsets, metadata)
 
 
 class RowLinear(_ExtraState, RowParallelLinear):
@@ -172,7 +172,7 @@ PARTS = TransformerEngineParts(
     norm=Norm,
     column_linear=LayerNormColumnParallelLinear,
     row_linear=RowLinear,
-    plain_column_linear=PlainColumnLinear,
+    plain_column_linear=PlainColumnParallelLinear,
     column_grouped=ColumnGrouped,
     row_grouped=RowGrouped,
 )

@@ -37,6 +37,8 @@ class Settings:
     gamma: float = 0.0
     form: str = "sigmoid"  # or sigmoid_norm, ipo
     guide_beta: float | None = None
+    weights: str = "tgdpo"  # or sepo, confpo; without a guide tgdpo is none
+    select_share: float = 0.3
     reference_free: bool = False
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -91,12 +93,18 @@ def pair_loss(
                 guide_beta = settings.beta if settings.guide_beta is None else settings.guide_beta
                 rewards = guide_beta * (response_logps(guide, pair.prompt, response) - log_ref)
                 weights = 1 + sign * settings.alpha * rewards
+        if settings.weights == "sepo":
+            best = (sign * rewards).topk(max(1, int(settings.select_share * len(rewards)))).indices
+            weights = torch.zeros_like(log_ref).index_fill(0, best, 1.0)
+        if settings.weights == "confpo":
+            weights = (log_pi.exp() <= log_pi.exp().mean()).float().detach()
         weighted = weights * (log_pi if settings.reference_free else log_pi - log_ref)
-        scores.append(settings.beta * (weighted.sum() if settings.form == "sigmoid" else weighted.mean()))
+        terms = len(log_ref) if settings.weights == "tgdpo" else weights.sum()
+        scores.append(settings.beta * (weighted.sum() / (1 if settings.form == "sigmoid" else terms)))
     if settings.form == "ipo":
         distance = (scores[0] - scores[1]) / settings.beta - 1 / (2 * settings.beta)
         return distance**2 - settings.sft_weight * chosen.mean()
-    right = torch.sigmoid(scores[0] - scores[1])
+    right = torch.sigmoid(scores[0] - scores[1] - settings.gamma)
     smoothed = (1 - settings.label_smoothing) * torch.log(right) + settings.label_smoothing * torch.log(1 - right)
     return -smoothed - settings.sft_weight * chosen.mean()
 

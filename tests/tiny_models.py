@@ -45,6 +45,70 @@ EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+_TYPES = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+# The same of families that are tested on fewer layouts (tests/distributed/test_families.py).
+MORE_FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        **_TYPES,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "final_logit_softcapping": 5.0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+        },
+    },
+    "phi3": {
+        "sliding_window": 24,
+        "original_max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7],
+            "long_factor": [2.0] * 6,
+            "original_max_position_embeddings": 512,
+        },
+    },
+    "olmo2": {"rms_norm_eps": 1e-3},
+    "olmo3": {
+        **_TYPES,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {**_YARN, "rope_theta": 10000.0},
+        },
+    },
+    "glm": {"head_dim": 32, "partial_rotary_factor": 0.5},
+    "glm4": {"head_dim": 32, "partial_rotary_factor": 0.5, "attention_bias": False},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0], "rope_parameters": {**_YARN, "rope_theta": 10000.0}},
+    "ministral": {**_TYPES, "head_dim": 32},
+    "ministral3": {
+        "head_dim": 32,
+        "rope_parameters": {
+            **_YARN,
+            "original_max_position_embeddings": 128,
+            "llama_4_scaling_beta": 0.1,
+            "rope_theta": 10000.0,
+        },
+    },
+    "granite": {
+        "embedding_multiplier": 2.3,
+        "residual_multiplier": 0.35,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 3.0,
+    },
+    "seed_oss": {"head_dim": 32, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "exaone4": _TYPES,
+    "ernie4_5": {"head_dim": 32},
+    "cwm": {**_TYPES, "head_dim": 32},
+}
+
+
+# All without experts.
+DENSE_OPTIONS = FAMILY_OPTIONS | MORE_FAMILY_OPTIONS
+
+
 def make_model(
     path: Path,
     family: str = "llama",
@@ -68,7 +132,7 @@ def make_model(
 
     With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it; ``rope`` gives other
     settings. ``noise`` changes matrices by so much of themselves. ``options`` go into the HF config, over
-    ``FAMILY_OPTIONS`` and ``EXPERT_OPTIONS``.
+    ``FAMILY_OPTIONS``, ``EXPERT_OPTIONS`` and ``MORE_FAMILY_OPTIONS``.
 
     Returns:
         ``path``.
@@ -83,6 +147,15 @@ def make_model(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         }
+    options = {**_rope_arguments(rope), **(DENSE_OPTIONS | EXPERT_OPTIONS).get(family, {}), **options}
+    for name in ("layer_types", "no_rope_layers"):
+        if name in options:
+            options[name] = options[name][:layers]
+    rope = options.get("rope_parameters") or {}
+    if "short_factor" in rope:
+        count = int(hidden_size // heads * rope["partial_rotary_factor"]) // 2
+        factors = {name: rope[name][:count] for name in ("short_factor", "long_factor")}
+        options["rope_parameters"] = {**rope, **factors}
     config = AutoConfig.for_model(
         family,
         vocab_size=vocab_size,
@@ -96,8 +169,7 @@ def make_model(
         pad_token_id=None,
         bos_token_id=1,
         eos_token_id=2,
-        **_rope_arguments(rope),
-        **{**FAMILY_OPTIONS.get(family, {}), **EXPERT_OPTIONS.get(family, {}), **options},
+        **options,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

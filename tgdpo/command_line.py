@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from megatron_tgdpo.errors import UserError
 if TYPE_CHECKING:
     from megatron_tgdpo.config.schema import ParallelConfig
 
-MODEL_HELP = "HF directory, model of the Hub, Megatron checkpoint, or output directory of a run"
+MODEL_HELP = "HF directory, model of the Hub, Megatron checkpoint, PEFT adapter, or output directory of a run"
 
 
 def positive(text: str) -> int:
@@ -180,14 +180,13 @@ def check_present(given: argparse.Namespace, *options: str) -> None:
             raise UserError(f"{option} {path}: no such file or directory")
 
 
-def find_models(given: argparse.Namespace, *options: str, weights: bool = True, adapters: Sequence[str] = ()) -> None:
+def find_models(given: argparse.Namespace, *options: str, weights: bool = True) -> None:
     """Puts, in options (``--model``) that name models or lists of them, the directories they mean; None is left out.
 
     Args:
         given: The command line.
         options: Their names.
         weights: Whether weights are wanted of a model of the Hub.
-        adapters: Which of them may name a ``peft`` adapter as well.
 
     Raises:
         UserError: One means no model, see :func:`~megatron_tgdpo.checkpoints.find_model.find_model`.
@@ -198,13 +197,14 @@ def find_models(given: argparse.Namespace, *options: str, weights: bool = True, 
         if isinstance(text, list):
             setattr(given, name, [find_whole_model(one, option, weights=weights) for one in text])
         elif text is not None:
-            setattr(given, name, find_whole_model(text, option, weights=weights, peft=option in adapters))
+            setattr(given, name, find_whole_model(text, option, weights=weights))
 
 
-def find_whole_model(text: str | Path, option: str, *, weights: bool = True, peft: bool = False) -> Path:
+def find_whole_model(text: str | Path, option: str, *, weights: bool = True) -> Path:
     """A model that can be run, from what an option names: as it is, or once a checkpoint is exported.
 
-    A checkpoint of a LoRA run is one: it says where its base model is. A ``peft`` directory is none, unless ``peft``.
+    An adapter is one, of a LoRA run or of ``peft``, where its base model is there. With ``weights`` false, for a model
+    that is not run, its base is not looked for.
 
     Raises:
         UserError: There is none; the message begins with the option.
@@ -213,11 +213,13 @@ def find_whole_model(text: str | Path, option: str, *, weights: bool = True, pef
 
     found = find_model(text, option, weights=weights, adapter=True)
     # Only now: this takes the seconds of torch's import.
-    from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, refuse_adapter
+    from megatron_tgdpo.checkpoints.model_directory import is_peft_adapter
 
-    if not peft and not is_megatron_checkpoint(found):
+    if weights and is_peft_adapter(found):
+        from checkpoints_convert.merge import find_base
+
         with naming(option):
-            refuse_adapter(found)
+            find_base(found, None)
     return found
 
 

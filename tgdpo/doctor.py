@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from transformers import PretrainedConfig
 
-    from megatron_tgdpo.config.schema import Config
+    from megatron_tgdpo.config.schema import Config, GuideConfig
     from megatron_tgdpo.distributed.layout import ParallelLayout
     from megatron_tgdpo.distributed.ranks import RankEnvironment
 
@@ -95,6 +95,7 @@ def examine(config: "Config", ranks: "RankEnvironment", store: "dist.Store") -> 
     count = ranks.world_size
     yield "ok", f"{count} rank{'s' * (count > 1)}: {capabilities(device).describe()}"
     yield "ok", f"versions: {_versions()}"
+    guide = config.guide
     if not is_trained(config):
         yield (
             "note",
@@ -112,7 +113,9 @@ def examine(config: "Config", ranks: "RankEnvironment", store: "dist.Store") -> 
         inputs = dist.PrefixStore("inputs", store)
         if is_done(config):
             yield "note", f"the run in {config.output_dir} is finished: there is nothing left to train"
-        yield from map(_line, run_on_rank0(lambda: _input_lines(config, ranks.world_size, device), inputs, ranks.rank))
+        yield from map(
+            _line, run_on_rank0(lambda: _input_lines(config, guide, ranks.world_size, device), inputs, ranks.rank)
+        )
     init_distributed(ranks, device, config.parallel.timeout_minutes, store)
     if pinned is not None:
         yield from _machine_lines(pinned, ranks, device)
@@ -129,7 +132,7 @@ def _versions() -> str:
     return ", ".join(f"{name} {version}" for name, version in package_versions().items())
 
 
-def _input_lines(config: "Config", world_size: int, device: "torch.device") -> list[Line]:
+def _input_lines(config: "Config", guide: "GuideConfig", world_size: int, device: "torch.device") -> list[Line]:
     """What one rank can see for all: models, data, and whether the run fits them and a machine like this."""
     from megatron_tgdpo.gpu.options import capabilities, check_gpu_options
     from megatron_tgdpo.output.metrics_log import check_loggers
@@ -170,7 +173,8 @@ def _input_lines(config: "Config", world_size: int, device: "torch.device") -> l
         return f"precision: {precision.dtype}, FP8 {precision.fp8}, FP4 {precision.fp4}"
 
     def memory() -> str:
-        need = planned_memory(config, configs(), fitted()).total
+        asked = replace(config, guide=guide)  # a guide that is still to be trained takes memory of its own
+        need = planned_memory(asked, configs(), fitted()).total
         have = _memory_of(device)
         text = f"memory: the fullest rank needs about {need / 2**30:.1f} GiB, by plan"
         if have is None:
@@ -188,7 +192,7 @@ def _input_lines(config: "Config", world_size: int, device: "torch.device") -> l
 
     if look(models):
         for name in config.datasets:
-            look(lambda name=name: _data(config, name))  # type: ignore[misc]
+            look(lambda name=name: _data(config, name, lines))  # type: ignore[misc]
         if look(layout):
             look(kernels)
             look(memory)
@@ -196,17 +200,25 @@ def _input_lines(config: "Config", world_size: int, device: "torch.device") -> l
     return lines
 
 
-def _data(config: "Config", name: str) -> str:
-    """A dataset: what was prepared is opened; of raw files the first records are tokenised."""
+def _data(config: "Config", name: str, lines: list[Line]) -> str:
+    """A dataset: what was prepared is opened; of raw files the first records are tokenised.
+
+    Adds a note to ``lines`` where many of them are cut.
+    """
     from megatron_tgdpo.data.dataset import PreferenceDataset, prepared_prefix
     from megatron_tgdpo.data.preprocess import try_first_records
+    from megatron_tgdpo.data.summary import lost_ends_warning
     from megatron_tgdpo.setup.datasets import preprocess_options
 
     key, sources = f"data.{name.replace('/', '.')}", config.datasets[name]
     prefixes = [prefix for prefix in (prepared_prefix(source.path) for source in sources) if prefix]
     pairs = sum(len(PreferenceDataset(prefix)) for prefix in prefixes)
     tried = try_first_records([s for s in sources if not prepared_prefix(s.path)], preprocess_options(config))
-    seen = [f"{pairs:,} pairs are prepared"] * bool(prefixes) + [f"the first {tried} records can be read"] * bool(tried)
+    responses = int((tried.lengths[:, 1:] > 0).sum())
+    if warning := lost_ends_warning(key, tried.truncated, responses, config.data.max_length):
+        lines.append(("note", warning))
+    read = [f"the first {tried.records} records can be read"] * bool(tried.records)
+    seen = [f"{pairs:,} pairs are prepared"] * bool(prefixes) + read
     return f"{key}: {', '.join(seen)}"
 
 

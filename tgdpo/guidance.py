@@ -11,11 +11,15 @@ again and compares.
 """
 
 import argparse
+import logging
+import shlex
 from collections.abc import Sequence
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.resilience.entry import run_and_exit, run_distributed
 from megatron_tgdpo.resilience.launch import nproc_argument
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,6 +58,9 @@ def _main(args: argparse.Namespace) -> int:
     def work(ranks, store) -> int:  # type: ignore[no-untyped-def]
         if args.verify is None:
             precompute_guidance(config, args.block_pairs, ranks, store)
+            cached = [] if config.guidance.mode == "cached" else ["guidance.mode=cached"]
+            if ranks.rank == 0:
+                logger.info("train with it: %s", shlex.join(["tgdpo", "train", args.config, *args.overrides, *cached]))
         else:
             verify_guidance(config, args.verify, ranks, store)
         return 0

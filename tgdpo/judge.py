@@ -20,10 +20,14 @@ from tgdpo.command_line import (
     add_precision_arguments,
     check_present,
     check_scratch,
+    find_whole_model,
     positive,
     positive_number,
     run,
 )
+
+# The share of replies without a verdict above which people are warned.
+_UNPARSABLE = 0.1
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,9 +68,7 @@ def _judge(given: argparse.Namespace) -> None:
         if given.judge_model is None:
             raise UserError("--judge-model is missing: what the server calls its model")
     else:
-        from megatron_tgdpo.checkpoints.find_model import find_model
-
-        given.judge_directory = find_model(given.judge, "--judge")
+        given.judge_directory = find_whole_model(given.judge, "--judge")
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.judging.run import judge_answers
 
@@ -90,7 +92,14 @@ def table(results: dict[str, Any], out: Path) -> str:
             value = results[name]
             estimate = Estimate(**value) if isinstance(value, dict) else value and Estimate(value, None, None)
             rows.append([name, form.format(0) if value == 0 else with_interval(estimate, form)])
-    return f"{align(rows)}\n{out}: judgments.jsonl, results.json, judge.png"
+    lines = [align(rows), f"{out}: written, judgments.jsonl, results.json and judge.png"]
+    if results["unparsable"] > _UNPARSABLE:
+        lines.insert(
+            1,
+            f"WARNING: {results['unparsable']:.1%} of the replies have no verdict that can be read (judgments.jsonl "
+            "has them): take a stronger judge, or a larger --max-new-tokens",
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

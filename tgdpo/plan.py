@@ -9,6 +9,7 @@ is checked: docs/planning.md. ``tgdpo train CONFIG --dry-run`` gives the same me
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -106,8 +107,12 @@ def _plan(given: argparse.Namespace) -> bool:
     if given.write is not None and given.write.exists():
         raise UserError(f"--write {given.write}: is there already: name another file, or remove it")
     named = {role: getattr(given, role) for role in ("model", "reference", "guide")}
-    options = [f"--{role}" for role in ("model", "reference", "guide") if not _is_config_file(getattr(given, role))]
-    find_models(given, *options, weights=False, adapters=("--guide", "--reference"))
+    if not _is_config_file(given.model):
+        from megatron_tgdpo.checkpoints.find_model import find_model
+
+        given.model = find_model(given.model, "--model", weights=False)
+    options = [f"--{role}" for role in ("reference", "guide") if not _is_config_file(getattr(given, role))]
+    find_models(given, *options, weights=False)
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.planning import plan, write_config
 
@@ -115,6 +120,11 @@ def _plan(given: argparse.Namespace) -> bool:
     print(text)
     if given.write is not None and chosen is not None:
         write_config(given, chosen, named)
+        command = "pipeline" if "guide" in METHODS[given.method].frozen and not given.guide else "train"
+        ranks, file = chosen.layout.world_size, shlex.quote(str(given.write))
+        print(f"{given.write}: written; to train: tgdpo {command} {file} --nproc {ranks}")
+    elif chosen is not None and chosen.fits:
+        print("to train with it: --write config.yaml --train PAIRS makes a config")
     return chosen is None or chosen.fits
 
 

@@ -78,8 +78,10 @@ def _run(given: argparse.Namespace) -> None:
     sources = [Source(path, given.split, given.subset) for path in given.input]
     manifest = preprocess(sources, given.output, options, overwrite=given.overwrite)
     print(summary(given.output, manifest))
-    if (warning := lost_ends_warning(given.output, manifest, manifest["responses"])) is not None:
-        print(f"warning: {warning}", file=sys.stderr)
+    warning = lost_ends_warning(given.output, manifest["truncated"], manifest["responses"], options.max_length)
+    if warning is not None:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    print(f"{given.output}: written; to train on it: data.train={given.output}")
 
 
 def _usable_cores() -> int:

@@ -69,8 +69,8 @@ def _main(given: argparse.Namespace) -> None:
     config = load_config(given.config, [*given.overrides, *cache])
     if "guide" not in config.method.frozen:
         raise UserError(
-            f"{given.config}: loss.method {config.loss.method} has no token weights: give a TGDPO run's config, or "
-            "set loss.method=tgdpo model.guide=DIR"
+            f"{given.config}: loss.method {config.loss.method} has no token weights of a guide: give a TGDPO run's "
+            "config, or set loss.method=tgdpo model.guide=DIR"
         )
     if config.guidance.mode != "cached":
         from megatron_tgdpo.setup.trained_guide import check_finished
@@ -85,7 +85,7 @@ def _report(given: argparse.Namespace, asked: argparse.Namespace, config: Config
     from megatron_tgdpo.setup.datasets import preprocess_options
     from megatron_tgdpo.setup.hub_inputs import pin_here
     from megatron_tgdpo.storage.atomic_file import write_atomically
-    from tgdpo.reporting.build import remarks, report_metrics, report_pairs, summary
+    from tgdpo.reporting.build import remarks, report_metrics, report_pairs, selected_tokens, summary
     from tgdpo.reporting.render import render_page
     from tgdpo.reporting.sources import check_finite, choose_pairs, open_split
 
@@ -109,8 +109,14 @@ def _report(given: argparse.Namespace, asked: argparse.Namespace, config: Config
         "pairs": f"{len(pairs):,} of {len(dataset):,}",
     }
     loss = config.loss.options
-    strength = {name: loss[name] for name in ("alpha", "beta", "guide_beta")}
-    plain = {"form": "sigmoid", "reference_free": False, "label_smoothing": 0.0, "sft_weight": 0.0}
+    weights = selected_tokens(pairs, logps, guides, loss)
+    strength = {
+        "alpha": loss.get("alpha", 0.0),
+        "beta": loss["beta"],
+        "guide_beta": loss["guide_beta"],
+        "weights": weights,
+    }
+    plain = {"form": "sigmoid", "reference_free": False, "label_smoothing": 0.0, "sft_weight": 0.0, "gamma": 0.0}
     plain_loss = all(loss[name] == value for name, value in plain.items())
     page = render_page(shown, metrics, **strength, facts=facts, plain_loss=plain_loss, warnings=warnings, notes=notes)
     write_atomically(given.out, page)
@@ -163,7 +169,10 @@ def _logps(
     found = {}
     if cache is not None:
         found = cached_logps(open_cache(config, given.split, dataset), cache, pairs, places)
-    return {**found, **model_logps(running, pairs, dtype, device)}, cache
+    # Adapters of the config are of its policy.
+    policy = Path(config.model_paths["policy"])
+    bases = {role: policy for role, asked in (("reference", given.reference), ("guide", given.guide)) if not asked}
+    return {**found, **model_logps(running, pairs, dtype, device, bases)}, cache
 
 
 def _check_writable(path: Path) -> None:

@@ -11,6 +11,7 @@ metrics.
 import argparse
 import itertools
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(arguments)
     console.configure()
     try:
-        print(format_table(_sweep(args)))
+        results = _sweep(args)
+        print(format_table(results))
+        runs = " ".join(shlex.quote(str(args.out / name)) for name in results)
+        print(f"{args.out / 'results.json'}: written; to draw them: tgdpo plot {runs} --out sweep.png")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -34,6 +34,50 @@ def check_pairs_fit(dataset: PreferenceDataset, pack_format: PackFormat, multipl
         )
 
 
+def first_fit_decreasing(
+    indices: Sequence[int], tokens: Sequence[int], seq_length: int
+) -> tuple[list[list[int]], list[int]]:
+    """Packs pairs, the longest first, each into the first pack that has room; in O(n log n).
+
+    A binary tree over the packs, those that are still to be opened among them, has at every node the most room below it
+    (Johnson 1973, Near-optimal bin packing algorithms).
+
+    Args:
+        indices: Dataset indices of the pairs.
+        tokens: That each of them takes in a pack, at most ``seq_length``.
+        seq_length: Capacity of a pack.
+
+    Returns:
+        The packs, and the room that each has left.
+
+    Raises:
+        ValueError: A pair fits no pack.
+    """
+    if max(tokens, default=0) > seq_length:
+        raise ValueError(f"a pair of {max(tokens)} tokens in packs of {seq_length}")
+    # All but one pack are more than half full, for what is in the next one did not fit.
+    leaves = 1 << (min(len(tokens), 2 * sum(tokens) // seq_length + 1)).bit_length()
+    tree = [seq_length] * (2 * leaves)
+    packs: list[list[int]] = []
+    for i in sorted(range(len(indices)), key=lambda i: (-tokens[i], i)):
+        size, node = tokens[i], 1
+        while node < leaves:
+            node *= 2
+            if tree[node] < size:
+                node += 1
+        if node - leaves == len(packs):
+            packs.append([])
+        packs[node - leaves].append(indices[i])
+        tree[node] -= size
+        while node > 1:
+            most = max(tree[node], tree[node ^ 1])
+            node //= 2
+            if tree[node] == most:
+                break
+            tree[node] = most
+    return packs, tree[leaves : leaves + len(packs)]
+
+
 def plan_packs(
     indices: Sequence[int], tokens: Sequence[int], seq_length: int, num_ranks: int, multiple: int = 1
 ) -> list[list[list[int]]]:
@@ -52,16 +96,7 @@ def plan_packs(
     Returns:
         ``plan[rank][micro_batch]`` is a list of dataset indices.
     """
-    packs: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(indices)), key=lambda i: (-tokens[i], i)):
-        slot = next((s for s, free in enumerate(room) if free >= tokens[i]), None)
-        if slot is None:
-            slot = len(packs)
-            packs.append([])
-            room.append(seq_length)
-        packs[slot].append(indices[i])
-        room[slot] -= tokens[i]
+    packs, room = first_fit_decreasing(indices, tokens, seq_length)
     plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     for turn, slot in enumerate(sorted(range(len(packs)), key=lambda s: (room[s], s))):
         lap, seat = divmod(turn, num_ranks)

@@ -27,6 +27,8 @@ from megatron_tgdpo.storage.json_text import check_shape, parse_json
 
 # The linears of a decoder layer, by the names that Hugging Face gives them.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What some families have instead of several of them.
+FUSED_LINEARS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 ALL_LINEAR = "all-linear"
 # In a checkpoint's metadata: the fields of its adapter.
 LORA = "lora"
@@ -58,7 +60,7 @@ class Lora:
     Attributes:
         rank: Rows of each A, columns of each B.
         alpha: See :attr:`scale`.
-        targets: Of ``LINEARS``: those that have an adapter, in every layer.
+        targets: Of ``LINEARS``: those that have an adapter, in every layer; for ``FUSED_LINEARS``, all of its parts.
         rslora: Whether alpha is divided by the root of the rank, not by the rank.
     """
 
@@ -66,6 +68,21 @@ class Lora:
     alpha: float
     targets: tuple[str, ...] = LINEARS
     rslora: bool = False
+
+    def adapts(self, linear: str) -> bool:
+        """Whether a linear has an adapter, of ``LINEARS`` or ``FUSED_LINEARS``.
+
+        Raises:
+            UserError: A part of it would.
+        """
+        parts = FUSED_LINEARS.get(linear, (linear,))
+        named = [part for part in parts if part in self.targets]
+        if named and len(named) < len(parts):
+            raise UserError(
+                f"an adapter of {', '.join(named)}, but {linear} is one linear in this model: name all of "
+                f"{', '.join(parts)} or none"
+            )
+        return bool(named)
 
     @property
     def scale(self) -> float:
@@ -111,10 +128,12 @@ def _targets(file: Path, stored: Any) -> tuple[str, ...]:
     if stored == ALL_LINEAR:
         return LINEARS
     names = stored if isinstance(stored, list) else [stored]
-    unknown = [name for name in names if name not in LINEARS]
+    known = (*LINEARS, *FUSED_LINEARS)
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise UserError(f"{file}: target_modules names {unknown}: supported are {ALL_LINEAR} and {', '.join(LINEARS)}")
-    return tuple(name for name in LINEARS if name in names)
+        raise UserError(f"{file}: target_modules names {unknown}: supported are {ALL_LINEAR} and {', '.join(known)}")
+    wanted = {part for name in names for part in FUSED_LINEARS.get(name, (name,))}
+    return tuple(name for name in LINEARS if name in wanted)
 
 
 def read_peft_tensors(path: Path) -> dict[str, Tensor]:

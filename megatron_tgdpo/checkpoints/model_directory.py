@@ -1,6 +1,6 @@
 """What is in a model directory, an HF one or a Megatron checkpoint: its config and tokenizer, and its weights."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from megatron_tgdpo.checkpoints.manifest import (
@@ -34,8 +34,11 @@ _HF_SUFFIXES = (".model", ".tiktoken")
 _HF_FOLDERS = ("additional_chat_templates",)
 # Of a LoRA adapter as peft writes it.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What is of the whole model, and not of an adapter.
+OF_WHOLE_MODEL = ("config.json", "generation_config.json")
 _ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 _WEIGHT_SUFFIXES = (".safetensors", TENSORS_SUFFIX)
+_ANY_WEIGHTS = (*_WEIGHT_SUFFIXES, ".bin", ".pt", ".pth")
 
 
 def is_megatron_checkpoint(path: Path) -> bool:
@@ -49,8 +52,18 @@ def hf_directory(path: Path) -> Path:
 
 
 def is_peft_adapter(path: Path) -> bool:
-    """Whether a directory holds a LoRA adapter as ``peft`` writes it, and not a whole model."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    """Whether a directory holds a LoRA adapter as ``peft`` writes it, and not a whole model.
+
+    Some tools leave the base model's config beside it, which makes no model of it.
+    """
+    return (path / ADAPTER_CONFIG).is_file() and not _has_whole_model(path)
+
+
+def _has_whole_model(path: Path) -> bool:
+    if not (path / "config.json").is_file():
+        return False
+    names = [file.name for file in path.iterdir() if file.suffix in _ANY_WEIGHTS]
+    return any(name not in _ADAPTER for name in names)
 
 
 def model_files(path: Path) -> list[Path]:
@@ -73,7 +86,8 @@ def model_files(path: Path) -> list[Path]:
 
 
 def refuse_adapter(path: Path, tensors: Iterable[str] = ()) -> None:
-    """Stops at a LoRA adapter, which has no config and not all weights.
+    """Stops at a LoRA adapter, which has not all weights, and at one beside a whole model: transformers would take
+    the adapter and its base, and not the weights that are there.
 
     Args:
         path: A directory.
@@ -82,12 +96,17 @@ def refuse_adapter(path: Path, tensors: Iterable[str] = ()) -> None:
     Raises:
         UserError: It is one.
     """
-    found = [name for name in _ADAPTER if (path / name).is_file() and not (path / "config.json").is_file()]
+    here = [name for name in _ADAPTER if (path / name).is_file()]
+    if ADAPTER_CONFIG in here and _has_whole_model(path):
+        raise UserError(
+            f"{path}: a whole model and a LoRA adapter ({ADAPTER_CONFIG}) in one directory: move one of them elsewhere"
+        )
+    found = here if ADAPTER_CONFIG in here or not (path / "config.json").is_file() else []
     found += [name for name in tensors if ".lora_" in name]
     if found:
         raise UserError(
-            f"{path}: a LoRA adapter ({found[0]}), not a model: in training it may be lora.adapter, model.reference or "
-            "model.guide; elsewhere merge it into its base model first (peft's merge_and_unload)"
+            f"{path}: a LoRA adapter ({found[0]}), not a whole model: in training it may be lora.adapter, "
+            "model.reference or model.guide; elsewhere merge it into its base model first (peft's merge_and_unload)"
         )
 
 
@@ -132,12 +151,13 @@ def hf_files(source: Path) -> dict[str, Path]:
         raise read_error(source, error) from error
 
 
-def copy_hf_files(source: Path, target: Path) -> None:
+def copy_hf_files(source: Path, target: Path, without: Container[str] = ()) -> None:
     """Copies :func:`hf_files`.
 
     Args:
         source: An HF directory, or a Megatron checkpoint.
         target: An existing directory.
+        without: Names that are not copied.
 
     Raises:
         DamageError: A file is damaged: a checkpoint's manifest says so, or it ends in the middle of its JSON.
@@ -147,6 +167,8 @@ def copy_hf_files(source: Path, target: Path) -> None:
     """
     check_hf_files(source)
     for name, file in hf_files(source).items():
+        if name in without:
+            continue
         try:
             content = file.read_bytes()
         except OSError as error:

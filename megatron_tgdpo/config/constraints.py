@@ -15,6 +15,8 @@ RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
 
 # FP8 scaling without a memory: what a weight or activation becomes depends on nothing but itself.
 STATELESS_RECIPES = ("tensorwise", "blockwise", "mxfp8")
+# Those that linears may compute in beside adapters; None is the plain dtype.
+BESIDE_ADAPTERS = (None, "tensorwise", "blockwise")
 
 # What is wrong with a value, as it follows "KEY is "; None for nothing.
 Constraint = Callable[[Any], str | None]

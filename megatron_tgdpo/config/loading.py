@@ -63,15 +63,25 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def changed_yaml(config: Config) -> str:
-    """The keys of a config that are not as they are by default, and the method's options: YAML of an equal config."""
-    defaults = to_dict(Config())
+def changed_yaml(config: Config, *, options: bool = True) -> str:
+    """The keys of a config that are not as they are by default: YAML of an equal config.
+
+    Args:
+        config: The config.
+        options: Whether the method's options are shown where they are as by default, too.
+    """
+    default = Config()
+    if not options and config.loss.method in METHODS:
+        unset: dict[str, Any] = dict(METHODS[config.loss.method].options)
+        default = replace(default, loss=replace(default.loss, **unset))
+    defaults = to_dict(default)
 
     def changed(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in values.items() if value != default[key]}
 
     found = changed(to_dict(config), defaults)
     nested = {k: changed(v, defaults[k]) if isinstance(defaults[k], dict) else v for k, v in found.items()}
+    nested = {k: v for k, v in nested.items() if v != {}}
     return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
 
 
@@ -95,9 +105,7 @@ def _build(values: dict[str, Any], source: str) -> Config:
 
 def _with_method_defaults(config: Config) -> Config:
     unset: dict[str, Any] = {
-        name: default
-        for name, default in METHODS[config.loss.method].options.items()
-        if getattr(config.loss, name) is None
+        name: default for name, default in config.loss.row.options.items() if getattr(config.loss, name) is None
     }
     return replace(config, loss=replace(config.loss, **unset))
 

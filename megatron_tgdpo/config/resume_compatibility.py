@@ -57,7 +57,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "data.train", "data.max_length", "data.max_prompt_length", "data.overlong_prompt", "data.chat_template",
         "data.template_kwargs",
         "loss.beta", "loss.alpha", "loss.guide_beta", "loss.form", "loss.reference_free", "loss.label_smoothing",
-        "loss.sft_weight", "loss.gamma",
+        "loss.sft_weight", "loss.gamma", "loss.weights", "loss.select_share",
         "batch.global_pairs",
         "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay",
         "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio", "optimizer.warmup_steps",
@@ -146,7 +146,8 @@ def find_changes(recorded: Recorded, config: Config, inputs: Inputs | None) -> l
     defaults = flatten(OmegaConf.to_container(OmegaConf.structured(Config)))  # type: ignore[arg-type]
     theirs, ours = {**defaults, **flatten(recorded.config)}, flatten(to_dict(config))
     # An option that the method has got since.
-    options = METHODS[theirs["loss.method"]].options if theirs["loss.method"] in METHODS else {}
+    loss = {name: theirs[f"loss.{name}"] for name in ("weights", "reference_free")}
+    options = METHODS[theirs["loss.method"]].given(loss).options if theirs["loss.method"] in METHODS else {}
     theirs |= {f"loss.{name}": value for name, value in options.items() if theirs[f"loss.{name}"] is None}
     changes = []
     for key, policy in POLICY_OF.items():

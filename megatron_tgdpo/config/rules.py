@@ -7,9 +7,9 @@ fields (schema.py); what the machine, the models and the data must be like, wher
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_tgdpo.config.constraints import Rule
+from megatron_tgdpo.config.constraints import BESIDE_ADAPTERS, Rule
 from megatron_tgdpo.config.schema import Config, GuideConfig, LoraConfig, LossConfig
-from megatron_tgdpo.loss.choices import FORMS, Form
+from megatron_tgdpo.loss.choices import FORMS, WEIGHTS, Form
 from megatron_tgdpo.loss.methods import METHODS
 
 # What a run makes in its output directory; "best" is a name for one of its checkpoints.
@@ -87,10 +87,23 @@ LOSS = (
         lambda c: not _form(c).pairwise and bool(c.loss.reference_free),
         f"{_POINTWISE}: set loss.reference_free=false",
     ),
-    # The guide's partition function cancels between two responses, and not in one.
+    # A guide's partition function cancels between two responses, and not in one.
     Rule(
-        lambda c: not _form(c).pairwise and "guide" in c.method.frozen,
-        f"{_POINTWISE}, and a guide's weights hold for differences of two only: set loss.method=dpo, or another form",
+        lambda c: not _form(c).pairwise and c.method.weighted,
+        f"{_POINTWISE}, and token weights hold for differences of two only: set loss.method=dpo with loss.weights="
+        "uniform, or another form",
+    ),
+    Rule(
+        lambda c: bool(c.loss.gamma) and c.loss.form is not None and not _form(c).margin,
+        "loss.gamma is {c.loss.gamma} but loss.form {c.loss.form} does not use it: set it to 0",
+    ),
+    Rule(
+        lambda c: c.loss.weights is not None and WEIGHTS[c.loss.weights].guided and "guide" not in c.method.frozen,
+        "loss.weights {c.loss.weights} come from a guide: set loss.method=tgdpo and model.guide",
+    ),
+    Rule(
+        lambda c: c.loss.weights is not None and not WEIGHTS[c.loss.weights].guided and "guide" in c.method.frozen,
+        "loss.weights {c.loss.weights} need no guide: set loss.method=dpo and remove model.guide",
     ),
 )
 
@@ -148,14 +161,24 @@ LORA = (
         "lora.adapter {c.lora.adapter} has a rank, alpha and targets of its own: remove the other keys of section lora",
     ),
     Rule(
-        lambda c: c.lora.trains and {c.precision.fp8, c.precision.fp4} != {"none"},
-        "section lora with precision.fp8 {c.precision.fp8} and fp4 {c.precision.fp4}: adapters beside FP8 linears are "
-        "not supported yet, set both to none",
+        lambda c: c.lora.trains and c.precision.policy_recipe not in BESIDE_ADAPTERS,
+        "section lora with precision.fp8 {c.precision.fp8} and fp4 {c.precision.fp4}: beside adapters fp8 may be "
+        "tensorwise or blockwise; delayed scales would follow the reference's passes, the others have not been shown",
     ),
     Rule(
-        lambda c: c.lora.trains and (c.precision.frozen == "fp8" or c.precision.fp8_params),
-        "section lora with weights in FP8 (precision.frozen, precision.fp8_params): the policy's weights are the "
-        "reference's, in one dtype; set precision.frozen=same and precision.fp8_params=false",
+        lambda c: (
+            c.lora.trains
+            and (
+                c.precision.frozen == "fp8" or (c.precision.frozen == "bf16" and c.precision.policy_recipe is not None)
+            )
+        ),
+        "section lora with precision.frozen {c.precision.frozen}: the policy's weights are the reference's, and "
+        "compute in one precision; set precision.frozen=same",
+    ),
+    Rule(
+        lambda c: c.lora.trains and c.offload.frozen and c.model.reference is None and c.model.guide is None,
+        "offload.frozen with section lora: the reference's weights are the policy's, which stay on the device: set it "
+        "to false",
     ),
     Rule(
         lambda c: c.lora.trains and c.overlap.tensor,

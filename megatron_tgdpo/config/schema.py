@@ -25,7 +25,7 @@ from megatron_tgdpo.config.constraints import (
     token_multiple,
 )
 from megatron_tgdpo.data.sources import Source, read_sets, read_sources
-from megatron_tgdpo.loss.choices import FORMS
+from megatron_tgdpo.loss.choices import FORMS, WEIGHTS
 from megatron_tgdpo.loss.methods import GUIDE_METHODS, METHODS, Method
 from megatron_tgdpo.storage.hub import local_path
 
@@ -101,18 +101,20 @@ class LossConfig:
     label_smoothing: float | None = fraction(None, below=0.5)  # tgdpo, dpo: probability that a pair's label is wrong
     # tgdpo, dpo: weight of the mean NLL of chosen tokens (the reference code's pref_ftx)
     sft_weight: float | None = at_least(0, None)
-    # simpo: margin by which chosen rewards should exceed rejected ones, in nats
+    # tgdpo, dpo, simpo: margin by which chosen scores should exceed rejected ones, in nats
     gamma: float | None = at_least(0, None)
+    weights: str | None = one_of(WEIGHTS, None)  # what tokens count; tgdpo: tgdpo or sepo; dpo: uniform or confpo
+    select_share: float | None = share(None)  # weights sepo: share of each response's tokens that count
 
     @property
     def options(self) -> dict[str, Any]:
         """The options that the method uses."""
-        return {name: getattr(self, name) for name in METHODS[self.method].options}
+        return {name: getattr(self, name) for name in self.row.options}
 
     @property
     def row(self) -> Method:
-        """The method, with the frozen models that it needs with these options."""
-        return METHODS[self.method].given(self.options)
+        """The method, with the options and frozen models that it has with these values."""
+        return METHODS[self.method].given({"weights": self.weights, "reference_free": self.reference_free})
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class GuideConfig:
 
     method: str | None = one_of(GUIDE_METHODS, None)  # null: model.guide names a guide that is there
     beta: float | None = positive(None)  # the guide's loss.beta; null: the method's default
-    gamma: float | None = at_least(0, None)  # the guide's loss.gamma (simpo); null: the method's default
+    gamma: float | None = at_least(0, None)  # the guide's loss.gamma (simpo, dpo); null: the method's default
     lr: float | None = at_least(0, None)  # the guide's optimizer.lr; null: the policy's
     steps: int | None = positive(None)  # the guide's train.steps; null with epochs null: as long as the policy
     epochs: float | None = positive(None)  # the guide's train.epochs

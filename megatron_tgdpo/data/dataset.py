@@ -134,12 +134,12 @@ class PreferenceDataset:
         for ids in (prompt, chosen, rejected):
             if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._vocab_size:
                 raise UserError(
-                    f"{self.prefix}.bin: pair {index} ({self.source(index)}) holds a token id outside the vocabulary "
+                    f"{self.prefix}.bin: the pair {self.source(index)} holds a token id outside the vocabulary "
                     f"of {self._vocab_size}: the file is damaged; preprocess again"
                 )
         masks = [None if kept.all() else kept for kept in trained]
         if [int(kept.sum()) for kept in trained] != self.trained_lengths[index, 1:].tolist():
-            raise UserError(f"{self.prefix}.bin: pair {index} ({self.source(index)}) is damaged; preprocess again")
+            raise UserError(f"{self.prefix}.bin: the pair {self.source(index)} is damaged; preprocess again")
         return PreferencePair(prompt, chosen, rejected, int(index), *masks)
 
     def _sequence(self, index: int, column: int) -> np.ndarray:
@@ -356,7 +356,6 @@ def _cached(paths: list[str], options: PreprocessOptions, cache_dir: str, progre
         if options.chosen_only and _rejected_decided(dataset):
             continue
         _check_match(dataset, options, tokenizer)
-        logger.info("reusing the preprocessed dataset %s (%d pairs)", prefix, len(dataset))
         return dataset
     write_dataset(sources, prefixes[0], options, tokenizer, progress)
     return PreferenceDataset(prefixes[0])

@@ -48,6 +48,8 @@ from megatron_tgdpo.storage.files import write_error
 BATCH_RECORDS = 64
 # Batches on their way per worker: enough to keep it busy, few enough that memory does not grow with the file.
 BATCHES_IN_FLIGHT = 4
+# A worker takes seconds to start; in less than that it tokenises so many bytes of text.
+WORKER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -115,25 +117,39 @@ def preprocess(
     return write_dataset(sources, prefix, options, tokenizer, progress)
 
 
-def try_first_records(sources: Sequence[Source], options: PreprocessOptions) -> int:
-    """Tokenises the first batch of each raw file, and keeps nothing.
+@dataclass(frozen=True)
+class Tried:
+    """What :func:`try_first_records` found.
 
-    Returns:
-        How many records were tried.
+    Attributes:
+        records: how many records were tokenised.
+        lengths: int64 [pairs, 3], tokens of prompt, chosen and rejected of those that were not dropped.
+        truncated: pairs by what was cut, as `EncodedBatch` has them.
+    """
+
+    records: int
+    lengths: np.ndarray
+    truncated: Counter[str]
+
+
+def try_first_records(sources: Sequence[Source], options: PreprocessOptions) -> Tried:
+    """Tokenises the first batch of each raw file, and keeps nothing.
 
     Raises:
         UserError: As :func:`preprocess`, as far as the first records show.
     """
     tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.template_kwargs)
-    tried = 0
+    records, lengths, truncated = 0, [np.empty((0, 3), np.int64)], Counter[str]()
     for path in (file for source in sources for file in find_files(source)):
         # Nothing is recorded of the file, so it need not be hashed.
         first = next(_batches([SourceFile(path, detect_format(path), 0, "")], options), None)
         if first is None:
             raise UserError(f"{path}: it holds no record")
-        encode_batch(first[1], tokenizer, options)
-        tried += len(first[1].numbers)
-    return tried
+        encoded = encode_batch(first[1], tokenizer, options)
+        records += len(first[1].numbers)
+        lengths.append(encoded.lengths.astype(np.int64))
+        truncated.update(encoded.truncated)
+    return Tried(records, np.concatenate(lengths), truncated)
 
 
 def write_dataset(
@@ -261,16 +277,17 @@ def _encoded(
 ) -> Generator[tuple[int, EncodedBatch, int], None, None]:
     """Yields (index of the file, encoded batch, bytes read of all files) in the order of the input."""
     batches = _batches(sources, options)
-    if options.workers == 1:
+    workers = min(options.workers, 1 + sum(source.size for source in sources) // WORKER_BYTES)
+    if workers == 1:
         for file_index, batch, bytes_read in batches:
             yield file_index, encode_batch(batch, tokenizer, options), bytes_read
         return
-    pool = ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
     waiting: deque[tuple[int, Future[EncodedBatch], int]] = deque()
     try:
         for file_index, batch, bytes_read in batches:
             waiting.append((file_index, pool.submit(encode_batch_in_worker, batch, options), bytes_read))
-            if len(waiting) >= options.workers * BATCHES_IN_FLIGHT:
+            if len(waiting) >= workers * BATCHES_IN_FLIGHT:
                 yield _oldest(waiting)
         while waiting:
             yield _oldest(waiting)

@@ -1,4 +1,4 @@
-"""What became of a dataset's records, for people: the same lines after preprocessing and at the start of training."""
+"""What became of a dataset's records, for people: in full after preprocessing, in a line at the start of training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,10 @@ LOST_ENDS_WARNING = 0.05
 
 def summary(name: str, manifest: Mapping[str, Any]) -> str:
     """A manifest in a few readable lines."""
-    dropped = manifest["dropped"]
-    reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
-    cuts = ", ".join(f"{what} {count}" for what, count in manifest["truncated"].items())
     lines = [
         f"{name}: {manifest['pairs']:,} pairs, {manifest['lengths']['pair']['total']:,} tokens in pairs",
-        f"dropped: {sum(dropped.values()):,}" + (f" ({reasons})" if reasons else ""),
-        f"truncated: {cuts or 'nothing'}",
+        f"dropped: {_dropped(manifest)}",
+        f"truncated: {_truncated(manifest) or 'nothing'}",
         f"{'tokens':<10}{'min':>8}{'median':>9}{'mean':>9}{'p95':>9}{'max':>8}",
     ]
     for column, found in manifest["lengths"].items():
@@ -24,24 +21,42 @@ def summary(name: str, manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def lost_ends(manifest: Mapping[str, Any], responses: int) -> tuple[int, float]:
+def summary_line(name: str, manifest: Mapping[str, Any]) -> str:
+    """A manifest in one line."""
+    pair = manifest["lengths"]["pair"]
+    return (
+        f"{name}: {manifest['pairs']:,} pairs of {pair['median']:.0f} tokens (median; {pair['max']:,} at most), "
+        f"dropped {_dropped(manifest)}, cut {_truncated(manifest) or '0'}"
+    )
+
+
+def _dropped(manifest: Mapping[str, Any]) -> str:
+    dropped = manifest["dropped"]
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+    return f"{sum(dropped.values()):,}" + (f" ({reasons})" if reasons else "")
+
+
+def _truncated(manifest: Mapping[str, Any]) -> str:
+    return ", ".join(f"{what} {count:,}" for what, count in manifest["truncated"].items())
+
+
+def lost_ends(truncated: Mapping[str, int], responses: int) -> tuple[int, float]:
     """How many responses lost their end token, and which part of all that is.
 
     Args:
-        manifest: of a dataset.
-        responses: how many it has: two a pair, one of a single answer.
+        truncated: pairs by what was cut of them, as a manifest has them.
+        responses: how many there are: two a pair, one of a single answer.
     """
-    cut = sum(manifest["truncated"].get(response, 0) for response in ("chosen", "rejected"))
-    return cut, cut / responses
+    cut = sum(truncated.get(response, 0) for response in ("chosen", "rejected"))
+    return cut, cut / max(responses, 1)
 
 
-def lost_ends_warning(name: str, manifest: Mapping[str, Any], responses: int) -> str | None:
-    """What to tell people if too many responses lost their end token."""
-    cut, part = lost_ends(manifest, responses)
+def lost_ends_warning(name: str, truncated: Mapping[str, int], responses: int, max_length: int) -> str | None:
+    """What to tell people if too many responses lost their end token: see :func:`lost_ends`."""
+    cut, part = lost_ends(truncated, responses)
     if part <= LOST_ENDS_WARNING:
         return None
-    limit = manifest["options"]["max_length"]
     return (
-        f"{name}: {100 * part:.1f} % of the responses ({cut:,} of {responses:,}) are cut and lose their end token, so "
-        f"the model learns not to end: raise max_length (it is {limit}), or leave such pairs out"
+        f"{name}: {100 * part:.1f} % of the responses ({cut:,} of {responses:,}) are cut and lose their end token: the "
+        f"model learns not to end; raise max_length ({max_length}), or leave such pairs out"
     )

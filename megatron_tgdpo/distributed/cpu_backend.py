@@ -71,7 +71,7 @@ def enable_cpu_backend() -> None:
     _replace_cuda_functions()
     _initialise_vector_maths()
     _CudaToCpu().__enter__()
-    logger.warning("CPU BACKEND ENABLED: no GPU is used, megatron-core runs on the CPU with gloo")
+    logger.info("no GPU is used: megatron-core runs on the CPU, with gloo")
 
 
 def _initialise_vector_maths() -> None:

@@ -51,7 +51,9 @@ class Capabilities:
 
     def describe(self) -> str:
         """One line for the log."""
-        where = "CPU" if self.compute_capability is None else f"GPU sm{''.join(map(str, self.compute_capability))}"
+        if self.compute_capability is None:
+            return "CPU"  # which has no fused part
+        where = f"GPU sm{''.join(map(str, self.compute_capability))}"
         return (
             f"{where}; Transformer Engine {dotted(self.transformer_engine)}; Adam from {self.adam}; multi-tensor norm "
             f"and scale from {self.multi_tensor}; fused gradient accumulation: {_yes(self.wgrad_accumulation)}"

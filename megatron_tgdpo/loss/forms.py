@@ -19,9 +19,9 @@ def sigmoid(chosen: Tensor, rejected: Tensor, options: Options) -> Tensor:
     """DPO: ``-log sigmoid(m)``; with label smoothing e, ``-(1 - e) log sigmoid(m) - e log sigmoid(-m)``.
 
     Source: arXiv 2305.18290, equation 7; the smoothing is conservative DPO's, https://ericmitchell.ai/cdpo.pdf. Of mean
-    scores it is TRL's ``sigmoid_norm``, which has no smoothing there.
+    scores it is TRL's ``sigmoid_norm``, which has no smoothing there. ``gamma`` is subtracted from m, as in SimPO.
     """
-    margins, smoothing = chosen - rejected, float(options["label_smoothing"])
+    margins, smoothing = chosen - rejected - options["gamma"], float(options["label_smoothing"])
     losses = -(1.0 - smoothing) * F.logsigmoid(margins)
     # Written so that a term with factor 0 does not turn an infinite log-prob into nan.
     return losses - smoothing * F.logsigmoid(-margins) if smoothing else losses

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tgdpo.loss.choices import FORMS, Options
+from megatron_tgdpo.loss.choices import FORMS, WEIGHTS, Options
 
 OverRanks = Callable[[Tensor], Tensor]
 
@@ -119,22 +119,6 @@ def without_reference(policy_logps: Tensor, sums: Tensor) -> dict[str, Tensor]:
     return {**without, **without_guide(policy_logps, sums)}
 
 
-def guidance_token_weights(token_rewards: Tensor, lengths: Tensor, alpha: float) -> Tensor:
-    """Weights of TGDPO: 1 + alpha * reward on chosen responses, 1 - alpha * reward on rejected ones.
-
-    Args:
-        token_rewards: [R] rewards from the guide.
-        lengths: [B] int64 response lengths, chosen and rejected alternating.
-        alpha: Strength of the guidance.
-
-    Returns:
-        [R] weights, without gradient.
-    """
-    signs = torch.ones_like(lengths, dtype=token_rewards.dtype)
-    signs[1::2] = -1.0
-    return 1.0 + alpha * signs.repeat_interleave(lengths, output_size=token_rewards.numel()) * token_rewards.detach()
-
-
 def on_one_rank(sums: Tensor) -> Tensor:
     """The ``over_ranks`` of a rank that holds whole sequences."""
     return sums
@@ -152,6 +136,7 @@ def tgdpo_loss(
     ``score = beta * sum_t weights[t] * (log pi_theta[t] - log pi_ref[t])`` without length normalisation, and
     ``weights[t] = 1 +- alpha * guide_beta * (log pi_g[t] - log pi_ref[t])``. Options: those of :func:`dpo_loss`;
     ``alpha``, the strength of the guidance; ``guide_beta``, the scale of the guide's log-ratios, None for ``beta``.
+    With other ``weights`` (loss/token_weights.py) it is another method.
 
     Source: arXiv 2506.14574; the exact form is that of the reference code, dvlab-research/TGDPO,
     ``src/llamafactory/train/tgdpo/trainer.py``, ``dpo_loss``, the ``sigmoid`` branch. Other forms are not theirs.
@@ -159,8 +144,7 @@ def tgdpo_loss(
     reference_logps = frozen_logps["reference"].detach()
     guide_beta = options["beta"] if options["guide_beta"] is None else options["guide_beta"]
     token_rewards = guide_beta * (frozen_logps["guide"].detach() - reference_logps)
-    token_weights = guidance_token_weights(token_rewards, lengths, options["alpha"])
-    return _loss_of_scores(policy_logps, reference_logps, token_rewards, token_weights, lengths, options, over_ranks)
+    return _loss_of_scores(policy_logps, reference_logps, token_rewards, lengths, options, over_ranks)
 
 
 def dpo_loss(
@@ -174,36 +158,39 @@ def dpo_loss(
 
     A pair's loss is ``form(score_chosen, score_rejected) + sft_weight * (mean NLL of the chosen response's tokens)``,
     with ``score = beta * log-ratio``. Options: ``beta``, the strength of the KL constraint; ``form``;
-    ``label_smoothing``, the probability that a pair's label is wrong, in [0, 0.5); ``sft_weight``; ``reference_free``:
-    log-ratios are log-probs of the policy, as to a reference that gives all responses the same probability.
+    ``label_smoothing``, the probability that a pair's label is wrong, in [0, 0.5); ``gamma``, by how much the scores
+    should differ, of forms that have it; ``sft_weight``; ``reference_free``: log-ratios are log-probs of the policy, as
+    to a reference that gives all responses the same probability; ``weights`` of the tokens, uniform for DPO itself.
 
     Source: arXiv 2305.18290; the SFT term is the reference code's ``pref_ftx``, LLaMA-Factory
     ``src/llamafactory/train/dpo/trainer.py``, ``get_batch_loss_metrics``, which adds
     ``pref_ftx * -(chosen log-prob / chosen tokens)`` to each pair's loss before averaging over pairs.
     """
-    zeros = torch.zeros_like(policy_logps)
     reference_logps = frozen_logps["reference"].detach() if "reference" in frozen_logps else None
-    return _loss_of_scores(policy_logps, reference_logps, zeros, zeros + 1.0, lengths, options, over_ranks)
+    token_rewards = torch.zeros_like(policy_logps)
+    return _loss_of_scores(policy_logps, reference_logps, token_rewards, lengths, options, over_ranks)
 
 
 def _loss_of_scores(
     policy_logps: Tensor,
     reference_logps: Tensor | None,
     token_rewards: Tensor,
-    token_weights: Tensor,
     lengths: Tensor,
     options: Options,
     over_ranks: OverRanks,
 ) -> PreferenceLoss:
     """DPO with token weights; all tensors but ``lengths`` are [R], and only ``policy_logps`` has a gradient."""
-    beta, form = options["beta"], FORMS[options["form"]]
+    beta, form, weights = options["beta"], FORMS[options["form"]], WEIGHTS[options["weights"]]
+    token_weights = weights.weight_function(policy_logps.detach(), token_rewards, lengths, options, over_ranks)
     known = reference_logps if reference_logps is not None else torch.zeros_like(policy_logps)
     token_logratios = policy_logps - known
     compared = policy_logps if options["reference_free"] else token_logratios
-    tokens = (token_weights * compared, token_logratios, policy_logps, known, token_rewards, torch.ones_like(known))
-    scores, logratios, logps, reference, guide_rewards, whole_lengths = sums_per_sequence(over_ranks, lengths, *tokens)
-    whole_lengths = whole_lengths.detach().clamp(min=1)
-    scores = beta * (scores / whole_lengths if form.averaged else scores)
+    ones = torch.ones_like(known)
+    counted = token_weights if weights.selecting else ones
+    tokens = (token_weights * compared, token_logratios, policy_logps, known, token_rewards, ones, counted)
+    scores, logratios, logps, reference, guide_rewards, *counts = sums_per_sequence(over_ranks, lengths, *tokens)
+    whole_lengths, terms = (count.detach().clamp(min=1) for count in counts)
+    scores = beta * (scores / terms if form.averaged else scores)
     losses = form.loss_function(scores[0::2], scores[1::2], options)
     # A term with factor 0 would turn an infinite log-prob into nan.
     if options["sft_weight"]:
@@ -214,7 +201,7 @@ def _loss_of_scores(
     return PreferenceLoss(
         losses=losses,
         count=count_pairs(lengths),
-        weighted_margins=chosen_minus_rejected(scores.detach()),
+        weighted_margins=chosen_minus_rejected(scores.detach()) - options["gamma"],
         rewards=beta * (logps if options["reference_free"] else logratios),
         logps=logps,
         reference_logps=reference.detach(),

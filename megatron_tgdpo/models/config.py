@@ -12,7 +12,7 @@ from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.divisibility import check_divides
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.rotary import rope_frequencies
+from megatron_tgdpo.models.rotary import rope_frequencies, rope_layer_types
 
 
 @dataclass
@@ -20,19 +20,33 @@ class LanguageModelConfig(TransformerConfig):
     """What families need beyond megatron-core's own fields.
 
     Attributes:
+        pre_norms: A norm before attention and before the MLP.
         post_norms: A norm after attention and after the MLP, each before its residual addition.
+        qk_projection_norm: A norm over all query heads, and one over all key heads, before rotary positions.
+        residual_multiplier: Factor of what attention and MLP add to the residual stream.
+        rotary_tables: Which of the angles' tables each layer takes, by 0-based layer; None where there is one for all.
+        rotary_factors: By table, what the rotated part of queries and of keys is multiplied by; None for 1.
         attn_logit_softcapping: c: attention scores s become c * tanh(s / c); None for no cap.
         final_logit_softcapping: The same for the logits.
-        embedding_scale: Factor of the embeddings, rounded to their dtype first, as transformers does.
+        embedding_scale: Factor of the embeddings.
+        embedding_scale_rounded: It is rounded to their dtype first, as transformers does with Gemma's.
+        logit_scale: Factor of the logits, applied to the hidden states that they are made of.
         fused_layer_wgrad: Transformer Engine's linears add weight gradients to the fp32 buffer in the product itself.
             ``gradient_accumulation_fusion`` would ask megatron-core's own layers for apex's kernel too.
         adapters: The layers' linears have room for LoRA adapters (``models/lora.py``).
     """
 
+    pre_norms: bool = True
     post_norms: bool = False
+    qk_projection_norm: bool = False
+    residual_multiplier: float = 1.0
+    rotary_tables: tuple[int, ...] | None = None
+    rotary_factors: tuple[float, ...] | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
+    embedding_scale_rounded: bool = True
+    logit_scale: float = 1.0
     fused_layer_wgrad: bool = False
     adapters: bool = False
 
@@ -61,10 +75,7 @@ def transformer_config_kwargs(
     family.check(hf_config)
     kwargs = family.config_kwargs(hf_config)
     check_divides(kwargs, layout)
-    _, factor = rope_frequencies(hf_config)
-    if factor != 1.0:
-        # Rotated queries and keys have the factor each, and nothing but their products is used.
-        kwargs["softmax_scale"] = factor**2 * (kwargs.get("softmax_scale") or kwargs["kv_channels"] ** -0.5)
+    kwargs.update(_rotary_kwargs(hf_config, kwargs))
     return {
         **kwargs,
         "tensor_model_parallel_size": layout.tensor,
@@ -91,6 +102,23 @@ def transformer_config_kwargs(
         "gradient_accumulation_fusion": False,
         **(overrides or {}),
     }
+
+
+def _rotary_kwargs(hf_config: PretrainedConfig, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layer takes which table of angles, and where YaRN's factor goes."""
+    types = rope_layer_types(hf_config)
+    tables = [rope_frequencies(hf_config, kind) for kind in types or (None,)]
+    factors = tuple(factor for _, factor in tables)
+    found: dict[str, Any] = {}
+    if types is not None:
+        found["rotary_tables"] = tuple(types.index(kind) for kind in hf_config.layer_types)
+    if set(factors) == {1.0}:
+        return found
+    if types is None and 2 * len(tables[0][0]) == kwargs["kv_channels"] and not kwargs.get("no_rope_freq"):
+        # Rotated queries and keys have the factor each, and nothing but their products is used.
+        scale = kwargs.get("softmax_scale") or kwargs["kv_channels"] ** -0.5
+        return {"softmax_scale": factors[0] ** 2 * scale}
+    return {**found, "rotary_factors": factors}
 
 
 def _expert_kwargs(layout: ParallelLayout) -> dict[str, Any]:

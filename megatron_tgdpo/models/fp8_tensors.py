@@ -15,7 +15,7 @@ Nothing else imports ``megatron.core.fp8_utils``. Source: TransformerEngine 2.9 
 ``pytorch/quantization.py`` and ``tensor/quantized_tensor.py``, megatron-core 0.16.1 ``optimizer/distrib_optimizer.py``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,14 @@ def write_parameter(parameter: torch.nn.Parameter, value: Tensor) -> None:
     kept = high_precision() if high_precision is not None else None
     if kept is not None:
         kept.copy_(value)
+
+
+def forget_high_precision(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Has FP8 parameters that no optimizer takes a copy of forget the value in high precision that they carry."""
+    for parameter in parameters:
+        forget = getattr(parameter, "clear_high_precision_init_val", None)
+        if forget is not None and not parameter.requires_grad:
+            forget()
 
 
 def _scale_for(parameter: Any, value: Tensor) -> None:

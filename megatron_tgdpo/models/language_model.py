@@ -72,8 +72,10 @@ class LanguageModel(GPTModel):
         self.true_vocab_size: int = hf_config.vocab_size
         self.padded_vocab_size: int = vocabulary
         self.logit_softcap = config.final_logit_softcapping
-        self._embedding_scale = float(torch.tensor(config.embedding_scale).to(config.params_dtype))
-        self.rotary = RotaryFrequencies(hf_config, device)
+        self._embedding_scale = config.embedding_scale
+        if config.embedding_scale_rounded:
+            self._embedding_scale = float(torch.tensor(config.embedding_scale).to(config.params_dtype))
+        self.rotary = RotaryFrequencies(hf_config, device, interleaved=config.rotary_interleaved)
         _mark_tensor_parallel(self)
 
     def forward(self, tokens: Tensor, position_ids: Tensor, packing: PackedSequence) -> Tensor:  # type: ignore[override]
@@ -85,7 +87,7 @@ class LanguageModel(GPTModel):
             packing: Which tokens attend to which; needed on every stage.
 
         Returns:
-            [S_local, 1, H] hidden states, after the final norm on the last stage.
+            [S_local, 1, H] hidden states, after the final norm on the last stage, times the logits' factor.
         """
         embedded = None
         if self.pre_process:
@@ -101,7 +103,7 @@ class LanguageModel(GPTModel):
             rotary_pos_emb=self.rotary(position_ids),
             packed_seq_params=packing,
         )
-        return result
+        return result * self.config.logit_scale if self.post_process and self.config.logit_scale != 1.0 else result
 
     def sharded_state_dict(  # type: ignore[override]
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

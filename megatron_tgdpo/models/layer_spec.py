@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from megatron_tgdpo.mcore_compat import submodules_of
 from megatron_tgdpo.models.attention.sdpa import PackedCausalAttention
+from megatron_tgdpo.models.attention.self_attention import FamilySelfAttention, is_wanted
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.experts import Router
 from megatron_tgdpo.models.lora import with_adapters
@@ -42,6 +44,26 @@ def with_post_norm(linear: type[torch.nn.Module], norm: Any) -> type[torch.nn.Mo
     return RowLinearPostNorm
 
 
+def with_multiplier(linear: type[torch.nn.Module], factor: float) -> type[torch.nn.Module]:
+    """A row-parallel linear whose output is multiplied before it is added to the residual stream."""
+
+    class RowLinearMultiplied(linear):  # type: ignore[valid-type, misc]
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            """[S, 1, local input] -> ([S_local, 1, output], no bias)."""
+            output, bias = super().forward(x)
+            assert bias is None, "a bias would have to be multiplied too"
+            return output * factor, None
+
+    return RowLinearMultiplied
+
+
+def wrapped_row_linear(config: LanguageModelConfig, linear: type[torch.nn.Module], norm: Any) -> type[torch.nn.Module]:
+    """A row-parallel linear of either layer spec, with what the family does to its output."""
+    if config.post_norms:
+        linear = with_post_norm(linear, norm)
+    return linear if config.residual_multiplier == 1.0 else with_multiplier(linear, config.residual_multiplier)
+
+
 def layer_skeleton(config: LanguageModelConfig) -> ModuleSpec:
     """megatron-core's layer of the local spec, a copy to be changed; with experts one after another, and our router."""
     layer: ModuleSpec = copy.deepcopy(
@@ -62,8 +84,9 @@ def local_block_spec(
     """The ``count`` layers and the final norm of one chunk of this pipeline stage."""
     layer = layer_skeleton(config)
     members = layer.submodules
-    members.input_layernorm = RMSNorm
-    members.pre_mlp_layernorm = RMSNorm
+    members.input_layernorm = members.pre_mlp_layernorm = RMSNorm if config.pre_norms else IdentityOp
+    if is_wanted(config):
+        members.self_attention.module = FamilySelfAttention
     attention = members.self_attention.submodules
     attention.core_attention = core_attention
     if config.qk_layernorm:
@@ -75,7 +98,7 @@ def local_block_spec(
     if config.adapters:
         attention.linear_qkv, mlp.linear_fc1 = with_adapters(attention.linear_qkv), with_adapters(mlp.linear_fc1)
         attention.linear_proj, mlp.linear_fc2 = with_adapters(attention.linear_proj), with_adapters(mlp.linear_fc2)
-    if config.post_norms:
-        attention.linear_proj = with_post_norm(attention.linear_proj, RMSNorm)
-        mlp.linear_fc2 = with_post_norm(mlp.linear_fc2, RMSNorm)
+    attention.linear_proj = wrapped_row_linear(config, attention.linear_proj, RMSNorm)
+    if config.num_moe_experts is None:
+        mlp.linear_fc2 = wrapped_row_linear(config, mlp.linear_fc2, RMSNorm)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

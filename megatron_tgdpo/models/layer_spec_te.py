@@ -6,7 +6,7 @@ Engine.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.mcore_compat import submodules_of
+from megatron_tgdpo.models.attention.self_attention import FamilySelfAttention, is_wanted
 from megatron_tgdpo.models.config import LanguageModelConfig
-from megatron_tgdpo.models.layer_spec import layer_skeleton, with_post_norm
+from megatron_tgdpo.models.layer_spec import layer_skeleton, wrapped_row_linear
 from megatron_tgdpo.models.lora import with_adapters
 
 
@@ -31,7 +32,8 @@ class TransformerEngineParts:
         norm: ``TENorm``.
         column_linear: ``TELayerNormColumnParallelLinear``, which holds the norm before it as ``layer_norm_weight``.
         row_linear: ``TERowParallelLinear``.
-        plain_column_linear: ``TEColumnParallelLinear``, without a norm.
+        plain_column_linear: ``TEColumnParallelLinear``, for layers without a norm before attention and MLP, and for
+            shared experts.
         column_grouped: ``TEColumnParallelGroupedLinear``: those of this rank's experts, as one product of groups.
         row_grouped: ``TERowParallelGroupedLinear``.
     """
@@ -73,8 +75,9 @@ def te_block_spec(
     """The layers and the final norm of one chunk of this pipeline stage.
 
     Every family is covered by the fields of the config: biases (``add_qkv_bias``), norms of query and key heads
-    (``qk_layernorm``), norms after attention and MLP (``post_norms``), zero-centred scales, experts, windows and caps
-    (the core attention's business).
+    (``qk_layernorm``), norms before or after attention and MLP (``pre_norms``, ``post_norms``), zero-centred scales,
+    experts, windows and caps (the core attention's business), rotary tables and wider norms
+    (``attention/self_attention.py``).
 
     Args:
         config: The model's configuration.
@@ -89,30 +92,28 @@ def te_block_spec(
     # Parameters carry the names of checkpoints already.
     layers.sharded_state_dict_keys_map = {}
     layers.input_layernorm = layers.pre_mlp_layernorm = IdentityOp
+    if is_wanted(config):
+        layers.self_attention.module = FamilySelfAttention
+    column, row = parts.column_linear if config.pre_norms else parts.plain_column_linear, parts.row_linear
+    column_grouped, row_grouped = parts.column_grouped, parts.row_grouped
     if config.fused_layer_wgrad:
-        parts = replace(
-            parts,
-            column_linear=with_fused_wgrad(parts.column_linear),
-            row_linear=with_fused_wgrad(parts.row_linear),
-            plain_column_linear=with_fused_wgrad(parts.plain_column_linear),
-            column_grouped=with_fused_wgrad(parts.column_grouped),
-            row_grouped=with_fused_wgrad(parts.row_grouped),
-        )
+        column, row = with_fused_wgrad(column), with_fused_wgrad(row)
+        column_grouped, row_grouped = with_fused_wgrad(column_grouped), with_fused_wgrad(row_grouped)
     if config.adapters:
-        parts = replace(
-            parts, column_linear=with_adapters(parts.column_linear), row_linear=with_adapters(parts.row_linear)
-        )
-    row_linear = with_post_norm(parts.row_linear, parts.norm) if config.post_norms else parts.row_linear
-    attention.linear_qkv, attention.linear_proj = parts.column_linear, row_linear
+        column, row = with_adapters(column), with_adapters(row)
+    row = wrapped_row_linear(config, row, parts.norm)
+    attention.linear_qkv, attention.linear_proj = column, row
     if config.num_moe_experts is None:
-        mlp.linear_fc1, mlp.linear_fc2 = parts.column_linear, row_linear
+        mlp.linear_fc1, mlp.linear_fc2 = column, row
     else:
         # The router reads the norm's output as well as the experts.
         layers.pre_mlp_layernorm = parts.norm
-        grouped = MLPSubmodules(linear_fc1=parts.column_grouped, linear_fc2=parts.row_grouped)
+        grouped = MLPSubmodules(linear_fc1=column_grouped, linear_fc2=row_grouped)
         mlp.experts = ModuleSpec(module=TEGroupedMLP, submodules=grouped)
         shared = submodules_of(mlp.shared_experts)
-        shared.linear_fc1, shared.linear_fc2 = parts.plain_column_linear, row_linear
+        plain = parts.plain_column_linear
+        shared.linear_fc1 = with_fused_wgrad(plain) if config.fused_layer_wgrad else plain
+        shared.linear_fc2 = row
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm

@@ -32,6 +32,7 @@ from megatron_tgdpo.models.families.family import Kind
 from megatron_tgdpo.models.hf_weights.adapter_layout import (
     PARALLEL_LINEARS,
     FusedLinear,
+    adapted_parts,
     checkpoint_prefix,
     fused_linears,
 )
@@ -62,7 +63,7 @@ class LoraAdapter(torch.nn.Module):
         rows, inputs = weight.shape
         like = {"dtype": linear.config.params_dtype, "device": weight.device}
         self.a = torch.nn.Parameter(torch.zeros(count, lora.rank, inputs, **like))
-        shape = (2, rows // 2) if fused.kind == "glu" else (rows,)
+        shape = (2, rows // 2) if fused.kind in ("glu", "fused_glu") else (rows,)
         self.b = torch.nn.Parameter(torch.zeros(*shape, lora.rank, **like))
         # To which of the parts each row of b belongs: [rows, n].
         owner = torch.tensor(_owners(fused.kind, rows, heads, pg.tp.rank()))
@@ -172,7 +173,7 @@ def add_adapter(model: GPTModel, name: str, lora: Lora, hf_config: PretrainedCon
     heads = Heads.of(hf_config)
     for layer in model.decoder.layers:
         for fused in fused_linears(hf_config):
-            if any(part.rpartition(".")[2] in lora.targets for part in fused.parts):
+            if any(True for _ in adapted_parts(fused, lora)):
                 linear = layer.get_submodule(fused.name)
                 linear.adapters[name] = LoraAdapter(linear, fused, lora, heads, model.pg_collection)
 

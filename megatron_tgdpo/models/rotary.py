@@ -13,18 +13,33 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_tgdpo.errors import UserError
 
-SUPPORTED_ROPE_TYPES = ("default", "llama3", "linear", "yarn", "dynamic")
+SUPPORTED_ROPE_TYPES = ("default", "llama3", "linear", "yarn", "dynamic", "longrope")
 
 
-def rope_settings(hf_config: PretrainedConfig) -> tuple[str, float, dict[str, Any]]:
+def rope_layer_types(hf_config: PretrainedConfig) -> tuple[str, ...] | None:
+    """The layer types that have rotary settings of their own, one table of angles each; None where all share one."""
+    settings = getattr(hf_config, "rope_parameters", None) or {}
+    if not any(isinstance(value, dict) for value in settings.values()):
+        return None
+    return tuple(sorted(set(hf_config.layer_types)))
+
+
+def rope_settings(hf_config: PretrainedConfig, layer_type: str | None = None) -> tuple[str, float, dict[str, Any]]:
     """Reads rope type, base and scaling parameters from either of transformers' spellings.
 
-    transformers 5 has ``rope_parameters`` with ``rope_theta`` inside; 4.57 has ``rope_theta`` and ``rope_scaling``.
+    transformers 5 has ``rope_parameters`` with ``rope_theta`` inside, or one such dictionary for each layer type; 4.57
+    has ``rope_theta`` and ``rope_scaling``.
+
+    Args:
+        hf_config: The HF config.
+        layer_type: Of :func:`rope_layer_types`, if it has any.
 
     Returns:
         The type's name, the base (theta) and the dictionary as it is in the config (empty if there is none).
     """
     settings = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+    if layer_type is not None:
+        settings = settings.get(layer_type) or {}
     theta = settings.get("rope_theta") or getattr(hf_config, "rope_theta", None) or 10000.0
     return settings.get("rope_type") or settings.get("type") or "default", float(theta), dict(settings)
 
@@ -35,30 +50,44 @@ def head_dim(hf_config: PretrainedConfig) -> int:
     return result
 
 
-def rope_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
+def rotated_part(hf_config: PretrainedConfig, settings: dict[str, Any]) -> float:
+    """The part of a head that is rotated, of :func:`rope_settings`' dictionary or the config itself."""
+    for found in (settings.get("partial_rotary_factor"), getattr(hf_config, "partial_rotary_factor", None)):
+        if found is not None:
+            return float(found)
+    return 1.0
+
+
+def rope_frequencies(hf_config: PretrainedConfig, layer_type: str | None = None) -> tuple[Tensor, float]:
     """What rotary positions are made of.
 
+    Args:
+        hf_config: The HF config.
+        layer_type: Of :func:`rope_layer_types`, if it has any.
+
     Returns:
-        Radians a position, [D / 2] float32 on the CPU, and the factor by which YaRN multiplies rotated queries and keys
-        (1 for all other types). With dynamic scaling they hold for sequences up to :func:`longest_exact`.
+        Radians a position, [R / 2] float32 on the CPU, where the first R elements of a head are rotated; and the factor
+        by which YaRN and LongRoPE multiply what they rotate (1 for all other types). With dynamic scaling and LongRoPE
+        they hold for sequences up to :func:`longest_exact`.
 
     Raises:
-        UserError: The rope type is unknown here, its values give no frequencies, or it rotates only part of a head.
+        UserError: The rope type is unknown here, its values give no frequencies, or it rotates no even part of a head.
     """
-    rope_type, theta, settings = rope_settings(hf_config)
-    partial = settings.get("partial_rotary_factor", getattr(hf_config, "partial_rotary_factor", None))
+    rope_type, theta, settings = rope_settings(hf_config, layer_type)
+    partial = rotated_part(hf_config, settings)
     if rope_type not in SUPPORTED_ROPE_TYPES:
         raise UserError(
             f"config.json: rope type {rope_type!r} is not supported, only {', '.join(SUPPORTED_ROPE_TYPES)}: take a "
             "model with one of these"
         )
-    if partial not in (None, 1, 1.0):
-        raise UserError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
+    dim = int(head_dim(hf_config) * partial)
+    if not 0 < dim <= head_dim(hf_config) or dim % 2:
+        raise UserError(f"config.json: partial_rotary_factor {partial} rotates {dim} elements of a head, no even part")
     if rope_type == "default":
-        dim = head_dim(hf_config)
         inv_freq, factor = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
     else:
-        inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+        named = {} if layer_type is None else {"layer_type": layer_type}
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"), **named)
     if not inv_freq.isfinite().all() or not 0 < factor < math.inf:
         raise UserError(f"config.json: the rope scaling {settings} gives no finite frequencies")
     return inv_freq.float(), float(factor)
@@ -67,28 +96,39 @@ def rope_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
 def longest_exact(hf_config: PretrainedConfig) -> int | None:
     """Tokens up to which the angles of a sequence are its own; None if they always are.
 
-    Beyond it, dynamic scaling gives each batch the frequencies of the longest sequence that was seen so far.
+    Beyond it, dynamic scaling gives each batch the frequencies of the longest sequence that was seen so far, and
+    LongRoPE those for long sequences to all of a batch that has one; Ministral-3 scales queries by their position.
     """
-    return hf_config.max_position_embeddings if rope_settings(hf_config)[0] == "dynamic" else None
+    found = []
+    for kind in rope_layer_types(hf_config) or (None,):
+        rope_type, _, settings = rope_settings(hf_config, kind)
+        if rope_type == "dynamic":
+            found.append(hf_config.max_position_embeddings)
+        if rope_type == "longrope" or settings.get("llama_4_scaling_beta"):
+            name = "original_max_position_embeddings"
+            found.append(settings[name] if name in settings else getattr(hf_config, name))
+    return min(found, default=None)
 
 
 class RotaryFrequencies:
     """Angles by position id.
 
     Not a module on purpose: a buffer would be cast to bf16 with the rest of the model, and angles need fp32. YaRN's
-    factor is part of the softmax's scale (``models/config.py``).
+    factor is part of the softmax's scale, or of the queries (``models/config.py``).
 
     Args:
         hf_config: The model's HF config.
         device: Where position ids will be.
+        interleaved: Whether neighbours are rotated together, not the first half with the second.
 
     Raises:
         UserError: As :func:`rope_frequencies`.
     """
 
-    def __init__(self, hf_config: PretrainedConfig, device: torch.device) -> None:
-        inv_freq, _ = rope_frequencies(hf_config)
-        self.inv_freq: Tensor = inv_freq.to(device=device)
+    def __init__(self, hf_config: PretrainedConfig, device: torch.device, *, interleaved: bool = False) -> None:
+        tables = [rope_frequencies(hf_config, kind)[0] for kind in rope_layer_types(hf_config) or (None,)]
+        doubled = [table.repeat_interleave(2) if interleaved else torch.cat((table, table)) for table in tables]
+        self.inv_freq: Tensor = torch.cat(doubled).to(device=device)
 
     def __call__(self, position_ids: Tensor) -> Tensor:
         """Gathers the angles of each token.
@@ -97,7 +137,7 @@ class RotaryFrequencies:
             position_ids: [1, S] integer.
 
         Returns:
-            [S, 1, 1, D] fp32 radians, the two halves of D equal, as megatron-core's rotary functions want them.
+            [S, 1, 1, R] fp32 radians, the two of a rotated pair equal, as megatron-core's rotary functions want them;
+            several tables one after another.
         """
-        angles = position_ids[0, :, None].float() * self.inv_freq
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        return (position_ids[0, :, None].float() * self.inv_freq)[:, None, None, :]

@@ -99,6 +99,8 @@ def draw(runs: Mapping[str, Sequence[Record]], out: Path) -> None:
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        # Numbers as they are, where matplotlib would write their differences from one in a corner.
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_xlabel("step")
         _draw_panel(axes, panel, runs)
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -15,7 +15,7 @@ class Sample:
     Attributes:
         group: Of the validation set, as its metrics have it.
         number: Of the prompt in the group, from 1.
-        pair: Whose prompt it is, by its place in the dataset.
+        source: File and record of the pair whose prompt it is, as in error messages and the token report.
         prompt: As the policy gets it, with special tokens.
         answer: Without them.
         tokens: Of the answer, with the one that ended it.
@@ -24,7 +24,7 @@ class Sample:
 
     group: str
     number: int
-    pair: int
+    source: str
     prompt: str
     answer: str
     tokens: int

@@ -55,8 +55,10 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "How fast is it?": {
         "tokens per second": ("perf/tokens_per_second", "perf/tokens_per_second_per_gpu"),
-        "pairs per second": ("perf/pairs_per_second",),
-        "seconds per step": ("perf/step_seconds",),
+        "pairs per second": ("perf/pairs_per_second", "perf/pairs_per_second_per_gpu"),
+        "model TFLOP/s of a rank": ("perf/tflops_per_gpu",),
+        "share of the GPU's peak": ("perf/mfu",),
+        "seconds per step, and of them waiting for data": ("perf/step_seconds", "perf/data_seconds"),
         "share of pack tokens that are not padding": ("perf/packing_efficiency",),
         "peak memory of a rank (GiB)": ("perf/peak_memory_gib",),
         "saving: seconds waited, writing, exporting": (
@@ -132,7 +134,7 @@ def _with_plugin_data(summary: Any, change: Callable[[HParamsPluginData], None])
 def _as_markdown(sample: Sample) -> str:
     """Prompt and answer as they are: the page would take what is in them for markup."""
     end = "" if sample.ended else f" (cut after {sample.tokens} tokens)"
-    parts = {f"Prompt of pair {sample.pair}": sample.prompt, f"Answer{end}": sample.answer}
+    parts = {f"Prompt of {sample.source}": sample.prompt, f"Answer{end}": sample.answer}
     return "\n\n".join(f"{title}\n\n" + indent(text, "    ", lambda line: True) for title, text in parts.items())
 
 

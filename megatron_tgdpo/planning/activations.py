@@ -16,6 +16,7 @@ from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
 from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, expected_shapes
+from megatron_tgdpo.models.rotary import rope_layer_types
 
 # Query rows that models/attention/sdpa.py masks at a time where SDPA's causal kernel does not apply.
 QUERY_BLOCK = 1024
@@ -119,9 +120,12 @@ def layer_activations(
     if recompute == "full":
         return pack.tokens * width.hidden * size
     settings = family_of(hf_config.architectures).config_kwargs(hf_config)
-    norms = (4 if settings.get("post_norms") else 2) * width.hidden * _norm_bytes(settings, size)
+    count = 2 * (settings.get("pre_norms", True) + settings.get("post_norms", False))
+    norms = count * width.hidden * _norm_bytes(settings, size)
     if settings.get("qk_layernorm"):
         norms += width.query * size
+    if settings.get("qk_projection_norm"):
+        norms += 2 * (width.query + width.key) * _FP32
     inputs = {
         "self_attention.linear_qkv": width.hidden,
         "self_attention.linear_proj": width.query,
@@ -144,7 +148,8 @@ def layer_activations(
         attention += _core_attention(settings, width, pack, layer)
     # Gate and up in one tensor, the activated gate, and up once more (megatron-core adds its offset of 0).
     mlp = 4 * width.mlp * size
-    return pack.tokens * (norms + linear_inputs + attention + mlp) + adapters
+    result: float = pack.tokens * (norms + linear_inputs + attention + mlp) + adapters
+    return result
 
 
 def _adapters(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, lora: Lora) -> float:
@@ -204,7 +209,7 @@ def stage_activations(
         in_flight = (2 * following + (layout.virtual - 1) * layout.pipeline + 1) / layout.virtual
     width = LayerWidths.of(hf_config, layout)
     if recompute == "full":
-        held += pack.tokens * width.head * _FP32  # rotary angles
+        held += pack.tokens * width.head * _FP32 * len(rope_layer_types(hf_config) or (None,))  # rotary angles
     if stage == layout.pipeline - 1:
         norm = _norm_bytes(family_of(hf_config.architectures).config_kwargs(hf_config), pack.dtype_bytes)
         held += pack.tokens * (width.hidden * norm + hf_config.hidden_size * pack.dtype_bytes)

@@ -161,7 +161,7 @@ def adapter_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stag
     layers, total = set(stage_layers(hf_config, layout, stage)), 0
     for parameter in global_parameters(hf_config, every_expert=False):
         parts = {name.removesuffix(".weight").rpartition(".")[2] for name, _ in parameter.hf_tensors}
-        if parameter.layer in layers and len(parameter.shape) == 2 and parts.intersection(lora.targets):
+        if parameter.layer in layers and len(parameter.shape) == 2 and any(map(lora.adapts, parts)):
             outputs, inputs = parameter.shape
             if parameter.kind == "row":
                 inputs //= layout.tensor

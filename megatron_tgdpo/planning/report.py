@@ -91,7 +91,7 @@ def table(plans: Sequence[Plan]) -> str:
         note = "" if plan.fits else "does not fit; "
         lines.append(
             f"{plan.layout!s:<{width}} {plan.recompute:<10} {plan.memory.total / GIB:7.1f} {plan.time.total:8.2f} "
-            f"{plan.micro_batches:5d} {plan.bubble:7.0%}  {note}{plan.warning}"
+            f"{plan.micro_batches:5d} {plan.bubble:7.0%}  {note}{plan.warning}".rstrip()
         )
     return "\n".join(lines)
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads
 from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
+from megatron_tgdpo.planning.model_flops import linear_flops, query_width, score_flops
 from megatron_tgdpo.planning.pipeline_schedule import StageCosts, one_f_one_b
 from megatron_tgdpo.planning.traffic import data_bytes, expert_bytes, pipeline_bytes, tensor_bytes
 
@@ -43,20 +43,8 @@ class StepTime:
 
 
 def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
-    """FLOP per token of one layer's forward: two for each weight that it meets, and causal attention to half the
-    sequence on average.
-
-    Source: Narayanan et al. 2021 (arXiv 2104.04473, appendix), with grouped-query attention and a gated MLP.
-    """
-    heads, hidden = Heads.of(hf_config), hf_config.hidden_size
-    query = heads.groups * heads.queries_per_group * heads.size
-    experts = Experts.of(hf_config)
-    mlp = 3 * hf_config.intermediate_size
-    if experts is not None:
-        mlp = 3 * (experts.top_k * experts.size + experts.shared) + experts.count
-    weights = hidden * (2 * query + 2 * heads.groups * heads.size + mlp)
-    result: float = 2 * weights + 2 * query * sequence_tokens
-    return result
+    """FLOP per token of one layer's forward: causal attention is to half the sequence on average."""
+    return linear_flops(hf_config) + score_flops(hf_config) * sequence_tokens / 2
 
 
 @dataclass(frozen=True)
@@ -106,8 +94,7 @@ def model_flops(job: Job, number: int, recompute: str) -> ModelFlops:
     if recompute == "full":
         backward += layer
     elif recompute == "selective":
-        heads = Heads.of(hf_config)
-        backward += tokens * heads.groups * heads.queries_per_group * heads.size * job.batch.pair_tokens
+        backward += tokens * query_width(hf_config) * job.batch.pair_tokens
     return ModelFlops(layer, backward, logits, (products + 1) * logits)
 
 

@@ -28,7 +28,6 @@ from megatron_tgdpo.distributed.ranks import RankEnvironment, raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError, BadNodeError
 from megatron_tgdpo.mcore_compat import untested_version
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
-from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
 from megatron_tgdpo.resilience.preflight_facts import RankFacts, gather_facts
 from megatron_tgdpo.resilience.preflight_network import GroupResult, bandwidth_report, measure_groups, slow_groups
 from megatron_tgdpo.storage.files import read_error, write_error
@@ -85,8 +84,6 @@ def preflight(
     found = examine(config, policy, ranks, layout, pg, device)
     problems = found.problems
     if ranks.rank == 0:
-        limit = allow_open_files(needed := files_needed(layout, device))
-        logger.info("preflight: a rank opens about %d files and sockets at once, %d are allowed", needed, limit)
         for line in found.bandwidth:
             logger.info("preflight: %s", line)
         for note in [*found.notes, *map(str, problems)]:

@@ -2,12 +2,14 @@
 
 import json
 import logging
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_tgdpo.batching.packer import check_pairs_fit
 from megatron_tgdpo.batching.sampler import DatasetPart
@@ -16,9 +18,10 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset, prepared_prefix
 from megatron_tgdpo.data.joined import join, open_sources
 from megatron_tgdpo.data.options import PreprocessOptions
+from megatron_tgdpo.data.preprocess import try_first_records
 from megatron_tgdpo.data.records import detect_format, read_records
 from megatron_tgdpo.data.sources import find_files
-from megatron_tgdpo.data.summary import lost_ends, lost_ends_warning, summary
+from megatron_tgdpo.data.summary import lost_ends, lost_ends_warning, summary_line
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.output.directory import SUMMARY_FILE
@@ -31,42 +34,58 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Counted:
-    """``data.train`` as far as it is known before any record is tokenised.
+    """``data.train`` as far as it is known before all of it is tokenised.
 
     Attributes:
-        parts: Pairs and weight of each dataset or raw file; of a file, records are counted.
-        tokens: Mean tokens of a pair, both its sequences together, and the part of them that is response; None unless
-            all of the data is preprocessed.
+        parts: Pairs and weight of each dataset or raw file; of a file, its records.
+        pair_tokens: Mean tokens of a pair, both its sequences together.
+        response_share: The part of them that is response.
+        tried: How many records of raw files were tokenised to find these means; None where all data is preprocessed.
+        warning: What to tell people of those that were cut, if anything.
     """
 
     parts: list[DatasetPart]
-    tokens: tuple[float, float] | None
+    pair_tokens: float
+    response_share: float
+    tried: int | None
+    warning: str | None
 
 
-def count_training_data(config: Config) -> Counted:
-    """Counts the pairs of a run, for a dry run; raw files are read, and nothing is kept.
+def count_training_data(config: Config, *, whole: bool = True) -> Counted:
+    """Counts the pairs and tokens of a run, for a dry run; the first records of raw files are tokenised, none is kept.
+
+    Args:
+        config: The run.
+        whole: Whether raw files are read to their end, to count their records; else the parts of these are those that
+            were tokenised.
 
     Raises:
         UserError: A file is not there, or malformed; a StorageError where it cannot be read.
     """
-    parts, lengths = [], []
+    parts, means, tried, truncated, responses = [], [], 0, Counter[str](), 0
+    options = preprocess_options(config)
     for source in config.datasets["train"]:
         prefix = prepared_prefix(source.path)
         if prefix is not None:
-            lengths.append(PreferenceDataset(prefix).lengths)
-            pairs = len(lengths[-1])
+            lengths = PreferenceDataset(prefix).lengths
+            pairs = len(lengths)
         else:
-            pairs = sum(1 for file in find_files(source) for _ in read_records(file, detect_format(file)))
+            first = try_first_records([source], options)
+            lengths, pairs = first.lengths, first.records
+            tried += first.records
+            truncated += first.truncated
+            responses += int((lengths[:, 1:] > 0).sum())
+            if whole:
+                pairs = sum(1 for file in find_files(source) for _ in read_records(file, detect_format(file)))
         parts.append(DatasetPart(pairs, source.weight))
-    if len(lengths) < len(parts):
-        return Counted(parts, None)
-    weights = [part.weight for part in parts]
-    prompt, *responses = sum(each.sum(axis=0) * weight for each, weight in zip(lengths, weights, strict=True))
+        means.append(lengths.mean(axis=0) if len(lengths) else np.zeros(3))
+    taken = [part.pairs * part.weight for part in parts]
+    prompt, *answers = np.average(means, axis=0, weights=taken if any(taken) else None)
     # One response, or two behind a prompt each.
-    answers = responses[:1] if config.method.chosen_only else responses
+    answers = answers[:1] if config.method.chosen_only else answers
     total = len(answers) * prompt + sum(answers)
-    taken = math.fsum(part.pairs * part.weight for part in parts)
-    return Counted(parts, (total / taken, sum(answers) / total))
+    warning = lost_ends_warning("data.train", truncated, responses, options.max_length)
+    return Counted(parts, float(total), float(sum(answers) / max(total, 1)), tried or None, warning)
 
 
 @dataclass(frozen=True)
@@ -125,7 +144,8 @@ def prepare_data(config: Config, cache_dir: Path, lacking: Sequence[LackingToken
     opened = {name: open_sources(sources, options, str(cache_dir)) for name, sources in config.datasets.items()}
     for name, parts in opened.items():
         for dataset, weight in parts:
-            _log_summary(f"data.{name.replace('/', '.')}: {dataset.prefix}", dataset)
+            key = f"data.{name.replace('/', '.')}"
+            _log_summary(key if len(parts) == 1 else f"{key} ({Path(dataset.prefix).name})", dataset)
             check_pairs_fit(dataset, whole_packs(config), config.seq_length_multiple)
             for tokens in lacking:
                 tokens.check(dataset)
@@ -141,10 +161,10 @@ def prepare_data(config: Config, cache_dir: Path, lacking: Sequence[LackingToken
 
 
 def _log_summary(name: str, dataset: PreferenceDataset) -> None:
-    """Logs what became of a dataset's records."""
-    for line in summary(name, dataset.manifest).splitlines():
-        logger.info("%s", line)
-    if (warning := lost_ends_warning(name, dataset.manifest, dataset.responses)) is not None:
+    """Logs what became of a dataset's records; ``data_summary.json`` has the rest."""
+    logger.info("%s", summary_line(name, dataset.manifest))
+    truncated, limit = dataset.manifest["truncated"], dataset.manifest["options"]["max_length"]
+    if (warning := lost_ends_warning(name, truncated, dataset.responses, limit)) is not None:
         logger.warning("%s", warning)
 
 
@@ -163,7 +183,7 @@ def write_summary(output_dir: Path, prepared: Mapping[str, Prepared]) -> None:
 
 def _summary_of(dataset: PreferenceDataset, weight: float) -> dict[str, Any]:
     manifest, responses = dataset.manifest, dataset.responses
-    cut, _ = lost_ends(manifest, responses)
+    cut, _ = lost_ends(manifest["truncated"], responses)
     found: dict[str, Any] = {"dataset": dataset.prefix, "sources": [source["path"] for source in manifest["sources"]]}
     found |= {"weight": weight, "responses": responses, "lost_ends": cut}
     return found | {key: manifest[key] for key in ("pairs", "dropped", "truncated", "lengths")}

@@ -16,8 +16,7 @@ def build_scheduler(
     As in transformers' schedules, the first step of a warm-up has learning rate 0, and warm-up takes ``warmup_steps``,
     or else ``ceil(warmup_ratio * total_steps)``, steps.
     """
-    asked = settings.warmup_steps
-    warmup = min(math.ceil(settings.warmup_ratio * total_steps) if asked is None else asked, total_steps - 1)
+    warmup = _warmup_steps(settings, total_steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -31,3 +30,15 @@ def build_scheduler(
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
     )
+
+
+def describe_schedule(settings: OptimizerSettings, total_steps: int) -> str:
+    """The schedule in words, for the log."""
+    warmup = _warmup_steps(settings, total_steps)
+    peak = f"from 0 to {settings.lr:g} in {warmup} step{'s' * (warmup > 1)}" if warmup else f"{settings.lr:g}"
+    return f"learning rate {peak}, then {settings.schedule}{'' if settings.schedule == 'constant' else ' to 0'}"
+
+
+def _warmup_steps(settings: OptimizerSettings, total_steps: int) -> int:
+    asked = settings.warmup_steps
+    return min(math.ceil(settings.warmup_ratio * total_steps) if asked is None else asked, total_steps - 1)

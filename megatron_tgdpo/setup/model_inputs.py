@@ -8,14 +8,14 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.checkpoints.adapter_directory import read_lora
 from megatron_tgdpo.checkpoints.find_model import naming
 from megatron_tgdpo.checkpoints.model_directory import check_hf_files, hf_directory, is_peft_adapter
-from megatron_tgdpo.config.constraints import Rule, first_broken
+from megatron_tgdpo.config.constraints import BESIDE_ADAPTERS, Rule, first_broken
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.hf_weights.adapter_layout import check_adapter
+from megatron_tgdpo.models.hf_weights.adapter_layout import adapted_linears, check_adapter
 from megatron_tgdpo.models.rotary import longest_exact
 from megatron_tgdpo.setup.model_sources import model_sources, trained_lora
 from megatron_tgdpo.storage.hub import local_path
@@ -25,9 +25,9 @@ _BESIDE_ADAPTERS = (
     Rule(lambda c: c.offload.frozen, "offload.frozen moves whole models only: set it to false"),
     Rule(lambda c: c.overlap.tensor, "overlap.tensor hides traffic within linears: set it to false"),
     Rule(
-        lambda c: {c.precision.fp8, c.precision.fp4} != {"none"} or c.precision.frozen == "fp8",
-        "FP8 and FP4 are not supported beside adapters yet: set precision.fp8=none, precision.fp4=none and "
-        "precision.frozen=same",
+        lambda c: c.frozen_recipe not in BESIDE_ADAPTERS,
+        "linears beside it may compute in FP8 with tensorwise or blockwise scaling only: set precision.frozen=bf16, or "
+        "another recipe",
     ),
 )
 
@@ -55,7 +55,10 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
         if source.adapter is not None and is_peft_adapter(source.adapter):
             with naming("lora.adapter" if role == "policy" else f"model.{role}"):
                 check_adapter(source.adapter, read_lora(source.adapter), configs[role])
-    trained_lora(config)
+    lora = trained_lora(config)
+    if lora is not None:
+        with naming("lora.targets"):
+            adapted_linears(lora, configs["policy"])
     for role in configs:
         # An embedding may have rows that no token has; without a tokenizer next to it nobody can tell.
         told = _has_tokenizer(paths[role]) and _has_tokenizer(paths["policy"])
@@ -68,9 +71,8 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
         longest = longest_exact(configs[role])
         if longest is not None and config.longest_sequence > longest:
             raise UserError(
-                f"model.{role} {paths[role]}: config.json has dynamic rope scaling, which beyond "
-                f"max_position_embeddings ({longest}) depends on the longest sequence of a batch: set data.max_length "
-                f"to at most {longest}"
+                f"model.{role} {paths[role]}: the rope scaling of config.json is one for all sequences only up to "
+                f"{longest} tokens: set data.max_length to at most {longest}"
             )
     return configs
 

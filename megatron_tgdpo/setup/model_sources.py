@@ -12,6 +12,7 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.planning.memory import FrozenSource, Sources
 from megatron_tgdpo.setup.fingerprints import weights_fingerprint
+from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.storage.hub import local_path
 
 # megatron-core's names of fused linears, for lora.targets.
@@ -117,7 +118,9 @@ def planned_sources(config: Config, roles: Iterable[str]) -> Sources:
         if role != "policy":
             source = sources[role]
             adapter = None if source.adapter is None else read_lora(source.adapter)
-            frozen.append(FrozenSource(adapter, source.base in bases))
+            # A whole guide that is still to be trained has weights of its own, though it is planned as the policy.
+            own = role == "guide" and trained is None and not is_trained(config)
+            frozen.append(FrozenSource(adapter, not own and source.base in bases))
             bases.add(source.base)
     return Sources(trained, tuple(frozen))
 

@@ -22,6 +22,7 @@ from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.frozen.models import FrozenModel
 from megatron_tgdpo.gpu.layer_offload import serve_from_host
 from megatron_tgdpo.gpu.options import building, model_options
+from megatron_tgdpo.models.fp8_tensors import forget_high_precision
 from megatron_tgdpo.models.hf_weights.adapter_layout import new_adapter, read_adapter
 from megatron_tgdpo.models.hf_weights.adapters import fill_adapter
 from megatron_tgdpo.models.hf_weights.load import load_hf_weights, load_megatron_weights, refuse_non_finite
@@ -103,6 +104,7 @@ def load_policy(
                 fill_adapter(chunk, POLICY, fresh, hf_config)
         for chunk in chunks:
             freeze_all_but(chunk, POLICY)
+            forget_high_precision(chunk.parameters())
             set_active(chunk, POLICY)
     return chunks
 

@@ -2,8 +2,10 @@
 
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_tgdpo.checkpoints.adapter_directory import read_lora
@@ -24,7 +26,9 @@ logger = logging.getLogger(__name__)
 _DRAWN_STEPS = 20  # the fewest that a picture shows more of than the last lines of the log
 
 
-def finish(config: Config, exporter: Exporter | None, step: int, steps: int) -> None:
+def finish(
+    config: Config, exporter: Exporter | None, step: int, steps: int, guide_of: Sequence[str] | None = None
+) -> None:
     """Leaves ``DONE`` after the schedule's last step, draws the metrics, exports what ``export.hf`` asks for, and logs
     where the model is. Collective over all ranks.
 
@@ -33,6 +37,7 @@ def finish(config: Config, exporter: Exporter | None, step: int, steps: int) -> 
         exporter: Writes HF directories; not needed with ``export.hf: none``.
         step: The last step that is done and saved.
         steps: Of the whole run; more than ``step`` where it ends with ``train.exit_step``.
+        guide_of: Of the training of a guide: what the user gave ``tgdpo`` for the TGDPO run, the config first.
 
     Raises:
         AgreedError: On every rank: the export failed, or a checkpoint cannot be read. The run itself is whole.
@@ -58,7 +63,10 @@ def finish(config: Config, exporter: Exporter | None, step: int, steps: int) -> 
         logger.info("the model: %s", newest)
         if best is not None:
             logger.info("the best model, %s: %s", best_by, best)
-        for line in _uses(config, chosen or newest, exported):
+        used = chosen or newest
+        # Shorter, and the same while nothing is trained on.
+        run = output_dir if used == newest else output_dir / "best"
+        for line in _uses(config, used, run, exported) if guide_of is None else _uses_of_guide(guide_of):
             logger.info("%s", line)
 
 
@@ -68,6 +76,7 @@ def draw_metrics(output_dir: Path) -> None:
     try:
         records = read_records(output_dir)
         if len(records) < _DRAWN_STEPS:
+            logger.info("its course as a picture: tgdpo plot %s", shlex.quote(str(output_dir)))
             return
         draw({output_dir.resolve().name: records}, out)
     except Exception as error:
@@ -83,30 +92,35 @@ def _checkpoints(output_dir: Path) -> tuple[Path | None, Path | None, str]:
     return newest_checkpoint(output_dir), path, "" if best is None else f"by {best.metric} {best.value:.4g}"
 
 
-def _uses(config: Config, checkpoint: Path, exported: Path | None) -> list[str]:
-    """What to type next, a line each."""
+def _uses(config: Config, checkpoint: Path, run: Path, exported: Path | None) -> list[str]:
+    """What to type next, a line each; ``run`` names the checkpoint, too."""
     output_dir = Path(config.output_dir)
     name = output_dir.resolve().name
     out = export_path(output_dir, checkpoint)
     kind = config.export_kind
     if kind == "adapter":
-        lines = _uses_of_adapter(config, checkpoint, out, exported=exported is not None)
+        lines = _uses_of_adapter(config, run, out, read_lora(checkpoint).rank, exported=exported is not None)
     elif exported is None:
-        lines = [f"for transformers and vLLM: {export_command(checkpoint, out, kind)}"]
+        lines = [f"for transformers and vLLM: {export_command(run, out, kind)}"]
     else:
         lines = [
             f"in Python: AutoModelForCausalLM.from_pretrained({str(exported)!r})",
             f"as a server: vllm serve {shlex.quote(str(exported))}",
         ]
-    # Of an adapter the checkpoint, which says what its base is.
-    model = shlex.quote(str(checkpoint if kind == "adapter" or exported is None else exported))
+    # Of an adapter the run, which says what its base is.
+    model = shlex.quote(str(run if kind == "adapter" or exported is None else exported))
     pairs = next((source.path for found in config.test_sets.values() for source in found), "HELDOUT.jsonl")
     reference = model_sources(config).get("reference")
     if reference is None or reference.adapter is None:  # evaluate takes whole models
+        guide = model_sources(config).get("guide")
+        with_guide = guide is not None and (guide.adapter is None or is_megatron_checkpoint(guide.adapter))
+        # 200 long answers of each model take hours without a GPU.
+        few = "" if torch.cuda.is_available() else " --prompts 8 --max-new-tokens 64"
         lines.append(
             f"compare it: tgdpo evaluate --reference {shlex.quote(config.reference_path)} "
-            f"--model {shlex.quote(name)}={model} --pairs {shlex.quote(pairs)} "
-            f"--max-length {config.data.max_length} --out {shlex.quote(str(output_dir / 'evaluation.json'))}"
+            f"--model {shlex.quote(name)}={model} "
+            f"{f'--guide {shlex.quote(str(config.model.guide))} ' if with_guide else ''}--pairs {shlex.quote(pairs)} "
+            f"--max-length {config.data.max_length}{few} --out {shlex.quote(str(output_dir / 'evaluation.json'))}"
         )
     lines.append(
         f"answer a benchmark: tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model {model} "
@@ -115,12 +129,22 @@ def _uses(config: Config, checkpoint: Path, exported: Path | None) -> list[str]:
     return lines
 
 
-def _uses_of_adapter(config: Config, checkpoint: Path, out: Path, *, exported: bool) -> list[str]:
+def _uses_of_guide(guide_of: Sequence[str]) -> list[str]:
+    """What to type next where a guide was trained; ``guide_of`` as for :func:`finish`."""
+    words, ranks = shlex.join(guide_of), dist.get_world_size()
+    nproc = f" --nproc {ranks}" if ranks > 1 else ""
+    return [
+        f"see what it rewards: tgdpo report {words} --out report.html",
+        f"train with it: tgdpo train{nproc} {words}",
+    ]
+
+
+def _uses_of_adapter(config: Config, run: Path, out: Path, rank: int, *, exported: bool) -> list[str]:
     """How an adapter is used, and how it becomes a whole model."""
     if exported:
         name, base = Path(config.output_dir).resolve().name, local_path(config.model.policy)
         # vLLM takes few numbers: from 8 on these powers of two.
-        rank = max(8, 1 << (read_lora(checkpoint).rank - 1).bit_length())
+        rank = max(8, 1 << (rank - 1).bit_length())
         words = ["vllm", "serve", str(base), "--enable-lora", "--max-lora-rank", str(rank)]
         lines = [f"the adapter: {out}"]
         if not is_megatron_checkpoint(base):
@@ -129,6 +153,6 @@ def _uses_of_adapter(config: Config, checkpoint: Path, out: Path, *, exported: b
                 f"as a server: {shlex.join([*words, '--lora-modules', f'{name}={out}'])}",
             ]
     else:
-        lines = [f"the adapter for peft and vLLM: {export_command(checkpoint, out, 'adapter')}"]
+        lines = [f"the adapter for peft and vLLM: {export_command(run, out, 'adapter')}"]
     whole = out.with_name(f"{out.name}-merged")
-    return [*lines, f"a whole model of it: {export_command(checkpoint, whole, 'merged')}"]
+    return [*lines, f"a whole model of it: {export_command(run, whole, 'merged')}"]

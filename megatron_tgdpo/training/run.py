@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,6 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.sampler import make_sampler
 from megatron_tgdpo.config.loading import changed_yaml, to_yaml
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.data.dataset import prepared_prefix
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend, resolve_device
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel
 from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks
@@ -37,18 +37,26 @@ from megatron_tgdpo.setup.datasets import count_training_data
 from megatron_tgdpo.setup.engine import Engine, build_engine, unwrapped
 from megatron_tgdpo.setup.hub_inputs import pin_here, pin_inputs
 from megatron_tgdpo.setup.layout import fitted_layout, layout_of
+from megatron_tgdpo.setup.learning_rate import describe_schedule
 from megatron_tgdpo.setup.model_inputs import models_that_run, read_model_configs
 from megatron_tgdpo.setup.model_sources import planned_sources, trained_lora
 from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.training.best import check_best_metric
 from megatron_tgdpo.training.export import Exporter
 from megatron_tgdpo.training.finish import finish
+from megatron_tgdpo.training.performance import Performance
 from megatron_tgdpo.training.resume import begin, find_start, last_step, log_nothing_to_do
 from megatron_tgdpo.training.run_data import RunData, check_inputs, open_data, prepare
 from megatron_tgdpo.training.trainer import Trainer
 
 
-def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exporter | None = None) -> None:
+def run(
+    config: Config,
+    ranks: RankEnvironment,
+    store: dist.Store,
+    exporter: Exporter | None = None,
+    guide_of: Sequence[str] | None = None,
+) -> None:
     """One training run, from start or newest checkpoint to its last step. Every rank calls.
 
     Args:
@@ -56,6 +64,7 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exp
         ranks: This process's place.
         store: Joins all ranks; unused by an earlier run.
         exporter: Writes HF directories; needed if ``export.hf`` asks for them.
+        guide_of: Of the training of a guide: what the user gave ``tgdpo`` for the TGDPO run, the config first.
 
     Raises:
         UserError: On every rank with the same message, for bad input.
@@ -89,29 +98,37 @@ def run(config: Config, ranks: RankEnvironment, store: dist.Store, exporter: Exp
         if start.step >= last_step(config, data.order):
             # Before models are built: they may take minutes to load.
             log_nothing_to_do(config, start, data.order)
-            finish(config, exporter, start.step, data.order.steps)
+            finish(config, exporter, start.step, data.order.steps, guide_of)
             return
         engine = build_engine(config, model_configs, layout, pg, data.order.steps, device)
         log_setup(config, engine, layout, data)
-        Trainer(config, layout, engine, data, start, exporter).train()
+        performance = Performance(config, used, engine.pack_format, layout.world_size, device)
+        Trainer(config, layout, engine, data, start, performance, exporter, guide_of).train()
 
 
 def dry_run(
-    config: Config, world_size: int, gpu_memory_gib: float = Cluster.gpu_memory_gib, *, full: bool = False
+    config: Config,
+    world_size: int,
+    gpu_memory_gib: float | None = None,
+    *,
+    full: bool = False,
+    on_cpu: bool = False,
 ) -> tuple[str, bool]:
     """What a run would be, without loading anything.
 
     Args:
         config: The run.
         world_size: Ranks, each a GPU.
-        gpu_memory_gib: Of a GPU.
+        gpu_memory_gib: Of a GPU; None for the planner's.
         full: Whether the config is shown whole, and not only where it differs from the defaults.
+        on_cpu: Whether the ranks are to run on this machine's CPU instead, and share its memory.
 
     Returns:
         Config, layout, parameters and memory per rank, steps, tokens and hours, and at the end whether it fits or what
         does; and whether it fits.
     """
     layout = layout_of(config.parallel, world_size)
+    gpu_memory_gib = Cluster.gpu_memory_gib if gpu_memory_gib is None else gpu_memory_gib
     given, config = config, pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
     layout = fitted_layout(config, configs, layout)
@@ -123,20 +140,27 @@ def dry_run(
     node = math.gcd(world_size, Cluster.gpus_per_node)
     cluster = Cluster(world_size // node, node, gpu_memory_gib)
     usable = gpu_memory_gib - cluster.reserve_gib
-    fits = memory.total <= usable * GIB
-    verdict, job = "fits" if fits else "does NOT fit", job_of(config, [*configs.values()], sources)
+    what = f"{usable:.1f} GiB ({gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)"
+    ranks, fits = f"{world_size} = {layout}", memory.total <= usable * GIB
+    if on_cpu:
+        usable = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        what = f"this machine's {usable:.1f} GiB, of which it needs {world_size * memory.total / GIB:.1f}"
+        ranks, fits = f"{ranks} on this machine's CPU", world_size * memory.total <= usable * GIB
+    job = job_of(config, [*configs.values()], sources)
     lines = [
-        (to_yaml(shown) if full else f"# what differs from the defaults\n{changed_yaml(shown)}").rstrip(),
-        f"ranks: {world_size} = {layout}",
+        to_yaml(shown) if full else f"# what differs from the defaults\n{changed_yaml(shown, options=False)}",
+        f"ranks: {ranks}",
         *([f"stages: {layout.describe_layers()}"] if layout.layers else []),
         *memory_lines(memory),
         *pack_lines(config),
-        _duration(config, job, cluster, layout),
-        f"{verdict} {usable:.1f} GiB ({gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)",
+        *_duration(config, job, None if on_cpu else cluster, layout),
+        f"{'fits' if fits else 'does NOT fit'} {what}",
     ]
-    if not fits:
+    if on_cpu:
+        lines.append("for GPUs, here or elsewhere: --world-size N and --gpu-memory-gib GIB")
+    elif not fits:
         lines.append(_instead(nearest(all_plans(job, cluster), layout), world_size))
-    return "\n".join(lines), fits
+    return "\n".join(line.rstrip() for line in lines), fits
 
 
 def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> RankMemory:
@@ -179,30 +203,32 @@ def pack_lines(config: Config) -> list[str]:
     ]
 
 
-def _duration(config: Config, job: Job, cluster: Cluster, layout: ParallelLayout) -> str:
-    """Steps, tokens and hours, by the planner's assumptions (docs/planning.md) where the data does not say."""
+def _duration(config: Config, job: Job, cluster: Cluster | None, layout: ParallelLayout) -> list[str]:
+    """Steps, tokens and, on a cluster, hours; by the planner's assumptions (docs/planning.md) where the data does not
+    say. Then what there is to warn of."""
     train, batch, steps = config.train, job.batch, config.train.steps
-    whole, if_so = "", " if sequences are half as long as they may be"
+    whole, by, warnings = "", " if sequences are half as long as they may be", []
     try:
-        if steps is None or all(prepared_prefix(source.path) for source in config.datasets["train"]):
-            data, what = count_training_data(config), "records, if each is a pair"
-            if data.tokens is not None:
-                mean, share = data.tokens
-                batch = replace(batch, pair_tokens=round(mean), response_share=share)
-                what, if_so = "pairs", " on average"
-            if steps is None:
-                size, shuffle, number = batch.global_pairs, config.data.shuffle, sum(part.pairs for part in data.parts)
-                steps = make_sampler(data.parts, size, None, train.epochs, shuffle, train.seed).steps
-                whole = f"{train.epochs:g} epochs of {number:,} {what}: "
+        data = count_training_data(config, whole=steps is None)
     except UserError as error:
-        whole = f"data.train: {error}: " if steps is None else ""
-    step_seconds = step_time(replace(job, batch=batch), cluster, layout, train.recompute).total
+        warnings = [f"WARNING: data.train: {error}"]
+    else:
+        batch = replace(batch, pair_tokens=round(data.pair_tokens), response_share=data.response_share)
+        by = "" if data.tried is None else f" (by the first {data.tried} records)"
+        warnings = [] if data.warning is None else [f"WARNING: {data.warning}"]
+        if steps is None:
+            size, shuffle, number = batch.global_pairs, config.data.shuffle, sum(part.pairs for part in data.parts)
+            steps = make_sampler(data.parts, size, None, train.epochs, shuffle, train.seed).steps
+            what = "pairs" if data.tried is None else "records, if each is a pair"
+            whole = f"{train.epochs:g} epochs of {number:,} {what}: "
     tokens = batch.global_pairs * batch.pair_tokens
-    each = f"{batch.global_pairs} pairs, {tokens:,} tokens{if_so}"
+    each = f"{batch.global_pairs} pairs, {tokens:,} tokens{by}"
+    seconds = None if cluster is None else step_time(replace(job, batch=batch), cluster, layout, train.recompute).total
     if steps is None:
-        return f"{whole}{train.epochs:g} epochs in steps of {each}; about {step_seconds:.2g} s a step on H100 GPUs"
-    hours = steps * step_seconds / 3600
-    return f"{whole}{steps:,} steps of {each}: {steps * tokens:,} in all, about {hours:.2g} hours on H100 GPUs"
+        time = "" if seconds is None else f"; about {seconds:.2g} s a step on H100 GPUs"
+        return [f"{train.epochs:g} epochs in steps of {each}{time}", *warnings]
+    time = "" if seconds is None else f", about {steps * seconds / 3600:.2g} hours on H100 GPUs"
+    return [f"{whole}{steps:,} steps of {each}: {steps * tokens:,} in all{time}", *warnings]
 
 
 def _instead(plan: Plan | None, world_size: int) -> str:
@@ -229,7 +255,8 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     parts: list[list[torch.nn.Module]] = [[module.policy for module in modules], [frozen]]
     counts = [sum(p.numel() for module in part for p in module.parameters()) for part in parts]
     found = capabilities(engine.device)
-    logger.info("layout %s on %s; fused parts: %s", layout, found.describe(), config.train.fused)
+    fused = "" if engine.device.type == "cpu" else f"; fused parts: {config.train.fused}"
+    logger.info("layout %s on %s%s", layout, found.describe(), fused)
     if layout.layers:
         logger.info("stages: %s", layout.describe_layers())
     if untested_engine(found.transformer_engine):
@@ -248,4 +275,5 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
         logger.info("LoRA of rank %d, alpha %g on %s: %.2fM train", lora.rank, lora.alpha, targets, trained / 1e6)
     for line in pack_lines(config):
         logger.info("%s", line)
-    logger.info("%d pairs, %d steps of %d pairs", len(data.train), data.order.steps, data.order.global_pairs)
+    steps, schedule = data.order.steps, describe_schedule(config.optimizer, data.order.steps)
+    logger.info("%d pairs, %d steps of %d pairs, %s", len(data.train), steps, data.order.global_pairs, schedule)

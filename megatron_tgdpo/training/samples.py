@@ -53,11 +53,11 @@ class PolicySamples:
     def __init__(self, config: Config, layout: ParallelLayout, engine: Engine, data: RunData) -> None:
         self._layout, self._engine = layout, engine
         self._settings, self._longest = config.eval.generate, config.longest_sequence
-        self._pairs: list[tuple[str, int, PreferencePair]] = []
+        self._pairs: list[tuple[str, int, str, PreferencePair]] = []
         for name, dataset in data.validation.items():
             count = min(self._settings.prompts, len(dataset))
             for number, index in enumerate(np.linspace(0, len(dataset) - 1, count).astype(int).tolist(), start=1):
-                self._pairs.append((eval_group(name), number, dataset[index]))
+                self._pairs.append((eval_group(name), number, dataset.source(index), dataset[index]))
         policy = hf_directory(Path(local_path(config.model.policy)))
         opened = raise_on_all_ranks(lambda: _opened(config, policy) if dist.get_rank() == 0 else None)
         self._tokenizer = None if opened is None else opened[0]
@@ -71,7 +71,7 @@ class PolicySamples:
         Returns:
             On the first rank; nothing elsewhere.
         """
-        prompts = [pair.prompt.tolist() for _, _, pair in self._pairs]
+        prompts = [pair.prompt.tolist() for *_, pair in self._pairs]
         answers = greedy_answers(
             self._engine, self._layout, prompts, self._stops, self._settings.max_tokens, self._longest
         )
@@ -81,13 +81,13 @@ class PolicySamples:
             Sample(
                 group=group,
                 number=number,
-                pair=pair.index,
+                source=source,
                 prompt=self._tokenizer.decode(prompt, special=True),
                 answer=self._tokenizer.decode(answer),
                 tokens=len(answer),
                 ended=answer[-1:] != [] and answer[-1] in self._stops,
             )
-            for (group, number, pair), prompt, answer in zip(self._pairs, prompts, answers, strict=True)
+            for (group, number, source, _), prompt, answer in zip(self._pairs, prompts, answers, strict=True)
         ]
 
 

@@ -34,6 +34,7 @@ def check_start(engine: Engine, packs: Sequence[PreferenceBatch], metrics: StepM
     """
     found = metrics.difference
     if found.within(NEGLIGIBLE):
+        logger.info("step 1: policy and reference are the same, so loss is ln 2 and accuracy 0, as ties are wrong")
         return
     allowed = policy_rounding(engine, packs).allowing()
     if not found.within(allowed):

@@ -4,10 +4,11 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megatron_tgdpo.checkpoints.best import Best
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
+from megatron_tgdpo.console import progress
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
@@ -38,30 +40,26 @@ from megatron_tgdpo.training.checkpoint_saver import CheckpointSaver, save_due
 from megatron_tgdpo.training.engine_state import load_checkpoint
 from megatron_tgdpo.training.export import Exporter, export
 from megatron_tgdpo.training.finish import finish
+from megatron_tgdpo.training.performance import Performance, StepWork
 from megatron_tgdpo.training.resume import StartPoint, last_step
 from megatron_tgdpo.training.run_data import RunData
 from megatron_tgdpo.training.samples import PolicySamples
 from megatron_tgdpo.training.start_check import check_start
 from megatron_tgdpo.training.step import StepResult, evaluate_packs, train_step
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 logger = logging.getLogger(__name__)
 
-_EVAL_PLAN_PAIRS = 1024
 # Metric, its name in the progress line, its format.
 _PROGRESS = (
-    ("train/loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".4f"),
-    ("train/grad_norm", "grad_norm", ".3f"), ("train/lr", "lr", ".3g"),
+    ("train/loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".3f"),
+    ("train/grad_norm", "grad", ".2f"), ("train/lr", "lr", ".3g"),
 )  # fmt: skip
-_EVAL_PROGRESS = (("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"))
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """What one step works on, over all ranks: tokens of pairs, tokens of packs with their padding, and pairs."""
-
-    real: int
-    computed: int
-    pairs: int
+_EVAL_PROGRESS = (
+    ("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".3f"),
+)  # fmt: skip
 
 
 class Trainer:
@@ -73,7 +71,9 @@ class Trainer:
         engine: Models and optimizer of this rank.
         data: Datasets and data order.
         start: Where it goes on.
+        performance: Tells how fast its steps are.
         exporter: Writes HF directories, if ``export.hf`` asks for them.
+        guide_of: As for ``training/finish.py: finish``.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class Trainer:
         engine: Engine,
         data: RunData,
         start: StartPoint,
+        performance: Performance,
         exporter: Exporter | None = None,
+        guide_of: Sequence[str] | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -91,8 +93,12 @@ class Trainer:
         self.data = data
         self.output_dir = Path(config.output_dir)
         self.start = start
+        self.performance = performance
         self.lora = trained_lora(config)
+        # This data rank's packs of each validation set, once it was evaluated.
+        self._evaluated: dict[str, list[list[int]]] = {}
         self.exporter = exporter
+        self.guide_of = guide_of
         self.last_step = last_step(config, data.order)
         self.saver = CheckpointSaver(
             engine,
@@ -124,7 +130,7 @@ class Trainer:
             raise
         if done < self.last_step:
             raise StoppedEarly(f"asked to stop: saved after step {done} of {self.data.order.steps}")
-        finish(self.config, self.exporter, done, self.data.order.steps)
+        finish(self.config, self.exporter, done, self.data.order.steps, self.guide_of)
 
     def _train_from(self, first: int) -> int:
         """Trains from a step on to the last, or until some rank is asked to stop; returns the step that was reached."""
@@ -134,8 +140,9 @@ class Trainer:
         coming = self._step_packs(first)
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
-            packs, tokens = coming
-            coming = self._step_packs(step + 1) if step < self.last_step else ([], StepTokens(0, 0, 0))
+            packs, work = coming
+            coming = self._step_packs(step + 1) if step < self.last_step else ([], None)
+            data_seconds = time.monotonic() - begin
             result = train_step(self.engine, packs, coming[0])
             self._guard(step, result)
             if step == 1 and self.config.train.check_start and self.config.method.frozen:
@@ -144,13 +151,15 @@ class Trainer:
             values |= {"train/lr": result.lr}
             values |= {name: value for name, value in result.metrics.values.items() if name != "loss"}
             seconds = time.monotonic() - begin
-            peak, stop, failed, waited = self._over_ranks(
+            peak, data_seconds, stop, failed, waited = self._over_ranks(
                 _peak_memory_bytes(self.engine.device) / GIB,
+                data_seconds,
                 signals.requested(),
                 self.saver.has_failed,
                 time.monotonic() - saved,
             )
-            values |= self._performance(seconds, tokens, peak) | self.saver.take_metrics()
+            assert work is not None, "a step has pairs"
+            values |= self.performance.metrics(seconds, work, data_seconds, peak) | self.saver.take_metrics()
             evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
             for group, evaluation in evaluations.items():
                 values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
@@ -162,7 +171,9 @@ class Trainer:
                 log.write(step, values, evaluations, samples)
                 if step % self.config.log.every_steps == 0 or step == self.last_step:
                     logger.info(self._progress(step, values, (time.monotonic() - started) / (step - first + 1)))
-                if (warning := guide_watch.count(result.metrics.values, tokens.pairs)) is not None:
+                for group in evaluations:
+                    logger.info("%s at step %d: %s", group, step, _shown(values, _EVAL_PROGRESS, f"{group}/"))
+                if (warning := guide_watch.count(result.metrics.values, work.pairs)) is not None:
                     logger.warning(warning)
             last = bool(stop) or step == self.last_step
             due = best is not None or failed
@@ -183,12 +194,13 @@ class Trainer:
 
     def _evaluate(self, name: str) -> StepMetrics:
         dataset = self.data.validation[name]
-        indices = list(range(len(dataset)))
-        # Planned in parts: the time to plan grows with the square of the pairs.
-        parts = (indices[start : start + _EVAL_PLAN_PAIRS] for start in range(0, len(indices), _EVAL_PLAN_PAIRS))
-        packs = [pack for part in parts for pack in self._plan(dataset, part)[self.engine.pg.dp.rank()]]
+        if name not in self._evaluated:
+            self._evaluated[name] = self._plan(dataset, list(range(len(dataset))))[self.engine.pg.dp.rank()]
+        packs = self._evaluated[name]
         batches = self._collated(dataset, packs, self.data.validation_guidance.get(name))
-        return evaluate_packs(self.engine, batches, len(packs))
+        label, first = f"evaluating data.{'.'.join(filter(None, ('validation', name)))}", dist.get_rank() == 0
+        with progress(label, len(packs), "pack", shown=first, leave=False) as bar:
+            return evaluate_packs(self.engine, _counted(batches, bar), len(packs))
 
     def _resume(self) -> int:
         if self.start.checkpoint is None:
@@ -210,7 +222,7 @@ class Trainer:
         """Collates packs one by one, when the schedule takes them."""
         return (collate([dataset[i] for i in pack], self.engine.pack_format, guidance) for pack in packs)
 
-    def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], StepTokens]:
+    def _step_packs(self, step: int) -> tuple[list[PreferenceBatch], StepWork | None]:
         """This data rank's packs of a step, and what is in those of all ranks."""
         train, pack_format = self.data.train, self.engine.pack_format
         indices = self.data.order.step_indices(step)
@@ -218,10 +230,8 @@ class Trainer:
         used = [
             int(pack_format.pair_tokens(train.lengths[pack]).sum()) if pack else 0 for packs in plan for pack in packs
         ]
-        tokens = StepTokens(
-            pack_format.real_tokens(train.lengths[indices]), sum(map(pack_format.cut, used)), len(indices)
-        )
-        return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), tokens
+        work = self.performance.work(train.lengths[indices], train.trained_lengths[indices], used)
+        return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), work
 
     def _guard(self, step: int, result: StepResult) -> None:
         if result.updated:
@@ -230,10 +240,11 @@ class Trainer:
         pair = result.metrics.bad_pair
         if pair is not None:
             raise AgreedError(
-                f"step {step}: the loss of pair {pair} ({train.source(pair)}) is not finite; no parameter was changed "
-                "by this step: look at that pair, or lower optimizer.lr"
+                f"step {step}: the loss of the pair {train.source(pair)} is not finite; no parameter was changed "
+                "by this step: look at it, or lower optimizer.lr"
             )
-        pairs = ", ".join(map(str, self.data.order.step_indices(step)))
+        first, *others = map(train.source, self.data.order.step_indices(step))
+        pairs = f"{first} and {len(others)} others" if others else first
         raise AgreedError(
             f"step {step}: the gradient norm is {result.grad_norm} with finite losses; no parameter was changed by "
             f"this step (its pairs: {pairs}): lower optimizer.lr, or check the weights"
@@ -271,29 +282,25 @@ class Trainer:
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         return maxima.tolist()
 
-    def _performance(self, seconds: float, tokens: StepTokens, peak: float) -> dict[str, float]:
-        """The step's speed, and memory in GiB."""
-        return {
-            "perf/pairs_per_second": tokens.pairs / seconds,
-            "perf/tokens_per_second": tokens.real / seconds,
-            "perf/tokens_per_second_per_gpu": tokens.real / seconds / self.layout.world_size,
-            "perf/step_seconds": seconds,
-            "perf/packing_efficiency": tokens.real / tokens.computed,
-            "perf/peak_memory_gib": peak,
-        }
-
     def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
         eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))
-        metrics = [f"{text} {values[name]:{form}}" for name, text, form in _PROGRESS if name in values]
-        line = (
-            f"step {step}/{self.data.order.steps} {' '.join(metrics)} | "
-            f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.2f} s/step ETA {eta}"
+        return (
+            f"step {step}/{self.data.order.steps} {_shown(values, _PROGRESS)} | "
+            f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.3g} s/step ETA {eta}"
         )
-        for group in map(eval_group, self.data.validation):
-            there = [(f"{group}/{name}", text, form) for name, text, form in _EVAL_PROGRESS]
-            evaluated = [f"{text} {values[name]:{form}}" for name, text, form in there if name in values]
-            line += f" | {group} {' '.join(evaluated)}" if evaluated else ""
-        return line
+
+
+def _shown(values: Mapping[str, float], metrics: Sequence[tuple[str, str, str]], before: str = "") -> str:
+    """Metrics as text, as far as they are there; ``before`` stands before their names."""
+    there = [(values[before + name], text, form) for name, text, form in metrics if before + name in values]
+    return " ".join(f"{text} {value:{form}}" for value, text, form in there)
+
+
+def _counted(batches: Iterable[PreferenceBatch], bar: "tqdm[Any]") -> Iterator[PreferenceBatch]:
+    """The same batches; the bar moves when one is taken."""
+    for batch in batches:
+        bar.update()
+        yield batch
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

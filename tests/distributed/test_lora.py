@@ -24,7 +24,9 @@ VOCABULARY = 131
 # Adam's first steps would turn the rounding of gradients that are all but zero into whole steps.
 SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=5e-3, weight_decay=0.1, clip_grad=1.0, eps=1e-6)
 LIMITS = {"loss": 1e-5, "validation loss": 1e-5, "gradient norm": 1e-4, "weights": 1e-4}
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
+GUIDE = ["q_proj", "k_proj", "qkv_proj", "o_proj", "down_proj"]
+SOME = ["q_proj", "v_proj", "up_proj", "gate_up_proj"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ CASES = (
     _case("tp2-pp2-sp-recompute", 4, tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
     _case("tp4-some", 4, tensor=4, targets="some"),
     _case("gemma2-tp2-sp-pp2", 4, tensor=2, pipeline=2, sequence_parallel=True, family="gemma2", tied=True),
+    _case("phi3-tp2-sp", 2, tensor=2, sequence_parallel=True, family="phi3"),
     _case("qwen2-tp2-pp2", 4, tensor=2, pipeline=2, family="qwen2", guide="model"),
 )
 # With --full of tests/run.sh.
@@ -97,8 +100,11 @@ CASES += FULL_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
 def make_adapter(path: Path, base: Path, seed: int, *, targets: list[str], rslora: bool = False) -> Path:
     """A ``peft`` adapter whose A and B are random."""
     torch.manual_seed(seed)
+    model = reference.load(base)
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [name for name in targets if name in there]
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(reference.load(base), config)
+    model = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -117,9 +123,9 @@ class Runs:
             base = self.base(family, tied)
             make_model(base, family, seed=1, vocab_size=VOCABULARY, tied=tied)
             make_model(Path(f"{base}-guide"), family, seed=2, vocab_size=VOCABULARY, tied=tied, hidden_size=32)
-            for name, targets, rslora in (("all", ALL, False), ("some", ["q_proj", "v_proj", "up_proj"], True)):
+            for name, targets, rslora in (("all", ALL, False), ("some", SOME, True)):
                 make_adapter(Path(f"{base}-{name}"), base, 3, targets=targets, rslora=rslora)
-            make_adapter(Path(f"{base}-guide-adapter"), base, 4, targets=["q_proj", "k_proj", "o_proj", "down_proj"])
+            make_adapter(Path(f"{base}-guide-adapter"), base, 4, targets=GUIDE)
         for file in root.glob("*/*token*.json"):
             file.unlink()
         make_tokenizer(VOCABULARY).save_pretrained(root / "tokenizer")

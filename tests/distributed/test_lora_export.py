@@ -2,25 +2,34 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from checkpoints_convert.command_line import join_ranks
+from checkpoints_convert.compare_adapters import verify_adapter
 from checkpoints_convert.export_adapter import adapter_tensors, peft_config
 from checkpoints_convert.merge import merged as merged_with
 from checkpoints_convert.merge import read_base_model
 from checkpoints_convert.pieces import all_pieces
-from megatron_tgdpo.checkpoints.adapter_directory import Lora
+from megatron_tgdpo.checkpoints.adapter_directory import PREFIX, Lora
 from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
+from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from megatron_tgdpo.training.run import dry_run
 from tests.distributed.common import assert_same_weights, make_problem, merged, read_weights
 from tests.processes import run_forked
 from tests.tiny_models import make_llama
+from tgdpo.command_line import find_whole_model
+from tgdpo.generation.models import fingerprint, hf_directory
 
 peft = pytest.importorskip("peft")
 
@@ -160,7 +169,7 @@ def test_options_that_do_not_go_together(run: Run, words: list[str], said: str) 
 def test_a_run_exports_its_adapter_or_a_whole_model(run: Run, whole: Path) -> None:
     serve = f"as a server: vllm serve {run.root / 'policy'} --enable-lora --max-lora-rank 8 --lora-modules run="
     assert f"{serve}{run.adapter}" in run.log
-    merge = f"a whole model of it: tgdpo convert to-hf --megatron {run.checkpoint} --out {run.adapter}-merged --merge"
+    merge = f"a whole model of it: tgdpo convert to-hf --megatron {run.output} --out {run.adapter}-merged --merge"
     assert merge in run.log
     # The same adapter, by the command.
     out = run.root / "adapter"
@@ -181,6 +190,65 @@ def test_a_run_exports_its_adapter_or_a_whole_model(run: Run, whole: Path) -> No
         adapter.rename(run.adapter)
 
 
+def test_tools_that_run_models_take_an_adapter_with_its_base(run: Run, whole: Path, tmp_path: Path) -> None:
+    """``adapter_config.json`` names the base, which an adapter that was made elsewhere says nothing else of."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run.adapter, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert find_whole_model(adapter, "--model") == adapter
+    with hf_directory(adapter, tmp_path) as merged_with_base:
+        assert_same_weights(merged_with_base, whole)
+    before = fingerprint(adapter)
+
+    def refused(**changes: Any) -> str:
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(UserError) as error:
+            find_whole_model(adapter, "--model")
+        return str(error.value)
+
+    fix = "base_model_name_or_path in its adapter_config.json"
+    gone = refused(base_model_name_or_path=str(tmp_path / "gone"))
+    assert gone.startswith(f"--model: {adapter}: its base: base_model_name_or_path {tmp_path}/gone: no such directory")
+    assert gone.endswith(f": set {fix} to where that is")
+    assert refused(base_model_name_or_path=None) == (
+        f"--model: {adapter}: it does not say what its base model is: set {fix}"
+    )
+    with hf_directory(adapter, tmp_path, base=run.root / "policy") as given:
+        assert_same_weights(given, whole)
+    other = str(make_llama(tmp_path / "other", seed=9, layers=2))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": other}))
+    assert fingerprint(adapter) != before
+    with (
+        pytest.raises(UserError, match=f"not the base model of .*: set {fix} to the right one"),
+        hf_directory(adapter, tmp_path),
+    ):
+        pass
+
+
+def test_an_export_is_verified_to_the_bit(run: Run, whole: Path, tmp_path: Path) -> None:
+    enable_cpu_backend()
+    join_ranks(1)
+    try:
+        assert verify_adapter(run.adapter, run.checkpoint) == "adapter: all 24 tensors equal to the bit"
+        assert verify_adapter(whole, run.checkpoint).startswith("weights: all 21 tensors equal to the bit")
+        for source, file in ((run.adapter, "adapter_model.safetensors"), (whole, None)):
+            changed = tmp_path / source.name
+            shutil.copytree(source, changed)
+            path = changed / (file or sorted(changed.glob("*.safetensors"))[0].name)
+            tensors = load_file(path)
+            name = sorted(tensors)[-1]
+            tensors[name][0, -1] += 1e-6
+            save_file(tensors, path, metadata={"format": "pt"})
+            with pytest.raises(UserError, match=f"1 weights differ from {changed}, first {name.removeprefix(PREFIX)}"):
+                verify_adapter(changed, run.checkpoint)
+        config = json.loads((tmp_path / CHECKPOINT / "adapter_config.json").read_text())
+        (tmp_path / CHECKPOINT / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 7}))
+        with pytest.raises(UserError, match=r"its adapter is Lora\(rank=4, .* is Lora\(rank=4, alpha=7"):
+            verify_adapter(tmp_path / CHECKPOINT, run.checkpoint)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_dry_run_counts_what_trains_and_the_base_once(run: Run) -> None:
     config = merged(run.config, output_dir=str(run.root / "new"))
     policy = parameter_count(read_hf_config(run.root / "policy"))
@@ -198,6 +266,6 @@ def test_the_dry_run_counts_what_trains_and_the_base_once(run: Run) -> None:
 
 
 def test_an_adapter_names_its_base_as_peft_finds_it() -> None:
-    content = peft_config(Lora(4, 8.0), f"owner/name@{'0' * 40}")
+    content = peft_config(Lora(4, 8.0), f"owner/name@{'0' * 40}", ["q_proj"])
     assert (content["base_model_name_or_path"], content["revision"]) == ("owner/name", "0" * 40)
-    assert peft_config(Lora(4, 8.0), "/a/path")["revision"] is None
+    assert peft_config(Lora(4, 8.0), "/a/path", ["q_proj"])["revision"] is None

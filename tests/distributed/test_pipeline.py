@@ -85,6 +85,13 @@ def test_from_one_config_to_the_aligned_model(
     for number, stage in enumerate(STAGES, start=1):
         assert f"=== {number}/5 {stage}\n" in printed
     assert f"tgdpo train --nproc 2 --guide {config_file}\n" in printed
+    # What each stage says at its end to go on with.
+    assert f"train with it: tgdpo train --nproc 2 {config_file}\n" in printed
+    assert f"see what it rewards: tgdpo report {config_file} --out report.html\n" in printed
+    assert f"train with it: tgdpo train {config_file}\n" in printed
+    assert f"compare it: tgdpo evaluate --reference {root}/policy --model run={out} --guide {out}/guide/" in printed
+    assert "eval at step 2: loss " in printed
+    assert "step 1: policy and reference are the same, so loss is ln 2" in printed
     assert [step["step"] for step in read_metrics(out / "guide")] == [1, 2, 3]
     recorded = json.loads((out / "guide" / "checkpoints" / "step_00000003" / "tgdpo.json").read_text())["config"]
     assert (recorded["loss"]["method"], recorded["loss"]["beta"], recorded["optimizer"]["lr"]) == ("dpo", 0.01, 2e-3)
@@ -211,9 +218,9 @@ def test_bad_input_is_one_line(
 
 
 def test_dpo_guide_takes_the_usual_values_as_options(config_file: Path, tmp_path: Path) -> None:
-    options = ["--beta", "0.1", "--lr", "1e-4", "--dry-run", f"output_dir={tmp_path}/run"]
+    options = ["--beta", "0.2", "--lr", "1e-4", "--dry-run", f"output_dir={tmp_path}/run"]
     shown = run_forked("tgdpo.dpo_guide", [str(config_file), *options]).stdout
-    for line in ("method: dpo", "beta: 0.1", "lr: 0.0001", "steps: 3", f"output_dir: {tmp_path}/run/guide"):
+    for line in ("method: dpo", "beta: 0.2", "lr: 0.0001", "steps: 3", f"output_dir: {tmp_path}/run/guide"):
         assert line in shown
     # Without the section: DPO, as long as the policy is trained.
     values = json.loads(config_file.read_text())

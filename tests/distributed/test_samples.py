@@ -66,8 +66,8 @@ def test_answers_are_those_of_transformers(config: dict[str, Any], tmp_path: Pat
         given = merged(given, model={"guide": None}, loss={"method": "simpo"})
     run = train(tmp_path / "with", given, *ASKED, processes=processes)
     found = samples_of(run)
-    assert [(each["step"], each["number"], each["pair"]) for each in found] == [
-        (step, number, pair) for step in (2, 3) for number, pair in ((1, 0), (2, 2), (3, 4))
+    assert [(each["step"], each["number"], each["source"].rpartition(":")[2]) for each in found] == [
+        (step, number, line) for step in (2, 3) for number, line in ((1, "1"), (2, "3"), (3, "5"))
     ]
     model = AutoModelForCausalLM.from_pretrained(run / "hf" / "step_00000003", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "hf" / "step_00000003")

@@ -14,6 +14,7 @@ _FP8 = {
 def cases(data: int, pipeline: int) -> dict[str, dict[str, Any]]:
     """Sections of the config, by name."""
     found: dict[str, dict[str, Any]] = {name: {"precision": precision} for name, precision in _FP8.items()}
+    found["tensorwise, FP8 weights, LoRA"] = {**found["tensorwise, FP8 weights"], "lora": {"rank": 8, "alpha": 256}}
     if data > 1:
         overlap = {"grad_reduce": True, "param_gather": True}
         for name in ("tensorwise, FP8 weights", "delayed"):

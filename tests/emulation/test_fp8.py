@@ -75,6 +75,25 @@ def test_an_adapter_is_what_it_becomes_in_merged_weights(found: Found) -> None:
     assert merged - math.log(2) == pytest.approx(adapter - math.log(2), rel=0.25)
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_adapters_train_beside_a_base_in_fp8(found: Found, recipe: str) -> None:
+    """The base that is held in FP8 computes what one does that is quantised each step, and is never quantised again."""
+    plain, results = found("one rank")["adapters"]["steps"], found("one rank")["adapters in FP8"]
+    computed, held = results[recipe], results[f"{recipe} held"]
+    assert held["steps"] == computed["steps"]
+    assert computed["quantised"] > held["quantised"] == 0
+    assert held["copies"] == 0
+    # The reference is the same linears without the adapter, so that nothing is rounded between them.
+    assert held["steps"][0][0] == pytest.approx(math.log(2), rel=1e-6)
+    assert held["steps"][1] == pytest.approx(plain[1], rel=0.1)
+    assert held["steps"] != plain
+
+
+def test_a_frozen_base_in_fp8_takes_an_adapter(found: Found) -> None:
+    results = found("one rank")["adapters in FP8"]
+    assert results["guide adds nothing"] == results["guide is the reference"]
+
+
 @pytest.mark.parametrize("other", ["shorter history", "none before", "bf16"])
 def test_a_run_continues_without_a_history_that_fits(found: Found, other: str) -> None:
     losses = [loss for loss, _ in found("one rank")["elsewhere"][other]]

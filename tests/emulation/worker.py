@@ -19,12 +19,14 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor  # no
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from checkpoints_convert.export import export_hf  # noqa: E402
-from megatron_tgdpo.checkpoints.adapter_directory import Lora  # noqa: E402
+from checkpoints_convert.export_adapter import peft_config  # noqa: E402
+from megatron_tgdpo.checkpoints.adapter_directory import PREFIX, Lora  # noqa: E402
+from megatron_tgdpo.checkpoints.model_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS  # noqa: E402
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend  # noqa: E402
 from megatron_tgdpo.distributed.layout import init_model_parallel, make_layout  # noqa: E402
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment  # noqa: E402
 from megatron_tgdpo.models.hf_config import read_hf_config  # noqa: E402
-from megatron_tgdpo.models.hf_weights.adapter_layout import peft_tensors  # noqa: E402
+from megatron_tgdpo.models.hf_weights.adapter_layout import new_adapter, peft_tensors  # noqa: E402
 from megatron_tgdpo.models.lora import adapters_of  # noqa: E402
 from megatron_tgdpo.setup.engine import Engine, policy_chunks, unwrapped  # noqa: E402
 from megatron_tgdpo.training.checkpoint_saver import checkpoint_path  # noqa: E402
@@ -113,6 +115,34 @@ def adapters(runs: Runs, out: Path) -> dict[str, Any]:
     return {"steps": steps} | {name: runs.steps(each, DATA[BEFORE : BEFORE + 1]) for name, each in following.items()}
 
 
+def adapters_in_fp8(runs: Runs, out: Path) -> dict[str, Any]:
+    """Steps of LoRA on a base that computes in FP8, with how often its weights are quantised; and of a policy whose
+    guide is an adapter that adds nothing, or the reference itself.
+    """
+    found: dict[str, Any] = {}
+    for name in ("tensorwise", "blockwise"):
+        for held in (False, True):
+            precision = {"fp8": name, "fp8_params": held}
+            engine = runs.engine(runs.config(precision=precision, lora={"rank": 8, "alpha": 256}))
+            parameters = [p for chunk in policy_chunks(engine) for p in chunk.parameters() if not p.requires_grad]
+            for parameter in parameters:
+                parameter.counted_as = "frozen weight"
+            kernels.calls.clear()
+            found[f"{name}{' held' if held else ''}"] = {
+                "steps": runs.steps(engine, DATA[:BEFORE]),
+                "quantised": kernels.calls["quantize frozen weight"],
+                "copies": sum(hasattr(p, "_high_precision_init_val") for p in parameters),
+            }
+    base, hf_config, lora = runs.root / "policy", read_hf_config(runs.root / "policy"), Lora(8, 16.0)
+    out.mkdir(parents=True)
+    save_file({f"{PREFIX}{name}": t for name, t in new_adapter(lora, hf_config, 1)}, out / ADAPTER_WEIGHTS)
+    (out / ADAPTER_CONFIG).write_text(json.dumps(peft_config(lora, str(base))))
+    for name, guide in (("guide adds nothing", out), ("guide is the reference", base)):
+        model = {"policy": str(base), "guide": str(guide)}
+        found[name] = runs.steps(runs.engine(runs.config(model=model, precision={"fp8": "tensorwise"})), DATA[:BEFORE])
+    return found
+
+
 def elsewhere(runs: Runs, saved: Path, pipeline: int) -> dict[str, Any]:
     """Continues a run with delayed scaling, saved on one rank, on this layout; there also as another kind of run."""
     name = "delayed, FP8 weights"
@@ -140,6 +170,7 @@ def main() -> None:
     found["elsewhere"] = elsewhere(runs, one_rank, pipeline)
     if layout.world_size == 1:
         found["adapters"] = adapters(runs, out / "merged")
+        found["adapters in FP8"] = adapters_in_fp8(runs, out / "adapter")
         found |= {"exported": exported(runs, out / "exported"), "uninitialised": uninitialised(runs)}
     if dist.get_rank() == 0:
         (out / "found.json").write_text(json.dumps(found))

@@ -16,9 +16,6 @@ from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.step_time import pack_flops
 
-# Dense bf16 peaks by a part of the device's name, TFLOP/s. Source: NVIDIA's data sheets.
-PEAKS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-
 # Sizes of Llama-3.2 1B and 3B.
 SHAPES: dict[str, dict[str, Any]] = {
     "1B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192},
@@ -106,11 +103,6 @@ def largest_relative_difference(ours: Sequence[float], theirs: Sequence[float]) 
 def smoothed(series: Sequence[float], window: int = 5) -> list[float]:
     """Means over ``window`` neighbours; the curve that noise of single steps does not move."""
     return [float(np.mean(series[i : i + window])) for i in range(max(1, len(series) - window + 1))]
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU, None if it is not known here."""
-    return next((peak for part, peak in PEAKS.items() if part in device_name), None)
 
 
 def write_shape(directory: Path, shape: str) -> PretrainedConfig:

@@ -42,8 +42,9 @@ import torch.distributed as dist
 from megatron_tgdpo.distributed.cpu_backend import resolve_device
 from megatron_tgdpo.distributed.layout import destroy_model_parallel
 from megatron_tgdpo.gpu.capabilities import dotted
+from megatron_tgdpo.gpu.peak import peak_tflops
 from tests.gpu.bench import Bench
-from tests.gpu.figures import Figure, line, peak_tflops, skipped, table, write_json
+from tests.gpu.figures import Figure, line, skipped, table, write_json
 from tests.gpu.parts import PARTS
 from tests.gpu.runs import RUNS
 from tests.gpu.speed import speed

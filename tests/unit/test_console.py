@@ -72,7 +72,7 @@ def errors_of(*arguments: str) -> str:
 
 
 def test_only_errors_of_libraries_are_shown_and_our_lines() -> None:
-    assert errors_of("-c", FOREIGN, "") == "a library's error\nours\n"
+    assert errors_of("-c", FOREIGN, "") == "a library's error\nWARNING: ours\n"
 
 
 def test_who_asks_for_warnings_gets_them() -> None:
@@ -81,7 +81,7 @@ def test_who_asks_for_warnings_gets_them() -> None:
 
 def test_what_a_command_starts_is_as_quiet_as_itself() -> None:
     """It has inherited a filter from the command, which libraries put theirs before."""
-    assert errors_of("-W", "ignore", "-c", FOREIGN, "") == "a library's error\nours\n"
+    assert errors_of("-W", "ignore", "-c", FOREIGN, "") == "a library's error\nWARNING: ours\n"
 
 
 def test_progress_is_a_line_now_and_then_where_nobody_looks() -> None:
@@ -94,7 +94,7 @@ def test_progress_is_a_line_now_and_then_where_nobody_looks() -> None:
 
 
 def test_short_work_says_nothing() -> None:
-    assert errors_of("-c", FOREIGN, QUICK) == "a library's error\nours\n"
+    assert errors_of("-c", FOREIGN, QUICK) == "a library's error\nWARNING: ours\n"
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ setup           errors signals console distributed storage data checkpoints batc
 resilience      errors signals mcore_compat console distributed storage checkpoints config models output setup
 guidance        errors intervals console loss distributed storage data checkpoints batching config models output \
                 frozen gpu setup resilience
-training        errors signals loss distributed storage data checkpoints batching config models planning output frozen \
-                gpu setup resilience guidance
+training        errors signals console loss distributed storage data checkpoints batching config models planning \
+                output frozen gpu setup resilience guidance
 train           errors signals distributed config setup resilience training
 checkpoints_convert     megatron_tgdpo
 tgdpo                   megatron_tgdpo checkpoints_convert

@@ -21,7 +21,8 @@ FAST_MOVING = (
     "dist_checkpointing.core", "dist_checkpointing.dict_utils", "dist_checkpointing.state_dict_utils",
     "dist_checkpointing.strategies", "dist_checkpointing.utils", "dist_checkpointing.validation",
     "distributed", "extensions", "fp8_utils", "models", "optimizer", "optimizer_param_scheduler", "pipeline_parallel",
-    "tensor_parallel.layers", "tensor_parallel.random", "transformer.moe", "transformer.transformer_block",
+    "tensor_parallel.layers", "tensor_parallel.random", "transformer.attention", "transformer.moe",
+    "transformer.transformer_block",
     "transformer.utils",
 )  # fmt: skip
 
@@ -158,10 +159,15 @@ CONTRACT = [
     Relied("tensor_parallel.layers.RowParallelLinear", None, "models/language_model.py", "a layer's output"),
     Relied("tensor_parallel.layers.VocabParallelEmbedding", None, "models/language_model.py", "the embedding"),
     Relied("tensor_parallel.layers.set_tensor_model_parallel_attributes", "tensor is_parallel dim stride",
-           "models/language_model.py models/lora.py", "marks what is split, for norms and checkpoints"),
+           "models/language_model.py models/lora.py models/norm.py", "marks what is split, for norms and checkpoints"),
     Relied("transformer.utils.make_sharded_tensors_for_checkpoint",
-           "state_dict prefix tensor_parallel_layers_axis_map sharded_offsets tp_group dp_cp_group", "models/lora.py",
-           "how an adapter lies in a checkpoint"),
+           "state_dict prefix tensor_parallel_layers_axis_map sharded_offsets tp_group dp_cp_group",
+           "models/lora.py models/norm.py", "how an adapter, and a norm split over ranks, lie in a checkpoint"),
+    Relied("transformer.attention.SelfAttention", "config submodules layer_number",
+           "models/attention/self_attention.py", "base class of ours, for families that need more"),
+    Relied("transformer.attention.SelfAttention.forward", "hidden_states rotary_pos_emb", "", "overridden: its table"),
+    Relied("transformer.attention.SelfAttention.get_query_key_value_tensors", "hidden_states", "",
+           "overridden: three tensors where the input is packed"),
     Relied("transformer.transformer_block.TransformerBlockSubmodules", "layer_specs layer_norm", "gpu/kernel_choice.py "
            "gpu/options.py models/language_model.py models/layer_spec.py models/layer_spec_te.py", "a stage's layers"),
     Relied("transformer.utils.is_layer_window_attention", "window_size window_attn_skip_freq layer_number",

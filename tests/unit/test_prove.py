@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_tgdpo.gpu.peak import peak_tflops
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from tests.gpu.figures import (
     Figure,
@@ -16,7 +17,6 @@ from tests.gpu.figures import (
     at_most,
     largest_relative_difference,
     mfu,
-    peak_tflops,
     random_pairs,
     skipped,
     smoothed,

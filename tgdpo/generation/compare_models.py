@@ -13,6 +13,7 @@ from typing import Any
 from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import load_tokenizer
+from megatron_tgdpo.resilience.preflight_facts import package_versions
 from tgdpo.generation.evaluation import (
     ComparedModels,
     answer_metrics,
@@ -26,10 +27,12 @@ from tgdpo.generation.evaluation import (
 )
 from tgdpo.generation.journal import check_writable, write_whole
 from tgdpo.generation.logps import PromptAndResponse
-from tgdpo.generation.models import hf_directory, tokenizer_directory
+from tgdpo.generation.models import default_device, hf_directory, tokenizer_directory
 from tgdpo.generation.roles import REFERENCE
 from tgdpo.generation.tables import align, with_interval
 from tgdpo.generation.workers import Workers, process_count
+
+_WIDTH = 100  # of the table, in characters, where one model does not take more
 
 COLUMNS = {
     "accuracy": ("accuracy", "{:.1%}"),
@@ -37,7 +40,7 @@ COLUMNS = {
     "margin": ("margin (nats)", "{:+.3f}"),
     "reward_chosen": ("reward chosen", "{:+.3f}"),
     "reward_rejected": ("reward rejected", "{:+.3f}"),
-    "kl_per_token": ("KL / token", "{:.4f}"),
+    "kl_per_token": ("KL per token (nats)", "{:.4f}"),
     "tokens": ("tokens", "{:.1f}"),
     "finished": ("finished", "{:.1%}"),
 }
@@ -59,6 +62,7 @@ def report(given: argparse.Namespace, models: dict[str, Path], options: Preproce
     counts = f"{results['pairs']} held-out pairs, {results['prompts']} answers a model"
     print(f"{counts}, beta {results['beta']}; in brackets 95% intervals")
     print(results["table"])
+    print(f"{given.out}: written")
     for name, row in results["models"].items():
         if row["warning"]:
             bar = "!" * 100
@@ -82,8 +86,13 @@ def evaluate(given: argparse.Namespace, models: dict[str, Path], options: Prepro
         "temperature": given.temperature,
         "seed": given.seed,
         "max_new_tokens": given.max_new_tokens,
+        "max_length": options.max_length,
+        "max_prompt_length": options.max_prompt_length,
+        "overlong_prompt": options.overlong_prompt,
+        "dtype": given.dtype or ("bf16" if default_device().type == "cuda" else "fp32"),
+        "versions": package_versions(),
         "models": {name: {"directory": str(models[name]), **as_json(row)} for name, row in metrics.items()},
-        "table": _table(metrics),
+        "table": table_of(metrics),
     }
 
 
@@ -137,9 +146,21 @@ def _shared_tokenizer(given: argparse.Namespace, models: dict[str, Path]) -> lis
     ]
 
 
-def _table(metrics: dict[str, dict[str, Any]]) -> str:
-    columns = {key: value for key, value in COLUMNS.items() if any(key in row for row in metrics.values())}
-    rows = [["model", *(title for title, _ in columns.values())]]
-    for name, row in metrics.items():
-        rows.append([name, *(with_interval(row.get(key), form) for key, (_, form) in columns.items())])
-    return align(rows)
+def table_of(metrics: dict[str, dict[str, Any]]) -> str:
+    """A line a metric and a column a model; models that do not fit beside the others stand below them."""
+    rows = {
+        title: [with_interval(row.get(key), form) for row in metrics.values()]
+        for key, (title, form) in COLUMNS.items()
+        if any(key in row for row in metrics.values())
+    }
+    widths = [max(len(name), *(len(cells[at]) for cells in rows.values())) for at, name in enumerate(metrics)]
+    blocks: list[list[int]] = [[]]
+    for at, width in enumerate(widths):
+        taken = max(map(len, rows)) + sum(2 + widths[other] for other in blocks[-1])
+        if blocks[-1] and taken + 2 + width > _WIDTH:
+            blocks.append([])
+        blocks[-1].append(at)
+    lines = {"": list(metrics), **rows}
+    return "\n\n".join(
+        align([[title, *(cells[at] for at in block)] for title, cells in lines.items()]) for block in blocks
+    )

@@ -16,7 +16,7 @@ from megatron_tgdpo.checkpoints import model_directory
 from megatron_tgdpo.checkpoints.adapter_directory import is_adapter
 from megatron_tgdpo.checkpoints.find_model import find_local_model
 from megatron_tgdpo.checkpoints.manifest import TENSORS_FILE, read_metadata
-from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, model_files
+from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint, is_peft_adapter, model_files
 from megatron_tgdpo.console import waiting
 from megatron_tgdpo.data.encode import encode_responses
 from megatron_tgdpo.data.fields import Message
@@ -27,6 +27,7 @@ from megatron_tgdpo.storage.dtypes import DTYPES
 
 # For errors of what changed since the command looked at its arguments.
 _WHAT = "the model"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 def default_device() -> torch.device:
@@ -40,36 +41,40 @@ def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def hf_directory(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+def hf_directory(path: Path, scratch: Path | None = None, base: Path | None = None) -> Iterator[Path]:
     """An HF directory with the model's weights and tokenizer.
 
     Args:
         path: What ``checkpoints/find_model.py`` takes for a model, of the Hub once it is fetched. A Megatron checkpoint
-            is exported, in the dtype it is stored in, and deleted at the end; one of a LoRA run is merged with its
-            base. The export initialises torch.distributed with one rank, and ends it.
+            is exported, in the dtype it is stored in, and deleted at the end; an adapter, of a LoRA run or of ``peft``,
+            is merged with its base. The export initialises torch.distributed with one rank, and ends it.
         scratch: Where exports go; None for the system's temporary directory.
+        base: Of an adapter of ``peft``; None for what that names.
 
     Raises:
         UserError: It is none of these, or it cannot be exported.
     """
     found = find_local_model(path, _WHAT, adapter=True)
-    if not is_megatron_checkpoint(found):
+    if not (is_megatron_checkpoint(found) or is_adapter(found)):
         yield found
         return
     if scratch is not None and not scratch.is_dir():
         raise UserError(f"--scratch {scratch}: no such directory")
     with tempfile.TemporaryDirectory(prefix="tgdpo-export-", dir=scratch) as folder:
-        _export(found, Path(folder) / "hf")
+        _export(found, Path(folder) / "hf", base)
         yield Path(folder) / "hf"
 
 
 def tokenizer_directory(path: Path) -> Path:
-    """Where the tokenizer of a model directory lies, without exporting it.
+    """Where the tokenizer of a model directory lies, without exporting it; of an adapter without one, its base's.
 
     Raises:
         UserError: It is no model directory.
     """
-    return model_directory.hf_directory(find_local_model(path, _WHAT, adapter=True))
+    found = find_local_model(path, _WHAT, adapter=True)
+    if is_peft_adapter(found) and not any((found / name).is_file() for name in _TOKENIZERS):
+        found = _base_of(found)
+    return model_directory.hf_directory(found)
 
 
 def fingerprint(path: Path) -> str:
@@ -81,7 +86,16 @@ def fingerprint(path: Path) -> str:
         if file.is_file():
             status = file.stat()
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    if is_peft_adapter(directory):
+        digest.update(fingerprint(_base_of(directory)).encode())
     return digest.hexdigest()
+
+
+def _base_of(adapter: Path) -> Path:
+    # Here, because it imports torch.distributed and megatron-core, which HF directories do not need.
+    from checkpoints_convert.merge import find_base
+
+    return find_base(adapter, None)
 
 
 def load_causal_lm(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -125,22 +139,27 @@ def plain_generation(model: PreTrainedModel, stops: list[int]) -> None:
     model.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=pad)
 
 
-def _export(checkpoint: Path, out: Path) -> None:
+def _export(checkpoint: Path, out: Path, base: Path | None) -> None:
     # Here, because it imports megatron-core, which HF directories do not need.
     from checkpoints_convert.arguments import DEFAULT_SHARD_SIZE, parse_size
     from checkpoints_convert.command_line import dtype_of as stored_dtype
     from checkpoints_convert.command_line import join_ranks
     from checkpoints_convert.export import export_hf
-    from checkpoints_convert.merge import find_base
+    from checkpoints_convert.merge import base_dtype, find_base
 
-    stored = stored_dtype(read_metadata(checkpoint), checkpoint)
     size = parse_size("the shard size", DEFAULT_SHARD_SIZE)
-    base = find_base(checkpoint, None) if is_adapter(checkpoint) else None
+    template = checkpoint
+    if is_peft_adapter(checkpoint):
+        template = base = base or find_base(checkpoint, None)
+        stored = base_dtype(base)
+    else:
+        stored = stored_dtype(read_metadata(checkpoint), checkpoint)
+        base = find_base(checkpoint, None) if is_adapter(checkpoint) else None
     own_group = not dist.is_initialized()
     if own_group:
         join_ranks(timeout_minutes=30.0)
     try:
-        export_hf(checkpoint, out, template=checkpoint, stored=stored, dtype=stored, max_shard_bytes=size, base=base)
+        export_hf(checkpoint, out, template=template, stored=stored, dtype=stored, max_shard_bytes=size, base=base)
     finally:
         if own_group:
             dist.destroy_process_group()

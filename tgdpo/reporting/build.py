@@ -1,12 +1,14 @@
 """From pairs and log-probs to the page, and to the few lines that are printed."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from megatron_tgdpo.data.dataset import PreferenceDataset, PreferencePair
 from megatron_tgdpo.data.tokenizers import Tokenizer
 from megatron_tgdpo.guidance.monitor import guide_doubt, guide_warning
+from megatron_tgdpo.loss.choices import WEIGHTS
 from tgdpo.reporting.metrics import NEGATIVE_SHARES, Metrics, histogram_reach, make_metrics
 from tgdpo.reporting.numbers import decimals_of
 from tgdpo.reporting.render import ReportPair
@@ -27,6 +29,30 @@ def report_metrics(
             by_guide[guide].append((logratios[:chosen], logratios[chosen:]))
     reach = max(histogram_reach(by_response) for by_response in by_guide.values())
     return {guide: make_metrics(by_response, reach) for guide, by_response in by_guide.items()}
+
+
+def selected_tokens(
+    pairs: Sequence[PreferencePair],
+    logps: Mapping[str, Sequence[np.ndarray]],
+    guides: Sequence[str],
+    options: Mapping[str, Any],
+) -> dict[str, list[np.ndarray]]:
+    """Weights of 0 and 1 by guide, [c + r] a pair, as a run with these options of the loss computes them; none where
+    ``weights`` is not such."""
+    # Here, since the page is tried without torch.
+    import torch
+
+    from megatron_tgdpo.loss.preference import on_one_rank
+
+    row = WEIGHTS[options["weights"]]
+    if not row.selecting:
+        return {}
+    found: dict[str, list[np.ndarray]] = {guide: [] for guide in guides}
+    for guide, weights in found.items():
+        for pair, values, reference in zip(pairs, logps[guide], logps["reference"], strict=True):
+            rewards, lengths = torch.from_numpy(values - reference), torch.tensor(pair.trained_lengths)
+            weights.append(row.weight_function(rewards, rewards, lengths, options, on_one_rank).numpy())
+    return found
 
 
 def report_pairs(
@@ -86,6 +112,7 @@ def summary(
     alpha: float,
     beta: float,
     guide_beta: float | None = None,
+    weights: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> str:
     """The report's metrics in a few lines of text.
 
@@ -95,18 +122,35 @@ def summary(
         alpha: Strength of the guidance.
         beta: Strength of the KL constraint.
         guide_beta: Scale of the guides' log-ratios, where it is not beta.
+        weights: From :func:`selected_tokens`; then alpha is not used.
     """
     of_all = next(iter(metrics.values()))
     own = "" if guide_beta is None else f", guide_beta {guide_beta:g}"
-    blocks = [f"{of_all.pairs} pairs, {len(of_all.toward)} response tokens, alpha {alpha:g}, beta {beta:g}{own}"]
+    strength = f"beta {beta:g}{own}" if weights else f"alpha {alpha:g}, beta {beta:g}{own}"
+    blocks = [f"{of_all.pairs} pairs, {len(of_all.toward)} response tokens, {strength}"]
     scale = beta if guide_beta is None else guide_beta
-    blocks += [f"{name:<16} {facts[name]}\n{_of_guide(one, alpha, scale)}" for name, one in metrics.items()]
+    for name, one in metrics.items():
+        lines = [_accuracy(one, scale), *(_selected(weights[name]) if weights else _weights(one, alpha, scale))]
+        blocks.append("\n".join([f"{name:<16} {facts[name]}", *lines]))
     return "\n".join(blocks)
 
 
-def _of_guide(metrics: Metrics, alpha: float, beta: float) -> str:
+def _accuracy(metrics: Metrics, beta: float) -> str:
     low, high = metrics.interval
     margin = beta * float(metrics.margins.mean())
+    ties = f", {metrics.ties} tie{'s' * (metrics.ties > 1)}" if metrics.ties else ""
+    return (
+        f"  accuracy       {metrics.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}){ties}, "
+        f"mean margin {margin:+.{decimals_of([margin], 3)}f}"
+    )
+
+
+def _selected(weights: Sequence[np.ndarray]) -> list[str]:
+    every = np.concatenate(weights)
+    return [f"  token weights  1 on {int(every.sum())} of {len(every)} tokens ({every.mean():.1%}), 0 on the others"]
+
+
+def _weights(metrics: Metrics, alpha: float, beta: float) -> list[str]:
     toward = alpha * beta * metrics.toward
     weights = [1 + float(toward.mean()), float(toward.std()), 1 + float(toward[0]), 1 + float(toward[-1])]
     mean, deviation, least, most = (f"{value:.{decimals_of([*weights, 1.0], 3)}f}" for value in weights)
@@ -114,13 +158,8 @@ def _of_guide(metrics: Metrics, alpha: float, beta: float) -> str:
     digits = decimals_of(limits, 2)
     negative = 100 * metrics.negative_fraction(alpha, beta)
     texts = [f"{share:.1%} {limit:.{digits}f}" for share, limit in zip(NEGATIVE_SHARES, limits, strict=True)]
-    ties = f", {metrics.ties} tie{'s' * (metrics.ties > 1)}" if metrics.ties else ""
-    return "\n".join(
-        [
-            f"  accuracy       {metrics.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}){ties}, "
-            f"mean margin {margin:+.{decimals_of([margin], 3)}f}",
-            f"  token weights  mean {mean}, deviation {deviation}, {least} to {most}",
-            f"  negative       {negative:.{decimals_of([negative], 2)}f}% of the weights",
-            f"  largest alpha for at most that share of negative weights: {', '.join(texts)}",
-        ]
-    )
+    return [
+        f"  token weights  mean {mean}, deviation {deviation}, {least} to {most}",
+        f"  negative       {negative:.{decimals_of([negative], 2)}f}% of the weights",
+        f"  largest alpha for at most that share of negative weights: {', '.join(texts)}",
+    ]

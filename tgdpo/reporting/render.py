@@ -45,6 +45,7 @@ def render_page(
     facts: Mapping[str, str],
     guide_beta: float | None = None,
     plain_loss: bool = True,
+    weights: Mapping[str, Sequence[np.ndarray]] | None = None,
     warnings: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> str:
@@ -57,6 +58,7 @@ def render_page(
         beta: Strength of the KL constraint that it opens with.
         facts: What the heading says, by name; of a guide's name, the model.
         guide_beta: Scale of the guides' log-ratios, where it is not beta.
+        weights: Of each pair's tokens, by the guide's name, where they are 0 or 1 and alpha and beta do not make them.
         plain_loss: Whether a policy's loss is ``-log sigmoid`` of its margin; else none is shown.
         warnings: Shown on top.
         notes: Shown below them.
@@ -77,7 +79,7 @@ def render_page(
             "beta": beta,
             "guide_beta": guide_beta,
             "plain_loss": plain_loss,
-            **_payload(pairs, metrics, facts),
+            **_payload(pairs, metrics, facts, weights or {}),
         },
         facts=facts,
         guides=[facts[name] for name in metrics],
@@ -86,7 +88,12 @@ def render_page(
     )
 
 
-def _payload(pairs: Sequence[ReportPair], metrics: Mapping[str, Metrics], facts: Mapping[str, str]) -> dict[str, Any]:
+def _payload(
+    pairs: Sequence[ReportPair],
+    metrics: Mapping[str, Metrics],
+    facts: Mapping[str, str],
+    weights: Mapping[str, Sequence[np.ndarray]],
+) -> dict[str, Any]:
     return {
         "quantiles": QUANTILES,
         "logps": {name: _floats([pair.logps[name] for pair in pairs]) for name in pairs[0].logps},
@@ -95,7 +102,13 @@ def _payload(pairs: Sequence[ReportPair], metrics: Mapping[str, Metrics], facts:
             for pair in pairs
         ],
         "guides": [
-            {"name": name, "model": facts[name], **_of_guide(pairs, name, one)} for name, one in metrics.items()
+            {
+                "name": name,
+                "model": facts[name],
+                "weights": _floats(weights[name]) if name in weights else None,
+                **_of_guide(pairs, name, one),
+            }
+            for name, one in metrics.items()
         ],
     }
 

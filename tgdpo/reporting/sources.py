@@ -94,16 +94,22 @@ def cached_logps(
 
 
 def model_logps(
-    models: Mapping[str, str], pairs: Sequence[PreferencePair], dtype: torch.dtype, device: torch.device
+    models: Mapping[str, str],
+    pairs: Sequence[PreferencePair],
+    dtype: torch.dtype,
+    device: torch.device,
+    bases: Mapping[str, Path],
 ) -> dict[str, list[np.ndarray]]:
-    """The same from HF directories and Megatron checkpoints, one model in memory at a time.
+    """The same from HF directories, Megatron checkpoints and adapters, one model in memory at a time.
+
+    ``bases`` are base models, where they are known otherwise than by an adapter's directory.
 
     Raises:
         UserError: A directory holds no model that can be read.
     """
     found = {}
     for name, model in models.items():
-        with hf_directory(Path(model)) as directory:
+        with hf_directory(Path(model), base=bases.get(name)) as directory:
             found[name] = response_logps(directory, pairs, dtype, device, label=name)
     return found
 

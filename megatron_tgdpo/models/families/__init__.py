@@ -3,7 +3,25 @@
 from collections.abc import Sequence
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.families import gemma2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
+from megatron_tgdpo.models.families import (
+    ernie4_5,
+    exaone4,
+    gemma2,
+    gemma3,
+    glm4,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+)
 from megatron_tgdpo.models.families.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -12,12 +30,53 @@ FAMILIES: tuple[Family, ...] = (
     qwen2.FAMILY,
     qwen3.FAMILY,
     mistral.FAMILY,
+    gemma3.FAMILY,
+    phi3.FAMILY,
+    olmo2.OLMO2,
+    olmo2.OLMO3,
+    glm4.GLM,
+    glm4.GLM4,
+    smollm3.FAMILY,
+    mistral.MINISTRAL,
+    mistral.MINISTRAL3,
+    granite.FAMILY,
+    seed_oss.FAMILY,
+    exaone4.FAMILY,
+    ernie4_5.FAMILY,
+    llama.CWM,
     qwen3_moe.FAMILY,
     qwen2_moe.FAMILY,
     mixtral.FAMILY,
 )
-# What a family with experts needs beyond what is there, by a part of its architecture's name.
-_LACKING = {
+# What the models of these architectures have and no model here; parts of names, the first that fits counts.
+BEYOND = {
+    "ForConditionalGeneration": "inputs other than text",
+    "Gemma3n": "layers that share keys, and embeddings for each layer",
+    "Gemma4": "layers that share keys, and embeddings for each layer",
+    "Qwen3_5": "gated delta-net layers",
+    "OlmoHybrid": "gated delta-net layers",
+    "KimiLinear": "gated delta-net layers",
+    "Mamba": "state-space layers",
+    "Bamba": "state-space layers",
+    "FalconH1": "state-space layers",
+    "NemotronH": "state-space layers",
+    "Zamba": "state-space layers",
+    "Lfm": "convolution layers",
+    "MiniCPM3": "latent attention (MLA)",
+    "Youtu": "latent attention (MLA)",
+    "HunYuanDense": "norms of query and key heads after rotation",
+    "Cohere": "attention and MLP side by side",
+    "Nemotron": "an MLP without gate",
+    "Arcee": "an MLP without gate",
+    "Apertus": "an MLP without gate",
+    "Starcoder2": "norms that subtract the mean",
+    "StableLm": "norms that subtract the mean",
+    "OlmoFor": "norms that subtract the mean",
+    "PhiFor": "norms that subtract the mean",
+    "GPT": "norms that subtract the mean",
+}
+# The same of those with experts, whatever the case of letters.
+EXPERTS_BEYOND = {
     "GptOss": "attention sinks and experts with biases and an activation of their own",
     "Deepseek": "latent attention",
     "Qwen3Next": "linear attention",
@@ -40,6 +99,9 @@ def family_of(architectures: Sequence[str] | None) -> Family:
             return family
     known = ", ".join(family.architecture for family in FAMILIES)
     names = " ".join(architectures or ()).lower()
-    lacking = next((what for part, what in _LACKING.items() if part.lower() in names), None)
+    lacking = next((what for part, what in EXPERTS_BEYOND.items() if part.lower() in names), None)
     reason = f", a mixture of experts with {lacking}, which is not supported" if lacking else ""
+    beyond = next((what for part, what in BEYOND.items() if any(part in name for name in architectures or ())), None)
+    if beyond is not None and not lacking:
+        reason = f", with {beyond}, which is not supported (docs/families.md)"
     raise UserError(f"config.json: architectures is {architectures}{reason}; supported are: {known}")

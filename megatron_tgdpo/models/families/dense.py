@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families.family import Weight
-from megatron_tgdpo.models.rotary import head_dim
+from megatron_tgdpo.models.rotary import head_dim, rope_layer_types, rope_settings, rotated_part
 
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
@@ -58,8 +58,50 @@ CONFIG_KEYS = frozenset(
 WINDOW_KEYS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
 
 
-def config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """Sizes, RMSNorm and a SiLU-gated MLP without biases."""
+# Weights and biases that several families have beside or instead of some of those.
+QKV_BIAS = Weight(
+    "qkv",
+    (
+        (ATTENTION + "q_proj.bias", ("query",)),
+        (ATTENTION + "k_proj.bias", ("kv",)),
+        (ATTENTION + "v_proj.bias", ("kv",)),
+    ),
+)
+HEAD_NORMS = {
+    "self_attention.q_layernorm.weight": Weight("copy", ((ATTENTION + "q_norm.weight", ("head",)),)),
+    "self_attention.k_layernorm.weight": Weight("copy", ((ATTENTION + "k_norm.weight", ("head",)),)),
+}
+FUSED_GATE_UP = Weight("fused_glu", ((MLP + "gate_up_proj.weight", ("gate_up", "hidden")),))
+
+
+def need_rotary_by_layer(hf_config: PretrainedConfig) -> None:
+    """For families whose layer types have rotary settings of their own.
+
+    Raises:
+        UserError: transformers 4 writes them as keys of several names, which are not read.
+    """
+    if rope_layer_types(hf_config) is None:
+        raise UserError("config.json: rotary settings by layer type need transformers >= 5: install it")
+
+
+def layer_norm(name: str) -> Weight:
+    """A norm of a layer, by its HF name."""
+    return Weight("copy", ((f"{LAYER}{name}.weight", ("hidden",)),))
+
+
+def config_kwargs(hf_config: PretrainedConfig, *, partial_rotary: bool = False) -> dict[str, Any]:
+    """Sizes, RMSNorm and a SiLU-gated MLP without biases.
+
+    Args:
+        hf_config: The HF config.
+        partial_rotary: Whether the family rotates only a part of each head where its config says so.
+
+    Raises:
+        UserError: The config says so, and the family does not.
+    """
+    partial = rotated_part(hf_config, rope_settings(hf_config)[2])
+    if partial != 1 and not partial_rotary:
+        raise UserError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
     return {
         "num_layers": hf_config.num_hidden_layers,
         "hidden_size": hf_config.hidden_size,

@@ -14,11 +14,16 @@ from megatron_tgdpo.errors import UserError
 #   row    one tensor, columns split (row-parallel linear)
 #   glu    gate and up: each split by rows, then joined per rank
 #   qkv    query, key, value interleaved per key/value group, then rows split (weights and biases)
-Kind = Literal["copy", "vocab", "row", "glu", "qkv"]
+#   rows   one tensor, rows split
+#   fused_glu, fused_qkv   as glu and qkv, of one tensor that has the parts one after another
+Kind = Literal["copy", "vocab", "row", "glu", "qkv", "rows", "fused_glu", "fused_qkv"]
 
 # A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size;
-# the number of experts, the intermediate size of each, and of the one that all tokens go to; one.
-Dimension = Literal["vocab", "hidden", "mlp", "query", "kv", "head", "experts", "expert_mlp", "shared_mlp", "one"]
+# gate_up (twice mlp); qkv (query and twice kv); the number of experts, the intermediate size of each, and of the one
+# that all tokens go to; one.
+Dimension = Literal[
+    "vocab", "hidden", "mlp", "query", "kv", "head", "gate_up", "qkv", "experts", "expert_mlp", "shared_mlp", "one"
+]
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,12 @@ class Weight:
         kind: How the HF tensors become the parameter.
         hf_tensors: (name, shape) of each, ``{layer}`` in the name standing for the 0-based layer, ``{expert}`` for the
             0-based expert, each of which has such a parameter.
+        only_if: The key of the HF config without which there is no such parameter; None if there always is.
     """
 
     kind: Kind
     hf_tensors: tuple[tuple[str, tuple[Dimension, ...]], ...]
+    only_if: str | None = None
 
     @property
     def of_layer(self) -> bool:

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import dense
-from megatron_tgdpo.models.families.dense import LAYER
-from megatron_tgdpo.models.families.family import Family, Weight
+from megatron_tgdpo.models.families.family import Family
 
 
-def _gelu_tanh(gate: torch.Tensor) -> torch.Tensor:
+def gelu_tanh(gate: torch.Tensor) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh")
 
 
@@ -20,7 +19,7 @@ def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
     return {
         **dense.config_kwargs(hf_config),
         **dense.window_kwargs(hf_config),
-        "activation_func": _gelu_tanh,
+        "activation_func": gelu_tanh,
         "layernorm_zero_centered_gamma": True,
         "post_norms": True,
         "softmax_scale": hf_config.query_pre_attn_scalar**-0.5,
@@ -39,12 +38,8 @@ FAMILY = Family(
     weights={
         **dense.WEIGHTS,
         # HF's post_attention_layernorm stands before the MLP in Llama, after attention here.
-        "self_attention.linear_proj.post_layernorm.weight": Weight(
-            "copy", ((LAYER + "post_attention_layernorm.weight", ("hidden",)),)
-        ),
-        "pre_mlp_layernorm.weight": Weight("copy", ((LAYER + "pre_feedforward_layernorm.weight", ("hidden",)),)),
-        "mlp.linear_fc2.post_layernorm.weight": Weight(
-            "copy", ((LAYER + "post_feedforward_layernorm.weight", ("hidden",)),)
-        ),
+        "self_attention.linear_proj.post_layernorm.weight": dense.layer_norm("post_attention_layernorm"),
+        "pre_mlp_layernorm.weight": dense.layer_norm("pre_feedforward_layernorm"),
+        "mlp.linear_fc2.post_layernorm.weight": dense.layer_norm("post_feedforward_layernorm"),
     },
 )

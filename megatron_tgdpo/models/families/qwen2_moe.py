@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.models.families import dense, experts, qwen2
+from megatron_tgdpo.models.families import dense, experts
 from megatron_tgdpo.models.families.dense import MLP
 from megatron_tgdpo.models.families.family import Family, Weight
 
@@ -36,7 +36,7 @@ FAMILY = Family(
     config_kwargs=_config_kwargs,
     weights={
         **experts.QWEN_WEIGHTS,
-        **qwen2.BIASES,
+        "self_attention.linear_qkv.bias": dense.QKV_BIAS,
         "mlp.shared_experts.linear_fc1.weight": Weight(
             "glu",
             (

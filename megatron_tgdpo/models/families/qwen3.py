@@ -5,22 +5,16 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import dense
-from megatron_tgdpo.models.families.dense import ATTENTION
-from megatron_tgdpo.models.families.family import Family, Weight
+from megatron_tgdpo.models.families.family import Family
 
 
 def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
     return {**dense.config_kwargs(hf_config), **dense.window_kwargs(hf_config), "qk_layernorm": True}
 
 
-HEAD_NORMS = {
-    "self_attention.q_layernorm.weight": Weight("copy", ((ATTENTION + "q_norm.weight", ("head",)),)),
-    "self_attention.k_layernorm.weight": Weight("copy", ((ATTENTION + "k_norm.weight", ("head",)),)),
-}
-
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
     config_keys=dense.CONFIG_KEYS | dense.WINDOW_KEYS,
     config_kwargs=_config_kwargs,
-    weights={**dense.WEIGHTS, **HEAD_NORMS},
+    weights={**dense.WEIGHTS, **dense.HEAD_NORMS},
 )

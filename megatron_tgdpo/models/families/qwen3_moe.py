@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.models.families import dense, experts, qwen3
+from megatron_tgdpo.models.families import dense, experts
 from megatron_tgdpo.models.families.family import Family
 
 
@@ -27,5 +27,5 @@ FAMILY = Family(
     # decoder_sparse_step and mlp_only_layers, of layers without experts, are left out: no such model is published.
     config_keys=experts.CONFIG_KEYS | experts.QWEN_KEYS | dense.WINDOW_KEYS | {"norm_topk_prob"},
     config_kwargs=_config_kwargs,
-    weights={**experts.QWEN_WEIGHTS, **qwen3.HEAD_NORMS},
+    weights={**experts.QWEN_WEIGHTS, **dense.HEAD_NORMS},
 )

@@ -73,7 +73,7 @@ def adapted_linears(lora: Lora, hf_config: PretrainedConfig) -> dict[str, tuple[
 
 def adapted_parts(fused: FusedLinear, lora: Lora) -> Iterator[str]:
     """Those of a parallel linear's Hugging Face linears that have an adapter."""
-    return (part for part in fused.parts if part.rpartition(".")[2] in lora.targets)
+    return (part for part in fused.parts if lora.adapts(part.rpartition(".")[2]))
 
 
 def peft_shapes(lora: Lora, hf_config: PretrainedConfig) -> dict[str, tuple[int, int]]:
@@ -138,8 +138,10 @@ def peft_tensors(
         hf_config: Of the base model.
     """
     parts = list(b) if fused.kind == "glu" else [b]
-    if fused.kind == "qkv":
-        parts = join_shards("qkv", [b], Heads.of(hf_config), hf_config.vocab_size)
+    if fused.kind in ("qkv", "fused_qkv"):
+        parts = join_shards(fused.kind, [b], Heads.of(hf_config), hf_config.vocab_size)
+    if fused.kind == "fused_glu":
+        parts = [b.flatten(0, 1)]
     wanted = set(adapted_parts(fused, lora))
     for number, part in enumerate(fused.parts):
         if part in wanted:

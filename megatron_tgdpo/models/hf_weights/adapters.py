@@ -30,11 +30,17 @@ def _fill(adapter: LoraAdapter, part: int, a: Tensor, b: Tensor, heads: Heads, r
         case "glu":
             rows = adapter.b.shape[1]
             adapter.b[part].copy_(b[rank * rows : (rank + 1) * rows])
-        case "qkv":
+        case "fused_glu":
+            rows = adapter.b.shape[1]
+            for ours, theirs in zip(adapter.b, b.chunk(2), strict=True):
+                ours.copy_(theirs[rank * rows : (rank + 1) * rows])
+        case "qkv" | "fused_qkv":
             rows, position = adapter.b.shape[0], 0
+            # A tensor of all three has the rows of query, key and value one after another.
+            whole = dict(enumerate(b.split(heads.rows))) if adapter.fused.kind == "fused_qkv" else {part: b}
             for owner, start, end in qkv_runs(rank * rows, (rank + 1) * rows, heads):
-                if owner == part:
-                    adapter.b[position : position + end - start].copy_(b[start:end])
+                if owner in whole:
+                    adapter.b[position : position + end - start].copy_(whole[owner][start:end])
                 position += end - start
         case _:
             adapter.b.copy_(b)

@@ -4,6 +4,7 @@ Legend: tp ranks of the tensor group, r this rank, D head size. A parameter of k
 group, the group's query heads, its key head, its value head; with tp > groups a rank holds an equal run of those rows.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ FUSED_NORMS = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 _LAYERS = "decoder.layers."
+_UNFUSED: dict[Kind, Kind] = {"fused_glu": "glu", "fused_qkv": "qkv"}
 
 
 def local_name(name: str) -> str:
@@ -52,6 +54,12 @@ class Heads:
         """Reads it from the HF config."""
         groups = hf_config.num_key_value_heads
         return cls(groups, hf_config.num_attention_heads // groups, head_dim(hf_config))
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Of the projections of query, key and value."""
+        kv = self.groups * self.size
+        return self.queries_per_group * kv, kv, kv
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,12 @@ def global_parameters(
         every_expert: Whether all experts are listed, or of each layer the first one.
     """
     family = family_of(hf_config.architectures)
-    weights, renamed = dict(family.weights), _stored_names(family)
+    renamed = _stored_names(family)
+    weights = {
+        name: weight
+        for name, weight in family.weights.items()
+        if weight.only_if is None or getattr(hf_config, weight.only_if)
+    }
     if hf_config.tie_word_embeddings:
         del weights[OUTPUT]
     in_layers = {name: weight for name, weight in weights.items() if weight.of_layer}
@@ -169,6 +182,7 @@ def active_parameter_count(hf_config: PretrainedConfig) -> int:
 
 def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
     heads = Heads.of(hf_config)
+    query, kv, _ = heads.rows
     kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
     return {
         "vocab": hf_config.vocab_size,
@@ -178,9 +192,11 @@ def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
         "expert_mlp": kwargs.get("moe_ffn_hidden_size", 0),
         "shared_mlp": kwargs.get("moe_shared_expert_intermediate_size", 0),
         "one": 1,
-        "query": heads.groups * heads.queries_per_group * heads.size,
-        "kv": heads.groups * heads.size,
+        "query": query,
+        "kv": kv,
         "head": heads.size,
+        "gate_up": 2 * hf_config.intermediate_size,
+        "qkv": query + 2 * kv,
     }
 
 
@@ -211,11 +227,21 @@ def read_shard(
             stored = checkpoint.tensors[names[0]].shape[0]
             rows = checkpoint.rows(names[0], min(start, stored), min(end, stored))
             return torch.cat((rows, rows.new_zeros(shape[0] - rows.shape[0], shape[1])))
+        case "rows":
+            return checkpoint.rows(names[0], start, end)
         case "glu":
             half = shape[0] // 2
             return torch.cat([checkpoint.rows(name, rank * half, (rank + 1) * half) for name in names])
+        case "fused_glu":
+            half, up = shape[0] // 2, checkpoint.tensors[names[0]].shape[0] // 2
+            gate_and_up = (rank * half, up + rank * half)
+            return torch.cat([checkpoint.rows(names[0], first, first + half) for first in gate_and_up])
         case "qkv":
             return torch.cat([checkpoint.rows(names[i], a, b) for i, a, b in qkv_runs(start, end, heads)])
+        case "fused_qkv":
+            firsts = (0, *itertools.accumulate(heads.rows))
+            runs = qkv_runs(start, end, heads)
+            return torch.cat([checkpoint.rows(names[0], firsts[i] + a, firsts[i] + b) for i, a, b in runs])
 
 
 def qkv_runs(start: int, end: int, heads: Heads) -> Iterator[tuple[int, int, int]]:
@@ -244,6 +270,10 @@ def join_shards(kind: Kind, shards: list[Tensor], heads: Heads, vocab_size: int)
             return [shards[0]]
         case "row":
             return [torch.cat(shards, dim=1)]
+        case "rows":
+            return [torch.cat(shards)]
+        case "fused_glu" | "fused_qkv":
+            return [torch.cat(join_shards(_UNFUSED[kind], shards, heads, vocab_size))]
         case "vocab":
             return [torch.cat(shards)[:vocab_size]]
         case "glu":

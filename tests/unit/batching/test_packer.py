@@ -1,11 +1,13 @@
-"""Packs need only hold the longest pair that the data has: what the config takes, what the data refuses."""
+"""Packs: what they must hold, by the config and by the data, and which pairs go into which."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron_tgdpo.batching.packer import first_fit_decreasing
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
@@ -72,3 +74,39 @@ def test_sft_has_no_prompts_to_share() -> None:
     assert not config_from_dict({**VALID, **SFT}).shared_prompts
     batch = {"global_pairs": 1, "shared_prompts": True}
     assert not config_from_dict({**VALID, **SFT, "batch": batch, "parallel": {"context": 2}}).shared_prompts
+
+
+def first_fit(tokens: list[int], capacity: int) -> list[list[int]]:
+    """Each, the longest first, into the first pack with room, looked for one by one."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for place in sorted(range(len(tokens)), key=lambda place: (-tokens[place], place)):
+        slot = next((slot for slot, free in enumerate(room) if free >= tokens[place]), len(packs))
+        if slot == len(packs):
+            packs.append([])
+            room.append(capacity)
+        packs[slot].append(place)
+        room[slot] -= tokens[place]
+    return packs
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 100, 700])
+@pytest.mark.parametrize("longest", [1, 7, 40, 64])
+def test_packs_are_those_of_first_fit(count: int, longest: int) -> None:
+    """The order of pairs in packs is the same whatever finds the pack, so that losses are, too."""
+    tokens = np.random.default_rng(count).integers(1, longest, count, endpoint=True).tolist()
+    packs, room = first_fit_decreasing(range(count), tokens, 64)
+    assert packs == first_fit(tokens, 64)
+    assert room == [64 - sum(tokens[place] for place in pack) for pack in packs]
+
+
+def test_many_pairs_fill_their_packs() -> None:
+    """A pair takes a seventh of a pack on average, and at most half, as with the default size of packs."""
+    lengths = np.clip(np.random.default_rng(3).lognormal(6.3, 0.6, 20_000), 16, 2048).astype(int)
+    packs, _ = first_fit_decreasing(range(len(lengths)), lengths.tolist(), 4096)
+    assert len(packs) <= 1.02 * lengths.sum() / 4096
+
+
+def test_a_pair_that_fits_no_pack_is_an_error() -> None:
+    with pytest.raises(ValueError, match="65 tokens in packs of 64"):
+        first_fit_decreasing([0, 1], [3, 65], 64)

@@ -11,13 +11,15 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from checkpoints_convert.import_hf import import_hf
+from megatron_tgdpo.data.options import PreprocessOptions
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.intervals import mean_interval, wilson
+from megatron_tgdpo.intervals import Estimate, mean_interval, wilson
 from megatron_tgdpo.models.hf_config import read_hf_config
 from tests.reference import response_logps as one_by_one
 from tests.tiny_models import make_llama, make_model, make_tokenizer
 from tgdpo.evaluate import main
 from tgdpo.generation import logps
+from tgdpo.generation.compare_models import table_of
 from tgdpo.generation.evaluation import PairScores, preference_metrics
 from tgdpo.generation.models import fingerprint, hf_directory
 
@@ -128,10 +130,23 @@ def check_report(report: dict[str, Any], printed: str) -> None:
         guide["margin"]["value"], rel=1e-5
     )
     assert 1 <= guide["tokens"]["value"] <= 6
-    lines = printed.splitlines()[1:]
-    assert len(lines) == 3
-    assert len({len(line) for line in lines}) == 1
-    assert f"{guide['margin']['value']:+.3f} [{guide['margin']['low']:+.3f}, " in lines[2]
+    _, *table, written = printed.splitlines()
+    assert table[0].split() == ["reference", "guide"]
+    assert {len(line) for line in table} == {len(table[0])}
+    assert len(table[0]) <= 100
+    (margin,) = [line for line in table if line.startswith("margin")]
+    assert f"{guide['margin']['value']:+.3f} [{guide['margin']['low']:+.3f}, " in margin
+    assert written.endswith("/results.json: written")
+    assert (report["max_length"], report["dtype"]) == (PreprocessOptions.max_length, "fp32")
+    assert "torch" in report["versions"]
+
+
+def test_models_that_do_not_fit_beside_each_other_stand_below() -> None:
+    estimate = Estimate(0.125, -0.5, 0.75)
+    blocks = table_of({f"model{k}": {"margin": estimate, "accuracy": estimate} for k in range(5)}).split("\n\n")
+    assert [block.split("\n")[0].split() for block in blocks] == [["model0", "model1", "model2"], ["model3", "model4"]]
+    assert max(len(line) for block in blocks for line in block.split("\n")) <= 100
+    assert blocks[1].count("+0.125 [-0.500, +0.750]") == 2
 
 
 def alike(ours: Any, theirs: Any) -> bool:

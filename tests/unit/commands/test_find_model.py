@@ -243,11 +243,27 @@ def bad(models: Path, tmp_path: Path) -> dict[str, str]:
         f"{models}/pairs.jsonl": "a file: name the directory of the model",
         f"{tmp_path}/empty": "neither an HF directory (no config.json) nor a Megatron checkpoint nor a training output",
         f"{tmp_path}/begun": "a training output directory without a complete checkpoint: start its run again",
-        f"{tmp_path}/adapter": "a LoRA adapter (adapter_config.json), not a model: in training it may be lora.adapter",
+        f"{tmp_path}/adapter": "a LoRA adapter (adapter_config.json), not a whole model: in training it may be",
         f"{models}/run/checkpoints/step_00000003": "no tgdpo.json: name another checkpoint, or its run's output dir",
         f"{models}/run/checkpoints/step_00000004.tmp": "its save did not end: name another checkpoint",
         "owner/other": "HF_HUB_OFFLINE is set: fetch it where there is a network, with the same HF_HOME: hf download",
     }  # fmt: skip
+
+
+def test_a_model_and_an_adapter_in_one_directory(models: Path, tmp_path: Path) -> None:
+    """transformers would take the adapter and its base, whatever weights are there."""
+    both = tmp_path / "both"
+    shutil.copytree(models / "hf", both)
+    (both / "adapter_config.json").write_text("{}")
+    for adapter in (True, False):
+        with pytest.raises(UserError, match=r"a whole model and a LoRA adapter \(.* in one directory"):
+            find_model(both, "--model", adapter=adapter)
+    # The base's config beside it makes no model of an adapter.
+    for file in both.glob("model*.safetensors"):
+        file.unlink()
+    assert find_model(both, "--model", adapter=True) == both
+    with pytest.raises(UserError, match="a LoRA adapter"):
+        find_model(both, "--model")
 
 
 def test_what_is_no_model_is_said_in_one_line_that_begins_with_the_key(models: Path, tmp_path: Path) -> None:
@@ -271,4 +287,5 @@ def test_every_command_names_its_option(
         assert COMMANDS[command](models, text, tmp_path) == 1
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith(("error: --model ", "error: --model: ", "error: --reference ", "error: --reference: "))
-        assert message in line
+        # Where an adapter may be named, its base is looked for.
+        assert message in line or (text.endswith("/adapter") and "an adapter of type None: only LORA" in line)

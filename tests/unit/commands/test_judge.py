@@ -299,7 +299,7 @@ def test_a_model_as_judge(files: list[str], tmp_path: Path, capsys: pytest.Captu
     assert all(isinstance(reply, str) for judgment in judgments for reply in judgment["replies"])
     assert main([*files[:2], *command, str(tmp_path / "scores")]) == 0
     assert results_of(tmp_path / "scores")[0]["score"] is None
-    assert "100.0%" in capsys.readouterr().out
+    assert "WARNING: 100.0% of the replies have no verdict that can be read" in capsys.readouterr().out
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> str:

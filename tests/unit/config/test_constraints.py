@@ -12,6 +12,7 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.rules import RULES
 from megatron_tgdpo.config.schema import Config, LossConfig
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.loss.choices import FORMS, WEIGHTS
 from megatron_tgdpo.loss.methods import METHODS
 from tests.unit.config.test_loading import VALID
 
@@ -62,12 +63,24 @@ def test_messages_of_rules_can_be_written_and_name_a_key(rule: Rule) -> None:
 def test_methods_and_their_options() -> None:
     """Every option belongs to a method, and every row's loss is there."""
     options = {field.name for field in fields(LossConfig)} - {"method"}
-    assert options == {option for method in METHODS.values() for option in method.options}
+    assert options == {option for row in (*METHODS.values(), *WEIGHTS.values()) for option in row.options}
     assert all(callable(method.loss_function) for method in METHODS.values())
+    assert all(callable(weights.weight_function) for weights in WEIGHTS.values())
+    assert all(callable(form.loss_function) for form in FORMS.values())
+
+
+def test_weights_bring_their_options() -> None:
+    tgdpo, sepo = METHODS["tgdpo"], METHODS["tgdpo"].given({"weights": "sepo"})
+    assert set(tgdpo.options) - set(sepo.options) == {"alpha"}
+    assert set(sepo.options) - set(tgdpo.options) == {"select_share"}
+    assert METHODS["dpo"].given({"weights": "confpo"}).options == METHODS["dpo"].options
 
 
 def test_metrics_that_a_method_has_not() -> None:
     assert METHODS["tgdpo"].without == ()
-    assert METHODS["dpo"].without == ("guidance/",)
-    assert METHODS["simpo"].without == ("guidance/", "logps/reference_")
-    assert set(METHODS["sft"].without) == {"guidance/", "logps/reference_", "rewards/", "margins/", "logps/rejected"}
+    guidance = {"guidance/guide_", "guidance/weight", "guidance/negative"}
+    assert set(METHODS["dpo"].without) == guidance
+    assert METHODS["dpo"].given({"weights": "confpo"}).without == ("guidance/guide_",)
+    assert set(METHODS["simpo"].without) == guidance | {"logps/reference_"}
+    absent = {"logps/reference_", "rewards/", "margins/", "logps/rejected"}
+    assert set(METHODS["sft"].without) == guidance | absent

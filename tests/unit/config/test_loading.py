@@ -64,7 +64,7 @@ def test_config_cannot_be_changed() -> None:
         ("model.guide=null", "model.guide"),
         ("train.epochs=1", "exactly one of train.steps and train.epochs"),
         ("parallel.context=0", "parallel.context"),
-        ("loss.gamma=1", "loss.gamma is set but loss.method tgdpo does not use it"),
+        ("loss.select_share=1", "loss.select_share is set but loss.method tgdpo does not use it"),
         ("loss.alpha=-1", "loss.alpha"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline is 2 with one stage"),
         ("batch.tokens_per_micro_batch=0", "batch.tokens_per_micro_batch is 0: it must be positive"),
@@ -141,7 +141,11 @@ def test_dpo_without_a_reference_has_none(tmp_path: Path) -> None:
 def test_options_take_the_defaults_of_their_method(tmp_path: Path) -> None:
     path = write(tmp_path, VALID)
     dpo = {"beta": 0.1, "form": "sigmoid", "reference_free": False, "label_smoothing": 0.0, "sft_weight": 0.0}
-    assert load_config(path).loss.options == {**dpo, "alpha": 0.5, "guide_beta": None}
+    tgdpo = {**dpo, "gamma": 0.0, "guide_beta": None, "weights": "tgdpo"}
+    assert load_config(path).loss.options == {**tgdpo, "alpha": 0.5}
+    sepo = load_config(path, ["loss.weights=sepo"]).loss
+    assert sepo.options == {**tgdpo, "weights": "sepo", "select_share": 0.3}
+    assert sepo.alpha is None
     simpo = load_config(path, ["loss.method=simpo", "model.guide=null", "loss.gamma=0.3"])
     assert simpo.loss.options == {"beta": 2.0, "gamma": 0.3}
     assert simpo.loss.alpha is None

@@ -23,7 +23,12 @@ BROKEN = [
     (["loss.method=orpo", "model.guide=null", "loss.label_smoothing=0"], "loss.label_smoothing is set but loss.method"),
     (["loss.method=sft", "model.guide=null", "loss.reference_free=true"], "loss.reference_free is set but loss.method"),
     (["loss.method=dpo", "model.guide=null", "loss.guide_beta=1"], "loss.guide_beta is set but loss.method dpo"),
-    (["loss.gamma=1"], "loss.gamma is set but loss.method tgdpo"),
+    (["loss.form=ipo", "loss.gamma=1"], "loss.gamma is 1.0 but loss.form ipo"),
+    (["loss.method=simpo", "model.guide=null", "loss.weights=confpo"], "loss.weights is set but loss.method simpo"),
+    (["loss.select_share=0.2"], "loss.select_share is set but loss.method tgdpo"),
+    (["loss.method=sft", "model.guide=null", "loss.gamma=1"], "loss.gamma is set but loss.method sft"),
+    (["loss.method=dpo", "model.guide=null", "loss.weights=sepo"], "loss.weights sepo come from a guide"),
+    (["loss.weights=confpo"], "loss.weights confpo need no guide: set loss.method=dpo"),
     (["loss.form=hinge", "loss.label_smoothing=0.1"], "loss.label_smoothing is 0.1 but loss.form hinge"),
     (["loss.form=exo_pair"], "loss.form exo_pair needs loss.label_smoothing above 0"),
     (
@@ -32,13 +37,13 @@ BROKEN = [
     ),
     (
         ["loss.form=apo_down"],
-        "loss.form apo_down compares each response with the reference on its own, and a guide's weights",
+        "loss.form apo_down compares each response with the reference on its own, and token weights",
     ),
     (["model.guide=null"], "loss.method tgdpo needs model.guide"),
     (["loss.method=dpo", "model.guide=null", *_GUIDE], "loss.method dpo trains without a guide"),
     (["guide.beta=0.01"], "section guide has no method"),
     (_GUIDE, "model.guide is"),
-    (["model.guide=null", *_GUIDE, "guide.gamma=1"], "guide.gamma is set but guide.method dpo"),
+    (["model.guide=null", "guide.method=orpo", "guide.gamma=1"], "guide.gamma is set but guide.method orpo"),
     (["model.guide=null", "guide.method=sft", "guide.beta=1"], "guide.beta is set but guide.method sft"),
     (["model.guide=null", *_GUIDE, "guide.steps=1", "guide.epochs=1"], "set at most one of guide.steps"),
     (
@@ -49,8 +54,9 @@ BROKEN = [
     (["loss.method=simpo", "model.guide=null", "model.reference=ref"], "loss.method simpo uses no reference"),
     (["lora.alpha=8"], "section lora has neither rank nor adapter"),
     (["lora.adapter=dir", "lora.rank=4"], "lora.adapter dir has a rank, alpha and targets of its own"),
-    (["lora.rank=4", "precision.fp8=blockwise"], "section lora with precision.fp8 blockwise"),
-    (["lora.rank=4", "precision.frozen=fp8"], "section lora with weights in FP8"),
+    (["lora.rank=4", "precision.fp8=delayed"], "section lora with precision.fp8 delayed and fp4 none: beside adapters"),
+    (["lora.rank=4", "precision.frozen=fp8"], "section lora with precision.frozen fp8: the policy's weights"),
+    (["lora.rank=4", "loss.method=dpo", "model.guide=null", "offload.frozen=true"], "offload.frozen with section lora"),
     (
         ["lora.rank=4", "parallel.tensor=2", "parallel.sequence_parallel=true", "overlap.tensor=true"],
         "overlap.tensor hides traffic within linears",
@@ -117,6 +123,24 @@ def test_the_guides_run_has_a_directory_of_its_own(name: str) -> None:
     with pytest.raises(UserError, match=r"guide.output_dir is .*: name another directory"):
         config_from_dict(merged_all(["model.guide=null", *_GUIDE, f"guide.output_dir={name}"]))
     config_from_dict(merged_all(["model.guide=null", *_GUIDE, "guide.output_dir=${output_dir}/guides/dpo"]))
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        (["precision.fp4=nvfp4"], "section lora with precision.fp8 none and fp4 nvfp4: beside adapters"),
+        (["precision.fp8=mxfp8"], "section lora with precision.fp8 mxfp8 and fp4 none: beside adapters"),
+        (["precision.fp8=tensorwise", "precision.frozen=bf16"], "section lora with precision.frozen bf16"),
+        (["precision.fp8=tensorwise", "precision.fp8_params=true"], None),
+        (["precision.frozen=bf16"], None),
+    ],
+)
+def test_precisions_beside_adapters(precision: list[str], message: str | None) -> None:
+    if message is None:
+        assert config_from_dict(merged_all(["lora.rank=4", *precision])).lora.trains
+        return
+    with pytest.raises(UserError, match=message):
+        config_from_dict(merged_all(["lora.rank=4", *precision]))
 
 
 def test_no_rule_is_left_out() -> None:

@@ -325,6 +325,8 @@ def test_command_reports(
     megatron_to_hf.main()
     shown = capsys.readouterr()
     count = sum(tensor.numel() for tensor in read_weights(out).values())
-    assert shown.out.startswith(f"{out}: {count:,} parameters in bf16, {2 * count:,} bytes, ")
-    assert shown.out.endswith(" MB/s\n")
+    assert shown.out.startswith(f"{out}: written, {count:,} parameters in bf16, {2 * count / 1e6:,.1f} MB (")
+    summary, use = shown.out.splitlines()
+    assert summary.endswith(" MB/s)")
+    assert use == f"in Python: AutoModelForCausalLM.from_pretrained('{out}'); as a server: vllm serve {out}"
     assert shown.err == ""

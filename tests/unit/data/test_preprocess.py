@@ -109,7 +109,8 @@ def test_manifest_says_what_is_in_the_files(tmp_path, hf_directory, write_jsonl)
     assert manifest["options"]["max_length"] == 64
 
 
-def test_output_does_not_depend_on_workers(tmp_path, sp_model, write_jsonl):
+def test_output_does_not_depend_on_workers(tmp_path, sp_model, write_jsonl, monkeypatch):
+    monkeypatch.setattr(module, "WORKER_BYTES", 1)
     records = [plain_record(index, length=1 + index % 7) for index in range(700)]
     records[100] = records[555] = IDENTICAL
     source = write_jsonl(records)
@@ -121,7 +122,8 @@ def test_output_does_not_depend_on_workers(tmp_path, sp_model, write_jsonl):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_error_in_a_worker_is_the_one_line_error(tmp_path, sp_model, write_jsonl, workers):
+def test_error_in_a_worker_is_the_one_line_error(tmp_path, sp_model, write_jsonl, workers, monkeypatch):
+    monkeypatch.setattr(module, "WORKER_BYTES", 1)
     records: list = [plain_record(index) for index in range(300)]
     records[210] = {"prompt": "Q", "chosen": "A"}
     source = write_jsonl(records)
@@ -278,6 +280,7 @@ def test_records_in_flight_are_bounded(tmp_path, sp_model, write_jsonl, monkeypa
 
     monkeypatch.setattr(module, "_batches", counting_batches)
     monkeypatch.setattr(module, "_oldest", counting_oldest)
+    monkeypatch.setattr(module, "WORKER_BYTES", 1)
     options = PreprocessOptions(sp_model, workers=2)
     preprocess([source], str(tmp_path / "out"), options, progress=False)
     assert read == written == 30

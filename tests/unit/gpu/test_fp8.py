@@ -351,4 +351,4 @@ def test_versions() -> None:
     assert parse_version("13.0") == (13, 0)
     assert untested_engine((2, 21, 0))
     assert not any(untested_engine(version) for version in (None, (2, 9, 0), (2, 20, 2)))
-    assert detect(torch.device("cpu")).describe().startswith("CPU; Transformer Engine none; Adam from ")
+    assert detect(torch.device("cpu")).describe() == "CPU"

@@ -25,10 +25,10 @@ def random_logps(seed: int) -> Tensor:
 
 
 def compute(method: str, policy: Tensor, *frozen: Tensor, lengths: Tensor = LENGTHS, **options: Any) -> PreferenceLoss:
-    row = METHODS[method]
+    row = METHODS[method].given(options)
     given = {"label_smoothing": SMOOTHED.get(options.get("form", ""), 0.0)} if "form" in row.options else {}
     options = {**row.options, **given, **options}
-    roles = dict(zip(row.given(options).frozen, frozen, strict=True))
+    roles = dict(zip(row.frozen, frozen, strict=True))
     return row.loss_function(policy, roles, lengths, options, on_one_rank)
 
 
@@ -97,6 +97,8 @@ def test_the_loss_of_a_policy_that_is_the_reference(form: str) -> None:
         assert loss.tolist() == pytest.approx([AT_REFERENCE[form]] * 2, rel=1e-12)
     options = {**METHODS["dpo"].options, "form": form, "beta": 0.3, "label_smoothing": SMOOTHED.get(form, 0.0)}
     assert loss_at_reference(options) == pytest.approx(AT_REFERENCE[form], rel=1e-12)
+    with_gamma = loss_at_reference({**options, "gamma": 0.5})
+    assert with_gamma == pytest.approx(math.log1p(math.exp(0.5)) if FORMS[form].margin else AT_REFERENCE[form])
     assert loss_at_reference({**options, "sft_weight": 0.1}) is None
     assert loss_at_reference({**options, "reference_free": True}) is None
 
@@ -114,10 +116,12 @@ def test_reference_free_is_a_reference_that_likes_all_the_same(form: str) -> Non
     assert not free.token_logratios.any()
 
 
-def test_means_without_a_reference_are_simpo() -> None:
+@pytest.mark.parametrize("gamma", [0.0, 1.4])
+def test_means_without_a_reference_are_simpo(gamma: float) -> None:
     policy = random_logps(1).requires_grad_()
-    free = compute("dpo", policy, form="sigmoid_norm", reference_free=True, beta=2.0)
-    simpo = compute("simpo", policy, beta=2.0, gamma=0.0)
+    free = compute("dpo", policy, form="sigmoid_norm", reference_free=True, beta=2.0, gamma=gamma)
+    simpo = compute("simpo", policy, beta=2.0, gamma=gamma)
+    torch.testing.assert_close(free.weighted_margins, simpo.weighted_margins)
     torch.testing.assert_close(free.losses, simpo.losses)
     torch.testing.assert_close(gradient_of(free, policy), gradient_of(simpo, policy))
 

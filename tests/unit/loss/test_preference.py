@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_tgdpo.loss.methods import METHODS
-from megatron_tgdpo.loss.preference import PreferenceLoss, guidance_token_weights, on_one_rank, sum_per_sequence
+from megatron_tgdpo.loss.preference import PreferenceLoss, on_one_rank, sum_per_sequence
+from megatron_tgdpo.loss.token_weights import toward_label
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "losses.json").read_text())
 LENGTHS = torch.tensor([3, 5, 7, 1])
@@ -81,7 +82,7 @@ def test_policy_equal_to_reference_gives_ln_2(alpha: float, beta: float) -> None
     reference, guide = random_logps(2), random_logps(3)
     losses, gradient = loss_and_gradient(reference, reference, guide, alpha, beta)
     torch.testing.assert_close(losses, torch.full((2,), math.log(2), dtype=torch.float64), rtol=1e-12, atol=0)
-    weights = guidance_token_weights(beta * (guide - reference), LENGTHS, alpha)
+    weights = 1 + alpha * toward_label(beta * (guide - reference), LENGTHS)
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).repeat_interleave(LENGTHS)
     torch.testing.assert_close(gradient, -0.5 * beta * weights * signs)
 

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.families import FAMILIES
+from megatron_tgdpo.models.families import BEYOND, FAMILIES
 from megatron_tgdpo.models.families.dense import window_kwargs
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import expected_shapes, global_parameters, parameter_count
+from tests.family_table import NOTES, PAGE, refused
 from tests.published_configs import PARAMETERS, PUBLISHED, write_config
-from tests.tiny_models import FAMILY_OPTIONS, make_model
+from tests.tiny_models import DENSE_OPTIONS, make_model
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -25,7 +27,7 @@ def test_published_configs_are_taken(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILY_OPTIONS)
+@pytest.mark.parametrize("family", DENSE_OPTIONS)
 def test_weights_are_those_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
     hf_config = read_hf_config(make_model(tmp_path, family, tied=tied, layers=2))
     with torch.device("meta"):
@@ -51,9 +53,10 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
             family.check(changed)
             continue
         refused.add(key)
-    assert "attention_dropout" in refused
+    # Seed-OSS was trained with dropout; here it is off in every model. ERNIE 4.5 has none.
+    assert ("attention_dropout" in refused) != (model_type in ("seed_oss", "ernie4_5"))
+    assert ("hidden_activation" if model_type in ("gemma2", "gemma3_text") else "hidden_act") in refused
     assert ("mlp_only_layers" in refused) == (model_type in ("qwen2_moe", "qwen3_moe"))
-    assert ("hidden_activation" if model_type == "gemma2" else "hidden_act") in refused
     assert not refused & {"hidden_size", "sliding_window", "bos_token_id", "dtype"}
 
 
@@ -81,12 +84,39 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
         ("Mixtral-8x7B", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
         ("Qwen3-8B", {"architectures": ["Qwen3NextForCausalLM"]}, "supported are: LlamaForCausalLM, Gemma2"),
         ("Llama-2-7b", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ("Qwen3-8B", {"architectures": ["Qwen3_5ForCausalLM"]}, "with gated delta-net layers, which is not supported"),
+        ("gemma-3-1b", {"architectures": ["Gemma3ForConditionalGeneration"]}, "with inputs other than text"),
+        ("gemma-3-1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("gemma-3-1b", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("Llama-3-8B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported, only 1"),
+        ("phi-4", {"resid_pdrop": 0.1}, "resid_pdrop is 0.1"),
+        ("phi-4", {"partial_rotary_factor": 0.01}, "partial_rotary_factor 0.01 rotates 1 elements of a head"),
+        ("Seed-OSS-36B", {"attention_out_bias": True}, "attention_out_bias is True"),
+        ("granite-3.3-8b", {"mlp_bias": True}, "mlp_bias is True"),
+        ("SmolLM3-3B", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 36 layers"),
+        ("ERNIE-4.5-0.3B", {"use_bias": True}, "use_bias is True"),
     ],
 )
 def test_what_would_change_the_maths_is_refused(tmp_path: Path, name: str, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         read_hf_config(write_config(tmp_path, {**PUBLISHED[name], **changes}))
     assert "\n" not in str(error.value)
+
+
+def test_reasons_are_of_architectures_that_there_are() -> None:
+    names = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in (value,) if isinstance(name, str)}
+    assert [part for part in BEYOND if not any(part in name for name in names)] == []
+    supported = {family.architecture for family in FAMILIES}
+    assert [name for name in supported if any(part in name for part in BEYOND)] == []
+
+
+def test_the_page_has_what_there_is() -> None:
+    """But for its figures, which ``python -m tests.family_table`` measures."""
+    page = PAGE.read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `") and "ForCausalLM" in line]
+    assert [row.split("`")[1] for row in rows] == [family.architecture for family in FAMILIES]
+    assert all(f"| {' | '.join(NOTES[row.split('`')[1]])} |" in row for row in rows)
+    assert refused() in page
 
 
 def test_an_adapter_is_refused_by_name(tmp_path: Path) -> None:

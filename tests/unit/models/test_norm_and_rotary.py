@@ -98,9 +98,9 @@ def test_rotary_equals_hf(tmp_path: Path, rope: str) -> None:
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "longrope", "factor": 2.0}, "rope type 'longrope' .* linear, yarn, dynamic"),
+        ({"rope_type": "proportional"}, "rope type 'proportional' .* linear, yarn, dynamic, longrope"),
         ({"rope_type": "linear", "factor": 0.0}, "gives no finite frequencies"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.03}, "partial_rotary_factor 0.03 rotates 3 elements"),
     ],
 )
 def test_other_rotary_types_are_refused(scaling: dict, message: str) -> None:

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.loss.preference import PreferenceLoss, sft_loss, tgdpo_loss
 from megatron_tgdpo.models.logp_tolerance import LogpDifference
 from megatron_tgdpo.output import metrics as tables
 from megatron_tgdpo.output.metrics import WEIGHT_EDGES, StepMetrics, pack_metrics, reduce_metrics
 
 BETA, ALPHA = 0.2, 1.5
-OPTIONS = {"beta": BETA, "alpha": ALPHA}
+OPTIONS = {**METHODS["tgdpo"].options, "beta": BETA, "alpha": ALPHA}
 
 
 def reduced(

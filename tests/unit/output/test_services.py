@@ -37,7 +37,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(service, name, PATIENCE)
 
 
-SAMPLE = Sample("eval", 1, 7, "Hello?", "Hello.", 3, True)
+SAMPLE = Sample("eval", 1, "pairs.jsonl:8", "Hello?", "Hello.", 3, True)
 
 
 def log_steps(config: Config, done: int, steps: range, samples: Sequence[Sample] = ()) -> None:

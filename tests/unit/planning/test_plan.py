@@ -13,7 +13,8 @@ from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.config.loading import config_from_dict, load_config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.options import PreprocessOptions
-from megatron_tgdpo.data.preprocess import preprocess
+from megatron_tgdpo.data.preprocess import preprocess, try_first_records
+from megatron_tgdpo.data.sources import Source
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.fp8 import linear_bytes
@@ -282,25 +283,50 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
 
 def test_a_dry_run_counts_the_steps_of_its_epochs(tmp_path: Path) -> None:
     path, file = make_llama(tmp_path / "model"), tmp_path / "pairs.jsonl"
-    file.write_text("{}\n" * 30)
+    write_pairs(file, 30)
     values = {**VALID, "model": {"policy": str(path), "guide": str(path)}, "train": {"epochs": 1.5}}
     sources = [str(file), {"path": str(file), "weight": 0.5}]
     lines = {
-        name: dry_run(config_from_dict({**values, "data": {"train": train}}), 1)[0].splitlines()[-2]
+        name: dry_run(config_from_dict({**values, "data": {"train": train}}), 1)[0].splitlines()
         for name, train in {"raw": sources, "missing": str(tmp_path / "no.jsonl")}.items()
     }
+    tried = try_first_records([Source(str(file))], PreprocessOptions(str(path), max_length=2048, workers=1))
+    tokens = 8 * round((2 * tried.lengths[:, 0] + tried.lengths[:, 1] + tried.lengths[:, 2]).mean())
+    assert tried.records == 30
     # 1.5 x (30 + 15) pairs in steps of 8.
-    assert lines["raw"].startswith("1.5 epochs of 60 records, if each is a pair: 9 steps of 8 pairs, 16,384 tokens if")
-    assert ": 147,456 in all, about " in lines["raw"]
-    assert lines["missing"].startswith(f"data.train: {tmp_path}/no.jsonl: cannot be read: No such")
-    assert ": 1.5 epochs in steps of 8 pairs" in lines["missing"]
+    assert lines["raw"][-2].startswith(
+        f"1.5 epochs of 60 records, if each is a pair: 9 steps of 8 pairs, {tokens:,} tokens (by the first 60 records)"
+        f": {9 * tokens:,} in all, about "
+    )
+    assert lines["missing"][-3].startswith("1.5 epochs in steps of 8 pairs, 16,384 tokens if sequences are half as")
+    assert lines["missing"][-2].startswith(f"WARNING: data.train: {tmp_path}/no.jsonl: cannot be read: No such")
+    short = {**values, "data": {"train": str(file), "max_length": int(tried.lengths[:, :2].sum(axis=1).min())}}
+    assert "are cut and lose their end token" in dry_run(config_from_dict(short), 1)[0].splitlines()[-2]
     prefix = str(tmp_path / "pairs")
     write_pairs(file, 20)
     preprocess([str(file)], prefix, PreprocessOptions(str(path), max_length=64, workers=1), progress=False)
     line = dry_run(config_from_dict({**values, "data": {"train": prefix}}), 1)[0].splitlines()[-2]
     lengths = PreferenceDataset(prefix).lengths
     tokens = 8 * round((2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]).mean())
-    assert line.startswith(f"1.5 epochs of 20 pairs: 4 steps of 8 pairs, {tokens:,} tokens on average: {4 * tokens:,} ")
+    assert line.startswith(f"1.5 epochs of 20 pairs: 4 steps of 8 pairs, {tokens:,} tokens: {4 * tokens:,} in all")
+
+
+def test_a_dry_run_on_a_cpu_speaks_of_this_machine(tmp_path: Path) -> None:
+    path = make_llama(tmp_path / "model")
+    values = {**VALID, "model": {"policy": str(path)}, "guide": {"method": "dpo"}, "train": {"steps": 1}}
+    config = config_from_dict(values)
+    text, fits = dry_run(config, 2, on_cpu=True)
+    assert fits
+    assert "H100" not in text
+    # A guide that is still to be trained has weights of its own.
+    ((policy, frozen),) = re.findall(r"policy ([\d,]+), frozen ([\d,]+)", text)
+    assert int(frozen.replace(",", "")) == 2 * int(policy.replace(",", ""))
+    verdict, others = text.splitlines()[-2:]
+    assert re.fullmatch(r"fits this machine's [\d.]+ GiB, of which it needs [\d.]+", verdict)
+    assert others == "for GPUs, here or elsewhere: --world-size N and --gpu-memory-gib GIB"
+    # The method's options are as they are by default.
+    assert "alpha" not in text
+    assert config_from_dict(yaml.safe_load(text[: text.index("ranks: ")])) == config
 
 
 def test_a_dry_run_that_does_not_fit_names_overrides_that_do(tmp_path: Path) -> None:

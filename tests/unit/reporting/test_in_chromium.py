@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.browser import CHROMIUM, NO_CHROMIUM, Page, chromium
 from tests.unit.reporting.example import ALPHA, BETA, MARKUP, PLACE, make_pairs, metrics_of, render
-from tgdpo.reporting.render import ReportPair
+from tgdpo.reporting.render import ReportPair, render_page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 PAIRS = 200
@@ -214,6 +215,30 @@ def test_two_guides_side_by_side(small: Page) -> None:
     shown = tip(small)
     assert (shown["reward, guide 1"], shown["reward, guide 2"]) == ("+0.0010", "\u22120.0005")
     assert (shown["weight, guide 1"], shown["weight, guide 2"]) == ("1.0020", "0.9990")
+
+
+def test_selected_tokens_and_a_beta_of_the_guide(tmp_path: Path) -> None:
+    pairs = make_pairs(4, 30)
+    weights = [(np.arange(sum(map(len, pair.texts))) % 2).astype(np.float32) for pair in pairs]
+    shown = render_page(
+        pairs, {"guide": metrics_of(pairs)}, alpha=0.0, beta=0.5, guide_beta=2.0, facts={"guide": "g"},
+        weights={"guide": weights},
+    )  # fmt: skip
+    (tmp_path / "report.html").write_text(shown, encoding="utf-8")
+    with chromium(tmp_path / "profile") as page:
+        page.open((tmp_path / "report.html").as_uri())
+        count, tokens = sum(int(one.sum()) for one in weights), sum(map(len, weights))
+        tiles = page.evaluate("document.getElementById('tiles').innerText")
+        assert f"{count} of {tokens} tokens count" in tiles
+        assert "Negative" not in tiles
+        assert page.evaluate("document.getElementById('alpha').parentElement.hidden")
+        assert page.evaluate("document.querySelectorAll('figure svg').length") == 4
+        show_first(page)
+        page.hover(FIRST)
+        page.wait_for("!document.getElementById('tip').hidden")
+        # x = 0.5, with the guide's own beta; the first of the weights.
+        assert (tip(page)["reward"], tip(page)["weight"]) == ("+1.0000", "0.0000")
+        assert page.problems == []
 
 
 def test_light_and_dark(page: Page, tmp_path: Path) -> None:

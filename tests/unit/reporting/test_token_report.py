@@ -71,6 +71,16 @@ def test_the_guide_s_own_beta_and_other_forms_are_on_the_page(run: Path, capsys:
     assert re.search(r'"guide_beta": ?0.4, ?"guides": ?\[.*"plain_loss": ?false', out.read_text())
 
 
+def test_selected_tokens_are_those_of_training(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of three or four response tokens and an end, a share of 0.5 is two."""
+    out = run / "sepo.html"
+    assert main([str(run / "config.yaml"), "loss.weights=sepo", "loss.select_share=0.5", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "5 pairs, 45 response tokens, beta 0.1\n" in printed
+    assert "token weights  1 on 20 of 45 tokens (44.4%), 0 on the others" in printed
+    assert "alpha" not in printed
+
+
 def test_guides_are_shown_side_by_side(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run / "two.html"
     guides = ["--guide", str(run / "guide"), "--guide", str(run / "reference")]
@@ -88,7 +98,9 @@ def test_a_cache_gives_the_page_that_its_models_give(run: Path) -> None:
     dataset = open_split(config, "train")
     pairs = [dataset[index] for index in range(len(dataset))]
     models = {"reference": str(run / "reference"), "guide": str(run / "guide")}
-    values = {name: np.concatenate(arrays) for name, arrays in model_logps(models, pairs, torch.float32, CPU).items()}
+    values = {
+        name: np.concatenate(arrays) for name, arrays in model_logps(models, pairs, torch.float32, CPU, {}).items()
+    }
     key, shards = guidance_key(config, dataset, ("a", "b")), Shards(dataset.lengths, 8)
     cache = run / "cache" / "train"
     cache.mkdir(parents=True)

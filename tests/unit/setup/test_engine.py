@@ -109,7 +109,7 @@ def test_dynamic_rope_scaling_holds_up_to_its_original_length(tmp_path: Path) ->
     policy = make_llama(tmp_path / "dynamic", rope={"rope_type": "dynamic", "factor": 2.0}, layers=1)
     values = {**VALID, "model": {"policy": str(policy)}, "loss": {"method": "dpo"}}
     read_model_configs(config_from_dict({**values, "data": {**VALID["data"], "max_length": 2048}}))
-    with pytest.raises(UserError, match=r"model.policy .* dynamic rope scaling.* data.max_length to at most 2048"):
+    with pytest.raises(UserError, match=r"model.policy .* rope scaling.* data.max_length to at most 2048"):
         read_model_configs(config_from_dict({**values, "data": {**VALID["data"], "max_length": 2049}}))
 
 

@@ -19,7 +19,7 @@ from megatron_tgdpo.models.hf_weights.adapter_layout import new_adapter, peft_sh
 from megatron_tgdpo.setup.hub_inputs import pin_here
 from megatron_tgdpo.setup.model_inputs import read_model_configs
 from megatron_tgdpo.setup.model_sources import check_bases, model_sources, trained_lora
-from tests.tiny_models import make_llama
+from tests.tiny_models import make_llama, make_model
 from tests.unit.config.test_loading import VALID
 
 ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]}
@@ -102,6 +102,13 @@ def test_other_adapters_are_refused(base: Path, tmp_path: Path, content: dict[st
         read_model_configs(config_of(base, adapter))
 
 
+def test_a_part_of_a_fused_linear_is_refused(tmp_path: Path) -> None:
+    glm4 = make_model(tmp_path, "glm4", layers=2)
+    read_model_configs(config_of(glm4, glm4, lora={"rank": 8, "targets": ["fc1", "down_proj"]}))
+    with pytest.raises(UserError, match=r"lora.targets: .*of gate_proj, but gate_up_proj is one linear .*: name all"):
+        read_model_configs(config_of(glm4, glm4, lora={"rank": 8, "targets": ["gate_proj"]}))
+
+
 def test_an_adapter_of_another_base_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     wider = make_llama(tmp_path / "wider", vocab_size=131, hidden_size=96)
     with pytest.raises(UserError, match="an adapter of another base model"):
@@ -165,8 +172,7 @@ def test_an_adapter_is_no_policy_and_does_not_move_to_the_host(base: Path, adapt
         find_local_model(adapter, "model.policy")
     sections = {
         "overlap.tensor": {"overlap": {"tensor": True}, "parallel": {"tensor": 2, "sequence_parallel": True}},
-        "precision.fp8": {"precision": {"fp8": "blockwise"}},
-        "precision.frozen": {"precision": {"frozen": "fp8"}},
+        "precision.frozen": {"precision": {"fp8": "mxfp8"}},
     }
     for key, section in sections.items():
         with pytest.raises(UserError, match=f"^model.guide is an adapter, and .*{key}"):

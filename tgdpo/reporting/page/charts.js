@@ -178,8 +178,8 @@ function drawCharts(target) {
   target.replaceChildren(probe);
   chartWidth = Math.max(probe.firstChild.clientWidth, 240);
   const drawn = [marginHistograms(), marginsByLength(), histograms("Token rewards", "reward", rewards), positions("Rewards by position", "reward", rewards)];
-  // With alpha 0 every weight is 1.
-  if (alpha > 0) drawn.push(histograms("Token weights", "weight", weights), positions("Weights by position", "weight", weights));
+  // With alpha 0 every weight is 1; selected tokens have 1 and the others 0.
+  if (alpha > 0 && !guides.some((guide) => guide.weights)) drawn.push(histograms("Token weights", "weight", weights), positions("Weights by position", "weight", weights));
   drawn.push(extremeTokens());
   target.replaceChildren(...drawn.flat());
 }

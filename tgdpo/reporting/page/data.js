@@ -14,8 +14,8 @@ const settings = {
 };
 
 const logps = Object.fromEntries(Object.entries(report.logps).map(([model, text]) => [model, decodeFloats(text)]));
-// Each guide has its name, its model's, its metrics, and logps.
-const guides = report.guides.map((guide) => ({ ...guide, logps: logps[guide.name] }));
+// Each guide has its name, its model's, its metrics, and logps; weights where alpha and beta do not make them.
+const guides = report.guides.map((guide) => ({ ...guide, logps: logps[guide.name], weights: guide.weights && decodeFloats(guide.weights) }));
 const pairs = readPairs();
 // |x| that gets the full colour, the same for all guides.
 const fullColour = Math.max(...guides.map((guide) => guide.scale));
@@ -54,6 +54,7 @@ function totalOf(guide, response) {
 }
 
 function weightOf(guide, response, i) {
+  if (guide.weights) return guide.weights[i];
   return 1 + response.sign * settings.alpha * settings.guideBeta * logratio(guide, i);
 }
 

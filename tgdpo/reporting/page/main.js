@@ -29,11 +29,19 @@ function guideNode(guide) {
       { class: "tiles" },
       tile("Guide accuracy", accuracy, `${guide.correct} of ${pairs.length} pairs${ties}; 95 % interval ${low} to ${high}`),
       tile("Guide margin", signed(beta * guide.margin), "chosen less rejected, summed token rewards, mean over pairs"),
-      tile("Negative weights", percent(count / tokens, 2), `${count.toLocaleString("en-US")} of ${tokens.toLocaleString("en-US")} tokens are pushed the other way`),
-      tile("Token weights", mean, `mean; deviation ${deviation}, from ${least} to ${most}`),
-      alphaTile(guide),
+      ...(guide.weights ? [selectedTile(guide)] : [
+        tile("Negative weights", percent(count / tokens, 2), `${count.toLocaleString("en-US")} of ${tokens.toLocaleString("en-US")} tokens are pushed the other way`),
+        tile("Token weights", mean, `mean; deviation ${deviation}, from ${least} to ${most}`),
+        alphaTile(guide),
+      ]),
     ),
   );
+}
+
+function selectedTile(guide) {
+  const count = guide.weights.reduce((sum, weight) => sum + weight, 0);
+  const [selected, tokens] = [count, guide.weights.length].map((number) => number.toLocaleString("en-US"));
+  return tile("Selected tokens", percent(count / guide.weights.length), `${selected} of ${tokens} tokens count, the others do not`);
 }
 
 // Up to which alpha at most so many tokens have negative weights.
@@ -76,6 +84,7 @@ function drawLegend(target) {
 function offerGuides() {
   byId("guide").append(...guides.map((guide, g) => element("option", { value: g }, guide.name)));
   for (const node of document.querySelectorAll(".several")) node.hidden = guides.length < 2;
+  byId("alpha").parentElement.hidden = guides.some((guide) => guide.weights);
 }
 
 function start() {

@@ -45,7 +45,7 @@ function verdictNode(guide, pair, margin) {
     "p",
     { class: `verdict ${sideOf(margin)}` },
     element("b", {}, `${guide.name} ${sides[sideOf(margin)]}`),
-    ` \u00b7 margin ${text} \u00b7 ${negative} negative ${negative === 1 ? "weight" : "weights"}${loss}`,
+    ` \u00b7 margin ${text}${guide.weights ? "" : ` \u00b7 ${negative} negative ${negative === 1 ? "weight" : "weights"}`}${loss}`,
   );
 }
 

@@ -93,5 +93,5 @@ def write_adapter(path: Path, base: Path, seed: int) -> None:
         for name, shape in peft_shapes(lora, read_hf_config(base)).items()
     }
     path.mkdir()
-    (path / ADAPTER_CONFIG).write_text(json.dumps(peft_config(lora, str(base))), encoding="utf-8")
+    (path / ADAPTER_CONFIG).write_text(json.dumps(peft_config(lora, str(base), list(lora.targets))), encoding="utf-8")
     safetensors.torch.save_file(tensors, path / ADAPTER_WEIGHTS, metadata={"format": "pt"})

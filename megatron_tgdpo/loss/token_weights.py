@@ -1,0 +1,103 @@
+"""What each token's log-ratio counts: a pure function for each value of ``loss.weights``.
+
+Legend: R response tokens, B = 2P responses. No weight carries a gradient: it says how much a token counts, and is not
+what the loss is lowered by.
+
+Not here: TIS-DPO (arXiv 2410.04350), whose weights need two contrastive models beside the reference, and TDPO (arXiv
+2404.11999), which is no weighting: it adds a divergence of whole distributions to the margin.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_tgdpo.loss.choices import Options
+from megatron_tgdpo.loss.preference import OverRanks, sum_per_sequence, sums_per_sequence
+
+
+def uniform(
+    policy_logps: Tensor, token_rewards: Tensor, lengths: Tensor, options: Options, over_ranks: OverRanks
+) -> Tensor:
+    """DPO's: every token counts 1."""
+    del token_rewards, lengths, options, over_ranks
+    return torch.ones_like(policy_logps)
+
+
+def tgdpo(
+    policy_logps: Tensor, token_rewards: Tensor, lengths: Tensor, options: Options, over_ranks: OverRanks
+) -> Tensor:
+    """TGDPO's: 1 + alpha * reward on chosen responses, 1 - alpha * reward on rejected ones.
+
+    Option ``alpha``: strength of the guidance. Source: see :func:`~megatron_tgdpo.loss.preference.tgdpo_loss`.
+    """
+    del policy_logps, over_ranks
+    return 1.0 + float(options["alpha"]) * toward_label(token_rewards, lengths)
+
+
+def sepo(
+    policy_logps: Tensor, token_rewards: Tensor, lengths: Tensor, options: Options, over_ranks: OverRanks
+) -> Tensor:
+    """SePO's: 1 on the ``select_share`` of a response's tokens whose rewards tell most, 0 on the others.
+
+    These are the highest rewards of a chosen response and the lowest of a rejected one: of n tokens
+    ``floor(select_share * n)``, but at least one, and all that are equal to the last of them.
+
+    Source: arXiv 2408.13518, section 3: the token score is ``log pi_oracle - log pi_ref`` and the indicator that of the
+    highest k % (lowest, of rejected) in the response; the authors' ``token_score.py`` rounds down likewise. Its loss is
+    ``form: sigmoid_norm`` with ``reference_free``: ``beta`` is its gamma, and ``gamma`` its lambda.
+    """
+    del policy_logps
+    rewards = toward_label(token_rewards, lengths)
+    (whole_lengths,) = sums_per_sequence(over_ranks, lengths, torch.ones_like(rewards))
+    # Less than a token, against shares that float64 does not have: 0.7 * 10 is 7.
+    wanted = (options["select_share"] * whole_lengths.double() + 1e-6).floor().clamp(min=1)
+    # A reward that is not a number leaves no weight that is one.
+    return _are_largest(rewards, wanted, lengths, over_ranks).to(rewards.dtype) + 0.0 * rewards
+
+
+def confpo(
+    policy_logps: Tensor, token_rewards: Tensor, lengths: Tensor, options: Options, over_ranks: OverRanks
+) -> Tensor:
+    """ConfPO's: 1 on tokens of which the policy is less sure than of the response's on average, 0 on the others.
+
+    A token counts where its probability is at most the mean of all probabilities in its response.
+
+    Source: arXiv 2506.08712, section 4: ``s(y_i) = 1[pi(y_i) <= tau]``, tau the mean probability. The authors' code
+    (``cpo_loss_confpo``) has < and leaves out a pair without such tokens, as of one token. Its loss is
+    ``form: sigmoid_norm`` with ``reference_free``, ``beta`` and ``gamma`` being SimPO's.
+    """
+    del token_rewards, options
+    probabilities = policy_logps.exp()
+    total, whole_lengths = sums_per_sequence(over_ranks, lengths, probabilities, torch.ones_like(probabilities))
+    # Of equal probabilities the mean may be rounded below them.
+    threshold = total / whole_lengths.clamp(min=1) * (1.0 + 1e-6)
+    return (probabilities <= _per_token(threshold, lengths, policy_logps)).to(policy_logps.dtype)
+
+
+def toward_label(token_rewards: Tensor, lengths: Tensor) -> Tensor:
+    """[R] rewards of chosen responses as they are, those of rejected ones with the other sign, without gradient."""
+    signs = torch.ones_like(lengths, dtype=token_rewards.dtype)
+    signs[1::2] = -1.0
+    return _per_token(signs, lengths, token_rewards) * token_rewards.detach()
+
+
+def _per_token(values: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+    """[B] of responses -> [R] of their tokens, as many as ``tokens`` has."""
+    return values.repeat_interleave(lengths, output_size=tokens.numel())
+
+
+def _are_largest(values: Tensor, wanted: Tensor, lengths: Tensor, over_ranks: OverRanks) -> Tensor:
+    """[R] bool: whether a token's value is among the ``wanted`` [B] largest of its response, ties included.
+
+    Found by bisection of the values' float32 bits, since of tokens on other ranks only sums can be had: 32 of these.
+    """
+    bits = values.float().view(torch.int32).long()
+    # In the order of the values: a negative number's bits are its sign and its size.
+    keys = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    low = torch.full_like(lengths, -(1 << 31))
+    high = torch.full_like(lengths, (1 << 31) - 1)
+    for _ in range(32):
+        middle = (low + high + 1) >> 1
+        above = (keys >= _per_token(middle, lengths, keys)).to(torch.float32)
+        enough = over_ranks(sum_per_sequence(above, lengths)) >= wanted
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle - 1)
+    return keys >= _per_token(low, lengths, keys)

@@ -1,0 +1,30 @@
+"""EXAONE-4: norms after attention and MLP only, and of query and key heads; beside windows, layers without rotation."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_tgdpo.models.families import dense
+from megatron_tgdpo.models.families.family import Family
+from megatron_tgdpo.models.families.olmo2 import POST_NORMS
+
+
+def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
+    windows = dense.window_kwargs(hf_config)
+    if hf_config.sliding_window is not None:
+        windows["no_rope_freq"] = [int(kind == "full_attention") for kind in hf_config.layer_types]
+    return {
+        **dense.config_kwargs(hf_config),
+        **windows,
+        "pre_norms": False,
+        "post_norms": True,
+        "qk_layernorm": True,
+    }
+
+
+FAMILY = Family(
+    architecture="Exaone4ForCausalLM",
+    config_keys=dense.CONFIG_KEYS | dense.WINDOW_KEYS | {"sliding_window_pattern"},
+    config_kwargs=_config_kwargs,
+    weights={**POST_NORMS, **dense.HEAD_NORMS},
+)

@@ -1,0 +1,129 @@
+"""The tables of docs/families.md: what each family has, and how far its logits and gradients are from transformers'.
+
+``python -m tests.family_table`` measures and writes them between the page's marks; a minute or two.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from megatron_tgdpo.models.families import BEYOND, EXPERTS_BEYOND, FAMILIES
+from tests.distributed.test_conversion import Reference
+from tests.distributed.worker_conversion import LENGTHS
+from tests.distributed.worker_families import LAYOUTS
+from tests.processes import run_forked
+from tests.tiny_models import DENSE_OPTIONS, make_model
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+# Models, and what of them is computed beside the plain dense decoder (grouped queries, RMSNorm, a SiLU-gated MLP).
+NOTES = {
+    "LlamaForCausalLM": ("Llama 2, 3, 3.1, 3.2, SmolLM2", "rotary scaling of every type"),
+    "Gemma2ForCausalLM": ("Gemma-2", "four norms a layer, softcaps, windows on every other layer, scaled embeddings"),
+    "Qwen2ForCausalLM": ("Qwen2, Qwen2.5", "biases of query, key and value; windows"),
+    "Qwen3ForCausalLM": ("Qwen3, dense", "norms of query and key heads; windows"),
+    "MistralForCausalLM": ("Mistral v0.1, v0.3, Nemo, Small 2501", "windows; a head size of its own"),
+    "Gemma3ForCausalLM": (
+        "Gemma-3 1B; the text part of others, saved alone",
+        "as Gemma-2 with norms of query and key heads; a rotary base for windowed layers, another for full ones",
+    ),
+    "Phi3ForCausalLM": (
+        "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        "files with fused projections; rotation of a part of each head; LongRoPE, for sequences up to "
+        "`original_max_position_embeddings`: a longer `data.max_length` is refused",
+    ),
+    "Olmo2ForCausalLM": (
+        "OLMo-2",
+        "norms after attention and MLP only; norms over all query heads and all key heads, which span the tensor ranks "
+        "(as many as key/value heads at most)",
+    ),
+    "Olmo3ForCausalLM": ("Olmo-3", "as OLMo-2, with windows, and rotary scaling on full layers alone"),
+    "GlmForCausalLM": ("glm-4-9b-hf", "neighbours rotated together, in half of each head; biases; fused gate and up"),
+    "Glm4ForCausalLM": ("GLM-4-9B-0414, GLM-4-32B-0414", "the same, with norms after attention and MLP"),
+    "SmolLM3ForCausalLM": ("SmolLM3", "layers without rotation"),
+    "MinistralForCausalLM": ("Ministral-8B", "windows on some layers"),
+    "Ministral3ForCausalLM": (
+        "Ministral-3, the text part saved alone",
+        "YaRN; queries scaled by position are those of the original context, so sequences are limited to "
+        "`original_max_position_embeddings`",
+    ),
+    "GraniteForCausalLM": ("Granite 3, dense", "multipliers of embeddings, residuals, scores and logits"),
+    "SeedOssForCausalLM": ("Seed-OSS 36B", "biases of query, key and value; its dropout is off"),
+    "Exaone4ForCausalLM": (
+        "EXAONE-4 1.2B, 32B",
+        "norms after attention and MLP only, and of query and key heads; full layers beside windows do not rotate",
+    ),
+    "Ernie4_5ForCausalLM": ("ERNIE-4.5 0.3B", "neighbours rotated together"),
+    "CwmForCausalLM": ("CWM 32B", "windows on three layers of four"),
+    "Qwen3MoeForCausalLM": ("Qwen3-30B-A3B, Qwen3-235B-A22B", "Qwen3's attention; experts in every layer"),
+    "Qwen2MoeForCausalLM": (
+        "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
+        "Qwen2's attention; experts in every layer, one for all tokens",
+    ),
+    "MixtralForCausalLM": ("Mixtral 8x7B, 8x22B", "windows; experts in every layer"),
+}
+
+
+def supported(measured: Mapping[str, tuple[float, float]]) -> str:
+    """The table of families.
+
+    Args:
+        measured: By architecture the largest differences, of a logit and of a weight's gradient, but for those with
+            experts, which have tests of their own.
+    """
+    lines = ["| family | models | beside the dense decoder | logits | gradients |", "|---|---|---|---|---|"]
+    for family in FAMILIES:
+        models, what = NOTES[family.architecture]
+        figures = measured.get(family.architecture)
+        shown = "[experts](experts.md) | " if figures is None else " | ".join(f"{figure:.0e}" for figure in figures)
+        lines.append(f"| `{family.architecture}` | {models} | {what} | {shown} |")
+    return "\n".join(lines)
+
+
+def refused() -> str:
+    """The table of what no family here has."""
+    lines = ["| it has | architectures |", "|---|---|"]
+    for what in dict.fromkeys(BEYOND.values()):
+        lines.append(f"| {what} | {', '.join(f'`{part}...`' for part in BEYOND if BEYOND[part] == what)} |")
+    lines += [f"| experts, with {what} | `{part}...` |" for part, what in EXPERTS_BEYOND.items()]
+    return "\n".join(lines)
+
+
+def between(text: str, name: str, table: str) -> str:
+    """A page with the table put between its marks."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{table}\n\n{end}", text, flags=re.S)
+
+
+def measure(root: Path) -> dict[str, tuple[float, float]]:
+    """Runs every family, tiny and random, and compares it with transformers."""
+    for family in DENSE_OPTIONS:
+        make_model(root / "hf" / family, family, seed=6)
+    run_forked("tests.distributed.worker_families", [str(root)], processes=2)
+    reference, found = Reference(root), {}
+    for family in DENSE_OPTIONS:
+        config = json.loads((root / "hf" / family / "config.json").read_text())
+        wanted, logits, gradients = reference[family], [], []
+        for layout in LAYOUTS:
+            ours = load_file(root / "out" / layout / family / "logits.safetensors")["logits"][: sum(LENGTHS)]
+            logits.append(float((ours - wanted.logits).abs().max() / wanted.logits.abs().max()))
+        scaling = config.get("logits_scaling", 1.0)
+        for name, gradient in load_file(root / "out" / LAYOUTS[0] / family / "gradients.safetensors").items():
+            theirs = wanted.gradients[name]
+            gradients.append(float((gradient * scaling - theirs).norm() / theirs.norm()))
+        found[config["architectures"][0]] = (max(logits), max(gradients))
+    return found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        measured = measure(Path(temporary))
+    text = between(PAGE.read_text(encoding="utf-8"), "families", supported(measured))
+    PAGE.write_text(between(text, "refused", refused()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
