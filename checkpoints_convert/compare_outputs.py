@@ -18,6 +18,7 @@ from megatron_tgdpo.checkpoints.adapter_directory import is_adapter
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.load import load_megatron_weights
 from megatron_tgdpo.models.hf_weights.mapping import expected_shapes
@@ -72,7 +73,7 @@ def verify(arguments: argparse.Namespace) -> None:
     # Ours is built from the checkpoint's own config: what differs in the two configs must show in the logits.
     hf_config = read_hf_config(checkpoint)
     stored = dtype_of(read_metadata(checkpoint), checkpoint)
-    session = open_session(arguments)
+    session = open_session(arguments, sequence_parallel=family_of(hf_config.architectures).has_experts)
     different = different_weights(hf, checkpoint, hf_config, stored)
     different = sorted({*different, *(expected_shapes(hf_config).keys() ^ hf_shapes.keys())})
     if different:

@@ -26,15 +26,19 @@ class Session:
         return dist.get_rank() == 0
 
 
-def open_session(arguments: argparse.Namespace) -> Session:
+def open_session(arguments: argparse.Namespace, *, sequence_parallel: bool = False) -> Session:
     """Joins all ranks (one if not launched by torchrun or srun) in the layout that the options ask for.
+
+    Args:
+        arguments: The options.
+        sequence_parallel: Whether tensor ranks share the sequence too, as experts need it.
 
     Raises:
         UserError: The layout does not fit the number of ranks, or the device is not usable.
     """
     ranks = read_rank_environment()
     pipeline = arguments.pipeline or max(1, ranks.world_size // arguments.tensor)
-    layout = make_layout(arguments.tensor, pipeline, 1, False, ranks.world_size)
+    layout = make_layout(arguments.tensor, pipeline, 1, sequence_parallel, ranks.world_size)
     device = resolve_device(arguments.device)
     if device.type == "cpu":
         enable_cpu_backend()

@@ -59,6 +59,10 @@ NOTES = {
     "Ernie4_5ForCausalLM": ("ERNIE-4.5 0.3B", "neighbours rotated together"),
     "CwmForCausalLM": ("CWM 32B", "windows on three layers of four"),
     "Qwen3MoeForCausalLM": ("Qwen3-30B-A3B, Qwen3-235B-A22B", "Qwen3's attention; experts in every layer"),
+    "Qwen2MoeForCausalLM": (
+        "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
+        "Qwen2's attention; experts in every layer, one for all tokens",
+    ),
     "MixtralForCausalLM": ("Mixtral 8x7B, 8x22B", "windows; experts in every layer"),
 }
 

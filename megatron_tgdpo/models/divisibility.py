@@ -83,6 +83,9 @@ def _tensor_ranks(kwargs: Mapping[str, Any], tp: int, layout: ParallelLayout) ->
         return f"{kwargs['num_attention_heads']} attention heads are not divisible by parallel.tensor = {tp}"
     if groups % tp and tp % groups:
         return f"{groups} key/value heads neither divide nor are divisible by parallel.tensor = {tp}"
+    shared = kwargs.get("moe_shared_expert_intermediate_size", 0)
+    if shared % tp:
+        return f"size {shared} of the shared expert is not divisible by parallel.tensor = {tp}"
     if kwargs.get("qk_projection_norm") and tp > groups:
         return f"a norm over all of {groups} key/value heads, which parallel.tensor = {tp} would divide"
     if not kwargs.get("num_moe_experts") and kwargs["ffn_hidden_size"] % tp:

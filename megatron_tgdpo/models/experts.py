@@ -91,6 +91,9 @@ def prepare_experts(model: torch.nn.Module, layout: ParallelLayout, device: torc
             continue
         # megatron-core makes it on the CPU, and moves it at the first forward.
         layer.router.weight.data = layer.router.weight.data.to(device)
+        gate = None if layer.shared_experts is None else layer.shared_experts.gate_weight
+        if gate is not None:
+            gate.data = gate.data.to(device)
         if device.type == "cpu":
             layer.token_dispatcher = CpuExchange(
                 layer.num_local_experts,

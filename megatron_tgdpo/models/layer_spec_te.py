@@ -32,7 +32,8 @@ class TransformerEngineParts:
         norm: ``TENorm``.
         column_linear: ``TELayerNormColumnParallelLinear``, which holds the norm before it as ``layer_norm_weight``.
         row_linear: ``TERowParallelLinear``.
-        plain_column_linear: ``TEColumnParallelLinear``, for layers without a norm before attention and MLP.
+        plain_column_linear: ``TEColumnParallelLinear``, for layers without a norm before attention and MLP, and for
+            shared experts.
         column_grouped: ``TEColumnParallelGroupedLinear``: those of this rank's experts, as one product of groups.
         row_grouped: ``TERowParallelGroupedLinear``.
     """
@@ -109,6 +110,10 @@ def te_block_spec(
         layers.pre_mlp_layernorm = parts.norm
         grouped = MLPSubmodules(linear_fc1=column_grouped, linear_fc2=row_grouped)
         mlp.experts = ModuleSpec(module=TEGroupedMLP, submodules=grouped)
+        shared = submodules_of(mlp.shared_experts)
+        plain = parts.plain_column_linear
+        shared.linear_fc1 = with_fused_wgrad(plain) if config.fused_layer_wgrad else plain
+        shared.linear_fc2 = row
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm

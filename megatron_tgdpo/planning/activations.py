@@ -75,7 +75,7 @@ class LayerWidths:
         # With more tensor ranks than key/value heads, megatron-core gathers the projection and keeps it whole.
         shared = 1 if tp > heads.groups else tp
         experts = Experts.of(hf_config)
-        mlp = hf_config.intermediate_size if experts is None else experts.top_k * experts.size
+        mlp = hf_config.intermediate_size if experts is None else experts.top_k * experts.size + experts.shared
         # Each of the ranks that share an expert has the whole rows of all their tokens.
         routed = 0 if experts is None else experts.top_k * hf_config.hidden_size * layout.expert_shards
         return cls(

@@ -30,6 +30,8 @@ def linear_flops(hf_config: PretrainedConfig) -> int:
     heads, query, mlp = Heads.of(hf_config), query_width(hf_config), 3 * settings["ffn_hidden_size"]
     if settings.get("num_moe_experts"):
         mlp = 3 * settings["moe_ffn_hidden_size"] * settings["moe_router_topk"] + settings["num_moe_experts"]
+        if shared := settings.get("moe_shared_expert_intermediate_size", 0):
+            mlp += 3 * shared + 1
     joint = 2 * query + 2 * heads.groups * heads.size
     result: int = 2 * hf_config.hidden_size * (joint + mlp)
     return result

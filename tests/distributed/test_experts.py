@@ -43,6 +43,7 @@ CASES = (
     Case("mixtral", 1, family="mixtral", guide="qwen3_moe", sections={"train": {"recompute": "full"}}),
     # Weights that are not normalised.
     Case("plain-softmax", 1, family="qwen3_moe-plain", guide=None),
+    Case("shared-expert", 1, family="qwen2_moe"),
     Case("frozen-experts", 1, family="llama", guide="mixtral"),
     Case("tp2-sp", 2, _SP),
     Case("ep2", 2, {"expert": 2}, guide="mixtral"),
@@ -54,6 +55,7 @@ CASES = (
     # Experts with an optimizer of their own, and without; whole and cut.
     Case("ep2-then-tp2-sp", 2, {"expert": 2}, then=_SP),
     Case("tp2-sp-then-ep2", 2, _SP, guide="mixtral", then={**_SP, "expert": 2, "expert_tensor": 1}),
+    Case("ep2-over-tensor-ranks-shared-expert", 2, {**_SP, "expert": 2, "expert_tensor": 1}, family="qwen2_moe"),
     Case("ep4", 4, {"expert": 4}, family="mixtral"),
     Case("ep2-dp4", 4, {"expert": 2}, guide="qwen3_moe"),
     Case("ep2-dp4-overlap", 4, {"expert": 2}, guide=None, sections=_OVERLAP),
@@ -114,7 +116,7 @@ class Inputs:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     root = tmp_path_factory.mktemp("experts")
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "mlp_size": 48}
-    for family in ("llama", "qwen3_moe", "mixtral"):
+    for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral"):
         make_model(root / f"policy-{family}", family, seed=1, **small)
         make_model(root / f"guide-{family}", family, seed=2, **small)
     make_model(root / "policy-qwen3_moe-plain", "qwen3_moe", seed=3, **small, norm_topk_prob=False)

@@ -27,6 +27,7 @@ MODELS = {
     "llama3-70b": "Llama-3-70B",
     "llama3.2-3b": "Llama-3.2-3B",
     "gemma2-2b": "gemma-2-2b",
+    "qwen3-30b": "Qwen3-30B-A3B",
 }
 
 
@@ -38,7 +39,15 @@ def parts(recipe: Path) -> dict[str, str | None]:
 
 def layout_of(config: Config, world_size: int) -> ParallelLayout:
     parallel = config.parallel
-    return make_layout(parallel.tensor, parallel.pipeline, parallel.context, parallel.sequence_parallel, world_size)
+    return make_layout(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.sequence_parallel,
+        world_size,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+    )
 
 
 def gigabytes(recipe: Path) -> int:
@@ -51,6 +60,8 @@ def plan_of(recipe: Path, tmp_path: Path) -> Plan:
     config, said = load_config(recipe), parts(recipe)
     model = read_hf_config(write_config(tmp_path, PUBLISHED[MODELS[said["model"]]]))
     frozen = (model,) if config.model.guide is None else (model, model)
+    if config.guidance.mode == "cached":
+        frozen = ()
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, shared_prompts=True)
     keep = config.train.keep_logits_mib * 2**20
     pack = Pack(config.seq_length, config.data.max_length, 2, batch.gathered_keys, keep)

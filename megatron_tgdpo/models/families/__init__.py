@@ -16,6 +16,7 @@ from megatron_tgdpo.models.families import (
     olmo2,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     seed_oss,
@@ -44,6 +45,7 @@ FAMILIES: tuple[Family, ...] = (
     ernie4_5.FAMILY,
     llama.CWM,
     qwen3_moe.FAMILY,
+    qwen2_moe.FAMILY,
     mixtral.FAMILY,
 )
 # What the models of these architectures have and no model here; parts of names, the first that fits counts.
@@ -78,7 +80,6 @@ EXPERTS_BEYOND = {
     "GptOss": "attention sinks and experts with biases and an activation of their own",
     "Deepseek": "latent attention",
     "Qwen3Next": "linear attention",
-    "Qwen2Moe": "a shared expert with a gate",
     "Llama4": "chunked attention and layers without rotary positions",
     "Jamba": "state-space layers",
     "Dbrx": "experts in one fused tensor",

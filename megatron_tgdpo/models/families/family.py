@@ -19,8 +19,11 @@ from megatron_tgdpo.errors import UserError
 Kind = Literal["copy", "vocab", "row", "glu", "qkv", "rows", "fused_glu", "fused_qkv"]
 
 # A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size;
-# gate_up (twice mlp); qkv (query and twice kv); the number of experts, and the intermediate size of each.
-Dimension = Literal["vocab", "hidden", "mlp", "query", "kv", "head", "gate_up", "qkv", "experts", "expert_mlp"]
+# gate_up (twice mlp); qkv (query and twice kv); the number of experts, the intermediate size of each, and of the one
+# that all tokens go to; one.
+Dimension = Literal[
+    "vocab", "hidden", "mlp", "query", "kv", "head", "gate_up", "qkv", "experts", "expert_mlp", "shared_mlp", "one"
+]
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,17 @@ class FusedLinear:
 
 
 def fused_linears(hf_config: PretrainedConfig) -> list[FusedLinear]:
-    """Those of every layer, in the order of ``PARALLEL_LINEARS``."""
-    weights = family_of(hf_config.architectures).weights
+    """Those of every layer, in the order of ``PARALLEL_LINEARS``.
+
+    Raises:
+        UserError: The model has experts.
+    """
+    family = family_of(hf_config.architectures)
+    if family.has_experts:
+        raise UserError(
+            f"{family.architecture} has experts, beside which adapters are not supported yet: take whole models"
+        )
+    weights = family.weights
     found = []
     for name in PARALLEL_LINEARS:
         weight = weights[f"{name}.weight"]

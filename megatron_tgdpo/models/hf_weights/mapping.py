@@ -153,11 +153,13 @@ def parameter_count(hf_config: PretrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of each layer: how many, their intermediate size, and how many of them a token goes to."""
+    """The experts of each layer: how many, their intermediate size, how many of them a token goes to, and the
+    intermediate size of the one that all tokens go to (0 without)."""
 
     count: int
     size: int
     top_k: int
+    shared: int
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig) -> "Experts | None":
@@ -165,7 +167,8 @@ class Experts:
         kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
         if not kwargs.get("num_moe_experts"):
             return None
-        return cls(kwargs["num_moe_experts"], kwargs["moe_ffn_hidden_size"], kwargs["moe_router_topk"])
+        shared = kwargs.get("moe_shared_expert_intermediate_size", 0)
+        return cls(kwargs["num_moe_experts"], kwargs["moe_ffn_hidden_size"], kwargs["moe_router_topk"], shared)
 
 
 def active_parameter_count(hf_config: PretrainedConfig) -> int:
@@ -187,6 +190,8 @@ def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
         "mlp": hf_config.intermediate_size,
         "experts": kwargs.get("num_moe_experts", 0),
         "expert_mlp": kwargs.get("moe_ffn_hidden_size", 0),
+        "shared_mlp": kwargs.get("moe_shared_expert_intermediate_size", 0),
+        "one": 1,
         "query": query,
         "kv": kv,
         "head": heads.size,

@@ -3,6 +3,7 @@
 import itertools
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,9 @@ from megatron_tgdpo.gpu.fp8_checks import check_precision
 from megatron_tgdpo.gpu.options import check_gpu_options
 from megatron_tgdpo.gpu.overlap import check_overlap, ddp_config, optimizer_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig
+from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.setup.layout import pack_format
+from tests.tiny_models import make_model
 from tests.unit.config.test_loading import VALID
 
 # Ampere, Ada, Hopper, Blackwell, and the Blackwell of workstations; the CUDA of most is new enough or too old.
@@ -352,3 +355,12 @@ def test_versions() -> None:
     assert untested_engine((2, 21, 0))
     assert not any(untested_engine(version) for version in (None, (2, 9, 0), (2, 20, 2)))
     assert detect(torch.device("cpu")).describe() == "CPU"
+
+
+def test_experts_in_fp8_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_tgdpo.gpu.options.check_precision", lambda *_: None)
+    experts = read_hf_config(make_model(tmp_path, "mixtral", layers=1))
+    config = config_from_dict({**VALID, "precision": {"fp8": "blockwise"}})
+    with pytest.raises(UserError, match=r"model.policy has experts, whose products are not made in FP8") as error:
+        check_gpu_options(config, {"policy": experts}, make_layout(1, 1, 1, False, 1), detect(torch.device("cpu")))
+    assert "\n" not in str(error.value)

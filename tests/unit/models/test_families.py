@@ -56,7 +56,7 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
     # Seed-OSS was trained with dropout; here it is off in every model. ERNIE 4.5 has none.
     assert ("attention_dropout" in refused) != (model_type in ("seed_oss", "ernie4_5"))
     assert ("hidden_activation" if model_type in ("gemma2", "gemma3_text") else "hidden_act") in refused
-    assert ("mlp_only_layers" in refused) == (model_type == "qwen3_moe")
+    assert ("mlp_only_layers" in refused) == (model_type in ("qwen2_moe", "qwen3_moe"))
     assert not refused & {"hidden_size", "sliding_window", "bos_token_id", "dtype"}
 
 
