@@ -36,7 +36,7 @@ def test_command_writes_a_dataset_and_a_summary(tmp_path, hf_directory, write_js
     assert result.returncode == 0, result.stderr
     # Before it lines of progress, where this takes its time.
     *_, warning = result.stderr.splitlines()
-    assert warning.startswith(f"warning: {prefix}: 97.3 % of the responses (290 of 298) are cut")
+    assert warning.startswith(f"WARNING: {prefix}: 97.3 % of the responses (290 of 298) are cut")
     assert f"{prefix}: 149 pairs" in result.stdout
     assert "dropped: 1 (identical 1)" in result.stdout
     dataset = PreferenceDataset(prefix)
