@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.check_parameters import check_checkpoint
 from checkpoints_convert.command_line import dtype_of
 from checkpoints_convert.pieces import Piece
-from megatron_tgdpo.checkpoints.adapter_directory import read_base, read_peft_config
+from megatron_tgdpo.checkpoints.adapter_directory import read_base, read_peft_config, read_peft_tensors
 from megatron_tgdpo.checkpoints.find_model import find_local_model, find_model, naming
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import (
@@ -123,11 +123,17 @@ def read_hf(path: Path, hf_config: PretrainedConfig) -> ReadPiece:
     return read
 
 
-def base_dtype(path: Path) -> torch.dtype:
-    """The dtype that a base model's weights are stored in; of several, the one that holds all."""
-    if is_megatron_checkpoint(path):
-        return dtype_of(read_metadata(path), path)
-    return reduce(torch.promote_types, (info.torch_dtype for info in HfCheckpoint(path).tensors.values()))
+def merged_dtype(adapter: Path, base: Path) -> torch.dtype:
+    """The dtype that holds what a base model and a ``peft`` adapter on it are stored in.
+
+    A base in bf16 would round a good part of what an adapter in fp32 has learned away.
+    """
+    dtypes = {tensor.dtype for tensor in read_peft_tensors(adapter).values()}
+    if is_megatron_checkpoint(base):
+        dtypes.add(dtype_of(read_metadata(base), base))
+    else:
+        dtypes.update(info.torch_dtype for info in HfCheckpoint(base).tensors.values())
+    return reduce(torch.promote_types, dtypes)
 
 
 def read_base_model(path: Path, hf_config: PretrainedConfig) -> ReadPiece:

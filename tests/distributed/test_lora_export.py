@@ -16,7 +16,7 @@ from checkpoints_convert.command_line import join_ranks
 from checkpoints_convert.compare_adapters import verify_adapter
 from checkpoints_convert.export_adapter import adapter_tensors, peft_config
 from checkpoints_convert.merge import merged as merged_with
-from checkpoints_convert.merge import read_base_model
+from checkpoints_convert.merge import merged_dtype, read_base_model
 from checkpoints_convert.pieces import all_pieces
 from megatron_tgdpo.checkpoints.adapter_directory import PREFIX, Lora
 from megatron_tgdpo.config.loading import config_from_dict
@@ -198,6 +198,13 @@ def test_tools_that_run_models_take_an_adapter_with_its_base(run: Run, whole: Pa
     assert find_whole_model(adapter, "--model") == adapter
     with hf_directory(adapter, tmp_path) as merged_with_base:
         assert_same_weights(merged_with_base, whole)
+    # A base in bf16 rounds nothing of an adapter in fp32 away.
+    half = make_llama(tmp_path / "half", layers=2, dtype=torch.bfloat16)
+    assert merged_dtype(adapter, half) == torch.float32
+    tensors = {name: t.bfloat16() for name, t in load_file(adapter / "adapter_model.safetensors").items()}
+    (tmp_path / "half-adapter").mkdir()
+    save_file(tensors, tmp_path / "half-adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert merged_dtype(tmp_path / "half-adapter", half) == torch.bfloat16
     before = fingerprint(adapter)
 
     def refused(**changes: Any) -> str:

@@ -145,13 +145,13 @@ def _export(checkpoint: Path, out: Path, base: Path | None) -> None:
     from checkpoints_convert.command_line import dtype_of as stored_dtype
     from checkpoints_convert.command_line import join_ranks
     from checkpoints_convert.export import export_hf
-    from checkpoints_convert.merge import base_dtype, find_base
+    from checkpoints_convert.merge import find_base, merged_dtype
 
     size = parse_size("the shard size", DEFAULT_SHARD_SIZE)
     template = checkpoint
     if is_peft_adapter(checkpoint):
         template = base = base or find_base(checkpoint, None)
-        stored = base_dtype(base)
+        stored = merged_dtype(checkpoint, base)
     else:
         stored = stored_dtype(read_metadata(checkpoint), checkpoint)
         base = find_base(checkpoint, None) if is_adapter(checkpoint) else None
