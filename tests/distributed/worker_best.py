@@ -12,28 +12,28 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_tgdpo.training.performance import Performance
 from megatron_tgdpo.training.trainer import Trainer
 from tests.distributed.worker_saves import inject
 from tgdpo.train import main
 
-_STEPS = "pairs_done"
-
 
 def script(values: Mapping[str, float]) -> None:
-    real, performance = Trainer.evaluate, Trainer._performance
-    steps = {}
+    real, measured = Trainer.evaluate, Performance.metrics
+    done = 0
 
-    def noted(trainer: Trainer, *arguments: Any) -> dict[str, float]:
-        steps[_STEPS] = steps.get(_STEPS, trainer.start.step) + 1
-        return performance(trainer, *arguments)
+    def counted(performance: Performance, *arguments: Any) -> dict[str, float]:
+        nonlocal done
+        done += 1
+        return measured(performance, *arguments)
 
     def evaluate(trainer: Trainer) -> Any:
         found = real(trainer)
-        value = float(values[str(steps[_STEPS])])
+        value = float(values[str(trainer.start.step + done)])
         found["eval"] = replace(found["eval"], values={**found["eval"].values, "loss": value + 1e-9 * dist.get_rank()})
         return found
 
-    Trainer._performance = noted  # type: ignore[method-assign]
+    Performance.metrics = counted  # type: ignore[method-assign]
     Trainer.evaluate = evaluate  # type: ignore[method-assign]
 
 
