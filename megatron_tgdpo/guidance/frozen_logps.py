@@ -77,10 +77,13 @@ class FrozenEngine:
 
     def _most_packs(self, packs: int) -> int:
         """The packs of this replica, or where each layer is collective over replicas those of the one that has most."""
-        if self.pg.ep.size() == 1 or not any(model.config.num_moe_experts for model in self.models):
+        pg = self.pg
+        # Ranks lie tensor, context, data: groups of experts that divide a replica's lie within it.
+        within = pg.tp.size() * pg.cp.size() % (pg.expt_tp.size() * pg.ep.size()) == 0
+        if within or not any(model.config.num_moe_experts for model in self.models):
             return packs
         most = torch.tensor(packs, device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.pg.dp)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=pg.dp)
         return int(most)
 
     def _whole(self, batch: PreferenceBatch, logps: TokenLogps, tokens: int) -> Tensor:

@@ -51,6 +51,8 @@ CASES = (
     Case("ep2-over-tensor-ranks", 2, {**_SP, "expert": 2, "expert_tensor": 1}),
     # Each tensor rank has all experts whole, and sees half of the tokens.
     Case("tp2-sp-whole-experts", 2, {**_SP, "expert_tensor": 1}, family="mixtral", guide=None),
+    # Data ranks share each expert.
+    Case("etp2-over-data-ranks-cached", 2, {"expert_tensor": 2}, guide="mixtral", sections=_CACHED),
     Case("pp2", 2, {"pipeline": 2}, guide="qwen3_moe"),
     # Experts with an optimizer of their own, and without; whole and cut.
     Case("ep2-then-tp2-sp", 2, {"expert": 2}, then=_SP),
