@@ -32,25 +32,28 @@ def check_start(engine: Engine, packs: Sequence[PreferenceBatch], metrics: StepM
         AgreedError: They differ by more than rounding explains, so a checkpoint, mask, pack or layout is wrong, or the
             policy differs on purpose.
     """
-    found = metrics.difference
+    found, loss = metrics.difference, _loss_at_reference(engine)
     if found.within(NEGLIGIBLE):
-        logger.info("step 1: policy and reference are the same, so loss is ln 2 and accuracy 0, as ties are wrong")
+        so = "" if loss is None else f", so loss is {loss} and accuracy 0, as ties are wrong"
+        logger.info("step 1: policy and reference are the same%s", so)
         return
     allowed = policy_rounding(engine, packs).allowing()
     if not found.within(allowed):
         raise AgreedError(
-            f"step 1: {_wrong_loss(engine)}policy and reference disagree before training: their log-probs of a token "
-            f"differ by up to {found} nats, and rounding explains {allowed}: check model.policy, model.reference "
-            "and the guidance cache, or set train.check_start=false if policy and reference differ on purpose"
+            f"step 1: {'' if loss is None else f'the loss is not {loss}, since '}policy and reference disagree before "
+            f"training: their log-probs of a token differ by up to {found} nats, and rounding explains {allowed}: "
+            "check model.policy, model.reference and the guidance cache, or set train.check_start=false if policy and "
+            "reference differ on purpose"
         )
     logger.info("step 1: log-probs of policy and reference differ by up to %s nats: rounding", found)
 
 
-def _wrong_loss(engine: Engine) -> str:
-    expected = loss_at_reference(engine.loss.options)
-    if expected is None:
-        return ""
-    return f"the loss is not {'ln 2' if math.isclose(expected, math.log(2)) else f'{expected:.6g}'}, since "
+def _loss_at_reference(engine: Engine) -> str | None:
+    """Of every pair; None where it differs between pairs."""
+    loss = loss_at_reference(engine.loss.options)
+    if loss is None:
+        return None
+    return "ln 2" if math.isclose(loss, math.log(2)) else f"{loss:.6g}"
 
 
 def policy_rounding(engine: Engine, packs: Sequence[PreferenceBatch]) -> LogpDifference:
