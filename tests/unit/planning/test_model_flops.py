@@ -82,6 +82,7 @@ def test_linears_of_every_family(tmp_path: Path, name: str) -> None:
 def test_peaks_by_device_and_precision() -> None:
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
     assert peak_tflops("NVIDIA H100 80GB HBM3", "fp8") == 1978.0
+    assert peak_tflops("NVIDIA H200 NVL") == 835.0
     assert peak_tflops("NVIDIA A100-SXM4-80GB", "fp8") is None
     assert peak_tflops("NVIDIA H100 80GB HBM3", "fp32") is None
     assert peak_tflops("", "bf16") is None
