@@ -173,7 +173,7 @@ def add_adapter(model: GPTModel, name: str, lora: Lora, hf_config: PretrainedCon
     heads = Heads.of(hf_config)
     for layer in model.decoder.layers:
         for fused in fused_linears(hf_config):
-            if any(True for _ in adapted_parts(fused, lora)):
+            if any(adapted_parts(fused, lora)):
                 linear = layer.get_submodule(fused.name)
                 linear.adapters[name] = LoraAdapter(linear, fused, lora, heads, model.pg_collection)
 

@@ -15,25 +15,23 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.hf_weights.mapping import Heads
+from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads
 
 
 def query_width(hf_config: PretrainedConfig) -> int:
     """Elements of all query heads of a token."""
-    heads = Heads.of(hf_config)
-    return heads.groups * heads.queries_per_group * heads.size
+    return Heads.of(hf_config).rows[0]
 
 
 def linear_flops(hf_config: PretrainedConfig) -> int:
     """Of a layer's linears, forwards, for a token: two for each weight, of experts those that a token goes to."""
-    settings: dict[str, Any] = family_of(hf_config.architectures).config_kwargs(hf_config)
-    heads, query, mlp = Heads.of(hf_config), query_width(hf_config), 3 * settings["ffn_hidden_size"]
-    if settings.get("num_moe_experts"):
-        mlp = 3 * settings["moe_ffn_hidden_size"] * settings["moe_router_topk"] + settings["num_moe_experts"]
-        if shared := settings.get("moe_shared_expert_intermediate_size", 0):
-            mlp += 3 * shared + 1
-    joint = 2 * query + 2 * heads.groups * heads.size
-    result: int = 2 * hf_config.hidden_size * (joint + mlp)
+    query, kv, _ = Heads.of(hf_config).rows
+    experts, mlp = Experts.of(hf_config), 3 * hf_config.intermediate_size
+    if experts is not None:
+        # The router's row for each expert, and the gate's of the shared one.
+        mlp = 3 * experts.top_k * experts.size + experts.count
+        mlp += 3 * experts.shared + 1 if experts.shared else 0
+    result: int = 2 * hf_config.hidden_size * (2 * query + 2 * kv + mlp)
     return result
 
 
@@ -108,6 +106,7 @@ def step_flops(
     total = 0
     for model in models:
         config = model.hf_config
-        layers = sum(tokens * linear_flops(config) + scores[window] * score_flops(config) for window in model.windows())
+        windows, linear, score = model.windows(), linear_flops(config), score_flops(config)
+        layers = len(windows) * tokens * linear + sum(scores[window] for window in windows) * score
         total += model.passes * (layers + 2 * responses * config.vocab_size * config.hidden_size)
     return total
