@@ -144,7 +144,7 @@ class Trainer:
         guide_watch, asked = GuideWatch(), self.config.eval
         started = saved = time.monotonic()
         ahead.start(first)
-        coming, data_seconds = ahead.take()
+        coming, _ = ahead.take()
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
             packs, work = coming
