@@ -40,8 +40,8 @@ def _fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return F.linear(hidden.float(), weight.float())
 
 
-class CpuExchange(MoEAlltoAllTokenDispatcher):
-    """megatron-core's exchange of tokens with gloo, which gathers only equal parts, and without streams to wait for."""
+class CpuTokenDispatcher(MoEAlltoAllTokenDispatcher):
+    """megatron-core's token dispatcher with gloo, which gathers only equal parts, and without streams to wait for."""
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
         if point == self.cuda_dtoh_point:
@@ -95,7 +95,7 @@ def prepare_experts(model: torch.nn.Module, layout: ParallelLayout, device: torc
         if gate is not None:
             gate.data = gate.data.to(device)
         if device.type == "cpu":
-            layer.token_dispatcher = CpuExchange(
+            layer.token_dispatcher = CpuTokenDispatcher(
                 layer.num_local_experts,
                 layer.local_expert_indices,
                 config=layer.config,
