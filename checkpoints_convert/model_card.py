@@ -98,8 +98,12 @@ def _facts(
     model, loss, data = (_section(config, name) for name in ("model", "loss", "data"))
     row = METHODS.get(method, Method(""))
     told = {key: value for key, value in loss.items() if key != "method" and value is not None}
-    # What is off as usual goes without saying.
-    told = {key: value for key, value in told.items() if value or value != row.options.get(key)}
+    # A word as usual, and a number that is off, go without saying.
+    told = {
+        key: value
+        for key, value in told.items()
+        if value != row.options.get(key) or (value and not isinstance(value, str))
+    }
     yield "method", ", ".join([method, *(f"{key} {value}" for key, value in told.items())])
     policy = _model_name(model.get("policy"))
     yield "began as", policy

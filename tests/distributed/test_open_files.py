@@ -37,5 +37,7 @@ def test_a_soft_limit_that_is_too_low_is_raised(tmp_path: Path) -> None:
     config.write_text(json.dumps(merged(make_problem(tmp_path), train={"steps": 1})))
     limits = json.dumps({rank: [70, None] for rank in "01"})
     done = run_forked("tests.distributed.worker_limited", [limits, str(config)], processes=2)
-    assert "files and sockets at once" in done.stderr
+    raised = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
+    assert len(raised) == 2
+    assert min(raised) > 128, "what one rank opens beside its groups"
     assert (tmp_path / "run" / "DONE").exists()

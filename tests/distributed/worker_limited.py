@@ -1,4 +1,7 @@
-"""``megatron_tgdpo.train`` with limits of open files. Arguments: JSON of [soft, hard] by rank, then training's."""
+"""``megatron_tgdpo.train`` with limits of open files. Arguments: JSON of [soft, hard] by rank, then training's.
+
+Prints the soft limit that a run ends with.
+"""
 
 import json
 import os
@@ -12,4 +15,7 @@ if __name__ == "__main__":
     if limits is not None:
         _, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits[0], limits[1] or highest))
-    main(sys.argv[2:])
+    try:
+        main(sys.argv[2:])
+    finally:
+        print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], flush=True)
