@@ -52,7 +52,12 @@ def check_gpu_options(
     check_overlap(config, layout, found, spec)
     for role, hf_config in configs.items():
         recipe = config.precision.policy_recipe if role == "policy" else config.frozen_recipe
-        if recipe is not None and family_of(hf_config.architectures).has_experts:
+        experts = family_of(hf_config.architectures).has_experts
+        if experts and config.overlap.tensor:
+            raise UserError(
+                f"overlap.tensor has no buffers for the products of experts, which model.{role} has: set it to false"
+            )
+        if recipe is not None and experts:
             raise UserError(
                 f"model.{role} has experts, whose products are not made in FP8 or FP4 yet: set precision.fp8=none and "
                 "precision.fp4=none (for a frozen model alone precision.frozen=bf16)"

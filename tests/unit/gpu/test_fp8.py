@@ -357,10 +357,23 @@ def test_versions() -> None:
     assert detect(torch.device("cpu")).describe() == "CPU"
 
 
-def test_experts_in_fp8_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_tgdpo.gpu.options.check_precision", lambda *_: None)
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"precision": {"fp8": "blockwise"}}, "model.policy has experts, whose products are not made in FP8"),
+        (
+            {"parallel": {"tensor": 2, "sequence_parallel": True}, "overlap": {"tensor": True}},
+            "overlap.tensor has no buffers for the products of experts, which model.policy has",
+        ),
+    ],
+)
+def test_what_experts_do_not_go_with(
+    sections: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for check in ("check_precision", "check_overlap"):
+        monkeypatch.setattr(f"megatron_tgdpo.gpu.options.{check}", lambda *_: None)
     experts = read_hf_config(make_model(tmp_path, "mixtral", layers=1))
-    config = config_from_dict({**VALID, "precision": {"fp8": "blockwise"}})
-    with pytest.raises(UserError, match=r"model.policy has experts, whose products are not made in FP8") as error:
+    config = config_from_dict({**VALID, **sections})
+    with pytest.raises(UserError, match=message) as error:
         check_gpu_options(config, {"policy": experts}, make_layout(1, 1, 1, False, 1), detect(torch.device("cpu")))
     assert "\n" not in str(error.value)
