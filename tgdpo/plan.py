@@ -120,9 +120,10 @@ def _plan(given: argparse.Namespace) -> bool:
     print(text)
     if given.write is not None and chosen is not None:
         write_config(given, chosen, named)
-        command = "pipeline" if "guide" in METHODS[given.method].frozen and not given.guide else "train"
         ranks, file = chosen.layout.world_size, shlex.quote(str(given.write))
-        print(f"{given.write}: written; to train: tgdpo {command} {file} --nproc {ranks}")
+        guide_first = "guide" in METHODS[given.method].frozen and not given.guide
+        command = f"tgdpo pipeline {file} --nproc {ranks}" if guide_first else f"tgdpo train {file} --nproc {ranks}"
+        print(f"{given.write}: written; to train: {command}")
     elif chosen is not None and chosen.fits:
         print("to train with it: --write config.yaml --train PAIRS makes a config")
     return chosen is None or chosen.fits

@@ -157,7 +157,7 @@ def dry_run(
         f"{'fits' if fits else 'does NOT fit'} {what}",
     ]
     if on_cpu:
-        lines.append("for GPUs, here or elsewhere: --world-size N and --gpu-memory-gib GIB")
+        lines.append("for GPUs, here or elsewhere: tgdpo train CONFIG --dry-run --world-size N --gpu-memory-gib GIB")
     elif not fits:
         lines.append(_instead(nearest(all_plans(job, cluster), layout), world_size))
     return "\n".join(line.rstrip() for line in lines), fits

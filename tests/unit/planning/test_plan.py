@@ -323,7 +323,7 @@ def test_a_dry_run_on_a_cpu_speaks_of_this_machine(tmp_path: Path) -> None:
     assert int(frozen.replace(",", "")) == 2 * int(policy.replace(",", ""))
     verdict, others = text.splitlines()[-2:]
     assert re.fullmatch(r"fits this machine's [\d.]+ GiB, of which it needs [\d.]+", verdict)
-    assert others == "for GPUs, here or elsewhere: --world-size N and --gpu-memory-gib GIB"
+    assert others == "for GPUs, here or elsewhere: tgdpo train CONFIG --dry-run --world-size N --gpu-memory-gib GIB"
     # The method's options are as they are by default.
     assert "alpha" not in text
     assert config_from_dict(yaml.safe_load(text[: text.index("ranks: ")])) == config
