@@ -108,24 +108,22 @@ def _uses(config: Config, checkpoint: Path, run: Path, exported: Path | None) ->
             f"as a server: vllm serve {shlex.quote(str(exported))}",
         ]
     # Of an adapter the run, which says what its base is.
-    model = shlex.quote(str(run if kind == "adapter" or exported is None else exported))
+    model = run if kind == "adapter" or exported is None else exported
     pairs = next((source.path for found in config.test_sets.values() for source in found), "HELDOUT.jsonl")
     reference = model_sources(config).get("reference")
     adapter = None if reference is None else reference.adapter
     compared = config.reference_path if adapter is None else str(adapter)
     guide = model_sources(config).get("guide")
     with_guide = guide is not None and (guide.adapter is None or is_megatron_checkpoint(guide.adapter))
+    words = ["--reference", compared, "--model", f"{name}={model}"]
+    words += ["--guide", str(config.model.guide)] if with_guide else []
+    words += ["--pairs", str(pairs), "--max-length", str(config.data.max_length)]
     # 200 long answers of each model take hours without a GPU.
-    few = "" if torch.cuda.is_available() else " --prompts 8 --max-new-tokens 64"
+    words += [] if torch.cuda.is_available() else ["--prompts", "8", "--max-new-tokens", "64"]
+    lines.append(f"compare it: tgdpo evaluate {shlex.join([*words, '--out', str(output_dir / 'evaluation.json')])}")
     lines.append(
-        f"compare it: tgdpo evaluate --reference {shlex.quote(compared)} "
-        f"--model {shlex.quote(name)}={model} "
-        f"{f'--guide {shlex.quote(str(config.model.guide))} ' if with_guide else ''}--pairs {shlex.quote(pairs)} "
-        f"--max-length {config.data.max_length}{few} --out {shlex.quote(str(output_dir / 'evaluation.json'))}"
-    )
-    lines.append(
-        f"answer a benchmark: tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json --model {model} "
-        f"--name {shlex.quote(name)} --out {shlex.quote(f'{name}.json')}"
+        "answer a benchmark: tgdpo generate --benchmark alpaca_eval --questions alpaca_eval.json "
+        f"--model {shlex.quote(str(model))} --name {shlex.quote(name)} --out {shlex.quote(f'{name}.json')}"
     )
     return lines
 
@@ -133,10 +131,10 @@ def _uses(config: Config, checkpoint: Path, run: Path, exported: Path | None) ->
 def _uses_of_guide(guide_of: Sequence[str]) -> list[str]:
     """What to type next where a guide was trained; ``guide_of`` as for :func:`finish`."""
     words, ranks = shlex.join(guide_of), dist.get_world_size()
-    nproc = f" --nproc {ranks}" if ranks > 1 else ""
+    processes = shlex.join([*(["--nproc", str(ranks)] if ranks > 1 else []), *guide_of])
     return [
         f"see what it rewards: tgdpo report {words} --out report.html",
-        f"train with it: tgdpo train{nproc} {words}",
+        f"train with it: tgdpo train {processes}",
     ]
 
 

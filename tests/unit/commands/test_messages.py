@@ -30,7 +30,6 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 THEIRS = {
     "megatron_tgdpo.resilience.preflight_facts": {"--query-gpu", "--format", "--shm-size", "--ipc"},
     "megatron_tgdpo.resilience.launch": {"--nproc"},
-    "megatron_tgdpo.training.finish": {"--prompts", "--max-new-tokens", "--nproc"},  # parts of command lines
     "tgdpo.commands": {"--version"},
     "megatron_tgdpo.storage.hub": {"--repo-type", "--revision"},
 }
