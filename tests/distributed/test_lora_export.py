@@ -8,19 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints_convert.command_line import join_ranks
-from checkpoints_convert.compare_adapters import verify_adapter
 from checkpoints_convert.export_adapter import adapter_tensors, peft_config
 from checkpoints_convert.merge import merged as merged_with
 from checkpoints_convert.merge import merged_dtype, read_base_model
 from checkpoints_convert.pieces import all_pieces
 from megatron_tgdpo.checkpoints.adapter_directory import PREFIX, Lora
 from megatron_tgdpo.config.loading import config_from_dict
-from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
@@ -233,27 +229,28 @@ def test_tools_that_run_models_take_an_adapter_with_its_base(run: Run, whole: Pa
 
 
 def test_an_export_is_verified_to_the_bit(run: Run, whole: Path, tmp_path: Path) -> None:
-    enable_cpu_backend()
-    join_ranks(1)
-    try:
-        assert verify_adapter(run.adapter, run.checkpoint) == "adapter: all 24 tensors equal to the bit"
-        assert verify_adapter(whole, run.checkpoint).startswith("weights: all 21 tensors equal to the bit")
-        for source, file in ((run.adapter, "adapter_model.safetensors"), (whole, None)):
-            changed = tmp_path / source.name
-            shutil.copytree(source, changed)
-            path = changed / (file or sorted(changed.glob("*.safetensors"))[0].name)
-            tensors = load_file(path)
-            name = sorted(tensors)[-1]
-            tensors[name][0, -1] += 1e-6
-            save_file(tensors, path, metadata={"format": "pt"})
-            with pytest.raises(UserError, match=f"1 weights differ from {changed}, first {name.removeprefix(PREFIX)}"):
-                verify_adapter(changed, run.checkpoint)
-        config = json.loads((tmp_path / CHECKPOINT / "adapter_config.json").read_text())
-        (tmp_path / CHECKPOINT / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 7}))
-        with pytest.raises(UserError, match=r"its adapter is Lora\(rank=4, .* is Lora\(rank=4, alpha=7"):
-            verify_adapter(tmp_path / CHECKPOINT, run.checkpoint)
-    finally:
-        dist.destroy_process_group()
+    def verify(path: Path) -> str:
+        arguments = ["--hf", str(path), "--megatron", str(run.checkpoint)]
+        done = run_forked("checkpoints_convert.verify", arguments, check=False)
+        assert (done.returncode == 0) == ("error: " not in done.stderr)
+        return done.stdout + done.stderr
+
+    assert "adapter: all 24 tensors equal to the bit" in verify(run.adapter)
+    assert "weights: all 21 tensors equal to the bit" in verify(whole)
+    for source, file in ((run.adapter, "adapter_model.safetensors"), (whole, None)):
+        changed = tmp_path / source.name
+        shutil.copytree(source, changed)
+        path = changed / (file or sorted(changed.glob("*.safetensors"))[0].name)
+        tensors = load_file(path)
+        name = sorted(tensors)[-1]
+        tensors[name][0, -1] += 1e-6
+        save_file(tensors, path, metadata={"format": "pt"})
+        assert f"1 weights differ from {changed}, first {name.removeprefix(PREFIX)}" in verify(changed)
+    config = json.loads((tmp_path / CHECKPOINT / "adapter_config.json").read_text())
+    (tmp_path / CHECKPOINT / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 7}))
+    assert re.search(
+        r"error: .*its adapter is Lora\(rank=4, .* is Lora\(rank=4, alpha=7", verify(tmp_path / CHECKPOINT)
+    )
 
 
 def test_the_dry_run_counts_what_trains_and_the_base_once(run: Run) -> None:
