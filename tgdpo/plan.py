@@ -140,8 +140,9 @@ def _check_numbers(given: argparse.Namespace) -> None:
         option = "--pack-tokens" if name == "seq_length" else f"--{name.replace('_', '-')}"
         if value < 0 if name in _MAY_BE_ZERO else value <= 0:
             raise UserError(f"{option} is {value}: it must be positive")
-        if not value <= _LARGEST:
-            raise UserError(f"{option} is {value:g}: it must be at most {_LARGEST:,}")
+        most = 1 if name == "response_share" else _LARGEST
+        if not value <= most:
+            raise UserError(f"{option} is {value:g}: it must be at most {most:,}")
 
 
 if __name__ == "__main__":

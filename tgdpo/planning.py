@@ -35,7 +35,8 @@ def plan(arguments: argparse.Namespace) -> tuple[str, Plan | None]:
     sequence_parallel = not arguments.no_sequence_parallel
     if arguments.schedules:
         return schedules_table(job, cluster, arguments.tensor or 1, sequence_parallel, arguments.recompute), None
-    if any(size is not None for size in (arguments.tensor, arguments.pipeline, arguments.expert)):
+    sizes = (arguments.tensor, arguments.pipeline, arguments.expert, arguments.expert_tensor)
+    if any(size is not None for size in sizes):
         layout = make_layout(
             arguments.tensor or 1,
             arguments.pipeline or 1,
@@ -50,6 +51,8 @@ def plan(arguments: argparse.Namespace) -> tuple[str, Plan | None]:
         return (text if asked.fits else f"{text}\n{_instead(all_plans(job, cluster), asked)}"), asked
     plans = all_plans(job, cluster)
     if not plans:
+        # What no layout is possible for is refused by its own name.
+        make_plan(job, cluster, make_layout(1, 1, 1, False, cluster.gpus), "none")
         raise UserError(f"no layout of {cluster.gpus} GPUs divides the model: change --nodes or --gpus-per-node")
     fitting = sum(plan.fits for plan in plans)
     headline = f"{fitting} of {len(plans)} layouts of {cluster.gpus} GPUs fit; the fastest, by estimate:"

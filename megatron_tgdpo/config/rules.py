@@ -40,9 +40,11 @@ def _is_trained_here(c: Config) -> bool:
 
 
 def _unused_option(option: str) -> Rule:
+    weights = "{c.loss.with_weights}" if any(option in row.options for row in WEIGHTS.values()) else ""
     return Rule(
         lambda c: option not in c.method.options and getattr(c.loss, option) is not None,
-        f"loss.{option} is set but loss.method {{c.loss.method}} does not use it: remove it, or set it to null",
+        f"loss.{option} is set but loss.method {{c.loss.method}}{weights} does not use it: remove it, or set it to "
+        "null",
     )
 
 

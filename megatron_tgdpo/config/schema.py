@@ -116,6 +116,12 @@ class LossConfig:
         """The method, with the options and frozen models that it has with these values."""
         return METHODS[self.method].given({"weights": self.weights, "reference_free": self.reference_free})
 
+    @property
+    def with_weights(self) -> str:
+        """What messages add to the method's name where the kind of weights decides on its options."""
+        usual = METHODS[self.method]
+        return f" with loss.weights {self.weights or usual.options['weights']}" if usual.weighted else ""
+
 
 @dataclass(frozen=True)
 class GuideConfig:

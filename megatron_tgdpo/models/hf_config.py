@@ -59,6 +59,7 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         hf_config.architectures = architectures
         if getattr(hf_config, "quantization_config", None):
             raise UserError("config.json: quantization_config: quantized weights are not supported, dequantize them")
+        _check_sizes(hf_config)
         family.check(hf_config)
         family.config_kwargs(hf_config)
         RotaryFrequencies(hf_config, torch.device("cpu"))
@@ -88,3 +89,20 @@ def padded_vocab_size(hf_config: PretrainedConfig, tensor: int) -> int:
     multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor)
     result: int = math.ceil(hf_config.vocab_size / multiple) * multiple
     return result
+
+
+def _check_sizes(hf_config: PretrainedConfig) -> None:
+    """Refuses a size that no model has; transformers checks types only.
+
+    Raises:
+        UserError: A size below 1, or query heads that the key heads do not divide.
+    """
+    # Families with a size of their own for experts do not read intermediate_size.
+    hidden = "moe_intermediate_size" if hasattr(hf_config, "moe_intermediate_size") else "intermediate_size"
+    heads = ("num_attention_heads", "num_key_value_heads")
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size", hidden, *heads):
+        if getattr(hf_config, key) < 1:
+            raise UserError(f"config.json: {key} is {getattr(hf_config, key)}: it must be positive")
+    query, groups = (getattr(hf_config, key) for key in heads)
+    if query % groups:
+        raise UserError(f"config.json: num_attention_heads {query} is not divisible by num_key_value_heads {groups}")

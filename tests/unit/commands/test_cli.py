@@ -100,6 +100,7 @@ def test_the_probe_sees_what_is_imported() -> None:
           "2"], "error: --top-p is 2.0"),
         (["plan", "--model", "{tmp}", "--nodes", "0"], "error: --nodes is 0: it must be positive"),
         (["plan", "--model", "{tmp}", "--row-tokens", "-1"], "error: --pack-tokens is -1: it must be positive"),
+        (["plan", "--model", "{tmp}", "--response-share", "2"], "error: --response-share is 2: it must be at most 1"),
         (["plot", "{tmp}", "{tmp}"], "error: --out is needed for several runs"),
         (["plot", "{tmp}/no"], "error: {tmp}/no: no such directory"),
         (["import-config", "x.yaml", "--ranks", "0", "--train", "t", "--out", "o"], "error: --ranks is 0"),

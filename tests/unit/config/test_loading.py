@@ -64,7 +64,7 @@ def test_config_cannot_be_changed() -> None:
         ("model.guide=null", "model.guide"),
         ("train.epochs=1", "exactly one of train.steps and train.epochs"),
         ("parallel.context=0", "parallel.context"),
-        ("loss.select_share=1", "loss.select_share is set but loss.method tgdpo does not use it"),
+        ("loss.select_share=1", "loss.select_share is set but loss.method tgdpo with loss.weights tgdpo does not use"),
         ("loss.alpha=-1", "loss.alpha"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline is 2 with one stage"),
         ("batch.tokens_per_micro_batch=0", "batch.tokens_per_micro_batch is 0: it must be positive"),

@@ -95,6 +95,10 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
         ("granite-3.3-8b", {"mlp_bias": True}, "mlp_bias is True"),
         ("SmolLM3-3B", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 36 layers"),
         ("ERNIE-4.5-0.3B", {"use_bias": True}, "use_bias is True"),
+        ("Llama-3-8B", {"num_key_value_heads": 0}, "num_key_value_heads is 0: it must be positive"),
+        ("Llama-3-8B", {"num_key_value_heads": 3}, "num_attention_heads 32 is not divisible by num_key_value_heads 3"),
+        ("Llama-3-8B", {"num_hidden_layers": 0}, "num_hidden_layers is 0: it must be positive"),
+        ("Llama-3-8B", {"intermediate_size": -1}, "intermediate_size is -1: it must be positive"),
     ],
 )
 def test_what_would_change_the_maths_is_refused(tmp_path: Path, name: str, changes: dict, message: str) -> None:

@@ -408,6 +408,16 @@ def test_a_plan_of_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "--lora-targets names embed: there are all-linear, q_proj" in capsys.readouterr().err
 
 
+def test_what_no_layout_is_possible_for_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(write_config(tmp_path, PUBLISHED["Qwen3-30B-A3B"]))]
+    assert tgdpo_plan([*model, "--lora-rank", "4"]) == 1
+    assert "has experts, beside which adapters are not supported" in capsys.readouterr().err
+    (tmp_path / "dense").mkdir()
+    model = ["--model", str(write_config(tmp_path / "dense", PUBLISHED["Llama-3-8B"]))]
+    assert tgdpo_plan([*model, "--expert-tensor", "2"]) == 1
+    assert "no model has experts" in capsys.readouterr().err
+
+
 def test_a_layout_for_adapters_is_chosen(tmp_path: Path) -> None:
     model = str(make_llama(tmp_path / "model"))
     values = {**VALID, "model": {"policy": model, "guide": model}}
