@@ -43,7 +43,7 @@ python=$root/$venv/bin/python
 [ -n "$model" ] && [ ! -d "$model" ] || export HF_HUB_OFFLINE=1
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1
 # megatron-core warns of every fused part that is missing, many times over; the trainer's first lines say it once.
-export PYTHONWARNINGS=ignore::UserWarning
+export PYTHONWARNINGS=ignore
 
 stages=11
 stage_number=0

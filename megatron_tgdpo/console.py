@@ -43,8 +43,8 @@ def configure(level: int = logging.WARNING, format: str = "%(message)s") -> None
         level: Of our own lines.
         format: Of a line, as :mod:`logging` has it.
     """
-    # What a command of ours has set for the processes that it starts is nobody's wish.
-    asked = any(option != _SETTINGS["PYTHONWARNINGS"] for option in sys.warnoptions)
+    # To ignore some, as a command of ours sets for the processes that it starts, is not to ask for the others.
+    asked = any(not option.startswith("ignore") for option in sys.warnoptions)
     for name, value in _SETTINGS.items():
         if name != "PYTHONWARNINGS" or not asked:
             os.environ.setdefault(name, value)

@@ -81,7 +81,8 @@ def test_who_asks_for_warnings_gets_them() -> None:
 
 def test_what_a_command_starts_is_as_quiet_as_itself() -> None:
     """It has inherited a filter from the command, which libraries put theirs before."""
-    assert errors_of("-W", "ignore", "-c", FOREIGN, "") == "a library's error\nWARNING: ours\n"
+    for wish in ("ignore", "ignore::FutureWarning"):
+        assert errors_of("-W", wish, "-c", FOREIGN, "") == "a library's error\nWARNING: ours\n"
 
 
 def test_progress_is_a_line_now_and_then_where_nobody_looks() -> None:
