@@ -134,7 +134,7 @@ def dry_run(
     layout = fitted_layout(config, configs, layout)
     check_best_metric(config)
     memory = planned_memory(config, configs, layout)
-    sources = planned_sources(config, list(configs))
+    sources = planned_sources(config, configs)
     # A guide that is still to be trained was given the shape of the policy.
     shown = config if is_trained(given) else replace(config, model=replace(config.model, guide=given.model.guide))
     node = math.gcd(world_size, Cluster.gpus_per_node)
@@ -188,7 +188,7 @@ def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layo
         pack,
         config.train.recompute,
         linear_bytes(config),
-        planned_sources(config, list(configs)),
+        planned_sources(config, configs),
     )
 
 

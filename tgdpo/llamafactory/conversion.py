@@ -141,24 +141,7 @@ def convert(
         raise UserError(f"{source}: has ${{...}}: write the values out")
     given = {key: _NULLS.get(key, _DEFAULTS.get(key)) if value is None else value for key, value in given.items()}
     values = {**_DEFAULTS, **{key: value for key, value in given.items() if value is not None and key not in ignore}}
-    for key, allowed in _REQUIRED_VALUES.items():
-        if values[key] not in allowed and key not in ignore:
-            default = "" if values[key] is given.get(key) else ", which is the reference code's default: set it"
-            hint = _HINTS.get((key, values[key]), "")
-            raise UserError(
-                f"{source}: {key}: {values[key]} is not carried over, only {', '.join(allowed)}{default}{hint}"
-            )
-    if values["stage"] == "tgdpo":
-        for key, allowed in _NOT_OF_TGDPO.items():
-            if values.get(key) not in allowed and key not in ignore:
-                raise UserError(
-                    f"{source}: {key}: {values[key]} with stage: tgdpo is not carried over: the authors' code "
-                    "computes something else than its name says there: take it out, and set it in section loss of what "
-                    "is written"
-                )
-    schedule = values["lr_scheduler_type"]
-    if schedule not in _SCHEDULES:
-        raise UserError(f"{source}: lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")
+    _refuse_values(values, given, source, ignore)
     method = _method(values)
     values = {key: value for key, value in values.items() if method in _ONLY_FOR.get(key, (method,))}
     flat = {ours: values[theirs] for theirs, ours in _RENAMED.items() if theirs in values}
@@ -175,7 +158,7 @@ def convert(
         "data.columns": dict(columns) if columns else None,
         "data.max_prompt_length": values.get("max_prompt_length") if max_prompt_length else None,
         "batch.global_pairs": values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * ranks,
-        "optimizer.schedule": _SCHEDULES[schedule],
+        "optimizer.schedule": _SCHEDULES[values["lr_scheduler_type"]],
         **_warmup(values, source),
         "precision.dtype": "bf16" if values["bf16"] else "fp32",
         "train.steps" if values["max_steps"] > 0 else "train.epochs": (
@@ -189,6 +172,34 @@ def convert(
         section, _, key = name.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[key] = value
     return nested
+
+
+def _refuse_values(values: Mapping[str, Any], given: Mapping[str, Any], source: str, ignore: Sequence[str]) -> None:
+    """Stops at a value with which the reference run computes something else than this project does.
+
+    Args:
+        values: Of all keys, with the reference code's defaults.
+        given: Those of the config itself.
+        source: What the reference is, for messages.
+        ignore: Keys that are left out.
+    """
+    for key, allowed in _REQUIRED_VALUES.items():
+        if values[key] not in allowed and key not in ignore:
+            default = "" if values[key] is given.get(key) else ", which is the reference code's default: set it"
+            hint = _HINTS.get((key, values[key]), "")
+            raise UserError(
+                f"{source}: {key}: {values[key]} is not carried over, only {', '.join(allowed)}{default}{hint}"
+            )
+    if values["stage"] == "tgdpo":
+        for key, allowed in _NOT_OF_TGDPO.items():
+            if values.get(key) not in allowed and key not in ignore:
+                raise UserError(
+                    f"{source}: {key}: {values[key]} with stage: tgdpo is not carried over: the authors' code "
+                    "computes something else than its name says there: take it out, and set it in section loss of what "
+                    "is written"
+                )
+    if (schedule := values["lr_scheduler_type"]) not in _SCHEDULES:
+        raise UserError(f"{source}: lr_scheduler_type: {schedule} is not supported here, only {', '.join(_SCHEDULES)}")
 
 
 def _lora(values: Mapping[str, Any], source: str, *, has_reference: bool) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from megatron_tgdpo.errors import UserError
 #   row    one tensor, columns split (row-parallel linear)
 #   glu    gate and up: each split by rows, then joined per rank
 #   qkv    query, key, value interleaved per key/value group, then rows split (weights and biases)
-#   rows   one tensor, rows split
+#   column one tensor, rows split (as of a column-parallel linear)
 #   fused_glu, fused_qkv   as glu and qkv, of one tensor that has the parts one after another
-Kind = Literal["copy", "vocab", "row", "glu", "qkv", "rows", "fused_glu", "fused_qkv"]
+Kind = Literal["copy", "vocab", "row", "glu", "qkv", "column", "fused_glu", "fused_qkv"]
 
 # A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size;
 # gate_up (twice mlp); qkv (query and twice kv); the number of experts, the intermediate size of each, and of the one

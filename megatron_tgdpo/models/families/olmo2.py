@@ -16,8 +16,8 @@ POST_NORMS = {
 }
 _WEIGHTS = {
     **POST_NORMS,
-    "self_attention.query_norm.weight": Weight("rows", ((ATTENTION + "q_norm.weight", ("query",)),)),
-    "self_attention.key_norm.weight": Weight("rows", ((ATTENTION + "k_norm.weight", ("kv",)),)),
+    "self_attention.query_norm.weight": Weight("column", ((ATTENTION + "q_norm.weight", ("query",)),)),
+    "self_attention.key_norm.weight": Weight("column", ((ATTENTION + "k_norm.weight", ("kv",)),)),
 }
 
 

@@ -227,7 +227,7 @@ def read_shard(
             stored = checkpoint.tensors[names[0]].shape[0]
             rows = checkpoint.rows(names[0], min(start, stored), min(end, stored))
             return torch.cat((rows, rows.new_zeros(shape[0] - rows.shape[0], shape[1])))
-        case "rows":
+        case "column":
             return checkpoint.rows(names[0], start, end)
         case "glu":
             half = shape[0] // 2
@@ -270,7 +270,7 @@ def join_shards(kind: Kind, shards: list[Tensor], heads: Heads, vocab_size: int)
             return [shards[0]]
         case "row":
             return [torch.cat(shards, dim=1)]
-        case "rows":
+        case "column":
             return [torch.cat(shards)]
         case "fused_glu" | "fused_qkv":
             return [torch.cat(join_shards(_UNFUSED[kind], shards, heads, vocab_size))]

@@ -12,7 +12,7 @@ from tools.benchmarks.training_step import __main__
 from tools.benchmarks.training_step.lengths import spread_lengths, spread_pairs
 from tools.benchmarks.training_step.models import SHAPES, llama_config, write_model
 from tools.benchmarks.training_step.operators import GROUPS, PYTHON, STEP, group_of
-from tools.benchmarks.training_step.pairs import find_source
+from tools.benchmarks.training_step.preference_pairs import find_source
 from tools.benchmarks.training_step.profiling import ProfilingRecorder, group_seconds, step_operators
 from tools.benchmarks.training_step.table import Spread, aligned
 

@@ -14,7 +14,7 @@ from megatron_tgdpo.storage.atomic_file import write_atomically
 from tools.benchmarks.training_step import report
 from tools.benchmarks.training_step.lengths import spread_pairs
 from tools.benchmarks.training_step.measure import Job, check_losses, loss_differences, measure
-from tools.benchmarks.training_step.pairs import find_source, tokenise
+from tools.benchmarks.training_step.preference_pairs import find_source, tokenise
 from tools.benchmarks.training_step.preprocessing import fast_tokenizer, preprocess_once, write_records
 from tools.benchmarks.training_step.profiling import OperatorTime, ProfilingRecorder, group_seconds, step_operators
 from tools.benchmarks.training_step.settings import Settings, describe_model, fill_cache, make_problem, write_models

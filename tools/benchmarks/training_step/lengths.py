@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_tgdpo.errors import UserError
-from tools.benchmarks.training_step.pairs import Pairs, Source, tokenise
+from tools.benchmarks.training_step.preference_pairs import Pairs, Source, tokenise
 
 _VOCABULARY = 1000
 # What preprocessing puts around the words of a plain record.

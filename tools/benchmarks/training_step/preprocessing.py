@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from megatron_tgdpo.errors import UserError
 from tgdpo.child_processes import run_captured
 from tools.benchmarks.training_step.measure import ROOT
-from tools.benchmarks.training_step.pairs import Source
+from tools.benchmarks.training_step.preference_pairs import Source
 
 # The tool in a process of its own; the last line is the seconds after imports and the largest resident set.
 _CHILD = """

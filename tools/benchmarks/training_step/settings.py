@@ -13,7 +13,7 @@ from megatron_tgdpo.storage.dtypes import DTYPES
 from tools.benchmarks.training_step.measure import run_tool
 from tools.benchmarks.training_step.models import SHAPES, ParameterCount, llama_config, write_adapter, write_model
 from tools.benchmarks.training_step.our_step import our_config
-from tools.benchmarks.training_step.pairs import Pairs
+from tools.benchmarks.training_step.preference_pairs import Pairs
 from tools.benchmarks.training_step.problem import Problem
 
 
