@@ -50,18 +50,9 @@ def check_gpu_options(
     spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
     check_precision(config, found, spec)
     check_overlap(config, layout, found, spec)
+    check_experts(config, configs)
     for role, hf_config in configs.items():
         recipe = config.precision.policy_recipe if role == "policy" else config.frozen_recipe
-        experts = family_of(hf_config.architectures).has_experts
-        if experts and config.overlap.tensor:
-            raise UserError(
-                f"overlap.tensor has no buffers for the products of experts, which model.{role} has: set it to false"
-            )
-        if recipe is not None and experts:
-            raise UserError(
-                f"model.{role} has experts, whose products are not made in FP8 or FP4 yet: set precision.fp8=none and "
-                "precision.fp4=none (for a frozen model alone precision.frozen=bf16)"
-            )
         if recipe is not None:
             own = layout.of_model(ROLES.index(role))
             kwargs = transformer_config_kwargs(hf_config, own, dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -73,6 +64,30 @@ def check_gpu_options(
             raise UserError(
                 f"overlap.tensor has buffers for one hidden size, model.{role} has {hf_config.hidden_size} and the "
                 f"policy {configs['policy'].hidden_size}: set it to false"
+            )
+
+
+def check_experts(config: Config, configs: Mapping[str, PretrainedConfig]) -> None:
+    """Refuses what has no kernels for experts, on whatever machine.
+
+    Args:
+        config: The run.
+        configs: HF configs of the models that run, by role.
+
+    Raises:
+        UserError: With the key, the reason and the way out.
+    """
+    for role, hf_config in configs.items():
+        if not family_of(hf_config.architectures).has_experts:
+            continue
+        if config.overlap.tensor:
+            raise UserError(
+                f"overlap.tensor has no buffers for the products of experts, which model.{role} has: set it to false"
+            )
+        if (config.precision.policy_recipe if role == "policy" else config.frozen_recipe) is not None:
+            raise UserError(
+                f"model.{role} has experts, whose products are not made in FP8 or FP4 yet: set precision.fp8=none and "
+                "precision.fp4=none (for a frozen model alone precision.frozen=bf16)"
             )
 
 

@@ -22,7 +22,7 @@ from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
 from megatron_tgdpo.gpu.fp8 import linear_bytes
-from megatron_tgdpo.gpu.options import capabilities, check_gpu_options, describe_model
+from megatron_tgdpo.gpu.options import capabilities, check_experts, check_gpu_options, describe_model
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
@@ -131,6 +131,7 @@ def dry_run(
     gpu_memory_gib = Cluster.gpu_memory_gib if gpu_memory_gib is None else gpu_memory_gib
     given, config = config, pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
+    check_experts(config, configs)
     layout = fitted_layout(config, configs, layout)
     check_best_metric(config)
     memory = planned_memory(config, configs, layout)

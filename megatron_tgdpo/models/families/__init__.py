@@ -82,9 +82,9 @@ EXPERTS_BEYOND = {
     "Qwen3Next": "linear attention",
     "Llama4": "chunked attention and layers without rotary positions",
     "Jamba": "state-space layers",
-    "Dbrx": "experts in one fused tensor",
+    "Dbrx": "all of their weights in one tensor",
     "Glm4Moe": "a router with sigmoid scores and biases",
-    "Moe": "experts of a kind that no family here has",
+    "Moe": "parts that no family here has",
 }
 
 

@@ -27,11 +27,12 @@ from megatron_tgdpo.gpu.fp8 import (
     policy_transformer_kwargs,
 )
 from megatron_tgdpo.gpu.fp8_checks import check_precision
-from megatron_tgdpo.gpu.options import check_gpu_options
+from megatron_tgdpo.gpu.options import check_experts, check_gpu_options
 from megatron_tgdpo.gpu.overlap import check_overlap, ddp_config, optimizer_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.setup.layout import pack_format
+from megatron_tgdpo.training.run import dry_run
 from tests.tiny_models import make_model
 from tests.unit.config.test_loading import VALID
 
@@ -367,13 +368,13 @@ def test_versions() -> None:
         ),
     ],
 )
-def test_what_experts_do_not_go_with(
-    sections: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for check in ("check_precision", "check_overlap"):
-        monkeypatch.setattr(f"megatron_tgdpo.gpu.options.{check}", lambda *_: None)
-    experts = read_hf_config(make_model(tmp_path, "mixtral", layers=1))
-    config = config_from_dict({**VALID, **sections})
+def test_what_experts_do_not_go_with(sections: dict, message: str, tmp_path: Path) -> None:
+    experts = make_model(tmp_path / "model", "mixtral", layers=1)
+    data = {"train": str(tmp_path / "pairs.jsonl"), "max_length": 64, "max_prompt_length": 32}
+    model = {**VALID["model"], "policy": str(experts), "guide": str(experts)}
+    config = config_from_dict({**VALID, "data": data, "model": model, **sections})
     with pytest.raises(UserError, match=message) as error:
-        check_gpu_options(config, {"policy": experts}, make_layout(1, 1, 1, False, 1), detect(torch.device("cpu")))
+        check_experts(config, {"policy": read_hf_config(experts)})
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message):
+        dry_run(config, 2)
