@@ -51,6 +51,7 @@ _TORCH = "dist_checkpointing.strategies.torch"
 _DISTRIBUTED_OPTIMIZER = "optimizer.distrib_optimizer.DistributedOptimizer"
 _SCHEDULES = "pipeline_parallel.schedules"
 _RANDOM = "tensor_parallel.random"
+_BUFFERS = "distributed.param_and_grad_buffer"
 _EXPERTS, _EXCHANGE = "models/experts.py", "transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
 
 # fmt: off
@@ -176,6 +177,9 @@ CONTRACT = [
     Relied(_RANDOM, None, "distributed/cpu_backend.py", "the two functions below are replaced"),
     Relied(f"{_RANDOM}._get_cuda_rng_state", "device clone graph_safe", "", "called with these"),
     Relied(f"{_RANDOM}._set_cuda_rng_state", "new_state device graph_safe", "", "called with these"),
+    Relied(_BUFFERS, None, "distributed/cpu_backend.py", "the two functions below are replaced"),
+    Relied(f"{_BUFFERS}.dist_reduce_scatter_func", "output input", "", "called with these, by place"),
+    Relied(f"{_BUFFERS}.dist_all_gather_func", "output_tensor input_tensor", "", "called with these, by place"),
 ]
 # fmt: on
 
