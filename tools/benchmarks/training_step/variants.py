@@ -55,14 +55,21 @@ def _trl(*, lora: bool) -> Callable[[], Run]:
 
 
 def _ours(
-    *, guided: bool, mode: str, shared_prompts: bool = True, lora: bool = False, **train: Any
+    *, guided: bool, mode: str, shared_prompts: bool = True, lora: bool = False, disk: bool = False, **train: Any
 ) -> Callable[[], Run]:
     def load() -> Run:
         from tools.benchmarks.training_step import our_step
 
         def run(problem: Problem, recorder: Recorder) -> None:
+            offload = {"frozen": True, "frozen_from": "disk"} if disk else {}
             config = our_step.our_config(
-                problem, guided=guided, mode=mode, shared_prompts=shared_prompts, lora=lora, train=train
+                problem,
+                guided=guided,
+                mode=mode,
+                shared_prompts=shared_prompts,
+                lora=lora,
+                train=train,
+                offload=offload,
             )
             our_step.run(problem, recorder, config)
 
@@ -85,6 +92,7 @@ VARIANTS = {
         Variant("colocated", "tgdpo", _THREE, _ours(guided=True, mode="colocated")),
         Variant("colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False)),
         Variant("colocated-lean", "tgdpo", _THREE, _ours(guided=True, mode="colocated", **_LEAN)),
+        Variant("colocated-disk", "tgdpo", _THREE, _ours(guided=True, mode="colocated", disk=True, **_LEAN)),
         Variant("cached", "tgdpo", "policy", _ours(guided=True, mode="cached")),
         Variant("cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False)),
         Variant("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", **_LEAN)),
