@@ -1,5 +1,6 @@
 """A Megatron checkpoint into an HF directory, a piece at a time: memory holds two pieces, however large the model."""
 
+import itertools
 import json
 import logging
 import math
@@ -95,7 +96,7 @@ def export_hf(
         template: An HF directory or Megatron checkpoint whose config, tokenizer and templates are copied.
         stored: The checkpoint's dtype.
         dtype: Of the written weights.
-        max_shard_bytes: Largest file's tensors (the tensors of a larger single parameter get a file of their own).
+        max_shard_bytes: Largest file's tensors (those that stay together and are larger get a file of their own).
         base: HF directory or Megatron checkpoint of an adapter's base model, of a ``peft`` directory also the template;
             None for a whole model.
         verify: Whether to compare the checkpoint's checksums first.
@@ -150,15 +151,15 @@ def _open(checkpoint: Path, base: Path | None, hf_config: PretrainedConfig, stor
 
 
 def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: int) -> list[_File]:
-    """Fills files one after another; the HF tensors of a parameter stay together."""
+    """Fills files one after another; the HF tensors of a parameter, and the parameters of one, stay together."""
     groups: list[list[GlobalParameter]] = []
     used = 0
-    for parameter in parameters:
-        size = sum(math.prod(shape) for _, shape in parameter.hf_tensors) * element_size
+    for tensors, together in itertools.groupby(parameters, key=lambda parameter: parameter.hf_tensors):
+        size = sum(math.prod(shape) for _, shape in tensors) * element_size
         if not groups or used + size > max_bytes:
             groups.append([])
             used = 0
-        groups[-1].append(parameter)
+        groups[-1].extend(together)
         used += size
     if len(groups) == 1:
         return [_File("model.safetensors", tuple(groups[0]))]

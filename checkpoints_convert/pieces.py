@@ -30,7 +30,7 @@ class Piece:
         start: First row of it.
         end: Last row + 1.
         hf_index: Of the HF tensor (in ``parameter.hf_tensors``) whose rows they are; None for the whole of a parameter
-            that interleaves several.
+            that interleaves several, or is an expert's part of one.
         hf_start: First row of that HF tensor.
         hf_end: Last row + 1; less than ``hf_start + end - start`` where rows are padding.
     """
@@ -56,7 +56,8 @@ class Piece:
         """The parameter's rows from HF files, in the stored dtype; padding is zeros."""
         names = [name for name, _ in self.parameter.hf_tensors]
         if self.hf_index is None:
-            return read_shard(checkpoint, self.parameter.kind, names, self.parameter.shape, heads, 0)
+            parameter = self.parameter
+            return read_shard(checkpoint, parameter.kind, names, parameter.shape, heads, 0, parameter.expert)
         rows = checkpoint.rows(names[self.hf_index], self.hf_start, self.hf_end)
         missing = self.end - self.start - rows.shape[0]
         return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
@@ -72,7 +73,8 @@ class Piece:
         if self.hf_index is not None:
             return [(names[self.hf_index], self.hf_start, rows)]
         joined = join_shards(self.parameter.kind, [rows], heads, vocab_size)
-        return [(name, 0, tensor) for name, tensor in zip(names, joined, strict=True)]
+        first = self.parameter.expert if self.parameter.is_stacked else 0
+        return [(name, first or 0, tensor) for name, tensor in zip(names, joined, strict=True)]
 
 
 def converted(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -122,7 +124,7 @@ def pieces_of(parameter: GlobalParameter, element_size: int) -> Iterator[Piece]:
         element_size: Bytes of an element.
     """
     rows = parameter.shape[0]
-    if parameter.kind in ("qkv", "fused_qkv"):
+    if parameter.kind in ("qkv", "fused_qkv") or parameter.is_stacked:
         yield Piece(parameter, 0, rows, None)
         return
     row_bytes = element_size * (parameter.shape[1] if len(parameter.shape) > 1 else 1)

@@ -58,7 +58,7 @@ def read_hf_config(path: Path) -> PretrainedConfig:
             )
         hf_config.architectures = architectures
         if getattr(hf_config, "quantization_config", None):
-            raise UserError("config.json: quantization_config: quantized weights are not supported, dequantize them")
+            raise UserError(f"config.json: quantization_config: {_dequantise(hf_config)}")
         _check_sizes(hf_config)
         family.check(hf_config)
         family.config_kwargs(hf_config)
@@ -69,6 +69,19 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raise UserError(f"{file}: {one_line(error)}") from error
     result: PretrainedConfig = hf_config
     return result
+
+
+def _dequantise(hf_config: PretrainedConfig) -> str:
+    """Why quantised weights are refused, and what to do."""
+    settings = hf_config.quantization_config
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if str(getattr(method, "value", method)) != "mxfp4":
+        return "quantized weights are not supported, dequantize them"
+    return (
+        "MXFP4 weights are not supported: load them with transformers "
+        '(AutoModelForCausalLM.from_pretrained(DIR, quantization_config=Mxfp4Config(dequantize=True), dtype="bfloat16")'
+        "), which is exact, and save_pretrained to another directory"
+    )
 
 
 def _architectures(values: Mapping[str, Any]) -> list[str] | None:
