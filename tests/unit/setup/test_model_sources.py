@@ -199,13 +199,9 @@ def test_a_new_adapter_begins_as_peft_does(base: Path) -> None:
     assert not torch.equal(first, second)
 
 
-def test_adapters_beside_experts_are_refused(tmp_path: Path, base: Path) -> None:
+def test_adapters_go_with_experts(tmp_path: Path, base: Path) -> None:
     experts = make_model(tmp_path / "experts", "qwen3_moe", layers=1)
-    with pytest.raises(UserError, match=r"model.policy .* has experts, beside which adapters are not") as error:
-        read_model_configs(config_of(experts, base, lora={"rank": 4}))
-    assert "\n" not in str(error.value)
-    # A guide that is a whole model with experts goes with a policy that trains an adapter.
-    configs = read_model_configs(config_of(base, experts, lora={"rank": 4}))
-    assert configs["guide"].model_type == "qwen3_moe"
-    with pytest.raises(UserError, match="Qwen3MoeForCausalLM has experts"):
-        peft_shapes(Lora(4, 8, ("q_proj", "v_proj")), read_hf_config(experts))
+    assert read_model_configs(config_of(experts, base, lora={"rank": 4}))["policy"].model_type == "qwen3_moe"
+    assert read_model_configs(config_of(base, experts, lora={"rank": 4}))["guide"].model_type == "qwen3_moe"
+    with pytest.raises(UserError, match=r"lora.targets: an adapter of up_proj, but gate_up_proj is one linear"):
+        read_model_configs(config_of(experts, base, lora={"rank": 4, "targets": ["q_proj", "up_proj"]}))
