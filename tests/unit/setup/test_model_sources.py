@@ -202,6 +202,9 @@ def test_a_new_adapter_begins_as_peft_does(base: Path) -> None:
 def test_adapters_of_models_with_experts(tmp_path: Path, base: Path) -> None:
     experts = make_model(tmp_path / "experts", "qwen3_moe", layers=1)
     assert read_model_configs(config_of(experts, base, lora={"rank": 4}))["guide"].model_type == "llama"
+    assert read_model_configs(config_of(base, experts, lora={"rank": 4}))["guide"].model_type == "qwen3_moe"
+    with pytest.raises(UserError, match=r"lora.targets: an adapter of up_proj, but gate_up_proj is one linear"):
+        read_model_configs(config_of(experts, base, lora={"rank": 4, "targets": ["q_proj", "up_proj"]}))
     # All of a layer's experts in one, the first of two within the second as its base layer.
     shapes = peft_shapes(Lora(3, 8), read_hf_config(experts))
     layer = "model.layers.0.mlp.experts"
