@@ -265,10 +265,10 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
         logger.warning("Transformer Engine %s is newer than any tested (%s)", dotted(found.transformer_engine), newest)
     described = partial(describe_model, config.model, config.precision)
     logger.info("policy: %s", described(modules[0].policy.config, engine.device))
-    for each in frozen.frozen:
+    for role, each in zip(config.method.frozen, frozen.frozen, strict=False):  # none with a cache
         with_adapter = "" if each.adapter is None else f" with the {each.adapter}'s adapter"
         whose = f"the weights above{with_adapter}, " if each.shared else ""
-        logger.info("frozen: %s%s", whose, described(each.model.config, engine.device))
+        logger.info("%s: %s%s", role, whose, described(each.model.config, engine.device))
     logger.info("parameters on rank 0: policy %.1fM, frozen %.1fM", counts[0] / 1e6, counts[1] / 1e6)
     if (lora := trained_lora(config)) is not None:
         trained = sum(p.numel() for module in modules for p in module.policy.parameters() if p.requires_grad)

@@ -21,7 +21,7 @@ from megatron_tgdpo.checkpoints.best import Best
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.console import progress
+from megatron_tgdpo.console import progress, waiting
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
@@ -154,7 +154,9 @@ class Trainer:
             # What is prefetched in this step is of the next one's packs.
             if more and self.engine.prefetcher is not None:
                 coming, data_seconds = ahead.take()
-            result = train_step(self.engine, packs, coming[0] if more else ())
+            # The first may take minutes: kernels are compiled and connections made.
+            with waiting(f"step {step}", shown=log is not None and step == first):
+                result = train_step(self.engine, packs, coming[0] if more else ())
             if more and self.engine.prefetcher is None:
                 coming, data_seconds = ahead.take()
             self._guard(step, result)
