@@ -61,6 +61,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "batch.global_pairs",
         "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay",
         "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio", "optimizer.warmup_steps",
+        "optimizer.moments", "optimizer.main_weights",
         "precision.fp8", "precision.fp8_format", "precision.fp8_amax_history", "precision.fp8_amax_algorithm",
         "precision.fp8_params", "precision.fp4", "precision.first_last_layers_bf16", "precision.frozen",
         "train.steps", "train.epochs",
