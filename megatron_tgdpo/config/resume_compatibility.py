@@ -48,7 +48,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background", "checkpoint.verify",
         "checkpoint.best_metric", "checkpoint.best_mode",
         "export.hf", "export.merge",
-        "log.every_steps", "log.wandb", "log.mlflow", "log.swanlab",
+        "log.every_steps", "log.timing_every_steps", "log.energy", "log.wandb", "log.mlflow", "log.swanlab",
         "preflight.enabled", "preflight.slow_group_ratio",
         "output_dir",
     ),

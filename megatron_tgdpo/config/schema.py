@@ -296,6 +296,9 @@ class ExportConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = positive(1)  # progress line every so many steps; metrics.jsonl and TensorBoard get every step
+    # watch every so many steps, by the profiler, how long they are in collectives and between stages; null: none
+    timing_every_steps: int | None = positive(None)
+    energy: bool = False  # the energy of each step, by the counters of the GPUs
     wandb: bool = False  # log to Weights & Biases too
     mlflow: bool = False  # log to MLflow too
     swanlab: bool = False  # log to SwanLab too
