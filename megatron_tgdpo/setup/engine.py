@@ -17,6 +17,7 @@ from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.frozen.colocated import ColocatedModel
 from megatron_tgdpo.frozen.communicator import ColocatedCommunicator
 from megatron_tgdpo.frozen.prefetch import Prefetcher, build_prefetcher
+from megatron_tgdpo.gpu.optimizer_state import optimizer_state_kwargs
 from megatron_tgdpo.gpu.overlap import ddp_config, optimizer_kwargs, start_user_buffers, wire_overlap
 from megatron_tgdpo.models.language_model import LanguageModel
 from megatron_tgdpo.setup.layout import pack_format
@@ -92,6 +93,7 @@ def build_engine(
     wire_overlap(chunks, policy)
     fused, dtype = config.train.fused == "auto", DTYPES[config.precision.dtype]
     options = optimizer_kwargs(config.precision, config.overlap, config.offload)
+    options |= optimizer_state_kwargs(config.optimizer)
     optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=options)
     prefetcher = build_prefetcher(config, configs, frozen, layout, pg, device) if prefetch else None
     communicator = None

@@ -22,6 +22,7 @@ from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
 from megatron_tgdpo.gpu.fp8 import linear_bytes
+from megatron_tgdpo.gpu.optimizer_state import state_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_experts, check_gpu_options, describe_model
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
@@ -190,6 +191,7 @@ def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layo
         config.train.recompute,
         linear_bytes(config),
         planned_sources(config, configs),
+        state_bytes(config),
     )
 
 
