@@ -1,6 +1,6 @@
 """Builds the models of a run and fills them with weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megatron_tgdpo.console import waiting
 from megatron_tgdpo.distributed.layout import ROLES, ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.frozen.models import FrozenModel
-from megatron_tgdpo.gpu.layer_offload import serve_from_host
+from megatron_tgdpo.gpu.layer_offload import serve_from_disk, serve_from_host
 from megatron_tgdpo.gpu.options import building, model_options
 from megatron_tgdpo.models.fp8_tensors import forget_high_precision
 from megatron_tgdpo.models.hf_weights.adapter_layout import new_adapter, read_adapter
@@ -75,10 +75,24 @@ def load_model(
         else:
             raise_on_all_ranks(lambda: [load_hf_weights(chunk, directory, hf_config, pg) for chunk in chunks])
         raise_on_all_ranks(lambda: refuse_non_finite(chunks, directory, hf_config))
-    if frozen and config.offload.frozen:
-        for chunk in chunks:
-            serve_from_host(chunk.requires_grad_(False).decoder.layers, device)
     return chunks
+
+
+def offload(model: LanguageModel, config: Config, device: torch.device) -> Callable[[], None] | None:
+    """Moves the weights of a frozen model to where section ``offload`` has them wait for its passes.
+
+    Returns:
+        What is to be called after each pass; None for nothing.
+
+    Raises:
+        UserError: On every rank: they cannot be written to disk.
+    """
+    layers = model.requires_grad_(False).decoder.layers
+    if config.offload.frozen_from == "disk":
+        directory = Path(config.output_dir)
+        return raise_on_all_ranks(lambda: serve_from_disk(model, layers, device, directory))
+    serve_from_host(layers, device)
+    return None
 
 
 def load_policy(
@@ -163,11 +177,12 @@ def load_frozen_models(
                 source.base, configs[role], own, pg, config, device, frozen=True, adapters=adapters
             )
         model = bases[source.base]
+        release = offload(model, config, device) if config.offload.frozen and not shared else None
         if source.adapter is not None:
             lora = read_lora(source.adapter)
             add_adapter(model, role, lora, configs[role])
             load_adapter([model], role, source.adapter, lora, configs[role], verify=config.checkpoint.verify)
             if shared and model is policy:
                 freeze_all_but(model, POLICY)
-        found.append(FrozenModel(model, None if source.adapter is None else role, shared))
+        found.append(FrozenModel(model, None if source.adapter is None else role, shared, release))
     return found
