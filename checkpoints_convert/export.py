@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.export_adapter import adapter_tensors
 from checkpoints_convert.merge import ReadPiece, check_base, merged, read_base_model, read_megatron
 from checkpoints_convert.model_card import CARD_FILE, model_card
-from checkpoints_convert.pieces import Piece, converted, pieces_of, share
+from checkpoints_convert.pieces import FiniteCheck, Piece, converted, pieces_of, share
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.adapter_directory import read_lora
@@ -125,7 +125,9 @@ def export_hf(
         size = sum(file.numel for file in files) * dtype.itemsize
         directory.reserve(size)
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
-        directory.run_on_all_ranks(lambda: _write(read, directory.temporary, mine, element_size, dtype, quiet))
+        finite = FiniteCheck()
+        directory.run_on_all_ranks(lambda: _write(read, directory.temporary, mine, element_size, dtype, quiet, finite))
+        finite.warn(checkpoint)
         directory.run_on_rank0(lambda: _finish(directory.temporary, checkpoint, template, files, dtype, size))
         with waiting(f"{out}: until all of it is on disk", shown=shown):
             directory.commit()
@@ -170,10 +172,16 @@ def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: i
 
 
 def _write(
-    read: ReadPiece, directory: Path, files: list[_File], element_size: int, dtype: torch.dtype, quiet: bool
+    read: ReadPiece,
+    directory: Path,
+    files: list[_File],
+    element_size: int,
+    dtype: torch.dtype,
+    quiet: bool,
+    finite: FiniteCheck,
 ) -> None:
     def read_converted(piece: Piece) -> list[tuple[str, int, Tensor]]:
-        return [(name, first, converted(part, dtype, name)) for name, first, part in read(piece)]
+        return [(name, first, converted(finite.look(name, part), dtype, name)) for name, first, part in read(piece)]
 
     with progress_bar("Megatron to HF", sum(file.numel for file in files) * dtype.itemsize, quiet=quiet) as bar:
         for file in files:

@@ -1,7 +1,9 @@
 """A model as pieces that fit in memory, each of them rows of one parameter and of the HF tensors it is made of."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,6 +14,8 @@ from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_weights.mapping import GlobalParameter, Heads, global_parameters, join_shards, read_shard
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
+
+logger = logging.getLogger(__name__)
 
 # Blocks of up to 32 MiB are used again by the allocator; the first touch of larger, fresh ones costs more than reading.
 PIECE_BYTES = 16 << 20
@@ -89,6 +93,27 @@ def converted(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if narrower and not torch.equal(result.isfinite(), rows.isfinite()):
         raise UserError(f"{name}: has values beyond what fp16 holds (65504), choose --dtype bf16 or fp32")
     return result
+
+
+class FiniteCheck:
+    """Notes the tensors that have NaN or infinite values: these are converted as they are, and not without a word."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+
+    def look(self, name: str, rows: Tensor) -> Tensor:
+        """Looks at some rows of a tensor, and returns them; as long as a copy of them would take."""
+        # NaN goes through both.
+        if rows.numel() and not torch.stack(torch.aminmax(rows)).isfinite().all():
+            self._names[name] = None
+        return rows
+
+    def warn(self, path: Path) -> None:
+        """Logs one line about what this rank has seen, if there was any."""
+        if self._names:
+            first, *others = self._names
+            more = f" and {len(others)} other tensors" if others else ""
+            logger.warning("%s: NaN or infinite values in %s%s: no training starts with them", path, first, more)
 
 
 def checkpoint_sizes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
