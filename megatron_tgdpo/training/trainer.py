@@ -101,6 +101,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.start = start
         self.performance = performance
+        self._gpu = torch.cuda.current_device() if engine.device.type == "cuda" else None
         self.lora = trained_lora(config)
         # This data rank's packs of each validation set, once it was evaluated.
         self._evaluated: dict[str, list[list[int]]] = {}
@@ -252,7 +253,12 @@ class Trainer:
             int(pack_format.pair_tokens(train.lengths[pack]).sum()) if pack else 0 for packs in plan for pack in packs
         ]
         work = self.performance.work(train.lengths[indices], train.trained_lengths[indices], used)
-        return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), work
+        packs = self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)
+        if self._gpu is None:
+            return list(packs), work
+        # Every thread begins on the first GPU, on which page-locked memory would give it a context.
+        torch.cuda.set_device(self._gpu)
+        return [pack.pinned() for pack in packs], work
 
     def _guard(self, step: int, result: StepResult) -> None:
         if result.updated:

@@ -222,3 +222,18 @@ def test_cached_logps_follow_their_tokens() -> None:
     assert empty.reference_logps is not None
     assert empty.guide_logps is not None
     assert empty.reference_logps.numel() == empty.guide_logps.numel() == 0
+
+
+def test_all_that_goes_to_a_gpu_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out would make its copy wait; where there is no CUDA, pinning is counted."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor.clone())
+    pack = collate([pair(0, [1, 2], [3, 4], [5])], PackFormat(8, shared_prompts=True))
+    other = pack.pinned()
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: moved.append(tensor.data_ptr()) or tensor)
+    pack.to(torch.device("cpu"))
+    assert pinned == moved
+    assert len(pinned) == 7
+    assert torch.equal(other.tokens, pack.tokens)
+    assert torch.equal(other.packing.kv_index, pack.packing.kv_index)
