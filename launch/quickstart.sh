@@ -9,7 +9,7 @@
 # The second: a guide and a TGDPO policy from your model and those of your preference pairs that need not be cut, of a size
 # that this machine does in minutes; the config that it writes is one to go on with. FILE: JSON, JSONL, Parquet or Arrow
 # (docs/data.md).
-# Each in under 10 minutes on 2 CPU cores after installation. Uses the GPUs if there are any.
+# The first takes 5 to 6 minutes on 2 quiet CPU cores after installation. Uses the GPUs if there are any.
 set -euo pipefail
 
 fail() { echo "quickstart.sh: $*" >&2; exit 1; }
