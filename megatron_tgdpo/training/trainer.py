@@ -21,7 +21,7 @@ from megatron_tgdpo.checkpoints.best import Best
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.console import progress
+from megatron_tgdpo.console import progress, waiting
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
@@ -101,6 +101,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.start = start
         self.performance = performance
+        self._gpu = torch.cuda.current_device() if engine.device.type == "cuda" else None
         self.lora = trained_lora(config)
         # This data rank's packs of each validation set, once it was evaluated.
         self._evaluated: dict[str, list[list[int]]] = {}
@@ -159,7 +160,9 @@ class Trainer:
             # What is prefetched in this step is of the next one's packs.
             if more and self.engine.prefetcher is not None:
                 coming, data_seconds = ahead.take()
-            with self.times.around(step):
+            # The first may take minutes: kernels are compiled and connections made.
+            waits = waiting(f"step {step}", shown=log is not None and step == first)
+            with waits, self.times.around(step):
                 result = train_step(self.engine, packs, coming[0] if more else ())
             if more and self.engine.prefetcher is None:
                 coming, data_seconds = ahead.take()
@@ -250,7 +253,12 @@ class Trainer:
             int(pack_format.pair_tokens(train.lengths[pack]).sum()) if pack else 0 for packs in plan for pack in packs
         ]
         work = self.performance.work(train.lengths[indices], train.trained_lengths[indices], used)
-        return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), work
+        packs = self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)
+        if self._gpu is None:
+            return list(packs), work
+        # Every thread begins on the first GPU, on which page-locked memory would give it a context.
+        torch.cuda.set_device(self._gpu)
+        return [pack.pinned() for pack in packs], work
 
     def _guard(self, step: int, result: StepResult) -> None:
         if result.updated:
