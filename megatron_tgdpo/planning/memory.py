@@ -156,6 +156,17 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage:
     return total
 
 
+def resident_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
+    """Of :func:`stage_parameters` those on the device where layers wait elsewhere: two layers at most, and the rest."""
+    layers = set(stage_layers(hf_config, layout, stage))
+    inside = expert_parameters(hf_config, layout, stage) + sum(
+        math.prod(one.shape) // (1 if one.kind == "copy" else layout.tensor)
+        for one in global_parameters(hf_config, layout.tensor, every_expert=False)
+        if one.expert is None and one.layer in layers
+    )
+    return stage_parameters(hf_config, layout, stage) - inside + inside * min(2, len(layers)) // max(len(layers), 1)
+
+
 def expert_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
     """Parameters of experts that one rank of a pipeline stage holds; they are part of :func:`stage_parameters`."""
     experts = Experts.of(hf_config)
@@ -213,6 +224,7 @@ def stage_memory(
     fp8: LinearBytes = LinearBytes(),
     sources: Sources = Sources(),
     state_bytes: StateBytes | None = None,
+    offloaded: bool = False,
 ) -> RankMemory:
     """Memory of a rank of one stage; the arguments are those of :func:`rank_memory`."""
     whole = stage_parameters(policy, layout, stage)
@@ -227,7 +239,8 @@ def stage_memory(
         for number, (config, source) in enumerate(zip(frozen, made_of, strict=True), start=1)
     ]
     alone = [(config, own) for config, own, source in models if not source.shared]
-    held = [stage_parameters(config, own, stage) for config, own in alone]
+    count_held = resident_parameters if offloaded else stage_parameters
+    held = [count_held(config, own, stage) for config, own in alone]
     beside = sum(
         adapter_parameters(config, own, stage, source.adapter)
         for config, own, source in models
@@ -275,6 +288,7 @@ def rank_memory(
     fp8: LinearBytes = LinearBytes(),
     sources: Sources = Sources(),
     state_bytes: StateBytes | None = None,
+    offloaded: bool = False,
 ) -> RankMemory:
     """The fullest rank's memory.
 
@@ -289,7 +303,11 @@ def rank_memory(
         fp8: What weights take where layers compute in FP8.
         sources: What the models are made of.
         state_bytes: Of the optimizer; None: all of it is fp32.
+        offloaded: Whether layers of frozen models wait elsewhere for their passes.
     """
     stages = fullest_stages(layout)
-    ends = [stage_memory(policy, frozen, layout, pack, recompute, stage, fp8, sources, state_bytes) for stage in stages]
+    ends = [
+        stage_memory(policy, frozen, layout, pack, recompute, stage, fp8, sources, state_bytes, offloaded)
+        for stage in stages
+    ]
     return replace(max(ends, key=lambda memory: memory.total), save=max(memory.save for memory in ends))

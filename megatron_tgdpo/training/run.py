@@ -189,6 +189,7 @@ def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layo
         linear_bytes(config),
         planned_sources(config, configs),
         state_bytes(config),
+        config.offload.frozen,
     )
 
 

@@ -129,6 +129,19 @@ def test_activations_beside_an_adapter_by_hand(llama: PretrainedConfig) -> None:
     assert layer_activations(llama, SINGLE, ROW, "none", 0, some) == kept - size * tokens * 4096
 
 
+def test_two_layers_of_a_frozen_model_are_there_where_they_wait_elsewhere(llama: PretrainedConfig) -> None:
+    """8B: 32 layers of 218,112,000 parameters, and of a vocabulary of 128,256 embedding, output weight and norm."""
+    layout = make_layout(2, 2, 1, True, 4)
+    for stage, rest in ((0, 128256 * 4096 // 2), (1, 128256 * 4096 // 2 + 4096)):
+        plain, off = (
+            stage_memory(llama, [llama], layout, ROW, "full", stage, offloaded=offloaded) for offloaded in (False, True)
+        )
+        layer = (218_112_000 - 2 * 4096) // 2 + 2 * 4096
+        assert plain.frozen == 2 * (16 * layer + rest)
+        assert off.frozen == 2 * (2 * layer + rest)
+        assert off.weights == plain.weights
+
+
 def test_weights_of_linears_in_fp8(llama: PretrainedConfig) -> None:
     grid = make_layout(2, 2, 1, True, 4)
     plain, fp8 = (
