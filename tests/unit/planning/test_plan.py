@@ -465,6 +465,15 @@ def test_a_config_is_not_written_over_another_nor_without_data(
     assert out.read_text() == "mine"
 
 
+def test_options_that_change_nothing_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(write_config(tmp_path, PUBLISHED["Llama-3-8B"])), "--tensor", "8"]
+    assert tgdpo_plan([*model, "--method", "dpo", "--guide", str(tmp_path), "--lr", "1e-6"]) == 0
+    unused = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not used: ")]
+    assert unused == ["not used: --guide (--method dpo has no guide), --lr (without --write)"]
+    assert tgdpo_plan([*model, "--guide", str(tmp_path), "--recompute", "full"]) == 0
+    assert "not used" not in capsys.readouterr().out
+
+
 def test_command_line(tmp_path: Path) -> None:
     write_config(tmp_path, PUBLISHED["Llama-3-8B"])
     for arguments in ([str(tmp_path)], [str(tmp_path / "config.json"), "--tensor", "4", "--recompute", "full"]):
