@@ -16,7 +16,7 @@ from tests.distributed.test_conversion import Reference
 from tests.distributed.worker_conversion import LENGTHS
 from tests.distributed.worker_families import LAYOUTS
 from tests.processes import run_forked
-from tests.tiny_models import DENSE_OPTIONS, make_model
+from tests.tiny_models import DENSE_OPTIONS, logits_divisor, make_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 # Models, and what of them is computed beside the plain dense decoder (grouped queries, RMSNorm, a SiLU-gated MLP).
@@ -58,12 +58,16 @@ NOTES = {
     ),
     "Ernie4_5ForCausalLM": ("ERNIE-4.5 0.3B", "neighbours rotated together"),
     "CwmForCausalLM": ("CWM 32B", "windows on three layers of four"),
+    "VaultGemmaForCausalLM": ("VaultGemma 1B", "as Gemma-2 without the norms after attention and MLP"),
+    "HyperCLOVAXForCausalLM": ("HyperCLOVA X SEED Think 14B", "as Granite, with norms after attention and MLP"),
+    "HeliumForCausalLM": ("Helium 1", "neighbours rotated together"),
     "Qwen3MoeForCausalLM": ("Qwen3-30B-A3B, Qwen3-235B-A22B", "Qwen3's attention; experts in every layer"),
     "Qwen2MoeForCausalLM": (
         "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
         "Qwen2's attention; experts in every layer, one for all tokens",
     ),
     "MixtralForCausalLM": ("Mixtral 8x7B, 8x22B", "windows; experts in every layer"),
+    "OlmoeForCausalLM": ("OLMoE 1B-7B", "norms over all query heads and all key heads; experts in every layer"),
     "GptOssForCausalLM": (
         "gpt-oss-20b, gpt-oss-120b, dequantised",
         "attention sinks; windows on every other layer; YaRN; biases, those of the router and the experts included; "
@@ -91,9 +95,10 @@ def supported(measured: Mapping[str, tuple[float, float]]) -> str:
 def refused() -> str:
     """The table of what no family here has."""
     lines = ["| it has | architectures |", "|---|---|"]
-    for what in dict.fromkeys(BEYOND.values()):
-        lines.append(f"| {what} | {', '.join(f'`{part}...`' for part in BEYOND if BEYOND[part] == what)} |")
-    lines += [f"| experts, with {what} | `{part}...` |" for part, what in EXPERTS_BEYOND.items()]
+    for beside, table in (("", BEYOND), ("experts, with ", EXPERTS_BEYOND)):
+        for what in dict.fromkeys(table.values()):
+            parts = ", ".join(f"`{part}...`" for part in table if table[part] == what)
+            lines.append(f"| {beside}{what} | {parts} |")
     return "\n".join(lines)
 
 
@@ -115,7 +120,7 @@ def measure(root: Path) -> dict[str, tuple[float, float]]:
         for layout in LAYOUTS:
             ours = load_file(root / "out" / layout / family / "logits.safetensors")["logits"][: sum(LENGTHS)]
             logits.append(float((ours - wanted.logits).abs().max() / wanted.logits.abs().max()))
-        scaling = config.get("logits_scaling", 1.0)
+        scaling = logits_divisor(config)
         for name, gradient in load_file(root / "out" / LAYOUTS[0] / family / "gradients.safetensors").items():
             theirs = wanted.gradients[name]
             gradients.append(float((gradient * scaling - theirs).norm() / theirs.norm()))

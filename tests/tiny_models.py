@@ -42,6 +42,7 @@ EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
     },
     "mixtral": {"head_dim": 32, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
     "gpt_oss": {
         "head_dim": 32,
         "sliding_window": 24,
@@ -120,6 +121,21 @@ MORE_FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "exaone4": _TYPES,
     "ernie4_5": {"head_dim": 32},
     "cwm": {**_TYPES, "head_dim": 32},
+    "vaultgemma": {
+        **_TYPES,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "hyperclovax": {
+        "embedding_multiplier": 2.3,
+        "residual_multiplier": 0.35,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.5,
+        "use_post_norm": True,
+    },
+    "helium": {"head_dim": 16},
 }
 
 
@@ -144,13 +160,14 @@ def make_model(
     max_shard_size: str = "5GB",
     seed: int = 0,
     noise: float = 0.0,
+    weights: bool = True,
     **options: Any,
 ) -> Path:
     """Writes a random model with a whitespace tokenizer and a chat template; norms and biases are random too.
 
     With ``llama3_rope`` the original context is 64 tokens, so that short tests go beyond it; ``rope`` gives other
-    settings. ``noise`` changes matrices by so much of themselves. ``options`` go into the HF config, over
-    ``FAMILY_OPTIONS``, ``EXPERT_OPTIONS`` and ``MORE_FAMILY_OPTIONS``.
+    settings. ``noise`` changes matrices by so much of themselves. Without ``weights`` there is a config alone.
+    ``options`` go into the HF config, over ``FAMILY_OPTIONS``, ``EXPERT_OPTIONS`` and ``MORE_FAMILY_OPTIONS``.
 
     Returns:
         ``path``.
@@ -189,12 +206,16 @@ def make_model(
         eos_token_id=2,
         **options,
     )
+    if not weights:
+        config.save_pretrained(path)
+        return path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
+            for name, parameter in model.named_parameters():
+                # Biases of all experts are in one matrix.
+                if parameter.dim() == 1 or name.endswith("bias"):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
                 else:
                     # Large enough for logits and attention patterns that are far from uniform.
@@ -206,6 +227,12 @@ def make_model(
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     make_tokenizer(vocab_size).save_pretrained(path)
     return path
+
+
+def logits_divisor(config: dict[str, Any]) -> float:
+    """What the logits of a ``config.json``'s model are divided by."""
+    scaling: float = config.get("logits_scaling", 1.0)
+    return 1 / scaling if config["model_type"] == "hyperclovax" else scaling
 
 
 def make_llama(path: Path, **options: Any) -> Path:

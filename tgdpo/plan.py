@@ -118,6 +118,8 @@ def _plan(given: argparse.Namespace) -> bool:
 
     text, chosen = plan(given)
     print(text)
+    if unused := _unused(given):
+        print(f"not used: {', '.join(unused)}")
     if given.write is not None and chosen is not None:
         write_config(given, chosen, named)
         ranks, file = chosen.layout.world_size, shlex.quote(str(given.write))
@@ -127,6 +129,27 @@ def _plan(given: argparse.Namespace) -> bool:
     elif chosen is not None and chosen.fits:
         print("to train with it: --write config.yaml --train PAIRS makes a config")
     return chosen is None or chosen.fits
+
+
+def _unused(given: argparse.Namespace) -> list[str]:
+    """Options that were given and change nothing, each with the reason."""
+    method, layout = METHODS[given.method], (given.tensor, given.pipeline, given.expert, given.expert_tensor)
+    ranked = all(size is None for size in layout) and not given.schedules
+    found = {
+        f"--{role} (--method {given.method} has no {role})": getattr(given, role) and role not in method.frozen
+        for role in ("reference", "guide")
+    }
+    found |= {
+        f"--guidance cached (--method {given.method} has no frozen model)": (
+            given.guidance == "cached" and not method.frozen
+        ),
+        f"--no-shared-prompts (--method {given.method} has one answer)": given.no_shared_prompts and method.chosen_only,
+        "--lora-targets (without --lora-rank)": given.lora_targets != "all-linear" and given.lora_rank is None,
+        "--recompute (without a layout each gets the least that fits)": given.recompute != "none" and ranked,
+        "--lr (without --write)": given.lr and given.write is None,
+        "--train (without --write)": given.train and given.write is None,
+    }
+    return [option for option, unused in found.items() if unused]
 
 
 def _is_config_file(text: str | None) -> bool:

@@ -4,7 +4,7 @@ Legend: P pairs in the pack, B = 2P sequences, R response tokens that are traine
 parallelism R and S are those of this rank's part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -47,12 +47,21 @@ class PreferenceBatch:
 
     def to(self, device: torch.device) -> "PreferenceBatch":
         """The same pack on ``device``; the segments' bounds stay on the CPU, where the attention reads them."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+    def pinned(self) -> "PreferenceBatch":
+        """The same pack in page-locked memory, which a GPU copies while the host goes on: :meth:`to` of it does not
+        wait. CUDA must be there."""
+        return self._with(Tensor.pin_memory)
 
-        tensors: dict[str, Any] = {name: moved(getattr(self, name)) for name in _ON_DEVICE}
-        return replace(self, packing=replace(self.packing, kv_index=moved(self.packing.kv_index)), **tensors)
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "PreferenceBatch":
+        """With what goes to a device changed."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        tensors: dict[str, Any] = {name: changed(getattr(self, name)) for name in _ON_DEVICE}
+        return replace(self, packing=replace(self.packing, kv_index=changed(self.packing.kv_index)), **tensors)
 
 
 _ON_DEVICE = (
@@ -106,7 +115,7 @@ def collate(
         packing = pack_segments(filled.segments)
     else:
         split = ContextSplit([*filled.bounds, seq_length], pack_format)
-        tokens, positions, packing = tokens[split.mine], positions[split.mine], split.packing(len(filled.segments))
+        tokens, positions, packing = tokens[split.mine], positions[split.mine], split.packing(filled.segments)
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         order, logit_positions = split.local(logit_positions)
         targets, lengths = targets[order], np.bincount(sequence[order], minlength=len(lengths))
@@ -151,7 +160,8 @@ class _FilledPack:
         """Prompt, chosen, rejected: rejected sees the prompt and itself, at the positions after the prompt."""
         prompt = len(pair.prompt)
         whole = self.add_sequence(pair.prompt, pair.chosen, pair.chosen_trained)
-        start, end = whole.end, whole.end + len(pair.rejected)
+        start = self.bounds[-1]
+        end = start + len(pair.rejected)
         prompt_end = whole.start + prompt
         self.tokens[start:end] = pair.rejected
         self.positions[start:end] = np.arange(prompt, prompt + end - start)

@@ -178,7 +178,7 @@ class BatchConfig:
     global_pairs: int = positive(MISSING)  # pairs per optimizer step, over all ranks
     # tokens of one pack; null: 2 x data.max_length, which holds any pair
     tokens_per_micro_batch: int | None = positive(None)
-    shared_prompts: bool | None = None  # compute a pair's prompt once for both responses; null: where that is possible
+    shared_prompts: bool | None = None  # compute a pair's prompt once for both responses; null: true
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,10 @@ class OptimizerSettings:
     eps: float = at_least(1.2e-38, 1e-8)  # Adam denominator term; less is zero in fp32
     weight_decay: float = at_least(0, 0.0)  # decoupled; never on norms and biases
     clip_grad: float = at_least(0, 1.0)  # maximum global gradient norm; 0: no clipping
+    # Adam's moments; fp8: the first, and the second in bf16
+    moments: str = one_of(("fp32", "bf16", "fp8"), "fp32")
+    # of bf16 weights: an fp32 copy | the 16 bits of it that bf16 leaves out
+    main_weights: str = one_of(("fp32", "remainder"), "fp32")
     schedule: str = one_of(("constant", "linear", "cosine"), "cosine")  # linear and cosine: to zero at the last step
     warmup_ratio: float = fraction(0.1)  # fraction of all steps that warm up linearly from 0
     warmup_steps: int | None = at_least(0, None)  # how many steps do, whatever warmup_ratio says; null: that fraction
@@ -196,7 +200,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    dtype: str = one_of(("bf16", "fp32"), "bf16")  # of weights and activations; gradients and optimizer state are fp32
+    dtype: str = one_of(("bf16", "fp32"), "bf16")  # of weights and activations; gradients are fp32
     fp8: str = one_of(FP8_RECIPES, "none")  # how the layers' products are scaled to FP8
     fp8_format: str = one_of(("hybrid", "e4m3"), "hybrid")  # hybrid: E4M3 forward, E5M2 backward
     fp8_amax_history: int = positive(1024, at_most=1 << 20)  # products that delayed scaling looks back on
@@ -292,6 +296,9 @@ class ExportConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = positive(1)  # progress line every so many steps; metrics.jsonl and TensorBoard get every step
+    # watch every so many steps, by the profiler, how long they are in collectives and between stages; null: none
+    timing_every_steps: int | None = positive(None)
+    energy: bool = False  # the energy of each step, by the counters of the GPUs
     wandb: bool = False  # log to Weights & Biases too
     mlflow: bool = False  # log to MLflow too
     swanlab: bool = False  # log to SwanLab too
@@ -390,9 +397,8 @@ class Config:
 
     @property
     def shared_prompts(self) -> bool:
-        """Whether a pair's prompt is computed once: not under context parallelism, nor for one response."""
-        chosen = self.batch.shared_prompts
-        return not self.method.chosen_only and (self.parallel.context == 1 if chosen is None else chosen)
+        """Whether a pair's prompt is computed once: never where only chosen responses are trained on."""
+        return not self.method.chosen_only and self.batch.shared_prompts is not False
 
     @property
     def guide_dir(self) -> str:

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -108,12 +108,13 @@ def run_on_all_ranks(action: Callable[[], T], store: dist.Store, ranks: RankEnvi
     """Runs a long action on every rank, however long it takes on any, before any process group and its time-out exist.
 
     Args:
-        action: Returns what all ranks are to know of this one: a value of JSON, of lists and not tuples.
+        action: Returns what the first rank is to know of this one: a value of JSON, of lists and not tuples.
         store: From :func:`connect_store`; the keys ``every_rank`` and ``rank_N`` must be unused.
         ranks: This process's place.
 
     Returns:
-        The answers of all ranks, in their order, as JSON has them.
+        On the first rank the answers of all, in their order, as JSON has them; on others an empty list, for what all
+        ranks tell all grows with the square of their number, through one store.
 
     Raises:
         AgreedError: The action failed on some rank, in any way; the message names the rank if that is not rank 0. Of a
@@ -126,21 +127,22 @@ def run_on_all_ranks(action: Callable[[], T], store: dist.Store, ranks: RankEnvi
     except Exception as error:
         failure, mine = error, json.dumps(_reply_of(error))
     # Through the first rank, so that each rank reads one key and not one of every other rank.
+    replies: list[dict[str, Any]] = []
     if ranks.rank == 0:
         others = [f"rank_{rank}" for rank in range(1, ranks.world_size)]
         for key in others:
             store.wait([key], _FOR_EVER)
-        text = f"[{', '.join([mine, *(store.get(key).decode() for key in others)])}]"
-        store.set("every_rank", text)
+        replies = [json.loads(mine), *(json.loads(store.get(key)) for key in others)]
+        failed = next(((rank, reply) for rank, reply in enumerate(replies) if "answer" not in reply), None)
+        store.set("every_rank", json.dumps(failed))
     else:
         store.set(f"rank_{ranks.rank}", mine)
         store.wait(["every_rank"], _FOR_EVER)
-        text = store.get("every_rank").decode()
-    replies = json.loads(text)
+        failed = json.loads(store.get("every_rank"))
     if failure is not None and not isinstance(failure, (UserError, StoppedEarly)):
         raise failure
-    for rank, reply in enumerate(replies):
-        _raise_failure(reply, rank)
+    if failed is not None:
+        _raise_failure(failed[1], failed[0])
     return [reply["answer"] for reply in replies]
 
 

@@ -21,6 +21,7 @@ from megatron_tgdpo.gpu.fp8 import (
 )
 from megatron_tgdpo.gpu.fp8_checks import check_precision
 from megatron_tgdpo.gpu.kernel_choice import LayerSpec, build_block_spec, choose_attention, choose_layer_spec
+from megatron_tgdpo.gpu.optimizer_state import check_optimizer_state
 from megatron_tgdpo.gpu.overlap import check_overlap
 from megatron_tgdpo.gpu.overlap import transformer_kwargs as overlap_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
@@ -50,6 +51,7 @@ def check_gpu_options(
     spec = choose_layer_spec(config.model.layer_spec, found, config.precision.dtype)
     check_precision(config, found, spec)
     check_overlap(config, layout, found, spec)
+    check_optimizer_state(config, found)
     check_experts(config, configs)
     for role, hf_config in configs.items():
         recipe = config.precision.policy_recipe if role == "policy" else config.frozen_recipe

@@ -10,7 +10,7 @@ from others.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,14 +178,17 @@ def _digest(values: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def whole_shards(directory: Path, key: GuidanceKey, shards: Shards) -> dict[int, str]:
-    """Checksums of the shards that need not be computed again, by number; reads all of them."""
+def whole_shards(
+    directory: Path, key: GuidanceKey, shards: Shards, numbers: Sequence[int] | None = None
+) -> dict[int, str]:
+    """Checksums of the shards that need not be computed again, by number; reads all, or ``numbers``."""
+    numbers = range(shards.count) if numbers is None else numbers
 
     def read(shard: int) -> str | None:
         return read_whole_shard(directory, shard, key, int(shards.offsets(shard)[-1]))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = zip(range(shards.count), pool.map(read, range(shards.count)), strict=True)
+        found = zip(numbers, pool.map(read, numbers), strict=True)
         return {shard: checksum for shard, checksum in found if checksum is not None}
 
 
@@ -263,15 +266,16 @@ class GuidanceCache:
                     f"{_AGAIN}, or name the cache of this run in guidance.cache"
                 )
 
-    def check_content(self) -> None:
-        """Reads every shard and compares with what was written.
+    def check_content(self, rank: int = 0, ranks: int = 1) -> None:
+        """Reads a rank's share of the shards, and compares with what was written.
 
         Raises:
             UserError: A shard is missing or damaged; the message names it.
         """
-        found = whole_shards(self.directory, self.key, self.shards)
-        for shard, wanted in enumerate(self._checksums):
-            if found.get(shard) != wanted:
+        mine = range(rank, self.shards.count, ranks)
+        found = whole_shards(self.directory, self.key, self.shards, mine)
+        for shard in mine:
+            if found.get(shard) != self._checksums[shard]:
                 raise UserError(f"{shard_path(self.directory, shard)}: missing or damaged: {_AGAIN}")
 
 

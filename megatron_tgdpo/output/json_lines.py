@@ -40,7 +40,8 @@ class JsonLines(Logger):
     def write(self, step: LoggedStep) -> None:
         """Writes a step's records."""
         for record in self.records(step):
-            line = memoryview((json.dumps({"step": step.number, **record}) + "\n").encode())
+            text = json.dumps({"step": step.number, **record}, separators=(",", ":"))
+            line = memoryview((text + "\n").encode())
             while line:
                 line = line[self._lines.write(line) :]
 
@@ -55,8 +56,14 @@ class MetricsFile(JsonLines):
     name = METRICS_FILE
 
     def records(self, step: LoggedStep) -> Iterable[Mapping[str, Any]]:
-        """The step's metrics."""
-        return [step.values]
+        """The step's metrics, to as many digits as they have: measured speed has few."""
+        return [{name: shortened(name, value) for name, value in step.values.items()}]
+
+
+def shortened(name: str, value: float) -> float:
+    """A metric to six digits where it is measured time, memory or speed; else to twelve, in which a last bit of one
+    pair's loss in float32 still shows."""
+    return float(f"{value:.6g}" if name.startswith("perf/") else f"{value:.12g}")
 
 
 class SamplesFile(JsonLines):

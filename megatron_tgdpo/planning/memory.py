@@ -19,6 +19,7 @@ from megatron_tgdpo.planning.workspace import (
 )
 
 GIB = 2**30
+_FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RankMemory:
         frozen_parameters: Reference and guide parameters on that rank, without those that another model has.
         weights: Policy weights, with FP8 copies of them.
         gradients: fp32 gradient buffer of what trains.
-        optimizer: Adam moments, and the fp32 main copy of bf16 weights, of what trains, split over data and context
+        optimizer: Adam moments, and the main copy of bf16 weights, of what trains, split over data and context
             ranks; of experts over those that have the same.
         frozen: Weights of reference and guide.
         activations: What the policy's layers keep for backward, for all micro batches in flight.
@@ -63,6 +64,19 @@ class RankMemory:
     @property
     def total(self) -> int:
         return self.static + self.activations + self.carried + self.workspace
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What a trained parameter takes in the optimizer.
+
+    Attributes:
+        main: Bytes of its main copy; 0 for fp32 weights, which are that themselves.
+        moments: Bytes of both moments.
+    """
+
+    main: int
+    moments: int
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,17 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage:
     return total
 
 
+def resident_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
+    """Of :func:`stage_parameters` those on the device where layers wait elsewhere: two layers at most, and the rest."""
+    layers = set(stage_layers(hf_config, layout, stage))
+    inside = expert_parameters(hf_config, layout, stage) + sum(
+        math.prod(one.shape) // (1 if one.kind == "copy" else layout.tensor)
+        for one in global_parameters(hf_config, layout.tensor, every_expert=False)
+        if one.expert is None and one.layer in layers
+    )
+    return stage_parameters(hf_config, layout, stage) - inside + inside * min(2, len(layers)) // max(len(layers), 1)
+
+
 def expert_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
     """Parameters of experts that one rank of a pipeline stage holds; they are part of :func:`stage_parameters`."""
     experts = Experts.of(hf_config)
@@ -211,6 +236,8 @@ def stage_memory(
     stage: int,
     fp8: LinearBytes = LinearBytes(),
     sources: Sources = Sources(),
+    state_bytes: StateBytes | None = None,
+    offloaded: bool = False,
 ) -> RankMemory:
     """Memory of a rank of one stage; the arguments are those of :func:`rank_memory`."""
     whole = stage_parameters(policy, layout, stage)
@@ -225,14 +252,16 @@ def stage_memory(
         for number, (config, source) in enumerate(zip(frozen, made_of, strict=True), start=1)
     ]
     alone = [(config, own) for config, own, source in models if not source.shared]
-    held = [stage_parameters(config, own, stage) for config, own in alone]
+    count_held = resident_parameters if offloaded else stage_parameters
+    held = [count_held(config, own, stage) for config, own in alone]
     beside = sum(
         adapter_parameters(config, own, stage, source.adapter)
         for config, own, source in models
         if source.adapter is not None
     )
     size = pack.dtype_bytes
-    state = (2 if size == 4 else 3) * 4
+    state_bytes = state_bytes or StateBytes(main=0 if size == _FP32 else _FP32, moments=2 * _FP32)
+    state = state_bytes.main + state_bytes.moments
 
     def weights(hf_config: PretrainedConfig, own: ParallelLayout, parameters: int, linear: float | None) -> int:
         if linear is None:
@@ -271,6 +300,8 @@ def rank_memory(
     recompute: str,
     fp8: LinearBytes = LinearBytes(),
     sources: Sources = Sources(),
+    state_bytes: StateBytes | None = None,
+    offloaded: bool = False,
 ) -> RankMemory:
     """The fullest rank's memory.
 
@@ -284,7 +315,12 @@ def rank_memory(
         recompute: ``train.recompute``.
         fp8: What weights take where layers compute in FP8.
         sources: What the models are made of.
+        state_bytes: Of the optimizer; None: all of it is fp32.
+        offloaded: Whether layers of frozen models wait elsewhere for their passes.
     """
     stages = fullest_stages(layout)
-    ends = [stage_memory(policy, frozen, layout, pack, recompute, stage, fp8, sources) for stage in stages]
+    ends = [
+        stage_memory(policy, frozen, layout, pack, recompute, stage, fp8, sources, state_bytes, offloaded)
+        for stage in stages
+    ]
     return replace(max(ends, key=lambda memory: memory.total), save=max(memory.save for memory in ends))

@@ -29,7 +29,14 @@ from megatron_tgdpo.errors import AgreedError, BadNodeError
 from megatron_tgdpo.mcore_compat import untested_version
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from megatron_tgdpo.resilience.preflight_facts import RankFacts, gather_facts
-from megatron_tgdpo.resilience.preflight_network import GroupResult, bandwidth_report, measure_groups, slow_groups
+from megatron_tgdpo.resilience.preflight_network import (
+    GroupResult,
+    as_told,
+    bandwidth_report,
+    measure_groups,
+    slow_groups,
+    to_tell,
+)
 from megatron_tgdpo.storage.files import read_error, write_error
 
 logger = logging.getLogger(__name__)
@@ -139,7 +146,8 @@ def _examine(
     )
     hosts = [fact.host for fact in facts]
     problems = compare_facts(facts) + _shared_storage(output_dir, hosts, group)
-    results = [result for several in _all_gather(measure_groups(pg, device), group) for result in several]
+    told = _all_gather(to_tell(measure_groups(pg, device), ranks.rank), group)
+    results = as_told(each for several in told for each in several)
     problems += network_problems(results, hosts)
     size = parameter_count(policy) * (_OPTIMIZER_BYTES + config.precision.parameter_bytes)
     # Storage is asked by one rank only: what others use of it changes meanwhile.

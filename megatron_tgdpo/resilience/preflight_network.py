@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,24 @@ def measure_groups(pg: ProcessGroupCollection, device: torch.device) -> list[Gro
         if group is not None and group.size() > 1:
             results.append(_measure(kind, group, device))
     return results
+
+
+def to_tell(results: Sequence[GroupResult], rank: int) -> list[tuple[str, range | tuple[int, ...], bool, float]]:
+    """What a rank tells others of its groups: of one whose sum was right only its first rank does, and ranks that lie
+    evenly are three numbers. Else all ranks would get as many numbers as ranks squared."""
+    told = []
+    for result in results:
+        if not result.correct or rank == result.ranks[0]:
+            first, second, *_ = result.ranks
+            even = range(first, result.ranks[-1] + 1, second - first) if second > first else range(0)
+            ranks = even if tuple(even) == result.ranks else result.ranks
+            told.append((result.kind, ranks, result.correct, result.bandwidth))
+    return told
+
+
+def as_told(told: Iterable[tuple[str, range | tuple[int, ...], bool, float]]) -> list[GroupResult]:
+    """The results that :func:`to_tell` made short."""
+    return [GroupResult(kind, tuple(ranks), correct, bandwidth) for kind, ranks, correct, bandwidth in told]
 
 
 def slow_groups(results: Sequence[GroupResult], ratio: float) -> list[GroupResult]:

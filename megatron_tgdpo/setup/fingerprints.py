@@ -50,7 +50,8 @@ def hash_files(
     *,
     again: bool = False,
 ) -> dict[str, str]:
-    """sha256 (hex) of files, by absolute path. Every rank calls and reads its share; no process group is needed.
+    """sha256 (hex) of files, by absolute path, for the first rank. Every rank calls and reads its share; no process
+    group is needed.
 
     Args:
         files: Names them, on the first rank; they are on storage that all ranks share.
@@ -58,6 +59,9 @@ def hash_files(
         ranks: This process's place.
         store: Joins all ranks; its keys must be unused.
         again: Whether to read files too whose hashes are known.
+
+    Returns:
+        On the first rank, of all files; on others, nothing.
 
     Raises:
         UserError: On every rank: a file is not there, or the record cannot be written; a StorageError where storage
@@ -67,7 +71,7 @@ def hash_files(
     first = dist.PrefixStore("plan", store)
     plan = _Plan.of_json(run_on_rank0(lambda: asdict(_plan(files(), record, again)), first, ranks.rank))
     if not plan.unknown:
-        return plan.known
+        return plan.known if ranks.rank == 0 else {}
     sizes = {path: state.size for path, state in plan.unknown.items()}
     if ranks.rank == 0:
         logger.info("hashing %d files of models and data, %.1f GB", len(sizes), sum(sizes.values()) / 1e9)
@@ -78,7 +82,7 @@ def hash_files(
     read = {path: (plan.unknown[path], digest) for path, digest in found.items()}
     last = dist.PrefixStore("record", store)
     run_on_rank0(lambda: _write(record, _read(record) | read), last, ranks.rank)
-    return plan.known | found
+    return plan.known | found if ranks.rank == 0 else {}
 
 
 def known_hashes(files: Iterable[str | Path], record: Path) -> dict[str, str]:

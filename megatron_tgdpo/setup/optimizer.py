@@ -63,6 +63,13 @@ class GroupStepAdamW(torch.optim.AdamW):
             values.pop("step", None)
 
 
+def _initialise(adam: Any) -> None:
+    """What megatron-core's own function does, which leaves out an argument that Transformer Engine asks for."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            adam.initialize_state(parameter, adam.store_param_remainders and parameter.dtype == torch.bfloat16)
+
+
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel],
     settings: OptimizerSettings,
@@ -108,5 +115,8 @@ def build_optimizer(
             optimizer.optimizer = GroupStepAdamW.taking_over(optimizer.optimizer)
         if optimizer.init_state_fn is not None:
             # Moments exist from the start, so that a fresh optimizer can receive a checkpoint's.
-            optimizer.init_state_fn(optimizer.optimizer, config)
+            if config.use_precision_aware_optimizer:
+                _initialise(optimizer.optimizer)
+            else:
+                optimizer.init_state_fn(optimizer.optimizer, config)
     return chained

@@ -21,7 +21,7 @@ from megatron_tgdpo.config.resume_compatibility import INPUTS, Inputs
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.data.joined import JoinedDataset
-from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_rank0
+from megatron_tgdpo.distributed.ranks import RankEnvironment, run_on_all_ranks, run_on_rank0
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.guidance.cache import GuidanceCache, guidance_key, model_fingerprints, open_guidance
 from megatron_tgdpo.output.directory import claim_output_dir
@@ -71,7 +71,7 @@ def prepare(
 
 
 def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) -> dict[str, Prepared]:
-    """Claims the output directory, preprocesses raw data and checks the guidance cache, once, on one rank, before any
+    """Claims the output directory, preprocesses raw data and opens the guidance cache, once, on one rank, before any
     process group exists.
 
     Args:
@@ -93,9 +93,7 @@ def prepare_on_rank0(config: Config, lock: RunLock, pins: Pins | None = None) ->
     prepared = prepare_data(config, Path(config.output_dir) / "data", lacking)
     if config.guidance.mode == "cached":
         for name, each in prepared.items():
-            cache = open_guidance(config.guidance, config.method, name, each.open())
-            if config.guidance.verify:
-                cache.check_content()
+            open_guidance(config.guidance, config.method, name, each.open())
     write_summary(Path(config.output_dir), prepared)
     leave_if_requested("preparing the data")
     return prepared
@@ -127,6 +125,14 @@ def check_inputs(config: Config, prepared: Mapping[str, Prepared], ranks: RankEn
         weights = [file for source in model_sources(config).values() for file in source.files]
         return weights + [Path(file) for dataset in _open(prepared).values() for file in dataset.files]
 
+    def check_caches() -> None:
+        for name, dataset in _open(prepared).items():
+            leave_if_requested("reading the guidance cache")
+            cache = open_guidance(config.guidance, config.method, name, dataset)
+            cache.check_content(ranks.rank, ranks.world_size)
+
+    if config.guidance.mode == "cached" and config.guidance.verify:
+        run_on_all_ranks(check_caches, dist.PrefixStore("caches", store), ranks)
     record = Path(config.output_dir) / HASHES_FILE
     digests = hash_files(files, record, ranks, store, again=config.train.rehash)
     last = dist.PrefixStore("fingerprints", store)

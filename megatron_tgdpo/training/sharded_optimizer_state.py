@@ -74,7 +74,7 @@ def optimizer_shards(chain: ChainedOptimizer, model_state: dict[str, Any]) -> di
     state = chain.chained_optimizers[0].state_dict()
     state["param_state"], *others = (
         {
-            number: _of_parameter(entries, parameter, each._get_main_param_and_optimizer_states(parameter), start, end)
+            number: _of_parameter(entries, parameter, _states(each, parameter), start, end)
             for number, (parameter, start, end) in enumerate(_owned(each))
         }
         for each in chain.chained_optimizers
@@ -121,9 +121,49 @@ def _load(optimizer: DistributedOptimizer, plain: dict[str, Any], loaded: dict[i
     with torch.no_grad():
         for number, (parameter, _, _) in enumerate(_owned(optimizer)):
             tensors = {name: torch.cat([part.flatten() for part in parts]) for name, parts in loaded[number].items()}
-            optimizer._set_main_param_and_optimizer_states(parameter, tensors)
+            _set_states(optimizer, parameter, tensors)
     if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
         optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def _states(optimizer: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Main weight and moments of the part of a parameter that this rank owns; a remainder becomes the whole weight."""
+    states: dict[str, Tensor] = optimizer._get_main_param_and_optimizer_states(parameter)
+    if states["param"].dtype == torch.int16:
+        states["param"] = whole_weight(_owned_weight(optimizer, parameter), states["param"])
+    return states
+
+
+def _set_states(optimizer: DistributedOptimizer, parameter: Tensor, states: dict[str, Tensor]) -> None:
+    if getattr(optimizer.optimizer, "store_param_remainders", False) and parameter.dtype == torch.bfloat16:
+        states = {**states, "param": remainder(_owned_weight(optimizer, parameter), states["param"])}
+    optimizer._set_main_param_and_optimizer_states(parameter, states)
+
+
+def _owned_weight(optimizer: DistributedOptimizer, parameter: Tensor) -> Tensor:
+    """The part of a bf16 parameter that this rank owns, where Transformer Engine's Adam keeps what else there is."""
+    group, place = optimizer.model_param_group_index_map[parameter]
+    weight: Tensor = optimizer.optimizer.param_groups[group]["params"][place].detach()
+    return weight
+
+
+def whole_weight(weight: Tensor, rest: Tensor) -> Tensor:
+    """fp32 weights of bf16 ones, rounded to nearest, and their remainders in int16, as bits.
+
+    Source: ``AdamFunctorMasterParamRemainder`` of Transformer Engine's ``multi_tensor/adam.cu``.
+    """
+    bits = (weight.view(torch.int16).to(torch.int32) << 16) + rest.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+def remainder(weight: Tensor, whole: Tensor) -> Tensor:
+    """int16: what :func:`whole_weight` adds to bf16 weights to have the fp32 ones again.
+
+    Half way between two bf16 weights the other rounding may have been taken, by one who had the whole: then the last
+    bit of the fp32 weight is lost.
+    """
+    difference = whole.contiguous().view(torch.int32) - (weight.view(torch.int16).to(torch.int32) << 16)
+    return difference.clamp(-(2**15), 2**15 - 1).to(torch.int16)
 
 
 def weight_shards(chain: ChainedOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from megatron_tgdpo.checkpoints.best import Best
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.config.loading import to_dict
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.console import progress
+from megatron_tgdpo.console import progress, waiting
 from megatron_tgdpo.data.dataset import PreferenceDataset
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.errors import AgreedError
+from megatron_tgdpo.gpu.energy import EnergyMeter
 from megatron_tgdpo.guidance.cache import GuidanceCache
 from megatron_tgdpo.guidance.monitor import GuideWatch
 from megatron_tgdpo.output.metrics import StepMetrics, eval_group
@@ -47,6 +48,7 @@ from megatron_tgdpo.training.run_data import RunData
 from megatron_tgdpo.training.samples import PolicySamples
 from megatron_tgdpo.training.start_check import check_start
 from megatron_tgdpo.training.step import StepResult, evaluate_packs, train_step
+from megatron_tgdpo.training.timing import SampledTimes
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -99,6 +101,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.start = start
         self.performance = performance
+        self._gpu = torch.cuda.current_device() if engine.device.type == "cuda" else None
         self.lora = trained_lora(config)
         # This data rank's packs of each validation set, once it was evaluated.
         self._evaluated: dict[str, list[list[int]]] = {}
@@ -114,6 +117,9 @@ class Trainer:
             find_best(config, start),
             self._export if exporter is not None and config.export.hf == "every_save" else None,
         )
+        device = engine.device
+        self.times = SampledTimes(config.log.timing_every_steps, device)
+        self.meter = raise_on_all_ranks(lambda: EnergyMeter(device)) if config.log.energy else None
         self.best_watch = BestWatch(config, start.inputs)
         self.samples = PolicySamples(config, layout, engine, data) if config.eval.generate.prompts else None
 
@@ -154,7 +160,10 @@ class Trainer:
             # What is prefetched in this step is of the next one's packs.
             if more and self.engine.prefetcher is not None:
                 coming, data_seconds = ahead.take()
-            result = train_step(self.engine, packs, coming[0] if more else ())
+            # The first may take minutes: kernels are compiled and connections made.
+            waits = waiting(f"step {step}", shown=log is not None and step == first)
+            with waits, self.times.around(step):
+                result = train_step(self.engine, packs, coming[0] if more else ())
             if more and self.engine.prefetcher is None:
                 coming, data_seconds = ahead.take()
             self._guard(step, result)
@@ -172,6 +181,7 @@ class Trainer:
                 time.monotonic() - saved,
             )
             values |= self.performance.metrics(seconds, work, data_seconds, peak) | self.saver.take_metrics()
+            values |= self._metered(seconds, work.pairs)
             evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
             for group, evaluation in evaluations.items():
                 values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
@@ -243,7 +253,12 @@ class Trainer:
             int(pack_format.pair_tokens(train.lengths[pack]).sum()) if pack else 0 for packs in plan for pack in packs
         ]
         work = self.performance.work(train.lengths[indices], train.trained_lengths[indices], used)
-        return list(self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)), work
+        packs = self._collated(train, plan[self.engine.pg.dp.rank()], self.data.train_guidance)
+        if self._gpu is None:
+            return list(packs), work
+        # Every thread begins on the first GPU, on which page-locked memory would give it a context.
+        torch.cuda.set_device(self._gpu)
+        return [pack.pinned() for pack in packs], work
 
     def _guard(self, step: int, result: StepResult) -> None:
         if result.updated:
@@ -293,6 +308,22 @@ class Trainer:
         maxima = torch.tensor([float(number) for number in mine], device=self.engine.device)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         return maxima.tolist()
+
+    def _metered(self, seconds: float, pairs: int) -> dict[str, float]:
+        """What meters that are on say of a step. Collective over all ranks, which have the same ones on."""
+        times, joules = self.times.take(), None if self.meter is None else self.meter.joules()
+        if times is None and joules is None:
+            return {}
+        sums = torch.tensor([*(times or (0.0, 0.0)), joules or 0.0], dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(sums)
+        collectives, exchanges, energy = sums.tolist()
+        values: dict[str, float] = {}
+        ranks = dist.get_world_size()
+        if times is not None:
+            values |= {"perf/collective_seconds": collectives / ranks, "perf/exchange_seconds": exchanges / ranks}
+        if joules is not None:
+            values |= {"perf/joules_per_pair": energy / pairs, "perf/watts_per_gpu": energy / seconds / ranks}
+        return values
 
     def _progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> str:
         eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))

@@ -45,7 +45,7 @@ class Case:
     recompute: str = "none"
     context: int = 1
     shared_prompts: bool | None = None
-    virtual: int | None = None  # needs a guidance cache, where there are frozen models
+    virtual: int | None = None
     guidance: str = "colocated"  # colocated | prefetch | cached
     overlap: str = "none"  # none | grad_reduce | both
     global_pairs: int = SETTINGS.global_pairs
@@ -68,7 +68,7 @@ class Case:
     def cached(self) -> bool:
         """Whether it reads a guidance cache."""
         frozen = self.loss["method"] in ("tgdpo", "dpo")
-        return frozen and (self.virtual is not None or self.guidance == "cached")
+        return frozen and self.guidance == "cached"
 
     @property
     def model(self) -> str:
@@ -133,10 +133,12 @@ CASES = (
     Case("unshared", 1, "random", seq_length=256, shared_prompts=False),
     Case("unshared-pp2", 2, "random", pipeline=2, seq_length=128, shared_prompts=False),
     Case("cp2", 2, "random", context=2, seq_length=256),
+    Case("cp2-unshared", 2, "random", context=2, seq_length=256, shared_prompts=False),
     Case("cp2-real", 2, "real", context=2),
     Case("cp2-tp2-sp", 4, "random", context=2, tensor=2, sequence_parallel=True, seq_length=128),
     Case("cp2-tp2-tied", 4, "random", tied=True, context=2, tensor=2),
     Case("cp2-pp2", 4, "random", context=2, pipeline=2, seq_length=128),
+    Case("cp2-vpp2", 4, "random", context=2, pipeline=2, virtual=2, seq_length=128),
     Case("cp2-dp2-qwen3", 4, "random", context=2, seq_length=128, family="qwen3"),
     Case("cp4", 4, "random", context=4, seq_length=256),
     Case("cp2-pp2-gemma2", 4, "random", tied=True, context=2, pipeline=2, family="gemma2"),
@@ -160,6 +162,7 @@ CASES = (
     Case("recompute-selective", 4, "random", tensor=2, pipeline=2, seq_length=128, recompute="selective"),
     # Two chunks a stage; four packs, and fewer, which empty ones fill up to a multiple of the stages.
     Case("vpp2", 2, "random", pipeline=2, virtual=2, seq_length=128),
+    Case("vpp2-tied-cached", 2, "random", tied=True, pipeline=2, virtual=2, guidance="cached"),
     Case("vpp2-tied", 2, "random", tied=True, pipeline=2, virtual=2),
     Case("vpp2-tp2-sp", 4, "random", tensor=2, pipeline=2, virtual=2, sequence_parallel=True, seq_length=128),
     # Stages that are not equal: by cost, given, and in chunks; the guide has other layers than the policy.
@@ -174,7 +177,7 @@ CASES = (
         pipeline=2,
         pipeline_layers={"policy": [1, 3], "reference": [3, 1], "guide": [2, 2]},
     ),
-    Case("vpp2-uneven", 2, "random", pipeline=2, virtual=2, seq_length=128, layers=5, guide_layers=3),
+    Case("vpp2-uneven", 2, "random", pipeline=2, virtual=2, seq_length=128, layers=6, guide_layers=5),
     Case("pp3-gemma2", 3, "random", tied=True, pipeline=3, family="gemma2"),
     Case("pp4-uneven", 4, "random", pipeline=4, seq_length=128, layers=6, guide_layers=5, recompute="full"),
     # Windows and softcaps recompute their scores by themselves, inside what is recomputed here.
@@ -228,8 +231,7 @@ FULL_OVERLAP_CASES = tuple(
         "sft": {"method": "sft", "recompute": "full"},
     }.items()
     for overlap in ("grad_reduce", "both")
-    if not (kind == "colocated" and "virtual" in _LAYOUTS[layout])
-    and not (kind == "prefetch" and (_LAYOUTS[layout].get("pipeline", 1) == 1 or "virtual" in _LAYOUTS[layout]))
+    if not (kind == "prefetch" and (_LAYOUTS[layout].get("pipeline", 1) == 1 or "virtual" in _LAYOUTS[layout]))
 )
 # Families beyond the first; with --full on two layouts each, which between them cut all that a model has.
 FAMILY_CASES = (
@@ -245,7 +247,35 @@ FULL_FAMILY_CASES = tuple(
         "cp2-tp2": {"context": 2, "tensor": 2, "seq_length": 256},
     }.items()
 )
-CASES += OVERLAP_CASES + FAMILY_CASES
+_SP = {"sequence_parallel": True}
+# What no other case has together: see tests/unit/config/test_grid.py.
+GRID_CASES = (
+    _overlapping(
+        "dpo-cached-cp2-dp2", 4, method="dpo", guidance="cached", context=2, shared_prompts=False, **_SP,
+        overlap="grad_reduce", recompute="selective", seq_length=256,
+    ),
+    _overlapping(
+        "orpo-tp2-vpp2", 4, method="orpo", tensor=2, pipeline=2, virtual=2, shared_prompts=False, **_SP,
+        overlap="grad_reduce", recompute="full", global_pairs=4,
+    ),
+    _overlapping(
+        "dpo-prefetch-cp2", 4, method="dpo", guidance="prefetch", pipeline=2, context=2, shared_prompts=False, **_SP,
+        recompute="full", seq_length=256,
+    ),
+    _overlapping(
+        "sft-vpp2", 2, method="sft", pipeline=2, virtual=2, shared_prompts=False, **_SP, recompute="selective"
+    ),
+    _overlapping("simpo-dp2", 2, method="simpo", shared_prompts=False, **_SP, recompute="full"),
+    _overlapping(
+        "prefetch-tp2", 4, guidance="prefetch", tensor=2, pipeline=2, overlap="grad_reduce", recompute="selective"
+    ),
+    _overlapping("orpo-dp2", 2, method="orpo", recompute="selective"),
+    Case("dpo-cached-tp2-vpp2", 4, "random", method="dpo", guidance="cached", tensor=2, pipeline=2, virtual=2,
+         seq_length=128, recompute="full"),
+    _overlapping("sft-full", 1, method="sft", overlap="grad_reduce", recompute="full"),
+    Case("simpo-selective", 1, "random", method="simpo", recompute="selective"),
+)  # fmt: skip
+CASES += OVERLAP_CASES + FAMILY_CASES + GRID_CASES
 CASES += FULL_OVERLAP_CASES + FULL_FAMILY_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
 
 # Identities: each of these runs must repeat the losses and gradient norms of "tp1-dpo".

@@ -61,6 +61,7 @@ CASES = (
     Case("ep2-over-tensor-ranks-shared-expert", 2, {**_SP, "expert": 2, "expert_tensor": 1}, family="qwen2_moe"),
     Case("ep2-over-tensor-ranks-gpt-oss", 2, {**_SP, "expert": 2, "expert_tensor": 1}, family="gpt_oss"),
     Case("tp2-sp-whole-experts-frozen-gpt-oss", 2, {**_SP, "expert_tensor": 1}, family="llama", guide="gpt_oss"),
+    Case("tp2-sp-olmoe", 2, _SP, family="olmoe", guide=None),
     Case("pp2-cp2-gpt-oss", 4, {"pipeline": 2, "context": 2}, family="gpt_oss", guide=None),
     Case("ep4", 4, {"expert": 4}, family="mixtral"),
     Case("ep2-dp4", 4, {"expert": 2}, guide="qwen3_moe"),
@@ -69,7 +70,7 @@ CASES = (
     Case("ep2-tp2-sp-mixtral", 4, {**_SP, "expert": 2, "expert_tensor": 1}, family="mixtral"),
     Case("ep2-pp2", 4, {"expert": 2, "pipeline": 2}, guide="mixtral"),
     Case("ep2-pp2-prefetch", 4, {"expert": 2, "pipeline": 2}, sections={"guidance": {"prefetch": True}}),
-    Case("ep2-vpp2-cached", 4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}, guide="mixtral", sections=_CACHED),
+    Case("ep2-vpp2", 4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}, guide="mixtral"),
     Case("ep2-cp2-tp2-recompute", 4, {**_SP, "expert": 2, "context": 2}, sections={"train": {"recompute": "full"}}),
 )
 
@@ -122,7 +123,7 @@ class Inputs:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     root = tmp_path_factory.mktemp("experts")
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "mlp_size": 48}
-    for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss"):
+    for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "olmoe"):
         make_model(root / f"policy-{family}", family, seed=1, **small)
         make_model(root / f"guide-{family}", family, seed=2, **small)
     make_model(root / "policy-qwen3_moe-plain", "qwen3_moe", seed=3, **small, norm_topk_prob=False)

@@ -20,7 +20,11 @@ WORKER = "tests.distributed.worker_experts"
 LAYOUTS = {1: ("1-1-1",), 2: ("1-2-1", "2-1-2", "2-2-1", "2-1-1"), 4: ("1-4-1", "2-2-2")}
 MODELS: dict[str, dict[str, Any]] = {
     **{family: {"family": family} for family in EXPERT_OPTIONS},
-    **{f"{family}-bf16-tied": {"family": family, "dtype": torch.bfloat16, "tied": True} for family in EXPERT_OPTIONS},
+    **{
+        f"{family}-bf16-tied": {"family": family, "dtype": torch.bfloat16, "tied": True}
+        for family in EXPERT_OPTIONS
+        if family != "olmoe"
+    },
 }
 # Experts with biases are not cut.
 CASES = [
@@ -73,13 +77,20 @@ def test_experts_and_logits_equal_hf(root: Path, expected: dict[str, Any], layou
     assert bool(ours) == layout.startswith("1")
     for layer, experts in ours.items():
         assert torch.equal(experts[:rows], wanted[layer]), layer
-        assert 0 < experts.float().mean(0).min() < experts.float().mean(0).max() < 1, "all go the same way"
+        shares = experts.float().mean(0)
+        assert shares.count_nonzero() > experts[0].count_nonzero(), "all go the same way"
+        assert shares.max() < 1, "an expert has all"
 
 
 @pytest.mark.parametrize(("layout", "model"), CASES)
 def test_weights_come_back_to_the_bit(root: Path, layout: str, model: str) -> None:
     for source in ("hf", "megatron"):
         assert_same_weights(root / "out" / layout / model / source, root / "hf" / model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_come_back_without_a_model(root: Path, model: str) -> None:
+    assert_same_weights(root / "back" / model, root / "hf" / model)
 
 
 @pytest.mark.parametrize("model", MODELS)

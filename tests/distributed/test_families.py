@@ -14,7 +14,7 @@ from tests.distributed.test_conversion import GRADIENT_TOLERANCE, LOGIT_TOLERANC
 from tests.distributed.worker_conversion import LENGTHS
 from tests.distributed.worker_families import LAYOUTS
 from tests.processes import run_forked
-from tests.tiny_models import MORE_FAMILY_OPTIONS, make_model
+from tests.tiny_models import MORE_FAMILY_OPTIONS, logits_divisor, make_model
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_gradients_equal_transformers(root: Path, reference: Reference, family: 
     wanted = reference[family].gradients
     assert gradients.keys() == wanted.keys()
     # Ours end with what logits are made of, their factor included.
-    scaling = json.loads((root / "hf" / family / "config.json").read_text()).get("logits_scaling", 1.0)
+    scaling = logits_divisor(json.loads((root / "hf" / family / "config.json").read_text()))
     for name, gradient in wanted.items():
         assert gradient.abs().max() > 0
         assert (gradients[name] * scaling - gradient).norm() / gradient.norm() < GRADIENT_TOLERANCE, name

@@ -21,7 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "both": {"overlap": {"grad_reduce": True, "param_gather": True}},
     "both-continued": {"overlap": {"grad_reduce": True, "param_gather": True}},
     "frozen": {"offload": {"frozen": True}},
-    "frozen-disk": {"offload": {"frozen": True, "frozen_from": "disk"}},
+    "frozen-disk": {"offload": {"frozen": True, "frozen_from": "disk"}, "log": {"timing_every_steps": 2}},
     "unfused": {"train": {"fused": "off"}},
 }
 
@@ -64,3 +64,11 @@ def test_series_and_weights_are_identical(runs: Path, name: str) -> None:
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     start = load_file(runs / "policy" / "model.safetensors")
     assert not torch.equal(start["model.norm.weight"], wanted["model.norm.weight"])
+
+
+def test_watched_steps_say_how_long_they_were_in_collectives(runs: Path) -> None:
+    """Gradients are reduced and weights gathered over two ranks; nothing is exchanged between stages."""
+    seconds = [step.get("perf/collective_seconds") for step in read_metrics(runs / "frozen-disk")]
+    assert [value is not None and value > 0 for value in seconds] == [False, True, False, True]
+    assert {step.get("perf/exchange_seconds") for step in read_metrics(runs / "frozen-disk")} == {None, 0.0}
+    assert "perf/collective_seconds" not in read_metrics(runs / "plain")[1]

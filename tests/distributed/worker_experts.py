@@ -77,12 +77,15 @@ def record_routes(model: LanguageModel) -> list[Tensor]:
 
 
 def run_single(root: Path) -> None:
-    """Makes from ROOT/hf: ROOT/megatron without a model, and ROOT/live from a model."""
+    """Makes from ROOT/hf: ROOT/megatron without a model, from this ROOT/back, too, and ROOT/live from a model."""
     layout = make_layout(1, 1, 1, False, 1)
     pg = init_model_parallel(layout, seed=1, timeout_minutes=15)
     for hf in sorted((root / "hf").iterdir()):
         hf_config = read_hf_config(hf)
-        import_hf(hf, root / "megatron" / hf.name, hf_config)
+        imported = root / "megatron" / hf.name
+        import_hf(hf, imported, hf_config)
+        arguments = {"stored": hf_config.dtype, "dtype": hf_config.dtype, "max_shard_bytes": 40_000}
+        export_hf(imported, root / "back" / hf.name, template=imported, **arguments)
         model = build_language_model(hf_config, layout, pg, dtype=hf_config.dtype, device=CPU)
         load_weights(model, hf, hf_config, pg)
         metadata = {"dtype": dtype_name(hf_config.dtype), "parameters": parameter_count(hf_config)}

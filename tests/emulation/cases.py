@@ -9,12 +9,21 @@ _FP8 = {
     "delayed": {"fp8": "delayed", "frozen": "bf16"},
     "delayed, FP8 weights": {"fp8": "delayed", "fp8_params": True, "frozen": "bf16"},
 }
+_ADAM = {"lr": 1e-3, "schedule": "constant", "warmup_ratio": 0.0}
+# What the optimizer keeps, in bf16 training.
+STATE = {
+    "bf16": {},
+    "remainder": {"main_weights": "remainder"},
+    "bf16 moments, remainder": {"moments": "bf16", "main_weights": "remainder"},
+    "FP8 moments": {"moments": "fp8"},
+}
 
 
 def cases(data: int, pipeline: int) -> dict[str, dict[str, Any]]:
     """Sections of the config, by name."""
     found: dict[str, dict[str, Any]] = {name: {"precision": precision} for name, precision in _FP8.items()}
     found["tensorwise, FP8 weights, LoRA"] = {**found["tensorwise, FP8 weights"], "lora": {"rank": 8, "alpha": 256}}
+    found |= {name: {"optimizer": {**_ADAM, **state}} for name, state in STATE.items()}
     if data > 1:
         overlap = {"grad_reduce": True, "param_gather": True}
         for name in ("tensorwise, FP8 weights", "delayed"):

@@ -678,9 +678,30 @@ def multi_tensor_adam(
     assert mode == 1, "AdamW"
     first = 1 - beta1**step if bias_correction else 1
     second = 1 - beta2**step if bias_correction else 1
-    for given, parameter, mean, square in zip(*lists[:4], strict=True):
-        gradient = given.float()
-        assert parameter.dtype == torch.float32
-        mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        parameter.add_((mean / first) / ((square / second).sqrt() + eps) + weight_decay * parameter, alpha=-lr)
+    # With main weights the parameters are rounded from them.
+    for given, parameter, mean, square, *main in zip(*lists, strict=True):
+        weight = main[0] if main else parameter
+        assert weight.dtype == torch.float32
+        gradient, m, v = given.float(), mean.float(), square.float()
+        m.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        weight.add_((m / first) / ((v / second).sqrt() + eps) + weight_decay * weight, alpha=-lr)
+        for moment, updated in ((mean, m), (square, v)):
+            if moment.dtype != torch.float32:
+                moment.copy_(updated)
+        if main:
+            parameter.copy_(weight)
+
+
+def multi_tensor_adam_param_remainder(
+    chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], *settings: Any
+) -> None:
+    """Weights as bf16, rounded to nearest with halves upwards, and int16 remainders (``multi_tensor/adam.cu``)."""
+    for given, parameter, mean, square, rest in zip(*lists, strict=True):
+        high = parameter.view(torch.int16).to(torch.int32) - (rest < 0).to(torch.int32)
+        weight = ((high << 16) | (rest.to(torch.int32) & 0xFFFF)).view(torch.float32)
+        multi_tensor_adam(chunk, noop, [[given], [weight], [mean], [square]], *settings)
+        bits = weight.view(torch.int32)
+        low = (bits & 0xFFFF).to(torch.int16)
+        rest.copy_(low)
+        parameter.view(torch.int16).copy_(((bits >> 16) + (low < 0)).to(torch.int16))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.emulation.cases import cases
+from tests.emulation.cases import STATE, cases
 from tests.emulation.emulated import missing
 from tests.launch import run_module
 from tests.tiny_models import make_model
@@ -55,6 +55,19 @@ def test_a_run_that_continues_makes_the_same_steps(found: Found, layout: str, ca
     """The save goes on beside the steps after it."""
     run = found(layout)[case]
     assert run["again"] == run["after"]
+
+
+@pytest.mark.parametrize("layout", ["one rank", "data 2"])
+def test_the_optimizers_state_in_fewer_bytes(found: Found, layout: str) -> None:
+    """A remainder changes how halves are rounded; moments in fewer bits a little more. A run continues to the bit."""
+    runs = found(layout)
+    for name in STATE:
+        assert runs[name]["again"] == runs[name]["after"], name
+    plain = runs["bf16"]
+    for name, limit in (("remainder", 2e-3), ("bf16 moments, remainder", 2e-2), ("FP8 moments", 0.1)):
+        losses, wanted = ([loss for loss, _ in run["before"] + run["after"]] for run in (runs[name], plain))
+        assert losses == pytest.approx(wanted, rel=limit), name
+        assert name == "remainder" or losses != wanted
 
 
 def test_the_history_of_delayed_scaling_goes_to_another_layout(found: Found) -> None:

@@ -1,4 +1,4 @@
-"""The same sampler on vLLM, where that is installed. Checked against vLLM 0.33.0's source; not run on a GPU yet."""
+"""The same sampler on vLLM, where that is installed. Run with vLLM 0.32.0 on a CPU, not on a GPU yet."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -59,7 +59,9 @@ def _draw_pairs(axes: Any, results: Mapping[str, Any], _: Sequence[Mapping[str, 
     axes.set_xlim(0, 110)
     axes.set_xticks(range(0, 101, 10))
     axes.set_xlabel("per cent of the questions; whiskers: 95 % bootstrap intervals")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, frameon=False)
+    _legend_above(axes)
+    if not sum(counts):
+        _say_none(axes)
 
 
 def _draw_scores(axes: Any, results: Mapping[str, Any], judgments: Sequence[Mapping[str, Any]]) -> None:
@@ -72,12 +74,23 @@ def _draw_scores(axes: Any, results: Mapping[str, Any], judgments: Sequence[Mapp
         axes.axvline(value, color=_LOSS, linewidth=1.5, label=f"mean: {value:.2f}")
         if low is not None:
             axes.axvspan(low, high, color=_LOSS, alpha=0.15, label=f"95 % interval: {low:.2f} to {high:.2f}")
-        axes.legend(loc="upper left", frameon=False)
+        _legend_above(axes)
+    else:
+        _say_none(axes)
     axes.set_xticks(range(1, 11))
     axes.set_xlabel("score")
     axes.set_ylabel("answers")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.margins(y=0.12)
+
+
+def _legend_above(axes: Any) -> None:
+    """A legend that no bar reaches."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, frameon=False)
+
+
+def _say_none(axes: Any) -> None:
+    axes.text(0.5, 0.5, "no verdict to count: see judgments.jsonl", ha="center", transform=axes.transAxes)
 
 
 def _short(name: str) -> str:

@@ -15,6 +15,7 @@ from megatron_tgdpo.models.families import (
     mistral,
     mixtral,
     olmo2,
+    olmoe,
     phi3,
     qwen2,
     qwen2_moe,
@@ -45,9 +46,13 @@ FAMILIES: tuple[Family, ...] = (
     exaone4.FAMILY,
     ernie4_5.FAMILY,
     llama.CWM,
+    gemma2.VAULTGEMMA,
+    granite.HYPERCLOVAX,
+    ernie4_5.HELIUM,
     qwen3_moe.FAMILY,
     qwen2_moe.FAMILY,
     mixtral.FAMILY,
+    olmoe.FAMILY,
     gpt_oss.FAMILY,
 )
 # What the models of these architectures have and no model here; parts of names, the first that fits counts.
@@ -79,12 +84,27 @@ BEYOND = {
 }
 # The same of those with experts, whatever the case of letters.
 EXPERTS_BEYOND = {
-    "Deepseek": "latent attention",
+    "DeepseekV32": "latent attention that chooses its keys",
+    "Deepseek": "latent attention (MLA), dense layers before those with experts, and a choice of experts by groups",
+    "Glm4MoeLite": "latent attention (MLA), dense layers before those with experts, and a router with sigmoid scores",
+    "GlmMoeDsa": "latent attention that chooses its keys",
+    "LongcatFlash": "latent attention (MLA), and experts that do nothing",
+    "Qwen3_5Moe": "gated delta-net layers",
     "Qwen3Next": "linear attention",
     "Llama4": "chunked attention and layers without rotary positions",
     "Jamba": "state-space layers",
     "Dbrx": "all of their weights in one tensor",
-    "Glm4Moe": "a router with sigmoid scores and biases",
+    "Glm4Moe": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
+    "Dots1": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
+    "ExaoneMoe": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
+    "SolarOpen": "a router with sigmoid scores and a bias in fp32",
+    "MiniMaxM2": "a router with sigmoid scores and a bias in fp32",
+    "Ernie4_5_Moe": "dense layers before those with experts, and a router with a bias in fp32",
+    "HunYuanMoE": "norms of query and key heads after rotation",
+    "GraniteMoeHybrid": "state-space layers",
+    "GraniteMoe": "fused projections of all experts in one tensor",
+    "FlexOlmo": "norms after attention and experts only",
+    "Phimoe": "a choice of two experts by thresholds, and norms that subtract the mean",
     "Moe": "parts that no family here has",
 }
 

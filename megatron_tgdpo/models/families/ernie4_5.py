@@ -1,4 +1,4 @@
-"""ERNIE 4.5, dense: the dense decoder with neighbours rotated together."""
+"""ERNIE 4.5, dense, and Helium: the dense decoder with neighbours rotated together."""
 
 from typing import Any
 
@@ -14,6 +14,12 @@ def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     architecture="Ernie4_5ForCausalLM",
+    config_keys=dense.CONFIG_KEYS,
+    config_kwargs=_config_kwargs,
+    weights=dense.WEIGHTS,
+)
+HELIUM = Family(
+    architecture="HeliumForCausalLM",
     config_keys=dense.CONFIG_KEYS,
     config_kwargs=_config_kwargs,
     weights=dense.WEIGHTS,

@@ -1,4 +1,7 @@
-"""Gemma-2: norms before and after attention and MLP, softcaps, windows on every other layer, scaled embeddings."""
+"""Gemma-2: norms before and after attention and MLP, softcaps, windows on every other layer, scaled embeddings.
+
+And VaultGemma, the same without the norms after attention and MLP.
+"""
 
 import math
 from typing import Any
@@ -29,11 +32,19 @@ def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
+def _vaultgemma(hf_config: PretrainedConfig) -> dict[str, Any]:
+    return {**_config_kwargs(hf_config), "post_norms": False}
+
+
+_KEYS = (
+    dense.CONFIG_KEYS
+    | dense.WINDOW_KEYS
+    | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
+)
+
 FAMILY = Family(
     architecture="Gemma2ForCausalLM",
-    config_keys=dense.CONFIG_KEYS
-    | dense.WINDOW_KEYS
-    | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"},
+    config_keys=_KEYS,
     config_kwargs=_config_kwargs,
     weights={
         **dense.WEIGHTS,
@@ -42,4 +53,10 @@ FAMILY = Family(
         "pre_mlp_layernorm.weight": dense.layer_norm("pre_feedforward_layernorm"),
         "mlp.linear_fc2.post_layernorm.weight": dense.layer_norm("post_feedforward_layernorm"),
     },
+)
+VAULTGEMMA = Family(
+    architecture="VaultGemmaForCausalLM",
+    config_keys=_KEYS,
+    config_kwargs=_vaultgemma,
+    weights={**dense.WEIGHTS, "pre_mlp_layernorm.weight": dense.layer_norm("pre_feedforward_layernorm")},
 )

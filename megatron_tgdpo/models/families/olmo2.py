@@ -14,11 +14,11 @@ POST_NORMS = {
     "self_attention.linear_proj.post_layernorm.weight": dense.layer_norm("post_attention_layernorm"),
     "mlp.linear_fc2.post_layernorm.weight": dense.layer_norm("post_feedforward_layernorm"),
 }
-_WEIGHTS = {
-    **POST_NORMS,
+PROJECTION_NORMS = {
     "self_attention.query_norm.weight": Weight("column", ((ATTENTION + "q_norm.weight", ("query",)),)),
     "self_attention.key_norm.weight": Weight("column", ((ATTENTION + "k_norm.weight", ("kv",)),)),
 }
+_WEIGHTS = {**POST_NORMS, **PROJECTION_NORMS}
 
 
 def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:

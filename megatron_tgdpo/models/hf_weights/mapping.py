@@ -250,10 +250,10 @@ def read_shard(
         case "stacked_copy":
             return _of_expert(checkpoint, names[0], expert)
         case "stacked_row":
-            return _of_expert(checkpoint, names[0], expert)[rank * shape[1] : (rank + 1) * shape[1]].T
+            return _of_expert(checkpoint, names[0], expert)[rank * shape[1] : (rank + 1) * shape[1]].T.contiguous()
         case "stacked_glu":
             half, both = shape[0] // 2, _of_expert(checkpoint, names[0], expert)
-            return torch.cat([both[..., first::2][..., rank * half : (rank + 1) * half].T for first in (0, 1)])
+            return torch.cat([both[..., first::2][..., rank * half : (rank + 1) * half].t() for first in (0, 1)])
         case "glu":
             half = shape[0] // 2
             return torch.cat([checkpoint.rows(name, rank * half, (rank + 1) * half) for name in names])
@@ -311,7 +311,7 @@ def join_shards(kind: Kind, shards: list[Tensor], heads: Heads, vocab_size: int)
         case "stacked_row":
             return [torch.cat(shards, dim=1).T[None]]
         case "stacked_glu":
-            return [torch.stack(join_shards("glu", shards, heads, vocab_size), dim=1).flatten(0, 1).T[None]]
+            return [torch.stack(join_shards("glu", shards, heads, vocab_size), dim=1).flatten(0, 1).t()[None]]
         case "fused_glu" | "fused_qkv":
             return [torch.cat(join_shards(_UNFUSED[kind], shards, heads, vocab_size))]
         case "vocab":

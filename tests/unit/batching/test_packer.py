@@ -1,13 +1,15 @@
 """Packs: what they must hold, by the config and by the data, and which pairs go into which."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_tgdpo.batching.packer import first_fit_decreasing
+from megatron_tgdpo.batching.bin_packing import even_fits, first_fit_decreasing, lower_bound, pack, tight_fits
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
@@ -35,17 +37,23 @@ CONTEXT = {"parallel": {"context": 2, "tensor": 4, "sequence_parallel": True}}
 
 @pytest.mark.parametrize(
     ("sections", "columns", "multiple"),
-    [({}, "pcr", 1), (UNSHARED, "pcpr", 1), (SFT, "pc", 1), (CONTEXT, "pcpr", 8)],
-    ids=["shared", "unshared", "sft", "context"],
+    [
+        ({}, "pc r", 1),
+        (UNSHARED, "pc pr", 1),
+        (SFT, "pc", 1),
+        (CONTEXT, "pc r", 8),
+        ({**CONTEXT, **UNSHARED}, "pc pr", 8),
+    ],
+    ids=["shared", "unshared", "sft", "context", "context-unshared"],
 )
 def test_a_row_holds_the_longest_pair_and_no_more(
     tmp_path: Path, sections: dict[str, Any], columns: str, multiple: int
 ) -> None:
     (prepared,) = prepare_data(config_of(tmp_path, **sections), tmp_path / "cache", []).values()
-    prompt, chosen, rejected = prepared.open().lengths[0].tolist()
-    sides = {"pcr": [prompt + chosen + rejected], "pc": [prompt + chosen], "pcpr": [prompt + chosen, prompt + rejected]}
-    # Under context parallelism each sequence is padded to a multiple of four.
-    parts = [-(-side // 4) * 4 if multiple > 1 else side for side in sides[columns]]
+    tokens = dict(zip("pcr", prepared.open().lengths[0].tolist(), strict=True))
+    segments = [sum(tokens[column] for column in segment) for segment in columns.split()]
+    # Under context parallelism each segment is padded to a multiple of four.
+    parts = [-(-segment // 4) * 4 if multiple > 1 else segment for segment in segments]
     least = -(-sum(parts) // multiple) * multiple
     batch = {"global_pairs": 2, **sections.get("batch", {})}
     fitting = {**sections, "batch": {**batch, "tokens_per_micro_batch": least}}
@@ -92,21 +100,77 @@ def first_fit(tokens: list[int], capacity: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 100, 700])
 @pytest.mark.parametrize("longest", [1, 7, 40, 64])
-def test_packs_are_those_of_first_fit(count: int, longest: int) -> None:
+def test_first_fit_is_first_fit(count: int, longest: int) -> None:
     """The order of pairs in packs is the same whatever finds the pack, so that losses are, too."""
     tokens = np.random.default_rng(count).integers(1, longest, count, endpoint=True).tolist()
-    packs, room = first_fit_decreasing(range(count), tokens, 64)
-    assert packs == first_fit(tokens, 64)
-    assert room == [64 - sum(tokens[place] for place in pack) for pack in packs]
+    assert first_fit_decreasing(tokens, 64) == first_fit(tokens, 64)
 
 
-def test_many_pairs_fill_their_packs() -> None:
+def test_where_first_fit_does_well_its_packs_are_taken() -> None:
     """A pair takes a seventh of a pack on average, and at most half, as with the default size of packs."""
     lengths = np.clip(np.random.default_rng(3).lognormal(6.3, 0.6, 20_000), 16, 2048).astype(int)
-    packs, _ = first_fit_decreasing(range(len(lengths)), lengths.tolist(), 4096)
+    packs, room = pack(lengths.tolist(), 4096)
+    assert packs == first_fit_decreasing(lengths.tolist(), 4096)
+    assert room == [4096 - lengths[each].sum() for each in packs]
     assert len(packs) <= 1.02 * lengths.sum() / 4096
 
 
+@pytest.mark.parametrize(
+    ("least", "most", "limit"), [(0.15, 0.5, 1.01), (0.2, 0.5, 1.03), (0.25, 0.5, 1.07), (0.34, 0.5, 1.0)]
+)
+def test_pairs_of_a_third_to_a_half_of_a_pack(least: float, most: float, limit: float) -> None:
+    """Two of them leave room that a third does not fit; where a bound says that nothing better is, first fit stays."""
+    tokens = np.random.default_rng(1).integers(int(least * 4096), int(most * 4096), 1000, endpoint=True).tolist()
+    packs, _ = pack(tokens, 4096)
+    assert sorted(place for each in packs for place in each) == list(range(1000))
+    assert max(sum(tokens[place] for place in each) for each in packs) <= 4096
+    few = lower_bound(tokens, 4096)
+    assert few <= len(packs) <= limit * few
+    first = first_fit_decreasing(tokens, 4096)
+    assert packs == first if limit == 1 else len(packs) < 0.97 * len(first)
+
+
+def test_packs_of_pairs_that_are_much_alike() -> None:
+    tokens = np.random.default_rng(2).normal(0.3 * 4096, 0.05 * 4096, 1000).astype(int).tolist()
+    packs, _ = pack(tokens, 4096)
+    assert sorted(place for each in packs for place in each) == list(range(1000))
+    assert len(packs) <= 1.03 * lower_bound(tokens, 4096) < 1.035 * len(first_fit_decreasing(tokens, 4096)) / 1.03
+
+
+def fewest(tokens: tuple[int, ...], capacity: int) -> int:
+    """Packs of the best packing, by trying all."""
+
+    def placed(number: int, room: tuple[int, ...]) -> int:
+        if number == len(tokens):
+            return len(room)
+        fits = {free: slot for slot, free in enumerate(room) if free >= tokens[number]}
+        tried = [(*room[:slot], free - tokens[number], *room[slot + 1 :]) for free, slot in fits.items()]
+        return min(placed(number + 1, each) for each in [*tried, (*room, capacity - tokens[number])])
+
+    return placed(0, ())
+
+
+def test_the_bound_is_below_every_packing_and_often_reached() -> None:
+    rng, reached = np.random.default_rng(5), 0
+    for _ in range(60):
+        least, most = sorted(rng.integers(1, 30, 2).tolist())
+        tokens = rng.integers(least, most, 8, endpoint=True).tolist()
+        best = fewest(tuple(tokens), 30)
+        few = lower_bound(tokens, 30)
+        assert -(-sum(tokens) // 30) <= few <= best <= len(pack(tokens, 30)[0])
+        reached += few == best
+    assert reached > 50
+
+
+@pytest.mark.parametrize("way", [partial(tight_fits, cut=0), partial(tight_fits, cut=5), partial(even_fits, most=4)])
+@pytest.mark.parametrize("count", [1, 2, 5, 90])
+def test_each_way_packs_every_pair_once(way: Callable[[list[int], int], list[list[int]]], count: int) -> None:
+    tokens = np.random.default_rng(count).integers(1, 64, count, endpoint=True).tolist()
+    packs = way(tokens, 64)
+    assert sorted(place for each in packs for place in each) == list(range(count))
+    assert max(sum(tokens[place] for place in each) for each in packs) <= 64
+
+
 def test_a_pair_that_fits_no_pack_is_an_error() -> None:
-    with pytest.raises(ValueError, match="65 tokens in packs of 64"):
-        first_fit_decreasing([0, 1], [3, 65], 64)
+    with pytest.raises(ValueError, match="65 in bins of 64"):
+        pack([3, 65], 64)

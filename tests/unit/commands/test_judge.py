@@ -12,7 +12,8 @@ import pytest
 
 from tgdpo.generation.journal import Journal
 from tgdpo.judge import main
-from tgdpo.judging import judges
+from tgdpo.judging import chart, judges
+from tgdpo.judging.run import summarise
 from tgdpo.judging.statistics import bootstrap, first_place_rate, length_controlled, mean
 from tgdpo.judging.verdicts import combine, parse_score, parse_winner
 
@@ -301,6 +302,20 @@ def test_a_model_as_judge(files: list[str], tmp_path: Path, capsys: pytest.Captu
     assert main([*files[:2], *command, str(tmp_path / "scores")]) == 0
     assert results_of(tmp_path / "scores")[0]["score"] is None
     assert "WARNING: 100.0% of the replies have no verdict that can be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_a_chart_without_a_verdict_says_so(compared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(chart, "save", lambda figure, out: figures.append(figure))
+    if compared:
+        judgments = [{"question": "q", "outcome": None, "verdicts": [None, 1.0], "lengths": [3, 4]}]
+        names = {"model": "m", "against": "b", "judge": "j"}
+    else:
+        judgments, names = [{"question": "q", "score": None, "length": 3}], {"model": "m", "judge": "j"}
+    chart.draw({**names, **summarise(judgments)}, judgments, tmp_path / "judge.png")
+    texts = [text.get_text() for text in figures[0].axes[0].texts]
+    assert "no verdict to count: see judgments.jsonl" in texts
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> str:

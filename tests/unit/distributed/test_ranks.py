@@ -1,7 +1,10 @@
 """What fails on one rank before process groups exist fails on all of them, with the same word and of the same kind."""
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import cast
 
 import pytest
 import torch.distributed as dist
@@ -40,11 +43,52 @@ def failing(rank: int, error: type[Exception], own: int) -> str:
     return f"answer of {rank}"
 
 
-def test_all_ranks_know_the_answers() -> None:
+def test_all_ranks_know_the_first_ones_answer_and_the_first_one_all() -> None:
+    """What all tell all would be as many answers as ranks squared, through one store."""
     assert on_ranks(lambda ranks, store: run_on_rank0(lambda: str(ranks.rank), store, ranks.rank)) == ["0"] * RANKS
-    assert (
-        on_ranks(lambda ranks, store: run_on_all_ranks(lambda: str(ranks.rank), store, ranks)) == [["0", "1", "2"]] * 3
-    )
+    found = on_ranks(lambda ranks, store: run_on_all_ranks(lambda: str(ranks.rank), store, ranks))
+    assert found == [["0", "1", "2"], [], []]
+
+
+class CountedStore:
+    """A store that adds up the bytes that ranks get from it."""
+
+    def __init__(self) -> None:
+        self.store, self.read = dist.HashStore(), 0
+
+    def set(self, key: str, value: str) -> None:
+        self.store.set(key, value)
+
+    def wait(self, keys: list[str], patience: timedelta) -> None:
+        self.store.wait(keys, patience)
+
+    def get(self, key: str) -> bytes:
+        value: bytes = self.store.get(key)
+        self.read += len(value)
+        return value
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_ranks_tell_grows_with_their_number_and_not_with_its_square(fails: bool) -> None:
+    """With failures of all, too, as of a limit that all machines have."""
+
+    def action() -> str:
+        if fails:
+            raise UserError("x" * 100)
+        return "x" * 100
+
+    def read(ranks: int) -> int:
+        store = CountedStore()
+
+        def one(rank: int) -> None:
+            with contextlib.suppress(AgreedError):
+                run_on_all_ranks(action, cast(dist.Store, store), RankEnvironment(rank, ranks, rank, None, None))
+
+        with ThreadPoolExecutor(ranks) as pool:
+            list(pool.map(one, range(ranks)))
+        return store.read
+
+    assert read(32) < 5 * read(8)
 
 
 def test_all_ranks_get_the_same_value_of_json() -> None:
@@ -52,7 +96,7 @@ def test_all_ranks_get_the_same_value_of_json() -> None:
     value, as_json = {"files": ("a", "b"), "none": None}, {"files": ["a", "b"], "none": None}
     found = on_ranks(lambda ranks, store: run_on_rank0(lambda: value, store, ranks.rank))
     assert found == [as_json] * RANKS
-    assert on_ranks(lambda ranks, store: run_on_all_ranks(lambda: value, store, ranks)) == [[as_json] * RANKS] * RANKS
+    assert on_ranks(lambda ranks, store: run_on_all_ranks(lambda: value, store, ranks))[0] == [as_json] * RANKS
 
 
 def test_an_answer_that_is_no_json_fails_for_all() -> None:

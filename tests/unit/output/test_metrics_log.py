@@ -115,3 +115,17 @@ def test_a_run_that_ends_with_a_half_written_line_loses_no_step(tmp_path: Path) 
     again.close()
     assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.5)]
     assert scalars_by_file(tmp_path) == [(1, 1.0), (2, 2.5)]
+
+
+def test_numbers_have_the_digits_that_they_are_worth(tmp_path: Path) -> None:
+    """Speed is measured to few; a loss keeps what tells the last bit of a float32."""
+    log = MetricsLog(config_from_dict({**VALID, "output_dir": str(tmp_path)}), 0)
+    exact = {"train/loss": 0.1 + 2**-31, "rewards/margins": 12345.678901234567, "train/lr": 7e-7}
+    log.write(1, {**exact, "perf/step_seconds": 1.2345678901})
+    log.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 1, "train/loss": 0.100000000466, "rewards/margins": 12345.6789012, "train/lr": 7e-7,
+        "perf/step_seconds": 1.23457,
+    }  # fmt: skip
+    assert " " not in line

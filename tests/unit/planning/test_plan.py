@@ -129,6 +129,19 @@ def test_activations_beside_an_adapter_by_hand(llama: PretrainedConfig) -> None:
     assert layer_activations(llama, SINGLE, ROW, "none", 0, some) == kept - size * tokens * 4096
 
 
+def test_two_layers_of_a_frozen_model_are_there_where_they_wait_elsewhere(llama: PretrainedConfig) -> None:
+    """8B: 32 layers of 218,112,000 parameters, and of a vocabulary of 128,256 embedding, output weight and norm."""
+    layout = make_layout(2, 2, 1, True, 4)
+    for stage, rest in ((0, 128256 * 4096 // 2), (1, 128256 * 4096 // 2 + 4096)):
+        plain, off = (
+            stage_memory(llama, [llama], layout, ROW, "full", stage, offloaded=offloaded) for offloaded in (False, True)
+        )
+        layer = (218_112_000 - 2 * 4096) // 2 + 2 * 4096
+        assert plain.frozen == 2 * (16 * layer + rest)
+        assert off.frozen == 2 * (2 * layer + rest)
+        assert off.weights == plain.weights
+
+
 def test_weights_of_linears_in_fp8(llama: PretrainedConfig) -> None:
     grid = make_layout(2, 2, 1, True, 4)
     plain, fp8 = (
@@ -463,6 +476,15 @@ def test_a_config_is_not_written_over_another_nor_without_data(
     assert tgdpo_plan(["--model", str(tmp_path), "--write", str(out), "--train", "x"]) == 1
     assert "is there already" in capsys.readouterr().err
     assert out.read_text() == "mine"
+
+
+def test_options_that_change_nothing_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(write_config(tmp_path, PUBLISHED["Llama-3-8B"])), "--tensor", "8"]
+    assert tgdpo_plan([*model, "--method", "dpo", "--guide", str(tmp_path), "--lr", "1e-6"]) == 0
+    unused = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not used: ")]
+    assert unused == ["not used: --guide (--method dpo has no guide), --lr (without --write)"]
+    assert tgdpo_plan([*model, "--guide", str(tmp_path), "--recompute", "full"]) == 0
+    assert "not used" not in capsys.readouterr().out
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Preflight's judgements on given facts, and its checks on one rank."""
 
 import dataclasses
+import pickle
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,14 @@ from megatron_tgdpo.resilience.preflight_facts import (
     shared_memory_notes,
     xid_notes,
 )
-from megatron_tgdpo.resilience.preflight_network import GroupResult, bandwidth_report, measure_groups, slow_groups
+from megatron_tgdpo.resilience.preflight_network import (
+    GroupResult,
+    as_told,
+    bandwidth_report,
+    measure_groups,
+    slow_groups,
+    to_tell,
+)
 from tests.tiny_models import make_llama
 
 CPU = torch.device("cpu")
@@ -75,6 +83,19 @@ def test_wrong_sums_name_a_machine_that_is_alone() -> None:
     assert [problem.host for problem in network_problems([inside, inside, across], HOSTS)] == ["b", None]
     assert "dp group [0, 2]" in str(network_problems([across], HOSTS)[0])
     assert network_problems([result("tp", (0, 1))], HOSTS) == []
+
+
+def test_what_ranks_tell_of_groups_is_short() -> None:
+    """Of a thousand ranks, too: each gets what all tell, as long as the longest."""
+    world, data = tuple(range(1024)), tuple(range(8, 1024, 16))
+    groups = [result("world", world), result("dp", data), result("tp", (3, 4, 9)), result("pp", (7, 2))]
+    assert to_tell(groups, 5) == []
+    everything = [each for rank in (0, 3, 7, 8) for each in to_tell(groups, rank)]
+    assert len(pickle.dumps(everything)) < 400
+    assert sorted(as_told(everything), key=groups.index) == groups
+    # A wrong sum is told by each rank that has it.
+    wrong = [dataclasses.replace(groups[0], correct=False)]
+    assert as_told(to_tell(wrong, 5)) == wrong
 
 
 def test_slow_groups_are_compared_with_their_kind() -> None:

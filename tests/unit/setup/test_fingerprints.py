@@ -124,9 +124,9 @@ def on_ranks(model: Path, ranks: int) -> list[dict[str, str] | Exception]:
         return list(pool.map(one, range(ranks)))
 
 
-def test_ranks_share_the_files_and_know_all_hashes(model: Path, reads: list[str]) -> None:
+def test_ranks_share_the_files_and_the_first_knows_all_hashes(model: Path, reads: list[str]) -> None:
     answers = on_ranks(model, 3)
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[1:] == [{}, {}]
     assert sorted(reads) == ["config.json", *(f"model-{number}.safetensors" for number in range(3))]
     assert hashes(model) == answers[0]
     assert len(reads) == 4

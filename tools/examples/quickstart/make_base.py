@@ -16,6 +16,7 @@ from random import Random
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from tools.examples.quickstart.make_data import read_jsonl
 from tools.examples.quickstart.tokenizer import MAX_TOKENS, chat_ids, save_tokenizer, train_sentencepiece
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    disable_progress_bar()  # of one file that is written
     args.out.mkdir(parents=True, exist_ok=True)
     records = read_jsonl(args.data / "pretrain.jsonl")
     texts = (text for record in records for text in (record["prompt"], record["response"]))

@@ -44,6 +44,7 @@ def make(root: Path, family: str, parameters: list[str]) -> tuple[Path, Path, An
     ("family", "parameters"),
     [
         ("qwen3_moe", EXPERTS),
+        ("olmoe", EXPERTS),
         ("mixtral", EXPERTS[::-1]),
         ("qwen2_moe", EXPERTS[:1]),
         ("qwen3_moe", ["experts.down_proj"]),

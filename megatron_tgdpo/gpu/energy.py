@@ -1,0 +1,52 @@
+"""The energy that a GPU takes, by NVML's counter."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from megatron_tgdpo.errors import UserError, one_line
+
+_MILLI = 1e-3
+
+
+class EnergyMeter:
+    """Counts what this rank's GPU takes from one reading to the next.
+
+    Args:
+        device: The rank's.
+
+    Raises:
+        UserError: There is no GPU, NVML's Python is not installed, or this GPU has no such counter (those before Volta,
+            and parts of a GPU).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise UserError("log.energy reads a GPU's counter, and this run is on the CPU: set it to false")
+        try:
+            self._nvml: Any = importlib.import_module("pynvml")
+        except ImportError as error:
+            raise UserError(
+                "log.energy needs NVML's Python: pip install 'megatron-tgdpo[energy]', or set it to false"
+            ) from error
+        try:
+            self._nvml.nvmlInit()
+            # By UUID: NVML's numbers are those of the machine, torch's those that CUDA_VISIBLE_DEVICES leaves.
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._last = self._counter()
+        except self._nvml.NVMLError as error:
+            raise UserError(
+                f"log.energy: NVML does not tell the energy of {device} ({one_line(error)}): set it to false"
+            ) from error
+
+    def _counter(self) -> int:
+        """mJ since the driver was loaded."""
+        count: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        return count
+
+    def joules(self) -> float:
+        """J since the last call, or since this was made."""
+        last, self._last = self._last, self._counter()
+        return (self._last - last) * _MILLI
