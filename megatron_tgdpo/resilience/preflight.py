@@ -192,13 +192,22 @@ def network_problems(results: Sequence[GroupResult], hosts: Sequence[str]) -> li
 
 
 def placement_notes(results: Sequence[GroupResult], hosts: Sequence[str]) -> list[str]:
-    """Tensor groups that span machines: correct, but each layer then waits for the network."""
-    spanning = {r.ranks for r in results if r.kind == "tp" and len({hosts[rank] for rank in r.ranks}) > 1}
-    if not spanning:
-        return []
-    first = min(spanning)
-    where = ", ".join(sorted({hosts[rank] for rank in first}))
-    return [f"{len(spanning)} tensor groups span nodes, first ranks {list(first)} on {where}: lower parallel.tensor"]
+    """Tensor groups, and groups that exchange experts' tokens, that span machines: correct, but each layer then waits
+    for the network."""
+    notes = []
+    for kind, name, key in (
+        ("tp", "tensor", "tensor"),
+        ("ep", "expert", "expert"),
+        ("expt_tp", "expert tensor", "expert_tensor"),
+    ):
+        spanning = {r.ranks for r in results if r.kind == kind and len({hosts[rank] for rank in r.ranks}) > 1}
+        if spanning:
+            first = min(spanning)
+            where = ", ".join(sorted({hosts[rank] for rank in first}))
+            notes.append(
+                f"{len(spanning)} {name} groups span nodes, first ranks {list(first)} on {where}: lower parallel.{key}"
+            )
+    return notes
 
 
 def slow_notes(slow: Sequence[GroupResult], hosts: Sequence[str]) -> list[str]:

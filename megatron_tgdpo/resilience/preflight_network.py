@@ -11,6 +11,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 _ELEMENTS = {"cuda": 2**24, "cpu": 2**18}  # float32: 64 MiB and 1 MiB
 _REPEATS = 5
+# By attribute of megatron-core's collection: ranks that make a layer, pass activations on, sum gradients (``dp_cp``, of
+# experts ``expt_dp``), have different experts (``ep``), or share an expert (``expt_tp``).
+_KINDS = ("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp")
 _NUMBERS = 1024  # values stay below 2^24, where float32 counts exactly, for up to 16,384 ranks
 
 
@@ -19,7 +22,7 @@ class GroupResult:
     """One group's all-reduce as one of its ranks saw it.
 
     Attributes:
-        kind: ``tp``, ``pp``, ``dp`` or ``world``.
+        kind: Of ``_KINDS``, or ``world``.
         ranks: Global ranks of the group.
         correct: Whether the sum was right on this rank.
         bandwidth: Bus bandwidth in bytes per second, 2 (n - 1) / n of the bytes over the median time.
@@ -32,10 +35,18 @@ class GroupResult:
 
 
 def measure_groups(pg: ProcessGroupCollection, device: torch.device) -> list[GroupResult]:
-    """Runs an all-reduce over each of this rank's groups of more than one rank. Collective over all ranks."""
-    results = []
-    for kind, group in (("tp", pg.tp), ("pp", pg.pp), ("dp", pg.dp), ("world", dist.group.WORLD)):
-        if group is not None and group.size() > 1:
+    """Runs an all-reduce over each of this rank's groups of more than one rank, as a rule once over the same ranks.
+
+    Collective over all ranks: groups of one kind have no rank in common, so that their order is the same for all.
+    """
+    groups = {kind: getattr(pg, kind) for kind in _KINDS} | {"world": dist.group.WORLD}
+    results: list[GroupResult] = []
+    for kind, group in groups.items():
+        if group is None or group.size() == 1:
+            continue
+        # As expt_tp is tp where experts are cut as all MLPs are. Tokens cross ep in every layer: it is always told of.
+        known = {result.ranks for result in results}
+        if kind in ("ep", "world") or tuple(dist.get_process_group_ranks(group)) not in known:
             results.append(_measure(kind, group, device))
     return results
 
@@ -72,7 +83,7 @@ def slow_groups(results: Sequence[GroupResult], ratio: float) -> list[GroupResul
 def bandwidth_report(results: Sequence[GroupResult]) -> list[str]:
     """A line for each kind of group: how many there are, and the slowest, median and fastest bandwidth in GB/s."""
     lines = []
-    for kind in ("tp", "pp", "dp", "world"):
+    for kind in (*_KINDS, "world"):
         alike = {result.ranks: result.bandwidth / 1e9 for result in results if result.kind == kind}
         if alike:
             low, middle, high = min(alike.values()), statistics.median(alike.values()), max(alike.values())

@@ -32,4 +32,6 @@ def test_every_rank_is_told_which_node_is_bad(tmp_path: Path) -> None:
         if names_a_node:
             assert {line.split("\t")[0] for line in bad_nodes.read_text().splitlines()} == {"node1"}
         assert not list((tmp_path / fault).glob(".canary*"))
-    assert len(re.findall(r"preflight: all-reduce tp: 2 groups", done.stderr)) == 1 + 4
+    for kind in ("tp", "dp", "ep"):
+        assert len(re.findall(rf"preflight: all-reduce {kind}: 2 groups", done.stderr)) == 1 + 4
+    assert "all-reduce expt" not in done.stderr  # the same ranks as others

@@ -59,7 +59,7 @@ def main() -> None:
     os.environ["SLURMD_NODENAME"] = f"node{ranks.rank // 2}"
     enable_cpu_backend()
     init_distributed(ranks, CPU, 1, connect_store(ranks))
-    layout = make_layout(2, 1, 1, False, ranks.world_size)
+    layout = make_layout(2, 1, 1, False, ranks.world_size, expert=2)
     pg = init_model_parallel(layout, seed=0, timeout_minutes=15)
     told = {}
     for name in ("none", "version", "blind", "disk", "full-0", "full-2", "sum"):

@@ -112,6 +112,9 @@ def test_tensor_groups_that_span_machines() -> None:
         "1 tensor groups span nodes, first ranks [1, 2] on a, b: lower parallel.tensor"
     ]
     assert placement_notes(groups[:1], HOSTS) == []
+    assert placement_notes([result("ep", (0, 2)), result("expt_tp", (0, 1))], HOSTS) == [
+        "1 expert groups span nodes, first ranks [0, 2] on a, b: lower parallel.expert"
+    ]
 
 
 def test_gpu_errors_and_xids() -> None:
@@ -171,5 +174,7 @@ def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
 
 
 def test_one_rank_has_no_groups(single_rank_group: dist.ProcessGroup) -> None:
-    pg: Any = SimpleNamespace(tp=single_rank_group, pp=single_rank_group, dp=single_rank_group)
+    pg: Any = SimpleNamespace(
+        **dict.fromkeys(("tp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp"), single_rank_group)
+    )
     assert measure_groups(pg, CPU) == []
