@@ -97,7 +97,7 @@ own_model() { # the same mission from a model and pairs that exist
   stage "what the guide rewards, and the course of both runs" pictures
   cat <<TEXT
 
-aligned model (HF):       $out/run/hf
+aligned model (HF):       $hf
 token by token:           $out/report.html
 both trainings:           $out/runs.png
 comparison with the base: $out/run/evaluation.json
@@ -110,7 +110,8 @@ write_config() {
   cat "$out/tgdpo.yaml"
 }
 pictures() {
-  single -m tgdpo report "$out/tgdpo.yaml" --policy "$out/run/hf" --pairs 8 --out "$out/report.html"
+  hf=$(echo "$out"/run/hf/step_*) # one: that of the last step
+  single -m tgdpo report "$out/tgdpo.yaml" --policy "$hf" --pairs 8 --out "$out/report.html"
   single -m tgdpo plot "$out/run/guide" "$out/run" --out "$out/runs.png"
 }
 
