@@ -54,7 +54,7 @@ def _same_adapter(hf: Path, checkpoint: Path, hf_config: PretrainedConfig) -> st
 def _different(hf: Path, checkpoint: Path, hf_config: PretrainedConfig) -> list[str]:
     """Names of tensors that differ in this rank's share of the pieces."""
     adapter, base = adapter_tensors(checkpoint, hf_config, torch.float32), find_base(checkpoint, None)
-    read, theirs = merged(read_base_model(base, hf_config), adapter, read_lora(checkpoint).scale), HfCheckpoint(hf)
+    read, theirs = merged(read_base_model(base, hf_config), adapter, read_lora(checkpoint), hf_config), HfCheckpoint(hf)
     pieces = all_pieces(hf_config, torch.float32.itemsize)  # as they are merged by an export
     found = []
     for piece in share(pieces, [piece.numel for piece in pieces], dist.get_rank(), dist.get_world_size()):

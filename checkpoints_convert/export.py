@@ -149,7 +149,7 @@ def _open(checkpoint: Path, base: Path | None, hf_config: PretrainedConfig, stor
     if base is None:
         return read_megatron(checkpoint, hf_config, stored)
     adapter = adapter_tensors(checkpoint, hf_config, torch.float32)
-    return merged(read_base_model(base, hf_config), adapter, read_lora(checkpoint).scale)
+    return merged(read_base_model(base, hf_config), adapter, read_lora(checkpoint), hf_config)
 
 
 def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: int) -> list[_File]:

@@ -105,21 +105,23 @@ def _write(directory: Path, checkpoint: Path, tensors: dict[str, Tensor]) -> Non
     whole = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(whole, directory / ADAPTER_WEIGHTS, metadata=header)
     model = (metadata.get("config") or {}).get("model") or {}
-    linears = dict.fromkeys(name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors)
-    content = peft_config(read_lora(checkpoint), model.get("policy"), list(linears))
+    content = peft_config(read_lora(checkpoint), model.get("policy"), read_hf_config(checkpoint))
     (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if (card := model_card(checkpoint, metadata, whole=False)) is not None:
         (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def peft_config(lora: Lora, base: str | None, linears: list[str]) -> dict[str, Any]:
+def peft_config(lora: Lora, base: str | None, hf_config: PretrainedConfig) -> dict[str, Any]:
     """What ``adapter_config.json`` says of an adapter.
 
     Args:
         lora: What it is.
         base: Of its base model, a path or a pinned name of the Hub.
-        linears: Names of those that have adapters.
+        hf_config: Of its base model.
     """
+    adapted = [(fused, part) for fused in fused_linears(hf_config) for part in adapted_parts(fused, lora)]
+    linears = [part.rpartition(".")[2] for fused, part in adapted if not fused.experts]
+    parameters = [".".join(part.split(".")[-3:]) for fused, part in adapted if fused.experts]
     hub = None if base is None else hub_name(base)
     return {
         "peft_type": "LORA",
@@ -129,6 +131,7 @@ def peft_config(lora: Lora, base: str | None, linears: list[str]) -> dict[str, A
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "target_modules": linears,
+        **({"target_parameters": parameters} if parameters else {}),
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
         "bias": "none",

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.check_parameters import check_checkpoint
 from checkpoints_convert.command_line import dtype_of
 from checkpoints_convert.pieces import Piece
-from megatron_tgdpo.checkpoints.adapter_directory import read_base, read_peft_config, read_peft_tensors
+from megatron_tgdpo.checkpoints.adapter_directory import Lora, read_base, read_peft_config, read_peft_tensors
 from megatron_tgdpo.checkpoints.find_model import find_local_model, find_model, naming
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import (
@@ -24,6 +24,7 @@ from megatron_tgdpo.checkpoints.model_directory import (
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.hf_weights.adapter_layout import factors
 from megatron_tgdpo.models.hf_weights.check import open_hf
 from megatron_tgdpo.models.hf_weights.mapping import Heads
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
@@ -146,20 +147,21 @@ def read_base_model(path: Path, hf_config: PretrainedConfig) -> ReadPiece:
     return read_hf(path, hf_config)
 
 
-def merged(read: ReadPiece, adapter: Mapping[str, Tensor], scale: float) -> ReadPiece:
+def merged(read: ReadPiece, adapter: Mapping[str, Tensor], lora: Lora, hf_config: PretrainedConfig) -> ReadPiece:
     """Reads ``W + scale * B @ A``, in fp32, where the adapter has an A and a B, and all else as it is.
 
     Args:
         read: Reads the base model.
         adapter: From :func:`~checkpoints_convert.export_adapter.adapter_tensors`.
-        scale: Of the adapter.
+        lora: What the adapter is.
+        hf_config: Of the base model.
     """
+    added = {name: (a, b) for name, a, b in factors(adapter, lora, hf_config)}
 
     def add(name: str, first: int, rows: Tensor) -> Tensor:
-        linear = name.removesuffix(".weight")
-        if f"{linear}.lora_A.weight" not in adapter:
+        if name not in added:
             return rows
-        a, b = (adapter[f"{linear}.lora_{which}.weight"].float() for which in "AB")
-        return rows.float().addmm(b[first : first + rows.shape[0]], a, alpha=scale)
+        a, b = added[name]
+        return rows.float().addmm(b[first : first + rows.shape[0]].float(), a.float(), alpha=lora.scale)
 
     return lambda piece: [(name, first, add(name, first, rows)) for name, first, rows in read(piece)]

@@ -29,6 +29,11 @@ from megatron_tgdpo.storage.json_text import check_shape, parse_json
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What some families have instead of several of them.
 FUSED_LINEARS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# What ``peft`` calls the parameters that hold a layer's experts: as in its documentation, or shorter. In a model with
+# experts the last three linears are theirs.
+EXPERT_PARAMETERS = {
+    f"{module}{name}": name for module in ("mlp.experts.", "experts.", "") for name in ("gate_up_proj", "down_proj")
+}
 ALL_LINEAR = "all-linear"
 # In a checkpoint's metadata: the fields of its adapter.
 LORA = "lora"
@@ -43,7 +48,8 @@ PREFIX = "base_model.model."
 _HARMLESS = frozenset(
     {
         "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "r",
-        "inference_mode", "runtime_config", "target_modules", "lora_alpha", "lora_dropout", "use_rslora",
+        "inference_mode", "runtime_config", "target_modules", "target_parameters", "lora_alpha",
+        "lora_dropout", "use_rslora",
         "init_lora_weights", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
     }
 )  # fmt: skip
@@ -120,15 +126,20 @@ def read_peft_config(path: Path) -> tuple[Lora, str | None]:
     if rslora not in (True, False, None) or (isinstance(rslora, int) and not isinstance(rslora, bool)):
         raise UserError(f"{file}: use_rslora is {str(rslora)[:40]!r}: true or false is wanted")
     base = content.get("base_model_name_or_path")
-    lora = Lora(rank, float(alpha), _targets(file, content.get("target_modules")), bool(rslora))
+    lora = Lora(rank, float(alpha), _targets(file, content), bool(rslora))
     return lora, base if isinstance(base, str) and base else None
 
 
-def _targets(file: Path, stored: Any) -> tuple[str, ...]:
-    if stored == ALL_LINEAR:
+def _targets(file: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
+    stored, parameters = content.get("target_modules"), content.get("target_parameters") or []
+    if stored == ALL_LINEAR and not parameters:
         return LINEARS
-    names = stored if isinstance(stored, list) else [stored]
-    known = (*LINEARS, *FUSED_LINEARS)
+    if not isinstance(parameters, list) or not all(name in EXPERT_PARAMETERS for name in parameters):
+        raise UserError(
+            f"{file}: target_parameters is {str(parameters)[:80]}: supported are {', '.join(EXPERT_PARAMETERS)}"
+        )
+    modules = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    names, known = [*modules, *(EXPERT_PARAMETERS[name] for name in parameters)], (*LINEARS, *FUSED_LINEARS)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise UserError(f"{file}: target_modules names {unknown}: supported are {ALL_LINEAR} and {', '.join(known)}")

@@ -112,8 +112,9 @@ def local_block_spec(
             expert = submodules_of(mlp.experts)
             expert.linear_fc2 = with_own_output(expert.linear_fc2)
     if config.adapters:
-        attention.linear_qkv, mlp.linear_fc1 = with_adapters(attention.linear_qkv), with_adapters(mlp.linear_fc1)
-        attention.linear_proj, mlp.linear_fc2 = with_adapters(attention.linear_proj), with_adapters(mlp.linear_fc2)
+        attention.linear_qkv, attention.linear_proj = map(with_adapters, (attention.linear_qkv, attention.linear_proj))
+        gated = mlp if config.num_moe_experts is None else submodules_of(mlp.experts)
+        gated.linear_fc1, gated.linear_fc2 = map(with_adapters, (gated.linear_fc1, gated.linear_fc2))
     attention.linear_proj = wrapped_row_linear(config, attention.linear_proj, RMSNorm)
     if config.num_moe_experts is None:
         mlp.linear_fc2 = wrapped_row_linear(config, mlp.linear_fc2, RMSNorm)

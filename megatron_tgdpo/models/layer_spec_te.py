@@ -21,7 +21,7 @@ from megatron_tgdpo.mcore_compat import submodules_of
 from megatron_tgdpo.models.attention.self_attention import FamilySelfAttention, is_wanted
 from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.layer_spec import layer_skeleton, wrapped_row_linear
-from megatron_tgdpo.models.lora import with_adapters
+from megatron_tgdpo.models.lora import with_adapters, with_expert_adapters
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def te_block_spec(
         column_grouped, row_grouped = with_fused_wgrad(column_grouped), with_fused_wgrad(row_grouped)
     if config.adapters:
         column, row = with_adapters(column), with_adapters(row)
+        column_grouped, row_grouped = with_expert_adapters(column_grouped), with_expert_adapters(row_grouped)
     row = wrapped_row_linear(config, row, parts.norm)
     attention.linear_qkv, attention.linear_proj = column, row
     if config.num_moe_experts is None:

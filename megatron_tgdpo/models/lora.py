@@ -10,7 +10,7 @@ n Hugging Face linears in a fused one (3 in QKV, 2 in gate and up, else 1), r ra
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.models.families.family import Kind
-from megatron_tgdpo.models.hf_weights.adapter_layout import (
-    PARALLEL_LINEARS,
-    FusedLinear,
-    adapted_parts,
-    checkpoint_prefix,
-    fused_linears,
-)
+from megatron_tgdpo.models.hf_weights.adapter_layout import FusedLinear, adapted_parts, checkpoint_prefix, fused_linears
 from megatron_tgdpo.models.hf_weights.mapping import Heads, qkv_runs
 
 _FOLDER = "adapters."
@@ -54,6 +48,9 @@ class LoraAdapter(torch.nn.Module):
 
     Collectives: of [S, n r] activations over tensor ranks, one each in forward and backward.
     """
+
+    # Of which expert it is.
+    expert: int | None = None
 
     def __init__(self, linear: Any, fused: FusedLinear, lora: Lora, heads: Heads, pg: ProcessGroupCollection) -> None:
         super().__init__()
@@ -104,6 +101,55 @@ class LoraAdapter(torch.nn.Module):
             [(0, layer, layers)],
             tp_group=pg.tp,
             dp_cp_group=pg.dp_cp,
+        )
+        return result
+
+
+class ExpertAdapter(torch.nn.Module):
+    """The adapter of one expert's linear on one of the ranks that share the expert.
+
+    Parameters, of the linear's dtype and device:
+        a: [r, inputs]; of the linear whose inputs are split over the ranks that share the expert, that part of them.
+        b: [2, outputs / 2, r] of gate and up, or this rank's part of either; [outputs, r], whole.
+
+    These ranks have the same tokens, and the token dispatcher sums what they make, and what they make backward. So
+    nothing is exchanged but the gradient of the one that each has whole, of which each makes a part.
+
+    Collectives: in backward one of ``a`` or ``b`` over the ranks that share the expert, where there are several.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, fused: FusedLinear, lora: Lora, expert: int, pg: Any):
+        super().__init__()
+        self.fused, self.lora, self.expert, self.group = fused, lora, expert, pg.expt_tp
+        rows, inputs = weight.shape
+        shape = (rows,) if fused.row_parallel else (2, rows // 2)
+        self.a = torch.nn.Parameter(torch.zeros(lora.rank, inputs, dtype=dtype, device=weight.device))
+        self.b = torch.nn.Parameter(torch.zeros(*shape, lora.rank, dtype=dtype, device=weight.device))
+        self._split = {"a": 1} if fused.row_parallel else {"b": 1}
+        for name, parameter in self.named_parameters():
+            # For the gradient norm: all count, of one that each rank has whole the first rank's.
+            set_tensor_model_parallel_attributes(parameter, True, self._split.get(name, -1), 1)
+            parameter.shared = name not in self._split and pg.expt_tp.rank() > 0  # type: ignore[attr-defined]
+            # As the expert's own: see ``experts.py: prepare_experts``.
+            parameter.allreduce = weight.allreduce  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, inputs] -> [T, outputs of this rank] of this expert's T tokens, to be added to the linear's output."""
+        a, b = (
+            parameter if name in self._split else copy_to_tensor_model_parallel_region(parameter, group=self.group)
+            for name, parameter in (("a", self.a), ("b", self.b))
+        )
+        return F.linear(F.linear(x, a), b.flatten(0, -2)) * self.lora.scale
+
+    def sharded_state_dict(self, layer: int, layers: int, pg: ProcessGroupCollection) -> dict[str, Any]:
+        """As :meth:`LoraAdapter.sharded_state_dict`; of each layer all experts are stacked."""
+        result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"a": self.a, "b": self.b},
+            checkpoint_prefix(self.fused),
+            self._split,
+            [(0, layer, layers), (1, self.expert, self.fused.experts)],
+            tp_group=pg.expt_tp,
+            dp_cp_group=pg.expt_dp,
         )
         return result
 
@@ -161,6 +207,35 @@ def with_adapters(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
     return AdaptedLinear
 
 
+def with_expert_adapters(grouped: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """Transformer Engine's linear of all of a rank's experts, with room for adapters."""
+
+    class AdaptedGroupedLinear(grouped):  # type: ignore[valid-type, misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.adapters = torch.nn.ModuleDict()
+            self.active: str | None = None
+
+        def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(x, m_splits)
+            if self.active is not None and self.active in self.adapters:
+                each = cast(torch.nn.ModuleList, self.adapters[self.active])
+                parts = zip(each, x.split(m_splits), strict=True)
+                output = output + torch.cat([adapter(part) for adapter, part in parts])
+            return output, bias
+
+        def sharded_state_dict(
+            self,
+            prefix: str = "",
+            sharded_offsets: tuple[Any, ...] = (),
+            metadata: dict[str, Any] | None = None,
+        ) -> dict[str, Any]:
+            """Without adapters: see :func:`adapter_state`."""
+            return without_adapters(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+
+    return AdaptedGroupedLinear
+
+
 def add_adapter(model: GPTModel, name: str, lora: Lora, hf_config: PretrainedConfig) -> None:
     """Gives this rank's slice of a model an adapter that changes nothing yet, off.
 
@@ -170,24 +245,48 @@ def add_adapter(model: GPTModel, name: str, lora: Lora, hf_config: PretrainedCon
         lora: What it is.
         hf_config: That the model was built from.
     """
-    heads = Heads.of(hf_config)
+    heads, pg = Heads.of(hf_config), model.pg_collection
     for layer in model.decoder.layers:
         for fused in fused_linears(hf_config):
-            if any(adapted_parts(fused, lora)):
+            if not any(adapted_parts(fused, lora)):
+                continue
+            if not fused.experts:
                 linear = layer.get_submodule(fused.name)
-                linear.adapters[name] = LoraAdapter(linear, fused, lora, heads, model.pg_collection)
+                linear.adapters[name] = LoraAdapter(linear, fused, lora, heads, pg)
+                continue
+            experts, linear_name = layer.mlp.experts, fused.name.rpartition(".")[2]
+            each = getattr(experts, "local_experts", None)  # None: Transformer Engine's, all in one
+            linears = [getattr(one, linear_name) for one in (each or [experts])]
+            weights = [weight for linear in linears for weight in _weights(linear)]
+            first = pg.ep.rank() * len(weights)
+            made = [
+                ExpertAdapter(weight, model.config.params_dtype, fused, lora, first + number, pg)
+                for number, weight in enumerate(weights)
+            ]
+            for linear, adapter in zip(linears, [torch.nn.ModuleList(made)] if each is None else made, strict=True):
+                linear.adapters[name] = adapter
+
+
+def _weights(linear: Any) -> list[Tensor]:
+    """Of an expert's linear, or of one of several experts."""
+    return [weight for key, weight in linear.named_parameters(recurse=False) if key.startswith("weight")]
 
 
 def _linears(model: GPTModel) -> Iterator[tuple[int, Any]]:
     """The layers' parallel linears, which have room for adapters, with their 0-based layers."""
     for layer in model.decoder.layers:
-        for name in PARALLEL_LINEARS:
-            yield int(layer.layer_number) - 1, layer.get_submodule(name)
+        for module in layer.modules():
+            if isinstance(getattr(module, "adapters", None), torch.nn.ModuleDict):
+                yield int(layer.layer_number) - 1, module
 
 
-def adapters_of(model: GPTModel, name: str) -> Iterator[tuple[int, LoraAdapter]]:
-    """The adapters of one name with their 0-based layers, in the order of a forward pass."""
-    return ((layer, linear.adapters[name]) for layer, linear in _linears(model) if name in linear.adapters)
+def adapters_of(model: GPTModel, name: str) -> Iterator[tuple[int, LoraAdapter | ExpertAdapter]]:
+    """The adapters of one name with their 0-based layers, the same ones in the same order always."""
+    for layer, linear in _linears(model):
+        if name in linear.adapters:
+            found = linear.adapters[name]
+            for adapter in found if isinstance(found, torch.nn.ModuleList) else [found]:
+                yield layer, cast(LoraAdapter | ExpertAdapter, adapter)
 
 
 @contextmanager
@@ -211,7 +310,7 @@ def set_active(model: GPTModel, name: str | None) -> None:
 def adapter_state(model: GPTModel, name: str) -> dict[str, Any]:
     """megatron-core's sharded state dict of one adapter of this rank's slice."""
     return {
-        f"{layer}.{key}": entry
+        f"{layer}.{adapter.expert}.{key}": entry
         for layer, adapter in adapters_of(model, name)
         for key, entry in adapter.sharded_state_dict(layer, model.config.num_layers, model.pg_collection).items()
     }
@@ -221,7 +320,7 @@ def adapter_state(model: GPTModel, name: str) -> dict[str, Any]:
 def load_adapter_state(model: GPTModel, name: str, state: Mapping[str, Tensor]) -> None:
     """Sets an adapter from what was loaded for :func:`adapter_state`."""
     for layer, adapter in adapters_of(model, name):
-        prefix = f"{layer}.{checkpoint_prefix(adapter.fused)}"
+        prefix = f"{layer}.{adapter.expert}.{checkpoint_prefix(adapter.fused)}"
         adapter.a.copy_(state[f"{prefix}a"])
         adapter.b.copy_(state[f"{prefix}b"])
 

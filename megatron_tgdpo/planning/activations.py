@@ -14,8 +14,8 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
-from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, expected_shapes
+from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears, linear_shapes
+from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads
 from megatron_tgdpo.models.rotary import rope_layer_types
 
 # Query rows that models/attention/sdpa.py masks at a time where SDPA's causal kernel does not apply.
@@ -150,7 +150,9 @@ def layer_activations(
     adapters = 0.0
     if lora is not None:
         inputs = {
-            fused.name: inputs[fused.name] for fused in fused_linears(hf_config) if any(adapted_parts(fused, lora))
+            fused.name: inputs[fused.name.replace(".experts.", ".")]
+            for fused in fused_linears(hf_config)
+            if any(adapted_parts(fused, lora))
         }
         adapters = _adapters(hf_config, layout, pack, lora)
         if layer == 0 and recompute == "none":
@@ -170,13 +172,17 @@ def layer_activations(
 def _adapters(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, lora: Lora) -> float:
     """Bytes that the adapters of a layer keep beside their inputs: see ``models/lora.py: LoraAdapter.forward``.
 
-    What A made, of the whole pack before a column-parallel B; and the B as one product takes it, with all parts.
+    What A made, of the whole pack before a column-parallel B; and the B as one product takes it, with all parts. Of
+    experts, what the As made of all tokens that a rank's experts get.
     """
-    shapes, elements = expected_shapes(hf_config), 0.0
+    experts, elements = Experts.of(hf_config), 0.0
     for fused in fused_linears(hf_config):
         if not any(adapted_parts(fused, lora)):
             continue
-        outputs = sum(shapes[f"{part.format(layer=0)}.weight"][0] for part in fused.parts)
+        if fused.experts and experts is not None:
+            elements += pack.tokens * experts.top_k * layout.expert_shards / layout.tensor * lora.rank
+            continue
+        outputs = sum(rows for rows, _ in linear_shapes(fused, hf_config))
         tokens = pack.tokens / (layout.tensor if fused.row_parallel and layout.sequence_parallel else 1)
         rows = outputs / (1 if fused.row_parallel else layout.tensor)
         elements += (tokens + rows) * len(fused.parts) * lora.rank

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.models.hf_weights.adapter_layout import Lora
+from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears, linear_shapes
 from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, Experts, global_parameters
 from megatron_tgdpo.planning.activations import Pack, stage_activations, stage_layers
 from megatron_tgdpo.planning.workspace import (
@@ -179,22 +179,28 @@ def expert_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage
     return experts.count * size // (layout.expert * layout.expert_shards)
 
 
-def adapter_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: Lora) -> int:
+def adapter_parameters(
+    hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: Lora, *, of_experts: bool = False
+) -> int:
     """Parameters of an adapter that one rank of a pipeline stage holds: see ``models/lora.py: LoraAdapter``.
 
-    Of a linear that megatron-core fused, one adapted part is as large as all.
+    Of a linear that megatron-core fused, one adapted part is as large as all. With ``of_experts`` those of experts
+    alone.
     """
-    layers, total = set(stage_layers(hf_config, layout, stage)), 0
-    for parameter in global_parameters(hf_config, every_expert=False):
-        parts = {name.removesuffix(".weight").rpartition(".")[2] for name, _ in parameter.hf_tensors}
-        if parameter.layer in layers and len(parameter.shape) == 2 and any(map(lora.adapts, parts)):
-            outputs, inputs = parameter.shape
-            if parameter.kind == "row":
-                inputs //= layout.tensor
-            else:
-                outputs //= layout.tensor
-            total += lora.rank * (len(parts) * inputs + outputs)
-    return total
+    of_layer = 0
+    for fused in fused_linears(hf_config):
+        if (of_experts and not fused.experts) or not any(adapted_parts(fused, lora)):
+            continue
+        shapes = linear_shapes(fused, hf_config)
+        outputs, inputs = sum(rows for rows, _ in shapes), shapes[0][1]
+        ranks = layout.expert_shards if fused.experts else layout.tensor
+        if fused.row_parallel:
+            inputs //= ranks
+        else:
+            outputs //= ranks
+        each = lora.rank * (len(shapes) * inputs + outputs)
+        of_layer += each * fused.experts // layout.expert if fused.experts else each
+    return of_layer * len(stage_layers(hf_config, layout, stage))
 
 
 def trained_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: Lora | None) -> int:
@@ -202,6 +208,13 @@ def trained_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stag
     if lora is None:
         return stage_parameters(hf_config, layout, stage)
     return adapter_parameters(hf_config, layout, stage, lora)
+
+
+def trained_of_experts(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: Lora | None) -> int:
+    """Those of :func:`trained_parameters` that belong to experts."""
+    if lora is None:
+        return expert_parameters(hf_config, layout, stage)
+    return adapter_parameters(hf_config, layout, stage, lora, of_experts=True)
 
 
 def _copied_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int) -> int:
@@ -230,7 +243,7 @@ def stage_memory(
     whole = stage_parameters(policy, layout, stage)
     trained = trained_parameters(policy, layout, stage, sources.trained)
     saved = trained - (_copied_parameters(policy, layout, stage) if sources.trained is None else 0)
-    experts = expert_parameters(policy, layout, stage) if sources.trained is None else 0
+    experts = trained_of_experts(policy, layout, stage, sources.trained)
     ranks = layout.data * layout.context
     made_of = sources.frozen or (FrozenSource(),) * len(frozen)
     # Each with the layout that is its own.

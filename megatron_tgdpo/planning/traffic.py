@@ -13,7 +13,7 @@ from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts,
 from megatron_tgdpo.models.hf_weights.mapping import Experts
 from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.memory import expert_parameters, fullest_stages, trained_parameters
+from megatron_tgdpo.planning.memory import fullest_stages, trained_of_experts, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
         """Of forward and of backward."""
         if lora is None:
             return 0.0, 0.0
-        adapted = [fused for fused in fused_linears(hf_config) if any(adapted_parts(fused, lora))]
+        # What those of experts made is not exchanged.
+        linears = (fused for fused in fused_linears(hf_config) if not fused.experts)
+        adapted = [fused for fused in linears if any(adapted_parts(fused, lora))]
         layers = len(stage_layers(hf_config, layout.of_model(number), stage))
         sizes = [sum(len(fused.parts) for fused in adapted if fused.row_parallel == row) for row in (False, True)]
         columns, rows = (
@@ -126,7 +128,7 @@ def data_bytes(job: Job, layout: ParallelLayout) -> float:
 
     def of_stage(stage: int) -> float:
         trained = trained_parameters(job.policy, layout, stage, lora)
-        experts = expert_parameters(job.policy, layout, stage) if lora is None and layout.splits_experts else 0
+        experts = trained_of_experts(job.policy, layout, stage, lora) if layout.splits_experts else 0
         return ring(layout.data) * (trained - experts) * size + ring(layout.expert_data) * experts * size
 
     return max(map(of_stage, fullest_stages(layout)))

@@ -13,7 +13,6 @@ from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.data.tokenizer_compatibility import LackingTokens, compare_tokenizers
 from megatron_tgdpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.adapter_layout import adapted_linears, check_adapter
 from megatron_tgdpo.models.rotary import longest_exact
@@ -46,12 +45,6 @@ def read_model_configs(config: Config) -> dict[str, PretrainedConfig]:
     paths = {role: str(source.base) for role, source in sources.items()}
     configs = {role: read_hf_config(Path(path)) for role, path in paths.items()}
     for role, source in sources.items():
-        adapted = source.adapter is not None or (role == "policy" and config.lora.trains)
-        if adapted and family_of(configs[role].architectures).has_experts:
-            raise UserError(
-                f"model.{role} {paths[role]} has experts, beside which adapters are not supported yet: train and take "
-                "whole models (no section lora, no adapter directory)"
-            )
         if source.adapter is not None and is_peft_adapter(source.adapter):
             with naming("lora.adapter" if role == "policy" else f"model.{role}"):
                 check_adapter(source.adapter, read_lora(source.adapter), configs[role])

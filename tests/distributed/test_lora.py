@@ -40,13 +40,14 @@ class Case:
     method: str = "tgdpo"
     guide: str = "adapter"  # adapter | model
     start: str = "base"  # base | adapter: that the policy starts from
-    targets: str = "all"  # all | some
+    targets: str = "all"  # all | some | attention
     rslora: bool = False
     parallel: tuple[tuple[str, Any], ...] = ()
     recompute: str = "none"
     guidance: str = "colocated"  # colocated | prefetch | cached
     overlap: bool = False  # of the traffic of data ranks
     dtype: str = "fp32"
+    then: tuple[tuple[str, Any], ...] | None = None  # from step 6 on
 
     @property
     def model(self) -> str:
@@ -60,7 +61,13 @@ class Case:
 
 def _case(name: str, processes: int = 1, **options: Any) -> Case:
     own = {key: options.pop(key) for key in list(options) if key in Case.__dataclass_fields__}
-    return Case(name, processes, **own, parallel=tuple(options.items()))
+    then = own.pop("then", None)
+    return Case(
+        name, processes, **own, parallel=tuple(options.items()), then=None if then is None else tuple(then.items())
+    )
+
+
+_SP = {"tensor": 2, "sequence_parallel": True}
 
 
 CASES = (
@@ -83,6 +90,18 @@ CASES = (
     _case("gemma2-tp2-sp-pp2", 4, tensor=2, pipeline=2, sequence_parallel=True, family="gemma2", tied=True),
     _case("phi3-tp2-sp", 2, tensor=2, sequence_parallel=True, family="phi3"),
     _case("qwen2-tp2-pp2", 4, tensor=2, pipeline=2, family="qwen2", guide="model"),
+    _case("experts", family="qwen3_moe"),
+    _case("experts-attention-alone-shared-expert", family="qwen2_moe", targets="attention", guide="model"),
+    _case("experts-attention-alone-gpt-oss-ep2", 2, expert=2, family="gpt_oss", targets="attention", guide="model"),
+    _case("experts-dp2", 2, family="qwen3_moe", targets="some", overlap=True),
+    _case("experts-ep2", 2, expert=2, family="mixtral", start="adapter"),
+    # Each tensor rank has all experts whole.
+    _case("experts-tp2-sp-whole", 2, **_SP, expert_tensor=1, family="qwen3_moe", targets="some"),
+    # Data ranks share each expert.
+    _case("experts-etp2", 2, expert_tensor=2, family="qwen3_moe"),
+    _case("experts-tp2-sp-then-ep2", 2, **_SP, family="qwen3_moe", then={"expert": 2}),
+    _case("experts-ep2-tp2-sp", 4, **_SP, expert=2, family="mixtral", guide="model"),
+    _case("experts-ep2-pp2-recompute", 4, pipeline=2, expert=2, family="qwen3_moe", recompute="full"),
 )
 # With --full of tests/run.sh.
 FULL_CASES = (
@@ -104,9 +123,16 @@ def make_adapter(path: Path, base: Path, seed: int, *, targets: list[str], rslor
     """A ``peft`` adapter whose A and B are random."""
     torch.manual_seed(seed)
     model = reference.load(base)
-    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    # Experts are parameters, and a shared one's linears have none of the names here.
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules() if "expert" not in name}
+    experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj") if name in targets]
+    if not any(name.endswith(f".{experts[0]}") for name, _ in model.named_parameters()) if experts else True:
+        experts = []
     targets = [name for name in targets if name in there]
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, target_parameters=experts or None, use_rslora=rslora,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     model = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -126,7 +152,7 @@ class Runs:
             base = self.base(family, tied)
             make_model(base, family, seed=1, vocab_size=VOCABULARY, tied=tied)
             make_model(Path(f"{base}-guide"), family, seed=2, vocab_size=VOCABULARY, tied=tied, hidden_size=32)
-            for name, targets, rslora in (("all", ALL, False), ("some", SOME, True)):
+            for name, targets, rslora in (("all", ALL, False), ("some", SOME, True), ("attention", ALL[:5], False)):
                 make_adapter(Path(f"{base}-{name}"), base, 3, targets=targets, rslora=rslora)
             make_adapter(Path(f"{base}-guide-adapter"), base, 4, targets=GUIDE)
         for file in root.glob("*/*token*.json"):
@@ -194,14 +220,18 @@ class Runs:
             cases: list[dict[str, Any]] = [
                 {"config": self.config(c), "precompute": 8} for c in ours if c.guidance == "cached"
             ]
-            cases += [
-                {
-                    "config": self.config(c),
-                    "export": str(self.root / "runs" / c.name / "adapter"),
-                    "bucket_parameters": 1500 if c.overlap else None,
-                }
-                for c in ours
-            ]
+            for c in ours:
+                config = self.config(c)
+                if c.then is not None:
+                    cases.append({"config": {**config, "train": {**config["train"], "exit_step": 5}}, "export": None})
+                    config = {**config, "parallel": {"timeout_minutes": 15, **dict(c.then)}}
+                cases.append(
+                    {
+                        "config": config,
+                        "export": str(self.root / "runs" / c.name / "adapter"),
+                        "bucket_parameters": 1500 if c.overlap else None,
+                    }
+                )
             file = self.root / f"cases{case.processes}.json"
             file.write_text(json.dumps(cases))
             run_forked(

@@ -15,7 +15,7 @@ from checkpoints_convert.export_adapter import adapter_tensors, peft_config
 from checkpoints_convert.merge import merged as merged_with
 from checkpoints_convert.merge import merged_dtype, read_base_model
 from checkpoints_convert.pieces import all_pieces
-from megatron_tgdpo.checkpoints.adapter_directory import PREFIX, Lora
+from megatron_tgdpo.checkpoints.adapter_directory import PREFIX, Lora, read_lora
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
@@ -114,8 +114,10 @@ def test_a_merged_export_is_what_peft_merges(run: Run, whole: Path) -> None:
 def test_a_base_in_either_format_gives_the_same_bits(run: Run) -> None:
     hf_config = read_hf_config(run.root / "policy")
     adapter = adapter_tensors(run.checkpoint, hf_config, torch.float32)
+    lora = read_lora(run.checkpoint)
     of_hf, of_megatron = (
-        merged_with(read_base_model(base, hf_config), adapter, 2.0) for base in (run.root / "policy", run.base)
+        merged_with(read_base_model(base, hf_config), adapter, lora, hf_config)
+        for base in (run.root / "policy", run.base)
     )
     for piece in all_pieces(hf_config, 4):
         for ours, theirs in zip(of_hf(piece), of_megatron(piece), strict=True):
@@ -269,7 +271,8 @@ def test_the_dry_run_counts_what_trains_and_the_base_once(run: Run) -> None:
     assert trained - adapter == 2 * 4 * (64 + 96)
 
 
-def test_an_adapter_names_its_base_as_peft_finds_it() -> None:
-    content = peft_config(Lora(4, 8.0), f"owner/name@{'0' * 40}", ["q_proj"])
+def test_an_adapter_names_its_base_as_peft_finds_it(run: Run) -> None:
+    hf_config = read_hf_config(run.root / "policy")
+    content = peft_config(Lora(4, 8.0), f"owner/name@{'0' * 40}", hf_config)
     assert (content["base_model_name_or_path"], content["revision"]) == ("owner/name", "0" * 40)
-    assert peft_config(Lora(4, 8.0), "/a/path", ["q_proj"])["revision"] is None
+    assert peft_config(Lora(4, 8.0), "/a/path", hf_config)["revision"] is None

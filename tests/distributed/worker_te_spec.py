@@ -18,12 +18,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from checkpoints_convert.logits import packing_of
-from megatron_tgdpo.checkpoints.adapter_directory import Lora
+from megatron_tgdpo.checkpoints.adapter_directory import LINEARS, Lora
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.gpu.kernel_choice import core_attention_spec
-from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.adapter_layout import peft_shapes
 from megatron_tgdpo.models.hf_weights.adapters import fill_adapter
@@ -31,7 +30,7 @@ from megatron_tgdpo.models.hf_weights.load import without_expert
 from megatron_tgdpo.models.hf_weights.mapping import local_name
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
 from megatron_tgdpo.models.layer_spec_te import te_block_spec
-from megatron_tgdpo.models.lora import add_adapter, freeze_all_but, set_active
+from megatron_tgdpo.models.lora import adapters_of, add_adapter, freeze_all_but, is_of_adapter, set_active
 from tests import fake_te
 from tests.checkpoints import load_weights, save
 
@@ -116,7 +115,9 @@ def compare(hf: Path, root: Path, layout: ParallelLayout, pg: ProcessGroupCollec
 
 def compare_adapters(hf: Path, layout: ParallelLayout, pg: ProcessGroupCollection) -> dict[str, Any]:
     """The same with an adapter on; it alone trains."""
-    hf_config, lora = read_hf_config(hf), Lora(4, 6.0)
+    hf_config = read_hf_config(hf)
+    # Experts with biases take none.
+    lora = Lora(4, 6.0, LINEARS[:4] if hf_config.model_type == "gpt_oss" else LINEARS)
     torch.manual_seed(9)
     tensors = {name: 0.1 * torch.randn(shape) for name, shape in peft_shapes(lora, hf_config).items()}
     results = []
@@ -128,8 +129,16 @@ def compare_adapters(hf: Path, layout: ParallelLayout, pg: ProcessGroupCollectio
         fill_adapter(model, "policy", tensors, hf_config)
         freeze_all_but(model, "policy")
         set_active(model, "policy")
-        hidden, gradients = run(model)
-        results.append((hidden, {name: each for name, each in gradients.items() if each.numel()}))
+        hidden, _ = run(model)
+        assert all(each.grad is None for name, each in model.named_parameters() if not is_of_adapter(name))
+        gradients = {
+            f"{layer}.{adapter.fused.name}.{adapter.expert}.{name}": each.new_zeros(())
+            if each.grad is None
+            else each.grad
+            for layer, adapter in adapters_of(model, "policy")
+            for name, each in adapter.named_parameters()
+        }
+        results.append((hidden, gradients))
     (local, local_gradients), (te, te_gradients) = results
     return {
         "hidden": difference(te, local),
@@ -157,8 +166,7 @@ def main() -> None:
             if (hf_config.model_type == "gpt_oss") != (expert_tensor == 1):
                 continue
             found = compare(hf, root, layout, pg)
-            if not family_of(hf_config.architectures).has_experts:
-                found["adapters"] = compare_adapters(hf, layout, pg)
+            found["adapters"] = compare_adapters(hf, layout, pg)
             if dist.get_rank() == 0:
                 (root / "out" / f"{hf.name}.json").write_text(json.dumps(found))
         destroy_model_parallel()

@@ -136,7 +136,7 @@ def adapters_in_fp8(runs: Runs, out: Path) -> dict[str, Any]:
     base, hf_config, lora = runs.root / "policy", read_hf_config(runs.root / "policy"), Lora(8, 16.0)
     out.mkdir(parents=True)
     save_file({f"{PREFIX}{name}": t for name, t in new_adapter(lora, hf_config, 1)}, out / ADAPTER_WEIGHTS)
-    (out / ADAPTER_CONFIG).write_text(json.dumps(peft_config(lora, str(base))))
+    (out / ADAPTER_CONFIG).write_text(json.dumps(peft_config(lora, str(base), hf_config)))
     for name, guide in (("guide adds nothing", out), ("guide is the reference", base)):
         model = {"policy": str(base), "guide": str(guide)}
         found[name] = runs.steps(runs.engine(runs.config(model=model, precision={"fp8": "tensorwise"})), DATA[:BEFORE])

@@ -5,7 +5,8 @@ Legend as in ``models/lora.py``; i inputs, o outputs of a Hugging Face linear.
 
 import hashlib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.checkpoints.adapter_directory import Lora, peft_shapes_there, read_peft_tensors
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.families.family import Kind
-from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, join_shards
+from megatron_tgdpo.models.families.family import STACKED, Kind
+from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, dimension_sizes, join_shards
 
-# A decoder layer's parallel linears.
+# A decoder layer's parallel linears: of attention, and of an MLP. Experts have two of the latter each.
 PARALLEL_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+# What transformers 5 calls a layer's experts, whose matrices of one kind are one parameter.
+_EXPERTS = "model.layers.{layer}.mlp.experts"
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,17 @@ class FusedLinear:
     """A parallel linear of one layer and the Hugging Face linears it is made of.
 
     Attributes:
-        name: Relative to the layer, of ``PARALLEL_LINEARS``.
+        name: Relative to the layer, of ``PARALLEL_LINEARS``; of experts as in a checkpoint.
         kind: Of its weight, see ``families/family.py``.
-        parts: Names of the Hugging Face linears, ``{layer}`` standing for the 0-based layer.
+        parts: Names of the Hugging Face linears, ``{layer}`` standing for the 0-based layer; of experts that of the
+            parameter that has them all.
+        experts: How many there are of it in a layer, each with an adapter of its own; 0 of what is no expert's.
     """
 
     name: str
     kind: Kind
     parts: tuple[str, ...]
+    experts: int = 0
 
     @property
     def row_parallel(self) -> bool:
@@ -45,20 +52,26 @@ class FusedLinear:
 def fused_linears(hf_config: PretrainedConfig) -> list[FusedLinear]:
     """Those of every layer, in the order of ``PARALLEL_LINEARS``.
 
-    Raises:
-        UserError: The model has experts.
+    With experts, theirs take the MLP's place, each with gate and up as one, as transformers 5 and so ``peft`` has them.
+    Routers and shared experts are not among them: ``peft`` has no name for a shared expert's that it does not take as
+    the experts'.
     """
-    family = family_of(hf_config.architectures)
-    if family.has_experts:
-        raise UserError(
-            f"{family.architecture} has experts, beside which adapters are not supported yet: take whole models"
-        )
-    weights = family.weights
+    family, experts = family_of(hf_config.architectures), Experts.of(hf_config)
     found = []
-    for name in PARALLEL_LINEARS:
-        weight = weights[f"{name}.weight"]
+    for name in PARALLEL_LINEARS[: None if experts is None else 2]:
+        weight = family.weights[f"{name}.weight"]
         parts = tuple(tensor.removesuffix(".weight") for tensor, _ in weight.hf_tensors)
         found.append(FusedLinear(name, weight.kind, parts))
+    if experts is not None:
+        linears: list[tuple[str, Kind, str]] = [
+            ("mlp.experts.linear_fc1", "fused_glu", "gate_up_proj"),
+            ("mlp.experts.linear_fc2", "row", "down_proj"),
+        ]
+        for name, kind, part in linears:
+            stored = family.weights[f"{name}.weight"].kind
+            found.append(
+                FusedLinear(name, stored if stored in STACKED else kind, (f"{_EXPERTS}.{part}",), experts.count)
+            )
     return found
 
 
@@ -67,30 +80,68 @@ def checkpoint_prefix(fused: FusedLinear) -> str:
     return f"decoder.layers.{fused.name}.adapter."
 
 
-def adapted_linears(lora: Lora, hf_config: PretrainedConfig) -> dict[str, tuple[int, int]]:
-    """(o, i) of each Hugging Face linear that has an adapter, by its name, in the order of a forward pass."""
-    shapes = expected_shapes(hf_config)
+def linear_shapes(fused: FusedLinear, hf_config: PretrainedConfig) -> list[tuple[int, int]]:
+    """(o, i) of each of a parallel linear's parts, in every layer; of one expert's."""
+    experts = Experts.of(hf_config)
+    if fused.experts and experts is not None:
+        hidden = hf_config.hidden_size
+        return [(hidden, experts.size) if fused.row_parallel else (2 * experts.size, hidden)]
+    weight, sizes = family_of(hf_config.architectures).weights[f"{fused.name}.weight"], dimension_sizes(hf_config)
+    return [(sizes[rows], sizes[columns]) for _, (rows, columns) in weight.hf_tensors]
+
+
+def adapted_linears(lora: Lora, hf_config: PretrainedConfig) -> dict[str, tuple[int, int, int]]:
+    """(experts, o, i) of each Hugging Face linear that has an adapter, by its name in ``peft``, in the order of a
+    forward pass; 1 for experts of what is no expert's."""
     found = {}
-    for layer in range(hf_config.num_hidden_layers):
-        for fused in fused_linears(hf_config):
-            for part in adapted_parts(fused, lora):
-                name = part.format(layer=layer)
-                rows, columns = shapes[f"{name}.weight"]
-                found[name] = (rows, columns)
-    return found
+    for fused in fused_linears(hf_config):
+        wanted = set(adapted_parts(fused, lora))
+        for part, shape in zip(fused.parts, linear_shapes(fused, hf_config), strict=True):
+            if part in wanted:
+                found[part] = (fused, shape)
+    return {
+        peft_name(fused, part, layer, lora): (fused.experts or 1, *shape)
+        for layer in range(hf_config.num_hidden_layers)
+        for part, (fused, shape) in found.items()
+    }
+
+
+def peft_name(fused: FusedLinear, part: str, layer: int, lora: Lora) -> str:
+    """What ``peft`` calls a linear.
+
+    Of experts it wraps the module that has their parameters, once for each that has adapters, in their order; so the
+    first of two is within the second, as its base layer.
+    """
+    name = part.format(layer=layer)
+    if not fused.experts:
+        return name
+    return name.rpartition(".")[0] + (".base_layer" if not fused.row_parallel and lora.adapts("down_proj") else "")
 
 
 def adapted_parts(fused: FusedLinear, lora: Lora) -> Iterator[str]:
-    """Those of a parallel linear's Hugging Face linears that have an adapter."""
-    return (part for part in fused.parts if lora.adapts(part.rpartition(".")[2]))
+    """Those of a parallel linear's Hugging Face linears that have an adapter.
+
+    Raises:
+        UserError: Not all parts of one linear would, or experts with biases.
+    """
+    found = [part for part in fused.parts if lora.adapts(part.rpartition(".")[2])]
+    if found and fused.kind in STACKED:
+        raise UserError(
+            f"adapters of {', '.join(lora.targets)}: this model's experts have biases, and adapters of such are not "
+            "supported: take those of attention (q_proj, k_proj, v_proj, o_proj) alone"
+        )
+    return iter(found)
 
 
 def peft_shapes(lora: Lora, hf_config: PretrainedConfig) -> dict[str, tuple[int, int]]:
-    """Name and shape of every tensor of an adapter: ``NAME.lora_A.weight`` [r, i], ``NAME.lora_B.weight`` [o, r]."""
+    """Name and shape of every tensor of an adapter: ``NAME.lora_A.weight`` [r, i], ``NAME.lora_B.weight`` [o, r].
+
+    Of experts: [experts r, i], an expert's rows one after another; [o, r experts], the experts' columns in turns.
+    """
     found = {}
-    for name, (rows, columns) in adapted_linears(lora, hf_config).items():
-        found[f"{name}.lora_A.weight"] = (lora.rank, columns)
-        found[f"{name}.lora_B.weight"] = (rows, lora.rank)
+    for name, (experts, rows, columns) in adapted_linears(lora, hf_config).items():
+        found[f"{name}.lora_A.weight"] = (experts * lora.rank, columns)
+        found[f"{name}.lora_B.weight"] = (rows, lora.rank * experts)
     return found
 
 
@@ -101,6 +152,12 @@ def check_adapter(path: Path, lora: Lora, hf_config: PretrainedConfig) -> None:
         UserError: One is missing, strange, or of another shape.
     """
     there, expected = peft_shapes_there(path), peft_shapes(lora, hf_config)
+    single = next((name for name in sorted(there) if _ONE_EXPERT.search(name)), None)
+    if single is not None:
+        raise UserError(
+            f"{path}: {single} is an adapter of one expert's linear, as transformers 4 has them: only those of all "
+            "experts in one are read (target_parameters mlp.experts.gate_up_proj and mlp.experts.down_proj)"
+        )
     for name in sorted(there.keys() | expected.keys()):
         if there.get(name) != expected.get(name):
             raise UserError(
@@ -125,12 +182,15 @@ def read_adapter(path: Path, lora: Lora, hf_config: PretrainedConfig) -> dict[st
 
 def new_adapter(lora: Lora, hf_config: PretrainedConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """A fresh adapter as ``peft`` begins: A uniform within 1 / sqrt(i), B zero. The same on every layout."""
-    for name, (rows, columns) in adapted_linears(lora, hf_config).items():
+    for name, (experts, rows, columns) in adapted_linears(lora, hf_config).items():
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         bound = 1 / math.sqrt(columns)
-        yield f"{name}.lora_A.weight", torch.empty(lora.rank, columns).uniform_(-bound, bound, generator=generator)
-        yield f"{name}.lora_B.weight", torch.zeros(rows, lora.rank)
+        yield (
+            f"{name}.lora_A.weight",
+            torch.empty(experts * lora.rank, columns).uniform_(-bound, bound, generator=generator),
+        )
+        yield f"{name}.lora_B.weight", torch.zeros(rows, lora.rank * experts)
 
 
 def peft_tensors(
@@ -141,11 +201,18 @@ def peft_tensors(
     Args:
         fused: The linear.
         layer: 0-based.
-        a: [n, r, i].
-        b: As :class:`~megatron_tgdpo.models.lora.LoraAdapter` has it with one tensor rank.
+        a: [n, r, i]; of experts [experts, r, i].
+        b: As :class:`~megatron_tgdpo.models.lora.LoraAdapter` has it with one tensor rank; of experts as many of what
+            :class:`~megatron_tgdpo.models.lora.ExpertAdapter` has.
         lora: What the adapter is.
         hf_config: Of the base model.
     """
+    if fused.experts:
+        (part,) = fused.parts
+        name = peft_name(fused, part, layer, lora)
+        yield f"{name}.lora_A.weight", a.flatten(0, 1)
+        yield f"{name}.lora_B.weight", b.flatten(1, -2).permute(1, 2, 0).flatten(1)
+        return
     parts = list(b) if fused.kind == "glu" else [b]
     if fused.kind in ("qkv", "fused_qkv"):
         parts = join_shards(fused.kind, [b], Heads.of(hf_config), hf_config.vocab_size)
@@ -157,3 +224,35 @@ def peft_tensors(
             name = part.format(layer=layer)
             yield f"{name}.lora_A.weight", a[number]
             yield f"{name}.lora_B.weight", parts[number]
+
+
+def of_expert(tensors: Mapping[str, Tensor], name: str, experts: int, expert: int) -> tuple[Tensor, Tensor]:
+    """A [r, i] and B [o, r] of one expert, from tensors by their names in ``peft``, of ``name``."""
+    a, b = (tensors[f"{name}.lora_{which}.weight"] for which in "AB")
+    return a.view(experts, -1, a.shape[1])[expert], b.view(b.shape[0], -1, experts)[:, :, expert]
+
+
+def factors(
+    tensors: Mapping[str, Tensor], lora: Lora, hf_config: PretrainedConfig
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """A and B of each tensor of a Hugging Face checkpoint that an adapter adds to, by the tensor's name.
+
+    Args:
+        tensors: By their names in ``peft``.
+        lora: What the adapter is.
+        hf_config: Of the base model.
+    """
+    weights, places = family_of(hf_config.architectures).weights, range(hf_config.num_hidden_layers)
+    for fused in fused_linears(hf_config):
+        for part in adapted_parts(fused, lora):
+            for layer in places:
+                name = peft_name(fused, part, layer, lora)
+                if not fused.experts:
+                    yield f"{name}.weight", tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+                    continue
+                stored = weights[f"{fused.name}.weight"].hf_tensors
+                for expert in range(fused.experts):
+                    a, b = of_expert(tensors, name, fused.experts, expert)
+                    # Files have gate and up of each expert.
+                    for (tensor, _), rows in zip(stored, b.chunk(len(stored)), strict=True):
+                        yield tensor.format(layer=layer, expert=expert), a, rows

@@ -124,7 +124,7 @@ def global_parameters(
     if hf_config.tie_word_embeddings:
         del weights[OUTPUT]
     in_layers = {name: weight for name, weight in weights.items() if weight.of_layer}
-    sizes, padded = _sizes(hf_config), padded_vocab_size(hf_config, tensor)
+    sizes, padded = dimension_sizes(hf_config), padded_vocab_size(hf_config, tensor)
 
     def make(name: str, weight: Weight, layer: int | None, expert: int | None = None) -> GlobalParameter:
         tensors = tuple(
@@ -188,7 +188,8 @@ def active_parameter_count(hf_config: PretrainedConfig) -> int:
     return total
 
 
-def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
+def dimension_sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
+    """What the dimensions of a model's weights are."""
     heads = Heads.of(hf_config)
     query, kv, _ = heads.rows
     kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)

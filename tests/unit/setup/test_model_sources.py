@@ -199,13 +199,19 @@ def test_a_new_adapter_begins_as_peft_does(base: Path) -> None:
     assert not torch.equal(first, second)
 
 
-def test_adapters_beside_experts_are_refused(tmp_path: Path, base: Path) -> None:
+def test_adapters_of_models_with_experts(tmp_path: Path, base: Path) -> None:
     experts = make_model(tmp_path / "experts", "qwen3_moe", layers=1)
-    with pytest.raises(UserError, match=r"model.policy .* has experts, beside which adapters are not") as error:
-        read_model_configs(config_of(experts, base, lora={"rank": 4}))
+    assert read_model_configs(config_of(experts, base, lora={"rank": 4}))["guide"].model_type == "llama"
+    # All of a layer's experts in one, the first of two within the second as its base layer.
+    shapes = peft_shapes(Lora(3, 8), read_hf_config(experts))
+    layer = "model.layers.0.mlp.experts"
+    assert shapes[f"{layer}.base_layer.lora_A.weight"] == shapes[f"{layer}.lora_B.weight"][::-1] == (12, 64)
+    assert shapes[f"{layer}.base_layer.lora_B.weight"] == (96, 12)
+    assert f"{layer}.lora_A.weight" in peft_shapes(Lora(3, 8, ("gate_proj", "up_proj")), read_hf_config(experts))
+    # Biases are not where an adapter would be applied.
+    biased = make_model(tmp_path / "biased", "gpt_oss")
+    with pytest.raises(UserError, match=r"lora.targets: .*experts have biases.* attention") as error:
+        read_model_configs(config_of(biased, base, lora={"rank": 4}))
     assert "\n" not in str(error.value)
-    # A guide that is a whole model with experts goes with a policy that trains an adapter.
-    configs = read_model_configs(config_of(base, experts, lora={"rank": 4}))
-    assert configs["guide"].model_type == "qwen3_moe"
-    with pytest.raises(UserError, match="Qwen3MoeForCausalLM has experts"):
-        peft_shapes(Lora(4, 8, ("q_proj", "v_proj")), read_hf_config(experts))
+    attention = {"rank": 4, "targets": ["q_proj", "o_proj"]}
+    assert "policy" in read_model_configs(config_of(biased, base, lora=attention))

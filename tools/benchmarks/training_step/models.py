@@ -88,10 +88,11 @@ def write_model(path: Path, config: LlamaConfig, *, dtype: torch.dtype, seed: in
 def write_adapter(path: Path, base: Path, seed: int) -> None:
     """Writes a ``peft`` directory with random A and B, for every linear of the layers."""
     lora, generator = Lora(LORA_RANK, LORA_ALPHA), torch.Generator().manual_seed(seed)
+    hf_config = read_hf_config(base)
     tensors = {
         PREFIX + name: torch.randn(shape, generator=generator) * (0.02 if "lora_B" in name else shape[1] ** -0.5)
-        for name, shape in peft_shapes(lora, read_hf_config(base)).items()
+        for name, shape in peft_shapes(lora, hf_config).items()
     }
     path.mkdir()
-    (path / ADAPTER_CONFIG).write_text(json.dumps(peft_config(lora, str(base), list(lora.targets))), encoding="utf-8")
+    (path / ADAPTER_CONFIG).write_text(json.dumps(peft_config(lora, str(base), hf_config)), encoding="utf-8")
     safetensors.torch.save_file(tensors, path / ADAPTER_WEIGHTS, metadata={"format": "pt"})
