@@ -106,7 +106,7 @@ def collate(
         packing = pack_segments(filled.segments)
     else:
         split = ContextSplit([*filled.bounds, seq_length], pack_format)
-        tokens, positions, packing = tokens[split.mine], positions[split.mine], split.packing(len(filled.segments))
+        tokens, positions, packing = tokens[split.mine], positions[split.mine], split.packing(filled.segments)
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         order, logit_positions = split.local(logit_positions)
         targets, lengths = targets[order], np.bincount(sequence[order], minlength=len(lengths))
@@ -151,7 +151,8 @@ class _FilledPack:
         """Prompt, chosen, rejected: rejected sees the prompt and itself, at the positions after the prompt."""
         prompt = len(pair.prompt)
         whole = self.add_sequence(pair.prompt, pair.chosen, pair.chosen_trained)
-        start, end = whole.end, whole.end + len(pair.rejected)
+        start = self.bounds[-1]
+        end = start + len(pair.rejected)
         prompt_end = whole.start + prompt
         self.tokens[start:end] = pair.rejected
         self.positions[start:end] = np.arange(prompt, prompt + end - start)

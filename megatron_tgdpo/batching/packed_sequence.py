@@ -6,6 +6,7 @@ Legend: S tokens of the whole pack, C context-parallel ranks, B query segments, 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ class PackFormat:
         tokens: S, of the whole pack over all context-parallel ranks.
         shared_prompts: A pair is prompt, chosen, rejected, the prompt computed once; else prompt, chosen, prompt,
             rejected.
-        context: C. Each sequence is padded to a multiple of 2C and cut into 2C chunks, of which every rank holds two.
+        context: C. Each segment is padded to a multiple of 2C and cut into 2C chunks, of which every rank holds two.
         context_rank: This rank's place among them.
         chosen_only: Rejected responses are left out.
         multiple: Packs are cut after the last token that is needed, to a multiple of so many tokens; None for packs
@@ -41,19 +42,17 @@ class PackFormat:
             return self.tokens
         return min(self.tokens, max(1, -(-used // self.multiple)) * self.multiple)
 
-    def padded(self, length: int) -> int:
-        """Tokens of a pack that a sequence of ``length`` tokens takes."""
+    def padded(self, length: Any) -> Any:
+        """Tokens of a pack that a segment of ``length`` tokens takes; of one or of an array of them."""
         return length if self.context == 1 else -(-length // (2 * self.context)) * 2 * self.context
 
     def pair_tokens(self, lengths: np.ndarray) -> np.ndarray:
         """Tokens that each pair takes. ``lengths`` is [N, 3] prompt, chosen, rejected tokens; returns [N] int64."""
-        prompt = lengths[:, 0]
-        if self.shared_prompts and not self.chosen_only:
-            result: np.ndarray = lengths.sum(axis=1)
-            return result
-        multiple = 2 * self.context if self.context > 1 else 1
-        sequences = prompt[:, None] + (lengths[:, 1:2] if self.chosen_only else lengths[:, 1:])
-        result = (-(-sequences // multiple) * multiple).sum(axis=1)
+        prompt, chosen, rejected = lengths.T
+        segments = [prompt + chosen]
+        if not self.chosen_only:
+            segments.append(rejected if self.shared_prompts else prompt + rejected)
+        result: np.ndarray = np.sum([self.padded(tokens) for tokens in segments], axis=0)
         return result
 
     def real_tokens(self, lengths: np.ndarray) -> int:
@@ -109,11 +108,12 @@ def _key_ranges(segment: Segment) -> tuple[tuple[int, int], tuple[int, int]]:
 class ContextSplit:
     """Which pack positions each context-parallel rank holds.
 
-    Every sequence, and the pack's tail, is cut into 2C chunks; rank i holds chunks i and 2C - 1 - i, so that all ranks
+    Every segment, and the pack's tail, is cut into 2C chunks; rank i holds chunks i and 2C - 1 - i, so that all ranks
     have the same number of tokens and of query-key pairs (the zigzag split of ring attention, as in megatron-core).
+    Behind a shared prompt the rejected response is a segment of its own, whose chunks all see the whole prompt.
 
     Args:
-        bounds: [N + 1] pack positions where sequences begin, the pack's end last; multiples of 2C.
+        bounds: [N + 1] pack positions where segments begin, the pack's end last; multiples of 2C.
         pack_format: The format; its ``context_rank`` is the rank whose packing is made.
 
     Attributes:
@@ -159,16 +159,18 @@ class ContextSplit:
         kept = np.flatnonzero(owner == self.pack_format.context_rank)
         return kept, offset[kept]
 
-    def packing(self, sequences: int) -> PackedSequence:
-        """This rank's packing of the first ``sequences`` sequences: each of its chunks sees the sequence up to its end.
+    def packing(self, segments: Sequence[Segment]) -> PackedSequence:
+        """This rank's packing of the pack's segments: each of its chunks sees what is before them, and them up to its
+        own end.
 
         Keys are positions in the gathered pack, all ranks' parts one after another.
         """
         rank, last = self.pack_format.context_rank, 2 * self.pack_format.context - 1
         queries, keys, index = [], [], []
-        for chunks in self._chunks[:sequences]:
+        for segment, chunks in zip(segments, self._chunks, strict=False):
+            prefix = np.arange(segment.prefix_start, segment.prefix_end)
             for number in (rank, last - rank):
-                seen = chunks[: number + 1].ravel()
+                seen = np.concatenate([prefix, chunks[: number + 1].ravel()])
                 queries.append(chunks.shape[1])
                 keys.append(len(seen))
                 index.append(self.place[seen])

@@ -5,6 +5,7 @@ from dataclasses import replace
 from megatron_tgdpo.config.loading import config_from_dict, to_dict
 from megatron_tgdpo.config.schema import Config, ExportConfig, GuidanceConfig, GuideConfig, LossConfig
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.loss.methods import METHODS
 
 
 def guide_config(config: Config, source: str = "config") -> Config:
@@ -25,6 +26,9 @@ def guide_config(config: Config, source: str = "config") -> Config:
         train = replace(train, steps=guide.steps, epochs=guide.epochs)
     if guide.lr is not None:
         optimizer = replace(optimizer, lr=guide.lr)
+    layers = replace(config.parallel.pipeline_layers, guide=None)
+    if "reference" not in METHODS[guide.method].frozen:
+        layers = replace(layers, reference=None)
     derived = replace(
         config,
         model=replace(config.model, guide=None),
@@ -32,7 +36,7 @@ def guide_config(config: Config, source: str = "config") -> Config:
         guide=GuideConfig(),
         # Its reference is the policy's, so that no cache of the TGDPO run is there yet.
         guidance=GuidanceConfig(),
-        parallel=replace(config.parallel, virtual_pipeline=None),
+        parallel=replace(config.parallel, pipeline_layers=layers),
         train=replace(train, branch_from=None),
         # Of the policy: its metric may be one that the guide's method has not, and nobody serves the guide.
         checkpoint=replace(config.checkpoint, best_metric=None),

@@ -61,6 +61,13 @@ def _layers_given(role: str) -> Rule:
     )
 
 
+def _layers_of_nobody(role: str) -> Rule:
+    return Rule(
+        lambda c: getattr(c.parallel.pipeline_layers, role) is not None and role not in c.method.frozen,
+        f"parallel.pipeline_layers.{role} is set but loss.method {{c.loss.method}} runs no {role}: set it to null",
+    )
+
+
 TRAIN = (
     Rule(
         lambda c: (c.train.steps is None) == (c.train.epochs is None),
@@ -218,21 +225,18 @@ GUIDANCE = (
 )
 
 PARALLEL = (
+    *(_layers_of_nobody(role) for role in ("reference", "guide")),
     *(_layers_given(role) for role in ("policy", "reference", "guide")),
-    Rule(
-        lambda c: c.parallel.context > 1 and c.shared_prompts,
-        "batch.shared_prompts is true with parallel.context > 1: a prompt that two responses share cannot be split "
-        "over context ranks yet, set one of them to its default",
-    ),
     Rule(
         lambda c: _interleaved(c) and c.parallel.pipeline == 1,
         "parallel.virtual_pipeline is {c.parallel.virtual_pipeline} with one stage: there is nothing to interleave, "
         "set it to null",
     ),
+    # Prefetch fills the bubbles of 1F1B, of which chunks leave a part too short for a whole pass of a stage.
     Rule(
-        lambda c: _interleaved(c) and c.guidance.mode == "colocated" and bool(c.method.frozen),
-        "parallel.virtual_pipeline is {c.parallel.virtual_pipeline} with guidance.mode colocated: frozen models run "
-        "once a stage, not once a chunk; use guidance.mode=cached, or set it to null",
+        lambda c: _interleaved(c) and c.guidance.prefetch,
+        "parallel.virtual_pipeline is {c.parallel.virtual_pipeline} with guidance.prefetch, which fills the bubbles of "
+        "stages without chunks: set guidance.prefetch=false, or virtual_pipeline to null",
     ),
 )
 

@@ -178,7 +178,7 @@ class BatchConfig:
     global_pairs: int = positive(MISSING)  # pairs per optimizer step, over all ranks
     # tokens of one pack; null: 2 x data.max_length, which holds any pair
     tokens_per_micro_batch: int | None = positive(None)
-    shared_prompts: bool | None = None  # compute a pair's prompt once for both responses; null: where that is possible
+    shared_prompts: bool | None = None  # compute a pair's prompt once for both responses; null: true
 
 
 @dataclass(frozen=True)
@@ -388,9 +388,8 @@ class Config:
 
     @property
     def shared_prompts(self) -> bool:
-        """Whether a pair's prompt is computed once: not under context parallelism, nor for one response."""
-        chosen = self.batch.shared_prompts
-        return not self.method.chosen_only and (self.parallel.context == 1 if chosen is None else chosen)
+        """Whether a pair's prompt is computed once: never where only chosen responses are trained on."""
+        return not self.method.chosen_only and self.batch.shared_prompts is not False
 
     @property
     def guide_dir(self) -> str:

@@ -36,7 +36,7 @@ class TokenLogps:
 
 
 class ColocatedModel(MegatronModule):
-    """The policy with its frozen companions, on one pipeline stage.
+    """The policy with its frozen companions, on one pipeline stage, or in one chunk of it.
 
     Args:
         policy: The model that trains.
@@ -44,14 +44,22 @@ class ColocatedModel(MegatronModule):
             prefetched. Width and depth may differ from the policy's, the vocabulary may not. Their weights may be the
             policy's, where that trains an adapter only.
         keep_bytes: Memory for the policy's logits that are kept for backward instead of being computed again.
+        p2p_buffer: Of the stage's other chunks; None makes one.
     """
 
-    def __init__(self, policy: LanguageModel, frozen: Sequence[FrozenModel] = (), *, keep_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        policy: LanguageModel,
+        frozen: Sequence[FrozenModel] = (),
+        *,
+        keep_bytes: int = 0,
+        p2p_buffer: P2PBuffer | None = None,
+    ) -> None:
         super().__init__(policy.config)
         self.keep_bytes = keep_bytes
         self.policy = policy
         self.frozen = FrozenModels(frozen)
-        self.p2p_buffer = P2PBuffer(sum(self.frozen.widths), dtype=policy.config.params_dtype)
+        self.p2p_buffer = p2p_buffer or P2PBuffer(sum(self.frozen.widths), dtype=policy.config.params_dtype)
         self._incoming: Tensor | Sequence[Tensor | None] | None = None
         # What megatron-core's schedule and gradient finalisation read from a pipeline module.
         self.model_type = policy.model_type
@@ -72,10 +80,10 @@ class ColocatedModel(MegatronModule):
         self._incoming = input_tensor
 
     def forward(self, batch: PreferenceBatch) -> Tensor | TokenLogps:
-        """Runs this stage's layers of all models on one pack.
+        """Runs the layers here of all models on one pack.
 
         Returns:
-            The policy's hidden states [S_local, 1, H], or on the last stage the token log-probs of all models.
+            The policy's hidden states [S_local, 1, H], or of the last layers the token log-probs of all models.
         """
         frozen: tuple[Tensor, ...] = ()
         if self.p2p_buffer.width:
@@ -89,7 +97,7 @@ class ColocatedModel(MegatronModule):
         return result
 
     def run_policy(self, batch: PreferenceBatch) -> Tensor:
-        """This stage's layers of the policy alone, on a pack and what :meth:`set_input_tensor` was given.
+        """The layers here of the policy alone, on a pack and what :meth:`set_input_tensor` was given.
 
         Returns:
             [S_local, 1, H] hidden states.
@@ -98,3 +106,21 @@ class ColocatedModel(MegatronModule):
         self.policy.set_input_tensor(self._incoming)
         result: Tensor = self.policy(batch.tokens, batch.position_ids, batch.packing)
         return result
+
+
+def colocated_chunks(
+    policy: Sequence[LanguageModel], frozen: Sequence[Sequence[FrozenModel]] = (), *, keep_bytes: int = 0
+) -> list[ColocatedModel]:
+    """The chunks of one stage, a single one without the interleaved schedule; they share the :class:`P2PBuffer`.
+
+    Args:
+        policy: Its chunks.
+        frozen: The frozen models of each chunk; none where they do not run in the policy's forward.
+        keep_bytes: As for :class:`ColocatedModel`.
+    """
+    chunks: list[ColocatedModel] = []
+    for number, part in enumerate(policy):
+        companions = frozen[number] if frozen else ()
+        buffer = chunks[0].p2p_buffer if chunks else None
+        chunks.append(ColocatedModel(part, companions, keep_bytes=keep_bytes, p2p_buffer=buffer))
+    return chunks

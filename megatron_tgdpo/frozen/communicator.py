@@ -4,8 +4,9 @@ The frozen models' states are one tensor that no autograd graph knows, handed ov
 traffic is that of policy-only training.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -16,24 +17,27 @@ from torch import Tensor
 
 @dataclass
 class P2PBuffer:
-    """Hands the frozen hidden states of one micro batch between the model and the communicator.
+    """Hands the frozen hidden states of micro batches between the models of a stage and the communicator.
+
+    What is received is used in the order in which it came. The interleaved schedule needs that: its first stage
+    receives what the last one sends up to ``stages`` forwards before a chunk takes it, and all stages go through chunks
+    and micro batches in one order (megatron-core ``schedules.py: get_schedule_table``).
 
     Attributes:
         width: Sum of the frozen models' hidden sizes.
         dtype: Of their hidden states.
-        incoming: [S_local, 1, width] received from the previous stage for the coming forward.
+        incoming: [S_local, 1, width] each, received from the previous stage for coming forwards.
         outgoing: [S_local, 1, width] computed by the last forward, to be sent to the next stage.
     """
 
     width: int
     dtype: torch.dtype
-    incoming: Tensor | None = None
+    incoming: deque[Tensor] = field(default_factory=deque)
     outgoing: Tensor | None = None
 
     def take_incoming(self) -> Tensor:
-        tensor, self.incoming = self.incoming, None
-        assert tensor is not None, "forward before the frozen hidden states were received"
-        return tensor
+        assert self.incoming, "forward before the frozen hidden states were received"
+        return self.incoming.popleft()
 
     def take_outgoing(self) -> Tensor:
         tensor, self.outgoing = self.outgoing, None
@@ -100,10 +104,9 @@ class ColocatedCommunicator(P2PCommunicator):
             received_prev = self._empty(tensor_shape, self.config.pipeline_dtype).requires_grad_()
             forwards.append(self._forward(dist.irecv, received_prev, self.prev_rank))
             if self.p2p_buffer.width:
-                self.p2p_buffer.incoming = self._empty(
-                    [*tensor_shape[:-1], self.p2p_buffer.width], self.p2p_buffer.dtype
-                )
-                forwards.append(self._forward(dist.irecv, self.p2p_buffer.incoming, self.prev_rank))
+                incoming = self._empty([*tensor_shape[:-1], self.p2p_buffer.width], self.p2p_buffer.dtype)
+                self.p2p_buffer.incoming.append(incoming)
+                forwards.append(self._forward(dist.irecv, incoming, self.prev_rank))
         if tensor_send_next is not None:
             for tensor in (tensor_send_next, *([self.p2p_buffer.take_outgoing()] if self.p2p_buffer.width else ())):
                 self.forward_bytes += tensor.nbytes

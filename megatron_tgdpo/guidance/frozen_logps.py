@@ -104,7 +104,7 @@ def build_frozen_engine(
     device: torch.device,
 ) -> FrozenEngine:
     """Builds and loads reference and guide. Collective over all ranks; arguments as for ``build_engine``."""
-    first, *guide = load_frozen_models(config, configs, layout, pg, device)
+    ((first, *guide),) = load_frozen_models(config, configs, layout, pg, device)
     reference = first.model
     if reference.config.adapters:
         set_active(reference, first.adapter)

@@ -43,6 +43,21 @@ class Pack:
     keep_logits_bytes: int = 0
 
 
+def gathered_keys(context: int, prompts: float) -> float:
+    """Keys, per token of a context rank's part of a pack, that attention gathers: :attr:`Pack.gathered_keys`.
+
+    Of a segment of n tokens a rank has chunks i and 2C - 1 - i of 2C, which see i + 1 and 2C - i of them: C + 1/2 keys
+    for each of its n / C tokens. Both see a shared prompt whole; without context ranks there is one chunk.
+
+    Args:
+        context: C.
+        prompts: The part of a pack that shared prompts are; 0 where none are, 1 at most.
+    """
+    if context == 1:
+        return 1 + prompts if prompts else 0.0
+    return context + 0.5 + 2 * context * prompts
+
+
 @dataclass(frozen=True)
 class LayerWidths:
     """Elements per token on one rank.

@@ -169,8 +169,8 @@ def _received(coming: tuple[str, int], stage: int, stages: int) -> tuple[Transfe
     return ((BACKWARD, stage, micro_batch),) if stage < stages - 1 else ()
 
 
-def interleaved(costs: Sequence[StageCosts], micro_batches: int, chunks: int) -> Timeline:
-    """The interleaved schedule of the policy alone, in megatron-core's order; every chunk has an equal part of a stage.
+def interleaved(costs: Sequence[StageCosts], micro_batches: int, chunks: int, *, colocated: bool = False) -> Timeline:
+    """The interleaved schedule, in megatron-core's order; every chunk has an equal part of a stage.
 
     Sends are taken to be asynchronous, so with transfer times this is a lower bound.
 
@@ -178,6 +178,7 @@ def interleaved(costs: Sequence[StageCosts], micro_batches: int, chunks: int) ->
         costs: Of each stage, all its chunks together.
         micro_batches: Per step, a multiple of the stages.
         chunks: Model chunks of a stage.
+        colocated: Frozen passes run in the policy's forward, chunk by chunk.
     """
     # Takes seconds to import, and only --schedules asks for it.
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
@@ -193,6 +194,7 @@ def interleaved(costs: Sequence[StageCosts], micro_batches: int, chunks: int) ->
         for forward, backward in zip(forwards[warmup:], backwards, strict=False):
             order += [forward, backward]
         order += backwards[len(table) - warmup :]
+        takes = {FORWARD: cost.forward + (cost.frozen if colocated else 0.0), BACKWARD: cost.backward}
         program: Program = []
         for kind, chunk, i in order:
             # Virtual stages are counted through all chunks; a transfer is named by the earlier one.
@@ -200,7 +202,7 @@ def interleaved(costs: Sequence[StageCosts], micro_batches: int, chunks: int) ->
             before, after = (place - 1, place) if kind == FORWARD else (place, place - 1)
             if 0 <= before < last:
                 program.append(Wait(((kind, before, i),)))
-            program.append(Compute(kind, i, (cost.forward if kind == FORWARD else cost.backward) / chunks, chunk))
+            program.append(Compute(kind, i, takes[kind] / chunks, chunk))
             if 0 <= after < last:
                 program.append(Post(((kind, after, i),)))
         programs.append(program)

@@ -104,10 +104,11 @@ def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: 
     Raises:
         UserError: All of them are.
     """
+    chunks = f"interleaved x{_CHUNKS}"
     lines = [
-        f"{'':>11} | {'with frozen models':^34} | {'policy alone (cached)':^24}",
-        f"{'stages packs':>11} | {'co-located':>10} {'prefetch':>8} {'shorter step':>14} | {'1F1B':>9} "
-        f"{f'interleaved x{_CHUNKS}':>14}",
+        f"{'':>11} | {'with frozen models':^49} | {'policy alone (cached)':^24}",
+        f"{'stages packs':>11} | {'co-located':>10} {chunks:>14} {'prefetch':>8} {'shorter step':>14} | {'1F1B':>9} "
+        f"{chunks:>14}",
     ]
     for stages in _STAGES:
         layout = make_layout(tensor, stages, 1, sequence_parallel, tensor * stages)
@@ -116,16 +117,19 @@ def schedules_table(job: Job, cluster: Cluster, tensor: int, sequence_parallel: 
         except UserError:
             continue
         costs = tuple(stage_costs(job, cluster, layout, recompute))
-        divides = job.policy.num_hidden_layers >= stages * _CHUNKS
+        divide = [model.num_hidden_layers >= stages * _CHUNKS for model in job.models]
         for packs in _MICRO_BATCHES:
             colocated = one_f_one_b(costs, packs, colocated=True)
             prefetch = plan_prefetch(costs, packs, packs).timeline
             alone = one_f_one_b(costs, packs)
-            chunked = f"{interleaved(costs, packs, _CHUNKS).bubble:14.1%}" if divides else f"{'-':>14}"
+            whole, policy = (
+                f"{interleaved(costs, packs, _CHUNKS, colocated=colocated).bubble:14.1%}" if enough else f"{'-':>14}"
+                for colocated, enough in ((True, all(divide)), (False, divide[0]))
+            )
             gain = 1 - prefetch.step_time / colocated.step_time
             lines.append(
-                f"{stages:>6} {packs:>4} | {colocated.bubble:>10.1%} {prefetch.bubble:>8.1%} {gain:>14.1%} | "
-                f"{alone.bubble:>9.1%} {chunked}"
+                f"{stages:>6} {packs:>4} | {colocated.bubble:>10.1%} {whole} {prefetch.bubble:>8.1%} {gain:>14.1%} | "
+                f"{alone.bubble:>9.1%} {policy}"
             )
     if len(lines) == 2:
         raise UserError(f"a model has not the layers for any of {', '.join(map(str, _STAGES))} stages")

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.config.schema import Config, LossConfig
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.frozen.colocated import ColocatedModel
+from megatron_tgdpo.frozen.colocated import ColocatedModel, colocated_chunks
 from megatron_tgdpo.frozen.communicator import ColocatedCommunicator
 from megatron_tgdpo.frozen.prefetch import Prefetcher, build_prefetcher
 from megatron_tgdpo.gpu.overlap import ddp_config, optimizer_kwargs, start_user_buffers, wire_overlap
@@ -81,10 +81,9 @@ def build_engine(
         start_user_buffers(config, configs["policy"].hidden_size, layout)
     policy = load_policy(config, configs, layout, pg, device)
     cached, prefetch = config.guidance.mode == "cached", config.guidance.prefetch
-    base = policy[0] if policy[0].config.adapters else None
+    base = policy if policy[0].config.adapters else ()
     frozen = [] if cached else load_frozen_models(config, configs, layout, pg, device, base)
-    keep_bytes = config.train.keep_logits_mib * 2**20
-    modules = [ColocatedModel(chunk, [] if prefetch else frozen, keep_bytes=keep_bytes) for chunk in policy]
+    modules = colocated_chunks(policy, [] if prefetch else frozen, keep_bytes=config.train.keep_logits_mib * 2**20)
     chunks = [
         DistributedDataParallel(module.config, ddp_config(config.overlap, config.precision), module)
         for module in modules
@@ -93,7 +92,7 @@ def build_engine(
     fused, dtype = config.train.fused == "auto", DTYPES[config.precision.dtype]
     options = optimizer_kwargs(config.precision, config.overlap, config.offload)
     optimizer = build_optimizer(chunks, config.optimizer, dtype, pg, fused=fused, options=options)
-    prefetcher = build_prefetcher(config, configs, frozen, layout, pg, device) if prefetch else None
+    prefetcher = build_prefetcher(config, configs, frozen[0], layout, pg, device) if prefetch else None
     communicator = None
     if layout.pipeline > 1:
         communicator = ColocatedCommunicator(

@@ -1,7 +1,6 @@
 """Builds the models of a run and fills them with weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +135,9 @@ def load_frozen_models(
     layout: ParallelLayout,
     pg: ProcessGroupCollection,
     device: torch.device,
-    policy: LanguageModel | None = None,
-) -> list[FrozenModel]:
-    """This rank's slices of the frozen models that the method uses, the reference first. Collective.
+    policy: Sequence[LanguageModel] = (),
+) -> list[list[FrozenModel]]:
+    """This rank's chunks of the frozen models that the method uses. Collective.
 
     Models of one base share its weights, and the policy's where only an adapter of it trains.
 
@@ -148,26 +147,31 @@ def load_frozen_models(
         layout: The parallel layout.
         pg: Its process groups.
         device: Of the models.
-        policy: With room for adapters, where their base may be the policy's.
+        policy: Its chunks with room for adapters, where their base may be the policy's.
+
+    Returns:
+        For each chunk of the stage (one without the interleaved schedule) the models, the reference first.
     """
-    whole, sources = replace(layout, virtual=1), model_sources(config)
-    roles = config.method.frozen
-    bases = {sources["policy"].base: policy} if policy is not None else {}
+    sources, roles = model_sources(config), config.method.frozen
+    bases = {sources["policy"].base: list(policy)} if policy else {}
     found = []
     for role in roles:
         source, shared = sources[role], sources[role].base in bases
         if not shared:
             adapters = any(sources[other].adapter for other in roles if sources[other].base == source.base)
-            own = whole.of_model(ROLES.index(role))
-            (bases[source.base],) = load_model(
+            own = layout.of_model(ROLES.index(role))
+            bases[source.base] = load_model(
                 source.base, configs[role], own, pg, config, device, frozen=True, adapters=adapters
             )
-        model = bases[source.base]
+        chunks = bases[source.base]
         if source.adapter is not None:
             lora = read_lora(source.adapter)
-            add_adapter(model, role, lora, configs[role])
-            load_adapter([model], role, source.adapter, lora, configs[role], verify=config.checkpoint.verify)
-            if shared and model is policy:
-                freeze_all_but(model, POLICY)
-        found.append(FrozenModel(model, None if source.adapter is None else role, shared))
-    return found
+            for chunk in chunks:
+                add_adapter(chunk, role, lora, configs[role])
+            load_adapter(chunks, role, source.adapter, lora, configs[role], verify=config.checkpoint.verify)
+            for chunk in chunks:
+                if chunk in policy:
+                    freeze_all_but(chunk, POLICY)
+        adapter = None if source.adapter is None else role
+        found.append([FrozenModel(chunk, adapter, shared) for chunk in chunks])
+    return [list(models) for models in zip(*found, strict=True)]

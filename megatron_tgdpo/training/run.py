@@ -23,7 +23,7 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_experts, check_gpu_options, describe_model
-from megatron_tgdpo.planning.activations import Pack
+from megatron_tgdpo.planning.activations import Pack, gathered_keys
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans, job_of, nearest
@@ -173,11 +173,8 @@ def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layo
         layout: The parallel layout.
     """
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
-    # With shared prompts how many keys are gathered depends on the data: at most two a token.
-    gathered = 2.0 if config.shared_prompts else 0.0
-    if layout.context > 1:
-        # A rank gathers the keys of its tokens' sequences: half of them on average, and a bit.
-        gathered = layout.context + 0.5
+    # How many keys are gathered for shared prompts depends on the data: no more than if a pack were nothing else.
+    gathered = gathered_keys(layout.context, 1.0 if config.shared_prompts else 0.0)
     keep = config.train.keep_logits_mib * 2**20
     pack = Pack(
         config.seq_length // layout.context, config.longest_sequence, config.precision.parameter_bytes, gathered, keep
@@ -252,8 +249,8 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
     if dist.get_rank() != 0:
         return
     modules = [unwrapped(chunk) for chunk in engine.chunks]
-    frozen = modules[0].frozen if engine.prefetcher is None else engine.prefetcher.models
-    parts: list[list[torch.nn.Module]] = [[module.policy for module in modules], [frozen]]
+    frozen = [module.frozen for module in modules] if engine.prefetcher is None else [engine.prefetcher.models]
+    parts: list[list[torch.nn.Module]] = [[module.policy for module in modules], [*frozen]]
     counts = [sum(p.numel() for module in part for p in module.parameters()) for part in parts]
     found = capabilities(engine.device)
     fused = "" if engine.device.type == "cpu" else f"; fused parts: {config.train.fused}"
@@ -265,7 +262,7 @@ def log_setup(config: Config, engine: Engine, layout: ParallelLayout, data: RunD
         logger.warning("Transformer Engine %s is newer than any tested (%s)", dotted(found.transformer_engine), newest)
     described = partial(describe_model, config.model, config.precision)
     logger.info("policy: %s", described(modules[0].policy.config, engine.device))
-    for each in frozen.frozen:
+    for each in frozen[0].frozen:
         with_adapter = "" if each.adapter is None else f" with the {each.adapter}'s adapter"
         whose = f"the weights above{with_adapter}, " if each.shared else ""
         logger.info("frozen: %s%s", whose, described(each.model.config, engine.device))

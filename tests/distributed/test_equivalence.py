@@ -45,7 +45,7 @@ class Case:
     recompute: str = "none"
     context: int = 1
     shared_prompts: bool | None = None
-    virtual: int | None = None  # needs a guidance cache, where there are frozen models
+    virtual: int | None = None
     guidance: str = "colocated"  # colocated | prefetch | cached
     overlap: str = "none"  # none | grad_reduce | both
     global_pairs: int = SETTINGS.global_pairs
@@ -68,7 +68,7 @@ class Case:
     def cached(self) -> bool:
         """Whether it reads a guidance cache."""
         frozen = self.loss["method"] in ("tgdpo", "dpo")
-        return frozen and (self.virtual is not None or self.guidance == "cached")
+        return frozen and self.guidance == "cached"
 
     @property
     def model(self) -> str:
@@ -133,10 +133,12 @@ CASES = (
     Case("unshared", 1, "random", seq_length=256, shared_prompts=False),
     Case("unshared-pp2", 2, "random", pipeline=2, seq_length=128, shared_prompts=False),
     Case("cp2", 2, "random", context=2, seq_length=256),
+    Case("cp2-unshared", 2, "random", context=2, seq_length=256, shared_prompts=False),
     Case("cp2-real", 2, "real", context=2),
     Case("cp2-tp2-sp", 4, "random", context=2, tensor=2, sequence_parallel=True, seq_length=128),
     Case("cp2-tp2-tied", 4, "random", tied=True, context=2, tensor=2),
     Case("cp2-pp2", 4, "random", context=2, pipeline=2, seq_length=128),
+    Case("cp2-vpp2", 4, "random", context=2, pipeline=2, virtual=2, seq_length=128),
     Case("cp2-dp2-qwen3", 4, "random", context=2, seq_length=128, family="qwen3"),
     Case("cp4", 4, "random", context=4, seq_length=256),
     Case("cp2-pp2-gemma2", 4, "random", tied=True, context=2, pipeline=2, family="gemma2"),
@@ -160,6 +162,7 @@ CASES = (
     Case("recompute-selective", 4, "random", tensor=2, pipeline=2, seq_length=128, recompute="selective"),
     # Two chunks a stage; four packs, and fewer, which empty ones fill up to a multiple of the stages.
     Case("vpp2", 2, "random", pipeline=2, virtual=2, seq_length=128),
+    Case("vpp2-tied-cached", 2, "random", tied=True, pipeline=2, virtual=2, guidance="cached"),
     Case("vpp2-tied", 2, "random", tied=True, pipeline=2, virtual=2),
     Case("vpp2-tp2-sp", 4, "random", tensor=2, pipeline=2, virtual=2, sequence_parallel=True, seq_length=128),
     # Stages that are not equal: by cost, given, and in chunks; the guide has other layers than the policy.
@@ -174,7 +177,7 @@ CASES = (
         pipeline=2,
         pipeline_layers={"policy": [1, 3], "reference": [3, 1], "guide": [2, 2]},
     ),
-    Case("vpp2-uneven", 2, "random", pipeline=2, virtual=2, seq_length=128, layers=5, guide_layers=3),
+    Case("vpp2-uneven", 2, "random", pipeline=2, virtual=2, seq_length=128, layers=6, guide_layers=5),
     Case("pp3-gemma2", 3, "random", tied=True, pipeline=3, family="gemma2"),
     Case("pp4-uneven", 4, "random", pipeline=4, seq_length=128, layers=6, guide_layers=5, recompute="full"),
     # Windows and softcaps recompute their scores by themselves, inside what is recomputed here.
@@ -228,8 +231,7 @@ FULL_OVERLAP_CASES = tuple(
         "sft": {"method": "sft", "recompute": "full"},
     }.items()
     for overlap in ("grad_reduce", "both")
-    if not (kind == "colocated" and "virtual" in _LAYOUTS[layout])
-    and not (kind == "prefetch" and (_LAYOUTS[layout].get("pipeline", 1) == 1 or "virtual" in _LAYOUTS[layout]))
+    if not (kind == "prefetch" and (_LAYOUTS[layout].get("pipeline", 1) == 1 or "virtual" in _LAYOUTS[layout]))
 )
 # Families beyond the first; with --full on two layouts each, which between them cut all that a model has.
 FAMILY_CASES = (

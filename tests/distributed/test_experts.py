@@ -65,7 +65,7 @@ CASES = (
     Case("ep2-tp2-sp-mixtral", 4, {**_SP, "expert": 2, "expert_tensor": 1}, family="mixtral"),
     Case("ep2-pp2", 4, {"expert": 2, "pipeline": 2}, guide="mixtral"),
     Case("ep2-pp2-prefetch", 4, {"expert": 2, "pipeline": 2}, sections={"guidance": {"prefetch": True}}),
-    Case("ep2-vpp2-cached", 4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}, guide="mixtral", sections=_CACHED),
+    Case("ep2-vpp2", 4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}, guide="mixtral"),
     Case("ep2-cp2-tp2-recompute", 4, {**_SP, "expert": 2, "context": 2}, sections={"train": {"recompute": "full"}}),
 )
 

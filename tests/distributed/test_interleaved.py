@@ -9,7 +9,6 @@ import pytest
 from megatron_tgdpo.batching.packer import plan_packs
 from megatron_tgdpo.checkpoints.listing import newest_checkpoint
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
-from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.divisibility import check_layout
@@ -19,7 +18,6 @@ from megatron_tgdpo.planning.memory import stage_parameters
 from tests.distributed.common import make_problem, merged, read_metrics
 from tests.processes import run_forked
 from tests.tiny_models import make_llama
-from tests.unit.config.test_loading import VALID
 
 STEPS = 4
 SERIES = ("train/loss", "train/grad_norm", "rewards/margins", "eval/loss")
@@ -91,8 +89,3 @@ def test_stages_hold_their_chunks(tmp_path: Path) -> None:
 def test_packs_come_in_groups_of_the_stages() -> None:
     plan = plan_packs(range(5), [10] * 5, 10, 1, multiple=4)
     assert [len(pack) for pack in plan[0]] == [1] * 5 + [0] * 3
-
-
-def test_frozen_models_are_refused() -> None:
-    with pytest.raises(UserError, match=r"virtual_pipeline is 2 with guidance.mode colocated.*guidance.mode=cached"):
-        config_from_dict({**VALID, "parallel": {"pipeline": 2, "virtual_pipeline": 2}})

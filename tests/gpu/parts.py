@@ -154,7 +154,7 @@ def token_rewards(bench: Bench, config: Config, data: list[PreferencePair]) -> t
     from megatron_tgdpo.setup.layout import pack_format
     from megatron_tgdpo.setup.model_inputs import read_model_configs
 
-    found = load_frozen_models(config, read_model_configs(config), bench.layout, bench.pg, bench.device)
+    (found,) = load_frozen_models(config, read_model_configs(config), bench.layout, bench.pg, bench.device)
     model = ColocatedModel(found[0].model, found[1:])
     packs = packs_of(data, pack_format(config, bench.pg))
     logps = [model(pack.to(bench.device)) for pack in packs]

@@ -1,10 +1,12 @@
 """Data order, packing plan and collation."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_tgdpo.batching.collate import collate
+from megatron_tgdpo.batching.collate import PreferenceBatch, collate
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.batching.packer import plan_packs
 from megatron_tgdpo.batching.sampler import DatasetPart, make_sampler
@@ -134,6 +136,50 @@ def test_context_ranks_hold_every_response_token_once() -> None:
     assert parts[0].tokens[0, :4].tolist() == [10, 11, 0, 0]
     assert parts[1].tokens[0, :4].tolist() == [12, 13, 2, 0]
     assert parts[0].position_ids[0, :4].tolist() == [0, 1, 0, 0]
+
+
+def attended(batches: list[PreferenceBatch]) -> list[list[tuple[int, int]]]:
+    """What each logit position of a pack sees, from all context ranks: (token, position) of its keys, in order."""
+    tokens = torch.cat([batch.tokens[0] for batch in batches]).tolist()
+    places = torch.cat([batch.position_ids[0] for batch in batches]).tolist()
+    found: dict[int, list[tuple[int, int]]] = {}
+    for batch in batches:
+        packing = batch.packing
+        assert packing.kv_index is not None
+        assert packing.cu_seqlens_q is not None
+        assert packing.cu_seqlens_kv is not None
+        seen: dict[int, list[int]] = {}
+        bounds = zip(pairwise(packing.cu_seqlens_q.tolist()), pairwise(packing.cu_seqlens_kv.tolist()), strict=True)
+        for (start, end), (first, last) in bounds:
+            keys = packing.kv_index[first:last].tolist()
+            for query in range(start, end):
+                seen[query] = keys[: len(keys) - (end - 1 - query)]
+        for order, position in zip(batch.response_order.tolist(), batch.logit_positions.tolist(), strict=True):
+            found[order] = [(tokens[key], places[key]) for key in seen[position]]
+    return [found[order] for order in range(len(found))]
+
+
+@pytest.mark.parametrize("context", [2, 4])
+def test_a_shared_prompt_is_split_as_all_else_and_seen_whole(context: int) -> None:
+    lengths = np.array([[9, 6, 11], [1, 1, 2], [3, 20, 1]])
+    words = iter(range(10, 200))
+    pairs = [pair(i, *([next(words) for _ in range(n)] for n in row)) for i, row in enumerate(lengths.tolist())]
+    formats = [PackFormat(128, True, context, rank) for rank in range(context)]
+    multiple = 2 * context
+    padded = [sum(-(-n // multiple) * multiple for n in (row[0] + row[1], row[2])) for row in lengths.tolist()]
+    assert formats[0].pair_tokens(lengths).tolist() == padded
+    assert PackFormat(128, True).real_tokens(lengths) == formats[0].real_tokens(lengths) == lengths.sum()
+    parts, whole = [collate(pairs, pack) for pack in formats], collate(pairs, PackFormat(128, True))
+    for part in parts:
+        assert part.tokens.shape == (1, 128 // context)
+        assert torch.equal(part.targets, whole.targets[part.response_order])
+    assert torch.equal(torch.stack([part.response_lengths for part in parts]).sum(dim=0), whole.response_lengths)
+    assert attended(parts) == attended([whole])
+    # Work is as even as tokens are: all ranks have as many query-key pairs.
+    queries, keys = (
+        [getattr(part.packing, name).diff() for part in parts] for name in ("cu_seqlens_q", "cu_seqlens_kv")
+    )
+    assert len({int((q * k - q * (q - 1) // 2).sum()) for q, k in zip(queries, keys, strict=True)}) == 1
 
 
 def test_a_row_is_cut_where_it_ends() -> None:

@@ -35,17 +35,23 @@ CONTEXT = {"parallel": {"context": 2, "tensor": 4, "sequence_parallel": True}}
 
 @pytest.mark.parametrize(
     ("sections", "columns", "multiple"),
-    [({}, "pcr", 1), (UNSHARED, "pcpr", 1), (SFT, "pc", 1), (CONTEXT, "pcpr", 8)],
-    ids=["shared", "unshared", "sft", "context"],
+    [
+        ({}, "pc r", 1),
+        (UNSHARED, "pc pr", 1),
+        (SFT, "pc", 1),
+        (CONTEXT, "pc r", 8),
+        ({**CONTEXT, **UNSHARED}, "pc pr", 8),
+    ],
+    ids=["shared", "unshared", "sft", "context", "context-unshared"],
 )
 def test_a_row_holds_the_longest_pair_and_no_more(
     tmp_path: Path, sections: dict[str, Any], columns: str, multiple: int
 ) -> None:
     (prepared,) = prepare_data(config_of(tmp_path, **sections), tmp_path / "cache", []).values()
-    prompt, chosen, rejected = prepared.open().lengths[0].tolist()
-    sides = {"pcr": [prompt + chosen + rejected], "pc": [prompt + chosen], "pcpr": [prompt + chosen, prompt + rejected]}
-    # Under context parallelism each sequence is padded to a multiple of four.
-    parts = [-(-side // 4) * 4 if multiple > 1 else side for side in sides[columns]]
+    tokens = dict(zip("pcr", prepared.open().lengths[0].tolist(), strict=True))
+    segments = [sum(tokens[column] for column in segment) for segment in columns.split()]
+    # Under context parallelism each segment is padded to a multiple of four.
+    parts = [-(-segment // 4) * 4 if multiple > 1 else segment for segment in segments]
     least = -(-sum(parts) // multiple) * multiple
     batch = {"global_pairs": 2, **sections.get("batch", {})}
     fitting = {**sections, "batch": {**batch, "tokens_per_micro_batch": least}}

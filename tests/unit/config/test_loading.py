@@ -111,7 +111,6 @@ def test_rows_divide_under_sequence_parallelism(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["parallel.context=2", "batch.shared_prompts=true"], "batch.shared_prompts is true with parallel.context > 1"),
         (["parallel.context=2", "batch.tokens_per_micro_batch=4098"], "not divisible by 2 x parallel.context = 2 x 2"),
         (["loss.method=simpo"], "loss.method simpo uses no guide"),
         (["loss.method=sft", "model.guide=null", "loss.beta=0.1"], "loss.beta is set but loss.method sft"),
@@ -149,5 +148,5 @@ def test_options_take_the_defaults_of_their_method(tmp_path: Path) -> None:
     simpo = load_config(path, ["loss.method=simpo", "model.guide=null", "loss.gamma=0.3"])
     assert simpo.loss.options == {"beta": 2.0, "gamma": 0.3}
     assert simpo.loss.alpha is None
-    assert load_config(path, ["parallel.context=2"]).shared_prompts is False
+    assert load_config(path, ["parallel.context=2"]).shared_prompts is True
     assert load_config(path).shared_prompts is True

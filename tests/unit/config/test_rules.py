@@ -66,9 +66,19 @@ BROKEN = [
     (["guidance.unit=sentence"], "guidance.unit is sentence, which a guide's cache only can hold"),
     ([*_CACHED, "guidance.prefetch=true", "parallel.pipeline=2"], "guidance.prefetch is true but no frozen models"),
     (["guidance.prefetch=true"], "guidance.prefetch is true with one stage"),
-    (["parallel.context=2", "batch.shared_prompts=true"], "batch.shared_prompts is true with parallel.context"),
     ([*_CACHED, "parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is 2 with one stage"),
-    (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is 2 with guidance.mode"),
+    (
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "guidance.prefetch=true"],
+        "parallel.virtual_pipeline is 2 with guidance.prefetch, which fills the bubbles",
+    ),
+    (
+        ["loss.method=dpo", "model.guide=null", "parallel.pipeline_layers.guide=[4]"],
+        "parallel.pipeline_layers.guide is set but loss.method dpo runs no guide: set it to null",
+    ),
+    (
+        ["loss.method=simpo", "model.guide=null", "parallel.pipeline_layers.reference=[4]"],
+        "parallel.pipeline_layers.reference is set but loss.method simpo runs no reference",
+    ),
     (["parallel.pipeline_layers.policy=[3, 1]"], "parallel.pipeline_layers.policy is [3, 1]: it must have a number"),
     (
         ["parallel.pipeline=2", "parallel.pipeline_layers.guide=[4, 0]"],

@@ -37,6 +37,8 @@ def test_1f1b_takes_as_many_rounds_as_micro_batches_and_other_stages(stages: int
 def test_chunks_divide_the_bubble(stages: int, micro_batches: int, chunks: int) -> None:
     timeline = interleaved(uniform(stages, 1, 2), micro_batches, chunks)
     assert timeline.step_time == pytest.approx(micro_batches * 3 + (stages - 1) * 3 / chunks)
+    timeline = interleaved(uniform(stages, 1, 2, frozen=2), micro_batches, chunks, colocated=True)
+    assert timeline.step_time == pytest.approx(micro_batches * 5 + (stages - 1) * 5 / chunks)
 
 
 def test_a_step_by_hand() -> None:
