@@ -1,5 +1,6 @@
 """A Megatron checkpoint into an HF directory, a piece at a time: memory holds two pieces, however large the model."""
 
+import itertools
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.export_adapter import adapter_tensors
 from checkpoints_convert.merge import ReadPiece, check_base, merged, read_base_model, read_megatron
 from checkpoints_convert.model_card import CARD_FILE, model_card
-from checkpoints_convert.pieces import Piece, converted, pieces_of, share
+from checkpoints_convert.pieces import FiniteCheck, Piece, converted, pieces_of, share
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.adapter_directory import read_lora
@@ -95,7 +96,7 @@ def export_hf(
         template: An HF directory or Megatron checkpoint whose config, tokenizer and templates are copied.
         stored: The checkpoint's dtype.
         dtype: Of the written weights.
-        max_shard_bytes: Largest file's tensors (the tensors of a larger single parameter get a file of their own).
+        max_shard_bytes: Largest file's tensors (those that stay together and are larger get a file of their own).
         base: HF directory or Megatron checkpoint of an adapter's base model, of a ``peft`` directory also the template;
             None for a whole model.
         verify: Whether to compare the checkpoint's checksums first.
@@ -124,7 +125,9 @@ def export_hf(
         size = sum(file.numel for file in files) * dtype.itemsize
         directory.reserve(size)
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
-        directory.run_on_all_ranks(lambda: _write(read, directory.temporary, mine, element_size, dtype, quiet))
+        finite = FiniteCheck()
+        directory.run_on_all_ranks(lambda: _write(read, directory.temporary, mine, element_size, dtype, quiet, finite))
+        finite.warn(checkpoint)
         directory.run_on_rank0(lambda: _finish(directory.temporary, checkpoint, template, files, dtype, size))
         with waiting(f"{out}: until all of it is on disk", shown=shown):
             directory.commit()
@@ -150,15 +153,15 @@ def _open(checkpoint: Path, base: Path | None, hf_config: PretrainedConfig, stor
 
 
 def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: int) -> list[_File]:
-    """Fills files one after another; the HF tensors of a parameter stay together."""
+    """Fills files one after another; the HF tensors of a parameter, and the parameters of one, stay together."""
     groups: list[list[GlobalParameter]] = []
     used = 0
-    for parameter in parameters:
-        size = sum(math.prod(shape) for _, shape in parameter.hf_tensors) * element_size
+    for tensors, together in itertools.groupby(parameters, key=lambda parameter: parameter.hf_tensors):
+        size = sum(math.prod(shape) for _, shape in tensors) * element_size
         if not groups or used + size > max_bytes:
             groups.append([])
             used = 0
-        groups[-1].append(parameter)
+        groups[-1].extend(together)
         used += size
     if len(groups) == 1:
         return [_File("model.safetensors", tuple(groups[0]))]
@@ -169,10 +172,16 @@ def _plan(parameters: Sequence[GlobalParameter], element_size: int, max_bytes: i
 
 
 def _write(
-    read: ReadPiece, directory: Path, files: list[_File], element_size: int, dtype: torch.dtype, quiet: bool
+    read: ReadPiece,
+    directory: Path,
+    files: list[_File],
+    element_size: int,
+    dtype: torch.dtype,
+    quiet: bool,
+    finite: FiniteCheck,
 ) -> None:
     def read_converted(piece: Piece) -> list[tuple[str, int, Tensor]]:
-        return [(name, first, converted(part, dtype, name)) for name, first, part in read(piece)]
+        return [(name, first, converted(finite.look(name, part), dtype, name)) for name, first, part in read(piece)]
 
     with progress_bar("Megatron to HF", sum(file.numel for file in files) * dtype.itemsize, quiet=quiet) as bar:
         for file in files:

@@ -19,7 +19,15 @@ from torch.futures import Future
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from checkpoints_convert.pieces import Piece, all_pieces, checkpoint_sizes, converted, extra_state_keys, share
+from checkpoints_convert.pieces import (
+    FiniteCheck,
+    Piece,
+    all_pieces,
+    checkpoint_sizes,
+    converted,
+    extra_state_keys,
+    share,
+)
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
 from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, system_errors, write_common
 from megatron_tgdpo.checkpoints.listing import write_description
@@ -63,6 +71,7 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
             planner = _Planner(checkpoint, hf_config, stored, mine)
             writer = _StreamWriter(directory.temporary, bar)
             directory.run_on_all_ranks(lambda: dcp.save({}, storage_writer=writer, planner=planner))
+        planner.finite.warn(hf)
         count = parameter_count(hf_config)
         metadata = {"dtype": dtype_name(stored), "step": None, "parameters": count}
         digests = directory.collect(writer.digests)
@@ -87,6 +96,7 @@ class _Planner(DefaultSavePlanner):
         self._checkpoint, self._dtype, self._heads = checkpoint, dtype, Heads.of(hf_config)
         self._sizes = checkpoint_sizes(hf_config)
         self._pieces = {_index(piece): piece for piece in pieces}
+        self.finite = FiniteCheck()
         self._empty = extra_state_keys(hf_config) if dist.get_rank() == 0 else []
 
     def create_local_plan(self) -> SavePlan:
@@ -106,7 +116,9 @@ class _Planner(DefaultSavePlanner):
             torch.save([None], buffer)  # a list: one entry for each object of the name on this rank
             return buffer
         assert write_item.tensor_data is not None
-        rows = self._pieces[write_item.index].read_hf(self._checkpoint, self._heads)
+        piece = self._pieces[write_item.index]
+        rows = piece.read_hf(self._checkpoint, self._heads)
+        self.finite.look(piece.parameter.hf_tensors[piece.hf_index or 0][0], rows)
         return converted(rows, self._dtype, write_item.index.fqn).view(write_item.tensor_data.chunk.sizes)
 
 

@@ -115,6 +115,9 @@ def read_hf(path: Path, hf_config: PretrainedConfig) -> ReadPiece:
 
     def read(piece: Piece) -> list[tuple[str, int, Tensor]]:
         names = [name for name, _ in piece.parameter.hf_tensors]
+        expert = piece.parameter.expert
+        if piece.parameter.is_stacked and expert is not None:
+            return [(name, expert, checkpoint.rows(name, expert, expert + 1)) for name in names]
         if piece.hf_index is None:
             return [(name, 0, checkpoint.whole(name)) for name in names]
         name = names[piece.hf_index]

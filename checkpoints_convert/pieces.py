@@ -1,7 +1,9 @@
 """A model as pieces that fit in memory, each of them rows of one parameter and of the HF tensors it is made of."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,6 +14,8 @@ from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_weights.mapping import GlobalParameter, Heads, global_parameters, join_shards, read_shard
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
+
+logger = logging.getLogger(__name__)
 
 # Blocks of up to 32 MiB are used again by the allocator; the first touch of larger, fresh ones costs more than reading.
 PIECE_BYTES = 16 << 20
@@ -30,7 +34,7 @@ class Piece:
         start: First row of it.
         end: Last row + 1.
         hf_index: Of the HF tensor (in ``parameter.hf_tensors``) whose rows they are; None for the whole of a parameter
-            that interleaves several.
+            that interleaves several, or is an expert's part of one.
         hf_start: First row of that HF tensor.
         hf_end: Last row + 1; less than ``hf_start + end - start`` where rows are padding.
     """
@@ -56,7 +60,8 @@ class Piece:
         """The parameter's rows from HF files, in the stored dtype; padding is zeros."""
         names = [name for name, _ in self.parameter.hf_tensors]
         if self.hf_index is None:
-            return read_shard(checkpoint, self.parameter.kind, names, self.parameter.shape, heads, 0)
+            parameter = self.parameter
+            return read_shard(checkpoint, parameter.kind, names, parameter.shape, heads, 0, parameter.expert)
         rows = checkpoint.rows(names[self.hf_index], self.hf_start, self.hf_end)
         missing = self.end - self.start - rows.shape[0]
         return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
@@ -72,7 +77,8 @@ class Piece:
         if self.hf_index is not None:
             return [(names[self.hf_index], self.hf_start, rows)]
         joined = join_shards(self.parameter.kind, [rows], heads, vocab_size)
-        return [(name, 0, tensor) for name, tensor in zip(names, joined, strict=True)]
+        first = self.parameter.expert if self.parameter.is_stacked else 0
+        return [(name, first or 0, tensor) for name, tensor in zip(names, joined, strict=True)]
 
 
 def converted(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -87,6 +93,27 @@ def converted(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if narrower and not torch.equal(result.isfinite(), rows.isfinite()):
         raise UserError(f"{name}: has values beyond what fp16 holds (65504), choose --dtype bf16 or fp32")
     return result
+
+
+class FiniteCheck:
+    """Notes the tensors that have NaN or infinite values: these are converted as they are, and not without a word."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+
+    def look(self, name: str, rows: Tensor) -> Tensor:
+        """Looks at some rows of a tensor, and returns them; as long as a copy of them would take."""
+        # NaN goes through both.
+        if rows.numel() and not torch.stack(torch.aminmax(rows)).isfinite().all():
+            self._names[name] = None
+        return rows
+
+    def warn(self, path: Path) -> None:
+        """Logs one line about what this rank has seen, if there was any."""
+        if self._names:
+            first, *others = self._names
+            more = f" and {len(others)} other tensors" if others else ""
+            logger.warning("%s: NaN or infinite values in %s%s: no training starts with them", path, first, more)
 
 
 def checkpoint_sizes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -122,7 +149,7 @@ def pieces_of(parameter: GlobalParameter, element_size: int) -> Iterator[Piece]:
         element_size: Bytes of an element.
     """
     rows = parameter.shape[0]
-    if parameter.kind in ("qkv", "fused_qkv"):
+    if parameter.kind in ("qkv", "fused_qkv") or parameter.is_stacked:
         yield Piece(parameter, 0, rows, None)
         return
     row_bytes = element_size * (parameter.shape[1] if len(parameter.shape) > 1 else 1)

@@ -6,9 +6,10 @@
 #   bash launch/quickstart.sh [OUT_DIR]             (default ./quickstart; must not exist or be empty)
 #   bash launch/quickstart.sh --model DIR_OR_HUB_ID --pairs FILE [OUT_DIR]
 #
-# The second: a guide and a TGDPO policy from your model and your preference pairs, of a size that this machine does in
-# minutes; the config that it writes is one to go on with. FILE: JSON, JSONL, Parquet or Arrow (docs/data.md).
-# Under 8 minutes on 2 CPU cores after installation. Uses the GPUs if there are any.
+# The second: a guide and a TGDPO policy from your model and those of your preference pairs that need not be cut, of a size
+# that this machine does in minutes; the config that it writes is one to go on with. FILE: JSON, JSONL, Parquet or Arrow
+# (docs/data.md).
+# Each in under 10 minutes on 2 CPU cores after installation. Uses the GPUs if there are any.
 set -euo pipefail
 
 fail() { echo "quickstart.sh: $*" >&2; exit 1; }

@@ -69,10 +69,13 @@ echo "environment $venv: $("$python" --version), $TORCH_SPEC, this project${extr
 mkdir -p "$venv"
 touch "$begun"
 "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+# Errors are shown; warnings are of people's own pip settings.
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --quiet)
 # torch in a call of its own, so that the choice of build above is not reopened by what depends on it.
+echo "installing $TORCH_SPEC"
 "${pip[@]}" "$TORCH_SPEC"
 plain=$(printf '%s' "$extras" | tr ',' '\n' | grep -vx gpu | paste -sd, || true)
+echo "installing this project and what it needs"
 "${pip[@]}" --editable ".${plain:+[$plain]}"
 
 install_transformer_engine() {

@@ -85,7 +85,7 @@ class _Grouped(torch.nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         assert is_expert
-        assert not bias
+        self.with_bias, self.skip_bias_add = bias, skip_bias_add
         self.num_gemms, self.pg = num_gemms, pg_collection
         shape = [output_size, input_size]
         shape[self.axis] //= pg_collection.expt_tp.size()
@@ -93,10 +93,17 @@ class _Grouped(torch.nn.Module):
             self.register_parameter(
                 f"weight{number}", torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
             )
+            if bias:
+                self.register_parameter(
+                    f"bias{number}", torch.nn.Parameter(torch.empty(shape[:1], dtype=config.params_dtype))
+                )
 
-    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, list[Tensor] | None]:
         parts = x.split(m_splits)
-        return torch.cat([F.linear(part, getattr(self, f"weight{n}")) for n, part in enumerate(parts)]), None
+        biases = [getattr(self, f"bias{n}") for n in range(self.num_gemms)] if self.with_bias else None
+        added = biases or [None] * self.num_gemms if not self.skip_bias_add else [None] * self.num_gemms
+        products = [F.linear(part, getattr(self, f"weight{n}"), added[n]) for n, part in enumerate(parts)]
+        return torch.cat(products), biases if self.skip_bias_add else None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         assert metadata is not None
@@ -104,14 +111,15 @@ class _Grouped(torch.nn.Module):
         for number in range(self.num_gemms):
             expert = self.pg.ep.rank() * self.num_gemms + number
             place = (len(sharded_offsets), expert, self.pg.ep.size() * self.num_gemms)
-            weight = {"weight": getattr(self, f"weight{number}")}
+            parts = {name: getattr(self, f"{name}{number}") for name in ("weight", "bias")[: 1 + self.with_bias]}
             made = make_sharded_tensors_for_checkpoint(
-                weight, prefix, {"weight": self.axis}, (*sharded_offsets, place),
+                parts, prefix, {"weight": self.axis, "bias": 0}, (*sharded_offsets, place),
                 tp_group=self.pg.expt_tp, dp_cp_group=metadata["dp_cp_group"],
             )  # fmt: skip
-            entry = made[f"{prefix}weight"]
-            entry.replica_id = (*entry.replica_id[:2], self.pg.expt_dp.rank())
-            sharded[f"{prefix}weight{number}"] = entry
+            for name in parts:
+                entry = made[f"{prefix}{name}"]
+                entry.replica_id = (*entry.replica_id[:2], self.pg.expt_dp.rank())
+                sharded[f"{prefix}{name}{number}"] = entry
             state = ShardedObject(f"{prefix}_extra_state", torch.zeros(1), (1,), (0,))
             sharded[f"{prefix}_extra_state{number or ''}"] = state
         return sharded

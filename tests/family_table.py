@@ -64,6 +64,11 @@ NOTES = {
         "Qwen2's attention; experts in every layer, one for all tokens",
     ),
     "MixtralForCausalLM": ("Mixtral 8x7B, 8x22B", "windows; experts in every layer"),
+    "GptOssForCausalLM": (
+        "gpt-oss-20b, gpt-oss-120b, dequantised",
+        "attention sinks; windows on every other layer; YaRN; biases, those of the router and the experts included; "
+        "experts in every layer, with a clamped gate",
+    ),
 }
 
 

@@ -15,6 +15,7 @@ _IMPORTED = [
     "megatron_tgdpo.resilience.heartbeat",
     "megatron_tgdpo.training.run",
     "checkpoints_convert.compare_outputs",
+    "transformers.models.llama.modeling_llama",
     "pytest",
 ]
 _SERVER = multiprocessing.get_context("forkserver")

@@ -120,7 +120,7 @@ def divisor(pairs: Sequence[Tokens], method: str) -> int:
 def train(policy_dir: Path, reference_dir: Path, guide_dir: Path | None, pairs: Sequence[Tokens], settings: Settings):
     """Trains with AdamW and a constant learning rate, taking the pairs in order, again from the first after the last.
 
-    Weight decay spares norms, as usual.
+    Weight decay spares norms and biases, as usual.
     """
     guide = load(guide_dir).eval() if guide_dir is not None else None
     return train_models(load(policy_dir).train(), load(reference_dir).eval(), guide, pairs, settings)
@@ -134,11 +134,15 @@ def train_models(
     settings: Settings,
 ) -> Result:
     """As :func:`train`, of loaded models; those parameters of the policy train that require a gradient."""
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    named = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    parameters = list(named.values())
+    # Biases of all of a layer's experts may be in one tensor.
+    decayed = [p for name, p in named.items() if p.dim() > 1 and not name.endswith("bias")]
+    spared = [p for name, p in named.items() if p.dim() <= 1 or name.endswith("bias")]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": spared, "weight_decay": 0.0},
         ],
         lr=settings.lr,
         eps=settings.eps,

@@ -42,6 +42,24 @@ EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
     },
     "mixtral": {"head_dim": 32, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "head_dim": 32,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        # Reached by a good part of the activations.
+        "swiglu_limit": 1.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+        },
+    },
 }
 
 

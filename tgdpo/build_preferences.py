@@ -9,6 +9,7 @@ same. See docs/evaluation.md.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from tgdpo.command_line import (
     check_scratch,
     find_models,
     positive,
-    print_json,
     run,
 )
 
@@ -56,8 +56,12 @@ def _build(given: argparse.Namespace) -> None:
         given.score = str(find_model(given.score, "--score"))
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.generation.build_pairs import build
+    from tgdpo.generation.journal import summary_path
+    from tgdpo.generation.tables import summary_table
 
-    print_json({key: value for key, value in build(given).items() if key != "settings"})
+    print(summary_table({key: value for key, value in build(given).items() if key != "settings"}))
+    print(f"{given.out}: written, with {summary_path(given.out).name}")
+    print(f"train with them: tgdpo train CONFIG.yaml data.train={shlex.quote(str(given.out))}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Imports nothing heavy: help, wrong options and missing files are answered before
 """
 
 import argparse
-import json
 import math
 import signal
 import sys
@@ -271,8 +270,3 @@ def run(action: Callable[[], object], *, interrupted: str = "start the same comm
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
     return 0
-
-
-def print_json(values: dict[str, Any]) -> None:
-    """Prints metrics for people and programs."""
-    print(json.dumps(values, indent=2))

@@ -12,6 +12,7 @@ same. Prints the lengths of the answers and their self-BLEU. See docs/evaluation
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,6 @@ from tgdpo.command_line import (
     check_sampling,
     check_scratch,
     find_models,
-    print_json,
     run,
 )
 from tgdpo.generation.prompt_sets import BENCHMARKS
@@ -58,8 +58,15 @@ def _answer(given: argparse.Namespace) -> None:
     find_models(given, "--model")
     # Only now: these imports take seconds, a wrong option should not.
     from tgdpo.generation.answer_benchmarks import answer
+    from tgdpo.generation.journal import summary_path
+    from tgdpo.generation.tables import summary_table
 
-    print_json({key: value for key, value in answer(given).items() if key != "settings"})
+    print(summary_table({key: value for key, value in answer(given).items() if key != "settings"}))
+    print(f"{given.out}: written, with {summary_path(given.out).name}")
+    # Which other answers do not repeat their questions, `tgdpo judge` says.
+    questions = ["--questions", given.questions] if given.benchmark == "mt_bench" else []
+    words = ["--answers", str(given.out), "--against", "OTHERS", *questions, "--judge", "MODEL", "--out", "judged"]
+    print(f"compare them with another model's: tgdpo judge {shlex.join(words)}")
 
 
 if __name__ == "__main__":

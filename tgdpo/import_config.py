@@ -9,6 +9,7 @@ that is trained, or refused by name: ``--ignore KEY`` leaves it out. The layout 
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,11 @@ def _main(args: argparse.Namespace) -> None:
     from tgdpo.llamafactory.conversion import import_config
 
     lines = import_config(args)
-    print("\n".join([f"{args.out}: written", *lines]))
+    processes = min(args.ranks, args.gpus_per_node)
+    print("\n".join([*lines, f"{args.out}: written"]))
+    file = shlex.quote(str(args.out))
+    print(f"what would stop it: tgdpo doctor {file} --nproc {processes}")
+    print(f"train: tgdpo train {file} --nproc {processes}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from megatron_tgdpo.intervals import Estimate
 from tgdpo.command_line import (
     MODEL_HELP,
     add_precision_arguments,
+    add_processes_argument,
     check_present,
     check_scratch,
     find_whole_model,
@@ -47,6 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja file replacing the judge's own template")
     add_precision_arguments(parser)
+    add_processes_argument(parser)
     return parser.parse_args(arguments)
 
 
@@ -67,6 +69,8 @@ def _judge(given: argparse.Namespace) -> None:
         check_url(given.judge, given.remote)
         if given.judge_model is None:
             raise UserError("--judge-model is missing: what the server calls its model")
+        if given.nproc is not None:
+            raise UserError("--nproc is for a model as judge: a server gets the questions of a --batch at once")
     else:
         given.judge_directory = find_whole_model(given.judge, "--judge")
     # Only now: these imports take seconds, a wrong option should not.

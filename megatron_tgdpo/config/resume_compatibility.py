@@ -42,7 +42,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "parallel.sequence_parallel", "parallel.device", "parallel.timeout_minutes",
         "batch.tokens_per_micro_batch", "batch.shared_prompts",
         "overlap.grad_reduce", "overlap.param_gather", "overlap.tensor",
-        "offload.optimizer", "offload.frozen",
+        "offload.optimizer", "offload.frozen", "offload.frozen_from",
         "train.fused", "train.keep_logits_mib", "train.recompute", "train.check_start",
         "eval.every_steps", "eval.generate",
         "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background", "checkpoint.verify",

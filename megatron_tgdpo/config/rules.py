@@ -190,6 +190,10 @@ LORA = (
         "to false",
     ),
     Rule(
+        lambda c: c.offload.frozen_from == "disk" and not c.offload.frozen,
+        "offload.frozen_from says where the weights of offload.frozen wait, which is false: set that to true",
+    ),
+    Rule(
         lambda c: c.lora.trains and c.overlap.tensor,
         "overlap.tensor hides traffic within linears, and adapters have to look into them: set it to false",
     ),

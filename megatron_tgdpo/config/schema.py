@@ -229,7 +229,9 @@ class OverlapConfig:
 @dataclass(frozen=True)
 class OffloadConfig:
     optimizer: float = share(0.0)  # part of the optimizer's state, and of its update, that lives on the CPU
-    frozen: bool = False  # layers of reference and guide stay in pinned host memory between uses
+    frozen: bool = False  # layers of reference and guide stay off the device between uses
+    # where: pinned host memory | a file without a name in output_dir, of which a CPU maps the whole models
+    frozen_from: str = one_of(("host", "disk"), "host")
 
 
 @dataclass(frozen=True)

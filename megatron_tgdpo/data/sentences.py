@@ -3,9 +3,6 @@
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-from nltk.tokenize import RegexpTokenizer
-from nltk.tokenize.punkt import PunktSentenceTokenizer
-
 
 class SentenceSplitter:
     """Splits texts at line ends and, within a line, at Punkt's sentence ends.
@@ -17,6 +14,10 @@ class SentenceSplitter:
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
+        # It imports scipy: more than a second of the start of each rank and command, of which few split sentences.
+        from nltk.tokenize import RegexpTokenizer
+        from nltk.tokenize.punkt import PunktSentenceTokenizer
+
         self._lines = RegexpTokenizer(r"[\r\n]+", gaps=True)
         self._punkt = PunktSentenceTokenizer("\n".join(texts))
 

@@ -141,6 +141,7 @@ class _NoStream:
 
 
 def _replace_cuda_functions() -> None:
+    import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.tensor_parallel.random as mcore_random
 
     def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -173,3 +174,19 @@ def _replace_cuda_functions() -> None:
     torch.cuda.random.get_rng_state = get_rng_state  # type: ignore[assignment]
     mcore_random._get_cuda_rng_state = get_rng_state
     mcore_random._set_cuda_rng_state = set_rng_state
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(buffers, name, _not_onto_itself(getattr(buffers, name)))
+
+
+def _not_onto_itself(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A reduce-scatter or all-gather that does nothing where one rank would send a tensor to its own place.
+
+    NCCL does so too. gloo makes a copy of all gradients, or of all weights, that nobody needs.
+    """
+
+    def run(output: torch.Tensor, sent: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if output.data_ptr() == sent.data_ptr() and output.numel() == sent.numel():
+            return None
+        return collective(output, sent, *args, **kwargs)
+
+    return run

@@ -3,7 +3,7 @@
 Legend: S_local tokens of the pack on this rank, W sum of the frozen models' hidden sizes, R response tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -24,11 +24,13 @@ class FrozenModel:
         model: This rank's slice.
         adapter: Name of the adapter that is on.
         shared: Whether the weights are those of a model that is cared for elsewhere, as the policy's.
+        release: Called when a pass is done, log-probs included; None for nothing.
     """
 
     model: LanguageModel
     adapter: str | None = None
     shared: bool = False
+    release: Callable[[], None] | None = None
 
 
 class FrozenModels(torch.nn.Module):
@@ -70,8 +72,15 @@ class FrozenModels(torch.nn.Module):
         parts = [None] * len(self.frozen) if incoming is None else incoming.split(self.widths, dim=-1)
         states = [self._run(each, batch, part) for each, part in zip(self.frozen, parts, strict=True)]
         if states and not self.models[0].post_process:
-            return (torch.cat(states, dim=-1),)
-        return tuple(model_logps(model, hidden, batch) for model, hidden in zip(self.models, states, strict=True))
+            results: tuple[Tensor, ...] = (torch.cat(states, dim=-1),)
+        else:
+            results = tuple(
+                model_logps(model, hidden, batch) for model, hidden in zip(self.models, states, strict=True)
+            )
+        for each in self.frozen:
+            if each.release is not None:
+                each.release()
+        return results
 
     def _run(self, frozen: FrozenModel, batch: PreferenceBatch, incoming: Tensor | None) -> Tensor:
         model = frozen.model

@@ -73,15 +73,19 @@ def _varlen_serves(config: LanguageModelConfig, spec: LayerSpec, found: Capabili
 
 def _flex_serves(config: LanguageModelConfig, spec: LayerSpec, found: Capabilities) -> bool:
     """Where it is worth it: plain attention in fp32 is SDPA's."""
-    special = config.attn_logit_softcapping is not None or config.window_size is not None
+    special = config.attn_logit_softcapping is not None or config.window_size is not None or _has_sinks(config)
     return found.device == "cuda" and (special or _flash_takes(config, found))
 
 
 def _flash_takes(config: LanguageModelConfig, found: Capabilities) -> bool:
-    """Flash attention and cuDNN want half precision and heads of a multiple of 8 up to 256, and cap no scores, neither
-    Transformer Engine's nor torch's."""
+    """Flash attention and cuDNN want half precision and heads of a multiple of 8 up to 256, cap no scores, and have no
+    sinks in packed sequences, neither Transformer Engine's nor torch's."""
     sizes = config.bf16 and config.kv_channels % 8 == 0 and config.kv_channels <= 256
-    return found.device == "cuda" and sizes and config.attn_logit_softcapping is None
+    return found.device == "cuda" and sizes and config.attn_logit_softcapping is None and not _has_sinks(config)
+
+
+def _has_sinks(config: LanguageModelConfig) -> bool:
+    return str(config.softmax_type) == "learnable"
 
 
 def _engine_attends(config: LanguageModelConfig, found: Capabilities) -> bool:

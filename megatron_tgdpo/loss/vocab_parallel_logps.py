@@ -4,7 +4,6 @@ Legend: S_local tokens on this rank, H hidden, R response tokens, V vocabulary r
 never take part: each rank's weight is cut to its rows below the true vocabulary size first.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_tgdpo.loss.vocab_chunks import chunk_rows
+from megatron_tgdpo.loss.weight_gradient import weight_gradient
 
 _MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
@@ -197,7 +197,7 @@ class _TokenLogps(torch.autograd.Function):
         signed_hidden = hidden * sign.to(hidden.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         # None where the weight is frozen, as under LoRA.
-        grad_weight, returned = _weight_gradient(weight) if ctx.needs_input_grad[1] else (None, lambda: None)
+        grad_weight, returned = weight_gradient(weight) if ctx.needs_input_grad[1] else (None, lambda: None)
         chunks, kept = ctx.chunks, ctx.kept
         buffer = chunks.buffer(hidden)
         for number, part in enumerate(chunks.slices):
@@ -226,22 +226,6 @@ def _targets_in(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
     """Which targets are rows of a chunk, [R] bool, and their places in it, [R] int64, anything where they are not."""
     own = (targets >= part.start) & (targets < part.stop)
     return own, (targets - part.start).clamp(0, part.stop - part.start - 1)
-
-
-def _weight_gradient(weight: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    """An fp32 buffer to add the weight's gradient to, and what backward has to return after that.
-
-    With megatron-core's ``main_grad`` what is returned only makes autograd's hooks run: ``grad_added_to_main_grad``
-    tells them that its values mean nothing, ``zero_out_wgrad`` (of a weight that is the embedding's too, and has a
-    gradient from there) that they are added all the same. Source: ``distributed_data_parallel.py`` and
-    ``tensor_parallel/layers.py`` of megatron-core 0.16.1.
-    """
-    if not hasattr(weight, "main_grad"):
-        gradient = torch.zeros_like(weight, dtype=torch.float32)
-        return gradient, lambda: gradient.to(weight.dtype)
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    zeros = getattr(weight, "zero_out_wgrad", False)
-    return weight.main_grad, lambda: torch.zeros_like(weight) if zeros else torch.empty_like(weight)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -100,6 +100,8 @@ def _expert_ranks(kwargs: Mapping[str, Any], ep: int, layout: ParallelLayout) ->
 
 def _expert_shards(kwargs: Mapping[str, Any], etp: int, layout: ParallelLayout) -> str | None:
     size = kwargs.get("moe_ffn_hidden_size")
+    if size and etp > 1 and kwargs["add_bias_linear"]:
+        return f"experts with biases, which parallel.expert_tensor = {etp} would add {etp} times"
     return f"expert size {size} is not divisible by parallel.expert_tensor = {etp}" if size and size % etp else None
 
 

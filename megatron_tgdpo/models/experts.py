@@ -28,16 +28,17 @@ class Router(TopKRouter):
     def gating(self, input: Tensor) -> Tensor:
         """[S_local, 1, H] -> [S_local, 1, experts] float32 logits; what backward needs is kept in the input's dtype."""
         if input.dtype == torch.float32:
-            return F.linear(input, self.weight)
-        logits: Tensor = checkpoint(_fp32_logits, input, self.weight, use_reentrant=False, preserve_rng_state=False)
+            return F.linear(input, self.weight, self.bias)
+        arguments = (input, self.weight, self.bias)
+        logits: Tensor = checkpoint(_fp32_logits, *arguments, use_reentrant=False, preserve_rng_state=False)
         return logits
 
     def _apply_expert_bias(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: there is none here, and megatron-core compiles the function that looks for it."""
 
 
-def _fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(hidden.float(), weight.float())
+def _fp32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
 class CpuTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -90,7 +91,8 @@ def prepare_experts(model: torch.nn.Module, layout: ParallelLayout, device: torc
         if not isinstance(layer, MoELayer):
             continue
         # megatron-core makes it on the CPU, and moves it at the first forward.
-        layer.router.weight.data = layer.router.weight.data.to(device)
+        for parameter in layer.router.parameters():
+            parameter.data = parameter.data.to(device)
         gate = None if layer.shared_experts is None else layer.shared_experts.gate_weight
         if gate is not None:
             gate.data = gate.data.to(device)
@@ -107,3 +109,6 @@ def prepare_experts(model: torch.nn.Module, layout: ParallelLayout, device: torc
             # For the groups over which gradients are summed. megatron-core looks at ``expert`` alone; where experts are
             # whole on each of several tensor ranks, their gradients have to be summed over these, too.
             weight.allreduce = not layout.splits_experts
+            # An expert sees all of its tokens. megatron-core marks a bias as one of a part of the sequence, and would
+            # add those of different experts on the tensor ranks.
+            weight.sequence_parallel = False

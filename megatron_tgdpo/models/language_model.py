@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
+from megatron_tgdpo.models.embedding import RowGradientEmbedding
 from megatron_tgdpo.models.experts import prepare_experts
 from megatron_tgdpo.models.fp8_tensors import load_without, without_content
 from megatron_tgdpo.models.hf_config import padded_vocab_size
@@ -75,6 +76,8 @@ class LanguageModel(GPTModel):
         self._embedding_scale = config.embedding_scale
         if config.embedding_scale_rounded:
             self._embedding_scale = float(torch.tensor(config.embedding_scale).to(config.params_dtype))
+        if self.pre_process and device.type == "cpu":
+            self.embedding.word_embeddings = RowGradientEmbedding.in_place_of(self.embedding.word_embeddings)
         self.rotary = RotaryFrequencies(hf_config, device, interleaved=config.rotary_interleaved)
         _mark_tensor_parallel(self)
 

@@ -57,6 +57,19 @@ def with_multiplier(linear: type[torch.nn.Module], factor: float) -> type[torch.
     return RowLinearMultiplied
 
 
+def with_own_output(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """A row-parallel linear whose output is a tensor of its own, not an autograd function's input handed on: to the
+    output of an expert on one rank megatron-core adds the bias in place, which autograd then forbids."""
+
+    class RowLinearOwnOutput(linear):  # type: ignore[valid-type, misc]
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            """[tokens, local input] -> ([tokens, output], bias [output])."""
+            output, bias = super().forward(x)
+            return output.clone(), bias
+
+    return RowLinearOwnOutput
+
+
 def wrapped_row_linear(config: LanguageModelConfig, linear: type[torch.nn.Module], norm: Any) -> type[torch.nn.Module]:
     """A row-parallel linear of either layer spec, with what the family does to its output."""
     if config.post_norms:
@@ -95,6 +108,9 @@ def local_block_spec(
     if config.num_moe_experts is not None:
         # A checkpoint has the norm before a router by its own name, see hf_weights/mapping.py: FUSED_NORMS.
         del members.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        if config.add_bias_linear:
+            expert = submodules_of(mlp.experts)
+            expert.linear_fc2 = with_own_output(expert.linear_fc2)
     if config.adapters:
         attention.linear_qkv, mlp.linear_fc1 = with_adapters(attention.linear_qkv), with_adapters(mlp.linear_fc1)
         attention.linear_proj, mlp.linear_fc2 = with_adapters(attention.linear_proj), with_adapters(mlp.linear_fc2)

@@ -194,7 +194,8 @@ def _core_attention(settings: dict[str, Any], width: LayerWidths, pack: Pack, la
     if settings.get("window_size") is not None and settings["window_attn_skip_freq"][layer]:
         window = settings["window_size"][0] + 1
     masked_window = window is not None and window < pack.sequence_tokens
-    if not masked_window and settings.get("attn_logit_softcapping") is None:
+    explicit = settings.get("attn_logit_softcapping") is not None or settings.get("softmax_type") == "learnable"
+    if not masked_window and not explicit:
         return width.query * pack.dtype_bytes + width.heads * _FP32
     reach = pack.sequence_tokens if window is None else window
     starts = range(0, pack.sequence_tokens, QUERY_BLOCK)

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+from megatron_tgdpo.planning.peak import H100_TFLOPS
+
 
 @dataclass(frozen=True)
 class Cluster:
     """The machines. The defaults are an H100 SXM node's data sheet values and assumed efficiencies.
 
-    Source: NVIDIA's data sheets of the H100 SXM (989 TFLOP/s dense bf16, 80 GB, NVLink 900 GB/s for both directions
+    Source: NVIDIA's data sheets of the H100 SXM (``peak.py``, 80 GB, NVLink 900 GB/s for both directions
     together) and of the DGX H100 (one 400 Gb/s network port per GPU).
 
     Attributes:
@@ -26,7 +28,7 @@ class Cluster:
     gpus_per_node: int = 8
     gpu_memory_gib: float = 80.0
     reserve_gib: float = 6.0
-    peak_tflops: float = 989.0
+    peak_tflops: float = H100_TFLOPS
     efficiency: float = 0.4
     nvlink_gbytes: float = 450.0
     network_gbytes: float = 50.0

@@ -148,6 +148,7 @@ def expert_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage
     if experts is None:
         return 0
     layers = set(stage_layers(hf_config, layout, stage))
+    # Biases are whole on each rank of theirs, and with them all of an expert is (``models/divisibility.py``).
     of_first = (one for one in global_parameters(hf_config, every_expert=False) if one.expert is not None)
     size = sum(math.prod(one.shape) for one in of_first if one.layer in layers)
     return experts.count * size // (layout.expert * layout.expert_shards)

@@ -1,6 +1,6 @@
 """Builds the models of a run and fills them with weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from megatron_tgdpo.console import waiting
 from megatron_tgdpo.distributed.layout import ROLES, ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.frozen.models import FrozenModel
-from megatron_tgdpo.gpu.layer_offload import serve_from_host
+from megatron_tgdpo.gpu.layer_offload import serve_from_disk, serve_from_host
 from megatron_tgdpo.gpu.options import building, model_options
 from megatron_tgdpo.models.fp8_tensors import forget_high_precision
 from megatron_tgdpo.models.hf_weights.adapter_layout import new_adapter, read_adapter
@@ -74,10 +74,24 @@ def load_model(
         else:
             raise_on_all_ranks(lambda: [load_hf_weights(chunk, directory, hf_config, pg) for chunk in chunks])
         raise_on_all_ranks(lambda: refuse_non_finite(chunks, directory, hf_config))
-    if frozen and config.offload.frozen:
-        for chunk in chunks:
-            serve_from_host(chunk.requires_grad_(False).decoder.layers, device)
     return chunks
+
+
+def offload(model: LanguageModel, config: Config, device: torch.device) -> Callable[[], None] | None:
+    """Moves the weights of a frozen model to where section ``offload`` has them wait for its passes.
+
+    Returns:
+        What is to be called after each pass; None for nothing.
+
+    Raises:
+        UserError: On every rank: they cannot be written to disk.
+    """
+    layers = model.requires_grad_(False).decoder.layers
+    if config.offload.frozen_from == "disk":
+        directory = Path(config.output_dir)
+        return raise_on_all_ranks(lambda: serve_from_disk(model, layers, device, directory))
+    serve_from_host(layers, device)
+    return None
 
 
 def load_policy(
@@ -164,6 +178,8 @@ def load_frozen_models(
                 source.base, configs[role], own, pg, config, device, frozen=True, adapters=adapters
             )
         chunks = bases[source.base]
+        offloaded = config.offload.frozen and not shared
+        releases = [offload(chunk, config, device) if offloaded else None for chunk in chunks]
         if source.adapter is not None:
             lora = read_lora(source.adapter)
             for chunk in chunks:
@@ -173,5 +189,7 @@ def load_frozen_models(
                 if chunk in policy:
                     freeze_all_but(chunk, POLICY)
         adapter = None if source.adapter is None else role
-        found.append([FrozenModel(chunk, adapter, shared) for chunk in chunks])
+        found.append(
+            [FrozenModel(chunk, adapter, shared, release) for chunk, release in zip(chunks, releases, strict=True)]
+        )
     return [list(models) for models in zip(*found, strict=True)]

@@ -76,7 +76,10 @@ def draw_metrics(output_dir: Path) -> None:
     try:
         records = read_records(output_dir)
         if len(records) < _DRAWN_STEPS:
-            logger.info("its course as a picture: tgdpo plot %s", shlex.quote(str(output_dir)))
+            logger.info(
+                "%s is drawn of %d steps and more; of these %d: tgdpo plot %s",
+                FIGURE_FILE, _DRAWN_STEPS, len(records), shlex.quote(str(output_dir)),
+            )  # fmt: skip
             return
         draw({output_dir.resolve().name: records}, out)
     except Exception as error:

@@ -9,8 +9,8 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.batching.packed_sequence import PackFormat
 from megatron_tgdpo.config.schema import Config
-from megatron_tgdpo.gpu.peak import peak_tflops
 from megatron_tgdpo.planning.model_flops import step_flops, step_models
+from megatron_tgdpo.planning.peak import peak_tflops
 
 
 @dataclass(frozen=True)

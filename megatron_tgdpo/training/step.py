@@ -8,7 +8,6 @@ from itertools import tee
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
@@ -96,19 +95,18 @@ def train_step(
 def clip_gradients(optimizer: ChainedOptimizer, norm: float) -> None:
     """Scales this rank's gradients in place if their global norm is above ``clip_grad`` of the optimizer's config.
 
-    Source: ``ChainedOptimizer.step`` of megatron-core 0.16.1.
+    In place, where megatron-core's own makes a scaled copy of each gradient if it has no fused kernel. Source:
+    ``ChainedOptimizer.step`` and ``clip_grads.py`` of megatron-core 0.16.1.
     """
     settings = optimizer.config
+    factor = settings.clip_grad / (norm + 1e-6) if settings.clip_grad > 0 else 1.0
+    # An optimizer that is offloaded keeps gradients there.
+    name = "decoupled_grad" if settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
     parameters = [parameter for each in optimizer.chained_optimizers for parameter in each.get_parameters()]
-    # A rank may own no parameter, and the fused kernel takes no empty list.
-    if settings.clip_grad > 0 and parameters:
-        clip_grad_by_total_norm_fp32(
-            parameters,
-            max_norm=settings.clip_grad,
-            total_norm=norm,
-            # An optimizer that is offloaded keeps gradients there.
-            use_decoupled_grad=settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-        )
+    gradients = [gradient for one in parameters if (gradient := getattr(one, name, None)) is not None]
+    # A rank may own no parameter.
+    if factor < 1 and gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def _forward_backward_with_prefetch(

@@ -53,10 +53,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Metric, its name in the progress line, its format.
+# Metric, its name in the progress line, its format; not all of them, so that a line with its clock fits 100 columns.
 _PROGRESS = (
     ("train/loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".3f"),
-    ("train/grad_norm", "grad", ".2f"), ("train/lr", "lr", ".3g"),
+    ("train/grad_norm", "grad", ".2f"),
 )  # fmt: skip
 _EVAL_PROGRESS = (
     ("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".3f"),
@@ -298,7 +298,7 @@ class Trainer:
         eta = timedelta(seconds=math.ceil(seconds_per_step * (self.last_step - step)))
         return (
             f"step {step}/{self.data.order.steps} {_shown(values, _PROGRESS)} | "
-            f"{values['perf/tokens_per_second']:.0f} tokens/s {values['perf/step_seconds']:.3g} s/step ETA {eta}"
+            f"{values['perf/step_seconds']:.3g} s/step ETA {eta}"
         )
 
 

@@ -45,6 +45,7 @@ CASES = (
     Case("plain-softmax", 1, family="qwen3_moe-plain", guide=None),
     Case("shared-expert", 1, family="qwen2_moe"),
     Case("frozen-experts", 1, family="llama", guide="mixtral"),
+    Case("gpt-oss", 1, family="gpt_oss", guide=None),
     Case("tp2-sp", 2, _SP),
     Case("ep2", 2, {"expert": 2}, guide="mixtral"),
     Case("ep2-cp2", 2, {"expert": 2, "context": 2}),
@@ -58,6 +59,9 @@ CASES = (
     Case("ep2-then-tp2-sp", 2, {"expert": 2}, then=_SP),
     Case("tp2-sp-then-ep2", 2, _SP, guide="mixtral", then={**_SP, "expert": 2, "expert_tensor": 1}),
     Case("ep2-over-tensor-ranks-shared-expert", 2, {**_SP, "expert": 2, "expert_tensor": 1}, family="qwen2_moe"),
+    Case("ep2-over-tensor-ranks-gpt-oss", 2, {**_SP, "expert": 2, "expert_tensor": 1}, family="gpt_oss"),
+    Case("tp2-sp-whole-experts-frozen-gpt-oss", 2, {**_SP, "expert_tensor": 1}, family="llama", guide="gpt_oss"),
+    Case("pp2-cp2-gpt-oss", 4, {"pipeline": 2, "context": 2}, family="gpt_oss", guide=None),
     Case("ep4", 4, {"expert": 4}, family="mixtral"),
     Case("ep2-dp4", 4, {"expert": 2}, guide="qwen3_moe"),
     Case("ep2-dp4-overlap", 4, {"expert": 2}, guide=None, sections=_OVERLAP),
@@ -118,7 +122,7 @@ class Inputs:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     root = tmp_path_factory.mktemp("experts")
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "mlp_size": 48}
-    for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral"):
+    for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss"):
         make_model(root / f"policy-{family}", family, seed=1, **small)
         make_model(root / f"guide-{family}", family, seed=2, **small)
     make_model(root / "policy-qwen3_moe-plain", "qwen3_moe", seed=3, **small, norm_topk_prob=False)

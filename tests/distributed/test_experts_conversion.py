@@ -18,11 +18,18 @@ from tests.tiny_models import EXPERT_OPTIONS, make_model
 WORKER = "tests.distributed.worker_experts"
 # Tensor, expert and expert-tensor ranks.
 LAYOUTS = {1: ("1-1-1",), 2: ("1-2-1", "2-1-2", "2-2-1", "2-1-1"), 4: ("1-4-1", "2-2-2")}
-CASES = [(n, name) for n, names in LAYOUTS.items() for name in names]
 MODELS: dict[str, dict[str, Any]] = {
     **{family: {"family": family} for family in EXPERT_OPTIONS},
     **{f"{family}-bf16-tied": {"family": family, "dtype": torch.bfloat16, "tied": True} for family in EXPERT_OPTIONS},
 }
+# Experts with biases are not cut.
+CASES = [
+    (layout, model)
+    for layouts in LAYOUTS.values()
+    for layout in layouts
+    for model in MODELS
+    if not (layout.endswith("2") and model.startswith("gpt_oss"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +63,7 @@ def expected(root: Path) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", [name for _, name in CASES])
+@pytest.mark.parametrize(("layout", "model"), CASES)
 def test_experts_and_logits_equal_hf(root: Path, expected: dict[str, Any], layout: str, model: str) -> None:
     ours, wanted = load_file(root / "out" / layout / model / "logits.safetensors"), expected[model]
     rows = sum(LENGTHS)
@@ -70,8 +76,7 @@ def test_experts_and_logits_equal_hf(root: Path, expected: dict[str, Any], layou
         assert 0 < experts.float().mean(0).min() < experts.float().mean(0).max() < 1, "all go the same way"
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", [name for _, name in CASES])
+@pytest.mark.parametrize(("layout", "model"), CASES)
 def test_weights_come_back_to_the_bit(root: Path, layout: str, model: str) -> None:
     for source in ("hf", "megatron"):
         assert_same_weights(root / "out" / layout / model / source, root / "hf" / model)

@@ -21,6 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "both": {"overlap": {"grad_reduce": True, "param_gather": True}},
     "both-continued": {"overlap": {"grad_reduce": True, "param_gather": True}},
     "frozen": {"offload": {"frozen": True}},
+    "frozen-disk": {"offload": {"frozen": True, "frozen_from": "disk"}},
     "unfused": {"train": {"fused": "off"}},
 }
 

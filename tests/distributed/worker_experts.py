@@ -19,6 +19,7 @@ from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import destroy_model_parallel, init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.models.experts import Router
+from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
@@ -36,6 +37,8 @@ def run_layout(root: Path, name: str) -> None:
     pg = init_model_parallel(layout, seed=1, timeout_minutes=15)
     for hf in sorted((root / "hf").iterdir()):
         hf_config, out = read_hf_config(hf), root / "out" / name / hf.name
+        if expert_tensor > 1 and family_of(hf_config.architectures).config_kwargs(hf_config)["add_bias_linear"]:
+            continue
         model = build_language_model(hf_config, layout, pg, dtype=torch.float32, device=CPU)
         load_weights(model, hf, hf_config, pg)
         planned = {"all": stage_parameters(hf_config, layout, 0), "experts": expert_parameters(hf_config, layout, 0)}

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from checkpoints_convert.logits import packing_of
 from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
-from megatron_tgdpo.distributed.layout import ParallelLayout, init_model_parallel, make_layout
+from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
 from megatron_tgdpo.gpu.kernel_choice import core_attention_spec
 from megatron_tgdpo.models.families import family_of
@@ -42,13 +42,13 @@ ROW, LENGTHS = 128, [60, 40]
 def build(
     spec: str, hf_config: PretrainedConfig, layout: ParallelLayout, pg: ProcessGroupCollection, **overrides: Any
 ) -> LanguageModel:
-    """The model on a layer spec; scores with a cap are FlexAttention's on a GPU, whose backward the CPU lacks."""
+    """The model on a layer spec; caps and sinks are FlexAttention's on a GPU, whose backward the CPU lacks."""
     if spec == "local":
         return build_language_model(
             hf_config, layout, pg, dtype=torch.float32, device=CPU, transformer_overrides=overrides
         )
-    capped = bool(getattr(hf_config, "attn_logit_softcapping", None))
-    attention = core_attention_spec("blocks" if capped else "transformer_engine")
+    flex = bool(getattr(hf_config, "attn_logit_softcapping", None)) or hf_config.model_type == "gpt_oss"
+    attention = core_attention_spec("blocks" if flex else "transformer_engine")
     with fake_te.importable():
         block = partial(te_block_spec, core_attention=attention, parts=fake_te.PARTS)
         return build_language_model(
@@ -144,19 +144,24 @@ def main() -> None:
     enable_cpu_backend()
     ranks = read_rank_environment()
     init_distributed(ranks, CPU, 15, connect_store(ranks))
-    layout = make_layout(2, 1, 1, True, dist.get_world_size())
-    pg = init_model_parallel(layout, seed=1, timeout_minutes=15)
     if dist.get_rank() == 0:
         (root / "out").mkdir()
         (root / "checkpoints").mkdir()
     dist.barrier()
-    for hf in sorted((root / "hf").iterdir()):
-        hf_config = read_hf_config(hf)
-        found = compare(hf, root, layout, pg)
-        if not family_of(hf_config.architectures).has_experts:
-            found["adapters"] = compare_adapters(hf, layout, pg)
-        if dist.get_rank() == 0:
-            (root / "out" / f"{hf.name}.json").write_text(json.dumps(found))
+    # Experts with biases are not cut.
+    for expert_tensor in (2, 1):
+        layout = make_layout(2, 1, 1, True, dist.get_world_size(), expert_tensor=expert_tensor)
+        pg = init_model_parallel(layout, seed=1, timeout_minutes=15)
+        for hf in sorted((root / "hf").iterdir()):
+            hf_config = read_hf_config(hf)
+            if (hf_config.model_type == "gpt_oss") != (expert_tensor == 1):
+                continue
+            found = compare(hf, root, layout, pg)
+            if not family_of(hf_config.architectures).has_experts:
+                found["adapters"] = compare_adapters(hf, layout, pg)
+            if dist.get_rank() == 0:
+                (root / "out" / f"{hf.name}.json").write_text(json.dumps(found))
+        destroy_model_parallel()
     dist.destroy_process_group()
 
 

@@ -42,7 +42,7 @@ import torch.distributed as dist
 from megatron_tgdpo.distributed.cpu_backend import resolve_device
 from megatron_tgdpo.distributed.layout import destroy_model_parallel
 from megatron_tgdpo.gpu.capabilities import dotted
-from megatron_tgdpo.gpu.peak import peak_tflops
+from megatron_tgdpo.planning.peak import peak_tflops
 from tests.gpu.bench import Bench
 from tests.gpu.figures import Figure, line, skipped, table, write_json
 from tests.gpu.parts import PARTS

@@ -154,3 +154,13 @@ def test_a_plan_is_made_without_megatron_core() -> None:
         [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_ranks_start_without_what_few_of_them_use() -> None:
+    """nltk imports scipy, a second's work; only those who split sentences need it."""
+    modules = ("megatron_tgdpo.training.run", "megatron_tgdpo.guidance.precompute", "tgdpo.reporting.build")
+    code = f"import {', '.join(modules)}, sys; print([name for name in ('nltk', 'scipy') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stderr

@@ -51,6 +51,7 @@ _TORCH = "dist_checkpointing.strategies.torch"
 _DISTRIBUTED_OPTIMIZER = "optimizer.distrib_optimizer.DistributedOptimizer"
 _SCHEDULES = "pipeline_parallel.schedules"
 _RANDOM = "tensor_parallel.random"
+_BUFFERS = "distributed.param_and_grad_buffer"
 _EXPERTS, _EXCHANGE = "models/experts.py", "transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
 
 # fmt: off
@@ -99,8 +100,6 @@ CONTRACT = [
            "bf16 params_dtype use_distributed_optimizer", "setup/optimizer.py", "its settings"),
     Relied("optimizer.get_megatron_optimizer", "config model_chunks use_gloo_process_groups", "setup/optimizer.py",
            "returns a chain of one DistributedOptimizer, with experts on other ranks of two"),
-    Relied("optimizer.clip_grads.clip_grad_by_total_norm_fp32", "parameters max_norm total_norm", "training/step.py",
-           "clips by a norm that was looked at before"),
     Relied("optimizer.cpu_offloading.HybridDeviceOptimizer", None, _SHARDING, "tells an optimizer in host memory"),
     Relied("optimizer.cpu_offloading.HybridDeviceOptimizer._sync_hdo_state_to_sub_optimizers", "", "",
            "loaded moments reach the optimizers beneath"),
@@ -157,7 +156,9 @@ CONTRACT = [
            "models/layer_spec_te.py", "experts as one product of groups"),
     Relied("tensor_parallel.layers.ColumnParallelLinear", None, "models/language_model.py", "the output layer"),
     Relied("tensor_parallel.layers.RowParallelLinear", None, "models/language_model.py", "a layer's output"),
-    Relied("tensor_parallel.layers.VocabParallelEmbedding", None, "models/language_model.py", "the embedding"),
+    Relied("tensor_parallel.layers.VocabParallelEmbedding", None, "models/embedding.py models/language_model.py",
+           "base class of ours, without a GPU"),
+    Relied("tensor_parallel.layers.VocabParallelEmbedding.forward", "input_", "", "overridden: gradient by rows"),
     Relied("tensor_parallel.layers.set_tensor_model_parallel_attributes", "tensor is_parallel dim stride",
            "models/language_model.py models/lora.py models/norm.py", "marks what is split, for norms and checkpoints"),
     Relied("transformer.utils.make_sharded_tensors_for_checkpoint",
@@ -176,6 +177,9 @@ CONTRACT = [
     Relied(_RANDOM, None, "distributed/cpu_backend.py", "the two functions below are replaced"),
     Relied(f"{_RANDOM}._get_cuda_rng_state", "device clone graph_safe", "", "called with these"),
     Relied(f"{_RANDOM}._set_cuda_rng_state", "new_state device graph_safe", "", "called with these"),
+    Relied(_BUFFERS, None, "distributed/cpu_backend.py", "the two functions below are replaced"),
+    Relied(f"{_BUFFERS}.dist_reduce_scatter_func", "output input", "", "called with these, by place"),
+    Relied(f"{_BUFFERS}.dist_all_gather_func", "output_tensor input_tensor", "", "called with these, by place"),
 ]
 # fmt: on
 

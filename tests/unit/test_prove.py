@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tgdpo.gpu.peak import peak_tflops
 from megatron_tgdpo.models.hf_weights.mapping import parameter_count
+from megatron_tgdpo.planning.peak import peak_tflops
 from tests.gpu.figures import (
     Figure,
     at_least,

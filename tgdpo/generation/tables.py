@@ -1,6 +1,7 @@
 """Text tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_tgdpo.intervals import Estimate
 
@@ -22,3 +23,23 @@ def with_interval(estimate: Estimate | None, form: str) -> str:
     if estimate.low is None or estimate.high is None:
         return value
     return f"{value} [{form.format(estimate.low)}, {form.format(estimate.high)}]"
+
+
+def summary_table(values: Mapping[str, Any]) -> str:
+    """A command's summary for people, a line each; what has parts, such as lengths of several kinds, part by part."""
+    lines = {name.replace("_", " "): _cell(value) for name, value in values.items() if not _is_table(value)}
+    for name, value in values.items():
+        if _is_table(value):
+            lines |= {f"{name} of {part}".replace("_", " "): _cell(of) for part, of in value.items()}
+    width = max(map(len, lines))
+    return "\n".join(f"{name.ljust(width)}  {cell}" for name, cell in lines.items())
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(part, Mapping) for part in value.values())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(of)}" for name, of in value.items())
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:.0f}"

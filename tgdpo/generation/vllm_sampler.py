@@ -54,6 +54,7 @@ class VllmSampler:
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # none of the model's own sampling settings
                 trust_remote_code=False,
+                use_tqdm_on_load=False,
                 **_memory(),
             )
         except Exception as error:  # pydantic's, its own, or those of a process that it started

@@ -15,8 +15,6 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-import torch
-
 from megatron_tgdpo import console
 from megatron_tgdpo.errors import UserError, one_line
 from megatron_tgdpo.resilience.launch import end_with_parent
@@ -35,7 +33,7 @@ def process_count(nproc: int | None) -> int:
     Raises:
         UserError: There are fewer GPUs.
     """
-    gpus = torch.cuda.device_count()
+    gpus = _gpu_count()
     if nproc is None:
         return max(gpus, 1)
     if 0 < gpus < nproc:
@@ -186,9 +184,16 @@ def _answering(processes: dict[_Process, int]) -> list[_Process]:
     return list(dict.fromkeys(waited[end] for end in wait(list(waited))))  # type: ignore[index]
 
 
+def _gpu_count() -> int:
+    # Here, because a command that asks a server does without the seconds that this import takes.
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _share(number: int, count: int) -> str | None:
     """The GPUs of a process, as CUDA_VISIBLE_DEVICES names them; None without any."""
-    gpus = torch.cuda.device_count()
+    gpus = _gpu_count()
     names = os.environ[_DEVICES].split(",")[:gpus] if os.environ.get(_DEVICES) else list(map(str, range(gpus)))
     size = gpus // count
     return ",".join(names[number * size : (number + 1) * size]) or None

@@ -1,4 +1,4 @@
-"""Judges: a model in this process, or a server that speaks OpenAI's chat completions."""
+"""Judges: a model, or a server that speaks OpenAI's chat completions."""
 
 import argparse
 import http.client
@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -184,7 +185,7 @@ def _read(response: Any, end: float) -> bytes:
 
 
 class ModelJudge:
-    """A model in this process, greedy; see `tgdpo.generation.backends.make_generator`."""
+    """A model, greedy; see `tgdpo.generation.backends.make_generator`."""
 
     def __init__(self, sampler: Any, tokenizer: Any) -> None:
         self._sampler = sampler
@@ -222,25 +223,42 @@ def judge_settings(given: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def open_judge(given: argparse.Namespace) -> Iterator[Judge]:
-    """The judge of the command line; a Megatron checkpoint is exported for the time."""
+def judge_directory(given: argparse.Namespace) -> Iterator[Path | None]:
+    """The HF directory of the command line's judge, None for a server; a checkpoint is exported for the time."""
     if is_url(given.judge):
-        yield Endpoint(given.judge, given.judge_model, max_new_tokens=given.max_new_tokens, timeout=given.timeout)
+        yield None
         return
+    from tgdpo.generation.models import hf_directory
+
+    with hf_directory(given.judge_directory, given.scratch) as directory:
+        yield directory
+
+
+def make_judge(given: argparse.Namespace, directory: Path | None) -> Judge:
+    """The judge of a command line.
+
+    Args:
+        given: Its options.
+        directory: What :func:`judge_directory` gives.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
+    if directory is None:
+        return Endpoint(given.judge, given.judge_model, max_new_tokens=given.max_new_tokens, timeout=given.timeout)
     from megatron_tgdpo.data.tokenizers import load_tokenizer
     from tgdpo.generation.backends import make_generator
-    from tgdpo.generation.models import default_device, dtype_of, hf_directory, tokenizer_directory
+    from tgdpo.generation.models import default_device, dtype_of, tokenizer_directory
 
     device = default_device()
     tokenizer = load_tokenizer(str(tokenizer_directory(given.judge_directory)), given.chat_template)
-    with hf_directory(given.judge_directory, given.scratch) as directory:
-        sampler = make_generator(
-            "transformers",
-            directory,
-            tokenizer,
-            top_p=1.0,
-            max_new_tokens=given.max_new_tokens,
-            dtype=dtype_of(given.dtype, device),
-            device=device,
-        )
-        yield ModelJudge(sampler, tokenizer)
+    sampler = make_generator(
+        "transformers",
+        directory,
+        tokenizer,
+        top_p=1.0,
+        max_new_tokens=given.max_new_tokens,
+        dtype=dtype_of(given.dtype, device),
+        device=device,
+    )
+    return ModelJudge(sampler, tokenizer)

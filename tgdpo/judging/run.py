@@ -4,8 +4,9 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from megatron_tgdpo.console import progress
 from megatron_tgdpo.data.manifest import digest_file
 from megatron_tgdpo.intervals import Estimate
 from tgdpo.generation.journal import SUFFIX, Journal, check_writable, finished_summary, write_whole
+from tgdpo.generation.workers import Workers, process_count
 from tgdpo.judging.answers import Dialogue, check_same_questions, read_answers
 from tgdpo.judging.chart import draw
-from tgdpo.judging.judges import Judge, judge_settings, open_judge
+from tgdpo.judging.judges import Judge, is_url, judge_directory, judge_settings, make_judge
 from tgdpo.judging.statistics import bootstrap, first_place_rate, length_controlled, mean, tie_rate
 from tgdpo.judging.verdicts import PAIR, SCORE, combine, pair_prompt, parse_score, parse_winner, score_prompt
 
@@ -28,6 +30,8 @@ Item = tuple[str, Dialogue, Dialogue | None]
 
 def judge_answers(given: argparse.Namespace) -> dict[str, Any]:
     """Runs the job, or what is left of it, and returns the content of :data:`RESULTS`."""
+    # A server is asked by this process, whatever GPUs are here.
+    processes = 1 if is_url(given.judge) else process_count(given.nproc)
     name, first = read_answers(given.answers, given.questions)
     baseline, second = read_answers(given.against, given.questions) if given.against else (None, {})
     if given.against:
@@ -48,8 +52,11 @@ def judge_answers(given: argparse.Namespace) -> dict[str, Any]:
         check_writable(file)
     with Journal(out.with_name(out.name + SUFFIX), settings, created=time.time()) as journal:
         if journal.done < len(items):
-            with open_judge(given) as judge:
-                _fill(journal, items, judge, given.batch)
+            with (
+                judge_directory(given) as directory,
+                Workers(processes, partial(make_judge, given, directory)) as workers,
+            ):
+                _fill(journal, items, workers, given.batch)
         judgments = list(journal.parts())
         write_whole(out, [json.dumps(judgment, ensure_ascii=False) + "\n" for judgment in judgments])
         results = {
@@ -65,17 +72,18 @@ def judge_answers(given: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _fill(journal: Journal, items: Sequence[Item], judge: Judge, size: int) -> None:
+def _fill(journal: Journal, items: Sequence[Item], workers: Workers[Judge], size: int) -> None:
     """Judges what is missing, a line each. Batches begin at multiples of their size, so that a restart has the same."""
+    starts = [journal.done, *range((journal.done // size + 1) * size, len(items), size)]
+    batches = [items[start:end] for start, end in zip(starts, [*starts[1:], len(items)], strict=True)]
     with progress("judging", len(items), "question", initial=journal.done) as bar:
-        while journal.done < len(items):
-            start = journal.done
-            for judgment in _judge_batch(items[start : (start // size + 1) * size], judge):
+        for judgments in workers.map(_judge_batch, batches):
+            for judgment in judgments:
                 journal.append(judgment)
                 bar.update()
 
 
-def _judge_batch(items: Sequence[Item], judge: Judge) -> Iterator[dict[str, Any]]:
+def _judge_batch(judge: Judge, items: Sequence[Item]) -> list[dict[str, Any]]:
     prompts = []
     for _, dialogue, other in items:
         if other is None:
@@ -83,21 +91,25 @@ def _judge_batch(items: Sequence[Item], judge: Judge) -> Iterator[dict[str, Any]
         else:
             prompts += [(d.place, pair_prompt(d, o)) for d, o in ((dialogue, other), (other, dialogue))]
     replies = judge.reply(prompts)
+    judgments: list[dict[str, Any]] = []
     for index, (key, dialogue, other) in enumerate(items):
         if other is None:
             reply = replies[index]
-            yield {"question": key, "score": parse_score(reply), "length": dialogue.length, "reply": reply}
+            judgments.append({"question": key, "score": parse_score(reply), "length": dialogue.length, "reply": reply})
             continue
         pair = replies[2 * index : 2 * index + 2]
         one, swapped = map(parse_winner, pair)
         verdicts = [one, None if swapped is None else 1 - swapped]
-        yield {
-            "question": key,
-            "outcome": combine(verdicts),
-            "verdicts": verdicts,
-            "lengths": [dialogue.length, other.length],
-            "replies": pair,
-        }
+        judgments.append(
+            {
+                "question": key,
+                "outcome": combine(verdicts),
+                "verdicts": verdicts,
+                "lengths": [dialogue.length, other.length],
+                "replies": pair,
+            }
+        )
+    return judgments
 
 
 def summarise(judgments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

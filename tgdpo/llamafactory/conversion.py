@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_tgdpo.checkpoints.adapter_directory import ALL_LINEAR, LINEARS, is_adapter
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
-from megatron_tgdpo.config.loading import config_from_dict, to_yaml
+from megatron_tgdpo.config.loading import changed_yaml, config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.config.values import typed
 from megatron_tgdpo.errors import UserError
@@ -263,7 +263,7 @@ def _notes(reference: Mapping[str, Any], config: Config, ignore: Sequence[str]) 
     lines = []
     left = [key for key in not_carried_over(reference, ignore) if key not in ignore]
     if left:
-        lines.append(f"left out, without effect on what is trained: {', '.join(left)}")
+        lines.append(f"left out, without effect on training: {', '.join(left)}")
     if ignore:
         lines.append(f"left out as asked, whatever the effect: {', '.join(ignore)}")
     if "max_prompt_length" in reference and config.data.max_prompt_length is None:
@@ -294,7 +294,7 @@ def import_config(args: argparse.Namespace) -> list[str]:
         write_atomically(
             Path(config.data.chat_template), chat_template(str(read_reference(args.reference)["template"]))
         )
-    write_atomically(args.out, to_yaml(config))
+    write_atomically(args.out, changed_yaml(config))
     return lines
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_tgdpo.batching.packed_sequence import PackedSequence
@@ -105,10 +106,14 @@ class PackedAttention(torch.nn.Module, abc.ABC):
 
     Every segment is causal with bottom-right alignment: its last query sees all its keys. With ``config.window_size``
     (W - 1, 0), on the layers that ``window_attn_skip_freq`` marks, a token sees itself and the W - 1 before it. With
-    ``config.attn_logit_softcapping`` the scaled scores are capped. Under context parallelism the keys and values of
-    all ranks of ``pg_collection.cp`` are gathered along the pack in rank order, and ``kv_index`` counts positions
-    there. Has no parameters of its own. The constructor's other arguments are those that megatron-core gives to every
-    core attention; ``layer_number`` is global, from 1.
+    ``config.attn_logit_softcapping`` the scaled scores are capped. With ``config.softmax_type`` ``learnable`` each head
+    has a sink: a score of its own beside those of the keys, whose weight goes to nothing. Under context parallelism the
+    keys and values of all ranks of ``pg_collection.cp`` are gathered along the pack in rank order, and ``kv_index``
+    counts positions there. The constructor's other arguments are those that megatron-core gives to every core
+    attention; ``layer_number`` is global, from 1.
+
+    Attributes:
+        softmax_offset: The sinks of this rank's heads [N], by megatron-core's name; the only parameter, None without.
 
     Args:
         cache: Shared by the layers of one model; one of its own if None.
@@ -137,6 +142,13 @@ class PackedAttention(torch.nn.Module, abc.ABC):
         self.window: int | None = config.window_size[0] + 1 if windowed else None
         self.softcap = config.attn_logit_softcapping
         self.layer_number = layer_number
+        self.softmax_offset: torch.nn.Parameter | None = None
+        self._tp_group = None if pg_collection is None else pg_collection.tp
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype, device=device))
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         self._cp_group = None
         if config.context_parallel_size > 1:
             if pg_collection is None:
@@ -156,9 +168,19 @@ class PackedAttention(torch.nn.Module, abc.ABC):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Nothing to save."""
-        del prefix, sharded_offsets, metadata
-        return {}
+        """The sinks, if there are any."""
+        if self.softmax_offset is None:
+            return {}
+        groups = {"dp_cp_group": metadata["dp_cp_group"]} if metadata else {}
+        result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"softmax_offset": self.softmax_offset},
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            **groups,
+        )
+        return result
 
     def forward(
         self,
@@ -202,6 +224,8 @@ class PackedAttention(torch.nn.Module, abc.ABC):
             # Times zero, not new zeros: a pack that is all padding must still reach every parameter in backward, or
             # data-parallel ranks would wait for its gradient hooks.
             nothing = (key[:1].sum() + value[:1].sum()) * 0
+            if self.softmax_offset is not None:
+                nothing = nothing + self.softmax_offset.sum() * 0
             return query.flatten(2) * 0 + nothing.to(query.dtype)
         # squeeze, not [:, 0], whose backward fills a tensor of the whole pack with zeros and copies into it.
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)

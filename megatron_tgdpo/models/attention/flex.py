@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megatron_tgdpo.batching.packed_sequence import PackedSequence
@@ -19,6 +20,8 @@ from megatron_tgdpo.models.attention.base import PackedAttention, Segments
 _BLOCK = 128
 # Versions of one function that torch may compile.
 _MOST_VERSIONS = 64
+# Asks for the logarithm of each softmax's sum: torch 2.9's way, and the one before.
+_WITH_SUMS = {"return_aux": flex.AuxRequest(lse=True)} if hasattr(flex, "AuxRequest") else {"return_lse": True}
 # Wider than any pack: the window of a layer without one.
 _NO_WINDOW = 2**30
 
@@ -42,13 +45,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FlexPackedAttention(PackedAttention):
-    """One FlexAttention call a pack; windows and softcaps."""
+    """One FlexAttention call a pack; windows, softcaps and sinks."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, packing: PackedSequence) -> Tensor:
         """[T, N, D], [K, G, D] twice -> [T, N, D]."""
         mask: BlockMask = self._cache.get(packing, ("mask", self.window), lambda: self._mask(segments, query.device))
         run: Any = _compiled(flex_attention) if query.is_cuda else flex_attention
-        out: Tensor = run(
+        sinks = self.softmax_offset
+        out: Any = run(
             _heads_first(query, mask.seq_lengths[0]),
             _heads_first(key, mask.seq_lengths[1]),
             _heads_first(value, mask.seq_lengths[1]),
@@ -56,8 +60,14 @@ class FlexPackedAttention(PackedAttention):
             block_mask=mask,
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
+            **({} if sinks is None else _WITH_SUMS),
         )
-        return out[0, :, : query.shape[0]].transpose(0, 1)
+        if sinks is not None:
+            # What a sink takes away: the softmax's sum has its term, too.
+            out, sums = out[0], getattr(out[1], "lse", out[1])
+            out = (out * torch.sigmoid(sums - sinks[:, None])[..., None]).to(query.dtype)
+        result: Tensor = out[0, :, : query.shape[0]].transpose(0, 1)
+        return result
 
     def _mask(self, segments: Segments, device: torch.device) -> BlockMask:
         """Which blocks of keys the blocks of queries see."""

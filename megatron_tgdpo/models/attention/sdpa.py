@@ -30,7 +30,7 @@ class PackedCausalAttention(PackedAttention):
         """One segment: [s, N, D], [t, G, D] twice -> [s, N * D]."""
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         queries, keys = q.shape[2], k.shape[2]
-        if self.softcap is None and (self.window is None or keys <= self.window):
+        if self.softcap is None and self.softmax_offset is None and (self.window is None or keys <= self.window):
             mask = None if queries == keys else _causal_mask(0, queries, 0, keys, keys - queries, q.device)
             grouped = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(
@@ -49,8 +49,9 @@ class PackedCausalAttention(PackedAttention):
         visible = _causal_mask(start, end, first, last, before, q.device)
         if self.window is not None:
             visible &= ~_causal_mask(start, end, first, last, before - self.window, q.device)
-        block = (q[:, :, start:end], k[:, :, first:last], v[:, :, first:last], visible, self.scale, self.softcap)
-        result: Tensor = checkpoint(_masked_attention, *block, use_reentrant=False, preserve_rng_state=False)
+        block = (q[:, :, start:end], k[:, :, first:last], v[:, :, first:last], visible, self.scale)
+        how = (self.softcap, self.softmax_offset)
+        result: Tensor = checkpoint(_masked_attention, *block, *how, use_reentrant=False, preserve_rng_state=False)
         return result
 
 
@@ -59,14 +60,20 @@ def _causal_mask(start: int, end: int, first: int, last: int, before: int, devic
     return torch.ones(end - start, last - first, dtype=torch.bool, device=device).tril_(start + before - first)
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """[1, N, rows, D], [1, G, columns, D] twice, [rows, columns] bool -> [1, N, rows, D]."""
-    if softcap is None:
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """[1, N, rows, D], [1, G, columns, D] twice, [rows, columns] bool, sinks [N] -> [1, N, rows, D]."""
+    if softcap is None and sinks is None:
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     # The query heads of a group as rows of one product, so that keys and values are not copied for each.
     grouped = q.reshape(k.shape[1], -1, q.shape[-1])
-    scores = (grouped @ k[0].transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)) * (scale / softcap)
-    scores = (torch.tanh(scores) * softcap).view(q.shape[1], *visible.shape).masked_fill(~visible, float("-inf"))
-    weights = scores.softmax(dim=-1).to(q.dtype).view(k.shape[1], -1, k.shape[2])
+    scores = (grouped @ k[0].transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)) * (scale / (softcap or 1))
+    if softcap is not None:
+        scores = torch.tanh(scores) * softcap
+    scores = scores.view(q.shape[1], *visible.shape).masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype)[:, None, None].expand(-1, visible.shape[0], 1)), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : k.shape[2]].to(q.dtype).reshape(k.shape[1], -1, k.shape[2])
     return (weights @ v[0]).view(q.shape)

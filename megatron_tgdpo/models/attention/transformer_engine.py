@@ -2,7 +2,8 @@
 
 Source: ``transformer_engine.pytorch.DotProductAttention`` of versions 2.9 to 2.20. It caps no scores before 2.20, and
 there with flash-attn alone (``dot_product_attention/utils.py: get_attention_backend``), so capped scores are out. Its
-thd format has no unfused path at 2.9, so fp32 is out. Nothing here imports Transformer Engine until a layer is built.
+thd format has no sinks before 2.12, and no unfused path at 2.9, so those and fp32 are out. Nothing here imports
+Transformer Engine until a layer is built.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ class TransformerEngineAttention(PackedAttention):
     """One call of flash attention or cuDNN's fused attention a pack, whichever Transformer Engine takes; windows.
 
     Raises:
-        ValueError: The model caps scores.
+        ValueError: The model caps scores, or has sinks.
     """
 
     def __init__(self, config: LanguageModelConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
@@ -29,6 +30,8 @@ class TransformerEngineAttention(PackedAttention):
         super().__init__(config, layer_number, *args, **kwargs)
         if self.softcap is not None:
             raise ValueError("Transformer Engine cannot cap scores")
+        if self.softmax_offset is not None:
+            raise ValueError("Transformer Engine before 2.12 has no sinks in its packed format")
         tensor = config.tensor_model_parallel_size
         # Heads of this rank, as if there were no tensor parallelism: the module's group is only for dropout. With more
         # ranks than key/value heads megatron-core gives each rank one of them.

@@ -26,6 +26,8 @@ class VarlenAttention(PackedAttention):
         grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _takes_groups(varlen_attn) else {}
         if self.softcap is not None:
             raise ValueError("VarlenAttention cannot cap scores")
+        if self.softmax_offset is not None:
+            raise ValueError("VarlenAttention has no sinks")
         out = varlen_attn(
             query,
             key,

@@ -9,6 +9,7 @@ from megatron_tgdpo.models.families import (
     gemma2,
     gemma3,
     glm4,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -47,6 +48,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen3_moe.FAMILY,
     qwen2_moe.FAMILY,
     mixtral.FAMILY,
+    gpt_oss.FAMILY,
 )
 # What the models of these architectures have and no model here; parts of names, the first that fits counts.
 BEYOND = {
@@ -77,7 +79,6 @@ BEYOND = {
 }
 # The same of those with experts, whatever the case of letters.
 EXPERTS_BEYOND = {
-    "GptOss": "attention sinks and experts with biases and an activation of their own",
     "Deepseek": "latent attention",
     "Qwen3Next": "linear attention",
     "Llama4": "chunked attention and layers without rotary positions",

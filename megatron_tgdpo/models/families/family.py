@@ -16,13 +16,43 @@ from megatron_tgdpo.errors import UserError
 #   qkv    query, key, value interleaved per key/value group, then rows split (weights and biases)
 #   column one tensor, rows split (as of a column-parallel linear)
 #   fused_glu, fused_qkv   as glu and qkv, of one tensor that has the parts one after another
-Kind = Literal["copy", "vocab", "row", "glu", "qkv", "column", "fused_glu", "fused_qkv"]
+# Of an expert, in one tensor that has all experts along its first axis, matrices transposed:
+#   stacked_copy   the same on every rank
+#   stacked_row    a row-parallel linear's
+#   stacked_glu    gate and up, an element of the one after one of the other
+Kind = Literal[
+    "copy",
+    "vocab",
+    "row",
+    "glu",
+    "qkv",
+    "column",
+    "fused_glu",
+    "fused_qkv",
+    "stacked_copy",
+    "stacked_row",
+    "stacked_glu",
+]
+STACKED: tuple[Kind, ...] = ("stacked_copy", "stacked_row", "stacked_glu")
 
 # A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size;
-# gate_up (twice mlp); qkv (query and twice kv); the number of experts, the intermediate size of each, and of the one
-# that all tokens go to; one.
+# the number of query heads; gate_up (twice mlp); qkv (query and twice kv); the number of experts, the intermediate size
+# of each, twice that, and of the one that all tokens go to; one.
 Dimension = Literal[
-    "vocab", "hidden", "mlp", "query", "kv", "head", "gate_up", "qkv", "experts", "expert_mlp", "shared_mlp", "one"
+    "vocab",
+    "hidden",
+    "mlp",
+    "query",
+    "kv",
+    "head",
+    "heads",
+    "gate_up",
+    "qkv",
+    "experts",
+    "expert_mlp",
+    "expert_gate_up",
+    "shared_mlp",
+    "one",
 ]
 
 
@@ -49,7 +79,7 @@ class Weight:
     @property
     def of_expert(self) -> bool:
         """Whether each expert of each layer has one."""
-        return "{expert}" in self.hf_tensors[0][0]
+        return "{expert}" in self.hf_tensors[0][0] or self.kind in STACKED
 
 
 # Keys that no family's maths depends on, beside those of transformers' base class (dtype, id2label, ...).

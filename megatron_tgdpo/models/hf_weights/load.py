@@ -28,7 +28,7 @@ _LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # An expert's, of the local layer spec or of Transformer Engine's grouped products.
 _EXPERT_PARAMETERS = (
     re.compile(r"(mlp\.experts\.)local_experts\.(\d+)\.(.+)"),
-    re.compile(r"(mlp\.experts\.)()(.+\.weight)(\d+)"),
+    re.compile(r"(mlp\.experts\.)()(.+\.(?:weight|bias))(\d+)"),
 )
 
 
@@ -41,14 +41,14 @@ class MappedParameter:
         parameter: The parameter itself, this rank's shard.
         kind: See ``families/family.py``.
         hf_names: Names of the HF tensors.
-        of_expert: Whether it is an expert's.
+        expert: Whose it is, the 0-based number among all experts; None if it is no expert's.
     """
 
     name: str
     parameter: torch.nn.Parameter
     kind: Kind
     hf_names: tuple[str, ...]
-    of_expert: bool = False
+    expert: int | None = None
 
 
 def mapped_parameters(model: LanguageModel, hf_config: PretrainedConfig) -> Iterator[MappedParameter]:
@@ -76,7 +76,7 @@ def mapped_parameters(model: LanguageModel, hf_config: PretrainedConfig) -> Iter
         # The last stage's copy of tied embeddings.
         weight = weights[EMBEDDING if key == OUTPUT and hf_config.tie_word_embeddings else key]
         names = tuple(hf_name.format(layer=layer, expert=expert) for hf_name, _ in weight.hf_tensors)
-        yield MappedParameter(name, parameter, weight.kind, names, expert is not None)
+        yield MappedParameter(name, parameter, weight.kind, names, expert)
 
 
 def without_expert(key: str) -> tuple[str, int | None]:
@@ -135,10 +135,11 @@ def load_hf_weights(model: LanguageModel, path: Path, hf_config: PretrainedConfi
     checkpoint = open_hf(path, hf_config)
     heads = Heads.of(hf_config)
     for mapped in mapped_parameters(model, hf_config):
-        rank = (pg.expt_tp if mapped.of_expert else pg.tp).rank()
-        shard = read_shard(checkpoint, mapped.kind, mapped.hf_names, mapped.parameter.shape, heads, rank)
-        if shard.shape != mapped.parameter.shape:
-            raise ValueError(f"{mapped.name}: {list(shard.shape)} read for {list(mapped.parameter.shape)}")
+        rank = (pg.tp if mapped.expert is None else pg.expt_tp).rank()
+        shape = mapped.parameter.shape
+        shard = read_shard(checkpoint, mapped.kind, mapped.hf_names, shape, heads, rank, mapped.expert)
+        if shard.shape != shape:
+            raise ValueError(f"{mapped.name}: {list(shard.shape)} read for {list(shape)}")
         write_parameter(mapped.parameter, shard)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.families.family import Dimension, Family, Kind, Weight
+from megatron_tgdpo.models.families.family import STACKED, Dimension, Family, Kind, Weight
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.models.rotary import head_dim
@@ -90,6 +90,11 @@ class GlobalParameter:
         """Where it lies on the first axes of the checkpoint's tensor."""
         return tuple(number for number in (self.layer, self.expert) if number is not None)
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether its HF tensor has those of the layer's other experts, too."""
+        return self.kind in STACKED
+
 
 def _stored_names(family: Family) -> dict[str, str]:
     """What names in a checkpoint begin with instead of their beginnings in the local spec's model, in a layer."""
@@ -127,9 +132,11 @@ def global_parameters(
             for hf_name, dimensions in weight.hf_tensors
         )
         rows = padded if weight.kind == "vocab" else sum(shape[0] for _, shape in tensors)
+        # An expert's part of a stacked tensor, transposed.
+        whole = tensors[0][1][:0:-1] if weight.kind in STACKED else (rows, *tensors[0][1][1:])
         stored = next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
         key, stored = (name, stored) if layer is None else (_LAYERS + name, _LAYERS + stored)
-        return GlobalParameter(key, layer, expert, stored, weight.kind, (rows, *tensors[0][1][1:]), tensors)
+        return GlobalParameter(key, layer, expert, stored, weight.kind, whole, tensors)
 
     first = [make(EMBEDDING, weights.pop(EMBEDDING), None)]
     layers = [
@@ -176,7 +183,8 @@ def active_parameter_count(hf_config: PretrainedConfig) -> int:
     experts, total = Experts.of(hf_config), 0
     for parameter in global_parameters(hf_config, every_expert=False):
         met = experts.top_k if experts is not None and parameter.expert is not None else 1
-        total += met * sum(math.prod(shape) for _, shape in parameter.hf_tensors)
+        tensors = [shape[1:] if parameter.is_stacked else shape for _, shape in parameter.hf_tensors]
+        total += met * sum(map(math.prod, tensors))
     return total
 
 
@@ -190,18 +198,26 @@ def _sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
         "mlp": hf_config.intermediate_size,
         "experts": kwargs.get("num_moe_experts", 0),
         "expert_mlp": kwargs.get("moe_ffn_hidden_size", 0),
+        "expert_gate_up": 2 * kwargs.get("moe_ffn_hidden_size", 0),
         "shared_mlp": kwargs.get("moe_shared_expert_intermediate_size", 0),
         "one": 1,
         "query": query,
         "kv": kv,
         "head": heads.size,
+        "heads": hf_config.num_attention_heads,
         "gate_up": 2 * hf_config.intermediate_size,
         "qkv": query + 2 * kv,
     }
 
 
 def read_shard(
-    checkpoint: HfCheckpoint, kind: Kind, names: Sequence[str], shape: Sequence[int], heads: Heads, rank: int
+    checkpoint: HfCheckpoint,
+    kind: Kind,
+    names: Sequence[str],
+    shape: Sequence[int],
+    heads: Heads,
+    rank: int,
+    expert: int | None = None,
 ) -> Tensor:
     """Reads from HF files exactly what one tensor-parallel rank (of an expert, one of the ranks that share it) holds of
     a parameter.
@@ -213,6 +229,7 @@ def read_shard(
         shape: Of the shard.
         heads: Attention geometry.
         rank: The tensor-parallel rank.
+        expert: Of an expert's parameter, its number.
 
     Returns:
         The shard, in the stored dtype.
@@ -229,6 +246,13 @@ def read_shard(
             return torch.cat((rows, rows.new_zeros(shape[0] - rows.shape[0], shape[1])))
         case "column":
             return checkpoint.rows(names[0], start, end)
+        case "stacked_copy":
+            return _of_expert(checkpoint, names[0], expert)
+        case "stacked_row":
+            return _of_expert(checkpoint, names[0], expert)[rank * shape[1] : (rank + 1) * shape[1]].T
+        case "stacked_glu":
+            half, both = shape[0] // 2, _of_expert(checkpoint, names[0], expert)
+            return torch.cat([both[..., first::2][..., rank * half : (rank + 1) * half].T for first in (0, 1)])
         case "glu":
             half = shape[0] // 2
             return torch.cat([checkpoint.rows(name, rank * half, (rank + 1) * half) for name in names])
@@ -242,6 +266,12 @@ def read_shard(
             firsts = (0, *itertools.accumulate(heads.rows))
             runs = qkv_runs(start, end, heads)
             return torch.cat([checkpoint.rows(names[0], firsts[i] + a, firsts[i] + b) for i, a, b in runs])
+
+
+def _of_expert(checkpoint: HfCheckpoint, name: str, expert: int | None) -> Tensor:
+    """An expert's part of a tensor that has those of all experts."""
+    assert expert is not None
+    return checkpoint.rows(name, expert, expert + 1)[0]
 
 
 def qkv_runs(start: int, end: int, heads: Heads) -> Iterator[tuple[int, int, int]]:
@@ -264,6 +294,9 @@ def join_shards(kind: Kind, shards: list[Tensor], heads: Heads, vocab_size: int)
         shards: By tensor-parallel rank; for ``copy`` only the first counts.
         heads: Attention geometry.
         vocab_size: Of the HF model: padded rows beyond it are dropped.
+
+    Returns:
+        Of a stacked HF tensor the expert's part, [1, ...].
     """
     match kind:
         case "copy":
@@ -272,6 +305,12 @@ def join_shards(kind: Kind, shards: list[Tensor], heads: Heads, vocab_size: int)
             return [torch.cat(shards, dim=1)]
         case "column":
             return [torch.cat(shards)]
+        case "stacked_copy":
+            return [shards[0][None]]
+        case "stacked_row":
+            return [torch.cat(shards, dim=1).T[None]]
+        case "stacked_glu":
+            return [torch.stack(join_shards("glu", shards, heads, vocab_size), dim=1).flatten(0, 1).T[None]]
         case "fused_glu" | "fused_qkv":
             return [torch.cat(join_shards(_UNFUSED[kind], shards, heads, vocab_size))]
         case "vocab":

@@ -4,8 +4,10 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from megatron_tgdpo.errors import UserError
 from tools.benchmarks.training_step import __main__
@@ -14,6 +16,7 @@ from tools.benchmarks.training_step.models import SHAPES, llama_config, write_mo
 from tools.benchmarks.training_step.operators import GROUPS, PYTHON, STEP, group_of
 from tools.benchmarks.training_step.preference_pairs import find_source
 from tools.benchmarks.training_step.profiling import ProfilingRecorder, group_seconds, step_operators
+from tools.benchmarks.training_step.roofline import product_rate, variant_flops
 from tools.benchmarks.training_step.table import Spread, aligned
 
 
@@ -41,6 +44,25 @@ def test_spread_pairs_have_these_lengths(tmp_path: Path) -> None:
     assert pairs.dataset.lengths.sum(axis=0).tolist() == [80, 80, 80]
     assert sorted(pairs.dataset.lengths[:, 0].tolist()) == [10, 17, 23, 30]
     assert pairs.sequence_tokens() == 4 * 80
+
+
+def test_what_variants_compute() -> None:
+    """Passes of a model: three of a policy, two beside an adapter, one of a frozen one; a prompt once where shared."""
+    shape = llama_config(SHAPES["20m"], 1000, tied=False, max_length=64)
+    shape.architectures = ["LlamaForCausalLM"]
+    lengths = np.array([[10, 20, 30], [5, 6, 7]])
+    cached, colocated, lora = (
+        variant_flops(shape, lengths, frozen=frozen, adapter=adapter, shared_prompts=True)
+        for frozen, adapter in ((0, False), (2, False), (2, True))
+    )
+    assert colocated * 3 == cached * 5
+    assert lora * 3 == cached * 4
+    assert variant_flops(shape, lengths, frozen=0, adapter=False, shared_prompts=False) > cached
+    layers = sum(p.numel() for p in LlamaForCausalLM(shape).model.layers.parameters() if p.dim() == 2)
+    logits = 1000 * shape.hidden_size
+    # Without attention: two operations a weight, token and pass.
+    assert cached > 3 * 2 * (78 * layers + 63 * logits) > 0.97 * cached
+    assert product_rate(torch.device("cpu"), torch.float32) > 1e8
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
@@ -103,7 +125,7 @@ def test_a_profile_adds_up_to_the_step() -> None:
     assert {"matrix products of layers", "log-probs, the rest", "zeroing, norm, clipping, update"} <= groups.keys()
     assert sum(groups.values()) == pytest.approx(sum(operator.seconds for operator in operators))
     assert list(groups.values()) == sorted(groups.values(), reverse=True)
-    assert len(recorder.result().seconds) == 2
+    assert len(recorder.result(torch.float32).seconds) == 2
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -90,7 +90,9 @@ def test_timed_steps_take_every_pair_once() -> None:
 
 
 def result(losses: list[float], seconds: float = 1.0, peak: int = 300) -> VariantResult:
-    return VariantResult(losses, [seconds, seconds], imported_bytes=100, weight_bytes=50, peak_bytes=peak)
+    return VariantResult(
+        losses, [seconds, seconds], imported_bytes=100, weight_bytes=50, peak_bytes=peak, product_flops=400.0
+    )
 
 
 def jobs(*variants: str) -> list[Job]:
@@ -123,10 +125,11 @@ def test_figures_are_ratios_of_the_same_round() -> None:
         "cached": [result(losses, 1.0, 350), result(losses, 4.0, 350), result(losses, 2.0, 350)],
         "dpo-cached": [result(losses, 1.0, 350), result(losses, 5.0, 350), result(losses, 2.0, 350)],
     }
-    row = metrics(PROBLEM, 800, results)["cached"]
+    row = metrics(PROBLEM, 800, {"reference": 1000, "cached": 600, "dpo-cached": 600}, results)["cached"]
     assert (row["speed_ratio"].median, row["speed_ratio"].low, row["speed_ratio"].high) == (3.0, 2.0, 4.0)
     assert row["pairs_per_second"].median == 2.0  # 8 pairs in two steps of 2 s
     assert row["tokens_per_second"].median == 200.0
+    assert row["product_share"].median == pytest.approx(600 / 4 / 400)  # FLOP in two steps of 2 s, by FLOP/s
     assert row["peak_ratio"].median == pytest.approx(350 / 1150)
     assert row["added_ratio"].median == pytest.approx(200 / 1000)
     assert yardstick_lines(results) == ["step of cached over policy-only DPO (dpo-cached): 1.000 (0.800-1.000)"]

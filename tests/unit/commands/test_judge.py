@@ -262,6 +262,7 @@ def test_an_interrupted_run_asks_only_for_the_rest(
         (["--judge", "http://me:secret@localhost/v1"], "a URL must be like"),
         (["--judge", "http://127.0.0.1:x/v1"], "no URL"),
         (["--judge", "http://127.0.0.1/v1"], "--judge-model is missing"),
+        (["--judge", "http://127.0.0.1/v1", "--judge-model", "j", "--nproc", "2"], "--nproc is for a model as judge"),
         (["--judge", "{tmp}/no"], "--judge {tmp}/no: no such directory"),
         (["--judge", "http://127.0.0.1/v1", "--against", "{tmp}/no"], "--against {tmp}/no: no such file"),
     ],

@@ -57,6 +57,7 @@ BROKEN = [
     (["lora.rank=4", "precision.fp8=delayed"], "section lora with precision.fp8 delayed and fp4 none: beside adapters"),
     (["lora.rank=4", "precision.frozen=fp8"], "section lora with precision.frozen fp8: the policy's weights"),
     (["lora.rank=4", "loss.method=dpo", "model.guide=null", "offload.frozen=true"], "offload.frozen with section lora"),
+    (["offload.frozen_from=disk"], "offload.frozen_from says where"),
     (
         ["lora.rank=4", "parallel.tensor=2", "parallel.sequence_parallel=true", "overlap.tensor=true"],
         "overlap.tensor hides traffic within linears",

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import megatron_to_hf, pieces
 from checkpoints_convert.export import export_hf
@@ -330,3 +330,20 @@ def test_command_reports(
     assert summary.endswith(" MB/s)")
     assert use == f"in Python: AutoModelForCausalLM.from_pretrained('{out}'); as a server: vllm serve {out}"
     assert shown.err == ""
+
+
+def test_values_that_are_not_finite_are_kept_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hf = make_llama(tmp_path / "hf", layers=2)
+    import_hf(hf, tmp_path / "sound", read_hf_config(hf))
+    export(tmp_path / "sound", tmp_path / "sound-hf")
+    assert "NaN" not in caplog.text
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    tensors["model.norm.weight"][0] = float("-inf")
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    import_hf(hf, tmp_path / "megatron", read_hf_config(hf))
+    export(tmp_path / "megatron", tmp_path / "back")
+    warnings = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert [message.partition(":")[0] for message in warnings] == [str(hf), str(tmp_path / "megatron")]
+    assert all("model.layers.1.mlp.down_proj.weight and 1 other tensors" in message for message in warnings)
+    assert load_file(tmp_path / "back" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].isnan().sum() == 1

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import torch
+
+from megatron_tgdpo.distributed.cpu_backend import _not_onto_itself
 from tests.launch import PATIENCE, ROOT, environment
 
 PROCESSES = 100
@@ -34,3 +37,16 @@ def test_the_first_cosines_are_exact() -> None:
         timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"0 of {PROCESSES}\n"), done.stderr[-2000:]
+
+
+def test_a_rank_sends_nothing_to_itself() -> None:
+    """gloo would copy all gradients, or all weights, for that."""
+    called = []
+    reduce = _not_onto_itself(lambda output, sent, **options: called.append((output.data_ptr(), options)))
+    buffer = torch.zeros(4)
+    reduce(buffer, buffer.view(-1), group=None, async_op=True)
+    assert called == []
+    # One rank of two has a half of what is reduced; what is elsewhere has to be moved.
+    reduce(buffer[:2], buffer, async_op=False)
+    reduce(torch.zeros(4), buffer)
+    assert [options for _, options in called] == [{"async_op": False}, {}]

@@ -87,7 +87,7 @@ def config(**options: Any) -> LanguageModelConfig:
     return LanguageModelConfig(**{**arguments, "bf16": True, **options})
 
 
-CAP, WINDOW = {"attn_logit_softcapping": 50.0}, {"window_size": (4095, 0)}
+CAP, WINDOW, SINKS = {"attn_logit_softcapping": 50.0}, {"window_size": (4095, 0)}, {"softmax_type": "learnable"}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,9 @@ CAP, WINDOW = {"attn_logit_softcapping": 50.0}, {"window_size": (4095, 0)}
         (CAP, "transformer_engine", HOPPER, "flex"),
         (CAP, "local", HOPPER, "flex"),
         (CAP, "local", CPU, "blocks"),
+        (SINKS, "transformer_engine", HOPPER, "flex"),
+        ({"bf16": False, **SINKS}, "local", HOPPER, "flex"),
+        (SINKS, "local", CPU, "blocks"),
         ({"bf16": False}, "local", HOPPER, "blocks"),
         ({"bf16": False, **WINDOW}, "local", HOPPER, "flex"),
         ({"kv_channels": 36}, "local", HOPPER, "blocks"),

@@ -152,10 +152,16 @@ def test_numbers_that_axes_cannot_show_are_left_out(tmp_path: Path, drawn: list[
 
 
 @pytest.mark.parametrize(("steps", "drawn"), [(19, False), (20, True)])
-def test_a_finished_run_draws_itself_if_it_has_steps_enough(tmp_path: Path, steps: int, drawn: bool) -> None:
+def test_a_finished_run_draws_itself_if_it_has_steps_enough(
+    tmp_path: Path, steps: int, drawn: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     run = make_run(tmp_path / "run", steps)
     draw_metrics(run)
     assert (run / "metrics.png").exists() is drawn
+    (said,) = caplog.messages
+    reason = f"metrics.png is drawn of 20 steps and more; of these 19: tgdpo plot {run}"
+    assert said == (f"the course of the run: {run / 'metrics.png'}" if drawn else reason)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.gpu.peak import peak_tflops
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import global_parameters
 from megatron_tgdpo.planning.model_flops import linear_flops, score_flops, seen, step_flops, step_models
+from megatron_tgdpo.planning.peak import peak_tflops
 from megatron_tgdpo.planning.step_time import layer_flops
 from tests.published_configs import PUBLISHED, write_config
 
@@ -82,7 +82,8 @@ def test_linears_of_every_family(tmp_path: Path, name: str) -> None:
 def test_peaks_by_device_and_precision() -> None:
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
     assert peak_tflops("NVIDIA H100 80GB HBM3", "fp8") == 1978.0
-    assert peak_tflops("NVIDIA H200 NVL") == 835.0
+    assert peak_tflops("NVIDIA H200") == 989.0
+    assert peak_tflops("NVIDIA H200 NVL") is None
     assert peak_tflops("NVIDIA A100-SXM4-80GB", "fp8") is None
     assert peak_tflops("NVIDIA H100 80GB HBM3", "fp32") is None
     assert peak_tflops("", "bf16") is None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from tools.benchmarks.training_step import report
@@ -17,6 +18,7 @@ from tools.benchmarks.training_step.measure import Job, check_losses, loss_diffe
 from tools.benchmarks.training_step.preference_pairs import find_source, tokenise
 from tools.benchmarks.training_step.preprocessing import fast_tokenizer, preprocess_once, write_records
 from tools.benchmarks.training_step.profiling import OperatorTime, ProfilingRecorder, group_seconds, step_operators
+from tools.benchmarks.training_step.roofline import variant_flops
 from tools.benchmarks.training_step.settings import Settings, describe_model, fill_cache, make_problem, write_models
 from tools.benchmarks.training_step.table import Spread, aligned
 from tools.benchmarks.training_step.variants import CACHED, REFERENCE, choose_variants
@@ -48,11 +50,20 @@ def compare(given: argparse.Namespace, scratch: Path) -> None:
     results = measure(jobs, given.rounds, _progress)
     differences = loss_differences(jobs, results)
     check_losses(jobs, differences)
-    table = report.metrics(problem, pairs.sequence_tokens(), results)
+    shape, lengths = read_hf_config(Path(problem.policy)), pairs.dataset.lengths
+    flops = {
+        one.name: variant_flops(
+            shape, lengths, frozen=one.frozen, adapter="lora" in one.objective, shared_prompts=one.shared_prompts
+        )
+        for one in variants
+    }
+    table = report.metrics(problem, pairs.sequence_tokens(), flops, results)
     print(facts["model"], facts["pairs"], sep="\n")
     steps = f"{problem.steps - 1} steps of {problem.global_pairs} pairs"
     print(f"{given.rounds} rounds of {steps}; median (lowest-highest); ratios to {REFERENCE}, round by round\n")
     print(report.compare_table(table, differences))
+    rates = [result.product_flops / 1e9 for rounds in results.values() for result in rounds]
+    print(f"\nof products: model FLOP/s by those of matrix products alone, here {Spread.of(rates).text(0)} GFLOP/s")
     for line in report.yardstick_lines(results):
         print(f"\n{line}")
     if given.json:

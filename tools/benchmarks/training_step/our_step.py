@@ -31,6 +31,7 @@ def our_config(
     shared_prompts: bool = True,
     lora: bool = False,
     train: Mapping[str, Any] | None = None,
+    offload: Mapping[str, Any] | None = None,
 ) -> Config:
     """The configuration of the run that the steps are of.
 
@@ -42,6 +43,7 @@ def our_config(
         lora: An adapter of the policy trains. For TGDPO the guide is another one, the reference the base; for DPO the
             reference is the adapter as it begins, as in TRL.
         train: More values of the section ``train``.
+        offload: Values of the section ``offload``.
     """
     name = f"run-{'tgdpo' if guided else 'dpo'}-{mode}-{'shared' if shared_prompts else 'unshared'}"
     guide = problem.guide_adapter if lora else problem.guide
@@ -71,6 +73,7 @@ def our_config(
         "precision": {"dtype": problem.dtype},
         # A policy with an adapter is not its reference.
         "train": {"steps": problem.steps, "check_start": not lora, **(train or {})},
+        "offload": dict(offload or {}),
         "output_dir": str(Path(problem.directory) / name),
     }
     return config_from_dict(values, "benchmark")

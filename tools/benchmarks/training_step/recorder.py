@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tools.benchmarks.training_step.roofline import product_rate
+
 _STATUS = Path("/proc/self/status")
 # Linux: sets the peak of the resident set back to its present size.
 _RESET_PEAK = "5"
@@ -25,6 +27,7 @@ class VariantResult:
         imported_bytes: Memory of the process after imports, before any model.
         weight_bytes: Of the weights of all models that the variant holds.
         peak_bytes: Largest memory during the steps, warm-up included.
+        product_flops: FLOP/s of matrix products alone, in the same process after the steps.
     """
 
     losses: list[float]
@@ -32,6 +35,7 @@ class VariantResult:
     imported_bytes: int
     weight_bytes: int
     peak_bytes: int
+    product_flops: float
 
     @property
     def added_bytes(self) -> int:
@@ -77,9 +81,11 @@ class Recorder:
         self.seconds.append(time.perf_counter() - self._begun)
         self.losses.append(loss)
 
-    def result(self) -> VariantResult:
+    def result(self, dtype: torch.dtype) -> VariantResult:
+        """What was recorded, and how fast products of this dtype are made on the device."""
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident_bytes("VmHWM")
-        return VariantResult(self.losses, self.seconds[1:], self.imported_bytes, self.weight_bytes, peak)
+        rate = product_rate(self.device, dtype)
+        return VariantResult(self.losses, self.seconds[1:], self.imported_bytes, self.weight_bytes, peak, rate)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -48,13 +48,14 @@ def machine() -> dict[str, Any]:
 
 
 def metrics(
-    problem: Problem, sequence_tokens: int, results: dict[str, list[VariantResult]]
+    problem: Problem, sequence_tokens: int, flops: dict[str, int], results: dict[str, list[VariantResult]]
 ) -> dict[str, dict[str, Spread]]:
     """Every variant's metrics over the rounds.
 
     Args:
         problem: What was compared.
         sequence_tokens: Of all pairs' sequences, prompt plus response, without padding.
+        flops: By variant, model FLOP of the timed steps.
         results: By variant, a result a round.
     """
     table = {}
@@ -63,6 +64,7 @@ def metrics(
         columns: dict[str, list[float]] = {
             "pairs_per_second": rates,
             "tokens_per_second": [rate * sequence_tokens / problem.pairs for rate in rates],
+            "product_share": [flops[variant] / sum(one.seconds) / one.product_flops for one in rounds],
             "peak_gib": [result.peak_bytes / GIB for result in rounds],
             "added_gib": [result.added_bytes / GIB for result in rounds],
         }
@@ -88,6 +90,7 @@ def step_ratio(results: dict[str, list[VariantResult]], variant: str, yardstick:
 _COLUMNS = {
     "pairs_per_second": ("pairs/s", 3),
     "tokens_per_second": ("tokens/s", 0),
+    "product_share": ("of products", 2),
     "peak_gib": ("peak GiB", 2),
     "added_gib": ("added GiB", 2),
     "speed_ratio": ("speed ratio", 2),

@@ -26,6 +26,8 @@ class Variant:
         objective: ``tgdpo`` or ``dpo``, of all weights or with LoRA; losses of all variants of an objective must agree.
         models: What runs in a step.
         load: Imports what the variant needs and returns what runs all steps of a problem.
+        frozen: Models of a step that have no backward pass.
+        shared_prompts: Whether a pair's prompt is computed once.
         loss_tolerance: Largest relative difference of a step's loss, in fp32, from the first variant of the objective.
     """
 
@@ -33,6 +35,8 @@ class Variant:
     objective: str
     models: str
     load: Callable[[], Run]
+    frozen: int
+    shared_prompts: bool = True
     loss_tolerance: float = _LOSS_TOLERANCE
 
 
@@ -55,14 +59,21 @@ def _trl(*, lora: bool) -> Callable[[], Run]:
 
 
 def _ours(
-    *, guided: bool, mode: str, shared_prompts: bool = True, lora: bool = False, **train: Any
+    *, guided: bool, mode: str, shared_prompts: bool = True, lora: bool = False, disk: bool = False, **train: Any
 ) -> Callable[[], Run]:
     def load() -> Run:
         from tools.benchmarks.training_step import our_step
 
         def run(problem: Problem, recorder: Recorder) -> None:
+            offload = {"frozen": True, "frozen_from": "disk"} if disk else {}
             config = our_step.our_config(
-                problem, guided=guided, mode=mode, shared_prompts=shared_prompts, lora=lora, train=train
+                problem,
+                guided=guided,
+                mode=mode,
+                shared_prompts=shared_prompts,
+                lora=lora,
+                train=train,
+                offload=offload,
             )
             our_step.run(problem, recorder, config)
 
@@ -81,23 +92,28 @@ _THREE, _TWO, _ADAPTERS = "policy, reference, guide", "policy, reference", "base
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant(REFERENCE, "tgdpo", _THREE, _reference(guided=True)),
-        Variant("colocated", "tgdpo", _THREE, _ours(guided=True, mode="colocated")),
-        Variant("colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False)),
-        Variant("colocated-lean", "tgdpo", _THREE, _ours(guided=True, mode="colocated", **_LEAN)),
-        Variant("cached", "tgdpo", "policy", _ours(guided=True, mode="cached")),
-        Variant("cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False)),
-        Variant("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", **_LEAN)),
-        Variant("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective")),
-        Variant("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full")),
-        Variant("reference-dpo", "dpo", _TWO, _reference(guided=False)),
-        Variant("trl", "dpo", _TWO, _trl(lora=False)),
-        Variant("dpo-colocated", "dpo", _TWO, _ours(guided=False, mode="colocated")),
-        Variant(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached")),
-        Variant("lora", "tgdpo-lora", _ADAPTERS, _ours(guided=True, mode="colocated", lora=True)),
-        Variant("lora-lean", "tgdpo-lora", _ADAPTERS, _ours(guided=True, mode="colocated", lora=True, **_LEAN)),
-        Variant("lora-dpo", "dpo-lora", _ADAPTERS, _ours(guided=False, mode="colocated", lora=True)),
-        Variant("trl-lora", "dpo-lora", _ADAPTERS, _trl(lora=True)),
+        Variant(REFERENCE, "tgdpo", _THREE, _reference(guided=True), 2, False),
+        Variant("colocated", "tgdpo", _THREE, _ours(guided=True, mode="colocated"), 2),
+        Variant(
+            "colocated-unshared", "tgdpo", _THREE, _ours(guided=True, mode="colocated", shared_prompts=False), 2, False
+        ),
+        Variant("colocated-lean", "tgdpo", _THREE, _ours(guided=True, mode="colocated", **_LEAN), 2),
+        Variant("colocated-disk", "tgdpo", _THREE, _ours(guided=True, mode="colocated", disk=True, **_LEAN), 2),
+        Variant("cached", "tgdpo", "policy", _ours(guided=True, mode="cached"), 0),
+        Variant(
+            "cached-unshared", "tgdpo", "policy", _ours(guided=True, mode="cached", shared_prompts=False), 0, False
+        ),
+        Variant("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", **_LEAN), 0),
+        Variant("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective"), 0),
+        Variant("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full"), 0),
+        Variant("reference-dpo", "dpo", _TWO, _reference(guided=False), 1, False),
+        Variant("trl", "dpo", _TWO, _trl(lora=False), 1, False),
+        Variant("dpo-colocated", "dpo", _TWO, _ours(guided=False, mode="colocated"), 1),
+        Variant(POLICY_ONLY, "dpo", "policy", _ours(guided=False, mode="cached"), 0),
+        Variant("lora", "tgdpo-lora", _ADAPTERS, _ours(guided=True, mode="colocated", lora=True), 2),
+        Variant("lora-lean", "tgdpo-lora", _ADAPTERS, _ours(guided=True, mode="colocated", lora=True, **_LEAN), 2),
+        Variant("lora-dpo", "dpo-lora", _ADAPTERS, _ours(guided=False, mode="colocated", lora=True), 1),
+        Variant("trl-lora", "dpo-lora", _ADAPTERS, _trl(lora=True), 1, False),
     )
 }
 # Packages that variants need.

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.storage.dtypes import DTYPES
 from tools.benchmarks.training_step.problem import Problem
 from tools.benchmarks.training_step.recorder import Recorder
 from tools.benchmarks.training_step.variants import VARIANTS
@@ -29,7 +30,7 @@ def main(problem_path: str, variant: str, out: str) -> None:
         run(problem, recorder)
     except UserError as error:
         sys.exit(f"error: {error}")
-    Path(out).write_text(json.dumps(asdict(recorder.result())), encoding="utf-8")
+    Path(out).write_text(json.dumps(asdict(recorder.result(DTYPES[problem.dtype]))), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from megatron_tgdpo.batching.packed_sequence import PackedSequence
 from megatron_tgdpo.models.attention import flex
 from megatron_tgdpo.models.attention.base import PackCache, PackedAttention, Segments
 from megatron_tgdpo.models.attention.flex import FlexPackedAttention
+from megatron_tgdpo.models.attention.sdpa import PackedCausalAttention
 from megatron_tgdpo.models.attention.transformer_engine import TransformerEngineAttention
 from megatron_tgdpo.models.attention.varlen import VarlenAttention
 from megatron_tgdpo.models.config import LanguageModelConfig
@@ -50,7 +51,7 @@ def inputs(requires_grad: bool = True, tokens: int = ROW) -> list[torch.Tensor]:
 
 def build(kind: type[PackedAttention], layer: int = 1, **options) -> PackedAttention:
     arguments = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": HEADS, "num_query_groups": GROUPS}
-    config = LanguageModelConfig(**{**arguments, "attention_dropout": 0.0, **options})
+    config = LanguageModelConfig(**{**arguments, "attention_dropout": 0.0, "use_cpu_initialization": True, **options})
     scale = config.softmax_scale
     return kind(config, layer, AttnMaskType.causal, "self", softmax_scale=scale, cache=PackCache())
 
@@ -170,6 +171,25 @@ def test_flex_caps_scores(window: int | None) -> None:
     out = build(FlexPackedAttention, **features)(*tensors, packed_seq_params=packed)
     assert torch.allclose(out, written_out(*tensors, packed, window or ROW, 1.5), atol=1e-12)
     assert not torch.allclose(out, written_out(*tensors, packed, window or ROW, None), atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_flex_has_sinks(window: int | None) -> None:
+    features = {"softmax_type": "learnable"} | ({} if window is None else {"window_size": (window - 1, 0)})
+    packed, tensors = shared_prompts(), inputs(requires_grad=False)
+    flex_module, blocks = (build(kind, **features) for kind in (FlexPackedAttention, PackedCausalAttention))
+    for module in (flex_module, blocks):
+        module.softmax_offset.data = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    out, wanted = (module(*tensors, packed_seq_params=packed) for module in (flex_module, blocks))
+    assert torch.allclose(out, wanted, atol=1e-12)
+    assert not torch.allclose(out, written_out(*tensors, packed, window or ROW, None), atol=1e-3)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("kind", [TransformerEngineAttention, VarlenAttention])
+def test_sinks_are_refused_elsewhere(kind: type[PackedAttention]) -> None:
+    with pytest.raises(ValueError, match="sinks"):
+        build(kind, softmax_type="learnable")(*inputs(), packed_seq_params=shared_prompts())
 
 
 @pytest.mark.usefixtures("kernels")

@@ -13,10 +13,16 @@ from megatron_tgdpo.models.config import LanguageModelConfig
 ROW, HEADS, GROUPS, SIZE = 17, 4, 2, 8
 
 
+SINKS = [0.5, -1.0, 2.0, 0.0]
+
+
 def attention(layer: int = 1, **overrides) -> PackedCausalAttention:
     arguments = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": HEADS, "attention_dropout": 0.0}
-    config = LanguageModelConfig(**{**arguments, **overrides})
-    return PackedCausalAttention(config, layer, AttnMaskType.causal, "self", softmax_scale=config.softmax_scale)
+    config = LanguageModelConfig(use_cpu_initialization=True, **{**arguments, **overrides})
+    module = PackedCausalAttention(config, layer, AttnMaskType.causal, "self", softmax_scale=config.softmax_scale)
+    if module.softmax_offset is not None:
+        module.softmax_offset.data = torch.tensor(SINKS, dtype=torch.float64)
+    return module
 
 
 def packing(ends: list[int]) -> PackedSequence:
@@ -37,8 +43,10 @@ def written_out(
     window: int = ROW,
     softcap: float | None = None,
     scale: float = SIZE**-0.5,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Each output token from its definition: softmax over itself and the ``window - 1`` before it in its sequence."""
+    """Each output token from its definition: softmax over itself and the ``window - 1`` before it in its sequence, and
+    over the head's sink."""
     out = torch.zeros(ROW, 1, HEADS * SIZE, dtype=q.dtype)
     for start, end in itertools.pairwise(ends):
         for t in range(start, end):
@@ -48,7 +56,9 @@ def written_out(
                 scores = k[first : t + 1, 0, group] @ q[t, 0, head] * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
-                mixed = scores.softmax(0) @ v[first : t + 1, 0, group]
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head, None]))
+                mixed = scores.softmax(0)[: t + 1 - first] @ v[first : t + 1, 0, group]
                 out[t, 0, head * SIZE : (head + 1) * SIZE] = mixed
     return out
 
@@ -105,6 +115,31 @@ def test_windows_and_softcaps_equal_the_definition(
         assert torch.allclose(mine.grad, reference.grad, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [ROW, 4])
+@pytest.mark.parametrize("block", [3, 1024])
+def test_sinks_equal_the_definition(monkeypatch: pytest.MonkeyPatch, window: int, block: int) -> None:
+    monkeypatch.setattr("megatron_tgdpo.models.attention.sdpa._QUERY_BLOCK", block)
+    ends = [0, 10, 12, ROW]
+    ours, theirs = inputs(), inputs()
+    module = attention(softmax_type="learnable", window_size=(window - 1, 0))
+    sinks = torch.tensor(SINKS, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(ROW, 1, HEADS * SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    out = module(*ours, packed_seq_params=packing(ends))
+    expected = written_out(*theirs, ends, window, sinks=sinks)
+    assert torch.allclose(out, expected, atol=1e-12)
+    (out * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    for mine, reference in zip((*ours, module.softmax_offset), (*theirs, sinks), strict=True):
+        assert torch.allclose(mine.grad, reference.grad, atol=1e-12)
+
+
+def test_a_pack_of_padding_reaches_the_sinks() -> None:
+    module = attention(softmax_type="learnable")
+    module(*inputs(), packed_seq_params=packing([0])).sum().backward()
+    assert module.softmax_offset is not None
+    assert not module.softmax_offset.grad.any()
+
+
 def test_windows_are_on_the_marked_layers_only() -> None:
     features = {"window_size": (3, 0), "window_attn_skip_freq": [0, 1]}
     assert [attention(layer, **features).window for layer in (1, 2)] == [None, 4]
@@ -124,6 +159,7 @@ SHAPES = [
     {"window_size": (2, 0)},
     {"attn_logit_softcapping": 1.5},
     {"window_size": (4, 0), "attn_logit_softcapping": 2.0},
+    {"window_size": (4, 0), "softmax_type": "learnable"},
 ]
 
 

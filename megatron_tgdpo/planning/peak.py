@@ -1,11 +1,12 @@
 """The most that a GPU computes, by its name."""
 
-# Dense bf16 products, TFLOP/s, by a part of the device's name; the first that is there. Source: NVIDIA's data sheets.
-BF16_TFLOPS = {
+# Dense bf16 products, TFLOP/s, by a part of the device's name; the first that is there. None: a form of the device with
+# another peak than its namesake's, which is not known here. Source: NVIDIA's data sheets.
+H100_TFLOPS = 989.0
+BF16_TFLOPS: dict[str, float | None] = {
     "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200 NVL": 835.0,
+    "NVL": None,
+    "H100": H100_TFLOPS,
     "H200": 989.0,
     "A100": 312.0,
     "B200": 2250.0,
