@@ -53,7 +53,7 @@ def report(laboratory: Laboratory, questions: Sequence[str], results: Path, imag
 
 def compared_cells(laboratory: Laboratory) -> tuple[Arm, Arm]:
     """The best cell with alpha 0 and the best with more, by the mean score on the seeds that choose."""
-    scores = {arm: _over(CHOOSING, lambda s, arm=arm: _cell_score(laboratory, s, arm))["value"] for arm in CELLS}
+    scores = {arm: _over(CHOOSING, partial(_cell_score, laboratory, arm=arm))["value"] for arm in CELLS}
     plain, weighted = ([arm for arm in CELLS if (arm.alpha is None) == none] for none in (True, False))
     return max(plain, key=lambda arm: scores[arm]), max(weighted, key=lambda arm: scores[arm])
 
@@ -157,7 +157,7 @@ def _stopped(laboratory: Laboratory, arm: Arm, dpo: Arm | None) -> Answer:
 
 def _guides(laboratory: Laboratory) -> Answer:
     """b: guides of several qualities, by token and by sentence."""
-    guides = [*map(Credits, CORRELATIONS), *(Arm("dpo", beta) for beta in GUIDE_BETAS)]
+    guides: list[Arm | Credits] = [*map(Credits, CORRELATIONS), *(Arm("dpo", beta) for beta in GUIDE_BETAS)]
     arms = [guided(guide, alpha, unit) for unit in ("token", "sentence") for guide in guides for alpha in ALPHAS]
     return {
         "sft": _sft(laboratory),

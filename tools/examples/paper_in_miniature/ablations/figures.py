@@ -58,13 +58,12 @@ def curves(found: Found, out: Path) -> None:
 def guides(found: Found, out: Path) -> None:
     """b: win rate over DPO against the guide's correlation with the oracle's credits."""
     figure, axes = _axes()
-    kinds = [
-        ("oracle's credits with noise", "o", map(Credits, CORRELATIONS)),
-        ("DPO model", "D", (Arm("dpo", beta) for beta in GUIDE_BETAS)),
+    kinds: list[tuple[str, str, list[Arm | Credits]]] = [
+        ("oracle's credits with noise", "o", [Credits(c) for c in CORRELATIONS]),
+        ("DPO model", "D", [Arm("dpo", beta) for beta in GUIDE_BETAS]),
     ]
     colours = {("token", 0.2): BLUE, ("token", 0.5): ORANGE, ("sentence", 0.2): SKY, ("sentence", 0.5): PINK}
-    for kind, marker, members in kinds:
-        guides_ = list(members)
+    for kind, marker, guides_ in kinds:
         for (unit, alpha), colour in colours.items():
             arms = [guided(guide, alpha, unit).name for guide in guides_]
             shown = sorted(

@@ -7,6 +7,7 @@ in place of 2,200. Legend: P pairs, S columns of the grid, T tokens, R response 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def response_logps(model: LlamaForCausalLM, pairs: Pairs, rows: list[int]) -> tu
 
 def _hidden(model: LlamaForCausalLM, grid: Grid) -> Tensor:
     """[T, H], normalised."""
-    config = model.config
+    config: Any = model.config
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     size = config.hidden_size // queries
     steps = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2).float() / size)

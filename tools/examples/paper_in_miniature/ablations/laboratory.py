@@ -78,7 +78,8 @@ class Laboratory:
         if not file.exists():
             world = self.world(seed)
             _write(file, world.judge(world.base))
-        return _read(file)
+        scores: list[float] = _read(file)
+        return scores
 
     def result(self, seed: int, arm: Arm, rate: float | None = None) -> dict[str, Any]:
         """What came out, from its file or by running it.
@@ -96,7 +97,8 @@ class Laboratory:
             start = time.process_time()
             found = self._run(seed, arm, self.rate(arm) if rate is None else rate)
             _write(file, {**found, "cpu_seconds": round(time.process_time() - start, 1)})
-        return _read(file)
+        found_there: dict[str, Any] = _read(file)
+        return found_there
 
     def is_there(self, seed: int, arm: Arm, rate: float | None = None) -> bool:
         """Whether it has been run."""
@@ -203,7 +205,8 @@ class Laboratory:
         self.result(seed, arm)
         model = copy.deepcopy(self.world(seed).base)
         model.load_state_dict(load_file(self._weights(seed, arm, self.rate(arm))))
-        return model.eval()
+        model.eval()
+        return model
 
     def _weights(self, seed: int, arm: Arm, rate: float) -> Path:
         return self.root / f"seed{seed}" / f"{arm.name}-lr{rate:g}.safetensors"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import cast
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -77,7 +76,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
     """The untrained model of ``base.py``."""
     with TemporaryDirectory() as directory:
         write_base(Path(directory), seed)
-        return cast(LlamaForCausalLM, LlamaForCausalLM.from_pretrained(directory))
+        return LlamaForCausalLM.from_pretrained(directory)
 
 
 def open_world(directory: Path, seed: int, size: Size) -> World:
