@@ -88,8 +88,12 @@ def _beside(laboratory: Laboratory, arm: Arm, other: Arm) -> Answer:
         )
     if arm.guide is not None:
         for name in ("correlation", "weight_std", "negative_fraction"):
-            entry[name] = _over(SEEDS, lambda s, name=name: result(s, arm)[name])
+            entry[name] = _over(SEEDS, partial(_known, laboratory, arm=arm, name=name))
     return entry
+
+
+def _known(laboratory: Laboratory, seed: int, arm: Arm, name: str) -> float:
+    return float(laboratory.result(seed, arm)[name])
 
 
 def _curves(laboratory: Laboratory) -> Answer:
@@ -110,6 +114,9 @@ def _curve(laboratory: Laboratory, arm: Arm) -> Answer:
     def mean(seed: int, epoch: int) -> float:
         return statistics.fmean(scores(seed, epoch))
 
+    def wins(seed: int, epoch: int) -> float:
+        return win_rate(scores(seed, epoch), scores(seed, epoch, dpo))
+
     dpo = LONG_PLAIN[0]
     entry: Answer = {
         "rate": laboratory.rate(arm),
@@ -118,10 +125,7 @@ def _curve(laboratory: Laboratory, arm: Arm) -> Answer:
         "from_2_to_20": _over(SEEDS, lambda seed: mean(seed, 20) - mean(seed, 2)),
     }
     if arm != dpo:
-        entry["over_dpo"] = {
-            epoch: _over(SEEDS, lambda seed, epoch=epoch: win_rate(scores(seed, epoch), scores(seed, epoch, dpo)))
-            for epoch in LONG.shown
-        }
+        entry["over_dpo"] = {epoch: _over(SEEDS, partial(wins, epoch=epoch)) for epoch in LONG.shown}
     return entry
 
 
