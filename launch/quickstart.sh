@@ -43,8 +43,8 @@ python=$root/$venv/bin/python
 # But for a model of the Hub, everything the run needs is here or made here: nothing is fetched.
 [ -n "$model" ] && [ ! -d "$model" ] || export HF_HUB_OFFLINE=1
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1
-# Threads that wait for each other's part of a small model's products do not turn round meanwhile: on a machine that does
-# other things too, that took four times as long.
+# Threads that wait for each other's part of a small model's products sleep: on a machine that does other things too,
+# turning round meanwhile takes about twice as long.
 export OMP_WAIT_POLICY=PASSIVE
 # megatron-core warns of every fused part that is missing, many times over; the trainer's first lines say it once.
 export PYTHONWARNINGS=ignore
@@ -97,7 +97,7 @@ own_model() { # the same mission from a model and pairs that exist
   stage "what the guide rewards, and the course of both runs" pictures
   cat <<TEXT
 
-aligned model (HF):       $out/run/hf
+aligned model (HF):       $hf
 token by token:           $out/report.html
 both trainings:           $out/runs.png
 comparison with the base: $out/run/evaluation.json
@@ -110,7 +110,8 @@ write_config() {
   cat "$out/tgdpo.yaml"
 }
 pictures() {
-  single -m tgdpo report "$out/tgdpo.yaml" --policy "$out/run/hf" --pairs 8 --out "$out/report.html"
+  hf=$(echo "$out"/run/hf/step_*) # one: that of the last step
+  single -m tgdpo report "$out/tgdpo.yaml" --policy "$hf" --pairs 8 --out "$out/report.html"
   single -m tgdpo plot "$out/run/guide" "$out/run" --out "$out/runs.png"
 }
 

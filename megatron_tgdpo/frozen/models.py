@@ -72,15 +72,16 @@ class FrozenModels(torch.nn.Module):
         parts = [None] * len(self.frozen) if incoming is None else incoming.split(self.widths, dim=-1)
         states = [self._run(each, batch, part) for each, part in zip(self.frozen, parts, strict=True)]
         if states and not self.models[0].post_process:
-            results: tuple[Tensor, ...] = (torch.cat(states, dim=-1),)
-        else:
-            results = tuple(
-                model_logps(model, hidden, batch) for model, hidden in zip(self.models, states, strict=True)
-            )
-        for each in self.frozen:
-            if each.release is not None:
-                each.release()
-        return results
+            for each in self.frozen:
+                _release(each)
+            return (torch.cat(states, dim=-1),)
+        return tuple(self._logps(each, hidden, batch) for each, hidden in zip(self.frozen, states, strict=True))
+
+    def _logps(self, frozen: FrozenModel, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
+        result = model_logps(frozen.model, hidden, batch)
+        # Before the next model's output weight is read.
+        _release(frozen)
+        return result
 
     def _run(self, frozen: FrozenModel, batch: PreferenceBatch, incoming: Tensor | None) -> Tensor:
         model = frozen.model
@@ -89,6 +90,11 @@ class FrozenModels(torch.nn.Module):
         with adapter_on(model, frozen.adapter) if model.config.adapters else nullcontext():
             result: Tensor = model(batch.tokens, batch.position_ids, batch.packing)
         return result
+
+
+def _release(frozen: FrozenModel) -> None:
+    if frozen.release is not None:
+        frozen.release()
 
 
 def model_logps(model: LanguageModel, hidden: Tensor, batch: PreferenceBatch, keep_bytes: int = 0) -> Tensor:

@@ -67,6 +67,10 @@ class WeightFile:
                 self._file.seek(end)
                 self._file.write(tensor.view(-1).view(torch.uint8).numpy().data)
                 end += tensor.nbytes
+            if end == start:
+                # Nothing to hold, as on a stage of layers alone; no mapping is empty.
+                end += 1
+                self._file.truncate(end)
             self._file.flush()
         except OSError as error:
             raise UserError(

@@ -56,14 +56,8 @@ class MetricsFile(JsonLines):
     name = METRICS_FILE
 
     def records(self, step: LoggedStep) -> Iterable[Mapping[str, Any]]:
-        """The step's metrics, to as many digits as they have: measured speed has few."""
-        return [{name: shortened(name, value) for name, value in step.values.items()}]
-
-
-def shortened(name: str, value: float) -> float:
-    """A metric to six digits where it is measured time, memory or speed; else to twelve, in which a last bit of one
-    pair's loss in float32 still shows."""
-    return float(f"{value:.6g}" if name.startswith("perf/") else f"{value:.12g}")
+        """The step's metrics."""
+        return [step.values]
 
 
 class SamplesFile(JsonLines):

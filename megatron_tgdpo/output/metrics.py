@@ -74,6 +74,12 @@ def eval_group(name: str) -> str:
     return f"eval/{name}" if name else "eval"
 
 
+def shortened(values: Mapping[str, float]) -> dict[str, float]:
+    """Metrics with the digits that they are worth: six where time, memory or speed was measured; else twelve, in which
+    a last bit of one pair's loss in float32 still shows."""
+    return {name: float(f"{value:.{6 if name.startswith('perf/') else 12}g}") for name, value in values.items()}
+
+
 @dataclass(frozen=True)
 class PackMetrics:
     """One pack's contribution.

@@ -29,7 +29,7 @@ from megatron_tgdpo.errors import AgreedError
 from megatron_tgdpo.gpu.energy import EnergyMeter
 from megatron_tgdpo.guidance.cache import GuidanceCache
 from megatron_tgdpo.guidance.monitor import GuideWatch
-from megatron_tgdpo.output.metrics import StepMetrics, eval_group
+from megatron_tgdpo.output.metrics import StepMetrics, eval_group, shortened
 from megatron_tgdpo.output.metrics_log import MetricsLog
 from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.setup.engine import Engine
@@ -185,6 +185,8 @@ class Trainer:
             evaluations = self.evaluate() if self._due(step, self.config.eval.every_steps) else {}
             for group, evaluation in evaluations.items():
                 values |= {f"{group}/{name}": value for name, value in evaluation.values.items()}
+            # What is logged is what decides which step is best.
+            values = shortened(values)
             samples = []
             if self.samples is not None and self._due(step, asked.generate.every_steps or asked.every_steps):
                 samples = self.samples.make()

@@ -20,7 +20,7 @@ from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.output.json_lines import MetricsFile
 from megatron_tgdpo.output.logger import LoggedStep
-from megatron_tgdpo.output.metrics import metric_names
+from megatron_tgdpo.output.metrics import metric_names, shortened
 from megatron_tgdpo.output.metrics_file import METRICS_FILE, logged_steps
 from megatron_tgdpo.training.performance import Performance, StepWork
 
@@ -62,7 +62,7 @@ def main() -> None:
             else:
                 file = MetricsFile(config, 0)
                 for step in steps:
-                    file.write(step)
+                    file.write(LoggedStep(step.number, shortened(step.values)))
                 file.close()
             wrote = time.perf_counter() - began
             began = time.perf_counter()

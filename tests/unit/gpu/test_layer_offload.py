@@ -116,3 +116,14 @@ def test_weights_that_train_stay(tmp_path: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="only frozen layers"):
         serve_from_disk(net, [net[0]], CPU, tmp_path)
+
+
+def test_a_file_of_no_weights_is_held(tmp_path: Path) -> None:
+    """A stage between the first and the last has layers alone, as has a chunk."""
+    file = WeightFile(tmp_path)
+    for _ in range(2):
+        held = file.hold([])
+        assert held.tensors == []
+        held.release()
+    weight = torch.arange(5.0)
+    assert torch.equal(file.hold([weight]).tensors[0], weight)

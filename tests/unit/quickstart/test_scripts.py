@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tgdpo.training.export import export_path
 from tests.launch import PATIENCE, ROOT
 from tgdpo.commands import COMMANDS, CONVERSIONS
 
@@ -97,6 +98,13 @@ def test_the_quickstart_has_its_configs() -> None:
     names = re.findall(r"^stage .* train (\w+) ", text, re.M)
     assert names == ["dpo", "tgdpo"]
     assert all((ROOT / folder / f"{name}.yaml").is_file() for name in names)
+
+
+def test_the_quickstart_finds_what_the_pipeline_exports() -> None:
+    (pattern,) = re.findall(r'hf=\$\(echo "\$out"/(\S+)\)', TEXTS["launch/quickstart.sh"])
+    exported = export_path(Path("run"), Path("run/checkpoints/step_00000012"))
+    assert exported.match(pattern)
+    assert len(re.findall(r"run/hf\b", TEXTS["launch/quickstart.sh"])) == 1
 
 
 def test_containers_hold_every_package() -> None:

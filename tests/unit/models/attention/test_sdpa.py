@@ -196,11 +196,12 @@ def test_the_parts_of_a_context_split_give_the_whole(options: dict) -> None:
     bounds, tokens = [0, 8, 12, 16], 16
     whole = [tensor[:tokens] for tensor in inputs()]
     module = attention(**options)
-    wanted = module(*whole, packed_seq_params=pack_segments([Segment(0, 8), Segment(8, 12)]))
+    segments = [Segment(0, 8), Segment(8, 12)]
+    wanted = module(*whole, packed_seq_params=pack_segments(segments))
     for rank in range(2):
         split = ContextSplit(bounds, PackFormat(tokens, context=2, context_rank=rank))
         gathered = [tensor[split.held.ravel()] for tensor in whole]
-        out = module(whole[0][split.mine], *gathered[1:], packed_seq_params=split.packing(2))
+        out = module(whole[0][split.mine], *gathered[1:], packed_seq_params=split.packing(segments))
         assert torch.allclose(out, wanted[split.mine], atol=1e-12)
 
 
