@@ -134,10 +134,14 @@ def _targets(file: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
     stored, parameters = content.get("target_modules"), content.get("target_parameters") or []
     if stored == ALL_LINEAR and not parameters:
         return LINEARS
-    if not isinstance(parameters, list) or not all(name in EXPERT_PARAMETERS for name in parameters):
+    if not isinstance(parameters, list) or not all(
+        isinstance(name, str) and name in EXPERT_PARAMETERS for name in parameters
+    ):
         raise UserError(
             f"{file}: target_parameters is {str(parameters)[:80]}: supported are {', '.join(EXPERT_PARAMETERS)}"
         )
+    if stored == ALL_LINEAR:
+        raise UserError(f"{file}: target_modules is {ALL_LINEAR} beside target_parameters: name the modules")
     modules = stored if isinstance(stored, list) else [] if stored is None else [stored]
     names, known = [*modules, *(EXPERT_PARAMETERS[name] for name in parameters)], (*LINEARS, *FUSED_LINEARS)
     unknown = [name for name in names if name not in known]

@@ -56,7 +56,7 @@ class Capabilities:
         where = f"GPU sm{''.join(map(str, self.compute_capability))}"
         return (
             f"{where}; Transformer Engine {dotted(self.transformer_engine)}; Adam from {self.adam}; multi-tensor norm "
-            f"and scale from {self.multi_tensor}; fused gradient accumulation: {_yes(self.wgrad_accumulation)}"
+            f"from {self.multi_tensor}; fused gradient accumulation: {_yes(self.wgrad_accumulation)}"
         )
 
 

@@ -48,6 +48,11 @@ def check_optimizer_state(config: Config, found: Capabilities) -> None:
         raise UserError(f"{asked} needs Transformer Engine's Adam, which train.fused=off leaves out: set it to auto")
     if config.offload.optimizer:
         raise UserError(f"{asked} does not go with offload.optimizer, whose state is fp32: set one of them back")
+    if settings.moments != "fp32" and config.precision.dtype == "fp32":
+        raise UserError(
+            f"{asked} with precision.dtype=fp32, beside whose weights that Adam would keep fp32 copies: set it to "
+            "fp32, or precision.dtype=bf16"
+        )
     if settings.main_weights == "remainder" and config.precision.dtype != "bf16":
         raise UserError(
             "optimizer.main_weights=remainder is the rest of bf16 weights: set precision.dtype=bf16, or fp32"

@@ -38,7 +38,7 @@ class WeightFile:
         directory: Where its bytes are; made if it is not there.
 
     Raises:
-        UserError: The system cannot give back the pages of a mapping, as outside Linux.
+        UserError: The system cannot give back the pages of a mapping, as outside Linux, or makes no file there.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -47,8 +47,11 @@ class WeightFile:
                 "offload.frozen_from=disk gives pages back to the system, which works on Linux only: use host"
             )
         self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - open as long as the process
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - open as long as the process
+        except OSError as error:
+            raise self._refusal(error) from error
 
     def hold(self, tensors: Iterable[Tensor]) -> MappedWeights:
         """Writes tensors, and maps what was written.
@@ -72,17 +75,20 @@ class WeightFile:
                 end += 1
                 self._file.truncate(end)
             self._file.flush()
+            # Private and writable, as PyTorch wants its memory; what is never written to stays the file's.
+            mapped = mmap.mmap(
+                self._file.fileno(), end - start, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start
+            )
         except OSError as error:
-            raise UserError(
-                f"{self._directory}: the weights of frozen models cannot be written there ({error.strerror}): make "
-                "room, or set offload.frozen_from=host"
-            ) from error
-        # Private and writable, as PyTorch wants its memory; what is never written to stays the file's.
-        mapped = mmap.mmap(
-            self._file.fileno(), end - start, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start
-        )
+            raise self._refusal(error) from error
         found = [
             torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
             for tensor, offset in zip(given, offsets, strict=True)
         ]
         return MappedWeights(found, mapped)
+
+    def _refusal(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._directory}: the weights of frozen models cannot be written there ({error.strerror}): make room, "
+            "or set offload.frozen_from=host"
+        )

@@ -133,7 +133,8 @@ def _check_rotary_values(values: Mapping[str, Any]) -> None:
 def _check_number(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if value is not None and not (is_number and (value > 0 or name.endswith(_MAY_BE_ZERO))):
-        raise UserError(f"config.json: {name} is {value!r:.60}: it must be a positive number")
+        kind = "number" if name.endswith(_MAY_BE_ZERO) else "positive number"
+        raise UserError(f"config.json: {name} is {value!r:.60}: it must be a {kind}")
 
 
 def _dequantise(hf_config: PretrainedConfig) -> str:

@@ -110,7 +110,8 @@ def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> 
         forward = count * each.layer_forward + (each.logits_forward if last else 0.0)
         found.append((forward, count * each.layer_backward + (each.logits_backward if last else 0.0)))
     (forward, backward), *frozen = found
-    return forward / layout.tensor, backward / layout.tensor, sum(each for each, _ in frozen) / layout.tensor
+    ranks = layout.tensor * layout.context
+    return forward / ranks, backward / ranks, sum(each for each, _ in frozen) / ranks
 
 
 def stage_costs(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> list[StageCosts]:

@@ -55,7 +55,7 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
             (4 if Experts.of(hf_config) is None else 2)
             * layers
             * ring(layout.tensor)
-            * job.pack.tokens
+            * (job.pack.tokens / layout.context)
             * hf_config.hidden_size
             * job.pack.dtype_bytes
         )

@@ -79,7 +79,7 @@ def build_optimizer(
     fused: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> ChainedOptimizer:
-    """megatron-core's distributed Adam over the policy's parameters; state is fp32 and split over data ranks.
+    """megatron-core's distributed Adam over the policy's parameters; its state is split over data ranks.
 
     The distributed optimizer is used for one data rank too, so that every layout writes the same checkpoint. Experts
     that are split otherwise than the rest of the model have an optimizer of their own, over their own data ranks; it

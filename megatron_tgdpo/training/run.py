@@ -135,7 +135,7 @@ def dry_run(
     check_experts(config, configs)
     layout = fitted_layout(config, configs, layout)
     check_best_metric(config)
-    memory = planned_memory(config, configs, layout)
+    memory = planned_memory(config, configs, layout, on_cpu=on_cpu)
     sources = planned_sources(config, configs)
     # A guide that is still to be trained was given the shape of the policy.
     shown = config if is_trained(given) else replace(config, model=replace(config.model, guide=given.model.guide))
@@ -165,14 +165,18 @@ def dry_run(
     return "\n".join(line.rstrip() for line in lines), fits
 
 
-def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layout: ParallelLayout) -> RankMemory:
+def planned_memory(
+    config: Config, configs: Mapping[str, PretrainedConfig], layout: ParallelLayout, *, on_cpu: bool = False
+) -> RankMemory:
     """What the fullest rank will hold, on paper.
 
     Args:
         config: The run.
         configs: Of the models that run, by role.
         layout: The parallel layout.
+        on_cpu: Whether it runs on a CPU, whose memory is where ``offload.frozen_from: host`` has weights wait.
     """
+    offloaded = config.offload.frozen and not (on_cpu and config.offload.frozen_from == "host")
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
     # How many keys are gathered for shared prompts depends on the data: no more than if a pack were nothing else.
     gathered = gathered_keys(layout.context, 1.0 if config.shared_prompts else 0.0)
@@ -189,7 +193,7 @@ def planned_memory(config: Config, configs: Mapping[str, PretrainedConfig], layo
         linear_bytes(config),
         planned_sources(config, configs),
         state_bytes(config),
-        config.offload.frozen,
+        offloaded,
     )
 
 

@@ -153,6 +153,9 @@ class Trainer:
         coming, _ = ahead.take()
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
+            if self.meter is not None:
+                # What evaluations and saves took since the last step is not this one's.
+                self.meter.joules()
             packs, work = coming
             data_seconds, more = 0.0, step < self.last_step
             if more:

@@ -112,6 +112,13 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         file.hold([torch.zeros(3)])
 
 
+def test_a_directory_that_cannot_be_is_said(tmp_path: Path) -> None:
+    """As a UserError, which all ranks hear of: the others would wait for one that left with another."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: the weights of frozen models cannot be written there"):
+        WeightFile(tmp_path / "file" / "run")
+
+
 def test_weights_that_train_stay(tmp_path: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="only frozen layers"):

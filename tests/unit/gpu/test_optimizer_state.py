@@ -42,6 +42,7 @@ HOPPER = Capabilities(device="cuda", compute_capability=(9, 0), transformer_engi
         ({"optimizer": {"moments": "bf16"}, "train": {"steps": 1, "fused": "off"}}, HOPPER, "set it to auto"),
         ({"optimizer": {"moments": "bf16"}, "offload": {"optimizer": 1.0}}, HOPPER, "whose state is fp32"),
         ({"optimizer": {"main_weights": "remainder"}, "precision": {"dtype": "fp32"}}, HOPPER, "rest of bf16 weights"),
+        ({"optimizer": {"moments": "bf16"}, "precision": {"dtype": "fp32"}}, HOPPER, "would keep fp32 copies"),
         (
             {"optimizer": {"main_weights": "remainder"}, "precision": {"fp8": "tensorwise"}},
             HOPPER,

@@ -30,7 +30,7 @@ from megatron_tgdpo.planning.report import memory_lines, plan_text
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
 from megatron_tgdpo.setup.model_sources import planned_sources
-from megatron_tgdpo.training.run import dry_run, pack_lines
+from megatron_tgdpo.training.run import dry_run, pack_lines, planned_memory
 from tests.distributed.common import write_pairs
 from tests.processes import run_forked
 from tests.published_configs import PUBLISHED, write_config
@@ -188,6 +188,16 @@ def test_flops_are_two_a_weight_and_attention(llama: PretrainedConfig) -> None:
     assert layer_flops(llama, 2048) - layer_flops(llama, 0) == 2 * 4096 * 2048
 
 
+def test_context_ranks_divide_a_packs_work(llama: PretrainedConfig) -> None:
+    job = Job(llama, (llama, llama), ROW, BATCH)
+    one, four = make_layout(2, 1, 1, True, 8), make_layout(2, 1, 4, True, 8)
+    # As many packs as without them for each of the fewer data ranks, a part of each.
+    assert job.micro_batches(four) == 4 * job.micro_batches(one)
+    ours, theirs = step_time(job, Cluster(), four, "none"), step_time(job, Cluster(), one, "none")
+    assert ours.compute == pytest.approx(theirs.compute)
+    assert ours.tensor == pytest.approx(theirs.tensor)
+
+
 def test_traffic_by_hand(llama: PretrainedConfig) -> None:
     job = Job(llama, (llama, llama), ROW, BATCH)
     sent = traffic(job, make_layout(2, 4, 1, True, 16), "none")
@@ -340,6 +350,18 @@ def test_a_dry_run_on_a_cpu_speaks_of_this_machine(tmp_path: Path) -> None:
     # The method's options are as they are by default.
     assert "alpha" not in text
     assert config_from_dict(yaml.safe_load(text[: text.index("ranks: ")])) == config
+
+
+def test_a_cpus_memory_is_where_weights_wait(llama: PretrainedConfig) -> None:
+    values = {**VALID, "model": {"policy": "policy"}, "loss": {"method": "dpo"}}
+    models, layout = {"policy": llama, "reference": llama}, make_layout(1, 1, 1, False, 1)
+
+    def frozen(offload: dict[str, object], *, on_cpu: bool) -> int:
+        return planned_memory(config_from_dict({**values, "offload": offload}), models, layout, on_cpu=on_cpu).frozen
+
+    whole, host, disk = frozen({}, on_cpu=True), {"frozen": True}, {"frozen": True, "frozen_from": "disk"}
+    assert frozen(host, on_cpu=True) == whole
+    assert frozen(disk, on_cpu=True) == frozen(disk, on_cpu=False) == frozen(host, on_cpu=False) < whole / 3
 
 
 def test_a_dry_run_that_does_not_fit_names_overrides_that_do(tmp_path: Path) -> None:

@@ -83,10 +83,19 @@ def test_other_adapters_of_experts_are_refused(tmp_path: Path) -> None:
     base, path, _ = make(tmp_path, "qwen3_moe", EXPERTS)
     hf_config, file = read_hf_config(base), path / "adapter_config.json"
     content = json.loads(file.read_text())
-    for parameters in (["mlp.router.weight"], ["model.layers.0.mlp.experts.down_proj"], "down_proj", [1]):
+    for parameters in (
+        ["mlp.router.weight"],
+        ["model.layers.0.mlp.experts.down_proj"],
+        "down_proj",
+        [1],
+        [["down_proj"]],
+    ):
         file.write_text(json.dumps({**content, "target_parameters": parameters}))
         with pytest.raises(UserError, match=r"adapter_config.json: target_parameters is .*: supported are mlp.experts"):
             read_lora(path)
+    file.write_text(json.dumps({**content, "target_modules": "all-linear"}))
+    with pytest.raises(UserError, match="target_modules is all-linear beside target_parameters: name the modules"):
+        read_lora(path)
     with pytest.raises(UserError, match="name all of gate_proj, up_proj or none"):
         check_adapter(path, Lora(3, 5.0, ("q_proj", "up_proj")), hf_config)
     file.write_text(json.dumps(content))
