@@ -22,8 +22,10 @@ def lock(directory: Path, **variables: str) -> RunLock:
 
 
 def leave(directory: Path, **values: object) -> None:
-    """As a run that was killed leaves it."""
-    (directory / LOCK_FILE).write_text(json.dumps({**ELSEWHERE, **values}))
+    """As a run that was killed leaves it: at once, for a run that reads it meanwhile."""
+    written = directory / "written"
+    written.write_text(json.dumps({**ELSEWHERE, **values}))
+    written.replace(directory / LOCK_FILE)
 
 
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
