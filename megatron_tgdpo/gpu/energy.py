@@ -11,7 +11,7 @@ _MILLI = 1e-3
 
 
 class EnergyMeter:
-    """Counts what this rank's GPU takes from one reading to the next.
+    """Counts what this rank's GPU takes in a step.
 
     Args:
         device: The rank's.
@@ -35,7 +35,7 @@ class EnergyMeter:
             # By UUID: NVML's numbers are those of the machine, torch's those that CUDA_VISIBLE_DEVICES leaves.
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
-            self._last = self._counter()
+            self.start()
         except self._nvml.NVMLError as error:
             raise UserError(
                 f"log.energy: NVML does not tell the energy of {device} ({one_line(error)}): set it to false"
@@ -46,7 +46,10 @@ class EnergyMeter:
         count: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
         return count
 
+    def start(self) -> None:
+        """Begins a step: what evaluations and saves took since the last one is not counted."""
+        self._first = self._counter()
+
     def joules(self) -> float:
-        """J since the last call, or since this was made."""
-        last, self._last = self._last, self._counter()
-        return (self._last - last) * _MILLI
+        """J since the last :meth:`start`."""
+        return (self._counter() - self._first) * _MILLI

@@ -173,17 +173,30 @@ def without_adapters(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in state.items() if not is_of_adapter(name)}
 
 
+class _RoomForAdapters(torch.nn.Module):
+    """What a linear with room for adapters has, before the linear among the bases of a class."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapters = torch.nn.ModuleDict()
+        self.active: str | None = None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Without adapters: see :func:`adapter_state`."""
+        return without_adapters(super().sharded_state_dict(prefix, sharded_offsets, metadata))  # type: ignore[misc]
+
+
 def with_adapters(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """The parallel linear, of either layer spec, with room for adapters.
 
     Transformer Engine's, with the norm before it inside, hands out what the norm made: an adapter takes that.
     """
 
-    class AdaptedLinear(linear):  # type: ignore[valid-type, misc]
+    class AdaptedLinear(_RoomForAdapters, linear):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.adapters = torch.nn.ModuleDict()
-            self.active: str | None = None
             if hasattr(self, "layer_norm_weight"):
                 self.return_layernorm_output = True
 
@@ -195,27 +208,13 @@ def with_adapters(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
                 output = output + self.adapters[self.active](x)
             return output, bias
 
-        def sharded_state_dict(
-            self,
-            prefix: str = "",
-            sharded_offsets: tuple[Any, ...] = (),
-            metadata: dict[str, Any] | None = None,
-        ) -> dict[str, Any]:
-            """Without adapters: see :func:`adapter_state`."""
-            return without_adapters(super().sharded_state_dict(prefix, sharded_offsets, metadata))
-
     return AdaptedLinear
 
 
 def with_expert_adapters(grouped: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """Transformer Engine's linear of all of a rank's experts, with room for adapters."""
 
-    class AdaptedGroupedLinear(grouped):  # type: ignore[valid-type, misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.adapters = torch.nn.ModuleDict()
-            self.active: str | None = None
-
+    class AdaptedGroupedLinear(_RoomForAdapters, grouped):  # type: ignore[valid-type, misc]
         def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, Tensor | None]:
             output, bias = super().forward(x, m_splits)
             if self.active is not None and self.active in self.adapters:
@@ -223,15 +222,6 @@ def with_expert_adapters(grouped: type[torch.nn.Module]) -> type[torch.nn.Module
                 parts = zip(each, x.split(m_splits), strict=True)
                 output = output + torch.cat([adapter(part) for adapter, part in parts])
             return output, bias
-
-        def sharded_state_dict(
-            self,
-            prefix: str = "",
-            sharded_offsets: tuple[Any, ...] = (),
-            metadata: dict[str, Any] | None = None,
-        ) -> dict[str, Any]:
-            """Without adapters: see :func:`adapter_state`."""
-            return without_adapters(super().sharded_state_dict(prefix, sharded_offsets, metadata))
 
     return AdaptedGroupedLinear
 

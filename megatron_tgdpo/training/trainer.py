@@ -154,8 +154,7 @@ class Trainer:
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
             if self.meter is not None:
-                # What evaluations and saves took since the last step is not this one's.
-                self.meter.joules()
+                self.meter.start()
             packs, work = coming
             data_seconds, more = 0.0, step < self.last_step
             if more:

@@ -47,12 +47,17 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="4-2"))
 
 
-def test_joules_between_readings(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml: Any = Nvml([1_000_000, 1_350_500, 1_350_500])
+def test_joules_of_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two steps an evaluation takes 9 kJ."""
+    nvml: Any = Nvml([0, 1_000_000, 1_350_500, 10_350_500, 10_360_500])
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     meter = EnergyMeter(CUDA)
-    assert [meter.joules(), meter.joules()] == [pytest.approx(350.5), 0.0]
-    assert nvml.asked == ["nvmlInit", "GPU-4-2", *3 * ["handle of GPU-4-2"]]
+    found = []
+    for _ in range(2):
+        meter.start()
+        found.append(meter.joules())
+    assert found == [pytest.approx(350.5), pytest.approx(10.0)]
+    assert nvml.asked == ["nvmlInit", "GPU-4-2", *5 * ["handle of GPU-4-2"]]
 
 
 @pytest.mark.parametrize("fails", ["nvmlInit", "GPU-4-2", "handle"])
