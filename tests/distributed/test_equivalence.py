@@ -164,6 +164,7 @@ CASES = (
     Case("vpp2", 2, "random", pipeline=2, virtual=2, seq_length=128),
     Case("vpp2-tied-cached", 2, "random", tied=True, pipeline=2, virtual=2, guidance="cached"),
     Case("vpp2-tied", 2, "random", tied=True, pipeline=2, virtual=2),
+    Case("pp4-vpp2", 4, "random", pipeline=4, virtual=2, seq_length=128, layers=8, guide_layers=8),
     Case("vpp2-tp2-sp", 4, "random", tensor=2, pipeline=2, virtual=2, sequence_parallel=True, seq_length=128),
     # Stages that are not equal: by cost, given, and in chunks; the guide has other layers than the policy.
     Case("pp2-uneven", 2, "random", pipeline=2, seq_length=128, layers=5, guide_layers=3),
