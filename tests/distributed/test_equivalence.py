@@ -347,6 +347,7 @@ class Inputs:
             },
             "precision": {"dtype": "fp32"},
             "train": {"steps": SETTINGS.steps, "recompute": case.recompute},
+            "checkpoint": {"every_steps": SETTINGS.steps},
             "output_dir": str(self.root / "runs" / case.name),
         }
 
