@@ -14,8 +14,10 @@ from megatron_tgdpo.loss.methods import METHODS
 from tests.distributed.common import read_metrics
 from tests.processes import run_forked
 from tools.examples.paper_in_miniature.ablations import __main__ as command
+from tools.examples.paper_in_miniature.ablations import answers
 from tools.examples.paper_in_miniature.ablations.answers import ANSWERS
 from tools.examples.paper_in_miniature.ablations.arms import DEVIATIONS, QUEUE, long_answers
+from tools.examples.paper_in_miniature.ablations.figures import FIGURES
 from tools.examples.paper_in_miniature.ablations.forward import response_logps
 from tools.examples.paper_in_miniature.ablations.laboratory import Laboratory, by_sentence
 from tools.examples.paper_in_miniature.ablations.pairs import EOS, IDS, VOCABULARY, Pairs, as_pairs, encode_prompts
@@ -159,7 +161,9 @@ def test_losses_and_rates_are_those_of_tgdpo_train(tmp_path: Path) -> None:
 TINY = Size(sft_examples=64, prompts=12, samples=3, judged=4, validation=4)
 
 
-def test_alpha_follows_from_the_deviation_of_the_weights(tmp_path: Path) -> None:
+def test_long_answers_have_alphas_by_the_deviation_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     laboratory = Laboratory(tmp_path, TINY, (1e-3,))
     for words in (12, 50):
         one = laboratory.of_answers(words)
@@ -170,6 +174,17 @@ def test_alpha_follows_from_the_deviation_of_the_weights(tmp_path: Path) -> None
             assert found["weight_std"] == pytest.approx(deviation, rel=1e-4)
             assert found["weight_std"] == pytest.approx(found["alpha"] * found["reward_std"], rel=0.5)
     assert ANSWERS["c"](laboratory) == {"seeds": [], "words": {}}  # 200 words are not done
+    monkeypatch.setattr(answers, "WORDS", (12, 50))
+    found = ANSWERS["c"](laboratory)
+    assert found["seeds"] == [1]
+    for entry in found["words"].values():
+        assert list(entry["arms"]) == ["dpo", *(f"deviation {deviation:g}" for deviation in DEVIATIONS)]
+        for deviation in DEVIATIONS:
+            arm = entry["arms"][f"deviation {deviation:g}"]
+            assert 0 <= arm["over_dpo"]["value"] <= 1
+            assert arm["weight_std"]["value"] == pytest.approx(deviation, abs=1e-4)
+    FIGURES["c"](found, tmp_path / "c.svg")
+    assert "50 words" in (tmp_path / "c.svg").read_text(encoding="utf-8")
 
 
 def test_every_question_has_an_answer() -> None:
