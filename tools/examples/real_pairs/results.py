@@ -144,6 +144,7 @@ def draw(found: Mapping[str, Any], out: Path) -> None:
             axes.errorbar([at], [scale * values["value"]], errors, fmt="D", capsize=4, color=_COLOURS[arm])
         axes.axhline(50.0 if name == "accuracy" else 0.0, color="#999999", linewidth=0.8, linestyle="--")
         axes.set_xticks(range(len(TITLES)), [title.replace(", ", ",\n") for title in TITLES.values()], fontsize="small")
+        axes.set_xlim(-0.5, len(TITLES) - 0.5)
         axes.set_ylabel(label)
         axes.grid(axis="y", alpha=0.3)
     out.parent.mkdir(parents=True, exist_ok=True)
