@@ -43,6 +43,7 @@ class Case:
     seq_length: int = 512
     family: str = "llama"
     recompute: str = "none"
+    recompute_modules: list[str] | None = None
     context: int = 1
     shared_prompts: bool | None = None
     virtual: int | None = None
@@ -184,6 +185,15 @@ CASES = (
     # Windows and softcaps recompute their scores by themselves, inside what is recomputed here.
     Case("gemma2-recompute-full", 1, "random", tied=True, family="gemma2", recompute="full"),
     Case("gemma2-recompute-selective", 1, "random", tied=True, family="gemma2", recompute="selective"),
+    Case(
+        "gemma2-recompute-modules",
+        1,
+        "random",
+        tied=True,
+        family="gemma2",
+        recompute="selective",
+        recompute_modules=["layernorm", "mlp"],
+    ),
 )
 
 
@@ -253,7 +263,7 @@ _SP = {"sequence_parallel": True}
 GRID_CASES = (
     _overlapping(
         "dpo-cached-cp2-dp2", 4, method="dpo", guidance="cached", context=2, shared_prompts=False, **_SP,
-        overlap="grad_reduce", recompute="selective", seq_length=256,
+        overlap="grad_reduce", recompute="selective", recompute_modules=["layernorm", "mlp"], seq_length=256,
     ),
     _overlapping(
         "orpo-tp2-vpp2", 4, method="orpo", tensor=2, pipeline=2, virtual=2, shared_prompts=False, **_SP,
@@ -264,11 +274,13 @@ GRID_CASES = (
         recompute="full", seq_length=256,
     ),
     _overlapping(
-        "sft-vpp2", 2, method="sft", pipeline=2, virtual=2, shared_prompts=False, **_SP, recompute="selective"
+        "sft-vpp2", 2, method="sft", pipeline=2, virtual=2, shared_prompts=False, **_SP, recompute="selective",
+        recompute_modules=["core_attn", "layernorm", "mlp"],
     ),
     _overlapping("simpo-dp2", 2, method="simpo", shared_prompts=False, **_SP, recompute="full"),
     _overlapping(
-        "prefetch-tp2", 4, guidance="prefetch", tensor=2, pipeline=2, overlap="grad_reduce", recompute="selective"
+        "prefetch-tp2", 4, guidance="prefetch", tensor=2, pipeline=2, overlap="grad_reduce", recompute="selective",
+        recompute_modules=["mlp"],
     ),
     _overlapping("orpo-dp2", 2, method="orpo", recompute="selective"),
     Case("dpo-cached-tp2-vpp2", 4, "random", method="dpo", guidance="cached", tensor=2, pipeline=2, virtual=2,
@@ -346,7 +358,11 @@ class Inputs:
                 "warmup_ratio": 0.0,
             },
             "precision": {"dtype": "fp32"},
-            "train": {"steps": SETTINGS.steps, "recompute": case.recompute},
+            "train": {
+                "steps": SETTINGS.steps,
+                "recompute": case.recompute,
+                "recompute_modules": case.recompute_modules,
+            },
             "output_dir": str(self.root / "runs" / case.name),
         }
 
