@@ -44,6 +44,8 @@ class Settings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
+    aux_loss: float = 0.0  # coefficients of the routers' losses
+    z_loss: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Result:
     grad_norms: list[float]
     final_loss: float
     weights: dict[str, Tensor]
+    router_losses: list[tuple[float, float]]  # each step's, load balancing and z, means over sequences and layers
 
 
 def load(path: Path) -> PreTrainedModel:
@@ -112,6 +115,61 @@ def pair_loss(
     return -smoothed - settings.sft_weight * chosen.mean()
 
 
+class Routers:
+    """The losses of a model's routers for one sequence, from what goes into them.
+
+    Linear layers whose name ends in gate or router, with the keys that transformers gives them.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.top_k = model.config.num_experts_per_tok
+        self.logits: list[Tensor] = []
+        self._hooks = [
+            module.register_forward_hook(self._record)
+            for name, module in model.named_modules()
+            if name.endswith(("mlp.gate", "mlp.router"))
+        ]
+        assert self._hooks
+
+    def _record(self, module: torch.nn.Module, args: tuple[Tensor, ...], output: object) -> None:
+        hidden = args[0].reshape(-1, args[0].shape[-1])
+        logits = hidden @ module.weight.T
+        self.logits.append(logits if getattr(module, "bias", None) is None else logits + module.bias)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Load balancing and z, each the mean over layers; forgets the sequence."""
+        aux, z = [], []
+        for logits in self.logits:
+            probabilities = logits.softmax(dim=-1)
+            tokens, experts = probabilities.shape
+            loads = torch.zeros(experts)
+            for chosen in logits.topk(self.top_k).indices:
+                loads[chosen] += 1 / (self.top_k * tokens)
+            aux.append(experts * (loads * probabilities.mean(dim=0)).sum())
+            z.append((logits.logsumexp(dim=-1) ** 2).mean())
+        self.logits.clear()
+        return torch.stack(aux).mean(), torch.stack(z).mean()
+
+
+def router_loss(policy: PreTrainedModel, pair: Tokens, settings: Settings) -> tuple[Tensor, tuple[float, float]]:
+    """What a pair adds to the loss, layers summed, and load balancing and z, layers averaged; of both sequences."""
+    routers, found = Routers(policy), []
+    responses = [pair.chosen] if settings.method == "sft" else [pair.chosen, pair.rejected]
+    for response in responses:
+        policy(torch.tensor([pair.prompt + response]))
+        layers = len(routers.logits)
+        found.append(routers.take())
+    routers.close()
+    aux, z = (torch.stack(each).mean() for each in zip(*found, strict=True))
+    # SFT counts tokens, not pairs.
+    weight = len(pair.chosen) if settings.method == "sft" else 1
+    return weight * layers * (settings.aux_loss * aux + settings.z_loss * z), (weight * float(aux), weight * float(z))
+
+
 def divisor(pairs: Sequence[Tokens], method: str) -> int:
     """What the sum of the pairs' losses is divided by."""
     return sum(len(pair.chosen) for pair in pairs) if method == "sft" else len(pairs)
@@ -147,15 +205,21 @@ def train_models(
         lr=settings.lr,
         eps=settings.eps,
     )
-    losses, norms = [], []
+    losses, norms, routed = [], [], []
     for step in range(settings.steps):
         optimizer.zero_grad()
-        total = 0.0
+        total, aux, z = 0.0, 0.0, 0.0
         batch = [pairs[(step * settings.global_pairs + i) % len(pairs)] for i in range(settings.global_pairs)]
         for pair in batch:
             loss = pair_loss(policy, reference, guide, pair, settings) / divisor(batch, settings.method)
             loss.backward()
             total += loss.item()
+            if settings.aux_loss or settings.z_loss:
+                added, (one_aux, one_z) = router_loss(policy, pair, settings)
+                (added / divisor(batch, settings.method)).backward()
+                aux += one_aux / divisor(batch, settings.method)
+                z += one_z / divisor(batch, settings.method)
+        routed.append((aux, z))
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad).item())
         optimizer.step()
         losses.append(total)
@@ -163,4 +227,4 @@ def train_models(
         final = sum(pair_loss(policy, reference, guide, pair, settings).item() for pair in pairs)
         final /= divisor(pairs, settings.method)
     trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
-    return Result(losses, norms, final, trained)
+    return Result(losses, norms, final, trained, routed)

@@ -134,6 +134,7 @@ def _versions() -> str:
 
 def _input_lines(config: "Config", guide: "GuideConfig", world_size: int, device: "torch.device") -> list[Line]:
     """What one rank can see for all: models, data, and whether the run fits them and a machine like this."""
+    from megatron_tgdpo.gpu.energy import check_energy
     from megatron_tgdpo.gpu.options import capabilities, check_gpu_options
     from megatron_tgdpo.output.metrics_log import check_loggers
     from megatron_tgdpo.setup.layout import fitted_layout, layout_of
@@ -188,6 +189,7 @@ def _input_lines(config: "Config", guide: "GuideConfig", world_size: int, device
     def output() -> str:
         check_best_metric(config)
         check_loggers(config)
+        check_energy(config, device)
         return "logging and checkpoints: as configured"
 
     if look(models):

@@ -19,9 +19,10 @@ from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES, RECOMPUTE_MODUL
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.planning.cluster import Cluster
+from megatron_tgdpo.planning.memory import MOMENT_BYTES
 from tgdpo.command_line import find_models, positive, positive_number, run
 
-_MAY_BE_ZERO = ("reserve_gib", "response_share")
+_MAY_BE_ZERO = ("reserve_gib", "response_share", "memory_gbytes")
 _LARGEST = 10**9
 
 
@@ -67,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     layout = parser.add_argument_group("layout (none given: all, ranked)")
     layout.add_argument("--tensor", type=int, help="parallel.tensor")
     layout.add_argument("--pipeline", type=int, help="parallel.pipeline")
+    layout.add_argument("--context", type=int, help="parallel.context")
+    layout.add_argument("--virtual-pipeline", type=int, help="parallel.virtual_pipeline, chunks of a stage")
     layout.add_argument("--expert", type=int, help="parallel.expert")
     layout.add_argument("--expert-tensor", type=int, help="parallel.expert_tensor; default: as --tensor")
     layout.add_argument("--no-sequence-parallel", action="store_true", help="default: on with --tensor above 1")
@@ -77,6 +80,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WHAT",
         help="train.recompute of a given layout (none, selective, full), or its recompute_modules, joined by commas; "
         "default %(default)s",
+    )
+    layout.add_argument(
+        "--moments",
+        choices=tuple(MOMENT_BYTES),
+        default="fp32",
+        help="optimizer.moments of a given layout; default %(default)s",
+    )
+    layout.add_argument(
+        "--offload-frozen",
+        action="store_true",
+        help="offload.frozen of a given layout: reference and guide visit the GPU",
     )
     layout.add_argument(
         "--schedules",
@@ -144,8 +158,10 @@ def _plan(given: argparse.Namespace) -> bool:
 
 def _unused(given: argparse.Namespace) -> list[str]:
     """Options that were given and change nothing, each with the reason."""
-    method, layout = METHODS[given.method], (given.tensor, given.pipeline, given.expert, given.expert_tensor)
-    ranked = all(size is None for size in layout) and not given.schedules
+    from tgdpo.planning import LAYOUT_OPTIONS
+
+    method = METHODS[given.method]
+    ranked = all(getattr(given, name) is None for name in LAYOUT_OPTIONS) and not given.schedules
     found = {
         f"--{role} (--method {given.method} has no {role})": getattr(given, role) and role not in method.frozen
         for role in ("reference", "guide")
@@ -157,6 +173,8 @@ def _unused(given: argparse.Namespace) -> list[str]:
         f"--no-shared-prompts (--method {given.method} has one answer)": given.no_shared_prompts and method.chosen_only,
         "--lora-targets (without --lora-rank)": given.lora_targets != "all-linear" and given.lora_rank is None,
         "--recompute (without a layout each gets the least that fits)": given.recompute != "none" and ranked,
+        "--moments (without a layout, only where nothing else fits)": given.moments != "fp32" and ranked,
+        "--offload-frozen (without a layout, only where nothing else fits)": given.offload_frozen and ranked,
         "--lr (without --write)": given.lr and given.write is None,
         "--train (without --write)": given.train and given.write is None,
     }

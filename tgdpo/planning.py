@@ -18,11 +18,14 @@ from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans, make_plan, nearest
-from megatron_tgdpo.planning.memory import GIB, FrozenSource, Sources
+from megatron_tgdpo.planning.memory import GIB, Savings, Sources
 from megatron_tgdpo.planning.recomputation import check_recompute, recompute_keys
 from megatron_tgdpo.planning.report import plan_text, schedules_table, table
 from megatron_tgdpo.setup.model_sources import lora_targets
 from megatron_tgdpo.storage.atomic_file import write_atomically
+
+# Which say what the layout is; without any all are ranked.
+LAYOUT_OPTIONS = ("tensor", "pipeline", "context", "virtual_pipeline", "expert", "expert_tensor")
 
 
 def plan(arguments: argparse.Namespace) -> tuple[str, Plan | None]:
@@ -37,18 +40,19 @@ def plan(arguments: argparse.Namespace) -> tuple[str, Plan | None]:
     check_recompute(arguments.recompute, job.policy, "transformer_engine")
     if arguments.schedules:
         return schedules_table(job, cluster, arguments.tensor or 1, sequence_parallel, arguments.recompute), None
-    sizes = (arguments.tensor, arguments.pipeline, arguments.expert, arguments.expert_tensor)
-    if any(size is not None for size in sizes):
+    if any(getattr(arguments, name) is not None for name in LAYOUT_OPTIONS):
         layout = make_layout(
             arguments.tensor or 1,
             arguments.pipeline or 1,
-            1,
+            arguments.context or 1,
             sequence_parallel,
             cluster.gpus,
+            arguments.virtual_pipeline or 1,
             expert=arguments.expert or 1,
             expert_tensor=arguments.expert_tensor,
         )
-        asked = make_plan(job, cluster, layout, arguments.recompute)
+        savings = Savings(arguments.moments, arguments.offload_frozen)
+        asked = make_plan(job, cluster, layout, arguments.recompute, savings=savings)
         text = plan_text(asked, job, cluster)
         return (text if asked.fits else f"{text}\n{_instead(all_plans(job, cluster), asked)}"), asked
     plans = all_plans(job, cluster)
@@ -88,20 +92,18 @@ def write_config(arguments: argparse.Namespace, plan: Plan, named: Mapping[str, 
         # Without one the guide is trained first.
         "guide": {"method": "dpo" if "guide" in method.frozen and not models["guide"] else None},
         "guidance": {"mode": arguments.guidance, "cache": "guidance" if arguments.guidance == "cached" else None},
-        "parallel": {
-            "tensor": layout.tensor,
-            "pipeline": layout.pipeline,
-            "pipeline_layers": layout.unequal,
-            "sequence_parallel": layout.sequence_parallel,
-            **layout.expert_keys,
-        },
+        "parallel": layout.keys,
         "batch": {
             "global_pairs": arguments.global_pairs,
             "tokens_per_micro_batch": arguments.seq_length,
             "shared_prompts": False if arguments.no_shared_prompts else None,
         },
         "lora": {} if lora is None else {"rank": lora.rank, "targets": list(lora.targets)},
-        "optimizer": {"lr": arguments.lr or (7e-7 if lora is None else 7e-6)},
+        "optimizer": {
+            "lr": arguments.lr or (7e-7 if lora is None else 7e-6),
+            **plan.savings.keys.get("optimizer", {}),
+        },
+        "offload": plan.savings.keys.get("offload", {}),
         "precision": {"dtype": arguments.dtype},
         "train": {"epochs": 1, **recompute_keys(plan.recompute)},
         "output_dir": str(Path("runs") / arguments.write.stem),
@@ -122,12 +124,14 @@ def _instead(plans: Sequence[Plan], asked: Plan) -> str:
     found = nearest(plans, asked.layout)
     if found is None:
         return f"no layout of {asked.layout.world_size} GPUs fits: take more, or other models or packs"
-    layout = found.layout
-    experts = "".join(f" --{key.replace('_', '-')} {value}" for key, value in layout.expert_keys.items())
-    return (
-        f"the nearest that fits: --tensor {layout.tensor} --pipeline {layout.pipeline}{experts} --recompute "
-        f"{found.recompute} ({found.memory.total / GIB:.1f} GiB)"
-    )
+    keys = {key: value for key, value in found.layout.keys.items() if key in LAYOUT_OPTIONS}
+    options = [f"--{key.replace('_', '-')} {value}" for key, value in keys.items()]
+    options.append(f"--recompute {found.recompute}")
+    if found.savings.moments != "fp32":
+        options.append(f"--moments {found.savings.moments}")
+    if found.savings.offload_frozen:
+        options.append("--offload-frozen")
+    return f"the nearest that fits: {' '.join(options)} ({found.memory.total / GIB:.1f} GiB)"
 
 
 def _job(arguments: argparse.Namespace) -> Job:
@@ -157,9 +161,8 @@ def _lora(arguments: argparse.Namespace) -> Lora | None:
 
 
 def _frozen(arguments: argparse.Namespace, policy: PretrainedConfig) -> tuple[tuple[PretrainedConfig, ...], Sources]:
-    """Configs of the frozen models, and what models are made of; as ``setup/model_sources.py: planned_sources``."""
+    """Configs of the frozen models, and what models are made of."""
     trained = _lora(arguments)
-    bases = set() if trained is None else {str(arguments.model)}
     configs, sources = [], []
     for role in METHODS[arguments.method].frozen if arguments.guidance == "colocated" else ():
         path, adapter = getattr(arguments, role), None
@@ -170,9 +173,8 @@ def _frozen(arguments: argparse.Namespace, policy: PretrainedConfig) -> tuple[tu
         # Without an adapter each is a model of its own, unless the same is named twice.
         base = str(arguments.model if path is None and role == "reference" else path or role)
         configs.append(_read(path) if path else policy)
-        sources.append(FrozenSource(adapter, base in bases))
-        bases.add(base)
-    return tuple(configs), Sources(trained, tuple(sources))
+        sources.append((base, adapter))
+    return tuple(configs), Sources.of(str(arguments.model), trained, sources)
 
 
 def _read(path: str) -> PretrainedConfig:

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_tgdpo.batching.packed_sequence import ContextSplit, PackedSequence, PackFormat, Segment, pack_segments
+from megatron_tgdpo.batching.packed_sequence import (
+    ContextSplit,
+    PackedSequence,
+    PackFormat,
+    Segment,
+    SequenceMembers,
+    pack_segments,
+)
 from megatron_tgdpo.data.dataset import PreferencePair
 
 
@@ -61,7 +68,13 @@ class PreferenceBatch:
             return None if tensor is None else change(tensor)
 
         tensors: dict[str, Any] = {name: changed(getattr(self, name)) for name in _ON_DEVICE}
-        return replace(self, packing=replace(self.packing, kv_index=changed(self.packing.kv_index)), **tensors)
+        sequences = self.packing.sequences
+        packing = replace(
+            self.packing,
+            kv_index=changed(self.packing.kv_index),
+            sequences=None if sequences is None else sequences.with_tensors(change),
+        )
+        return replace(self, packing=packing, **tensors)
 
 
 _ON_DEVICE = (
@@ -108,17 +121,21 @@ def collate(
             filled.add_sequence(pair.prompt, pair.rejected, pair.rejected_trained)
     seq_length = pack_format.cut(filled.bounds[-1])
     tokens, positions = filled.tokens[:seq_length], filled.positions[:seq_length]
+    sequence_of = filled.sequence_of[:seq_length]
     logit_positions, targets = _joined(filled.logit_positions), _joined(filled.targets)
     lengths = np.array([len(part) for part in filled.targets], dtype=np.int64)
+    weights = lengths if pack_format.chosen_only else np.full(len(lengths), 0.5)
     order = np.arange(len(targets))
     if pack_format.context == 1:
         packing = pack_segments(filled.segments)
     else:
         split = ContextSplit([*filled.bounds, seq_length], pack_format)
         tokens, positions, packing = tokens[split.mine], positions[split.mine], split.packing(filled.segments)
+        sequence_of = sequence_of[split.mine]
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         order, logit_positions = split.local(logit_positions)
         targets, lengths = targets[order], np.bincount(sequence[order], minlength=len(lengths))
+    packing.sequences = SequenceMembers(torch.from_numpy(sequence_of), torch.from_numpy(weights.astype(np.float32)))
     reference, guide = _cached_logps(pairs, guidance, order)
     return PreferenceBatch(
         tokens=torch.from_numpy(tokens)[None],
@@ -141,6 +158,7 @@ class _FilledPack:
         self.pack_format = pack_format
         self.tokens = np.zeros(pack_format.tokens, dtype=np.int64)
         self.positions = np.zeros(pack_format.tokens, dtype=np.int64)
+        self.sequence_of = np.full((pack_format.tokens, 2), -1, dtype=np.int64)
         self.segments: list[Segment] = []
         self.bounds = [0]
         self.logit_positions: list[np.ndarray] = []
@@ -153,6 +171,7 @@ class _FilledPack:
         self.tokens[start:middle] = prompt
         self.tokens[middle:end] = response
         self.positions[start:end] = np.arange(end - start)
+        self.sequence_of[start:end, 0] = len(self.targets)
         # The hidden state at position t predicts token t + 1.
         return self._added(Segment(start, end), np.arange(middle - 1, end - 1), response, trained)
 
@@ -163,6 +182,7 @@ class _FilledPack:
         start = self.bounds[-1]
         end = start + len(pair.rejected)
         prompt_end = whole.start + prompt
+        self.sequence_of[whole.start : prompt_end, 1] = self.sequence_of[start:end, 0] = len(self.targets)
         self.tokens[start:end] = pair.rejected
         self.positions[start:end] = np.arange(prompt, prompt + end - start)
         # Its first token follows the prompt's last.

@@ -3,7 +3,7 @@
 Legend: S tokens of the whole pack, C context-parallel ranks, B query segments, K keys of all segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -60,6 +60,24 @@ class PackFormat:
         return int(replace(self, context=1).pair_tokens(lengths).sum())
 
 
+@dataclass(frozen=True)
+class SequenceMembers:
+    """Which tokens make up the sequences of a pack, each a prompt and its response, however they are computed.
+
+    Attributes:
+        of_token: [S, 2] int64 (on a context-parallel rank its part), the sequence that a token belongs to, counted
+            chosen_0, rejected_0, chosen_1, ...; a shared prompt's tokens belong to two; -1 for none, as padding.
+        weights: [2P] float32, what each of the sequences counts in a sum over the global batch that is divided by the
+            loss's ``count``: half of a pair, or where that counts tokens, those that it trains on.
+    """
+
+    of_token: Tensor
+    weights: Tensor
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "SequenceMembers":
+        return SequenceMembers(change(self.of_token), change(self.weights))
+
+
 @dataclass
 class PackedSequence(PackedSeqParams):
     """How the tokens of a pack, or of a context-parallel rank's part of it, attend.
@@ -76,9 +94,11 @@ class PackedSequence(PackedSeqParams):
         max_seqlen_kv: Most keys of a segment.
         kv_index: [K] int64, the keys' positions in the pack that all context-parallel ranks hold together, rank after
             rank; None where queries and keys are the same tokens.
+        sequences: Which tokens belong together, for losses of routers; None where there is no loss.
     """
 
     kv_index: Tensor | None = None
+    sequences: SequenceMembers | None = None
 
 
 @dataclass(frozen=True)

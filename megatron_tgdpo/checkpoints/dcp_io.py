@@ -341,7 +341,7 @@ def write_common(common: bytes, directory: Path) -> None:
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer of one synced file a rank, which reports a full disk as the system does.
+    """DCP's writer of one synced file for each rank that has something to write; a full disk is reported as it is.
 
     Attributes:
         digests: Size and sha256 of this rank's files, taken from what was handed to the system, by name.
@@ -353,6 +353,11 @@ class Writer(dcp.FileSystemWriter):
         self.fs = _HashingFileSystem(self.digests)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if not plan.items:
+            # DCP makes an empty file, which nothing refers to.
+            nothing: Future[list[WriteResult]] = Future()
+            nothing.set_result([])
+            return nothing
         with system_errors():
             return super().write_data(plan, planner)
 

@@ -59,6 +59,7 @@ CHANGE_POLICIES: dict[ChangePolicy, tuple[str, ...]] = {
         "data.template_kwargs",
         "loss.beta", "loss.alpha", "loss.guide_beta", "loss.form", "loss.reference_free", "loss.label_smoothing",
         "loss.sft_weight", "loss.gamma", "loss.weights", "loss.select_share", "guidance.unit",
+        "moe.aux_loss_coeff", "moe.z_loss_coeff",
         "batch.global_pairs",
         "optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay",
         "optimizer.clip_grad", "optimizer.schedule", "optimizer.warmup_ratio", "optimizer.warmup_steps",

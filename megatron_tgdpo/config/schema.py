@@ -126,6 +126,18 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """Losses of the policy's routers, beside that of section ``loss``; see models/router_losses.py."""
+
+    aux_loss_coeff: float = at_least(0, 0.0)  # of the loss that spreads each sequence's tokens evenly over experts
+    z_loss_coeff: float = at_least(0, 0.0)  # of the loss that keeps the routers' logits small
+
+    @property
+    def has_losses(self) -> bool:
+        return bool(self.aux_loss_coeff or self.z_loss_coeff)
+
+
+@dataclass(frozen=True)
 class GuideConfig:
     """How the guide is trained from this file, for method tgdpo; all that is not here is as for the policy."""
 
@@ -328,6 +340,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

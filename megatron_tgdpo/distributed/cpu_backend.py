@@ -100,19 +100,19 @@ class _CudaToCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if _is_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": CPU}
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        elif func is torch.Tensor.type and len(args) == 1:
+            # mcore's optimizers sort parameters by names such as 'torch.cuda.BFloat16Tensor'.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.to and any(_is_cuda(arg) for arg in args[1:]):
             args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # mcore's optimizers sort parameters by names such as 'torch.cuda.BFloat16Tensor'.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class _NoStream:

@@ -1,7 +1,7 @@
 """The grid of ranks: which layout, which process groups."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_tgdpo.errors import UserError
 
@@ -59,6 +59,19 @@ class ParallelLayout:
     def expert_keys(self) -> dict[str, int]:
         """What section ``parallel`` of a config says of experts; nothing where they are split as all else is."""
         return {"expert": self.expert, "expert_tensor": self.expert_shards} if self.splits_experts else {}
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """What section ``parallel`` of a config says of it; chunks, context ranks and experts only where there are."""
+        return {
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            **({"pipeline_layers": self.unequal} if self.unequal else {}),
+            **({"context": self.context} if self.context > 1 else {}),
+            **({"virtual_pipeline": self.virtual} if self.virtual > 1 else {}),
+            "sequence_parallel": self.sequence_parallel,
+            **self.expert_keys,
+        }
 
     @property
     def parts(self) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError, one_line
 
 _MILLI = 1e-3
@@ -53,3 +54,13 @@ class EnergyMeter:
     def joules(self) -> float:
         """J since the last :meth:`start`."""
         return (self._counter() - self._first) * _MILLI
+
+
+def check_energy(config: Config, device: torch.device) -> None:
+    """Refuses ``log.energy`` where this rank's device has no such counter, before anything is loaded.
+
+    Raises:
+        UserError: As :class:`EnergyMeter`.
+    """
+    if config.log.energy:
+        EnergyMeter(device)

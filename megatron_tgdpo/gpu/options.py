@@ -83,6 +83,8 @@ def check_experts(config: Config, configs: Mapping[str, PretrainedConfig]) -> No
     Raises:
         UserError: With the key, the reason and the way out.
     """
+    if config.moe.has_losses and not family_of(configs["policy"].architectures).has_experts:
+        raise UserError("section moe has losses of routers, but model.policy has no experts: remove it")
     for role, hf_config in configs.items():
         if not family_of(hf_config.architectures).has_experts:
             continue

@@ -33,6 +33,9 @@ class LanguageModelConfig(TransformerConfig):
         logit_scale: Factor of the logits, applied to the hidden states that they are made of.
         fused_layer_wgrad: Transformer Engine's linears add weight gradients to the fp32 buffer in the product itself.
             ``gradient_accumulation_fusion`` would ask megatron-core's own layers for apex's kernel too.
+        router_aux_loss: Coefficient of the routers' load balancing loss (``models/router_losses.py``); megatron-core's
+            own key would have it apply another.
+        router_z_loss: The same of their z-loss.
         adapters: The layers' linears have room for LoRA adapters (``models/lora.py``).
     """
 
@@ -48,6 +51,8 @@ class LanguageModelConfig(TransformerConfig):
     embedding_scale_rounded: bool = True
     logit_scale: float = 1.0
     fused_layer_wgrad: bool = False
+    router_aux_loss: float = 0.0
+    router_z_loss: float = 0.0
     adapters: bool = False
 
 

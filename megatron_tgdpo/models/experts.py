@@ -4,10 +4,12 @@ Every token goes to all experts that its router chooses; none is dropped, whatev
 0.16.1 ``transformer/moe``.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
@@ -17,13 +19,27 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.router_losses import RouterLosses, follow_packs
 
 
 class Router(TopKRouter):
     """megatron-core's router with logits in fp32, from products of any PyTorch.
 
     Its own function for them asks for Transformer Engine's, by a name that is not bound without it.
+
+    Attributes:
+        losses: Of a model that trains with them; else None.
     """
+
+    losses: RouterLosses | None = None
+
+    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """[S_local, 1, experts] logits -> [S_local, experts]: weights in float32, and whether a token goes there."""
+        weights, routed = super().routing(logits, *args, **kwargs)
+        if self.losses is not None and torch.is_grad_enabled():
+            logits = logits.view(-1, logits.shape[-1])
+            weights = self.losses.attach(weights, logits, routed, logits.softmax(dim=-1))
+        return weights, routed
 
     def gating(self, input: Tensor) -> Tensor:
         """[S_local, 1, H] -> [S_local, 1, experts] float32 logits; what backward needs is kept in the input's dtype."""
@@ -79,7 +95,7 @@ class CpuTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return result
 
 
-def prepare_experts(model: torch.nn.Module, layout: ParallelLayout, device: torch.device) -> None:
+def prepare_experts(model: GPTModel, layout: ParallelLayout, device: torch.device) -> None:
     """Finishes the layers with experts of a model that was just built.
 
     Args:
@@ -87,9 +103,19 @@ def prepare_experts(model: torch.nn.Module, layout: ParallelLayout, device: torc
         layout: The parallel layout.
         device: Of the model.
     """
-    for layer in model.modules():
+    for outer in model.decoder.layers:
+        layer = outer.mlp
         if not isinstance(layer, MoELayer):
             continue
+        if model.config.router_aux_loss or model.config.router_z_loss:
+            layer.router.losses = RouterLosses(
+                aux_coefficient=model.config.router_aux_loss,
+                z_coefficient=model.config.router_z_loss,
+                top_k=model.config.moe_router_topk,
+                group=model.pg_collection.tp_cp,
+                first_token=model.pg_collection.tp.rank(),
+            )
+            follow_packs(outer, layer.router.losses)
         # megatron-core makes it on the CPU, and moves it at the first forward.
         for parameter in layer.router.parameters():
             parameter.data = parameter.data.to(device)
@@ -112,3 +138,9 @@ def prepare_experts(model: torch.nn.Module, layout: ParallelLayout, device: torc
             # An expert sees all of its tokens. megatron-core marks a bias as one of a part of the sequence, and would
             # add those of different experts on the tensor ranks.
             weight.sequence_parallel = False
+
+
+def router_losses(chunks: Iterable[torch.nn.Module]) -> list[RouterLosses]:
+    """Of the routers in this rank's chunks of a model; none if it trains without, or has no experts here."""
+    routers = (module for chunk in chunks for module in chunk.modules() if isinstance(module, Router))
+    return [router.losses for router in routers if router.losses is not None]

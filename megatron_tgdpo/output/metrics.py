@@ -103,12 +103,14 @@ class StepMetrics:
         values: Metrics by name, without a ``train/`` or ``eval/`` in front of ``loss``.
         difference: Of the log-probs of policy and reference; zeros without a reference.
         bad_pair: Smallest dataset index of a pair whose loss is not finite, or None.
+        count: What the losses' sum is divided by: pairs, or for SFT chosen tokens.
         weight_counts: Tokens whose weight is below the first of ``WEIGHT_EDGES``, from it up to the next, and so on.
     """
 
     values: dict[str, float]
     difference: LogpDifference
     bad_pair: int | None
+    count: float
     weight_counts: list[int]
 
 
@@ -200,4 +202,4 @@ def _step_metrics(sums: Mapping[str, float], maxima: Mapping[str, float]) -> Ste
         sums["responses_difference"],
         maxima["largest_difference"],
     )
-    return StepMetrics(values, difference, int(-bad) if math.isfinite(bad) else None, [])
+    return StepMetrics(values, difference, int(-bad) if math.isfinite(bad) else None, sums["count"], [])

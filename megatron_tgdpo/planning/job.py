@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.planning.activations import Pack
+from megatron_tgdpo.planning.activations import Pack, gathered_keys
 from megatron_tgdpo.planning.memory import Sources
 
 
@@ -78,19 +78,35 @@ class Job:
             UserError: The tokens are given, and do not divide.
         """
         tokens, ranks = self.pack.tokens, layout.tensor if layout.sequence_parallel else 1
-        if tokens % ranks == 0:
+        parts = ranks if layout.context == 1 else layout.context * math.lcm(2, ranks)
+        if tokens % parts == 0:
             return self
-        rounded = -(-tokens // ranks) * ranks
-        if self.pack_given:
+        rounded = -(-tokens // parts) * parts
+        if self.pack_given and layout.context == 1:
             raise UserError(
                 f"packs of {tokens} tokens are not divisible by {ranks} tensor ranks: take {rounded} "
                 "(batch.tokens_per_micro_batch, or --pack-tokens), or do without sequence parallelism"
             )
+        if self.pack_given:
+            raise UserError(
+                f"packs of {tokens} tokens are not divisible by {parts}, two chunks for each of {layout.context} "
+                f"context ranks over {ranks} tensor ranks: take {rounded} "
+                "(batch.tokens_per_micro_batch, or --pack-tokens)"
+            )
         return replace(self, pack=replace(self.pack, tokens=rounded))
+
+    def local_pack(self, layout: ParallelLayout) -> Pack:
+        """The part of a pack that one of its context ranks holds."""
+        if layout.context == 1:
+            return self.pack
+        keys = gathered_keys(layout.context, max(0.0, self.batch.gathered_keys - 1))
+        return replace(self.pack, tokens=self.pack.tokens // layout.context, gathered_keys=keys)
 
     @property
     def models(self) -> tuple[PretrainedConfig, ...]:
         return (self.policy, *self.frozen)
 
     def micro_batches(self, layout: ParallelLayout) -> int:
-        return self.batch.micro_batches(self.pack.tokens, layout.data)
+        """Packs per data rank and step; with chunks they are filled up to whole groups of as many as stages."""
+        packs = self.batch.micro_batches(self.pack.tokens, layout.data)
+        return packs if layout.virtual == 1 else -(-packs // layout.pipeline) * layout.pipeline

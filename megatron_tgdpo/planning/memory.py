@@ -1,14 +1,15 @@
 """Parameters and memory per rank, computed from configs alone (for ``--dry-run`` and the planner)."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears, linear_shapes
-from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, Experts, global_parameters
+from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, Experts, GlobalParameter, global_parameters
 from megatron_tgdpo.planning.activations import Pack, stage_activations, stage_layers
 from megatron_tgdpo.planning.workspace import (
     carried_states,
@@ -79,6 +80,45 @@ class StateBytes:
     moments: int
 
 
+# Of both moments of a parameter, by ``optimizer.moments``.
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "fp8": 3}
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What a run can do without beyond recomputation, which no ranking takes unless nothing fits without.
+
+    Attributes:
+        moments: ``optimizer.moments``.
+        offload_frozen: ``offload.frozen``.
+    """
+
+    moments: str = "fp32"
+    offload_frozen: bool = False
+
+    @property
+    def keys(self) -> dict[str, dict[str, str | bool]]:
+        """What a config says of them, by section; nothing of what is as by default."""
+        found: dict[str, dict[str, str | bool]] = {}
+        if self.moments != "fp32":
+            found["optimizer"] = {"moments": self.moments}
+        if self.offload_frozen:
+            found["offload"] = {"frozen": True}
+        return found
+
+    def __str__(self) -> str:
+        """As overrides of a config."""
+        pairs = ((section, *each) for section, values in self.keys.items() for each in values.items())
+        return " ".join(f"{section}.{key}={str(value).lower()}" for section, key, value in pairs)
+
+    def state_bytes(self, dtype_bytes: int) -> StateBytes:
+        """Of a parameter in the optimizer."""
+        return StateBytes(main=0 if dtype_bytes == _FP32 else _FP32, moments=MOMENT_BYTES[self.moments])
+
+
+NO_SAVINGS = Savings()
+
+
 @dataclass(frozen=True)
 class LinearBytes:
     """What a weight of the layers' linears takes on the device where they compute in FP8 or FP4.
@@ -119,10 +159,50 @@ class Sources:
     trained: Lora | None = None
     frozen: tuple[FrozenSource, ...] = ()
 
+    @classmethod
+    def of(
+        cls, policy_base: Hashable, trained: Lora | None, frozen: Iterable[tuple[Hashable, Lora | None]]
+    ) -> "Sources":
+        """From what each model is made of.
+
+        A base is in memory once for all frozen models that have it, and for a policy that is an adapter on it; a policy
+        whose weights all train shares them with nobody.
+
+        Args:
+            policy_base: Whatever tells the policy's base from others.
+            trained: The adapter that the policy trains.
+            frozen: Of reference and guide: the same of each, and its adapter.
+        """
+        bases = set() if trained is None else {policy_base}
+        found = []
+        for base, adapter in frozen:
+            found.append(FrozenSource(adapter, base in bases))
+            bases.add(base)
+        return cls(trained, tuple(found))
+
 
 def fullest_stages(layout: ParallelLayout) -> Sequence[int]:
     """The stages of which one holds most: of equal ones the first, with most micro batches in flight, or the last."""
     return range(layout.pipeline) if layout.layers else sorted({0, layout.pipeline - 1})
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """A config by what it says, as configs can change and have no hash."""
+
+    text: str
+    hf_config: PretrainedConfig = field(compare=False)
+
+
+# A ranking asks for the same few thousands of times.
+@lru_cache(maxsize=64)
+def _listed(contents: _Contents, tensor: int) -> tuple[GlobalParameter, ...]:
+    return tuple(global_parameters(contents.hf_config, tensor, every_expert=False))
+
+
+def _parameters(hf_config: PretrainedConfig, tensor: int = 1) -> tuple[GlobalParameter, ...]:
+    """All parameters for so many tensor ranks, of experts those of the first."""
+    return _listed(_Contents(hf_config.to_json_string(use_diff=False), hf_config), tensor)
 
 
 def stage_linears(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, *, plain_ends: bool) -> int:
@@ -130,9 +210,7 @@ def stage_linears(hf_config: PretrainedConfig, layout: ParallelLayout, stage: in
     layers = set(stage_layers(hf_config, layout, stage))
     if plain_ends:
         layers -= {0, hf_config.num_hidden_layers - 1}
-    held = (
-        one for one in global_parameters(hf_config, every_expert=False) if one.layer in layers and one.expert is None
-    )
+    held = (one for one in _parameters(hf_config) if one.layer in layers and one.expert is None)
     return sum(math.prod(parameter.shape) for parameter in held if len(parameter.shape) == 2) // layout.tensor
 
 
@@ -141,7 +219,7 @@ def stage_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage:
     layers = set(stage_layers(hf_config, layout, stage))
     first, last = stage == 0, stage == layout.pipeline - 1
     total = expert_parameters(hf_config, layout, stage)
-    for parameter in global_parameters(hf_config, layout.tensor, every_expert=False):
+    for parameter in _parameters(hf_config, layout.tensor):
         if parameter.expert is not None:
             continue
         size = math.prod(parameter.shape) // (1 if parameter.kind == "copy" else layout.tensor)
@@ -161,7 +239,7 @@ def resident_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, sta
     layers = set(stage_layers(hf_config, layout, stage))
     inside = expert_parameters(hf_config, layout, stage) + sum(
         math.prod(one.shape) // (1 if one.kind == "copy" else layout.tensor)
-        for one in global_parameters(hf_config, layout.tensor, every_expert=False)
+        for one in _parameters(hf_config, layout.tensor)
         if one.expert is None and one.layer in layers
     )
     return stage_parameters(hf_config, layout, stage) - inside + inside * min(2, len(layers)) // max(len(layers), 1)
@@ -174,7 +252,7 @@ def expert_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage
         return 0
     layers = set(stage_layers(hf_config, layout, stage))
     # Biases are whole on each rank of theirs, and with them all of an expert is (``models/divisibility.py``).
-    of_first = (one for one in global_parameters(hf_config, every_expert=False) if one.expert is not None)
+    of_first = (one for one in _parameters(hf_config) if one.expert is not None)
     size = sum(math.prod(one.shape) for one in of_first if one.layer in layers)
     return experts.count * size // (layout.expert * layout.expert_shards)
 
@@ -221,9 +299,7 @@ def _copied_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stag
     """Parameters of :func:`stage_parameters` that another stage saves: the last stage's copy of tied embeddings."""
     if not hf_config.tie_word_embeddings or stage == 0 or stage < layout.pipeline - 1:
         return 0
-    (embedding,) = [
-        one for one in global_parameters(hf_config, layout.tensor, every_expert=False) if one.key == EMBEDDING
-    ]
+    (embedding,) = [one for one in _parameters(hf_config, layout.tensor) if one.key == EMBEDDING]
     return math.prod(embedding.shape) // layout.tensor
 
 

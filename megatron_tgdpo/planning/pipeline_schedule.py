@@ -180,11 +180,8 @@ def interleaved(costs: Sequence[StageCosts], micro_batches: int, chunks: int, *,
         chunks: Model chunks of a stage.
         colocated: Frozen passes run in the policy's forward, chunk by chunk.
     """
-    # Takes seconds to import, and only --schedules asks for it.
-    from megatron.core.pipeline_parallel.schedules import get_schedule_table
-
     stages = len(costs)
-    table = get_schedule_table(micro_batches, chunks, stages)
+    table = interleaved_order(stages, micro_batches, chunks)
     passes = [(FORWARD, chunk, i) for i, chunk in table], [(BACKWARD, chunks - 1 - chunk, i) for i, chunk in table]
     programs = []
     for stage, cost in enumerate(costs):
@@ -207,6 +204,36 @@ def interleaved(costs: Sequence[StageCosts], micro_batches: int, chunks: int, *,
                 program.append(Post(((kind, after, i),)))
         programs.append(program)
     return execute(programs, [cost.transfer for cost in costs], rendezvous=False)
+
+
+def interleaved_order(stages: int, micro_batches: int, chunks: int) -> list[tuple[int, int]]:
+    """megatron-core's order of (micro batch, chunk): of as many micro batches as stages one chunk after the other."""
+    groups = (range(first, min(first + stages, micro_batches)) for first in range(0, micro_batches, stages))
+    return [(i, chunk) for group in groups for chunk in range(chunks) for i in group]
+
+
+def step_seconds(costs: Sequence[StageCosts], micro_batches: int, chunks: int = 1) -> float:
+    """Of a co-located step: 1F1B, or with chunks the interleaved schedule.
+
+    Once the pipeline is full, as many micro batches as stages take as long as those before them: more than three times
+    as many are not simulated but counted.
+    """
+    stages = len(costs)
+
+    def simulated(number: int) -> float:
+        if chunks == 1:
+            return one_f_one_b(costs, number, colocated=True).step_time
+        return interleaved(costs, number, chunks, colocated=True).step_time
+
+    if stages == 1:
+        (cost,) = costs
+        return micro_batches * (cost.forward + cost.backward + cost.frozen)
+    rounds = micro_batches // stages - 3
+    if rounds <= 0:
+        return simulated(micro_batches)
+    first = micro_batches - rounds * stages
+    before, after = simulated(first - stages), simulated(first)
+    return after + rounds * (after - before)
 
 
 def execute(programs: Sequence[Program], transfer: Sequence[float], *, rendezvous: bool) -> Timeline:

@@ -1,13 +1,14 @@
 """Plans, and the pipeline schedules compared, as text."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_weights.mapping import Experts, active_parameter_count, parameter_count
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.layouts import Plan
+from megatron_tgdpo.planning.layouts import Plan, make_plan, possible_savings
 from megatron_tgdpo.planning.memory import GIB, RankMemory
 from megatron_tgdpo.planning.pipeline_layers import fit_layout
 from megatron_tgdpo.planning.pipeline_schedule import interleaved, one_f_one_b
@@ -17,6 +18,8 @@ from megatron_tgdpo.planning.step_time import stage_costs
 _STAGES = (2, 4, 8)
 _MICRO_BATCHES = (8, 16, 32, 64)
 _CHUNKS = 2
+# From what part of the memory on it is said what could be saved.
+_CLOSE = 0.93
 
 
 def memory_lines(memory: RankMemory) -> list[str]:
@@ -51,14 +54,17 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
     if plan.pack_tokens != job.pack.tokens:
         rounded = f" (not {job.pack.tokens}, the default: {plan.layout.tensor} tensor ranks must divide them)"
     on_node = plan.memory.save * min(cluster.gpus_per_node, cluster.gpus) / GIB
-    exchanged = ("expert",) if sent.expert else ()
+    exchanged = tuple(kind for kind in ("expert", "context") if getattr(sent, kind))
+    others = tuple(kind for kind in ("memory", "host", "optimizer") if getattr(time, kind))
+    saved = f", {plan.savings}" if plan.savings.keys else ""
     lines = [
-        f"{cluster.gpus} GPUs = {plan.layout}, recompute {plan.recompute}",
+        f"{cluster.gpus} GPUs = {plan.layout}, recompute {plan.recompute}{saved}",
         *_active(job),
         *([f"stages: {plan.layout.describe_layers()}"] if plan.layout.layers else []),
         *memory_lines(plan.memory),
         f"and at most {on_node:.1f} GiB on a node",
         f"{verdict} {usable:.1f} GiB ({cluster.gpu_memory_gib:g} less {cluster.reserve_gib:g} reserved)",
+        *_close(plan, job, cluster),
         f"{plan.micro_batches} packs of {plan.pack_tokens} tokens per data rank and step{rounded}",
         f"pipeline bubble {plan.bubble:.0%}",
         "sent per GPU and step:",
@@ -66,11 +72,26 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
         "estimated step:",
         *(
             f"  {part:<24} {getattr(time, part):9.2f} s"
-            for part in ("compute", "tensor", *exchanged, "pipeline", "bubble", "data", "total")
+            for part in ("compute", "tensor", *exchanged, *others, "pipeline", "bubble", "data", "total")
         ),
         f"  {'tokens/s per GPU':<24} {tokens / time.total / cluster.gpus:9.0f}",
     ]
     return "\n".join(lines + ([f"warning: {plan.warning}"] if plan.warning else []))
+
+
+def _close(plan: Plan, job: Job, cluster: Cluster) -> list[str]:
+    """What could be saved where little room is left, or none."""
+    usable = (cluster.gpu_memory_gib - cluster.reserve_gib) * GIB
+    if plan.memory.total < _CLOSE * usable:
+        return []
+    less = [
+        (each, make_plan(job, cluster, replace(plan.layout, layers=()), plan.recompute, savings=each).memory.total)
+        for each in possible_savings(job)
+        if each != plan.savings
+    ]
+    helping = [f"{each} ({total / GIB:.1f} GiB)" for each, total in less if total < plan.memory.total]
+    where = "" if plan.memory.total > usable else "little room is left; "
+    return [f"{where}with less: {'; '.join(helping)}"] if helping else []
 
 
 def _active(job: Job) -> list[str]:
@@ -88,10 +109,10 @@ def table(plans: Sequence[Plan]) -> str:
     width = max([30, *(len(str(plan.layout)) for plan in plans)])
     lines = [f"{'layout':<{width}} {'recompute':<10} {'GiB':>7} {'step s':>8} {'packs':>5} {'bubble':>7}  note"]
     for plan in plans:
-        note = "" if plan.fits else "does not fit; "
+        note = "; ".join(filter(None, ("" if plan.fits else "does not fit", str(plan.savings), plan.warning)))
         lines.append(
             f"{plan.layout!s:<{width}} {plan.recompute:<10} {plan.memory.total / GIB:7.1f} {plan.time.total:8.2f} "
-            f"{plan.micro_batches:5d} {plan.bubble:7.0%}  {note}{plan.warning}".rstrip()
+            f"{plan.micro_batches:5d} {plan.bubble:7.0%}  {note}".rstrip()
         )
     return "\n".join(lines)
 

@@ -1,10 +1,12 @@
 """An estimate of a step's time: products at an assumed part of peak, then traffic, nothing overlapped.
 
-Left out: memory-bound operations, the optimizer's arithmetic, launch latencies, and that attention with softcaps or
-windows runs far below the assumed efficiency. So it ranks layouts; it does not promise seconds.
+Memory-bound operations and the optimizer's arithmetic are part of the products' efficiency, or counted where the
+cluster says how fast its memory is. Left out: launch latencies, and that attention with softcaps or windows runs far
+below the assumed efficiency. So it ranks layouts; it does not promise seconds.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from transformers import PretrainedConfig
 
@@ -13,9 +15,11 @@ from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
+from megatron_tgdpo.planning.memory import resident_parameters, stage_parameters
 from megatron_tgdpo.planning.model_flops import linear_flops, mlp_flops, query_width, score_flops, shared_expert_flops
-from megatron_tgdpo.planning.pipeline_schedule import StageCosts, one_f_one_b
-from megatron_tgdpo.planning.traffic import data_bytes, expert_bytes, pipeline_bytes, tensor_bytes
+from megatron_tgdpo.planning.moved_bytes import moved_bytes, optimizer_bytes
+from megatron_tgdpo.planning.pipeline_schedule import StageCosts, step_seconds
+from megatron_tgdpo.planning.traffic import context_bytes, data_bytes, expert_bytes, pipeline_bytes, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class StepTime:
         bubble: That a stage waits for the pipeline to fill and drain.
         data: Of reducing gradients and gathering weights.
         expert: Of exchanging tokens for experts.
+        context: Of exchanging keys and values among the ranks that share a sequence.
+        memory: Of what stands between products: norms, activations, log-probs. 0 where that is part of the products'
+            efficiency.
+        host: Of waiting for layers of frozen models that ``offload.frozen`` brings.
+        optimizer: Of clipping, Adam and the gradients' zeroing, in the same way.
     """
 
     compute: float
@@ -37,10 +46,15 @@ class StepTime:
     bubble: float
     data: float
     expert: float = 0.0
+    context: float = 0.0
+    memory: float = 0.0
+    host: float = 0.0
+    optimizer: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.expert
+        result: float = sum(getattr(self, field.name) for field in fields(self))
+        return result
 
 
 def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
@@ -120,55 +134,83 @@ def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> 
     return forward / ranks, backward / ranks, sum(each for each, _ in frozen) / ranks
 
 
-def stage_costs(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> list[StageCosts]:
+def pass_seconds(
+    job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str, stage: int, *, offloaded: bool = False
+) -> dict[str, tuple[float, float, float]]:
+    """Of one pack on one GPU of a stage, by kind of work: policy forward, policy backward, frozen forward.
+
+    A frozen layer that waits in host memory comes while the one before runs, and is waited for if it takes longer.
+    """
+    counted = {
+        "tensor": (tensor_bytes, cluster.bandwidth(layout.tensor)),
+        "context": (context_bytes, cluster.bandwidth(layout.tensor * layout.context)),
+        "expert": (expert_bytes, cluster.bandwidth(layout.expert * layout.expert_shards)),
+    }
+    if cluster.memory_gbytes:
+        counted["memory"] = moved_bytes, cluster.memory_bandwidth
+
+    def seconds(amounts: tuple[float, float, float], rate: float) -> tuple[float, float, float]:
+        forward, backward, frozen = amounts
+        return forward / rate, backward / rate, frozen / rate
+
+    found = {"compute": seconds(pack_flops(job, layout, recompute, stage), cluster.flops)}
+    found |= {kind: seconds(count(job, layout, recompute, stage), rate) for kind, (count, rate) in counted.items()}
+    copied = 0
+    if offloaded:
+        alone = [not source.shared for source in job.sources.frozen] or [True] * len(job.frozen)
+        for number, config in enumerate(job.frozen, 1):
+            own = layout.of_model(number)
+            away = stage_parameters(config, own, stage) - resident_parameters(config, own, stage)
+            copied += alone[number - 1] * away * job.pack.dtype_bytes
+    late = copied / cluster.host_bandwidth - sum(frozen for _, _, frozen in found.values())
+    return found | {"host": (0.0, 0.0, max(0.0, late))}
+
+
+def stage_costs(
+    job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str, *, offloaded: bool = False
+) -> list[StageCosts]:
     """Seconds of one pack on each stage, for the schedules of ``pipeline_schedule.py``.
 
     Transfers between stages hold both sides up, so they are part of the passes that send.
     """
-    sent = pipeline_bytes(job, layout) / 2 / cluster.bandwidth(2 * layout.tensor * layout.data)
+    passes = [
+        pass_seconds(job, cluster, layout, recompute, stage, offloaded=offloaded) for stage in range(layout.pipeline)
+    ]
+    return _costs(passes, pipeline_bytes(job, layout) / 2 / _between_stages(cluster, layout))
+
+
+def _costs(passes: Sequence[dict[str, tuple[float, float, float]]], sent: float) -> list[StageCosts]:
     costs = []
-    for stage in range(layout.pipeline):
-        flops, sizes = pack_flops(job, layout, recompute, stage), tensor_bytes(job, layout, recompute, stage)
-        seconds = [
-            flop / cluster.flops
-            + size / cluster.bandwidth(layout.tensor)
-            + exchanged / cluster.bandwidth(_span(layout))
-            for flop, size, exchanged in zip(flops, sizes, expert_bytes(job, layout, recompute, stage), strict=True)
-        ]
-        costs.append(StageCosts(seconds[0] + sent, seconds[1] + sent, seconds[2]))
+    for kinds in passes:
+        forward, backward, frozen = map(sum, zip(*kinds.values(), strict=True))
+        costs.append(StageCosts(forward + sent, backward + sent, frozen))
     return costs
 
 
-def _span(layout: ParallelLayout) -> int:
-    """Ranks, one after another, among which tokens travel for experts."""
-    return layout.expert * layout.expert_shards
+def _between_stages(cluster: Cluster, layout: ParallelLayout) -> float:
+    """Bytes/s to a neighbour in the pipeline, all other ranks of a stage away."""
+    return cluster.bandwidth(2 * layout.world_size // layout.pipeline)
 
 
-def step_time(job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str) -> StepTime:
-    """Of one optimizer step; the bubble is that of the simulated co-located 1F1B schedule.
+def step_time(
+    job: Job, cluster: Cluster, layout: ParallelLayout, recompute: str, *, offloaded: bool = False
+) -> StepTime:
+    """Of one optimizer step; the bubble is that of the simulated co-located 1F1B or interleaved schedule.
 
-    megatron-core numbers ranks tensor first, then data, then pipeline: tensor groups lie inside a node where they can,
-    stages lie tensor x data ranks apart.
+    megatron-core numbers ranks tensor first, then context, then data, then pipeline: tensor groups lie inside a node
+    where they can, stages lie tensor x context x data ranks apart.
     """
-    packs, model = job.micro_batches(layout), layout.tensor * layout.data
-    compute, tensor, expert = max(
-        (
-            (
-                sum(pack_flops(job, layout, recompute, stage)) / cluster.flops,
-                sum(tensor_bytes(job, layout, recompute, stage)) / cluster.bandwidth(layout.tensor),
-                sum(expert_bytes(job, layout, recompute, stage)) / cluster.bandwidth(_span(layout)),
-            )
-            for stage in range(layout.pipeline)
-        ),
-        key=sum,
-    )
-    pipeline = pipeline_bytes(job, layout) / cluster.bandwidth(2 * model)
-    timeline = one_f_one_b(stage_costs(job, cluster, layout, recompute), packs, colocated=True)
+    packs, sent = job.micro_batches(layout), pipeline_bytes(job, layout) / _between_stages(cluster, layout)
+    passes = [
+        pass_seconds(job, cluster, layout, recompute, stage, offloaded=offloaded) for stage in range(layout.pipeline)
+    ]
+    busy = [{kind: packs * sum(each) for kind, each in kinds.items()} for kinds in passes]
+    kinds = max(busy, key=lambda each: sum(each.values()))
+    whole = step_seconds(_costs(passes, sent / 2), packs, layout.virtual)
     return StepTime(
-        compute=packs * compute,
-        tensor=packs * tensor,
-        pipeline=packs * pipeline,
-        bubble=max(0.0, timeline.step_time - packs * (compute + tensor + pipeline + expert)),
-        data=data_bytes(job, layout) / cluster.bandwidth(model),
-        expert=packs * expert,
+        **kinds,
+        pipeline=packs * sent,
+        bubble=max(0.0, whole - sum(kinds.values()) - packs * sent),
+        data=data_bytes(job, layout) / cluster.bandwidth(layout.world_size // layout.pipeline),
+        optimizer=optimizer_bytes(job, layout) / cluster.memory_bandwidth if cluster.memory_gbytes else 0.0,
     )

@@ -12,7 +12,7 @@ from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
 from megatron_tgdpo.models.hf_weights.mapping import Experts
-from megatron_tgdpo.planning.activations import stage_layers
+from megatron_tgdpo.planning.activations import LayerWidths, stage_layers
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.memory import fullest_stages, trained_of_experts, trained_parameters
 
@@ -26,17 +26,41 @@ class Traffic:
         pipeline: Hidden states of all models forwards, the policy's gradient backwards.
         data: Reduce-scatter of the fp32 gradients and all-gather of the new weights.
         expert: Tokens to their experts and back.
+        context: Keys and values of a sequence to the ranks that share it, and their gradients back.
     """
 
     tensor: float
     pipeline: float
     data: float
     expert: float = 0.0
+    context: float = 0.0
 
 
 def ring(ranks: int) -> float:
     """The part of a tensor that each of ``ranks`` sends in an all-gather or a reduce-scatter."""
     return (ranks - 1) / ranks
+
+
+def local_tokens(job: Job, layout: ParallelLayout) -> float:
+    """Tokens of a pack on one of its context ranks."""
+    return job.pack.tokens / layout.context
+
+
+def context_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
+    """Bytes of one pack and one stage: policy forward, policy backward, frozen forward.
+
+    A layer's forward gathers the keys and values of the whole pack, its backward scatters what their gradients add up
+    to; with recomputation, of attention too, it gathers them again (``models/attention/base.py``).
+    """
+
+    def forward(number: int, hf_config: PretrainedConfig) -> float:
+        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
+        keys = 2 * LayerWidths.of(hf_config, layout).key
+        return layers * ring(layout.context) * job.pack.tokens * keys * job.pack.dtype_bytes
+
+    policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
+    again = recompute == "full" or "core_attn" in recomputed_modules(recompute)
+    return policy, (2 if again else 1) * policy, sum(frozen)
 
 
 def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
@@ -56,7 +80,7 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
             (4 if Experts.of(hf_config) is None else 2)
             * layers
             * ring(layout.tensor)
-            * (job.pack.tokens / layout.context)
+            * local_tokens(job, layout)
             * hf_config.hidden_size
             * job.pack.dtype_bytes
         )
@@ -72,7 +96,8 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
         layers = len(stage_layers(hf_config, layout.of_model(number), stage))
         sizes = [sum(len(fused.parts) for fused in adapted if fused.row_parallel == row) for row in (False, True)]
         columns, rows = (
-            ring(layout.tensor) * layers * job.pack.tokens * size * lora.rank * job.pack.dtype_bytes for size in sizes
+            ring(layout.tensor) * layers * local_tokens(job, layout) * size * lora.rank * job.pack.dtype_bytes
+            for size in sizes
         )
         return (columns + rows, columns + rows) if sequence_parallel else (2 * rows, 2 * columns)
 
@@ -104,7 +129,7 @@ def expert_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
         if experts is None:
             return 0.0
         layers = len(stage_layers(hf_config, layout.of_model(number), stage))
-        local = job.pack.tokens / layout.tensor * experts.top_k * hf_config.hidden_size * job.pack.dtype_bytes
+        local = local_tokens(job, layout) / layout.tensor * experts.top_k * hf_config.hidden_size * job.pack.dtype_bytes
         gathered = (layout.expert_shards - 1) * local
         sent: float = 2 * layers * (ring(layout.expert) * local + gathered)
         return sent
@@ -115,25 +140,29 @@ def expert_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
 
 
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:
-    """Bytes of one pack that a middle stage sends to both neighbours; nothing with one stage."""
+    """Bytes of one pack that a middle stage sends to both neighbours, each chunk its own; nothing with one stage."""
     if layout.pipeline == 1:
         return 0.0
-    local = job.pack.tokens / (layout.tensor if layout.sequence_parallel else 1)
+    local = local_tokens(job, layout) / (layout.tensor if layout.sequence_parallel else 1)
     result: float = (
-        local * job.pack.dtype_bytes * (sum(model.hidden_size for model in job.models) + job.policy.hidden_size)
+        local
+        * layout.virtual
+        * job.pack.dtype_bytes
+        * (sum(model.hidden_size for model in job.models) + job.policy.hidden_size)
     )
     return result
 
 
 def data_bytes(job: Job, layout: ParallelLayout) -> float:
-    """Bytes of one step, on the stage with most parameters."""
+    """Bytes of one step, on the stage with most parameters; context ranks share gradients and weights, too."""
     lora = job.sources.trained
     size = 4 + job.pack.dtype_bytes
 
     def of_stage(stage: int) -> float:
         trained = trained_parameters(job.policy, layout, stage, lora)
         experts = trained_of_experts(job.policy, layout, stage, lora) if layout.splits_experts else 0
-        return ring(layout.data) * (trained - experts) * size + ring(layout.expert_data) * experts * size
+        dense = ring(layout.data * layout.context) * (trained - experts)
+        return size * (dense + ring(layout.expert_data) * experts)
 
     return max(map(of_stage, fullest_stages(layout)))
 
@@ -146,4 +175,5 @@ def traffic(job: Job, layout: ParallelLayout, recompute: str) -> Traffic:
         pipeline=packs * pipeline_bytes(job, layout),
         data=data_bytes(job, layout),
         expert=packs * max(sum(expert_bytes(job, layout, recompute, stage)) for stage in range(layout.pipeline)),
+        context=packs * max(sum(context_bytes(job, layout, recompute, stage)) for stage in range(layout.pipeline)),
     )

@@ -10,7 +10,7 @@ from megatron_tgdpo.checkpoints.adapter_directory import ALL_LINEAR, LINEARS, Lo
 from megatron_tgdpo.checkpoints.model_directory import model_files
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.planning.memory import FrozenSource, Sources
+from megatron_tgdpo.planning.memory import Sources
 from megatron_tgdpo.setup.fingerprints import weights_fingerprint
 from megatron_tgdpo.setup.trained_guide import is_trained
 from megatron_tgdpo.storage.hub import local_path
@@ -112,17 +112,15 @@ def planned_sources(config: Config, roles: Iterable[str]) -> Sources:
         roles: Of the models that run, in their order.
     """
     sources, trained = model_sources(config), trained_lora(config)
-    bases = set() if trained is None else {sources["policy"].base}
-    frozen = []
+    frozen: list[tuple[Path | str, Lora | None]] = []
     for role in roles:
         if role != "policy":
             source = sources[role]
-            adapter = None if source.adapter is None else read_lora(source.adapter)
             # A whole guide that is still to be trained has weights of its own, though it is planned as the policy.
             own = role == "guide" and trained is None and not is_trained(config)
-            frozen.append(FrozenSource(adapter, not own and source.base in bases))
-            bases.add(source.base)
-    return Sources(trained, tuple(frozen))
+            adapter = None if source.adapter is None else read_lora(source.adapter)
+            frozen.append((role if own else source.base, adapter))
+    return Sources.of(sources["policy"].base, trained, frozen)
 
 
 def lora_targets(given: Any, what: str = "lora.targets") -> tuple[str, ...]:

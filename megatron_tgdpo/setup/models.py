@@ -48,6 +48,7 @@ def load_model(
         UserError: On every rank: it cannot be loaded, or a weight is not finite.
     """
     overrides, block_spec = model_options(config, hf_config, device, frozen=frozen)
+    moe = config.moe
     arguments: dict[str, Any] = {
         "dtype": DTYPES[config.precision.dtype],
         "device": device,
@@ -56,6 +57,7 @@ def load_model(
             "deallocate_pipeline_outputs": layout.pipeline > 1,
             "batch_p2p_comm": True,
             "adapters": adapters,
+            **({} if frozen else {"router_aux_loss": moe.aux_loss_coeff, "router_z_loss": moe.z_loss_coeff}),
             **recompute_kwargs(recompute),
             **overrides,
         },

@@ -21,6 +21,7 @@ from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_para
 from megatron_tgdpo.distributed.ranks import RankEnvironment, init_distributed, run_on_all_ranks
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import NEWEST_TESTED_TE, dotted, untested_engine
+from megatron_tgdpo.gpu.energy import check_energy
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.optimizer_state import state_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_experts, check_gpu_options, describe_model
@@ -82,6 +83,8 @@ def run(
     layout = fitted_layout(config, used, layout)
     check_gpu_options(config, used, layout, capabilities(device))
     check_best_metric(config)
+    if config.log.energy:
+        run_on_all_ranks(lambda: check_energy(config, device), dist.PrefixStore("energy", store), ranks)
     needed = files_needed(layout, device)
     run_on_all_ranks(lambda: allow_open_files(needed), dist.PrefixStore("open_files", store), ranks)
     lock = RunLock(Path(config.output_dir))
@@ -263,12 +266,12 @@ def _duration(config: Config, job: Job, cluster: Cluster | None, layout: Paralle
 def _instead(plan: Plan | None, world_size: int) -> str:
     if plan is None:
         return f"no layout of {world_size} GPUs fits: take more, or shorter packs, or guidance.mode=cached"
-    layout = plan.layout
-    sequence = " parallel.sequence_parallel=true" if layout.sequence_parallel else ""
-    experts = "".join(f" parallel.{key}={value}" for key, value in layout.expert_keys.items())
+    # All that another layout might have, so that the overrides hold whatever the config says.
+    keys = {"context": 1, **plan.layout.keys}
+    sizes = " ".join(f"parallel.{key}={str(value).lower()}" for key, value in keys.items() if key != "pipeline_layers")
+    savings = f" {plan.savings}" if plan.savings.keys else ""
     return (
-        f"the nearest that fits: parallel.tensor={layout.tensor} parallel.pipeline={layout.pipeline} "
-        f"parallel.context=1{sequence}{experts} train.recompute={plan.recompute} ({plan.memory.total / GIB:.1f} GiB)"
+        f"the nearest that fits: {sizes} train.recompute={plan.recompute}{savings} ({plan.memory.total / GIB:.1f} GiB)"
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
 
@@ -12,8 +12,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
 from megatron_tgdpo.batching.collate import PreferenceBatch
+from megatron_tgdpo.models.experts import router_losses
+from megatron_tgdpo.models.router_losses import collect
 from megatron_tgdpo.output.metrics import StepMetrics, reduce_metrics
-from megatron_tgdpo.setup.engine import Engine
+from megatron_tgdpo.setup.engine import Engine, policy_chunks
 from megatron_tgdpo.training.forward_step import forward_step
 
 
@@ -41,7 +43,18 @@ def forward_backward(
             pg_collection=engine.pg,
             **pipeline,
         )
-    return reduce_metrics(metrics, engine.pg, engine.device, without=engine.loss.row.without)
+    reduced = reduce_metrics(metrics, engine.pg, engine.device, without=engine.loss.row.without)
+    return reduced if forward_only else _with_router_losses(reduced, engine)
+
+
+def _with_router_losses(metrics: StepMetrics, engine: Engine) -> StepMetrics:
+    """With those of a policy that trains with them."""
+    policy = policy_chunks(engine)
+    config = policy[0].config
+    if not (config.router_aux_loss or config.router_z_loss):
+        return metrics
+    aux, z = collect(router_losses(policy), engine.pg, engine.device, metrics.count).tolist()
+    return replace(metrics, values={**metrics.values, "moe/aux_loss": aux, "moe/z_loss": z})
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import logging
 import math
 import resource
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -149,25 +150,27 @@ class Trainer:
         log = raise_on_all_ranks(lambda: MetricsLog(self.config, first - 1) if dist.get_rank() == 0 else None)
         guide_watch, asked = GuideWatch(), self.config.eval
         started = saved = time.monotonic()
-        ahead.start(first)
-        coming, _ = ahead.take()
+        # Prefetching needs the packs of the next step when this one begins.
+        before = 1 if self.engine.prefetcher is None else 2
+        ready: deque[StepPacks] = deque()
+        for step in range(first, min(first + before, self.last_step + 1)):
+            ahead.start(step)
+            ready.append(ahead.take()[0])
         for step in range(first, self.last_step + 1):
             begin = time.monotonic()
             if self.meter is not None:
                 self.meter.start()
-            packs, work = coming
-            data_seconds, more = 0.0, step < self.last_step
+            packs, work = ready.popleft()
+            data_seconds, more = 0.0, step + before <= self.last_step
             if more:
-                ahead.start(step + 1)
-            # What is prefetched in this step is of the next one's packs.
-            if more and self.engine.prefetcher is not None:
-                coming, data_seconds = ahead.take()
+                ahead.start(step + before)
             # The first may take minutes: kernels are compiled and connections made.
             waits = waiting(f"step {step}", shown=log is not None and step == first)
             with waits, self.times.around(step):
-                result = train_step(self.engine, packs, coming[0] if more else ())
-            if more and self.engine.prefetcher is None:
+                result = train_step(self.engine, packs, ready[0][0] if ready else ())
+            if more:
                 coming, data_seconds = ahead.take()
+                ready.append(coming)
             self._guard(step, result)
             if step == 1 and self.config.train.check_start and self.config.method.frozen:
                 check_start(self.engine, packs, result.metrics)

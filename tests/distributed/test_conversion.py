@@ -159,7 +159,7 @@ def test_gradients_equal_hf(
 def test_weights_come_back_to_the_bit(ran: dict[int, Path], processes: int, layout: str, model: str) -> None:
     out = ran[processes] / "out" / layout / model
     assert_same_weights(out / "exported", ran[processes] / "hf" / model)
-    assert_same_weights(out / "resharded", ran[processes] / "hf" / model)
+    assert [json.loads((out / f"different-{rank}.json").read_text()) for rank in range(processes)] == [[]] * processes
 
 
 @pytest.mark.parametrize(("processes", "model"), [(2, "untied"), (4, "bf16-tied")])

@@ -258,6 +258,10 @@ FULL_FAMILY_CASES = tuple(
         "cp2-tp2": {"context": 2, "tensor": 2, "seq_length": 256},
     }.items()
 )
+# Context, tensor and pipeline ranks at once; eight processes on few cores take long.
+FULL_CASES = (
+    Case("cp2-tp2-pp2-sp", 8, "random", context=2, tensor=2, pipeline=2, sequence_parallel=True, seq_length=128),
+)
 _SP = {"sequence_parallel": True}
 # What no other case has together: see tests/unit/config/test_grid.py.
 GRID_CASES = (
@@ -289,7 +293,7 @@ GRID_CASES = (
     Case("simpo-selective", 1, "random", method="simpo", recompute="selective"),
 )  # fmt: skip
 CASES += OVERLAP_CASES + FAMILY_CASES + GRID_CASES
-CASES += FULL_OVERLAP_CASES + FULL_FAMILY_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
+CASES += FULL_CASES + FULL_OVERLAP_CASES + FULL_FAMILY_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
 
 # Identities: each of these runs must repeat the losses and gradient norms of "tp1-dpo".
 DPO_IN_DISGUISE = ("alpha-0", "guide-is-reference")
@@ -363,6 +367,7 @@ class Inputs:
                 "recompute": case.recompute,
                 "recompute_modules": case.recompute_modules,
             },
+            "checkpoint": {"every_steps": SETTINGS.steps},
             "output_dir": str(self.root / "runs" / case.name),
         }
 

@@ -18,7 +18,7 @@ from tests.tiny_models import make_model
 
 SETTINGS = reference.Settings(global_pairs=4, steps=5, lr=1e-3, weight_decay=0.1, clip_grad=1.0)
 # Largest relative difference over steps or tensors.
-LIMITS = {"loss": 1e-5, "gradient norm": 1e-5, "weights": 1e-4}
+LIMITS = {"loss": 1e-5, "gradient norm": 1e-5, "weights": 1e-4, "router losses": 1e-5}
 VOCABULARY = 131
 
 
@@ -33,10 +33,23 @@ class Case:
     guide: str | None = "llama"
     sections: dict[str, Any] = field(default_factory=dict)
     then: dict[str, Any] | None = None
+    method: str | None = None
+
+    @property
+    def settings(self) -> reference.Settings:
+        moe = self.sections.get("moe", {})
+        return replace(
+            SETTINGS,
+            method=self.method or ("dpo" if self.guide is None else "tgdpo"),
+            aux_loss=moe.get("aux_loss_coeff", 0.0),
+            z_loss=moe.get("z_loss_coeff", 0.0),
+        )
 
 
 _SP = {"tensor": 2, "sequence_parallel": True}
 _CACHED = {"guidance": {"mode": "cached"}}
+_LOSSES = {"moe": {"aux_loss_coeff": 0.05, "z_loss_coeff": 0.02}}
+_TWICE = {"batch": {"shared_prompts": False}}
 _OVERLAP = {"overlap": {"grad_reduce": True, "param_gather": True}}
 
 
@@ -46,16 +59,17 @@ def _again(*modules: str) -> dict[str, Any]:
 
 CASES = (
     Case("one", 1),
-    Case("mixtral", 1, family="mixtral", guide="qwen3_moe", sections={"train": {"recompute": "full"}}),
+    Case("mixtral", 1, family="mixtral", guide="qwen3_moe", sections={**_LOSSES, "train": {"recompute": "full"}}),
     # Weights that are not normalised.
-    Case("plain-softmax", 1, family="qwen3_moe-plain", guide=None),
+    Case("plain-softmax", 1, family="qwen3_moe-plain", guide=None, sections={**_LOSSES, **_TWICE}),
     Case("shared-expert", 1, family="qwen2_moe", sections=_again("core_attn", "layernorm", "shared_experts")),
     Case("frozen-experts", 1, family="llama", guide="mixtral"),
-    Case("gpt-oss", 1, family="gpt_oss", guide=None),
+    Case("gpt-oss", 1, family="gpt_oss", guide=None, sections={"moe": {"aux_loss_coeff": 0.1}}),
+    Case("losses-cp2-sft", 2, {"context": 2}, family="mixtral", guide=None, sections=_LOSSES, method="sft"),
     Case("tp2-sp", 2, _SP),
     Case("ep2", 2, {"expert": 2}, guide="mixtral"),
-    Case("ep2-cp2", 2, {"expert": 2, "context": 2}),
-    Case("ep2-over-tensor-ranks", 2, {**_SP, "expert": 2, "expert_tensor": 1}),
+    Case("ep2-cp2", 2, {"expert": 2, "context": 2}, sections={**_LOSSES, **_TWICE}),
+    Case("ep2-over-tensor-ranks", 2, {**_SP, "expert": 2, "expert_tensor": 1}, sections=_LOSSES),
     # Each tensor rank has all experts whole, and sees half of the tokens.
     Case("tp2-sp-whole-experts", 2, {**_SP, "expert_tensor": 1}, family="mixtral", guide=None),
     # Data ranks share each expert.
@@ -76,8 +90,13 @@ CASES = (
     Case("ep2-tp2-sp-mixtral", 4, {**_SP, "expert": 2, "expert_tensor": 1}, family="mixtral", sections=_again("moe")),
     Case("ep2-pp2", 4, {"expert": 2, "pipeline": 2}, guide="mixtral"),
     Case("ep2-pp2-prefetch", 4, {"expert": 2, "pipeline": 2}, sections={"guidance": {"prefetch": True}}),
-    Case("ep2-vpp2", 4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}, guide="mixtral"),
-    Case("ep2-cp2-tp2-recompute", 4, {**_SP, "expert": 2, "context": 2}, sections={"train": {"recompute": "full"}}),
+    Case("ep2-vpp2", 4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}, guide="mixtral", sections=_LOSSES),
+    Case(
+        "ep2-cp2-tp2-recompute",
+        4,
+        {**_SP, "expert": 2, "context": 2},
+        sections={**_LOSSES, "train": {"recompute": "full"}},
+    ),
 )
 
 
@@ -105,7 +124,7 @@ class Inputs:
                 "workers": 1,
                 "tokenizer": str(self.root / "policy-llama"),
             },
-            "loss": {"method": "dpo" if guide is None else "tgdpo"},
+            "loss": {"method": case.settings.method},
             "parallel": {"timeout_minutes": 15, **case.parallel},
             "guidance": {"cache": str(self.root / f"cache-{case.name}")},
             "batch": {"global_pairs": SETTINGS.global_pairs, "tokens_per_micro_batch": 128},
@@ -143,7 +162,7 @@ class Runs:
     def __init__(self, inputs: Inputs, chosen: set[str]) -> None:
         self.inputs, self.chosen = inputs, chosen
         self._launched: set[int] = set()
-        self._expected: dict[tuple[str, str | None], reference.Result] = {}
+        self._expected: dict[tuple[str, str | None, reference.Settings], reference.Result] = {}
 
     def output(self, case: Case) -> Path:
         if case.processes not in self._launched:
@@ -167,16 +186,14 @@ class Runs:
         return self.inputs.output(case)
 
     def expected(self, case: Case) -> reference.Result:
-        key = (case.family, case.guide)
+        key = (case.family, case.guide, case.settings)
         if key not in self._expected:
             tokenizer = AutoTokenizer.from_pretrained(self.inputs.root / "policy-llama")
             records = [json.loads(line) for line in (self.inputs.root / "pairs.jsonl").read_text().splitlines()]
             sides = (("prompt", []), ("chosen", [2]), ("rejected", [2]))  # 2 is </s>
             pairs = [reference.Tokens(*(tokenizer(r[side])["input_ids"] + end for side, end in sides)) for r in records]
-            policy, method = self.inputs.policy(case), "dpo" if case.guide is None else "tgdpo"
-            self._expected[key] = reference.train(
-                policy, policy, self.inputs.guide(case), pairs, replace(SETTINGS, method=method)
-            )
+            policy = self.inputs.policy(case)
+            self._expected[key] = reference.train(policy, policy, self.inputs.guide(case), pairs, case.settings)
         return self._expected[key]
 
 
@@ -191,7 +208,8 @@ def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
     output, expected = runs.output(case), runs.expected(case)
     steps = read_metrics(output)
     assert [step["step"] for step in steps] == list(range(1, SETTINGS.steps + 1))
-    assert steps[0]["train/loss"] == pytest.approx(math.log(2), rel=LIMITS["loss"])
+    if case.method is None:
+        assert steps[0]["train/loss"] == pytest.approx(math.log(2), rel=LIMITS["loss"])
     assert abs(steps[-1]["train/loss"] - steps[0]["train/loss"]) > 0.01, "nothing was learned"
     # Loaded by transformers: what it calls the tensors of experts differs between its versions.
     exported = {name: p.detach() for name, p in reference.load(output / "hf").named_parameters()}
@@ -203,7 +221,16 @@ def test_training_equals_plain_pytorch(runs: Runs, case: Case) -> None:
         ],
         "weights": [float(torch.dist(exported[name], want) / want.norm()) for name, want in expected.weights.items()],
     }
+    if "moe" in case.sections:
+        reported = [(step["moe/aux_loss"], step["moe/z_loss"]) for step in steps]
+        differences["router losses"] = [
+            abs(ours / want - 1)
+            for step in zip(reported, expected.router_losses, strict=True)
+            for ours, want in zip(*step, strict=True)
+        ]
+    else:
+        assert "moe/aux_loss" not in steps[0]
     # Shown by pytest -rP.
     print(case.name, {what: f"{max(values):.1e}" for what, values in differences.items()})
     for what, limit in LIMITS.items():
-        assert all(value < limit for value in differences[what]), f"{what}: {differences[what]}"
+        assert all(value < limit for value in differences.get(what, [])), f"{what}: {differences.get(what)}"

@@ -210,6 +210,7 @@ class Runs:
             "precision": {"dtype": case.dtype},
             # A policy that is not its reference has another loss than ln 2.
             "train": {"steps": SETTINGS.steps, "recompute": case.recompute, "check_start": case.start != "base"},
+            "checkpoint": {"every_steps": SETTINGS.steps},
             "output_dir": str(self.root / "runs" / case.name),
         }
 

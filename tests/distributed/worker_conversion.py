@@ -147,7 +147,7 @@ def convert(
     pg: ProcessGroupCollection,
     out: Path,
 ) -> None:
-    """HF -> this layout -> Megatron -> HF; Megatron made without a model -> this layout -> Megatron -> HF."""
+    """HF -> this layout -> Megatron -> HF; Megatron made without a model -> this layout: what differs from the HF's."""
     dtype = hf_config.dtype
     model = build_language_model(hf_config, layout, pg, dtype=dtype, device=CPU)
     load_weights(model, hf, hf_config, pg)
@@ -156,12 +156,13 @@ def convert(
     metadata = {"dtype": dtype_name(dtype), "parameters": parameter_count(hf_config)}
     save(saved, state, hf, {**metadata, "step": 5})
     export(saved, out / "exported", dtype, max_shard_bytes=40_000)
+    loaded = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     load_weights(model, root / "megatron" / hf.name, hf_config, pg)
-    save(out / "resharded-megatron", {"model": model.sharded_state_dict()}, hf, metadata)
-    export(out / "resharded-megatron", out / "resharded", dtype)
+    different = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, loaded[name])]
+    (out / f"different-{dist.get_rank()}.json").write_text(json.dumps(different))
 
 
 def export(checkpoint: Path, out: Path, dtype: torch.dtype, max_shard_bytes: int = 10**9) -> None:

@@ -85,6 +85,16 @@ def test_what_a_command_starts_is_as_quiet_as_itself() -> None:
         assert errors_of("-W", wish, "-c", FOREIGN, "") == "a library's error\nWARNING: ours\n"
 
 
+def test_examples_set_up_the_console_before_libraries_read_what_to_show() -> None:
+    """Which they do when they are imported, and these commands import them in what they run."""
+    examples = ("paper_in_miniature", "paper_in_miniature.ablations", "real_pairs")
+    imports = "".join(f"import tools.examples.{name}.__main__\n" for name in examples)
+    assert (
+        errors_of("-c", f"{imports}import sys\nassert not {{'megatron', 'tqdm', 'transformers'}} & set(sys.modules)")
+        == ""
+    )
+
+
 def test_progress_is_a_line_now_and_then_where_nobody_looks() -> None:
     *bars, last = errors_of("-c", FOREIGN, PROGRESS).splitlines()[2:]
     assert re.fullmatch(r"loading /m: \d+ s", last)

@@ -376,16 +376,6 @@ def _layout(config: Config, args: argparse.Namespace) -> tuple[dict[str, Any], s
     cluster = Cluster(nodes, min(args.ranks, args.gpus_per_node), args.gpu_memory_gib)
     models = [read_hf_config(source.base) for source in sources.values()]
     plan = choose_layout(config, models, cluster, planned_sources(config, list(sources)))
-    layout = plan.layout
-    values = {
-        "parallel": {
-            "tensor": layout.tensor,
-            "pipeline": layout.pipeline,
-            **({"pipeline_layers": layout.unequal} if layout.unequal else {}),
-            "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
-            **layout.expert_keys,
-        },
-        "train": {"recompute": plan.recompute},
-    }
+    values = {"parallel": plan.layout.keys, "train": {"recompute": plan.recompute}}
     gib = plan.memory.total / 2**30
-    return values, f"layout: {layout}, recompute {plan.recompute}, {gib:.1f} GiB on the fullest GPU (planned)"
+    return values, f"layout: {plan.layout}, recompute {plan.recompute}, {gib:.1f} GiB on the fullest GPU (planned)"

@@ -19,25 +19,29 @@ from megatron_tgdpo.batching.packer import plan_packs
 from megatron_tgdpo.data.dataset import PreferencePair
 from megatron_tgdpo.training.ahead import Ahead
 
-_FORMAT = PackFormat(tokens=4096, shared_prompts=True)
+FORMAT = PackFormat(tokens=4096, shared_prompts=True)
 
 
 class Steps:
-    """Makes the packs of steps of random pairs."""
+    """Makes the packs of steps of random pairs.
+
+    Attributes:
+        lengths: [P, 3] int64, prompt, chosen and rejected tokens.
+    """
 
     def __init__(self, pairs: int, ranks: int) -> None:
         drawn = np.random.default_rng(0).lognormal(5.2, 0.6, (pairs, 3))
-        self._lengths, self._ranks = np.clip(drawn, 8, 1300).astype(np.int64), ranks
+        self.lengths, self._ranks = np.clip(drawn, 8, 1300).astype(np.int64), ranks
 
     def make(self, number: int) -> list[PreferenceBatch]:
         """The first data rank's packs of a step."""
-        order = np.random.default_rng(number).permutation(len(self._lengths))
-        tokens = _FORMAT.pair_tokens(self._lengths[order]).tolist()
-        plan = plan_packs(order.tolist(), tokens, _FORMAT.tokens, self._ranks)[0]
-        return [collate([self._pair(index) for index in pack], _FORMAT) for pack in plan]
+        order = np.random.default_rng(number).permutation(len(self.lengths))
+        tokens = FORMAT.pair_tokens(self.lengths[order]).tolist()
+        plan = plan_packs(order.tolist(), tokens, FORMAT.tokens, self._ranks)[0]
+        return [collate([self._pair(index) for index in pack], FORMAT) for pack in plan]
 
     def _pair(self, index: int) -> PreferencePair:
-        prompt, chosen, rejected = (np.full(size, index % 997, dtype=np.int64) for size in self._lengths[index])
+        prompt, chosen, rejected = (np.full(size, index % 997, dtype=np.int64) for size in self.lengths[index])
         return PreferencePair(index=index, prompt=prompt, chosen=chosen, rejected=rejected)
 
 

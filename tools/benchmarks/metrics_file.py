@@ -25,13 +25,15 @@ from megatron_tgdpo.output.metrics_file import METRICS_FILE, logged_steps
 from megatron_tgdpo.training.performance import Performance, StepWork
 
 
-def _config(directory: Path) -> Config:
+def run_config(directory: Path) -> Config:
+    """Of a co-located TGDPO run."""
     models = {"policy": "policy", "reference": "reference", "guide": "guide"}
     values = {"model": models, "data": {"train": "pairs.jsonl"}, "batch": {"global_pairs": 64}, "train": {"steps": 1}}
     return config_from_dict({**values, "optimizer": {"lr": 1e-6}, "output_dir": str(directory)})
 
 
-def _steps(config: Config, count: int) -> list[LoggedStep]:
+def random_steps(config: Config, count: int) -> list[LoggedStep]:
+    """Steps with all of its metrics."""
     rng = np.random.default_rng(0)
     performance = Performance(config, {"policy": LlamaConfig()}, PackFormat(4096), 8, torch.device("cpu"))
     names = [f"train/{name}" if name == "loss" else name for name in metric_names(())]
@@ -53,8 +55,8 @@ def main() -> None:
         for way in ("all digits", "as written"):
             directory = Path(name) / way
             directory.mkdir()
-            config = _config(directory)
-            steps = _steps(config, options.steps)
+            config = run_config(directory)
+            steps = random_steps(config, options.steps)
             began = time.perf_counter()
             if way == "all digits":
                 lines = [json.dumps({"step": step.number, **step.values}) + "\n" for step in steps]

@@ -117,6 +117,10 @@ def test_a_shared_prompt_is_there_once() -> None:
     # The prompt's last position predicts the first token of both responses.
     assert batch.logit_positions.tolist() == [1, 2, 3, 1, 6, 6, 8]
     assert batch.targets.tolist() == [12, 13, 2, 14, 21, 22, 23]
+    # And belongs to both.
+    of_token = [[0, 1], [0, 1], [0, -1], [0, -1], [0, -1], [1, -1], [2, 3], [2, -1], [3, -1], [3, -1]]
+    assert batch.packing.sequences.of_token.tolist() == [*of_token, [-1, -1], [-1, -1]]
+    assert batch.packing.sequences.weights.tolist() == [0.5] * 4
     assert pack.pair_tokens(np.array([[2, 3, 1], [1, 1, 2]])).tolist() == [6, 4]
     assert pack.real_tokens(np.array([[2, 3, 1], [1, 1, 2]])) == 10
 
@@ -136,6 +140,14 @@ def test_context_ranks_hold_every_response_token_once() -> None:
     assert parts[0].tokens[0, :4].tolist() == [10, 11, 0, 0]
     assert parts[1].tokens[0, :4].tolist() == [12, 13, 2, 0]
     assert parts[0].position_ids[0, :4].tolist() == [0, 1, 0, 0]
+    assert [part.packing.sequences.of_token[:4, 0].tolist() for part in parts] == [[0, 0, -1, -1], [0, 0, 0, -1]]
+
+
+def test_where_only_chosen_responses_train_a_sequence_weighs_as_its_tokens() -> None:
+    sequences = collate(PAIRS, PackFormat(8, chosen_only=True)).packing.sequences
+    assert sequences is not None
+    assert sequences.of_token[:, 0].tolist() == [0, 0, 0, 0, 0, 2, 2, -1]
+    assert sequences.weights.tolist() == [3, 0, 1, 0]
 
 
 def attended(batches: list[PreferenceBatch]) -> list[list[tuple[int, int]]]:
@@ -234,6 +246,6 @@ def test_all_that_goes_to_a_gpu_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: moved.append(tensor.data_ptr()) or tensor)
     pack.to(torch.device("cpu"))
     assert pinned == moved
-    assert len(pinned) == 7
+    assert len(pinned) == 9
     assert torch.equal(other.tokens, pack.tokens)
     assert torch.equal(other.packing.kv_index, pack.packing.kv_index)

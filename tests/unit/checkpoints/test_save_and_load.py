@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -23,10 +24,11 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorProperties,
 )
+from torch.distributed.checkpoint.planner import SavePlan
 
 from checkpoints_convert.command_line import find_checkpoint
 from megatron_tgdpo.checkpoints import listing as checkpoint_directory
-from megatron_tgdpo.checkpoints.dcp_io import SafeReader
+from megatron_tgdpo.checkpoints.dcp_io import SafeReader, Writer
 from megatron_tgdpo.checkpoints.load import load_sharded
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.model_directory import is_megatron_checkpoint
@@ -356,3 +358,12 @@ def test_an_interrupted_removal_leaves_nothing_that_looks_complete(
 
 def _interrupted(path: Path) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_rank_without_tensors_writes_no_file(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    writer.set_up_storage_writer(True)
+    (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan([]))])
+    assert writer.write_data(plan, DefaultSavePlanner()).wait() == []
+    assert not list(tmp_path.iterdir())
+    assert writer.digests == {}

@@ -1,14 +1,21 @@
 """The energy meter reads NVML by its real functions: their names and units are those of nvidia-ml-py."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.distributed.ranks import RankEnvironment
+from megatron_tgdpo.errors import AgreedError, UserError
 from megatron_tgdpo.gpu.energy import EnergyMeter
+from megatron_tgdpo.training.run import run
+from tests.published_configs import PUBLISHED, write_config
+from tests.unit.config.test_loading import VALID
 
 CUDA = torch.device("cuda", 0)
 
@@ -80,3 +87,23 @@ def test_the_real_package_has_these_names() -> None:
     for name in ("nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"):
         assert callable(getattr(pynvml, name))
     assert issubclass(pynvml.NVMLError, Exception)
+
+
+def test_a_run_without_a_counter_ends_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data and weights are not even there."""
+    (tmp_path / "model").mkdir()
+    model = write_config(tmp_path / "model", PUBLISHED["Llama-3.2-3B"])
+    values = {
+        "model": {"policy": str(model)},
+        "loss": {"method": "sft"},
+        "parallel": {"device": "cpu"},
+        "log": {"energy": True},
+        "output_dir": str(tmp_path / "run"),
+    }
+    config = config_from_dict({**VALID, **values})
+    monkeypatch.setattr("megatron_tgdpo.training.run.enable_cpu_backend", lambda: None)
+    with pytest.raises(AgreedError, match=r"log.energy reads a GPU's counter, and this run is on the CPU"):
+        run(config, RankEnvironment(0, 1, 0, None, None), dist.HashStore())
+    assert not (tmp_path / "run").exists()

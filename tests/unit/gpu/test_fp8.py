@@ -359,6 +359,15 @@ def test_versions() -> None:
     assert detect(torch.device("cpu")).describe() == "CPU"
 
 
+def test_losses_of_routers_need_experts(tmp_path: Path) -> None:
+    dense = read_hf_config(make_model(tmp_path / "dense", "llama", layers=1, weights=False))
+    experts = read_hf_config(make_model(tmp_path / "experts", "mixtral", layers=1, weights=False))
+    config = config_from_dict({**VALID, "moe": {"z_loss_coeff": 0.1}})
+    check_experts(config, {"policy": experts, "guide": dense})
+    with pytest.raises(UserError, match=r"section moe .* model\.policy has no experts"):
+        check_experts(config, {"policy": dense, "guide": experts})
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

@@ -4,12 +4,14 @@
     python -m tools.benchmarks.training_step profile    --size 20m --variant colocated --trace trace.json
     python -m tools.benchmarks.training_step lengths    --size 20m --vocabulary 32000
     python -m tools.benchmarks.training_step preprocess
+    python -m tools.benchmarks.training_step planned    --size 20m --vocabulary 32000 --global-pairs 8
 
 compare runs every variant (--variants) on the same random-weight Llama and the same pairs, each in a process of its
 own, in turns, and fails unless all of them compute the same losses. profile prints the time of one step by groups of
 operators.
 lengths compares steps over as many tokens in sequences of more and of less equal length. preprocess measures
-tgdpo preprocess. docs/performance.md says what is measured and how.
+tgdpo preprocess. planned runs steps on layouts of up to
+four ranks beside what the planner says of them. docs/performance.md says what is measured and how.
 """
 
 import argparse
@@ -29,7 +31,8 @@ from tools.benchmarks.training_step.models import SHAPES
 from tools.benchmarks.training_step.variants import REFERENCE, VARIANTS, usable_cores
 
 _POSITIVE = (
-    "vocabulary", "global_pairs", "threads", "pairs", "rounds", "max_length", "mean", "top", "copies", "workers",
+    "vocabulary", "global_pairs", "threads", "pairs", "rounds", "max_length", "mean", "pack_pairs", "top", "copies",
+    "workers",
 )  # fmt: skip
 
 
@@ -49,8 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     profile = commands.add_parser("profile", help="where the time of one step goes")
     lengths = commands.add_parser("lengths", help="sequences of more and of less equal length")
     preprocess = commands.add_parser("preprocess", help="speed and memory of preprocessing")
-    for command in (compare, profile, lengths):
+    planned = commands.add_parser("planned", help="the planner's step time beside the real one, by layout, on a CPU")
+    for command in (compare, profile, lengths, planned):
         _add_step_options(command)
+    planned.add_argument("--pairs", type=int, default=16, help="default: %(default)s")
+    planned.add_argument("--mean", type=int, default=64, help="tokens of prompts and responses (default: %(default)s)")
+    planned.add_argument("--pack-pairs", type=int, default=2, help="of a pack (default: %(default)s)")
+    planned.add_argument("--layouts", nargs="+", metavar="NAME", default=None, help="default: all that there are")
     for command in (compare, lengths):
         command.add_argument("--pairs", type=int, default=64, help="default: %(default)s")
         command.add_argument("--rounds", type=int, default=3, help="of all variants (default: %(default)s)")
@@ -81,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
             help="of preference pairs, as training reads it (default: pairs of the demonstration's language)",
         )
         command.add_argument("--tokenizer", type=Path, help="HF directory or SentencePiece model, of --pairs-from")
-    for command in (compare, profile, lengths, preprocess):
+    for command in (compare, profile, lengths, preprocess, planned):
         command.add_argument("--directory", type=Path, help="for scratch files (default: the system's)")
     return parser
 
@@ -103,7 +111,7 @@ def _check(given: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {values[name]}: it must be positive")
     if values.get("factor", 2) < 2:
         raise UserError(f"--factor is {given.factor}: it must be at least 2")
-    if given.command in ("compare", "lengths") and given.pairs % given.global_pairs:
+    if given.command in ("compare", "lengths", "planned") and given.pairs % given.global_pairs:
         raise UserError(f"--pairs {given.pairs} is not a multiple of --global-pairs {given.global_pairs}")
     if (values.get("pairs_from") is None) != (values.get("tokenizer") is None):
         raise UserError("--pairs-from and --tokenizer go together: give both, or neither")

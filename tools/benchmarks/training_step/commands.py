@@ -1,27 +1,32 @@
-"""The four sub-commands of ``tools.benchmarks.training_step``."""
+"""The sub-commands of ``tools.benchmarks.training_step``."""
 
 import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.memory import GIB
 from megatron_tgdpo.storage.atomic_file import write_atomically
 from tools.benchmarks.training_step import report
 from tools.benchmarks.training_step.lengths import spread_pairs
 from tools.benchmarks.training_step.measure import Job, check_losses, loss_differences, measure
+from tools.benchmarks.training_step.planned import CASES
+from tools.benchmarks.training_step.planned import compare as compare_with_plan
 from tools.benchmarks.training_step.preference_pairs import find_source, tokenise
 from tools.benchmarks.training_step.preprocessing import fast_tokenizer, preprocess_once, write_records
 from tools.benchmarks.training_step.profiling import OperatorTime, ProfilingRecorder, group_seconds, step_operators
+from tools.benchmarks.training_step.ranks import RankResult
 from tools.benchmarks.training_step.roofline import variant_flops
 from tools.benchmarks.training_step.settings import Settings, describe_model, fill_cache, make_problem, write_models
 from tools.benchmarks.training_step.table import Spread, aligned
-from tools.benchmarks.training_step.variants import CACHED, REFERENCE, choose_variants
+from tools.benchmarks.training_step.variants import CACHED, REFERENCE, choose_variants, usable_cores
 
 _SHAPES_WIDTH = 60
 
@@ -165,3 +170,49 @@ def preprocess(given: argparse.Namespace, scratch: Path) -> None:
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def planned(given: argparse.Namespace, scratch: Path) -> None:
+    """Compares the planner's step time with the real one, on several layouts of this machine's CPU."""
+    names = given.layouts or list(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        raise UserError(f"--layouts {', '.join(unknown)}: there are {', '.join(CASES)}")
+    settings = replace(Settings.from_arguments(given), threads=1)
+    if settings.device != "cpu":
+        raise UserError("planned describes a CPU to the planner: set --device cpu")
+    pairs = spread_pairs(scratch, given.pairs, given.mean, 0.0)
+    problem = make_problem(scratch, scratch, pairs, settings)
+    parameters = write_models(scratch, settings, problem.max_length)
+    if any(CASES[name].mode == "cached" for name in names):
+        fill_cache(problem)
+    # A prompt and its two responses, so that packs are full, as the planner takes them to be.
+    pack_tokens, rows = given.pack_pairs * 3 * given.mean, []
+    rates: list[RankResult] = []
+    for name in names:
+        found = compare_with_plan(problem, name, pack_tokens, usable_cores())
+        rates += found.results
+        time = found.time
+        rows.append(
+            [
+                name,
+                *(f"{seconds:.2f}" for seconds in (found.predicted, found.measured)),
+                f"{found.predicted / found.measured - 1:+.0%}",
+                *(f"{seconds:.2f}" for seconds in (found.predicted_cpu, found.measured_cpu)),
+                f"{found.predicted_cpu / found.measured_cpu - 1:+.0%}",
+                *(f"{part / time.total:.0%}" for part in (time.compute, time.memory + time.optimizer, time.bubble)),
+            ]
+        )
+        _progress(" ".join(rows[-1]))
+    print(describe_model(settings, parameters))
+    print(f"{given.global_pairs} pairs a step of 3 x {given.mean} tokens, {given.pack_pairs} a pack", end="; ")
+    print(f"{usable_cores()} cores\n")
+    cpu = ["CPU s: planned", "busiest rank", "error"]
+    print(aligned(["layout", "s: planned", "measured", "error", *cpu, "products", "memory", "bubble"], rows))
+    spreads = [
+        f"{what} {Spread.of([getattr(each, name) / 1e9 for each in rates if getattr(each, name)]).text(1)}"
+        for what, name in (
+            ("large products, GFLOP/s", "peak_flops"), ("a layer's", "product_flops"), ("memory, GB/s", "memory_bytes"),
+            ("links, GB/s", "link_bytes"),
+        )
+    ]  # fmt: skip
+    print(f"\na rank's {', '.join(spreads if any(each.link_bytes for each in rates) else spreads[:-1])}")

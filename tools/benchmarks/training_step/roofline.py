@@ -1,7 +1,7 @@
 """How near a step is to the machine's limit: its model FLOP by the rate of matrix products alone."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,21 +12,50 @@ from megatron_tgdpo.planning.model_flops import step_flops, step_models
 # Square products, large enough that a machine is at its best.
 _SIZE = {"cpu": 2048, "cuda": 8192}
 _REPETITIONS = 5
+# Of each of three tensors.
+_MEMORY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The fastest of some matrix products, FLOP/s, with the threads that this process has."""
-    size, rates = _SIZE[device.type], []
-    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(left)
+def product_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """The fastest of some matrix products, FLOP/s, with the threads that this process has.
+
+    Args:
+        device: Where.
+        dtype: Of operands and result.
+        shape: Rows, inner size and columns; by default large squares, with which a machine is at its best.
+        clock: In seconds.
+    """
+    rows, inner, columns = shape or (_SIZE[device.type],) * 3
+    left, right = (
+        torch.ones(rows, inner, device=device, dtype=dtype),
+        torch.ones(columns, inner, device=device, dtype=dtype),
+    )
+    out = torch.empty(rows, columns, device=device, dtype=dtype)
+    return 2 * rows * inner * columns * _rate(lambda: torch.mm(left, right.t(), out=out), device, clock)
+
+
+def memory_rate(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The fastest of some sums of two tensors that no cache holds, bytes/s read and written."""
+    one, other, out = (torch.ones(_MEMORY_BYTES[device.type] // 4, device=device) for _ in range(3))
+    return 3 * one.nbytes * _rate(lambda: torch.add(one, other, out=out), device, clock)
+
+
+def _rate(action: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    """How often a second an action can be done: the fastest of some."""
+    seconds = []
     for _ in range(1 + _REPETITIONS):
         _wait(device)
-        begun = time.perf_counter()
-        torch.mm(left, right, out=out)
+        begun = clock()
+        action()
         _wait(device)
-        rates.append(2 * size**3 / (time.perf_counter() - begun))
+        seconds.append(clock() - begun)
     # The first one has what is prepared once to do.
-    return max(rates[1:])
+    return 1 / min(seconds[1:])
 
 
 def _wait(device: torch.device) -> None:

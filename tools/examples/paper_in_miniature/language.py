@@ -8,6 +8,7 @@ of the prompts is held out. All randomness comes from the ``random.Random`` that
 """
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -15,7 +16,8 @@ CLASSES = "abcdef"
 NUMBERS = "123456"
 KINDS = {"low": "123", "high": "456", "odd": "135", "even": "246"}
 STEPS = (1, 2, 3)
-LENGTHS = {"short": (4, 7), "medium": (9, 13), "long": (15, 20)}
+Lengths = Mapping[str, tuple[int, int]]
+LENGTHS: Lengths = {"short": (4, 7), "medium": (9, 13), "long": (15, 20)}
 MEMORY = 4
 MAX_WORDS = 24
 
@@ -82,14 +84,14 @@ def parse_prompt(prompt: str) -> Request:
     raise ValueError(f"not a prompt of this language: {prompt!r}")
 
 
-def draw_answer(rng: Random, request: Request) -> str:
+def draw_answer(rng: Random, request: Request, lengths: Lengths = LENGTHS) -> str:
     """An answer by a speaker of random skill."""
     skill = rng.choice(SKILLS)
     length = request.length
     if rng.random() < WRONG_LENGTH:
-        length = rng.choice([other for other in LENGTHS if other != length])
+        length = rng.choice([other for other in lengths if other != length])
     answer: list[str] = []
-    for _ in range(rng.randint(*LENGTHS[length])):
+    for _ in range(rng.randint(*lengths[length])):
         answer.append(_draw_word(rng, request, answer, skill))
     return " ".join(answer)
 
@@ -119,7 +121,7 @@ def _credit(request: Request, before: list[str], word: str) -> float:
     return GOOD if word[1] in KINDS[request.kind] and word not in before[-MEMORY:] else NEUTRAL
 
 
-def token_credits(prompt: str, answer: str, finished: bool = True) -> list[float]:
+def token_credits(prompt: str, answer: str, finished: bool = True, lengths: Lengths = LENGTHS) -> list[float]:
     """The oracle's credit of each word, and of the end: 1 good, 0 neutral, -1 bad.
 
     A word of the right class is good, or neutral where its number is of another kind or one of the last ``MEMORY``
@@ -129,6 +131,7 @@ def token_credits(prompt: str, answer: str, finished: bool = True) -> list[float
         prompt: A prompt of this language.
         answer: Any text; a token is a word.
         finished: Whether the answer came to an end; if not, there is no end to credit and the last word is bad.
+        lengths: Least and most words of each length that a prompt may ask for.
     """
     request = parse_prompt(prompt)
     before: list[str] = []
@@ -136,7 +139,7 @@ def token_credits(prompt: str, answer: str, finished: bool = True) -> list[float
     for word in answer.split():
         found.append(_credit(request, before, word))
         before.append(word)
-    least, most = LENGTHS[request.length]
+    least, most = lengths[request.length]
     if finished:
         found.append(GOOD if least <= len(before) <= most else BAD)
     elif found:
@@ -144,9 +147,9 @@ def token_credits(prompt: str, answer: str, finished: bool = True) -> list[float
     return found
 
 
-def score(prompt: str, answer: str, finished: bool = True) -> float:
+def score(prompt: str, answer: str, finished: bool = True, lengths: Lengths = LENGTHS) -> float:
     """The oracle's score of an answer, from -1 to 1: the mean of its credits; an empty one has the lowest."""
-    found = token_credits(prompt, answer, finished)
+    found = token_credits(prompt, answer, finished, lengths)
     return sum(found) / len(found) if answer.strip() else BAD
 
 

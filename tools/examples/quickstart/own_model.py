@@ -176,13 +176,7 @@ def settings(hf_config: PretrainedConfig, model: str, out: Path, pairs: Pairs) -
         return values, 1
     memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
     plan = choose_layout(config_from_dict(values), [hf_config] * 3, Cluster(1, gpus, memory / 2**30))
-    layout = plan.layout
-    values["parallel"] = {
-        "tensor": layout.tensor,
-        "pipeline": layout.pipeline,
-        "sequence_parallel": layout.sequence_parallel and layout.tensor > 1,
-        **layout.expert_keys,
-    }
+    values["parallel"] = plan.layout.keys
     values["train"]["recompute"] = plan.recompute
     return values, gpus
 

@@ -1,6 +1,6 @@
 """When does TGDPO win? Runs what docs/reproduction.md asks next, in the order registered there.
 
-    python -m tools.examples.paper_in_miniature.ablations --out DIR [--question a b d e f] [--report]
+    python -m tools.examples.paper_in_miniature.ablations --out DIR [--question a b c d e f] [--report]
         [--results docs/results] [--images docs/images] [--short]
 
 Start the same command again to continue after an interruption: every training of every seed is a file of its own in
@@ -10,21 +10,31 @@ runs in one process and one thread. Question f asks of the runs of a. Needs the 
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from tgdpo.command_line import run
-from tools.examples.paper_in_miniature.ablations.arms import COMPARING, QUEUE, RATES, TUNING_SEED, Arm, Credits, Stage
-from tools.examples.paper_in_miniature.ablations.laboratory import Laboratory
-from tools.examples.paper_in_miniature.ablations.world import Size
+from tools.examples.paper_in_miniature.ablations.arms import (
+    COMPARING,
+    QUEUE,
+    RATES,
+    SEEDS,
+    TUNING_SEED,
+    WORDS,
+    Arm,
+    Credits,
+    Stage,
+    long_answers,
+)
 
-QUESTIONS = ("a", "b", "d", "e", "f")
-SHORT = Size(sft_examples=128, prompts=48, samples=3, judged=16, validation=16)
+if TYPE_CHECKING:
+    from tools.examples.paper_in_miniature.ablations.laboratory import Laboratory
+
+QUESTIONS = ("a", "b", "c", "d", "e", "f")
 
 
-def conduct(laboratory: Laboratory, questions: Sequence[str], stages: Sequence[Stage] = QUEUE) -> None:
+def conduct(laboratory: "Laboratory", questions: Sequence[str], stages: Sequence[Stage] = QUEUE) -> None:
     """Runs what is missing, printing a line an arm."""
     from tools.examples.paper_in_miniature.ablations.answers import compared_cells
 
@@ -37,15 +47,32 @@ def conduct(laboratory: Laboratory, questions: Sequence[str], stages: Sequence[S
         if stage.question == "e" and set(stage.seeds).isdisjoint(COMPARING):
             for arm in compared_cells(laboratory):
                 _run_arm(laboratory, arm, Stage("e", (arm,), COMPARING, stage.rate))
+    if "c" in asked:
+        # A seed with all lengths before the next: so that what is done can be compared.
+        for seed in SEEDS:
+            for words in WORDS:
+                _run_seed(laboratory.of_answers(words), long_answers(), seed, f"c: {words} words, seed {seed}")
 
 
-def _run_arm(laboratory: Laboratory, arm: Arm, stage: Stage) -> None:
+def _run_seed(laboratory: "Laboratory", arms: Iterable[Arm], seed: int, title: str) -> None:
+    start, cpu = time.monotonic(), time.process_time()
+    missing = [arm for arm in arms if not laboratory.is_there(seed, arm)]
+    for arm in missing:
+        laboratory.result(seed, arm)
+    print(f"{title}: {_spent(start, cpu) if missing else 'was there'}", flush=True)
+
+
+def _spent(start: float, cpu: float) -> str:
+    return f"{time.monotonic() - start:.0f} s, {time.process_time() - cpu:.0f} s of a core"
+
+
+def _run_arm(laboratory: "Laboratory", arm: Arm, stage: Stage) -> None:
     start, cpu = time.monotonic(), time.process_time()
     seeds = [TUNING_SEED, *stage.seeds] if isinstance(arm.guide, Credits) else stage.seeds
     missing = [seed for seed in seeds if not laboratory.is_there(seed, arm, stage.rate) and seed != TUNING_SEED]
     for seed in missing:
         laboratory.result(seed, arm, stage.rate)
-    spent = f"{time.monotonic() - start:.0f} s, {time.process_time() - cpu:.0f} s of a core" if missing else "was there"
+    spent = _spent(start, cpu) if missing else "was there"
     print(f"{stage.question}: {arm.name}: {len(stage.seeds)} seeds, {spent}", flush=True)
 
 
@@ -65,10 +92,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     def action() -> None:
-        from tools.examples.paper_in_miniature.ablations.answers import report
+        # Only now: libraries read what is to be shown of theirs when they are imported.
+        import torch
 
+        from tools.examples.paper_in_miniature.ablations.answers import report
+        from tools.examples.paper_in_miniature.ablations.laboratory import Laboratory
+        from tools.examples.paper_in_miniature.ablations.world import Size
+
+        short = Size(sft_examples=128, prompts=48, samples=3, judged=16, validation=16)
         torch.set_num_threads(1)
-        laboratory = Laboratory(args.out, SHORT if args.short else Size(), RATES)
+        laboratory = Laboratory(args.out, short if args.short else Size(), RATES)
         laboratory.open()
         if not args.report:
             conduct(laboratory, args.question)

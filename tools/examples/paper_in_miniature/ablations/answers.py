@@ -16,6 +16,7 @@ from tools.examples.paper_in_miniature.ablations.arms import (
     CHOOSING,
     COMPARING,
     CORRELATIONS,
+    DEVIATIONS,
     DPO,
     GRID_ALPHAS,
     GUIDE_BETAS,
@@ -23,10 +24,12 @@ from tools.examples.paper_in_miniature.ablations.arms import (
     LONG_PLAIN,
     SEEDS,
     SHARES,
+    WORDS,
     Arm,
     Credits,
     cell,
     guided,
+    long_answers,
     long_arms,
     mislabelled,
 )
@@ -74,21 +77,22 @@ def _is_done(laboratory: Laboratory, arm: Arm, seeds: Sequence[int] = SEEDS, rat
     return all(laboratory.is_there(seed, arm, rate) for seed in seeds)
 
 
-def _beside(laboratory: Laboratory, arm: Arm, other: Arm) -> Answer:
+def _beside(laboratory: Laboratory, arm: Arm, other: Arm, seeds: Sequence[int] = SEEDS) -> Answer:
     """An arm's score, and its win rate over another's model at the end."""
     result = laboratory.result
     entry: Answer = {
         "rate": laboratory.rate(arm),
-        "score": _over(SEEDS, lambda s: statistics.fmean(final_scores(result(s, arm)))),
-        "diverged": sum(bool(result(s, arm).get("diverged")) for s in SEEDS),
+        "score": _over(seeds, lambda s: statistics.fmean(final_scores(result(s, arm)))),
+        "diverged": sum(bool(result(s, arm).get("diverged")) for s in seeds),
     }
     if arm != other:
         entry["over_dpo"] = _over(
-            SEEDS, lambda s: win_rate(final_scores(result(s, arm)), final_scores(result(s, other)))
+            seeds, lambda s: win_rate(final_scores(result(s, arm)), final_scores(result(s, other)))
         )
     if arm.guide is not None:
-        for name in ("correlation", "weight_std", "negative_fraction"):
-            entry[name] = _over(SEEDS, partial(_known, laboratory, arm=arm, name=name))
+        names = ("correlation", "weight_std", "negative_fraction") + ("alpha",) * (arm.deviation is not None)
+        for name in names:
+            entry[name] = _over(seeds, partial(_known, laboratory, arm=arm, name=name))
     return entry
 
 
@@ -169,6 +173,28 @@ def _guides(laboratory: Laboratory) -> Answer:
     }
 
 
+def answer_seeds(laboratory: Laboratory) -> list[int]:
+    """Those of question c that are done with all lengths and arms, from the first without a gap."""
+    laboratories = [laboratory.of_answers(words) for words in WORDS]
+    done = [all(one.is_there(seed, arm) for one in laboratories for arm in long_answers()) for seed in SEEDS]
+    return list(SEEDS[: [*done, False].index(False)])
+
+
+def _long_answers(laboratory: Laboratory) -> Answer:
+    """c: answers of several lengths, by the deviation of the weights."""
+    seeds = answer_seeds(laboratory)
+    found: Answer = {"seeds": seeds, "words": {}}
+    for words in WORDS if seeds else ():
+        one = laboratory.of_answers(words)
+        dpo, *weighted = long_answers()
+        entry: Answer = {"sft": _sft(one, seeds), "arms": {}}
+        entry["arms"]["dpo"] = _beside(one, dpo, dpo, seeds)
+        for deviation, arm in zip(DEVIATIONS, weighted, strict=True):
+            entry["arms"][f"deviation {deviation:g}"] = _beside(one, arm, dpo, seeds)
+        found["words"][str(words)] = entry
+    return found
+
+
 def _noise(laboratory: Laboratory) -> Answer:
     """d: wrong labels."""
     found: Answer = {"arms": {}}
@@ -202,12 +228,12 @@ def _grid(laboratory: Laboratory) -> Answer:
     return found
 
 
-def _sft(laboratory: Laboratory) -> Answer:
-    return _over(SEEDS, lambda s: statistics.fmean(laboratory.sft_scores(s)))
+def _sft(laboratory: Laboratory, seeds: Sequence[int] = SEEDS) -> Answer:
+    return _over(seeds, lambda s: statistics.fmean(laboratory.sft_scores(s)))
 
 
 ANSWERS: Mapping[str, Callable[[Laboratory], Answer]] = {
-    "a": _curves, "b": _guides, "d": _noise, "e": _grid, "f": _stopping,
+    "a": _curves, "b": _guides, "c": _long_answers, "d": _noise, "e": _grid, "f": _stopping,
 }  # fmt: skip
 
 

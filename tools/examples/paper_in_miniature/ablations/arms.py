@@ -40,6 +40,8 @@ class Regime:
         schedule: Of the learning rate, after the warm-up.
         shown: Epochs after which the model is judged; its last one always.
         validated: Every how many epochs there is a held-out accuracy; 0 for never.
+        global_pairs: Pairs of a step.
+        tuned: Whether seed 0 chooses the learning rate, by DPO, for all arms of the regime.
     """
 
     name: str = ""
@@ -48,6 +50,8 @@ class Regime:
     schedule: str = "cosine"
     shown: tuple[int, ...] = ()
     validated: int = 0
+    global_pairs: int = 32
+    tuned: bool = False
 
 
 USUAL = Regime()
@@ -68,6 +72,7 @@ class Arm:
         unit: What has a reward of its own: ``token``, or ``sentence``, which is four words.
         wrong: Share of labels that are wrong.
         regime: How long.
+        deviation: Of TGDPO's weights over the training pairs, in the place of ``alpha``, which follows from it.
     """
 
     method: str
@@ -77,6 +82,7 @@ class Arm:
     unit: str = "token"
     wrong: float = 0.0
     regime: Regime = USUAL
+    deviation: float | None = None
 
     @property
     def name(self) -> str:
@@ -85,7 +91,8 @@ class Arm:
         if self.method != "simpo":
             parts.append(f"beta{self.beta:g}")
         if self.guide is not None:
-            parts += [f"alpha{self.alpha:g}", f"by-{self.guide.name}"]
+            strength = f"alpha{self.alpha:g}" if self.deviation is None else f"deviation{self.deviation:g}"
+            parts += [strength, f"by-{self.guide.name}"]
         parts += [self.unit] * (self.unit != "token") + [f"wrong{self.wrong:g}"] * (self.wrong > 0)
         return "-".join(parts + [self.regime.name] * bool(self.regime.name))
 
@@ -101,7 +108,7 @@ class Arm:
     @property
     def rate(self) -> float | None:
         """The learning rate that was chosen before; None where seed 0 has to choose."""
-        if isinstance(self.guide, Credits):
+        if self.regime.tuned or isinstance(self.guide, Credits):
             return None
         source = self.guide.method if self.guide is not None else self.method
         if self.guide is None:
@@ -127,6 +134,10 @@ class Stage:
 
 
 DPO, SIMPO = Arm("dpo"), Arm("simpo")
+# Question c: 75 steps as in the usual regime, of fewer pairs, since answers are long.
+LONG_ANSWERS = Regime("answers", 300, global_pairs=8, tuned=True)
+WORDS = (12, 50, 200)
+DEVIATIONS = (0.02, 0.1, 0.3)
 ALPHAS = (0.2, 0.5)
 SHARES = (0.3, 0.0, 0.2, 0.1)
 GUIDE_BETAS = (0.3, 0.1, 0.01)
@@ -155,6 +166,12 @@ def long_arms(*alphas: float) -> tuple[Arm, ...]:
     """Question a: the guided ones."""
     guides = [replace(guide, regime=LONG_GUIDE) for guide in (DPO, SIMPO)]
     return tuple(replace(guided(guide, alpha), regime=LONG) for alpha in alphas for guide in guides)
+
+
+def long_answers() -> tuple[Arm, ...]:
+    """Question c: DPO, and TGDPO with it as guide by the deviation of the weights."""
+    dpo = replace(DPO, regime=LONG_ANSWERS)
+    return (dpo, *(Arm("tgdpo", guide=dpo, regime=LONG_ANSWERS, deviation=deviation) for deviation in DEVIATIONS))
 
 
 def mislabelled(share: float) -> tuple[Arm, ...]:

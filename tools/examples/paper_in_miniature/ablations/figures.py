@@ -12,6 +12,7 @@ from tools.examples.paper_in_miniature.ablations.arms import (
     ALPHAS,
     BETAS,
     CORRELATIONS,
+    DEVIATIONS,
     GRID_ALPHAS,
     GUIDE_BETAS,
     LONG_PLAIN,
@@ -78,6 +79,21 @@ def guides(found: Found, out: Path) -> None:
     _finish(figure, axes, out)
 
 
+def answers(found: Found, out: Path) -> None:
+    """c: win rate over DPO against the deviation of the weights, a line a length."""
+    figure, axes = _axes()
+    for number, ((words, entry), colour) in enumerate(zip(found["words"].items(), (BLUE, GREEN, ORANGE), strict=False)):
+        shown = [entry["arms"][f"deviation {deviation:g}"]["over_dpo"] for deviation in DEVIATIONS]
+        # Beside each other, on an axis of logarithms.
+        _line(axes, [deviation * 1.04**number for deviation in DEVIATIONS], shown, f"{words} words", color=colour)
+    axes.axhline(0.5, color="#999999", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks(DEVIATIONS, [f"{deviation:g}" for deviation in DEVIATIONS])
+    axes.minorticks_off()
+    axes.set(xlabel="standard deviation of the weights", ylabel="win rate over DPO")
+    _finish(figure, axes, out)
+
+
 def noise(found: Found, out: Path) -> None:
     """d: oracle score against the share of wrong labels."""
     figure, axes = _axes()
@@ -123,7 +139,7 @@ def stopping(found: Found, out: Path) -> None:
 
 
 FIGURES: Mapping[str, Callable[[Found, Path], None]] = {
-    "a": curves, "b": guides, "d": noise, "e": grid, "f": stopping,
+    "a": curves, "b": guides, "c": answers, "d": noise, "e": grid, "f": stopping,
 }  # fmt: skip
 
 

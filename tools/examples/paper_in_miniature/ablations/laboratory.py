@@ -66,6 +66,12 @@ class Laboratory:
         if json.loads(file.read_text(encoding="utf-8")) != wanted:
             raise UserError(f"{file}: these results are of another size: name another directory")
 
+    def of_answers(self, words: int) -> "Laboratory":
+        """That of question c for answers of about so many words, in a folder of this one."""
+        found = Laboratory(self.root / f"words{words}", self.size.of_answers(words), self.rates)
+        found.open()
+        return found
+
     def world(self, seed: int) -> World:
         """A seed's."""
         if seed not in self._worlds:
@@ -105,10 +111,11 @@ class Laboratory:
         return self._file(seed, arm, rate).exists()
 
     def rate(self, arm: Arm) -> float:
-        """The arm's learning rate; seed 0 chooses it for credits without noise, and by token."""
+        """The arm's learning rate; seed 0 chooses it for credits without noise, and by token, or for DPO."""
         if arm.rate is not None:
             return arm.rate
-        clean = replace(arm, guide=Credits(1.0), unit="token")
+        dpo = replace(DPO, regime=arm.regime)
+        clean = dpo if arm.regime.tuned else replace(arm, guide=Credits(1.0), unit="token")
         judged = {rate: _mean(self.result(TUNING_SEED, clean, rate)) for rate in self.rates}
         return max(judged, key=lambda rate: judged[rate])
 
@@ -121,7 +128,8 @@ class Laboratory:
         pairs, frozen, known = self._inputs(seed, arm)
         name, options = arm.options
         regime, model = arm.regime, copy.deepcopy(world.base)
-        recipe = Recipe(regime.epochs, rate, regime.schedule)
+        options = {**options, **({} if arm.deviation is None else {"alpha": known["alpha"]})}
+        recipe = Recipe(regime.epochs, rate, regime.schedule, global_pairs=regime.global_pairs)
         found: dict[str, Any] = {"rate": rate, "scores": {}, "losses": {}, "accuracy": {}, **known}
         best: dict[str, Any] = {"accuracy": -1.0}
 
@@ -178,12 +186,15 @@ class Laboratory:
             rewards = by_sentence(rewards, pairs.lengths)
         inside = within(pairs.lengths.flatten(), rewards.shape[2])
         flat = arm.beta * rewards.flatten(0, 1)[inside]
-        weights = 1.0 + (arm.alpha or 0.0) * toward_label(flat, pairs.lengths.flatten())
+        toward = toward_label(flat, pairs.lengths.flatten())
+        alpha = (arm.alpha or 0.0) if arm.deviation is None else arm.deviation / toward.std().item()
+        weights = 1.0 + alpha * toward
         known = {
+            "alpha": alpha,
             "reward_std": flat.std().item(),
             "weight_std": weights.std().item(),
             "negative_fraction": (weights < 0).float().mean().item(),
-            "correlation": correlation(flat, pairs.credits().flatten(0, 1)[inside]),
+            "correlation": correlation(flat, pairs.credits(world.size.lengths).flatten(0, 1)[inside]),
         }
         return pairs, {"reference": reference, "guide": reference + rewards}, known
 
@@ -194,7 +205,7 @@ class Laboratory:
         assert arm.guide is not None
         inside = within(pairs.lengths.flatten(), reference.shape[2]).unflatten(0, (-1, 2))
         spread = (shown_logps(self._trained(seed, DPO), pairs) - reference)[inside].std()
-        credits_ = pairs.credits()
+        credits_ = pairs.credits(self.size.lengths)
         # The same noise whatever the correlation.
         noise = torch.randn(credits_.shape, generator=torch.Generator().manual_seed(seed))
         part = arm.guide.correlation

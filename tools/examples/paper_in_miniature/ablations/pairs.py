@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tools.examples.paper_in_miniature.base import SPECIAL
-from tools.examples.paper_in_miniature.language import Request, token_credits, words
+from tools.examples.paper_in_miniature.language import LENGTHS, Lengths, Request, token_credits, words
 from tools.examples.quickstart.tokenizer import ASSISTANT, USER
 
 VOCABULARY = [*SPECIAL, *words()]
@@ -41,7 +41,7 @@ class Pairs:
         wrong[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]] = True
         return replace(self, ids=turned(self.ids, wrong), lengths=turned(self.lengths, wrong)), wrong
 
-    def credits(self) -> Tensor:
+    def credits(self, lengths: Lengths = LENGTHS) -> Tensor:
         """[N, 2, W] float32, the oracle's credit of each response token, zeros behind."""
         found = torch.zeros(len(self), 2, self.ids.shape[2] - self.prompt_tokens)
         for pair in range(len(self)):
@@ -51,7 +51,7 @@ class Pairs:
                 answer = text[self.prompt_tokens :]
                 finished = answer[-1] == "</s>"
                 shown = token_credits(" ".join(text[2 : self.prompt_tokens - 2]), " ".join(answer[: length - finished]),
-                                      finished)  # fmt: skip
+                                      finished, lengths)  # fmt: skip
                 found[pair, side, :length] = torch.tensor(shown)
         return found
 

@@ -4,7 +4,8 @@ The same language, model and sizes as ``study.py``, but all in one process: trai
 processes would take most of the time. Legend: N pairs, T tokens of a row, W tokens of the longest response.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -18,7 +19,22 @@ from tools.examples.paper_in_miniature.ablations.pairs import EOS, IDS, VOCABULA
 from tools.examples.paper_in_miniature.ablations.sampling import Answer, sample
 from tools.examples.paper_in_miniature.ablations.training import Recipe, order_of, shown_logps, train
 from tools.examples.paper_in_miniature.base import write_base
-from tools.examples.paper_in_miniature.language import MAX_WORDS, Request, draw_answer, draw_request, score
+from tools.examples.paper_in_miniature.language import (
+    LENGTHS,
+    MAX_WORDS,
+    Lengths,
+    Request,
+    draw_answer,
+    draw_request,
+    score,
+)
+
+# By about how many words an answer has: those of each length, and where sampling cuts.
+ANSWERS: Mapping[int, tuple[Lengths, int]] = {
+    12: (LENGTHS, MAX_WORDS),
+    50: ({"short": (40, 44), "medium": (48, 52), "long": (56, 60)}, 72),
+    200: ({"short": (180, 188), "medium": (196, 204), "long": (212, 220)}, 240),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,8 @@ class Size:
         judged: Held-out prompts that a model is judged by.
         validation: Held-out prompts for validation pairs.
         temperature: Of all sampling.
+        words: About as many has an answer; a key of :data:`ANSWERS`.
+        sft_batch: Answers of a step of the SFT model.
     """
 
     sft_examples: int = 6000
@@ -40,6 +58,31 @@ class Size:
     judged: int = 500
     validation: int = 300
     temperature: float = 0.8
+    words: int = 12
+    sft_batch: int = 64
+
+    @property
+    def lengths(self) -> Lengths:
+        """Least and most words of each length that a prompt asks for."""
+        return ANSWERS[self.words][0]
+
+    @property
+    def most_words(self) -> int:
+        """Where sampling cuts an answer."""
+        return ANSWERS[self.words][1]
+
+    def of_answers(self, words: int) -> "Size":
+        """For question c: the SFT model learns from as many tokens in as many steps, whatever the length."""
+        return replace(
+            self,
+            words=words,
+            sft_examples=self.sft_examples * 12 // words,
+            sft_batch=round(self.sft_batch * 12 / words),
+            prompts=min(self.prompts, 340),
+            samples=3,
+            judged=min(self.judged, 200),
+            validation=8,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,8 +111,12 @@ class World:
 
     def judge(self, model: LlamaForCausalLM) -> list[float]:
         """The oracle's score of one answer to each held-out prompt, drawn with the same random numbers every time."""
-        answers = sample(model, encode_prompts(self.prompts), self.size.temperature, MAX_WORDS, EOS, self.seed)
-        return [round(_score(request, answer), 4) for request, answer in zip(self.prompts, answers, strict=True)]
+        answers = sample(
+            model, encode_prompts(self.prompts), self.size.temperature, self.size.most_words, EOS, self.seed
+        )
+        return [
+            round(_score(request, answer, self.size), 4) for request, answer in zip(self.prompts, answers, strict=True)
+        ]
 
 
 def new_model(seed: int) -> LlamaForCausalLM:
@@ -113,10 +160,10 @@ def _learn(model: LlamaForCausalLM, seed: int, size: Size) -> None:
     requests, responses = [], []
     for _ in range(size.sft_examples):
         requests.append(draw_request(rng, held_out=False))
-        responses.append([IDS[word] for word in draw_answer(rng, requests[-1]).split()] + [EOS])
+        responses.append([IDS[word] for word in draw_answer(rng, requests[-1], size.lengths).split()] + [EOS])
     # Rejected responses have no part in it.
     pairs = as_pairs(responses, [[]] * len(responses), encode_prompts(requests))
-    recipe = Recipe(epochs=4, rate=3e-3, schedule="cosine", warmup=0.05, global_pairs=64)
+    recipe = Recipe(epochs=4, rate=3e-3, schedule="cosine", warmup=0.05, global_pairs=size.sft_batch)
     train(model, pairs, METHODS["sft"], {}, {}, recipe, order_of(len(pairs), recipe, seed))
 
 
@@ -128,11 +175,11 @@ def _draw_pairs(model: LlamaForCausalLM, seed: int, size: Size, *, held_out: boo
     repeated = [request for request in requests for _ in range(size.samples)]
     # Random numbers of its own: not those that models are judged by.
     key = (seed + 1) * 1_000_003 + held_out
-    answers = sample(model, encode_prompts(repeated), size.temperature, MAX_WORDS, EOS, key)
+    answers = sample(model, encode_prompts(repeated), size.temperature, size.most_words, EOS, key)
     kept, chosen, rejected = [], [], []
     for number, request in enumerate(requests):
         mine = answers[number * size.samples : (number + 1) * size.samples]
-        scores = [_score(request, answer) for answer in mine]
+        scores = [_score(request, answer, size) for answer in mine]
         best, worst = scores.index(max(scores)), scores.index(min(scores))
         if scores[best] > scores[worst]:
             kept.append(request)
@@ -141,6 +188,6 @@ def _draw_pairs(model: LlamaForCausalLM, seed: int, size: Size, *, held_out: boo
     return as_pairs(chosen, rejected, encode_prompts(kept))
 
 
-def _score(request: Request, answer: Answer) -> float:
+def _score(request: Request, answer: Answer, size: Size) -> float:
     text = [VOCABULARY[token] for token in answer.tokens[: len(answer.tokens) - answer.finished]]
-    return score(request.prompt, " ".join(text), answer.finished)
+    return score(request.prompt, " ".join(text), answer.finished, size.lengths)
