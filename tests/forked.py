@@ -1,5 +1,6 @@
 """Processes forked from one that has imported the heavy libraries already, so that a rank starts at once."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -59,7 +60,9 @@ class Forked:
     def send_signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
         if self.poll() is None:
-            os.kill(self.process.pid, number)
+            # It may end in between.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         """Ends it for sure."""

@@ -35,7 +35,12 @@ class LiveStorages(TorchDispatchMode):
         return out
 
     def bytes(self) -> int:
-        """Of the storages that are alive."""
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        """Of the storages that are alive, some of which may have given their memory back (``resize_``)."""
+        live = {}
+        for key, (reference, _) in self._live.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is not None:
+                live[key] = (reference, storage.nbytes())
+        self._live = live
         self._sum = sum(size for _, size in self._live.values())
         return self._sum

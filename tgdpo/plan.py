@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
+from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES, RECOMPUTE_MODULES
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.planning.cluster import Cluster
@@ -75,9 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--no-sequence-parallel", action="store_true", help="default: on with --tensor above 1")
     layout.add_argument(
         "--recompute",
-        choices=RECOMPUTE_CHOICES,
+        type=_recomputation,
         default="none",
-        help="train.recompute of a given layout; default %(default)s",
+        metavar="WHAT",
+        help="train.recompute of a given layout (none, selective, full), or its recompute_modules, joined by commas; "
+        "default %(default)s",
     )
     layout.add_argument(
         "--moments",
@@ -105,6 +107,15 @@ def _parser() -> argparse.ArgumentParser:
         name = f"--{field.name.replace('_', '-')}"
         cluster.add_argument(name, type=type(field.default), default=field.default, help="default %(default)s")
     return parser
+
+
+def _recomputation(text: str) -> str:
+    """A value of ``TrainConfig.recomputation``."""
+    modules = text.split(",")
+    if text in RECOMPUTE_CHOICES or (set(modules) <= set(RECOMPUTE_MODULES) and len(set(modules)) == len(modules)):
+        return text
+    words = ", ".join(RECOMPUTE_CHOICES)
+    raise argparse.ArgumentTypeError(f"'{text}': choose {words}, or some of {', '.join(RECOMPUTE_MODULES)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans, make_plan, nearest
 from megatron_tgdpo.planning.memory import GIB, Savings, Sources
+from megatron_tgdpo.planning.recomputation import check_recompute, recompute_keys
 from megatron_tgdpo.planning.report import plan_text, schedules_table, table
 from megatron_tgdpo.setup.model_sources import lora_targets
 from megatron_tgdpo.storage.atomic_file import write_atomically
@@ -36,6 +37,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, Plan | None]:
     job = _job(arguments)
     cluster = Cluster(**{field.name: getattr(arguments, field.name) for field in fields(Cluster)})
     sequence_parallel = not arguments.no_sequence_parallel
+    check_recompute(arguments.recompute, job.policy, "transformer_engine")
     if arguments.schedules:
         return schedules_table(job, cluster, arguments.tensor or 1, sequence_parallel, arguments.recompute), None
     if any(getattr(arguments, name) is not None for name in LAYOUT_OPTIONS):
@@ -103,7 +105,7 @@ def write_config(arguments: argparse.Namespace, plan: Plan, named: Mapping[str, 
         },
         "offload": plan.savings.keys.get("offload", {}),
         "precision": {"dtype": arguments.dtype},
-        "train": {"epochs": 1, "recompute": plan.recompute},
+        "train": {"epochs": 1, **recompute_keys(plan.recompute)},
         "output_dir": str(Path("runs") / arguments.write.stem),
     }
     config = config_from_dict(values, f"--write {arguments.write}")

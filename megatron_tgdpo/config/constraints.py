@@ -12,6 +12,8 @@ FP8_RECIPES = ("none", "delayed", "tensorwise", "blockwise", "mxfp8")
 FP4 = "nvfp4"
 FP4_RECIPES = ("none", FP4)
 RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
+# Parts of a layer that selective recomputation may compute again, by megatron-core's names.
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
 
 # FP8 scaling without a memory: what a weight or activation becomes depends on nothing but itself.
 STATELESS_RECIPES = ("tensorwise", "blockwise", "mxfp8")
@@ -50,6 +52,25 @@ def one_of(choices: Collection[str], default: Any) -> Any:
         return None if value in choices else f"'{value}': choose one of {', '.join(choices)}"
 
     return field(default=default, metadata={"constraint": constraint})
+
+
+def some_of(choices: Collection[str], default: Any) -> Any:
+    """A list of some words, each once."""
+
+    def constraint(value: Any) -> str | None:
+        unknown = [word for word in value if word not in choices]
+        if value and not unknown and len(set(value)) == len(value):
+            return None
+        return f"{value}: choose one or more of {', '.join(choices)}, each once"
+
+    return field(default=default, metadata={"constraint": constraint})
+
+
+def recomputed_modules(recompute: str) -> frozenset[str]:
+    """The parts of a layer that selective recomputation computes again: of ``TrainConfig.recomputation``."""
+    if recompute in ("none", "full"):
+        return frozenset()
+    return frozenset(("core_attn",) if recompute == "selective" else recompute.split(","))
 
 
 def _number(default: Any, at_most: float | None, holds: Callable[[Any], bool], must: str) -> Any:

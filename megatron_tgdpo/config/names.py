@@ -198,6 +198,8 @@ ELSEWHERE = {
     "overlap_grad_reduce": "overlap.grad_reduce",
     "overlap_param_gather": "overlap.param_gather",
     "tp_comm_overlap": "overlap.tensor",
+    "fine_grained_activation_offloading": "offload.activations",
+    "cpu_offloading": "offload.activations",
     "optimizer_cpu_offload": "offload.optimizer, a fraction",
     "optimizer_offload_fraction": "offload.optimizer",
     # train

@@ -73,6 +73,20 @@ TRAIN = (
         lambda c: (c.train.steps is None) == (c.train.epochs is None),
         "set exactly one of train.steps and train.epochs",
     ),
+    Rule(
+        lambda c: c.train.recompute_modules is not None and c.train.recompute != "selective",
+        "train.recompute_modules is {c.train.recompute_modules} with train.recompute {c.train.recompute}: set "
+        "recompute=selective, or recompute_modules to null",
+    ),
+    Rule(
+        lambda c: {"moe", "shared_experts"} <= set(c.train.recompute_modules or ()),
+        "train.recompute_modules has moe, which computes all experts again, and shared_experts: remove shared_experts",
+    ),
+    Rule(
+        lambda c: "layernorm" in (c.train.recompute_modules or ()) and c.precision.fp8 == "delayed",
+        "train.recompute_modules has layernorm, which precision.fp8 delayed cannot compute again: choose another "
+        "recipe, or remove it",
+    ),
 )
 
 
@@ -188,6 +202,16 @@ LORA = (
         lambda c: c.lora.trains and c.offload.frozen and c.model.reference is None and c.model.guide is None,
         "offload.frozen with section lora: the reference's weights are the policy's, which stay on the device: set it "
         "to false",
+    ),
+    Rule(
+        lambda c: c.offload.activations and "layernorm" in (c.train.recompute_modules or ()),
+        "offload.activations with layernorm in train.recompute_modules: what norms give would be computed again, and "
+        "copied as well; remove layernorm",
+    ),
+    Rule(
+        lambda c: c.offload.activations and c.precision.policy_recipe is not None,
+        "offload.activations with precision.fp8 {c.precision.fp8} and fp4 {c.precision.fp4}: weights in FP8 and FP4 "
+        "would travel with the activations; set it to false, or compute in bf16",
     ),
     Rule(
         lambda c: c.offload.frozen_from == "disk" and not c.offload.frozen,

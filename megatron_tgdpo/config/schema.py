@@ -16,12 +16,14 @@ from megatron_tgdpo.config.constraints import (
     FP4_RECIPES,
     FP8_RECIPES,
     RECOMPUTE_CHOICES,
+    RECOMPUTE_MODULES,
     STATELESS_RECIPES,
     at_least,
     fraction,
     one_of,
     positive,
     share,
+    some_of,
     token_multiple,
 )
 from megatron_tgdpo.data.sources import Source, read_sets, read_sources
@@ -245,6 +247,7 @@ class OverlapConfig:
 @dataclass(frozen=True)
 class OffloadConfig:
     optimizer: float = share(0.0)  # part of the optimizer's state, and of its update, that lives on the CPU
+    activations: bool = False  # what the policy's layers keep for backward waits in pinned host memory
     frozen: bool = False  # layers of reference and guide stay off the device between uses
     # where: pinned host memory | a file without a name in output_dir, of which a CPU maps the whole models
     frozen_from: str = one_of(("host", "disk"), "host")
@@ -266,8 +269,17 @@ class TrainConfig:
     fused: str = one_of(("auto", "off"), "auto")
     keep_logits_mib: int = at_least(0, 1024)  # MiB for logits of the policy that backward need not compute again
     recompute: str = one_of(RECOMPUTE_CHOICES, "none")  # policy activations computed again in backward, to save memory
+    # parts of each layer, where recompute is selective; null: core_attn
+    recompute_modules: list[str] | None = some_of(RECOMPUTE_MODULES, None)  # noqa: RUF009 - a field
     check_start: bool = True  # stop unless policy and reference agree at a fresh run's first step (a loss of ln 2)
     # (turn off for a policy that deliberately differs from the reference)
+
+    @property
+    def recomputation(self) -> str:
+        """``recompute``, or the modules that it names, joined by commas."""
+        if self.recompute != "selective" or self.recompute_modules is None:
+            return self.recompute
+        return ",".join(self.recompute_modules)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,19 @@ class _NoStream:
         pass
 
 
+class _NoFp8:
+    """Stands in for Transformer Engine's state of FP8."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
+def _nothing(**options: Any) -> contextlib.AbstractContextManager[None]:
+    del options
+    return contextlib.nullcontext()
+
+
 def _replace_cuda_functions() -> None:
     import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.tensor_parallel.random as mcore_random
@@ -174,6 +187,10 @@ def _replace_cuda_functions() -> None:
     torch.cuda.random.get_rng_state = get_rng_state  # type: ignore[assignment]
     mcore_random._get_cuda_rng_state = get_rng_state
     mcore_random._set_cuda_rng_state = set_rng_state
+    if not mcore_random.HAVE_TE:
+        # Norms that are computed again ask these, whether there is FP8 or not.
+        mcore_random.FP8GlobalStateManager = _NoFp8
+        mcore_random.activation_recompute_forward = mcore_random.fp8_autocast = _nothing
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
         setattr(buffers, name, _not_onto_itself(getattr(buffers, name)))
 

@@ -4,9 +4,8 @@ The frozen models' states are one tensor that no autograd graph knows, handed ov
 traffic is that of policy-only training.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,25 +18,32 @@ from torch import Tensor
 class P2PBuffer:
     """Hands the frozen hidden states of micro batches between the models of a stage and the communicator.
 
-    What is received is used in the order in which it came. The interleaved schedule needs that: its first stage
-    receives what the last one sends up to ``stages`` forwards before a chunk takes it, and all stages go through chunks
-    and micro batches in one order (megatron-core ``schedules.py: get_schedule_table``).
+    There is one tensor each way at most: what a stage receives, its very next forward takes. So it is in the
+    interleaved schedule, too: with micro batches in groups as large as there are stages, the last stage ends a chunk of
+    a micro batch when the first is about to begin the next chunk of it (megatron-core 0.16.1 and 0.19.2 ``schedules.py:
+    recv_tensor_from_previous_stage``, whose buffer for the first stage has one place then).
 
     Attributes:
         width: Sum of the frozen models' hidden sizes.
         dtype: Of their hidden states.
-        incoming: [S_local, 1, width] each, received from the previous stage for coming forwards.
+        incoming: [S_local, 1, width] received from the previous stage for the next forward.
         outgoing: [S_local, 1, width] computed by the last forward, to be sent to the next stage.
     """
 
     width: int
     dtype: torch.dtype
-    incoming: deque[Tensor] = field(default_factory=deque)
+    incoming: Tensor | None = None
     outgoing: Tensor | None = None
 
+    def expect(self, tensor: Tensor) -> None:
+        """Keeps what is being received."""
+        assert self.incoming is None, "frozen hidden states were received, and no forward took those before"
+        self.incoming = tensor
+
     def take_incoming(self) -> Tensor:
-        assert self.incoming, "forward before the frozen hidden states were received"
-        return self.incoming.popleft()
+        tensor, self.incoming = self.incoming, None
+        assert tensor is not None, "forward before the frozen hidden states were received"
+        return tensor
 
     def take_outgoing(self) -> Tensor:
         tensor, self.outgoing = self.outgoing, None
@@ -105,7 +111,7 @@ class ColocatedCommunicator(P2PCommunicator):
             forwards.append(self._forward(dist.irecv, received_prev, self.prev_rank))
             if self.p2p_buffer.width:
                 incoming = self._empty([*tensor_shape[:-1], self.p2p_buffer.width], self.p2p_buffer.dtype)
-                self.p2p_buffer.incoming.append(incoming)
+                self.p2p_buffer.expect(incoming)
                 forwards.append(self._forward(dist.irecv, incoming, self.prev_rank))
         if tensor_send_next is not None:
             for tensor in (tensor_send_next, *([self.p2p_buffer.take_outgoing()] if self.p2p_buffer.width else ())):

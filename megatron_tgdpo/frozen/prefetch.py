@@ -135,4 +135,4 @@ def build_prefetcher(
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, config.shared_prompts)
     pack = Pack(tokens, config.longest_sequence, dtype.itemsize)
     job = Job(configs["policy"], tuple(configs[role] for role in config.method.frozen), pack, batch)
-    return Prefetcher(models, channel, stage_costs(job, Cluster(), layout, config.train.recompute), device)
+    return Prefetcher(models, channel, stage_costs(job, Cluster(), layout, config.train.recomputation), device)

@@ -26,6 +26,7 @@ from megatron_tgdpo.gpu.overlap import check_overlap
 from megatron_tgdpo.gpu.overlap import transformer_kwargs as overlap_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
 from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.planning.recomputation import check_recompute
 
 
 @functools.cache
@@ -54,6 +55,9 @@ def check_gpu_options(
     check_optimizer_state(config, found)
     check_experts(config, configs)
     for role, hf_config in configs.items():
+        if role == "policy":
+            can_discard = found.device == "cpu" or found.transformer_engine is not None
+            check_recompute(config.train.recomputation, hf_config, spec, can_discard=can_discard)
         recipe = config.precision.policy_recipe if role == "policy" else config.frozen_recipe
         if recipe is not None:
             own = layout.of_model(ROLES.index(role))

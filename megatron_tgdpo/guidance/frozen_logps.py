@@ -6,6 +6,7 @@ very forward of co-located training.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,11 +105,14 @@ def build_frozen_engine(
     device: torch.device,
 ) -> FrozenEngine:
     """Builds and loads reference and guide. Collective over all ranks; arguments as for ``build_engine``."""
-    ((first, *guide),) = load_frozen_models(config, configs, layout, pg, device)
+    directory = Path(str(config.guidance.cache))
+    ((first, *guide),) = load_frozen_models(config, configs, layout, pg, device, directory=directory)
     reference = first.model
     if reference.config.adapters:
         set_active(reference, first.adapter)
     model = ColocatedModel(reference, guide)
+    if (release := first.release) is not None:
+        model.register_forward_hook(lambda *_: release())
     communicator = None
     if layout.pipeline > 1:
         communicator = ColocatedCommunicator(pg.pp, reference.config, model.p2p_buffer, device)

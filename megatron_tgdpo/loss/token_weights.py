@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_tgdpo.loss.choices import Options
-from megatron_tgdpo.loss.preference import OverRanks, sum_per_sequence, sums_per_sequence
+from megatron_tgdpo.loss.preference import OverRanks, sums_per_sequence
 
 
 def uniform(
@@ -88,16 +88,24 @@ def _per_token(values: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
 def _are_largest(values: Tensor, wanted: Tensor, lengths: Tensor, over_ranks: OverRanks) -> Tensor:
     """[R] bool: whether a token's value is among the ``wanted`` [B] largest of its response, ties included.
 
-    Found by bisection of the values' float32 bits, since of tokens on other ranks only sums can be had: 32 of these.
+    The last of these is found in the order of float32 bits, eight at a time, since of tokens on other ranks only sums
+    can be had: four of [B, 256] counts.
     """
     bits = values.float().view(torch.int32).long()
-    # In the order of the values: a negative number's bits are its sign and its size.
-    keys = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    low = torch.full_like(lengths, -(1 << 31))
-    high = torch.full_like(lengths, (1 << 31) - 1)
-    for _ in range(32):
-        middle = (low + high + 1) >> 1
-        above = (keys >= _per_token(middle, lengths, keys)).to(torch.float32)
-        enough = over_ranks(sum_per_sequence(above, lengths)) >= wanted
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle - 1)
-    return keys >= _per_token(low, lengths, keys)
+    # In the order of the values, from 0: a negative number's bits are its sign and its size.
+    keys = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits) + (1 << 31)
+    last, missing = torch.zeros_like(lengths), wanted
+    response = _per_token(torch.arange(len(lengths), device=keys.device), lengths, keys)
+    for shift in (24, 16, 8, 0):
+        # Tokens whose bits so far are those of the last one.
+        alike = (keys >> (shift + 8) == last[response]).to(torch.float32)
+        counts = alike.new_zeros(len(lengths) * 256)
+        counts.index_add_(0, response * 256 + (keys >> shift & 255), alike)
+        # With these bits or higher ones, by the bits.
+        least = over_ranks(counts.view(-1, 256)).flip(1).cumsum(1).flip(1)
+        here = ((least >= missing[:, None]).sum(1) - 1).clamp(min=0)
+        missing = missing - torch.cat((least, torch.zeros_like(least[:, :1])), 1).gather(1, here[:, None] + 1).squeeze(
+            1
+        )
+        last = last * 256 + here
+    return keys >= last[response]

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears, linear_shapes
@@ -34,6 +35,7 @@ class Pack:
         gathered_keys: Keys and values per token that attention gathers before it uses them (shared prompts, context
             parallelism); 0 where it uses them where they are.
         keep_logits_bytes: ``train.keep_logits_mib`` in bytes.
+        offloaded: What the policy's layers keep waits in host memory (``offload.activations``).
     """
 
     tokens: int
@@ -41,6 +43,7 @@ class Pack:
     dtype_bytes: int
     gathered_keys: float = 0.0
     keep_logits_bytes: int = 0
+    offloaded: bool = False
 
 
 def gathered_keys(context: int, prompts: float) -> float:
@@ -127,7 +130,7 @@ def layer_activations(
         hf_config: Of the policy.
         layout: The parallel layout.
         pack: The micro batch.
-        recompute: ``none``, ``selective`` or ``full``.
+        recompute: ``TrainConfig.recomputation``.
         layer: Counted from 0; layers may differ in their attention windows.
         lora: The adapter that trains; None where all weights do. A frozen linear keeps no input, an adapter does.
     """
@@ -135,8 +138,13 @@ def layer_activations(
     if recompute == "full":
         return pack.tokens * width.hidden * size
     settings = family_of(hf_config.architectures).config_kwargs(hf_config)
-    count = 2 * (settings.get("pre_norms", True) + settings.get("post_norms", False))
-    norms = count * width.hidden * _norm_bytes(settings, size)
+    modules, experts = recomputed_modules(recompute), Experts.of(hf_config)
+    # What the MLP, or all experts, would keep beside their input is computed again.
+    no_mlp = bool(modules & {"mlp", "moe"})
+    pre, post = 2 * settings.get("pre_norms", True), 2 * settings.get("post_norms", False)
+    norms = (pre + post - (post / 2 if no_mlp else 0)) * width.hidden * _norm_bytes(settings, size)
+    if "layernorm" in modules:
+        norms -= pre * width.hidden * (_norm_bytes(settings, size) - size)
     if settings.get("qk_layernorm"):
         norms += width.query * size
     if settings.get("qk_projection_norm"):
@@ -147,6 +155,8 @@ def layer_activations(
         "mlp.linear_fc1": width.hidden + width.routed,
         "mlp.linear_fc2": width.mlp,
     }
+    shared = experts.shared / layout.tensor if experts is not None and "shared_experts" in modules else 0.0
+    inputs["mlp.linear_fc2"] -= shared
     adapters = 0.0
     if lora is not None:
         inputs = {
@@ -154,30 +164,39 @@ def layer_activations(
             for fused in fused_linears(hf_config)
             if any(adapted_parts(fused, lora))
         }
-        adapters = _adapters(hf_config, layout, pack, lora)
+        adapters = _adapters(hf_config, layout, pack, lora, without="mlp." if no_mlp else None)
         if layer == 0 and recompute == "none":
             norms -= width.hidden * _norm_bytes(settings, size)  # the embedding has no gradient
+    if no_mlp:
+        inputs |= {"mlp.linear_fc1": width.hidden, "mlp.linear_fc2": 0.0}
+    if "layernorm" in modules:
+        # Beside experts Transformer Engine has the other norm inside its linear.
+        for name in ("mlp.linear_fc1", "self_attention.linear_qkv")[: 1 if experts else 2]:
+            inputs[name] = max(inputs.get(name, 0.0) - width.hidden, 0.0)
     linear_inputs = sum(inputs.values()) * size
     # Rotated queries and keys; cosines and sines for both. Values stay inside the projection, unless they are gathered.
     keys = 2 * width.key * pack.gathered_keys or width.key
     attention = (width.projected + width.query + keys + 4 * width.head) * size
-    if recompute == "none":
+    if "core_attn" not in modules:
         attention += _core_attention(settings, width, pack, layer)
     # Gate and up in one tensor, the activated gate, and up once more (megatron-core adds its offset of 0).
-    mlp = 4 * width.mlp * size
+    mlp = 0.0 if no_mlp else 4 * (width.mlp - shared) * size
     result: float = pack.tokens * (norms + linear_inputs + attention + mlp) + adapters
     return result
 
 
-def _adapters(hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, lora: Lora) -> float:
+def _adapters(
+    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, lora: Lora, without: str | None
+) -> float:
     """Bytes that the adapters of a layer keep beside their inputs: see ``models/lora.py: LoraAdapter.forward``.
 
     What A made, of the whole pack before a column-parallel B; and the B as one product takes it, with all parts. Of
-    experts, what the As made of all tokens that a rank's experts get.
+    experts, what the As made of all tokens that a rank's experts get. ``without`` begins the names of linears that are
+    left out.
     """
     experts, elements = Experts.of(hf_config), 0.0
     for fused in fused_linears(hf_config):
-        if not any(adapted_parts(fused, lora)):
+        if not any(adapted_parts(fused, lora)) or (without is not None and fused.name.startswith(without)):
             continue
         if fused.experts and experts is not None:
             elements += pack.tokens * experts.top_k * layout.expert_shards / layout.tensor * lora.rank
@@ -223,16 +242,42 @@ def stage_activations(
     v chunks a stage it begins with 2 (p - i - 1) + (v - 1) p forwards of a chunk, and holds one more. The last stage
     also keeps input and output of the final norm.
     """
-    layers = stage_layers(hf_config, layout, stage)
-    held = sum(layer_activations(hf_config, layout, pack, recompute, layer, lora) for layer in layers)
-    following = layout.pipeline - stage - 1
-    in_flight: float = following + 1
-    if layout.virtual > 1:
-        in_flight = (2 * following + (layout.virtual - 1) * layout.pipeline + 1) / layout.virtual
+    sizes = [
+        layer_activations(hf_config, layout, pack, recompute, layer, lora)
+        for layer in stage_layers(hf_config, layout, stage)
+    ]
+    held = sum(sizes)
     width = LayerWidths.of(hf_config, layout)
+    on_device = 0.0
+    if pack.offloaded:
+        # One layer's are used or copied while those of the next are under way; of one micro batch at a time.
+        on_device, held = sum(sorted(sizes)[-2:]), 0.0
     if recompute == "full":
         held += pack.tokens * width.head * _FP32 * len(rope_layer_types(hf_config) or (None,))  # rotary angles
     if stage == layout.pipeline - 1:
         norm = _norm_bytes(family_of(hf_config.architectures).config_kwargs(hf_config), pack.dtype_bytes)
         held += pack.tokens * (width.hidden * norm + hf_config.hidden_size * pack.dtype_bytes)
-    return held * in_flight
+    return held * _in_flight(layout, stage) + on_device
+
+
+def host_activations(
+    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, recompute: str, lora: Lora | None = None
+) -> float:
+    """Bytes of host memory for what the layers of the fullest stage keep, for all micro batches in flight, where that
+    is offloaded."""
+    return max(
+        _in_flight(layout, stage)
+        * sum(
+            layer_activations(hf_config, layout, pack, recompute, layer, lora)
+            for layer in stage_layers(hf_config, layout, stage)
+        )
+        for stage in range(layout.pipeline)
+    )
+
+
+def _in_flight(layout: ParallelLayout, stage: int) -> float:
+    """Micro batches whose forward passes a stage has made, and not their backward passes, at the fullest moment."""
+    following = layout.pipeline - stage - 1
+    if layout.virtual == 1:
+        return following + 1
+    return (2 * following + (layout.virtual - 1) * layout.pipeline + 1) / layout.virtual

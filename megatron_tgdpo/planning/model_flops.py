@@ -26,12 +26,24 @@ def query_width(hf_config: PretrainedConfig) -> int:
 def linear_flops(hf_config: PretrainedConfig) -> int:
     """Of a layer's linears, forwards, for a token: two for each weight, of experts those that a token goes to."""
     query, kv, _ = Heads.of(hf_config).rows
-    experts, mlp = Experts.of(hf_config), 3 * hf_config.intermediate_size
-    if experts is not None:
-        # The router's row for each expert, and the gate's of the shared one.
-        mlp = 3 * experts.top_k * experts.size + experts.count
-        mlp += 3 * experts.shared + 1 if experts.shared else 0
-    result: int = 2 * hf_config.hidden_size * (2 * query + 2 * kv + mlp)
+    result: int = 2 * hf_config.hidden_size * (2 * query + 2 * kv)
+    return result + mlp_flops(hf_config)
+
+
+def mlp_flops(hf_config: PretrainedConfig) -> int:
+    """Those of the MLP, or of all experts and their router."""
+    experts = Experts.of(hf_config)
+    # The router has a row for each expert.
+    mlp = 3 * hf_config.intermediate_size if experts is None else 3 * experts.top_k * experts.size + experts.count
+    result: int = 2 * hf_config.hidden_size * mlp
+    return result + shared_expert_flops(hf_config)
+
+
+def shared_expert_flops(hf_config: PretrainedConfig) -> int:
+    """Those of the expert that all tokens go to, with its gate; 0 without."""
+    experts = Experts.of(hf_config)
+    rows = 3 * experts.shared + 1 if experts is not None and experts.shared else 0
+    result: int = 2 * hf_config.hidden_size * rows
     return result
 
 

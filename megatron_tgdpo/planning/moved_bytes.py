@@ -27,9 +27,9 @@ def moved_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) ->
     """
     pack = job.local_pack(layout)
 
-    def layers(number: int, hf_config: PretrainedConfig) -> float:
+    def layers(number: int, hf_config: PretrainedConfig, kept_with: str = "none") -> float:
         count = len(stage_layers(hf_config, layout.of_model(number), stage))
-        return count * layer_activations(hf_config, layout, pack, "none", 0)
+        return count * layer_activations(hf_config, layout, pack, kept_with, 0)
 
     def logits(hf_config: PretrainedConfig) -> float:
         if stage < layout.pipeline - 1:
@@ -43,8 +43,8 @@ def moved_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) ->
     trained = trained_parameters(job.policy, layout, stage, job.sources.trained)
     # The product writes a gradient, which is read, and added to what is there.
     backward = _BACKWARD * kept + _LOGIT_BACKWARD * logit + trained * (2 * job.pack.dtype_bytes + 2 * _FP32)
-    if recompute == "full":
-        backward += _FORWARD * kept
+    again = kept if recompute == "full" else kept - layers(0, job.policy, recompute)
+    backward += _FORWARD * again
     return forward, backward, sum(_FORWARD * layer + _LOGIT_FORWARD * logit for layer, logit in frozen)
 
 

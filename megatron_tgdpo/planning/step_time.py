@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields
 
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.memory import resident_parameters, stage_parameters
-from megatron_tgdpo.planning.model_flops import linear_flops, query_width, score_flops
+from megatron_tgdpo.planning.model_flops import linear_flops, mlp_flops, query_width, score_flops, shared_expert_flops
 from megatron_tgdpo.planning.moved_bytes import moved_bytes, optimizer_bytes
 from megatron_tgdpo.planning.pipeline_schedule import StageCosts, step_seconds
 from megatron_tgdpo.planning.traffic import context_bytes, data_bytes, expert_bytes, pipeline_bytes, tensor_bytes
@@ -105,10 +106,15 @@ def model_flops(job: Job, number: int, recompute: str) -> ModelFlops:
     # A frozen weight has no gradient to be computed; what adapters compute is little.
     products = 2 if job.sources.trained is None else 1
     backward = products * layer
+    modules = recomputed_modules(recompute)
     if recompute == "full":
         backward += layer
-    elif recompute == "selective":
+    if "core_attn" in modules:
         backward += tokens * query_width(hf_config) * job.batch.pair_tokens
+    if modules & {"mlp", "moe"}:
+        backward += tokens * mlp_flops(hf_config)
+    if "shared_experts" in modules:
+        backward += tokens * shared_expert_flops(hf_config)
     return ModelFlops(layer, backward, logits, (products + 1) * logits)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
 from megatron_tgdpo.models.hf_weights.mapping import Experts
@@ -58,7 +59,8 @@ def context_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) 
         return layers * ring(layout.context) * job.pack.tokens * keys * job.pack.dtype_bytes
 
     policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
-    return policy, (1 if recompute == "none" else 2) * policy, sum(frozen)
+    again = recompute == "full" or "core_attn" in recomputed_modules(recompute)
+    return policy, (2 if again else 1) * policy, sum(frozen)
 
 
 def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
@@ -105,6 +107,8 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
     added, added_backwards = adapter(0, job.policy, trained)
     if recompute == "full":
         backward += policy + added
+    elif "mlp" in recomputed_modules(recompute):
+        backward += policy / 2
     frozen += [
         adapter(number, hf_config, source.adapter)[0]
         for number, (hf_config, source) in enumerate(zip(job.frozen, job.sources.frozen, strict=False), 1)
@@ -131,7 +135,8 @@ def expert_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
         return sent
 
     policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
-    return policy, (2 if recompute == "full" else 1) * policy, sum(frozen)
+    again = recompute == "full" or "moe" in recomputed_modules(recompute)
+    return policy, (2 if again else 1) * policy, sum(frozen)
 
 
 def pipeline_bytes(job: Job, layout: ParallelLayout) -> float:

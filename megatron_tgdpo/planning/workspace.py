@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.loss.vocab_chunks import chunk_rows
 from megatron_tgdpo.models.families import family_of
@@ -23,16 +24,20 @@ def layer_workspace(
     A frozen weight beside an adapter (``lora``) has no gradient.
     """
     width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
-    again = layer_activations(hf_config, layout, pack, "none", 0, lora) if recompute == "full" else 0.0
+    whole, modules = layer_activations(hf_config, layout, pack, "none", 0, lora), recomputed_modules(recompute)
+    # One part after another comes back; of attention, which is small beside its gradients, nothing is counted.
+    parts = [whole - layer_activations(hf_config, layout, pack, part, 0, lora) for part in modules - {"core_attn"}]
+    again = whole if recompute == "full" else max(parts, default=0.0)
     # At the gate: gradients of the joint gate and up three times (each half padded with zeros, then their sum), when
     # three of the MLP's kept tensors are gone already.
     gradients = pack.tokens * (3 * width.mlp + 2 * (width.routed + hf_config.hidden_size)) * size
     experts = Experts.of(hf_config)
     columns = width.mlp if experts is None else experts.size / layout.expert_shards
     weight = 2 * columns * hf_config.hidden_size * size if lora is None else 0.0
-    # Attention's backward follows that of the MLP, whose kept tensors it finds gone.
-    scores = _scores(hf_config, width, pack) - pack.tokens * 5 * width.mlp * size
-    result: float = again + max(gradients + weight, scores)
+    # Attention's backward follows that of the MLP, whose kept tensors it finds gone, if they were kept.
+    gone = 0.0 if modules & {"mlp", "moe"} else pack.tokens * 5 * width.mlp * size
+    scores = _scores(hf_config, width, pack) + (again if recompute == "full" else 0.0) - gone
+    result: float = max(again + gradients + weight, scores)
     return result
 
 

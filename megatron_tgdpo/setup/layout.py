@@ -41,7 +41,7 @@ def fitted_layout(config: Config, configs: Mapping[str, PretrainedConfig], layou
         UserError: The models do not divide by it.
     """
     job = job_of(config, [*configs.values()], planned_sources(config, configs))
-    return fit_layout(job, layout, config.train.recompute, asdict(config.parallel.pipeline_layers))
+    return fit_layout(job, layout, config.train.recomputation, asdict(config.parallel.pipeline_layers))
 
 
 def pack_format(config: Config, pg: ProcessGroupCollection) -> PackFormat:

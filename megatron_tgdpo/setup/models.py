@@ -19,6 +19,7 @@ from megatron_tgdpo.console import waiting
 from megatron_tgdpo.distributed.layout import ROLES, ParallelLayout
 from megatron_tgdpo.distributed.ranks import raise_on_all_ranks
 from megatron_tgdpo.frozen.models import FrozenModel
+from megatron_tgdpo.gpu.activation_offload import ActivationOffload
 from megatron_tgdpo.gpu.layer_offload import serve_from_disk, serve_from_host
 from megatron_tgdpo.gpu.options import building, model_options
 from megatron_tgdpo.models.fp8_tensors import forget_high_precision
@@ -27,17 +28,12 @@ from megatron_tgdpo.models.hf_weights.adapters import fill_adapter
 from megatron_tgdpo.models.hf_weights.load import load_hf_weights, load_megatron_weights, refuse_non_finite
 from megatron_tgdpo.models.language_model import LanguageModel, build_language_model
 from megatron_tgdpo.models.lora import adapter_state, add_adapter, freeze_all_but, load_adapter_state, set_active
+from megatron_tgdpo.planning.recomputation import recompute_kwargs
 from megatron_tgdpo.setup.model_sources import model_sources, trained_lora
 from megatron_tgdpo.storage.dtypes import DTYPES
 
 # The name of the adapter that trains; frozen ones are called by their role.
 POLICY = "policy"
-# megatron-core's arguments for each value of train.recompute.
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 
 
 def load_model(
@@ -62,7 +58,7 @@ def load_model(
             "batch_p2p_comm": True,
             "adapters": adapters,
             **({} if frozen else {"router_aux_loss": moe.aux_loss_coeff, "router_z_loss": moe.z_loss_coeff}),
-            **RECOMPUTE[recompute],
+            **recompute_kwargs(recompute),
             **overrides,
         },
         "block_spec": block_spec,
@@ -79,8 +75,14 @@ def load_model(
     return chunks
 
 
-def offload(model: LanguageModel, config: Config, device: torch.device) -> Callable[[], None] | None:
+def offload(model: LanguageModel, config: Config, device: torch.device, directory: Path) -> Callable[[], None] | None:
     """Moves the weights of a frozen model to where section ``offload`` has them wait for its passes.
+
+    Args:
+        model: This rank's slice, or a chunk of it.
+        config: The run.
+        device: Where it runs.
+        directory: Of the file, where they wait on disk.
 
     Returns:
         What is to be called after each pass; None for nothing.
@@ -90,7 +92,6 @@ def offload(model: LanguageModel, config: Config, device: torch.device) -> Calla
     """
     layers = model.requires_grad_(False).decoder.layers
     if config.offload.frozen_from == "disk":
-        directory = Path(config.output_dir)
         return raise_on_all_ranks(lambda: serve_from_disk(model, layers, device, directory))
     serve_from_host(layers, device)
     return None
@@ -106,7 +107,7 @@ def load_policy(
     """This rank's chunks of the policy, with the adapter that trains, if one does, on. Collective."""
     lora, source, hf_config = trained_lora(config), model_sources(config)["policy"], configs["policy"]
     chunks = load_model(
-        source.base, hf_config, layout, pg, config, device, config.train.recompute, adapters=lora is not None
+        source.base, hf_config, layout, pg, config, device, config.train.recomputation, adapters=lora is not None
     )
     if lora is not None:
         for chunk in chunks:
@@ -121,6 +122,9 @@ def load_policy(
             freeze_all_but(chunk, POLICY)
             forget_high_precision(chunk.parameters())
             set_active(chunk, POLICY)
+    if config.offload.activations:
+        for chunk in chunks:
+            ActivationOffload(chunk.decoder, device)
     return chunks
 
 
@@ -152,6 +156,7 @@ def load_frozen_models(
     pg: ProcessGroupCollection,
     device: torch.device,
     policy: Sequence[LanguageModel] = (),
+    directory: Path | None = None,
 ) -> list[list[FrozenModel]]:
     """This rank's chunks of the frozen models that the method uses. Collective.
 
@@ -164,12 +169,15 @@ def load_frozen_models(
         pg: Its process groups.
         device: Of the models.
         policy: Its chunks with room for adapters, where their base may be the policy's.
+        directory: Where weights wait that ``offload.frozen_from`` has on disk; None for ``output_dir``.
 
     Returns:
         For each chunk of the stage (one without the interleaved schedule) the models, the reference first.
     """
     sources, roles = model_sources(config), config.method.frozen
     bases = {sources["policy"].base: list(policy)} if policy else {}
+    # What gives the pages of a base back, whichever model on it read them.
+    releases: dict[Path, list[Callable[[], None] | None]] = dict.fromkeys(bases, [None] * len(policy))
     found = []
     for role in roles:
         source, shared = sources[role], sources[role].base in bases
@@ -180,8 +188,11 @@ def load_frozen_models(
                 source.base, configs[role], own, pg, config, device, frozen=True, adapters=adapters
             )
         chunks = bases[source.base]
-        offloaded = config.offload.frozen and not shared
-        releases = [offload(chunk, config, device) if offloaded else None for chunk in chunks]
+        if not shared:
+            file = directory or Path(config.output_dir)
+            releases[source.base] = [
+                offload(chunk, config, device, file) if config.offload.frozen else None for chunk in chunks
+            ]
         if source.adapter is not None:
             lora = read_lora(source.adapter)
             for chunk in chunks:
@@ -192,6 +203,9 @@ def load_frozen_models(
                     freeze_all_but(chunk, POLICY)
         adapter = None if source.adapter is None else role
         found.append(
-            [FrozenModel(chunk, adapter, shared, release) for chunk, release in zip(chunks, releases, strict=True)]
+            [
+                FrozenModel(chunk, adapter, shared, release)
+                for chunk, release in zip(chunks, releases[source.base], strict=True)
+            ]
         )
     return [list(models) for models in zip(*found, strict=True)]

@@ -25,11 +25,12 @@ from megatron_tgdpo.gpu.energy import check_energy
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.optimizer_state import state_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_experts, check_gpu_options, describe_model
-from megatron_tgdpo.planning.activations import Pack, gathered_keys
+from megatron_tgdpo.planning.activations import Pack, gathered_keys, host_activations
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan, all_plans, job_of, nearest
-from megatron_tgdpo.planning.memory import GIB, RankMemory, rank_memory
+from megatron_tgdpo.planning.memory import GIB, RankMemory, Sources, rank_memory
+from megatron_tgdpo.planning.recomputation import check_recompute
 from megatron_tgdpo.planning.report import memory_lines
 from megatron_tgdpo.planning.step_time import step_time
 from megatron_tgdpo.resilience.open_files import allow_open_files, files_needed
@@ -136,6 +137,7 @@ def dry_run(
     given, config = config, pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
     check_experts(config, configs)
+    check_recompute(config.train.recomputation, configs["policy"], "local")
     layout = fitted_layout(config, configs, layout)
     check_best_metric(config)
     memory = planned_memory(config, configs, layout, on_cpu=on_cpu)
@@ -157,6 +159,7 @@ def dry_run(
         f"ranks: {ranks}",
         *([f"stages: {layout.describe_layers()}"] if layout.layers else []),
         *memory_lines(memory),
+        *_host_lines(config, configs["policy"], layout, planned_pack(config, layout), sources),
         *pack_lines(config),
         *_duration(config, job, None if on_cpu else cluster, layout),
         f"{'fits' if fits else 'does NOT fit'} {what}",
@@ -181,23 +184,42 @@ def planned_memory(
     """
     offloaded = config.offload.frozen and not (on_cpu and config.offload.frozen_from == "host")
     frozen = [hf_config for role, hf_config in configs.items() if role != "policy"]
-    # How many keys are gathered for shared prompts depends on the data: no more than if a pack were nothing else.
-    gathered = gathered_keys(layout.context, 1.0 if config.shared_prompts else 0.0)
-    keep = config.train.keep_logits_mib * 2**20
-    pack = Pack(
-        config.seq_length // layout.context, config.longest_sequence, config.precision.parameter_bytes, gathered, keep
-    )
     return rank_memory(
         configs["policy"],
         frozen,
         layout,
-        pack,
-        config.train.recompute,
+        planned_pack(config, layout),
+        config.train.recomputation,
         linear_bytes(config),
         planned_sources(config, configs),
         state_bytes(config),
         offloaded,
     )
+
+
+def planned_pack(config: Config, layout: ParallelLayout) -> Pack:
+    """A pack of the run as plans of its memory see it."""
+    # How many keys are gathered for shared prompts depends on the data: no more than if a pack were nothing else.
+    gathered = gathered_keys(layout.context, 1.0 if config.shared_prompts else 0.0)
+    keep = config.train.keep_logits_mib * 2**20
+    return Pack(
+        config.seq_length // layout.context,
+        config.longest_sequence,
+        config.precision.parameter_bytes,
+        gathered,
+        keep,
+        config.offload.activations,
+    )
+
+
+def _host_lines(
+    config: Config, policy: PretrainedConfig, layout: ParallelLayout, pack: Pack, sources: Sources
+) -> list[str]:
+    """A line if activations wait on the host; else none."""
+    if not config.offload.activations:
+        return []
+    size = host_activations(policy, layout, pack, config.train.recomputation, sources.trained)
+    return [f"offload.activations: {size / GIB:.1f} GiB of pinned host memory on the fullest rank"]
 
 
 def pack_lines(config: Config) -> list[str]:
@@ -231,7 +253,9 @@ def _duration(config: Config, job: Job, cluster: Cluster | None, layout: Paralle
             whole = f"{train.epochs:g} epochs of {number:,} {what}: "
     tokens = batch.global_pairs * batch.pair_tokens
     each = f"{batch.global_pairs} pairs, {tokens:,} tokens{by}"
-    seconds = None if cluster is None else step_time(replace(job, batch=batch), cluster, layout, train.recompute).total
+    seconds = (
+        None if cluster is None else step_time(replace(job, batch=batch), cluster, layout, train.recomputation).total
+    )
     if steps is None:
         time = "" if seconds is None else f"; about {seconds:.2g} s a step on H100 GPUs"
         return [f"{train.epochs:g} epochs in steps of {each}{time}", *warnings]

@@ -43,6 +43,7 @@ class Case:
     seq_length: int = 512
     family: str = "llama"
     recompute: str = "none"
+    recompute_modules: list[str] | None = None
     context: int = 1
     shared_prompts: bool | None = None
     virtual: int | None = None
@@ -184,6 +185,15 @@ CASES = (
     # Windows and softcaps recompute their scores by themselves, inside what is recomputed here.
     Case("gemma2-recompute-full", 1, "random", tied=True, family="gemma2", recompute="full"),
     Case("gemma2-recompute-selective", 1, "random", tied=True, family="gemma2", recompute="selective"),
+    Case(
+        "gemma2-recompute-modules",
+        1,
+        "random",
+        tied=True,
+        family="gemma2",
+        recompute="selective",
+        recompute_modules=["layernorm", "mlp"],
+    ),
 )
 
 
@@ -248,12 +258,16 @@ FULL_FAMILY_CASES = tuple(
         "cp2-tp2": {"context": 2, "tensor": 2, "seq_length": 256},
     }.items()
 )
+# Context, tensor and pipeline ranks at once; eight processes on few cores take long.
+FULL_CASES = (
+    Case("cp2-tp2-pp2-sp", 8, "random", context=2, tensor=2, pipeline=2, sequence_parallel=True, seq_length=128),
+)
 _SP = {"sequence_parallel": True}
 # What no other case has together: see tests/unit/config/test_grid.py.
 GRID_CASES = (
     _overlapping(
         "dpo-cached-cp2-dp2", 4, method="dpo", guidance="cached", context=2, shared_prompts=False, **_SP,
-        overlap="grad_reduce", recompute="selective", seq_length=256,
+        overlap="grad_reduce", recompute="selective", recompute_modules=["layernorm", "mlp"], seq_length=256,
     ),
     _overlapping(
         "orpo-tp2-vpp2", 4, method="orpo", tensor=2, pipeline=2, virtual=2, shared_prompts=False, **_SP,
@@ -264,11 +278,13 @@ GRID_CASES = (
         recompute="full", seq_length=256,
     ),
     _overlapping(
-        "sft-vpp2", 2, method="sft", pipeline=2, virtual=2, shared_prompts=False, **_SP, recompute="selective"
+        "sft-vpp2", 2, method="sft", pipeline=2, virtual=2, shared_prompts=False, **_SP, recompute="selective",
+        recompute_modules=["core_attn", "layernorm", "mlp"],
     ),
     _overlapping("simpo-dp2", 2, method="simpo", shared_prompts=False, **_SP, recompute="full"),
     _overlapping(
-        "prefetch-tp2", 4, guidance="prefetch", tensor=2, pipeline=2, overlap="grad_reduce", recompute="selective"
+        "prefetch-tp2", 4, guidance="prefetch", tensor=2, pipeline=2, overlap="grad_reduce", recompute="selective",
+        recompute_modules=["mlp"],
     ),
     _overlapping("orpo-dp2", 2, method="orpo", recompute="selective"),
     Case("dpo-cached-tp2-vpp2", 4, "random", method="dpo", guidance="cached", tensor=2, pipeline=2, virtual=2,
@@ -277,7 +293,7 @@ GRID_CASES = (
     Case("simpo-selective", 1, "random", method="simpo", recompute="selective"),
 )  # fmt: skip
 CASES += OVERLAP_CASES + FAMILY_CASES + GRID_CASES
-CASES += FULL_OVERLAP_CASES + FULL_FAMILY_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
+CASES += FULL_CASES + FULL_OVERLAP_CASES + FULL_FAMILY_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
 
 # Identities: each of these runs must repeat the losses and gradient norms of "tp1-dpo".
 DPO_IN_DISGUISE = ("alpha-0", "guide-is-reference")
@@ -346,7 +362,11 @@ class Inputs:
                 "warmup_ratio": 0.0,
             },
             "precision": {"dtype": "fp32"},
-            "train": {"steps": SETTINGS.steps, "recompute": case.recompute},
+            "train": {
+                "steps": SETTINGS.steps,
+                "recompute": case.recompute,
+                "recompute_modules": case.recompute_modules,
+            },
             "checkpoint": {"every_steps": SETTINGS.steps},
             "output_dir": str(self.root / "runs" / case.name),
         }

@@ -51,12 +51,18 @@ _CACHED = {"guidance": {"mode": "cached"}}
 _LOSSES = {"moe": {"aux_loss_coeff": 0.05, "z_loss_coeff": 0.02}}
 _TWICE = {"batch": {"shared_prompts": False}}
 _OVERLAP = {"overlap": {"grad_reduce": True, "param_gather": True}}
+
+
+def _again(*modules: str) -> dict[str, Any]:
+    return {"train": {"recompute": "selective", "recompute_modules": list(modules)}}
+
+
 CASES = (
     Case("one", 1),
     Case("mixtral", 1, family="mixtral", guide="qwen3_moe", sections={**_LOSSES, "train": {"recompute": "full"}}),
     # Weights that are not normalised.
     Case("plain-softmax", 1, family="qwen3_moe-plain", guide=None, sections={**_LOSSES, **_TWICE}),
-    Case("shared-expert", 1, family="qwen2_moe"),
+    Case("shared-expert", 1, family="qwen2_moe", sections=_again("core_attn", "layernorm", "shared_experts")),
     Case("frozen-experts", 1, family="llama", guide="mixtral"),
     Case("gpt-oss", 1, family="gpt_oss", guide=None, sections={"moe": {"aux_loss_coeff": 0.1}}),
     Case("losses-cp2-sft", 2, {"context": 2}, family="mixtral", guide=None, sections=_LOSSES, method="sft"),
@@ -81,7 +87,7 @@ CASES = (
     Case("ep2-dp4", 4, {"expert": 2}, guide="qwen3_moe"),
     Case("ep2-dp4-overlap", 4, {"expert": 2}, guide=None, sections=_OVERLAP),
     Case("ep2-tp2-sp", 4, {**_SP, "expert": 2}, guide="mixtral"),
-    Case("ep2-tp2-sp-mixtral", 4, {**_SP, "expert": 2, "expert_tensor": 1}, family="mixtral"),
+    Case("ep2-tp2-sp-mixtral", 4, {**_SP, "expert": 2, "expert_tensor": 1}, family="mixtral", sections=_again("moe")),
     Case("ep2-pp2", 4, {"expert": 2, "pipeline": 2}, guide="mixtral"),
     Case("ep2-pp2-prefetch", 4, {"expert": 2, "pipeline": 2}, sections={"guidance": {"prefetch": True}}),
     Case("ep2-vpp2", 4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}, guide="mixtral", sections=_LOSSES),

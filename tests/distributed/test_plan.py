@@ -8,11 +8,13 @@ import pytest
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.checkpoints.adapter_directory import Lora
+from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import LayerWidths, Pack
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.memory import FrozenSource, RankMemory, Sources, stage_memory
+from megatron_tgdpo.planning.recomputation import recompute_keys
 from megatron_tgdpo.planning.traffic import data_bytes, pipeline_bytes, ring, tensor_bytes
 from tests.distributed.common import merged
 from tests.processes import run_forked
@@ -46,6 +48,11 @@ CASES = {
         "qwen3": case("qwen3", "bf16"),
         "mistral-full": case("mistral", "fp32", "full"),
         "llama-lora": case("llama", "bf16", lora=True),
+        "llama-mlp": case("llama", "bf16", "mlp"),
+        "llama-norms-mlp": case("llama", "bf16", "layernorm,mlp"),
+        "llama-norms": case("llama", "fp32", "core_attn,layernorm"),
+        "gemma2-norms-mlp": case("gemma2", "bf16", "mlp,layernorm"),
+        "llama-norms-mlp-lora": case("llama", "bf16", "layernorm,mlp", lora=True),
     },
     4: {
         "llama-tp2-pp2-sp": case("llama", "bf16", tensor=2, pipeline=2, sequence_parallel=True),
@@ -54,11 +61,12 @@ CASES = {
         "qwen2-tp2-dp2": case("qwen2", "bf16", tensor=2),
         "llama-dp4-fp32": case("llama", "fp32"),
         "llama-tp2-pp2-sp-lora": case("llama", "bf16", lora=True, tensor=2, pipeline=2, sequence_parallel=True),
+        "llama-tp2-pp2-sp-mlp": case("llama", "bf16", "mlp", tensor=2, pipeline=2, sequence_parallel=True),
         "gemma2-tp2-dp2-lora": case("gemma2", "fp32", lora=True, tensor=2),
     },
 }
 # Whose traffic is counted, too.
-TRAFFIC = ("llama-tp2-pp2-sp", "llama-tp2-pp2-full", "qwen2-tp2-dp2", "llama-tp2-pp2-sp-lora")
+TRAFFIC = ("llama-tp2-pp2-sp-mlp", "llama-tp2-pp2-sp", "llama-tp2-pp2-full", "qwen2-tp2-dp2", "llama-tp2-pp2-sp-lora")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +93,7 @@ def config_of(root: Path, values: dict[str, Any]) -> dict[str, Any]:
         base,
         parallel=values["parallel"],
         precision={"dtype": values["dtype"]},
-        train={"recompute": values["recompute"]},
+        train=recompute_keys(values["recompute"]),
         lora={"rank": LORA.rank, "targets": list(LORA.targets)} if values["lora"] else {},
     )
 
@@ -128,16 +136,15 @@ def planned_inputs(
 
 
 def unfused_norms(
-    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, layers: int, final: bool, without: int, lora: bool
+    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, norms: int, layers: int, lora: bool
 ) -> float:
     """What torch's RMSNorm keeps on a CPU beyond the formula: there it is made of several operations.
 
     They keep the normalised input in fp32, if the norm's weight trains, and below fp32 an fp32 copy instead of the
-    input itself. ``without`` norms keep nothing.
+    input itself. ``norms`` of the hidden states do; and those of query and key heads in so many layers.
     """
     width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
     gemma = hf_config.model_type == "gemma2"  # its fp32 copy is in the formula
-    norms = layers * (4 if gemma else 2) + final - without
     extra = norms * width.hidden * ((0 if gemma else 4 - size) + (0 if lora else 4))
     if hf_config.model_type == "qwen3":
         extra += layers * ((width.query + width.key) * 8 - width.query * size)
@@ -150,9 +157,11 @@ def step_bytes(
     """The plan's bytes kept by the policy's forward alone, and its peak of a step, for a CPU's norms."""
     last, in_flight = plan.stage == layout.pipeline - 1, layout.pipeline - plan.stage
     layers = 0 if values["recompute"] == "full" else policy.num_hidden_layers // layout.pipeline
+    modules, gemma = recomputed_modules(values["recompute"]), policy.model_type == "gemma2"
+    each = (0 if "layernorm" in modules else 2) + ((1 if "mlp" in modules else 2) if gemma else 0)
     # Beside adapters the embedding has no gradient.
     without = int(values["lora"] and plan.stage == 0 and values["recompute"] == "none")
-    norms = unfused_norms(policy, layout, pack, layers, last, without, values["lora"])
+    norms = unfused_norms(policy, layout, pack, layers * each + last - without, layers, values["lora"])
     hidden = pack.tokens * LayerWidths.of(policy, layout).hidden * pack.dtype_bytes
     kept = plan.activations / in_flight + norms + hidden
     if last:  # what the log-probs keep, which a forward alone does not make

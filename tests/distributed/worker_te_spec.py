@@ -1,10 +1,12 @@
 """Builds every family on both layer specs, with look-alikes of Transformer Engine, and compares what they compute.
 
-Usage: ``worker_te_spec ROOT`` where ROOT/hf holds HF models; leaves ``ROOT/out/NAME.json`` for the test to judge.
+Usage: ``worker_te_spec ROOT`` where ROOT/hf holds HF models and ROOT/recomputed.json says what to compute again in some
+of them; leaves ``ROOT/out/NAME.json`` for the test to judge.
 """
 
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from megatron_tgdpo.checkpoints.adapter_directory import LINEARS, Lora
 from megatron_tgdpo.distributed.cpu_backend import enable_cpu_backend
 from megatron_tgdpo.distributed.layout import ParallelLayout, destroy_model_parallel, init_model_parallel, make_layout
 from megatron_tgdpo.distributed.ranks import connect_store, init_distributed, read_rank_environment
+from megatron_tgdpo.gpu.activation_offload import ActivationOffload
 from megatron_tgdpo.gpu.kernel_choice import core_attention_spec
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.adapter_layout import peft_shapes
@@ -79,6 +82,14 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return (values[0] / values[1].clamp(min=1e-30)).item()
 
 
+def offloaded(model: LanguageModel, expected: tuple[Tensor, dict[str, Tensor]]) -> bool:
+    """Whether nothing changes, to the bit, where what the layers keep waits elsewhere; and anything does wait."""
+    offload = ActivationOffload(model.decoder, CPU, least_bytes=4 * ROW)
+    hidden, gradients = run(model)
+    same = all(torch.equal(gradients[name], gradient) for name, gradient in expected[1].items())
+    return torch.equal(hidden, expected[0]) and same and offload.host_bytes > 0
+
+
 def description(model: LanguageModel) -> list[Any]:
     """What a checkpoint of the model would hold from this rank: keys, shapes, places and dtypes."""
     state = model.sharded_state_dict()
@@ -98,6 +109,7 @@ def compare(hf: Path, root: Path, layout: ParallelLayout, pg: ProcessGroupCollec
     (local, local_gradients), (te, te_gradients) = results["local"], results["te"]
     assert local_gradients.keys() == te_gradients.keys()
     found: dict[str, Any] = {
+        "offloaded": [offloaded(models[spec], result) for spec, result in results.items()],
         "hidden": difference(te, local),
         "gradients": {name: difference(te_gradients[name], local_gradients[name]) for name in sorted(te_gradients)},
         "same_description": description(models["local"]) == description(models["te"]),
@@ -110,6 +122,44 @@ def compare(hf: Path, root: Path, layout: ParallelLayout, pg: ProcessGroupCollec
         fresh = build(reader, hf_config, layout, pg)
         load_weights(fresh, path, hf_config, pg)
         found[f"{writer} to {reader}"] = bool(torch.equal(run(fresh)[0], results[reader][0]))
+    return found
+
+
+def recompute(
+    hf: Path, modules: list[str], layout: ParallelLayout, pg: ProcessGroupCollection, *, adapters: bool
+) -> dict[str, Any]:
+    """What differs where parts of the layers are computed again, and what then runs twice, by layer spec."""
+    hf_config = read_hf_config(hf)
+    found: dict[str, Any] = {}
+    for spec in ("local", "te"):
+        results, twice = [], set[str]()
+        for chosen in ([], modules):
+            options = {"recompute_granularity": "selective", "recompute_modules": chosen} if chosen else {}
+            model = build(spec, hf_config, layout, pg, adapters=adapters, **options)
+            load_weights(model, hf, hf_config, pg)
+            if adapters:
+                lora = Lora(4, 6.0, LINEARS)
+                torch.manual_seed(9)
+                add_adapter(model, "policy", lora, hf_config)
+                tensors = {name: 0.1 * torch.randn(shape) for name, shape in peft_shapes(lora, hf_config).items()}
+                fill_adapter(model, "policy", tensors, hf_config)
+                freeze_all_but(model, "policy")
+                set_active(model, "policy")
+            calls = Counter[str]()
+            for name, module in model.decoder.layers[1].named_modules():
+                module.register_forward_hook(lambda *_, name=name, calls=calls: calls.update([name]))
+            results.append(run(model))
+            if chosen:
+                twice = {name for name, count in calls.items() if count == 2}
+                # Not what is inside of these.
+                twice = {name for name in twice if not any(name.startswith(f"{other}.") for other in twice)}
+                assert offloaded(model, results[-1]), (hf.name, spec, adapters)
+        (plain, gradients), (again, gradients_again) = results
+        found[spec] = {
+            "same_hidden": torch.equal(plain, again),
+            "gradients": max(difference(gradients_again[name], each) for name, each in gradients.items()),
+            "twice": sorted(twice),
+        }
     return found
 
 
@@ -150,6 +200,7 @@ def compare_adapters(hf: Path, layout: ParallelLayout, pg: ProcessGroupCollectio
 
 def main() -> None:
     root = Path(sys.argv[1])
+    recomputed = json.loads((root / "recomputed.json").read_text())
     enable_cpu_backend()
     ranks = read_rank_environment()
     init_distributed(ranks, CPU, 15, connect_store(ranks))
@@ -167,6 +218,9 @@ def main() -> None:
                 continue
             found = compare(hf, root, layout, pg)
             found["adapters"] = compare_adapters(hf, layout, pg)
+            if hf.name in recomputed:
+                modules = recomputed[hf.name]
+                found["recomputed"] = [recompute(hf, modules, layout, pg, adapters=each) for each in (False, True)]
             if dist.get_rank() == 0:
                 (root / "out" / f"{hf.name}.json").write_text(json.dumps(found))
         destroy_model_parallel()

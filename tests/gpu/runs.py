@@ -119,6 +119,7 @@ def variants(bench: Bench, tiny: bool) -> Iterator[Figure]:
     data = batches(4 if tiny else 10)
     changes: dict[str, dict[str, Any]] = {
         "offload.frozen": {"offload": {"frozen": True}},
+        "offload.activations": {"offload": {"activations": True}},
         "offload.optimizer": {"offload": {"optimizer": 1.0}},
         "overlap": {"overlap": {"grad_reduce": True, "param_gather": True}},
         "recompute full": {"train": {"steps": 1000, "check_start": False, "recompute": "full"}},

@@ -176,7 +176,10 @@ CONTRACT = [
     Relied("transformer.utils.is_layer_window_attention", "window_size window_attn_skip_freq layer_number",
            "models/attention/base.py", "which layers have the window"),
     # megatron-core without a GPU.
-    Relied(_RANDOM, None, "distributed/cpu_backend.py", "the two functions below are replaced"),
+    Relied(_RANDOM, None, "distributed/cpu_backend.py", "the two functions below are replaced; without Transformer "
+           "Engine also what CheckpointWithoutOutput asks of it"),
+    Relied(f"{_RANDOM}.HAVE_TE", None, "", "read"),
+    Relied(f"{_RANDOM}.CheckpointWithoutOutput", None, "", "norms that are computed again, by the layer"),
     Relied(f"{_RANDOM}._get_cuda_rng_state", "device clone graph_safe", "", "called with these"),
     Relied(f"{_RANDOM}._set_cuda_rng_state", "new_state device graph_safe", "", "called with these"),
     Relied(_BUFFERS, None, "distributed/cpu_backend.py", "the two functions below are replaced"),

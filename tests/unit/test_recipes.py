@@ -71,7 +71,7 @@ def plan_of(recipe: Path, tmp_path: Path) -> Plan:
         sources = Sources(lora, (FrozenSource(None, True), FrozenSource(lora, True)))
     job = Job(model, frozen, pack, batch, sources=sources)
     cluster = Cluster(nodes=int(said["nodes"]), gpus_per_node=int(said["gpus"]), gpu_memory_gib=gigabytes(recipe))
-    return make_plan(job, cluster, layout_of(config, cluster.gpus), config.train.recompute)
+    return make_plan(job, cluster, layout_of(config, cluster.gpus), config.train.recomputation)
 
 
 def test_there_are_recipes_for_every_model_and_method() -> None:

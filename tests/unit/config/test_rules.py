@@ -57,6 +57,11 @@ BROKEN = [
     (["lora.rank=4", "precision.fp8=delayed"], "section lora with precision.fp8 delayed and fp4 none: beside adapters"),
     (["lora.rank=4", "precision.frozen=fp8"], "section lora with precision.frozen fp8: the policy's weights"),
     (["lora.rank=4", "loss.method=dpo", "model.guide=null", "offload.frozen=true"], "offload.frozen with section lora"),
+    (
+        ["offload.activations=true", "train.recompute=selective", "train.recompute_modules=[layernorm]"],
+        "offload.activations with layernorm in train.recompute_modules",
+    ),
+    (["offload.activations=true", "precision.fp8=tensorwise"], "offload.activations with precision.fp8 tensorwise"),
     (["offload.frozen_from=disk"], "offload.frozen_from says where"),
     (
         ["lora.rank=4", "parallel.tensor=2", "parallel.sequence_parallel=true", "overlap.tensor=true"],
@@ -79,6 +84,18 @@ BROKEN = [
     (
         ["loss.method=simpo", "model.guide=null", "parallel.pipeline_layers.reference=[4]"],
         "parallel.pipeline_layers.reference is set but loss.method simpo runs no reference",
+    ),
+    (
+        ["train.recompute_modules=[mlp]"],
+        "train.recompute_modules is ['mlp'] with train.recompute none: set recompute=sel",
+    ),
+    (
+        ["train.recompute=selective", "train.recompute_modules=[shared_experts, moe]"],
+        "train.recompute_modules has moe, which computes all experts again",
+    ),
+    (
+        ["train.recompute=selective", "train.recompute_modules=[layernorm]", "precision.fp8=delayed"],
+        "train.recompute_modules has layernorm, which precision.fp8 delayed",
     ),
     (["parallel.pipeline_layers.policy=[3, 1]"], "parallel.pipeline_layers.policy is [3, 1]: it must have a number"),
     (

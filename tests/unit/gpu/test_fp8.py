@@ -284,6 +284,7 @@ def test_rows_are_cut_to_sizes_that_fp8_kernels_take(recipe: str, tensor: int, c
             "not go with precision.fp4=nvfp4",
         ),
         ({"offload": {"optimizer": 0.5}}, "local", "moves state from a GPU"),
+        ({"offload": {"activations": True}}, "local", "moves tensors from a GPU"),
         ({"overlap": {"grad_reduce": True, "param_gather": True}, "offload": {"frozen": True}}, "local", None),
     ],
 )

@@ -96,13 +96,14 @@ def test_weights_do_not_depend_on_which_rank_has_a_token(name: str) -> None:
     """Two ranks, here threads, each with every other token of two responses of five and four."""
     logps = -3 * torch.rand(9, generator=torch.Generator().manual_seed(5))
     rewards = torch.randn(9, generator=torch.Generator().manual_seed(6))
-    held = [torch.arange(rank, 9, 2) for rank in range(2)]
+    held, calls = [torch.arange(rank, 9, 2) for rank in range(2)], []
     lengths = [torch.stack([(mine < 5).sum(), (mine >= 5).sum()]) for mine in held]
     found, sums, barrier, row = torch.zeros(9), [torch.zeros(0)] * 2, Barrier(2, timeout=60), WEIGHTS[name]
 
     def rank(number: int) -> None:
         def over_ranks(values: Tensor) -> Tensor:
             sums[number] = values
+            calls.append(number)
             barrier.wait()
             total = sums[0] + sums[1]
             barrier.wait()
@@ -117,6 +118,8 @@ def test_weights_do_not_depend_on_which_rank_has_a_token(name: str) -> None:
     for thread in threads:
         thread.join()
     assert found.tolist() == weights_of(name, logps, rewards, torch.tensor([5, 4]))
+    # Each a collective.
+    assert calls.count(0) == {"sepo": 5, "confpo": 1}[name]
 
 
 def test_confpo_is_simpo_on_the_tokens_selected() -> None:

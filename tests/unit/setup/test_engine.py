@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES
 from megatron_tgdpo.config.loading import config_from_dict
 from megatron_tgdpo.config.schema import Config
 from megatron_tgdpo.distributed.layout import make_layout
@@ -18,7 +17,6 @@ from megatron_tgdpo.planning.memory import stage_parameters
 from megatron_tgdpo.resilience.run_lock import RunLock
 from megatron_tgdpo.setup.datasets import prepare_data
 from megatron_tgdpo.setup.model_inputs import check_tokenizers, read_model_configs
-from megatron_tgdpo.setup.models import RECOMPUTE
 from megatron_tgdpo.training.run import dry_run
 from megatron_tgdpo.training.run_data import open_data, prepare_on_rank0
 from tests.tiny_models import make_llama, make_tokenizer
@@ -148,10 +146,6 @@ def test_dry_run(policy: Path, tmp_path: Path) -> None:
     fullest = stage_parameters(read_hf_config(policy), make_layout(2, 2, 1, False, 8), 0)
     assert f"policy {fullest:,}, frozen {2 * fullest:,}" in text
     assert not (tmp_path / "run").exists()
-
-
-def test_every_choice_of_recomputation_has_its_arguments() -> None:
-    assert tuple(RECOMPUTE) == RECOMPUTE_CHOICES
 
 
 @pytest.mark.parametrize("tied", [True, False])

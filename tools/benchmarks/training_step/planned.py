@@ -118,9 +118,9 @@ def predict(problem: Problem, name: str, pack_tokens: int, cores: int, results: 
     job = job_of(config, [shape] * (3 if case.mode == "colocated" else 1))
     # Of two sequences, each of the most tokens there are.
     job = replace(job, batch=replace(job.batch, pair_tokens=2 * problem.max_length))
-    layout = fit_layout(job, layout_of(config.parallel, case.ranks), config.train.recompute)
+    layout = fit_layout(job, layout_of(config.parallel, case.ranks), config.train.recomputation)
     walls, cpus = (
-        step_time(job, described(results, statistics.median(links)), layout, config.train.recompute)
+        step_time(job, described(results, statistics.median(links)), layout, config.train.recomputation)
         for links in ([each.link_bytes for each in results], [each.link_cpu_bytes for each in results])
     )
     busy = cpus.total - cpus.bubble

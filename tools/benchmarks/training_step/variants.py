@@ -88,6 +88,7 @@ REFERENCE = "reference"
 POLICY_ONLY = "dpo-cached"
 # As little memory as a step can do with.
 _LEAN: dict[str, Any] = {"keep_logits_mib": 0, "recompute": "full"}
+_MODULES: dict[str, Any] = {"recompute": "selective", "recompute_modules": ["layernorm", "mlp"]}
 _THREE, _TWO, _ADAPTERS = "policy, reference, guide", "policy, reference", "base, two adapters"
 VARIANTS = {
     variant.name: variant
@@ -105,6 +106,7 @@ VARIANTS = {
         ),
         Variant("cached-lean", "tgdpo", "policy", _ours(guided=True, mode="cached", **_LEAN), 0),
         Variant("cached-selective", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="selective"), 0),
+        Variant("cached-modules", "tgdpo", "policy", _ours(guided=True, mode="cached", **_MODULES), 0),
         Variant("cached-full", "tgdpo", "policy", _ours(guided=True, mode="cached", recompute="full"), 0),
         Variant("reference-dpo", "dpo", _TWO, _reference(guided=False), 1, False),
         Variant("trl", "dpo", _TWO, _trl(lora=False), 1, False),
@@ -118,7 +120,7 @@ VARIANTS = {
 }
 # Packages that variants need.
 _NEEDS = {"trl": ("trl",), "trl-lora": ("trl", "peft")}
-CACHED = ("cached", "cached-unshared", "cached-lean", "cached-selective", "cached-full", POLICY_ONLY)
+CACHED = ("cached", "cached-unshared", "cached-lean", "cached-selective", "cached-modules", "cached-full", POLICY_ONLY)
 
 
 def usable_cores() -> int:
