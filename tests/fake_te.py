@@ -81,9 +81,10 @@ class _Grouped(torch.nn.Module):
 
     def __init__(
         self, num_gemms: int, input_size: int, output_size: int, *, config: Any, init_method: Any, bias: bool,
-        skip_bias_add: bool, is_expert: bool, tp_comm_buffer_name: str, pg_collection: Any,
+        skip_bias_add: bool, is_expert: bool, tp_comm_buffer_name: str, pg_collection: Any, name: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        del name  # of megatron-core since 0.19
         assert is_expert
         self.with_bias, self.skip_bias_add = bias, skip_bias_add
         self.num_gemms, self.pg = num_gemms, pg_collection
