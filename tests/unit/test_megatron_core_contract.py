@@ -122,7 +122,7 @@ CONTRACT = [
     Relied(f"{_SCHEDULES}.forward_step_calc_loss", "output_tensor loss_func config num_microbatches", "",
            "training/forward.py derives the gradient's scale from it"),
     Relied(f"{_SCHEDULES}.get_schedule_table", "num_microbatches num_model_chunks microbatch_group_size_per_vp_stage",
-           "planning/pipeline_schedule.py", "order of passes of the interleaved schedule"),
+           "", "order of passes of the interleaved schedule, which planning/pipeline_schedule.py repeats"),
     Relied("pipeline_parallel.p2p_communication.P2PCommunicator", "pp_group config", "frozen/communicator.py",
            "base class of ours"),
     Relied("pipeline_parallel.p2p_communication.P2PCommunicator._communicate", "tensor_send_next tensor_send_prev "
@@ -136,7 +136,7 @@ CONTRACT = [
     Relied("extensions.transformer_engine", None, "models/layer_spec_te.py", "TENorm and the fused linears; HAVE_TE"),
     Relied("models.gpt.gpt_model.GPTModel", "config transformer_layer_spec vocab_size max_sequence_length pre_process "
            "post_process share_embeddings_and_output_weights position_embedding_type",
-           "models/language_model.py models/lora.py", "base class of ours"),
+           "models/experts.py models/language_model.py models/lora.py", "base class of ours"),
     Relied("models.gpt.gpt_layer_specs.get_gpt_layer_local_spec", "num_experts normalization qk_layernorm",
            "models/layer_spec.py", "the skeleton of both layer specs"),
     # Experts.
@@ -152,6 +152,8 @@ CONTRACT = [
     Relied(f"{_EXCHANGE}.combine_preprocess", "", "", "overridden, for the same reason"),
     Relied("transformer.moe.moe_utils.sort_chunks_by_idxs", "input split_sizes sorted_idxs probs", _EXPERTS,
            "tokens by expert"),
+    Relied("transformer.moe.moe_utils.MoEAuxLossAutoScaler", None, "models/router_losses.py",
+           "has backward add the gradient of a router's losses"),
     Relied("transformer.moe.experts.TEGroupedMLP", "num_local_experts config submodules pg_collection",
            "models/layer_spec_te.py", "experts as one product of groups"),
     Relied("tensor_parallel.layers.ColumnParallelLinear", None, "models/language_model.py", "the output layer"),
