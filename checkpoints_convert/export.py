@@ -127,7 +127,7 @@ def export_hf(
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
         finite = FiniteCheck()
         directory.run_on_all_ranks(lambda: _write(read, directory.temporary, mine, element_size, dtype, quiet, finite))
-        finite.warn(checkpoint)
+        finite.warn(checkpoint, group)
         directory.run_on_rank0(lambda: _finish(directory.temporary, checkpoint, template, files, dtype, size))
         with waiting(f"{out}: until all of it is on disk", shown=shown):
             directory.commit()

@@ -1,5 +1,6 @@
 """A model as pieces that fit in memory, each of them rows of one parameter and of the HF tensors it is made of."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -108,10 +110,16 @@ class FiniteCheck:
             self._names[name] = None
         return rows
 
-    def warn(self, path: Path) -> None:
-        """Logs one line about what this rank has seen, if there was any."""
-        if self._names:
-            first, *others = self._names
+    def warn(self, path: Path, group: dist.ProcessGroup | None = None) -> None:
+        """Has rank 0 log one line about what all ranks have seen, if there was any.
+
+        Collective over ``group`` of all ranks, None for the default group: the others' logs may go nowhere.
+        """
+        seen: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(seen, list(self._names), group=group)
+        names = list(dict.fromkeys(itertools.chain.from_iterable(seen)))
+        if names and dist.get_rank(group) == 0:
+            first, *others = names
             more = f" and {len(others)} other tensors" if others else ""
             logger.warning("%s: NaN or infinite values in %s%s: no training starts with them", path, first, more)
 

@@ -167,7 +167,7 @@ def router_loss(policy: PreTrainedModel, pair: Tokens, settings: Settings) -> tu
     aux, z = (torch.stack(each).mean() for each in zip(*found, strict=True))
     # SFT counts tokens, not pairs.
     weight = len(pair.chosen) if settings.method == "sft" else 1
-    return weight * layers * (settings.aux_loss * aux + settings.z_loss * z), (weight * float(aux), weight * float(z))
+    return weight * layers * (settings.aux_loss * aux + settings.z_loss * z), (weight * aux.item(), weight * z.item())
 
 
 def divisor(pairs: Sequence[Tokens], method: str) -> int:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from checkpoints_convert.pieces import share
+from checkpoints_convert.pieces import FiniteCheck, share
 from checkpoints_convert.safetensors_file import SafetensorsFile
 from checkpoints_convert.streaming import read_ahead
 
@@ -88,3 +88,20 @@ def test_read_errors_come_through() -> None:
 
     with pytest.raises(OSError, match="item 5"):
         list(read_ahead(read, [5, 6]))
+
+
+def test_what_other_ranks_have_seen_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second rank has found two tensors, and its log goes nowhere."""
+
+    def gathered(seen: list[list[str]], own: list[str], group: object) -> None:
+        seen[:] = [own, ["b", "c"]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        FiniteCheck().warn(Path("checkpoint"))
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["checkpoint: NaN or infinite values in b and 1 other tensors: no training starts with them"]
