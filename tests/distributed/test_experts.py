@@ -137,6 +137,7 @@ class Inputs:
             },
             "precision": {"dtype": "fp32"},
             "train": {"steps": SETTINGS.steps},
+            "checkpoint": {"every_steps": SETTINGS.steps},
             "output_dir": str(self.output(case)),
         }
         for section, values in case.sections.items():

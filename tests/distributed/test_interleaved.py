@@ -35,6 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parallel={"pipeline": 2},
         batch={"tokens_per_micro_batch": 128},
         train={"steps": STEPS},
+        checkpoint={"every_steps": STEPS},
         preflight={"enabled": False},
     )
 

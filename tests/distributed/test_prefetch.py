@@ -39,6 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch={"global_pairs": 11, "tokens_per_micro_batch": 128},
         train={"steps": STEPS},
         eval={"every_steps": 2},
+        checkpoint={"every_steps": STEPS},
         preflight={"enabled": False},
     )
 
