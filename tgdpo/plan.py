@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES, RECOMPUTE_MODULES
+from megatron_tgdpo.config.constraints import MOMENTS, RECOMPUTE_CHOICES, RECOMPUTE_MODULES
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.loss.methods import METHODS
 from megatron_tgdpo.planning.cluster import Cluster
-from megatron_tgdpo.planning.memory import MOMENT_BYTES
 from tgdpo.command_line import find_models, positive, positive_number, run
 
 _MAY_BE_ZERO = ("reserve_gib", "response_share", "memory_gbytes")
@@ -83,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     layout.add_argument(
         "--moments",
-        choices=tuple(MOMENT_BYTES),
+        choices=MOMENTS,
         default="fp32",
         help="optimizer.moments of a given layout; default %(default)s",
     )

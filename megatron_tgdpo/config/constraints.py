@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 FP8_RECIPES = ("none", "delayed", "tensorwise", "blockwise", "mxfp8")
 FP4 = "nvfp4"
 FP4_RECIPES = ("none", FP4)
+MOMENTS = ("fp32", "bf16", "fp8")
 RECOMPUTE_CHOICES = ("none", "selective", "full")  # in the order of their cost
 # Parts of a layer that selective recomputation may compute again, by megatron-core's names.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from megatron_tgdpo.config.constraints import (
     FP4_RECIPES,
     FP8_RECIPES,
+    MOMENTS,
     RECOMPUTE_CHOICES,
     RECOMPUTE_MODULES,
     STATELESS_RECIPES,
@@ -204,7 +205,7 @@ class OptimizerSettings:
     weight_decay: float = at_least(0, 0.0)  # decoupled; never on norms and biases
     clip_grad: float = at_least(0, 1.0)  # maximum global gradient norm; 0: no clipping
     # Adam's moments; fp8: the first, and the second in bf16
-    moments: str = one_of(("fp32", "bf16", "fp8"), "fp32")
+    moments: str = one_of(MOMENTS, "fp32")
     # of bf16 weights: an fp32 copy | the 16 bits of it that bf16 leaves out
     main_weights: str = one_of(("fp32", "remainder"), "fp32")
     schedule: str = one_of(("constant", "linear", "cosine"), "cosine")  # linear and cosine: to zero at the last step
