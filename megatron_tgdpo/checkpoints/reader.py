@@ -6,6 +6,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, cast
 
@@ -50,6 +51,7 @@ class CheckpointReader:
         self.path = path
         self._files = FileReader(path)
         self._places: dict[MetadataIndex, tuple[str, int]] = {}
+        self._parts: dict[tuple[str, int], dict[tuple[int, ...] | None, list[ChunkStorageMetadata]]] = {}
         with self._errors():
             metadata = SafeReader(path).read_metadata()
         self._storage = metadata.storage_data
@@ -76,17 +78,32 @@ class CheckpointReader:
         wanted = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in lead), *shape)))
         target = torch.empty(wanted.sizes, dtype=info.properties.dtype)
         with self._errors():
-            items = create_read_items_for_chunk_list(key, info, [wanted])
+            parts = self._parts_at(key, tuple(lead))
+            items = create_read_items_for_chunk_list(key, replace(info, chunks=parts), [wanted])
             if sum(math.prod(item.lengths) for item in items) != target.numel():
                 raise UserError(f"{self.path}: parts of {key} are missing")
             for item in items:
-                self._copy(item, target)
+                assert item.storage_index.index is not None
+                self._copy(item, parts[item.storage_index.index], target)
         return target.view(shape)
 
-    def _copy(self, item: ReadItem, target: Tensor) -> None:
+    def _parts_at(self, key: str, lead: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """The saved parts that may hold what is at ``lead`` of the first axes.
+
+        A tensor of experts has parts by the ten thousand, and is asked for as often: none of these may look at all.
+        """
+        if (key, len(lead)) not in self._parts:
+            by_place = self._parts[key, len(lead)] = {}
+            for chunk in self.tensors[key].chunks:
+                alone = all(size == 1 for size in chunk.sizes[: len(lead)])
+                place = tuple(chunk.offsets[: len(lead)]) if alone else None
+                by_place.setdefault(place, []).append(chunk)
+        by_place = self._parts[key, len(lead)]
+        return by_place.get(lead, []) + by_place.get(None, [])
+
+    def _copy(self, item: ReadItem, chunk: ChunkStorageMetadata, target: Tensor) -> None:
         """Fills the part of ``target`` that one saved part holds: whole rows of it, so they lie in one run."""
-        name, place = self._place(item.storage_index, target.dtype)
-        chunk = self._chunk(item.storage_index)
+        name, place = self._place(item.storage_index, chunk, target.dtype)
         strides = [math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes))]
         place += target.element_size() * sum(o * s for o, s in zip(item.storage_offsets, strides, strict=True))
         for axis, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
@@ -102,11 +119,7 @@ class CheckpointReader:
                 block.copy_(dense)
                 place += dense.nbytes
 
-    def _chunk(self, index: MetadataIndex) -> ChunkStorageMetadata:
-        assert index.index is not None
-        return self.tensors[index.fqn].chunks[index.index]
-
-    def _place(self, index: MetadataIndex, dtype: torch.dtype) -> tuple[str, int]:
+    def _place(self, index: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> tuple[str, int]:
         """File and byte where the data of a saved part begin: it is a zip archive as ``torch.save`` writes it."""
         if index not in self._places:
             stored = self._storage[index]
@@ -124,7 +137,7 @@ class CheckpointReader:
                 view.seek(entry.header_offset)
                 header = _LOCAL_HEADER.unpack(view.read(_LOCAL_HEADER.size))
             plain = entry.compress_type == zipfile.ZIP_STORED and tensor.is_contiguous() and not tensor.storage_offset()
-            sound = tensor.dtype == dtype and tensor.shape == self._chunk(index).sizes
+            sound = tensor.dtype == dtype and tensor.shape == chunk.sizes
             if not (plain and sound and entry.file_size == tensor.nbytes):
                 raise UserError(f"{self.path / stored.relative_path}: a part of {index.fqn} is not as .metadata says")
             start = stored.offset + entry.header_offset + _LOCAL_HEADER.size + sum(header)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_tgdpo.checkpoints import reader as checkpoint_reader
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
@@ -25,7 +27,8 @@ VECTOR = torch.arange(7.0)
 @pytest.fixture
 def checkpoint(tmp_path: Path, one_rank: None) -> Path:
     """Layers apart, each split by rows and by columns, as tensor parallelism and gated MLPs do."""
-    state = {"vector": ShardedTensor.from_rank_offsets("vector", VECTOR.clone())}
+    whole = {"vector": VECTOR, "layers together": STACK}
+    state = {name: ShardedTensor.from_rank_offsets(name, tensor.clone()) for name, tensor in whole.items()}
     for layer, row, column in itertools.product(range(LAYERS), range(2), range(2)):
         part = STACK[layer, 3 * row : 3 * row + 3, 4 * column : 4 * column + 4].clone()
         offsets = (0, layer, LAYERS), (1, row, 2), (2, column, 2)
@@ -43,6 +46,23 @@ def test_rows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, block: int, sta
     for layer in range(LAYERS):
         assert torch.equal(reader.rows("stack", layer, start, end), STACK[layer, start:end])
     assert torch.equal(reader.rows("vector", None, start, end), VECTOR[start:end])
+
+
+def test_only_the_parts_of_a_layer_are_looked_at(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of experts has many parts and is read as often: all of them each time would take hours."""
+    looked_at = []
+    find = checkpoint_reader.create_read_items_for_chunk_list
+
+    def counted(key: str, info: TensorStorageMetadata, wanted: list[ChunkStorageMetadata]) -> list[ReadItem]:
+        looked_at.append(len(info.chunks))
+        return find(key, info, wanted)
+
+    monkeypatch.setattr(checkpoint_reader, "create_read_items_for_chunk_list", counted)
+    reader = CheckpointReader(checkpoint)
+    for layer in range(LAYERS):
+        assert torch.equal(reader.rows("stack", layer, 1, 5), STACK[layer, 1:5])
+        assert torch.equal(reader.rows("layers together", layer, 1, 5), STACK[layer, 1:5])
+    assert looked_at == [4, 1] * LAYERS
 
 
 def test_rows_that_are_not_there(checkpoint: Path) -> None:
