@@ -2,11 +2,12 @@
 
     python -m tools.benchmarks.conversion [--directory DIR] [--layers 10] [--dtype fp32|bf16] [--runs 2]
     python -m tools.benchmarks.conversion --bounded          two sizes, the same layers: the peaks must not differ
+    python -m tools.benchmarks.conversion --experts 128      a layer of experts beside dense ones: seconds a byte
 
-A random Llama is made in a scratch directory and removed afterwards. Every measurement is a process of its own. Its
-time is the whole process's and, as "work", without imports; its peak memory is what it needs beyond a process that only
-imports. ``transformers`` and ``copy`` are measured as they are, and with a sync of what they wrote: a conversion always
-syncs.
+A random Llama (with experts a Qwen3-MoE as well) is made in a scratch directory and removed afterwards. Every
+measurement is a process of its own. Its time is the whole process's and, as "work", without imports; its peak memory is
+what it needs beyond a process that only imports. ``transformers`` and ``copy`` are measured as they are, and with a
+sync of what they wrote: a conversion always syncs.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ _Tensor = tuple[str, tuple[int, ...]]
 _FILE_BYTES = 5e9
 # What the commands import only when they are asked for work, as transformers does a model's config class.
 _IMPORTS = (
-    "import transformers.models.llama.configuration_llama, checkpoints_convert.import_hf, checkpoints_convert.export"
+    "import transformers.models.llama.configuration_llama, transformers.models.qwen3_moe.configuration_qwen3_moe, "
+    "checkpoints_convert.import_hf, checkpoints_convert.export"
 )
 _COMMANDS = {
     "base": _IMPORTS,
@@ -66,7 +68,7 @@ print(json.dumps([work, int(peak) * 1024]))
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's sizes."""
+    """A Llama's sizes, or a Qwen3-MoE's, whose experts have ``mlp`` columns each."""
 
     vocabulary: int
     hidden: int
@@ -74,6 +76,7 @@ class Shape:
     heads: int
     groups: int
     layers: int
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,15 @@ def make_model(path: Path, shape: Shape, dtype: torch.dtype) -> int:
         "tie_word_embeddings": False,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if shape.experts:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": shape.hidden // shape.heads,
+            "moe_intermediate_size": shape.mlp,
+            "num_experts": shape.experts,
+            "num_experts_per_tok": min(8, shape.experts),
+        }
     (path / "config.json").write_text(json.dumps(config))
     tensors = [tensor for parameter in global_parameters(read_hf_config(path)) for tensor in parameter.hf_tensors]
     generator, weight_map, total = torch.Generator().manual_seed(0), {}, 0
@@ -204,6 +216,29 @@ def bounded(directory: Path, shape: Shape, dtype: torch.dtype, layer_counts: tup
             shutil.rmtree(path)
 
 
+def beside_dense(directory: Path, shape: Shape, dtype: torch.dtype, experts: int, expert_mlp: int, runs: int) -> None:
+    """Prints seconds a GB of a model with one layer of experts, and of a dense one whose MLPs have as many bytes."""
+    shapes = {
+        "dense": replace(shape, layers=max(1, round(experts * expert_mlp / shape.mlp))),
+        "experts": replace(shape, layers=1, mlp=expert_mlp, experts=experts),
+    }
+    sizes = {name: make_model(directory / name, each, dtype) for name, each in shapes.items()}
+    work: dict[tuple[str, str], list[float]] = {}
+    for _ in range(runs):
+        # In turn, so that another load of the machine favours neither.
+        for name in shapes:
+            source, megatron, back = directory / name, directory / "megatron", directory / "back"
+            there = measure("import", source, megatron, ["--hf", str(source), "--out", str(megatron)])
+            again = measure("export", megatron, back, ["--megatron", str(megatron), "--out", str(back)])
+            work.setdefault((name, "import"), []).append(there.work)
+            work.setdefault((name, "export"), []).append(again.work)
+    for name, each in shapes.items():
+        print(f"{name:>8}: {sizes[name] / 1e9:.2f} GB, {each}")
+    for way in ("import", "export"):
+        dense, sparse = (min(work[name, way]) / sizes[name] * 1e9 for name in shapes)
+        print(f"{way}: dense {dense:.2f} s/GB, experts {sparse:.2f} s/GB, ratio {sparse / dense:.2f}")
+
+
 def main() -> None:
     """Runs the measurements and prints them."""
     parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.conversion", description=__doc__.split("\n")[0])
@@ -212,6 +247,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2, help="of which the best counts")
     parser.add_argument("--bounded", action="store_true", help="compare the peaks of two depths instead")
     parser.add_argument("--bounded-layers", type=int, nargs=2, default=(2, 19), metavar=("FEW", "MANY"))
+    parser.add_argument("--expert-mlp", type=int, default=768, help="columns of an expert")
     for name, value in asdict(Shape(32000, 2048, 5632, 32, 8, 9)).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     arguments = parser.parse_args()
@@ -223,6 +259,10 @@ def main() -> None:
         directory = Path(scratch)
         if arguments.bounded:
             bounded(directory, shape, dtype, tuple(arguments.bounded_layers))
+            return
+        if shape.experts:
+            dense = replace(shape, experts=0)
+            beside_dense(directory, dense, dtype, shape.experts, arguments.expert_mlp, arguments.runs)
             return
         size = make_model(directory / "hf", shape, dtype)
         print(f"{size / 1e9:.2f} GB in {arguments.dtype}: {shape}")

@@ -49,7 +49,7 @@ def test_rows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, block: int, sta
 
 
 def test_only_the_parts_of_a_layer_are_looked_at(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tensor of experts has many parts and is read as often: all of them each time would take hours."""
+    """A tensor of experts has many parts and is read as often: all of them each time is quadratic."""
     looked_at = []
     find = checkpoint_reader.create_read_items_for_chunk_list
 
