@@ -110,7 +110,7 @@ def measured(config: Config, prepared: Mapping[str, Prepared], virtual: int) -> 
         "forward_bytes": communicator.forward_bytes,
         "policy_only_backward_bytes": plain.backward_bytes,
         "policy_only_forward_bytes": plain.forward_bytes,
-        "waiting": len(communicator.p2p_buffer.incoming),
+        "waiting": int(communicator.p2p_buffer.incoming is not None),
         "frozen_widths": models[0].frozen.widths,
         "policy_width": models[0].policy.config.hidden_size,
         "frozen_gradients": sum(p.grad is not None or hasattr(p, "main_grad") for p in frozen),
