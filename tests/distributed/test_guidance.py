@@ -41,7 +41,11 @@ class Problem:
         self.root = root
         config = make_problem(root)
         self.config = merged(
-            config, data={"validation": config["data"]["train"]}, train={"steps": STEPS}, preflight={"enabled": False}
+            config,
+            data={"validation": config["data"]["train"]},
+            train={"steps": STEPS},
+            checkpoint={"every_steps": STEPS},
+            preflight={"enabled": False},
         )
 
     def colocated(self, name: str) -> dict[str, Any]:

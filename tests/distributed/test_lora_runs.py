@@ -27,7 +27,9 @@ PP2 = {"pipeline": 2}
 def problem(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     root = tmp_path_factory.mktemp("lora-runs")
     config = make_problem(root, tied=True)
-    return root, merged(config, lora={"rank": 4}, optimizer={"lr": 1e-2, "eps": 1e-6}, checkpoint={"keep": 0})
+    return root, merged(
+        config, lora={"rank": 4}, optimizer={"lr": 1e-2, "eps": 1e-6}, checkpoint={"keep": 0, "every_steps": 6}
+    )
 
 
 @pytest.fixture(scope="module")
