@@ -29,7 +29,7 @@ from checkpoints_convert.pieces import (
     share,
 )
 from checkpoints_convert.streaming import Summary, progress_bar, read_ahead
-from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, system_errors, write_common
+from megatron_tgdpo.checkpoints.dcp_io import Writer, serialise_common, system_errors, write_common, written
 from megatron_tgdpo.checkpoints.listing import write_description
 from megatron_tgdpo.checkpoints.model_directory import hf_files
 from megatron_tgdpo.console import waiting
@@ -135,6 +135,8 @@ class _StreamWriter(Writer):
         self._bar = bar
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if not plan.items:
+            return written([])
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
         with system_errors(), self.fs.create_stream(Path(self.path, name), "wb") as stream:
@@ -149,6 +151,4 @@ class _StreamWriter(Writer):
                 start_writeback(stream.fileno(), start, length)
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
             os.fsync(stream.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
+        return written(results)

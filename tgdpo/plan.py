@@ -165,7 +165,18 @@ def _unused(given: argparse.Namespace) -> list[str]:
         f"--{role} (--method {given.method} has no {role})": getattr(given, role) and role not in method.frozen
         for role in ("reference", "guide")
     }
+    layout = [*LAYOUT_OPTIONS[1:], "offload_frozen"]
     found |= {
+        f"--{name.replace('_', '-')} (--schedules has all numbers of stages, of a dense model)": (
+            given.schedules and getattr(given, name)
+        )
+        for name in layout
+    }
+    found |= {
+        "--moments (--schedules tells times)": given.schedules and given.moments != "fp32",
+        f"--offload-frozen (no frozen model runs with --method {given.method} --guidance {given.guidance})": (
+            given.offload_frozen and (given.guidance == "cached" or not method.frozen)
+        ),
         f"--guidance cached (--method {given.method} has no frozen model)": (
             given.guidance == "cached" and not method.frozen
         ),

@@ -51,7 +51,11 @@ def plan(arguments: argparse.Namespace) -> tuple[str, Plan | None]:
             expert=arguments.expert or 1,
             expert_tensor=arguments.expert_tensor,
         )
-        savings = Savings(arguments.moments, arguments.offload_frozen)
+        if layout.virtual > 1 and layout.pipeline == 1:
+            raise UserError(f"--virtual-pipeline is {layout.virtual} with one stage: give --pipeline, or leave it out")
+        if arguments.moments != "fp32" and arguments.dtype == "fp32":
+            raise UserError(f"--moments {arguments.moments} needs --dtype bf16: training refuses it with fp32")
+        savings = Savings(arguments.moments, arguments.offload_frozen and bool(job.frozen))
         asked = make_plan(job, cluster, layout, arguments.recompute, savings=savings)
         text = plan_text(asked, job, cluster)
         return (text if asked.fits else f"{text}\n{_instead(all_plans(job, cluster), asked)}"), asked

@@ -340,6 +340,13 @@ def write_common(common: bytes, directory: Path) -> None:
     (directory / COMMON_FILE).write_bytes(common)
 
 
+def written(results: list[WriteResult]) -> Future[list[WriteResult]]:
+    """What a writer answers that has written already."""
+    done: Future[list[WriteResult]] = Future()
+    done.set_result(results)
+    return done
+
+
 class Writer(dcp.FileSystemWriter):
     """DCP's writer of one synced file for each rank that has something to write; a full disk is reported as it is.
 
@@ -355,9 +362,7 @@ class Writer(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         if not plan.items:
             # DCP makes an empty file, which nothing refers to.
-            nothing: Future[list[WriteResult]] = Future()
-            nothing.set_result([])
-            return nothing
+            return written([])
         with system_errors():
             return super().write_data(plan, planner)
 

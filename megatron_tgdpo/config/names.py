@@ -135,7 +135,7 @@ ELSEWHERE = {
     "etp": "parallel.expert_tensor",
     "moe_aux_loss_coeff": "moe.aux_loss_coeff",
     "moe_aux_loss_coef": "moe.aux_loss_coeff",
-    "router_aux_loss_coef": "moe.aux_loss_coeff",
+    "router_aux_loss_coef": "moe.aux_loss_coeff, of another scale: docs/experts.md",
     "moe_z_loss_coeff": "moe.z_loss_coeff",
     "sp": "parallel.sequence_parallel",
     "data_parallel_size": "none: the ranks that tensor, pipeline and context leave are data ranks",

@@ -82,6 +82,16 @@ TRAIN = (
         lambda c: {"moe", "shared_experts"} <= set(c.train.recompute_modules or ()),
         "train.recompute_modules has moe, which computes all experts again, and shared_experts: remove shared_experts",
     ),
+    # In backward a router runs by itself then, and has the sequences of the last pack that went forward.
+    Rule(
+        lambda c: (
+            (c.moe.aux_loss_coeff or c.moe.z_loss_coeff)
+            and "moe" in (c.train.recompute_modules or ())
+            and c.parallel.pipeline > 1
+        ),
+        "train.recompute_modules has moe with several stages and a loss of routers, whose sequences are not known when "
+        "they are computed again: set train.recompute=full, or moe.aux_loss_coeff and moe.z_loss_coeff to 0",
+    ),
     Rule(
         lambda c: "layernorm" in (c.train.recompute_modules or ()) and c.precision.fp8 == "delayed",
         "train.recompute_modules has layernorm, which precision.fp8 delayed cannot compute again: choose another "

@@ -127,12 +127,11 @@ def build_prefetcher(
     if dist.get_rank() == 0:
         logger.warning("guidance.prefetch is experimental: no run with real models has yet shown that it is faster")
     models, dtype = FrozenModels(frozen), frozen[0].model.config.params_dtype
-    tokens = config.seq_length // layout.context
-    local = tokens // (layout.tensor if layout.sequence_parallel else 1)
+    local = config.seq_length // layout.context // (layout.tensor if layout.sequence_parallel else 1)
     shape = (local, 1, sum(models.widths))
     channel = FrozenChannel(pg.pp, shape, dtype, device, config.parallel.timeout_minutes)
     # Lengths as the planner assumes them: only the order of passes depends on it.
     batch = Batch(config.batch.global_pairs, config.data.max_length, 0.5, config.shared_prompts)
-    pack = Pack(tokens, config.longest_sequence, dtype.itemsize)
+    pack = Pack(config.seq_length, config.longest_sequence, dtype.itemsize)
     job = Job(configs["policy"], tuple(configs[role] for role in config.method.frozen), pack, batch)
     return Prefetcher(models, channel, stage_costs(job, Cluster(), layout, config.train.recomputation), device)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from transformers import PretrainedConfig
@@ -187,22 +187,27 @@ def fullest_stages(layout: ParallelLayout) -> Sequence[int]:
 
 
 @dataclass(frozen=True)
-class _Contents:
-    """A config by what it says, as configs can change and have no hash."""
+class _Same:
+    """A config by which object it is, as configs have no hash; nobody changes one here."""
 
-    text: str
-    hf_config: PretrainedConfig = field(compare=False)
+    hf_config: PretrainedConfig
+
+    def __hash__(self) -> int:
+        return id(self.hf_config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.hf_config is self.hf_config
 
 
 # A ranking asks for the same few thousands of times.
 @lru_cache(maxsize=64)
-def _listed(contents: _Contents, tensor: int) -> tuple[GlobalParameter, ...]:
-    return tuple(global_parameters(contents.hf_config, tensor, every_expert=False))
+def _listed(same: _Same, tensor: int) -> tuple[GlobalParameter, ...]:
+    return tuple(global_parameters(same.hf_config, tensor, every_expert=False))
 
 
 def _parameters(hf_config: PretrainedConfig, tensor: int = 1) -> tuple[GlobalParameter, ...]:
     """All parameters for so many tensor ranks, of experts those of the first."""
-    return _listed(_Contents(hf_config.to_json_string(use_diff=False), hf_config), tensor)
+    return _listed(_Same(hf_config), tensor)
 
 
 def stage_linears(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, *, plain_ends: bool) -> int:

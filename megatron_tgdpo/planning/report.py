@@ -27,7 +27,7 @@ def memory_lines(memory: RankMemory) -> list[str]:
     parts = {
         "policy weights": memory.weights,
         "gradients (fp32)": memory.gradients,
-        "optimizer (fp32)": memory.optimizer,
+        "optimizer": memory.optimizer,
         "frozen models": memory.frozen,
         "activations": memory.activations,
         "hidden states in flight": memory.carried,
@@ -52,7 +52,7 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
     tokens = job.batch.global_pairs * job.batch.pair_tokens
     rounded = ""
     if plan.pack_tokens != job.pack.tokens:
-        rounded = f" (not {job.pack.tokens}, the default: {plan.layout.tensor} tensor ranks must divide them)"
+        rounded = f" (not {job.pack.tokens}, the default: tensor and context ranks must divide them)"
     on_node = plan.memory.save * min(cluster.gpus_per_node, cluster.gpus) / GIB
     exchanged = tuple(kind for kind in ("expert", "context") if getattr(sent, kind))
     others = tuple(kind for kind in ("memory", "host", "optimizer") if getattr(time, kind))

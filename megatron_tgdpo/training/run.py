@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -137,7 +137,10 @@ def dry_run(
     given, config = config, pin_here(config, weights=False)
     configs = models_that_run(config, read_model_configs(config))
     check_experts(config, configs)
-    check_recompute(config.train.recomputation, configs["policy"], "local")
+    local = on_cpu or config.model.layer_spec == "local"
+    check_recompute(config.train.recomputation, configs["policy"], "local" if local else "transformer_engine")
+    if on_cpu and config.offload.activations:
+        raise UserError("offload.activations moves tensors from a GPU to host memory: set it to false without a GPU")
     layout = fitted_layout(config, configs, layout)
     check_best_metric(config)
     memory = planned_memory(config, configs, layout, on_cpu=on_cpu)
@@ -167,7 +170,8 @@ def dry_run(
     if on_cpu:
         lines.append("for GPUs, here or elsewhere: tgdpo train CONFIG --dry-run --world-size N --gpu-memory-gib GIB")
     elif not fits:
-        lines.append(_instead(nearest(all_plans(job, cluster), layout), world_size))
+        plans = [plan for plan in all_plans(job, cluster) if plan.layout.virtual == 1 or not config.guidance.prefetch]
+        lines.append(_instead(nearest(plans, layout), config, world_size))
     return "\n".join(line.rstrip() for line in lines), fits
 
 
@@ -219,7 +223,10 @@ def _host_lines(
     if not config.offload.activations:
         return []
     size = host_activations(policy, layout, pack, config.train.recomputation, sources.trained)
-    return [f"offload.activations: {size / GIB:.1f} GiB of pinned host memory on the fullest rank"]
+    return [
+        f"offload.activations: {size / GIB:.1f} GiB of pinned host memory on the fullest rank, up to twice that where "
+        "PyTorch rounds blocks up"
+    ]
 
 
 def pack_lines(config: Config) -> list[str]:
@@ -253,9 +260,10 @@ def _duration(config: Config, job: Job, cluster: Cluster | None, layout: Paralle
             whole = f"{train.epochs:g} epochs of {number:,} {what}: "
     tokens = batch.global_pairs * batch.pair_tokens
     each = f"{batch.global_pairs} pairs, {tokens:,} tokens{by}"
-    seconds = (
-        None if cluster is None else step_time(replace(job, batch=batch), cluster, layout, train.recomputation).total
-    )
+    seconds = None
+    if cluster is not None:
+        job, offloaded = replace(job, batch=batch), config.offload.frozen
+        seconds = step_time(job, cluster, layout, train.recomputation, offloaded=offloaded).total
     if steps is None:
         time = "" if seconds is None else f"; about {seconds:.2g} s a step on H100 GPUs"
         return [f"{train.epochs:g} epochs in steps of {each}{time}", *warnings]
@@ -263,16 +271,28 @@ def _duration(config: Config, job: Job, cluster: Cluster | None, layout: Paralle
     return [f"{whole}{steps:,} steps of {each}: {steps * tokens:,} in all{time}", *warnings]
 
 
-def _instead(plan: Plan | None, world_size: int) -> str:
+def _instead(plan: Plan | None, config: Config, world_size: int) -> str:
     if plan is None:
         return f"no layout of {world_size} GPUs fits: take more, or shorter packs, or guidance.mode=cached"
-    # All that another layout might have, so that the overrides hold whatever the config says.
     keys = {"context": 1, **plan.layout.keys}
-    sizes = " ".join(f"parallel.{key}={str(value).lower()}" for key, value in keys.items() if key != "pipeline_layers")
-    savings = f" {plan.savings}" if plan.savings.keys else ""
-    return (
-        f"the nearest that fits: {sizes} train.recompute={plan.recompute}{savings} ({plan.memory.total / GIB:.1f} GiB)"
-    )
+    keys.pop("pipeline_layers", None)  # as they are by default
+    words = [f"parallel.{key}={str(value).lower()}" for key, value in keys.items()]
+    # What the config says and this layout has not would be refused beside it.
+    words += [
+        f"parallel.{key}=null"
+        for key in ("virtual_pipeline", "expert_tensor")
+        if key not in keys and getattr(config.parallel, key) is not None
+    ]
+    words += ["parallel.expert=1"] if "expert" not in keys and config.parallel.expert > 1 else []
+    words += [
+        f"parallel.pipeline_layers.{role}=null"
+        for role, layers in asdict(config.parallel.pipeline_layers).items()
+        if layers is not None
+    ]
+    words += [f"train.recompute={plan.recompute}"]
+    words += ["train.recompute_modules=null"] if config.train.recompute_modules is not None else []
+    words += [str(plan.savings)] if plan.savings.keys else []
+    return f"the nearest that fits: {' '.join(words)} ({plan.memory.total / GIB:.1f} GiB)"
 
 
 logger = logging.getLogger(__name__)

@@ -94,6 +94,10 @@ BROKEN = [
         "train.recompute_modules has moe, which computes all experts again",
     ),
     (
+        ["train.recompute=selective", "train.recompute_modules=[moe]", "moe.z_loss_coeff=0.1", "parallel.pipeline=2"],
+        "train.recompute_modules has moe with several stages and a loss of routers",
+    ),
+    (
         ["train.recompute=selective", "train.recompute_modules=[layernorm]", "precision.fp8=delayed"],
         "train.recompute_modules has layernorm, which precision.fp8 delayed",
     ),

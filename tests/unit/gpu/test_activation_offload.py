@@ -90,3 +90,21 @@ def test_only_passes_with_gradients_and_large_tensors() -> None:
     wide = ActivationOffload(block, CPU, least_bytes=WIDTH * WIDTH * 4)
     block(torch.randn(2, WIDTH, requires_grad=True)).sum().backward()
     assert wide.host_bytes == 0
+
+
+def test_a_graph_that_is_dropped_within_a_layer_takes_no_other_with_it() -> None:
+    class Dropping(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            (x * x).sum()
+            return x * x
+
+    results = []
+    for attached in (False, True):
+        block = Block()
+        block.layers = torch.nn.ModuleList([Dropping()])
+        offload = [ActivationOffload(block, CPU, least_bytes=TENSOR)] if attached else []
+        x = torch.arange(float(ROWS * WIDTH)).view(ROWS, WIDTH).requires_grad_()
+        block(x).sum().backward()
+        results.append(x.grad)
+        assert not offload or offload[0].host_bytes >= TENSOR
+    assert torch.equal(results[0], results[1])  # type: ignore[arg-type]

@@ -174,6 +174,8 @@ def test_long_answers_have_alphas_by_the_deviation_of_the_weights(
             assert found["weight_std"] == pytest.approx(deviation, rel=1e-4)
             assert found["weight_std"] == pytest.approx(found["alpha"] * found["reward_std"], rel=0.5)
     assert ANSWERS["c"](laboratory) == {"seeds": [], "words": {}}  # 200 words are not done
+    answers.report(laboratory, ["c"], tmp_path / "results", tmp_path / "images")
+    assert not list(tmp_path.glob("results/*"))
     monkeypatch.setattr(answers, "WORDS", (12, 50))
     found = ANSWERS["c"](laboratory)
     assert found["seeds"] == [1]

@@ -30,7 +30,7 @@ from megatron_tgdpo.planning.report import memory_lines, plan_text
 from megatron_tgdpo.planning.step_time import layer_flops, stage_costs, step_time
 from megatron_tgdpo.planning.traffic import traffic
 from megatron_tgdpo.setup.model_sources import planned_sources
-from megatron_tgdpo.training.run import dry_run, pack_lines, planned_memory
+from megatron_tgdpo.training.run import _instead, dry_run, pack_lines, planned_memory
 from tests.distributed.common import write_pairs
 from tests.processes import run_forked
 from tests.published_configs import PUBLISHED, write_config
@@ -375,6 +375,22 @@ def test_a_dry_run_that_does_not_fit_names_overrides_that_do(tmp_path: Path) -> 
     instead = re.findall(r"^the nearest that fits: (.*) \(", text, re.M)[0].split()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     assert dry_run(load_config(tmp_path / "config.yaml", instead), 4, 6 + sum(totals) / 2)[1]
+    # Also where the config has what the other layout has not.
+    chunks = {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": {"policy": [2, 2]}}
+    modules = {"recompute": "selective", "recompute_modules": ["mlp"], "steps": 1}
+    longer = make_llama(tmp_path / "longer", layers=4)
+    values |= {"parallel": chunks, "train": modules, "model": {"policy": str(longer), "guide": str(longer)}}
+    (tmp_path / "chunks.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="with virtual_pipeline, one for each chunk"):
+        load_config(tmp_path / "chunks.yaml", ["parallel.pipeline=1"])
+    plan = make_plan(*_longer_job(longer), make_layout(4, 1, 1, True, 4), "full")
+    line = _instead(plan, load_config(tmp_path / "chunks.yaml", []), 4)
+    assert load_config(tmp_path / "chunks.yaml", line.partition(": ")[2].rpartition(" (")[0].split())
+
+
+def _longer_job(path: Path) -> tuple[Job, Cluster]:
+    model = read_hf_config(path)
+    return Job(model, (model, model), ROW, BATCH), Cluster(1, 4)
 
 
 def test_packs_that_a_layout_has_rounded_up_are_said() -> None:
@@ -507,6 +523,16 @@ def test_options_that_change_nothing_are_said(tmp_path: Path, capsys: pytest.Cap
     assert unused == ["not used: --guide (--method dpo has no guide), --lr (without --write)"]
     assert tgdpo_plan([*model, "--guide", str(tmp_path), "--recompute", "full"]) == 0
     assert "not used" not in capsys.readouterr().out
+    assert tgdpo_plan([*model, "--method", "sft", "--offload-frozen"]) == 0
+    out = capsys.readouterr().out
+    assert "not used: --offload-frozen (no frozen model runs with --method sft --guidance colocated)" in out
+    assert "offload.frozen" not in out
+    assert tgdpo_plan([*model, "--schedules", "--context", "2"]) == 0
+    assert "not used: --context (--schedules" in capsys.readouterr().out
+    assert tgdpo_plan([*model, "--virtual-pipeline", "2"]) == 1
+    assert "--virtual-pipeline is 2 with one stage" in capsys.readouterr().err
+    assert tgdpo_plan([*model, "--moments", "bf16", "--dtype", "fp32"]) == 1
+    assert "--moments bf16 needs --dtype bf16" in capsys.readouterr().err
 
 
 def test_command_line(tmp_path: Path) -> None:

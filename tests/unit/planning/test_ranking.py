@@ -97,7 +97,6 @@ def test_ranking_has_context_ranks_and_chunks(job: Job) -> None:
         assert plan.time.total < whole.time.total
         assert plan.traffic.pipeline == plan.layout.virtual * whole.traffic.pipeline
     assert {(plan.layout.context, plan.layout.virtual) for plan in all_plans(few, Cluster(), plain=True)} == {(1, 1)}
-    # Of a batch of eight packs no eight data ranks have more than one each.
     assert all(plan.savings == Savings() for plan in plans)
 
 
