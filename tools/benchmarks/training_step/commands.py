@@ -208,11 +208,11 @@ def planned(given: argparse.Namespace, scratch: Path) -> None:
     print(f"{usable_cores()} cores\n")
     cpu = ["CPU s: planned", "busiest rank", "error"]
     print(aligned(["layout", "s: planned", "measured", "error", *cpu, "products", "memory", "bubble"], rows))
-    spreads = [
-        f"{what} {Spread.of([getattr(each, name) / 1e9 for each in rates if getattr(each, name)]).text(1)}"
-        for what, name in (
-            ("large products, GFLOP/s", "peak_flops"), ("a layer's", "product_flops"), ("memory, GB/s", "memory_bytes"),
-            ("links, GB/s", "link_bytes"),
-        )
-    ]  # fmt: skip
-    print(f"\na rank's {', '.join(spreads if any(each.link_bytes for each in rates) else spreads[:-1])}")
+    print("\na rank's")
+    for what, name in (
+        ("large products, GFLOP/s", "peak_flops"), ("a layer's products, GFLOP/s", "product_flops"),
+        ("memory, GB/s", "memory_bytes"), ("links, GB/s", "link_bytes"),
+    ):  # fmt: skip
+        # One rank alone has no links.
+        if there := [getattr(each, name) / 1e9 for each in rates if getattr(each, name)]:
+            print(f"  {what}: {Spread.of(there).text(1)}")
