@@ -1,11 +1,13 @@
 """Host memory and time of saving and loading a training state, beside megatron-core's own state of the same names.
 
     python -m tools.benchmarks.save [--size 60m] [--data-ranks 2 4] [--dtype bf16|fp32] [--directory DIR]
+    python -m tools.benchmarks.save --layouts 1x1x4 2x1x2 1x2x2 2x2x1 [--size 60m] ...
 
 A random Llama is trained by so many data ranks, a process each, on the CPU. Each rank saves its policy and optimizer
 and loads them again; printed is the peak of its resident memory above what it held before, of the fullest and of the
 emptiest rank, in bytes a parameter. ``gathered`` is the state of megatron-core 0.16.1's distributed optimizer, type
-``fully_reshardable``. Files are written and synced in DIR (default: a temporary directory), and removed.
+``fully_reshardable``. With ``--layouts``, tensor x pipeline x data ranks, only the project's own state is saved, and
+printed are its files. Files are written and synced in DIR (default: a temporary directory), and removed.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +49,16 @@ class Job:
 
     policy: str
     dtype: str
-    ranks: int
+    tensor: int
+    pipeline: int
+    data: int
     owned: bool
     parameters: int
     directory: str
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
 
 
 def gathered_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
@@ -78,7 +87,7 @@ def _engine(job: Job) -> Engine:
         },
         "benchmark",
     )
-    layout = make_layout(1, 1, 1, False, job.ranks)
+    layout = make_layout(job.tensor, job.pipeline, 1, job.tensor > 1, job.ranks)
     engine = build_engine(
         config, read_model_configs(config), layout, init_model_parallel(layout, 0, 60), 1, torch.device("cpu")
     )
@@ -133,15 +142,43 @@ def _measure(rank: int, job: Job) -> None:
     dist.destroy_process_group()
 
 
-def _run(job: Job) -> str:
-    """One line of the table."""
+def _run(job: Job) -> list[list[tuple[int, float]]]:
+    """Bytes and seconds of saving and of loading, for each rank."""
     multiprocessing.spawn(_measure, (job,), nprocs=job.ranks)
-    results = json.loads((Path(job.directory) / "results.json").read_text())
-    columns = []
+    results: list[list[tuple[int, float]]] = json.loads((Path(job.directory) / "results.json").read_text())
+    return results
+
+
+def _memory_line(job: Job) -> str:
+    """One line of the table of memory."""
+    results, columns = _run(job), []
     for number in range(2):
         peaks = [rank[number][0] / job.parameters for rank in results]
         columns.append(f"{max(peaks):6.2f} {min(peaks):6.2f} {max(rank[number][1] for rank in results):7.2f}")
     return f"{job.ranks:5d} {'owned' if job.owned else 'gathered':<9} {columns[0]}   {columns[1]}"
+
+
+def _files_line(job: Job) -> str:
+    """One line of the table of files; a rank's are named by it."""
+    results, directory = _run(job), Path(job.directory) / "checkpoint"
+    written = Counter[str]()
+    for file in directory.glob("*.distcp"):
+        written[file.name.split("_")[2]] += file.stat().st_size
+    others = [file for file in directory.iterdir() if file.is_file() and file.suffix != ".distcp"]
+    sizes = [written[str(rank)] / 1e6 for rank in range(job.ranks)]
+    seconds = [max(rank[number][1] for rank in results) for number in range(2)]
+    return (
+        f"{f'{job.tensor}x{job.pipeline}x{job.data}':<8} {len(written):6d} {max(sizes):8.1f} {min(sizes):8.1f} "
+        f"{len(others):7d} {sum(file.stat().st_size for file in others) / 1e6:8.2f} {seconds[0]:7.2f} {seconds[1]:7.2f}"
+    )
+
+
+def _layout(text: str) -> tuple[int, int, int]:
+    sizes = text.split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"'{text}': give tensor x pipeline x data ranks, as 2x1x2")
+    tensor, pipeline, data = map(int, sizes)
+    return tensor, pipeline, data
 
 
 def main() -> None:
@@ -149,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.save")
     parser.add_argument("--size", choices=[name for name in SHAPES if name != "tiny"], default="60m")
     parser.add_argument("--data-ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--layouts", type=_layout, nargs="+", metavar="TxPxD", help="instead of data ranks alone")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--directory", type=Path, help="default: a temporary one")
     arguments = parser.parse_args()
@@ -156,16 +194,30 @@ def main() -> None:
         policy = Path(temporary) / "policy"
         shape = llama_config(SHAPES[arguments.size], _VOCABULARY, tied=False, max_length=64)
         parameters = write_model(policy, shape, dtype=DTYPES[arguments.dtype], seed=0).total
-        print(f"{parameters / 1e6:.1f}M parameters in {arguments.dtype}; bytes a parameter above what was there")
+        about = f"{parameters / 1e6:.1f}M parameters in {arguments.dtype}"
+
+        def job(layout: tuple[int, int, int], owned: bool) -> Job:
+            directory = Path(temporary) / f"{'x'.join(map(str, layout))}-{owned}"
+            directory.mkdir()
+            return Job(str(policy), arguments.dtype, *layout, owned, parameters, str(directory))
+
+        if arguments.layouts is not None:
+            print(f"{about}; MB, and seconds of the slowest rank")
+            print(f"{'':8} {'files of ranks':<24} {'other files':<16}")
+            print(f"{'layout':<8} {'number':>6} {'most':>8} {'least':>8} {'number':>7} {'':>8} {'save':>7} {'load':>7}")
+            for layout in arguments.layouts:
+                measured = job(layout, True)
+                print(_files_line(measured), flush=True)
+                shutil.rmtree(measured.directory)
+            return
+        print(f"{about}; bytes a parameter above what was there")
         print(f"{'':15} {'save':<23} load")
         print(f"{'ranks':>5} {'state':<9} {'most':>6} {'least':>6} {'s':>7}   {'most':>6} {'least':>6} {'s':>7}")
         for ranks in arguments.data_ranks:
             for owned in (False, True):
-                directory = Path(temporary) / f"{ranks}-{owned}"
-                directory.mkdir()
-                job = Job(str(policy), arguments.dtype, ranks, owned, parameters, str(directory))
-                print(_run(job), flush=True)
-                shutil.rmtree(directory)
+                measured = job((1, 1, ranks), owned)
+                print(_memory_line(measured), flush=True)
+                shutil.rmtree(measured.directory)
 
 
 if __name__ == "__main__":

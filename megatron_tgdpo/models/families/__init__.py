@@ -84,10 +84,10 @@ BEYOND = {
 }
 # The same of those with experts, whatever the case of letters.
 EXPERTS_BEYOND = {
-    "DeepseekV32": "latent attention that chooses its keys",
+    "DeepseekV32": "latent attention (MLA) that chooses its keys",
     "Deepseek": "latent attention (MLA), dense layers before those with experts, and a choice of experts by groups",
     "Glm4MoeLite": "latent attention (MLA), dense layers before those with experts, and a router with sigmoid scores",
-    "GlmMoeDsa": "latent attention that chooses its keys",
+    "GlmMoeDsa": "latent attention (MLA) that chooses its keys",
     "LongcatFlash": "latent attention (MLA), and experts that do nothing",
     "Qwen3_5Moe": "gated delta-net layers",
     "Qwen3Next": "linear attention",
