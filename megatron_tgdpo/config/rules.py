@@ -76,7 +76,7 @@ TRAIN = (
     Rule(
         lambda c: c.train.recompute_modules is not None and c.train.recompute != "selective",
         "train.recompute_modules is {c.train.recompute_modules} with train.recompute {c.train.recompute}: set "
-        "recompute=selective, or recompute_modules to null",
+        "train.recompute=selective, or train.recompute_modules to null",
     ),
     Rule(
         lambda c: {"moe", "shared_experts"} <= set(c.train.recompute_modules or ()),

@@ -87,7 +87,7 @@ BROKEN = [
     ),
     (
         ["train.recompute_modules=[mlp]"],
-        "train.recompute_modules is ['mlp'] with train.recompute none: set recompute=sel",
+        "train.recompute_modules is ['mlp'] with train.recompute none: set train.recompute=sel",
     ),
     (
         ["train.recompute=selective", "train.recompute_modules=[shared_experts, moe]"],
