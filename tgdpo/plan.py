@@ -167,13 +167,11 @@ def _unused(given: argparse.Namespace) -> list[str]:
     }
     layout = [*LAYOUT_OPTIONS[1:], "offload_frozen"]
     found |= {
-        f"--{name.replace('_', '-')} (--schedules has all numbers of stages, of a dense model)": (
-            given.schedules and getattr(given, name)
-        )
+        f"--{name.replace('_', '-')} (--schedules tells bubbles alone)": (given.schedules and getattr(given, name))
         for name in layout
     }
     found |= {
-        "--moments (--schedules tells times)": given.schedules and given.moments != "fp32",
+        "--moments (--schedules tells bubbles alone)": given.schedules and given.moments != "fp32",
         f"--offload-frozen (no frozen model runs with --method {given.method} --guidance {given.guidance})": (
             given.offload_frozen and (given.guidance == "cached" or not method.frozen)
         ),

@@ -34,14 +34,24 @@ def check_overlap(config: Config, layout: ParallelLayout, found: Capabilities, s
     recipe = config.precision.policy_recipe
     if config.overlap.tensor and recipe in ("blockwise", "nvfp4"):
         raise UserError(f"overlap.tensor does not go with {asked_by(recipe)}, whose tensors user buffers do not hold")
-    if config.offload.optimizer and found.device != "cuda":
-        raise UserError("offload.optimizer moves state from a GPU to the CPU: set it to 0 without a GPU")
-    if config.offload.activations and found.device != "cuda":
-        raise UserError("offload.activations moves tensors from a GPU to host memory: set it to false without a GPU")
+    if found.device != "cuda":
+        check_offload_without_gpu(config)
     if config.offload.optimizer and found.transformer_engine is None:
         raise UserError(
             "offload.optimizer needs Transformer Engine: megatron-core 0.16 asks for its version there; set it to 0"
         )
+
+
+def check_offload_without_gpu(config: Config) -> None:
+    """Refuses what only moves tensors off a GPU.
+
+    Raises:
+        UserError: With the key.
+    """
+    if config.offload.optimizer:
+        raise UserError("offload.optimizer moves state from a GPU to the CPU: set it to 0 without a GPU")
+    if config.offload.activations:
+        raise UserError("offload.activations moves tensors from a GPU to host memory: set it to false without a GPU")
 
 
 def ddp_config(overlap: OverlapConfig, precision: PrecisionConfig) -> DistributedDataParallelConfig:

@@ -104,8 +104,7 @@ def _are_largest(values: Tensor, wanted: Tensor, lengths: Tensor, over_ranks: Ov
         # With these bits or higher ones, by the bits.
         least = over_ranks(counts.view(-1, 256)).flip(1).cumsum(1).flip(1)
         here = ((least >= missing[:, None]).sum(1) - 1).clamp(min=0)
-        missing = missing - torch.cat((least, torch.zeros_like(least[:, :1])), 1).gather(1, here[:, None] + 1).squeeze(
-            1
-        )
+        higher = torch.cat((least[:, 1:], torch.zeros_like(least[:, :1])), 1)
+        missing = missing - higher.gather(1, here[:, None]).squeeze(1)
         last = last * 256 + here
     return keys >= last[response]

@@ -25,6 +25,7 @@ from megatron_tgdpo.gpu.energy import check_energy
 from megatron_tgdpo.gpu.fp8 import linear_bytes
 from megatron_tgdpo.gpu.optimizer_state import state_bytes
 from megatron_tgdpo.gpu.options import capabilities, check_experts, check_gpu_options, describe_model
+from megatron_tgdpo.gpu.overlap import check_offload_without_gpu
 from megatron_tgdpo.planning.activations import Pack, gathered_keys, host_activations
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
@@ -139,8 +140,8 @@ def dry_run(
     check_experts(config, configs)
     local = on_cpu or config.model.layer_spec == "local"
     check_recompute(config.train.recomputation, configs["policy"], "local" if local else "transformer_engine")
-    if on_cpu and config.offload.activations:
-        raise UserError("offload.activations moves tensors from a GPU to host memory: set it to false without a GPU")
+    if on_cpu:
+        check_offload_without_gpu(config)
     layout = fitted_layout(config, configs, layout)
     check_best_metric(config)
     memory = planned_memory(config, configs, layout, on_cpu=on_cpu)

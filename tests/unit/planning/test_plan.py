@@ -393,6 +393,14 @@ def _longer_job(path: Path) -> tuple[Job, Cluster]:
     return Job(model, (model, model), ROW, BATCH), Cluster(1, 4)
 
 
+@pytest.mark.parametrize("offload", [{"activations": True}, {"optimizer": 0.5}])
+def test_a_dry_run_on_a_cpu_refuses_what_training_there_does(tmp_path: Path, offload: dict[str, object]) -> None:
+    path = str(make_llama(tmp_path / "model"))
+    values = {**VALID, "model": {"policy": path, "guide": path}, "offload": offload}
+    with pytest.raises(UserError, match=r"offload\.(activations|optimizer) moves .* without a GPU"):
+        dry_run(config_from_dict(values), 1, on_cpu=True)
+
+
 def test_packs_that_a_layout_has_rounded_up_are_said() -> None:
     values = {**VALID, "data": {"train": "pairs.jsonl", "max_length": 128}}
     three = {"tensor": 3, "sequence_parallel": True}
