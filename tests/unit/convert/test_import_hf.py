@@ -11,10 +11,12 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.planner import SavePlan
 
 from checkpoints_convert import pieces
 from checkpoints_convert.compare_weights import different_weights
-from checkpoints_convert.import_hf import import_hf
+from checkpoints_convert.import_hf import _StreamWriter, import_hf
 from megatron_tgdpo.checkpoints.manifest import read_metadata
 from megatron_tgdpo.checkpoints.reader import CheckpointReader
 from megatron_tgdpo.errors import UserError
@@ -34,6 +36,13 @@ def rewrite(path: Path, change: Callable[[Tensors], object]) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_rank_without_pieces_writes_no_file(tmp_path: Path) -> None:
+    plan = SavePlan([], storage_data=_StoragePrefix("__1_"))
+    done = _StreamWriter(tmp_path, mock.Mock()).write_data(plan, mock.Mock())
+    assert done.wait() == []
+    assert not list(tmp_path.iterdir())
 
 
 def convert(hf: Path, out: Path, dtype: torch.dtype | None = None) -> None:
