@@ -41,9 +41,9 @@ def mlp_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
 
 
 def shared_expert_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
-    """Those of the expert that all tokens go to, with its gate; 0 without."""
+    """Those of the expert that all tokens go to, with its gate if it has one; 0 without."""
     experts = Experts.of_layer(hf_config, layer)
-    rows = 3 * experts.shared + 1 if experts is not None and experts.shared else 0
+    rows = 0 if experts is None else 3 * experts.shared + experts.shared_gate
     result: int = 2 * hf_config.hidden_size * rows
     return result
 

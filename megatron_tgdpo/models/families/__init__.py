@@ -9,6 +9,7 @@ from megatron_tgdpo.models.families import (
     gemma2,
     gemma3,
     glm4,
+    glm4_moe,
     gpt_oss,
     granite,
     llama,
@@ -54,6 +55,7 @@ FAMILIES: tuple[Family, ...] = (
     mixtral.FAMILY,
     olmoe.FAMILY,
     gpt_oss.FAMILY,
+    glm4_moe.FAMILY,
 )
 # What the models of these architectures have and no model here; parts of names, the first that fits counts.
 BEYOND = {
@@ -94,7 +96,6 @@ EXPERTS_BEYOND = {
     "Llama4": "chunked attention and layers without rotary positions",
     "Jamba": "state-space layers",
     "Dbrx": "all of their weights in one tensor",
-    "Glm4Moe": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
     "Dots1": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
     "ExaoneMoe": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
     "SolarOpen": "a router with sigmoid scores and a bias in fp32",

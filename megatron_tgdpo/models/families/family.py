@@ -65,11 +65,13 @@ class Weight:
         hf_tensors: (name, shape) of each, ``{layer}`` in the name standing for the 0-based layer, ``{expert}`` for the
             0-based expert, each of which has such a parameter.
         only_if: The key of the HF config without which there is no such parameter; None if there always is.
+        fp32: Whether it is in fp32 whatever the model is in, in memory and in files.
     """
 
     kind: Kind
     hf_tensors: tuple[tuple[str, tuple[Dimension, ...]], ...]
     only_if: str | None = None
+    fp32: bool = False
 
     @property
     def of_layer(self) -> bool:
@@ -118,12 +120,15 @@ class Family:
             that transformers' config class declares must have its default value.
         config_kwargs: The family's part of LanguageModelConfig's arguments, from the HF config.
         weights: By megatron-core name; names of a layer's parameters are relative to ``decoder.layers.N.``.
+        later_layers: The key that says how many layers HF files have after the model's, for the prediction of several
+            tokens at a time; they are left out. None if there are none.
     """
 
     architecture: str
     config_keys: frozenset[str]
     config_kwargs: Callable[[PretrainedConfig], dict[str, Any]]
     weights: Mapping[str, Weight]
+    later_layers: str | None = None
 
     @property
     def has_experts(self) -> bool:
