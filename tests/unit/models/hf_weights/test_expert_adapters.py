@@ -81,10 +81,12 @@ def test_experts_are_stacked_and_unstacked(tmp_path: Path) -> None:
             assert torch.equal(found[1], b[expert].flatten(0, 1))
 
 
-@pytest.mark.parametrize("name", MIXED_OPTIONS)
+@pytest.mark.parametrize("name", [*MIXED_OPTIONS, "glm4_moe"])
 def test_peft_adapts_the_same_of_models_with_and_without_experts_in_layers(tmp_path: Path, name: str) -> None:
     """Not the shared expert, whose linears have the names of a dense MLP's."""
-    path = make_model(tmp_path / "model", layers=2, vocab_size=64, hidden_size=32, **MIXED_OPTIONS[name])
+    path = make_model(
+        tmp_path / "model", layers=2, vocab_size=64, hidden_size=32, **MIXED_OPTIONS.get(name, {"family": name})
+    )
     hf_config, lora = read_hf_config(path), Lora(3, 5.0)
     content = peft_config(lora, None, hf_config)
     targets = {key: content[key] for key in ("target_modules", "target_parameters")}
