@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
@@ -37,8 +36,8 @@ class Router(TopKRouter):
 
     losses: RouterLosses | None = None
 
-    def __init__(self, config: LanguageModelConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+    def __init__(self, config: LanguageModelConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
         if config.router_score_bias:
             self.expert_bias = torch.nn.Parameter(torch.zeros(config.num_moe_experts or 0), requires_grad=False)
 
