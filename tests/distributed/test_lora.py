@@ -111,6 +111,7 @@ CASES = (
 # With --full of tests/run.sh.
 FULL_CASES = (
     _case("tp1-dpo", method="dpo"),
+    _case("deepseek-ep2-cp2", 2, expert=2, context=2, family="deepseek_v2"),
     _case("tp1-sft", method="sft"),
     _case("tp1-recompute", recompute="full"),
     _case("qwen3-tp2-dp2", 4, tensor=2, family="qwen3"),
@@ -136,7 +137,7 @@ def make_adapter(path: Path, base: Path, seed: int, *, targets: list[str], rslor
     targets = [name for name in targets if name in there]
     if experts:
         # Beside them ``peft`` takes modules of a dense MLP's names for theirs.
-        dense = [name for name in targets if name in ALL[5:]]
+        dense = [name for name in targets if name not in ATTENTION]
         experts += [f"mlp.{name}.weight" for name in dense]
         targets = [name for name in targets if name not in dense]
     config = peft.LoraConfig(
