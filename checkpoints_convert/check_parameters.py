@@ -29,14 +29,16 @@ def check_checkpoint(checkpoint: CheckpointReader, hf_config: PretrainedConfig, 
         raise UserError(f"{where}: {key} missing, config.json asks for it")
     for key in sorted(found.keys() - expected.keys()):
         raise UserError(f"{where}: {key} not expected, config.json describes another model")
-    vocabulary = {parameter.key for parameter in global_parameters(hf_config) if parameter.kind == "vocab"}
+    parameters = {parameter.checkpoint_key: parameter for parameter in global_parameters(hf_config)}
+    vocabulary = {key for key, parameter in parameters.items() if parameter.kind == "vocab"}
     paddings = {padded_vocab_size(hf_config, tensor) for tensor in range(1, _LARGEST_TENSOR_SIZE + 1)}
     for key, info in found.items():
         size, wanted = tuple(info.size), expected[key]
         if size != wanted and not (key in vocabulary and size[0] in paddings and size[1:] == wanted[1:]):
             raise UserError(f"{where}: {key} has shape {list(size)}, config.json asks for {list(wanted)}")
-        if info.properties.dtype != stored_dtype:
-            raise UserError(f"{where}: {key} is stored as {info.properties.dtype}, tgdpo.json says {stored_dtype}")
+        dtype = parameters[key].dtype(stored_dtype)
+        if info.properties.dtype != dtype:
+            raise UserError(f"{where}: {key} is stored as {info.properties.dtype}, tgdpo.json says {dtype}")
     count = read_metadata(where).get("parameters", parameter_count(hf_config))
     if count != parameter_count(hf_config):
         raise UserError(f"{where}: it has {count:,} parameters, config.json asks for {parameter_count(hf_config):,}")

@@ -63,9 +63,19 @@ class _File:
         return dict(tensor for parameter in self.parameters for tensor in parameter.hf_tensors)
 
     @property
+    def fp32(self) -> set[str]:
+        """Names of the HF tensors that are in fp32 whatever the others are in."""
+        return {name for parameter in self.parameters if parameter.fp32 for name, _ in parameter.hf_tensors}
+
+    @property
     def numel(self) -> int:
         """Elements of the HF tensors."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes of the HF tensors, of a model in a dtype."""
+        more = torch.float32.itemsize - dtype.itemsize
+        return self.numel * dtype.itemsize + more * sum(math.prod(self.shapes[name]) for name in self.fp32)
 
 
 def export_hf(
@@ -122,7 +132,7 @@ def export_hf(
         # Where products are made of pieces, these are of the same rows whatever dtype the base is stored in.
         element_size = stored.itemsize if base is None else torch.float32.itemsize
         files = _plan(global_parameters(hf_config), dtype.itemsize, max_shard_bytes)
-        size = sum(file.numel for file in files) * dtype.itemsize
+        size = sum(file.size(dtype) for file in files)
         directory.reserve(size)
         mine = share(files, [file.numel for file in files], dist.get_rank(), dist.get_world_size())
         finite = FiniteCheck()
@@ -181,12 +191,13 @@ def _write(
     finite: FiniteCheck,
 ) -> None:
     def read_converted(piece: Piece) -> list[tuple[str, int, Tensor]]:
-        return [(name, first, converted(finite.look(name, part), dtype, name)) for name, first, part in read(piece)]
+        own = piece.parameter.dtype(dtype)
+        return [(name, first, converted(finite.look(name, part), own, name)) for name, first, part in read(piece)]
 
-    with progress_bar("Megatron to HF", sum(file.numel for file in files) * dtype.itemsize, quiet=quiet) as bar:
+    with progress_bar("Megatron to HF", sum(file.size(dtype) for file in files), quiet=quiet) as bar:
         for file in files:
             pieces = [piece for parameter in file.parameters for piece in pieces_of(parameter, element_size)]
-            with SafetensorsFile(directory / file.name, file.shapes, dtype) as writer:
+            with SafetensorsFile(directory / file.name, file.shapes, dtype, file.fp32) as writer:
                 for _, parts in read_ahead(read_converted, pieces):
                     for name, first, rows in parts:
                         writer.write_rows(name, first, rows)

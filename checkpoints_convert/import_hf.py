@@ -34,7 +34,7 @@ from megatron_tgdpo.checkpoints.listing import write_description
 from megatron_tgdpo.checkpoints.model_directory import hf_files
 from megatron_tgdpo.console import waiting
 from megatron_tgdpo.models.hf_weights.check import open_hf
-from megatron_tgdpo.models.hf_weights.mapping import Heads, expected_shapes, parameter_count
+from megatron_tgdpo.models.hf_weights.mapping import Heads, global_parameters, parameter_count
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 from megatron_tgdpo.storage.dtypes import dtype_name
@@ -63,11 +63,12 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
         checkpoint = directory.run_on_all_ranks(lambda: open_hf(hf, hf_config))
         stored = dtype or _common_dtype(checkpoint, hf_config)
         pieces = all_pieces(hf_config, stored.itemsize)
-        size = sum(piece.numel for piece in pieces) * stored.itemsize
+        size = sum(piece.numel * piece.parameter.dtype(stored).itemsize for piece in pieces)
         directory.reserve(size)
         mine = share(pieces, [piece.numel for piece in pieces], dist.get_rank(), dist.get_world_size())
         directory.run_on_rank0(lambda: write_common(serialise_common({}), directory.temporary))
-        with progress_bar("HF to Megatron", sum(piece.numel for piece in mine) * stored.itemsize) as bar:
+        total = sum(piece.numel * piece.parameter.dtype(stored).itemsize for piece in mine)
+        with progress_bar("HF to Megatron", total) as bar:
             planner = _Planner(checkpoint, hf_config, stored, mine)
             writer = _StreamWriter(directory.temporary, bar)
             directory.run_on_all_ranks(lambda: dcp.save({}, storage_writer=writer, planner=planner))
@@ -82,7 +83,8 @@ def import_hf(hf: Path, out: Path, hf_config: PretrainedConfig, dtype: torch.dty
 
 
 def _common_dtype(checkpoint: HfCheckpoint, hf_config: PretrainedConfig) -> torch.dtype:
-    dtypes = {checkpoint.tensors[name].torch_dtype for name in expected_shapes(hf_config)}
+    names = [name for one in global_parameters(hf_config) if not one.fp32 for name, _ in one.hf_tensors]
+    dtypes = {checkpoint.tensors[name].torch_dtype for name in names}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
@@ -107,7 +109,8 @@ class _Planner(DefaultSavePlanner):
         assert index.offset is not None
         sizes = (*(1 for _ in piece.parameter.index), piece.end - piece.start, *piece.parameter.shape[1:])
         chunk = ChunkStorageMetadata(index.offset, torch.Size(sizes))
-        data = TensorWriteData(chunk, TensorProperties(dtype=self._dtype), torch.Size(self._sizes[index.fqn]))
+        properties = TensorProperties(dtype=piece.parameter.dtype(self._dtype))
+        data = TensorWriteData(chunk, properties, torch.Size(self._sizes[index.fqn]))
         return WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
@@ -119,7 +122,9 @@ class _Planner(DefaultSavePlanner):
         piece = self._pieces[write_item.index]
         rows = piece.read_hf(self._checkpoint, self._heads)
         self.finite.look(piece.parameter.hf_tensors[piece.hf_index or 0][0], rows)
-        return converted(rows, self._dtype, write_item.index.fqn).view(write_item.tensor_data.chunk.sizes)
+        return converted(rows, piece.parameter.dtype(self._dtype), write_item.index.fqn).view(
+            write_item.tensor_data.chunk.sizes
+        )
 
 
 def _index(piece: Piece) -> MetadataIndex:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -32,7 +32,8 @@ class SafetensorsFile:
     Args:
         path: The file, which must not exist.
         shapes: Shape by name; the tensors lie in this order.
-        dtype: Of all of them: bf16, fp16 or fp32.
+        dtype: Of them: bf16, fp16 or fp32.
+        fp32: Names of those that are in fp32 all the same.
 
     Attributes:
         path: As given.
@@ -42,17 +43,20 @@ class SafetensorsFile:
         OSError: It cannot be made.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, fp32: Collection[str] = ()
+    ) -> None:
         self.path = path
         self._stream = path.open("xb")
-        self._dtype = dtype
+        self._dtypes = {name: torch.float32 if name in fp32 else dtype for name in shapes}
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._starts: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position, dtype_in_header = 0, dtype_name(dtype, SAFETENSORS_DTYPES)
+        position, in_header = 0, {kind: dtype_name(kind, SAFETENSORS_DTYPES) for kind in {*self._dtypes.values()}}
         for name, shape in self._shapes.items():
-            end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": dtype_in_header, "shape": list(shape), "data_offsets": [position, end]}
+            own = self._dtypes[name]
+            end = position + math.prod(shape) * own.itemsize
+            header[name] = {"dtype": in_header[own], "shape": list(shape), "data_offsets": [position, end]}
             self._starts[name] = position
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -77,15 +81,15 @@ class SafetensorsFile:
         Args:
             name: The tensor.
             first: Its first row that is written.
-            rows: On the CPU, of the file's dtype.
+            rows: On the CPU, of the tensor's dtype.
 
         Raises:
             OSError: The disk is full, or anything else.
         """
         shape = self._shapes[name]
-        if rows.dtype != self._dtype or tuple(rows.shape[1:]) != shape[1:] or first + rows.shape[0] > shape[0]:
+        if rows.dtype != self._dtypes[name] or tuple(rows.shape[1:]) != shape[1:] or first + rows.shape[0] > shape[0]:
             raise ValueError(f"{name}: rows {list(rows.shape)} of {rows.dtype} at {first} do not fit {list(shape)}")
-        place = self._data + self._starts[name] + first * math.prod(shape[1:]) * self._dtype.itemsize
+        place = self._data + self._starts[name] + first * math.prod(shape[1:]) * rows.dtype.itemsize
         if place != self._stream.tell():
             raise ValueError(f"{name}: row {first} is not what comes next in {self.path}")
         self._stream.write(bytes_of(rows.contiguous()))

@@ -77,14 +77,24 @@ NOTES = {
     ),
     "MixtralForCausalLM": ("Mixtral 8x7B, 8x22B", "windows; experts in every layer"),
     "OlmoeForCausalLM": ("OLMoE 1B-7B", "norms over all query heads and all key heads; experts in every layer"),
+    "Glm4MoeForCausalLM": (
+        "GLM-4.5, GLM-4.5-Air, GLM-4.6",
+        "rotation of a part of each head; biases; norms of query and key heads; dense layers, then experts, one for "
+        "all tokens; sigmoid scores with a bias in fp32, groups of experts",
+    ),
     "GptOssForCausalLM": (
         "gpt-oss-20b, gpt-oss-120b, dequantised",
         "attention sinks; windows on every other layer; YaRN; biases, those of the router and the experts included; "
         "experts in every layer, with a clamped gate",
     ),
     "DeepseekV2ForCausalLM": (
-        "DeepSeek-V2-Lite, DeepSeek-Coder-V2-Lite",
-        "latent attention; experts after the first dense layers, and one for all tokens",
+        "DeepSeek-V2, V2-Lite, DeepSeek-Coder-V2",
+        "latent attention; dense layers, then experts, one for all tokens; groups of experts",
+    ),
+    "DeepseekV3ForCausalLM": (
+        "DeepSeek-V3, R1, dequantised; Moonlight",
+        "latent attention; dense layers, then experts, one for all tokens; sigmoid scores with a bias in fp32, groups "
+        "of experts",
     ),
 }
 

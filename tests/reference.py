@@ -124,6 +124,8 @@ class Routers:
     def __init__(self, model: PreTrainedModel) -> None:
         self.top_k = model.config.num_experts_per_tok
         self.logits: list[Tensor] = []
+        # Of routers that choose by more than their logits, whose scores are sigmoids: their choices.
+        self.chosen: list[Tensor] = []
         self._hooks = [
             module.register_forward_hook(self._record)
             for name, module in model.named_modules()
@@ -135,6 +137,8 @@ class Routers:
         hidden = args[0].reshape(-1, args[0].shape[-1])
         logits = hidden @ module.weight.T
         self.logits.append(logits if getattr(module, "bias", None) is None else logits + module.bias)
+        if hasattr(module, "e_score_correction_bias"):
+            self.chosen.extend(part for part in output if not part.is_floating_point())
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -143,15 +147,20 @@ class Routers:
     def take(self) -> tuple[Tensor, Tensor]:
         """Load balancing and z, each the mean over layers; forgets the sequence."""
         aux, z = [], []
-        for logits in self.logits:
+        for number, logits in enumerate(self.logits):
             probabilities = logits.softmax(dim=-1)
+            choices = logits.topk(self.top_k).indices
+            if self.chosen:
+                scores = logits.sigmoid()
+                probabilities, choices = scores / scores.sum(dim=-1, keepdim=True), self.chosen[number]
             tokens, experts = probabilities.shape
             loads = torch.zeros(experts)
-            for chosen in logits.topk(self.top_k).indices:
+            for chosen in choices:
                 loads[chosen] += 1 / (self.top_k * tokens)
             aux.append(experts * (loads * probabilities.mean(dim=0)).sum())
             z.append((logits.logsumexp(dim=-1) ** 2).mean())
         self.logits.clear()
+        self.chosen.clear()
         return torch.stack(aux).mean(), torch.stack(z).mean()
 
 

@@ -43,6 +43,21 @@ EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"head_dim": 32, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "glm4_moe": {
+        "head_dim": 32,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        # Two of four groups with two experts each.
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.7,
+    },
     "gpt_oss": {
         "head_dim": 32,
         "sliding_window": 24,
@@ -88,6 +103,20 @@ MIXED_OPTIONS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "routed_scaling_factor": 1.5,
         "rope_parameters": {**_YARN, "rope_theta": 10000.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3": {
+        "family": "deepseek_v3",
+        **_LATENT,
+        "q_lora_rank": 36,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 48,
+        "routed_scaling_factor": 1.5,
+        "rope_parameters": {**_YARN, "rope_theta": 10000.0, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
 }
 
@@ -259,9 +288,15 @@ def make_model(
                     parameter.mul_(3.0)
             for parameter in (p for p in model.parameters() if noise and p.dim() > 1):
                 parameter.mul_(1 + noise * torch.randn_like(parameter))
+        # In fp32 whatever the model is in.
+        biases = [module for module in model.modules() if hasattr(module, "e_score_correction_bias")]
+        drawn = [0.03 * torch.randn_like(module.e_score_correction_bias) for module in biases]
     model.generation_config.temperature = 0.7
     model.generation_config.do_sample = True
-    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    model.to(dtype)
+    for module, bias in zip(biases, drawn, strict=True):
+        module.e_score_correction_bias.data = bias
+    model.save_pretrained(path, max_shard_size=max_shard_size)
     make_tokenizer(vocab_size).save_pretrained(path)
     return path
 

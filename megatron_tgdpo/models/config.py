@@ -34,6 +34,10 @@ class LanguageModelConfig(TransformerConfig):
         logit_scale: Factor of the logits, applied to the hidden states that they are made of.
         fused_layer_wgrad: Transformer Engine's linears add weight gradients to the fp32 buffer in the product itself.
             ``gradient_accumulation_fusion`` would ask megatron-core's own layers for apex's kernel too.
+        router_score_bias: Routers add a bias to their scores, which counts for the choice of experts alone.
+        router_normalised: The weights of a token's experts sum to 1 before ``moe_router_topk_scaling_factor``, where
+            scores are sigmoids or experts are chosen by groups; else see ``moe_router_pre_softmax``.
+        router_group_best: Of how many experts' scores those of a group are made, where experts are chosen by groups.
         router_aux_loss: Coefficient of the routers' load balancing loss (``models/router_losses.py``); megatron-core's
             own key would have it apply another.
         router_z_loss: The same of their z-loss.
@@ -53,6 +57,9 @@ class LanguageModelConfig(TransformerConfig):
     embedding_scale_rounded: bool = True
     logit_scale: float = 1.0
     fused_layer_wgrad: bool = False
+    router_score_bias: bool = False
+    router_normalised: bool = True
+    router_group_best: int = 2
     router_aux_loss: float = 0.0
     router_z_loss: float = 0.0
     adapters: bool = False

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.router_losses import RouterLosses, follow_packs
 
 
@@ -29,16 +31,27 @@ class Router(TopKRouter):
 
     Attributes:
         losses: Of a model that trains with them; else None.
+        expert_bias: [experts] float32, what :func:`choose_experts` adds to scores, or None. megatron-core's own
+            would be on a GPU, and follow the experts' loads; this is a weight that does not train.
     """
 
     losses: RouterLosses | None = None
 
+    def __init__(self, config: LanguageModelConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        if config.router_score_bias:
+            self.expert_bias = torch.nn.Parameter(torch.zeros(config.num_moe_experts or 0), requires_grad=False)
+
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """[S_local, 1, experts] logits -> [S_local, experts]: weights in float32, and whether a token goes there."""
-        weights, routed = super().routing(logits, *args, **kwargs)
+        flat, scores = logits.view(-1, logits.shape[-1]), None
+        if self.config.moe_router_score_function == "sigmoid" or self.config.moe_router_num_groups:
+            weights, routed, scores = choose_experts(flat, self.config, self.expert_bias)
+        else:
+            weights, routed = super().routing(logits, *args, **kwargs)
         if self.losses is not None and torch.is_grad_enabled():
-            logits = logits.view(-1, logits.shape[-1])
-            weights = self.losses.attach(weights, logits, routed, logits.softmax(dim=-1))
+            probabilities = flat.softmax(dim=-1) if scores is None else scores / scores.sum(dim=-1, keepdim=True)
+            weights = self.losses.attach(weights, flat, routed, probabilities)
         return weights, routed
 
     def gating(self, input: Tensor) -> Tensor:
@@ -51,6 +64,41 @@ class Router(TopKRouter):
 
     def _apply_expert_bias(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: there is none here, and megatron-core compiles the function that looks for it."""
+
+
+def choose_experts(logits: Tensor, config: LanguageModelConfig, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """To which experts tokens go, by softmax or sigmoid scores, of groups of experts those that are best for a token.
+
+    A group is as good as its ``router_group_best`` best experts together. Tokens go to the experts with the highest
+    scores in the ``moe_router_group_topk`` best groups; ``bias`` counts for the choice alone. Their weights are the
+    scores, normalised to a sum of 1 if ``router_normalised``, times ``moe_router_topk_scaling_factor``.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434) section 2.2.2, DeepSeek-V3 (arXiv 2412.19437) eq. 13 to 16; transformers
+    5.24 ``DeepseekV2TopkRouter``, ``DeepseekV3TopkRouter``, ``Glm4MoeTopkRouter``.
+
+    Args:
+        logits: [T, E] float32.
+        config: The model's.
+        bias: [E] float32, or None.
+
+    Returns:
+        [T, E]: weights in float32, 0 where a token does not go; whether it goes there; the scores without bias.
+    """
+    scores = logits.sigmoid() if config.moe_router_score_function == "sigmoid" else logits.softmax(dim=-1)
+    ranked = scores if bias is None else scores + bias
+    if config.moe_router_num_groups:
+        groups = ranked.unflatten(1, (config.moe_router_num_groups, -1))  # [T, groups, E / groups]
+        worth = groups.topk(config.router_group_best, dim=-1).values.sum(dim=-1)
+        best = torch.zeros_like(worth, dtype=torch.bool)
+        best.scatter_(1, worth.topk(config.moe_router_group_topk, dim=-1).indices, True)
+        ranked = groups.masked_fill(~best.unsqueeze(-1), -torch.inf).flatten(1)
+    experts = ranked.topk(config.moe_router_topk, dim=-1).indices
+    weights = scores.gather(1, experts)
+    if config.router_normalised:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    weights = weights * (config.moe_router_topk_scaling_factor or 1.0)
+    routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)
+    return torch.zeros_like(logits).scatter(1, experts, weights), routed, scores
 
 
 def _fp32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -47,13 +47,9 @@ def mlp_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
 
 
 def shared_expert_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
-    """Those of the expert that all tokens go to, with its gate; 0 without."""
+    """Those of the expert that all tokens go to, with its gate if it has one; 0 without."""
     experts = Experts.of_layer(hf_config, layer)
-    if experts is None or not experts.shared:
-        return 0
-    rows = 3 * experts.shared + bool(
-        family_of(hf_config.architectures).config_kwargs(hf_config).get("moe_shared_expert_gate")
-    )
+    rows = 0 if experts is None else 3 * experts.shared + experts.shared_gate
     result: int = 2 * hf_config.hidden_size * rows
     return result
 

@@ -74,12 +74,14 @@ CASES = (
         guide="qwen3_moe-mixed",
         sections={**_CACHED, **_LOSSES, **_again("mlp", "moe")},
     ),
+    Case("glm4-moe", 1, family="glm4_moe", guide=None, sections={**_LOSSES, **_again("mlp", "moe")}),
+    Case("glm4-moe-pp2-then-ep2", 2, {"pipeline": 2}, family="glm4_moe", guide="glm4_moe", then={"expert": 2}),
     Case("mixed-ep2-then-tp2-sp", 2, {"expert": 2}, family="qwen3_moe-mixed", guide="qwen2_moe-mixed", then=_SP),
     # The first stage alone has a layer without experts; then no chunk of the second.
     Case("mixed-pp2-then-vpp2", 2, {"pipeline": 2}, family="qwen3_moe-mixed", guide="llama", then=_VPP),
     # Latent attention.
-    Case("deepseek-ep2-cp2", 2, {"expert": 2, "context": 2}, family="deepseek_v2", guide="deepseek_v2"),
-    Case("deepseek-tp2-sp-then-pp2", 2, _SP, family="deepseek_v2", guide=None, then={"pipeline": 2}),
+    Case("deepseek-ep2-cp2", 2, {"expert": 2, "context": 2}, family="deepseek_v2", guide="deepseek_v3"),
+    Case("deepseek-tp2-sp-then-pp2", 2, _SP, family="deepseek_v3", guide=None, then={"pipeline": 2}),
     Case("tp2-sp", 2, _SP),
     Case("ep2", 2, {"expert": 2}, guide="mixtral"),
     Case("ep2-cp2", 2, {"expert": 2, "context": 2}, sections={**_LOSSES, **_TWICE}),
@@ -169,7 +171,7 @@ class Inputs:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     root = tmp_path_factory.mktemp("experts")
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "mlp_size": 48}
-    for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "olmoe"):
+    for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "olmoe", "glm4_moe"):
         make_model(root / f"policy-{family}", family, seed=1, **small)
         make_model(root / f"guide-{family}", family, seed=2, **small)
     make_model(root / "policy-qwen3_moe-plain", "qwen3_moe", seed=3, **small, norm_topk_prob=False)

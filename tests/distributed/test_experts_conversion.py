@@ -38,11 +38,19 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chosen(request: pytest.FixtureRequest) -> set[str]:
+    """The models that this run's tests are of."""
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return {one["model"] for one in params if one.get("model") in MODELS}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, chosen: set[str]) -> Path:
     """HF models and their Megatron conversions, and what the worker made on every layout."""
     root = tmp_path_factory.mktemp("experts")
     for seed, (name, options) in enumerate(MODELS.items()):
-        make_model(root / "hf" / name, hidden_size=32, layers=2, max_shard_size="60KB", seed=seed, **options)
+        if name in chosen:
+            make_model(root / "hf" / name, hidden_size=32, layers=2, max_shard_size="60KB", seed=seed, **options)
     run_forked(WORKER, [str(root), "single", *LAYOUTS[1]])
     for processes in (2, 4):
         run_forked(WORKER, [str(root), *LAYOUTS[processes]], processes=processes)
@@ -50,21 +58,43 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(root: Path) -> dict[str, dict[str, torch.Tensor]]:
+def expected(root: Path, chosen: set[str]) -> dict[str, dict[str, torch.Tensor]]:
     """What transformers computes of the pack's sequences: logits [S, V], and to which experts each layer sends them."""
     found = {}
-    for name in MODELS:
+    for name in chosen:
         model = AutoModelForCausalLM.from_pretrained(
             root / "hf" / name, dtype=torch.float32, attn_implementation="eager"
         )
         sequences = pack_tokens()[: sum(LENGTHS)].split(LENGTHS)
+        recorded = record_choices(model)
         with torch.no_grad():
             outputs = [model(tokens[None], output_router_logits=True) for tokens in sequences]
         found[name] = {"logits": torch.cat([output.logits[0] for output in outputs])}
+        if recorded:
+            count = model.config.n_routed_experts
+            for layer, parts in enumerate(recorded):
+                experts = torch.cat(parts)
+                routed = torch.zeros(len(experts), count, dtype=torch.uint8)
+                found[name][f"experts.{layer}"] = routed.scatter(1, experts, 1)
+            continue
         for layer in range(len(outputs[0].router_logits)):
             logits = torch.cat([output.router_logits[layer].flatten(0, -2) for output in outputs])
-            chosen = logits.topk(model.config.num_experts_per_tok).indices
-            found[name][f"experts.{layer}"] = torch.zeros(logits.shape, dtype=torch.uint8).scatter(1, chosen, 1)
+            experts = logits.topk(model.config.num_experts_per_tok).indices
+            found[name][f"experts.{layer}"] = torch.zeros(logits.shape, dtype=torch.uint8).scatter(1, experts, 1)
+    return found
+
+
+def record_choices(model: torch.nn.Module) -> list[list[torch.Tensor]]:
+    """Filled by the model's forwards: of each router that does not choose by its logits alone, [tokens, k] experts."""
+    found: list[list[torch.Tensor]] = []
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            found.append(parts := [])
+
+            def record(router: object, args: object, output: Any, parts: list = parts) -> None:
+                parts.extend(part for part in output if not part.is_floating_point())
+
+            module.register_forward_hook(record)
     return found
 
 
@@ -102,5 +132,6 @@ def test_imports_what_megatron_core_would_save(root: Path, model: str) -> None:
         assert type(ours.state_dict_metadata[key]) is type(info), key
         if isinstance(info, TensorStorageMetadata):
             assert ours.state_dict_metadata[key].size == info.size, key
+            assert ours.state_dict_metadata[key].properties.dtype == info.properties.dtype, key
     assert ours.planner_data == theirs.planner_data
     assert any("experts" in key for key in theirs.state_dict_metadata)

@@ -10,6 +10,7 @@ from megatron_tgdpo.models.families import (
     gemma2,
     gemma3,
     glm4,
+    glm4_moe,
     gpt_oss,
     granite,
     llama,
@@ -59,7 +60,9 @@ FAMILIES: tuple[Family, ...] = (
     mixtral.FAMILY,
     olmoe.FAMILY,
     gpt_oss.FAMILY,
+    glm4_moe.FAMILY,
     deepseek.V2,
+    deepseek.V3,
 )
 # What the models of these architectures have and no model here; parts of names, the first that fits counts.
 BEYOND = {
@@ -89,7 +92,6 @@ BEYOND = {
 # The same of those with experts, whatever the case of letters.
 EXPERTS_BEYOND = {
     "DeepseekV32": "latent attention (MLA) that chooses its keys",
-    "Deepseek": "a router with sigmoid scores, a bias in fp32 and a choice of experts by groups",
     "Glm4MoeLite": "a router with sigmoid scores and a bias in fp32",
     "GlmMoeDsa": "latent attention (MLA) that chooses its keys",
     "LongcatFlash": "latent attention (MLA), and experts that do nothing",
@@ -98,7 +100,6 @@ EXPERTS_BEYOND = {
     "Llama4": "chunked attention and layers without rotary positions",
     "Jamba": "state-space layers",
     "Dbrx": "all of their weights in one tensor",
-    "Glm4Moe": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
     "Dots1": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
     "ExaoneMoe": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
     "SolarOpen": "a router with sigmoid scores and a bias in fp32",

@@ -1,7 +1,7 @@
-"""DeepSeek-V2: latent attention, and after some dense layers experts, of which one is shared.
+"""DeepSeek-V2 and V3: latent attention, and after some dense layers experts, of which one is for all tokens.
 
-A token's experts are those with the highest softmax over all, not normalised. Files of transformers and DeepSeek have
-several shared experts as one of their sizes together.
+V3's router has sigmoid scores and a bias for the choice, V2's a softmax; both may choose among groups of experts. V3's
+published files have layers at their end for the prediction of several tokens, of which nothing is read.
 """
 
 from typing import Any
@@ -11,60 +11,44 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import experts, latent
 from megatron_tgdpo.models.families.dense import MLP
-from megatron_tgdpo.models.families.family import Family, Weight
+from megatron_tgdpo.models.families.family import Family
 
-_SHARED = MLP + "shared_experts."
-_SHARED_EXPERT = {
-    "mlp.shared_experts.linear_fc1.weight": Weight(
-        "glu",
-        (
-            (_SHARED + "gate_proj.weight", ("shared_mlp", "hidden")),
-            (_SHARED + "up_proj.weight", ("shared_mlp", "hidden")),
-        ),
-    ),
-    "mlp.shared_experts.linear_fc2.weight": Weight("row", ((_SHARED + "down_proj.weight", ("hidden", "shared_mlp")),)),
+_KEYS = experts.CONFIG_KEYS | experts.DEEPSEEK_KEYS | latent.CONFIG_KEYS
+_WEIGHTS = {
+    **latent.with_latent_attention(experts.QWEN_WEIGHTS),
+    **experts.shared_weights(MLP + "shared_experts."),
 }
 
 
 def _v2(hf_config: PretrainedConfig) -> dict[str, Any]:
-    if hf_config.topk_method != "greedy":
-        raise UserError(
-            f"config.json: topk_method is {hf_config.topk_method!r}, only 'greedy' is supported: megatron-core chooses "
-            "among groups of experts by the sum of several scores, DeepSeek-V2 by the largest"
-        )
-    if not hf_config.n_shared_experts or hf_config.n_shared_experts < 1:
-        raise UserError(f"config.json: n_shared_experts is {hf_config.n_shared_experts}: it must be positive")
+    method = hf_config.topk_method
+    if method not in ("greedy", "group_limited_greedy"):
+        raise UserError(f"config.json: topk_method is {method!r}, only greedy and group_limited_greedy are supported")
+    grouped = method == "group_limited_greedy"
     return {
-        **experts.config_kwargs(
-            hf_config,
-            experts=hf_config.n_routed_experts,
-            size=hf_config.moe_intermediate_size,
-            top_k=hf_config.num_experts_per_tok,
-            normalised=False,
-            layers=experts.after_first_dense(hf_config),
-        ),
+        **experts.deepseek_config_kwargs(hf_config, sigmoid=False, normalised=False, grouped=grouped),
         **latent.attention_kwargs(hf_config, interleaved=True),
-        "moe_router_topk_scaling_factor": float(hf_config.routed_scaling_factor),
-        "moe_shared_expert_intermediate_size": hf_config.n_shared_experts * hf_config.moe_intermediate_size,
+    }
+
+
+def _v3(hf_config: PretrainedConfig) -> dict[str, Any]:
+    return {
+        **experts.deepseek_config_kwargs(hf_config, sigmoid=True, normalised=bool(hf_config.norm_topk_prob)),
+        **latent.attention_kwargs(hf_config, interleaved=bool(hf_config.rope_interleave)),
     }
 
 
 V2 = Family(
     architecture="DeepseekV2ForCausalLM",
-    # norm_topk_prob is left out: transformers takes no notice of it.
-    config_keys=experts.CONFIG_KEYS
-    | latent.CONFIG_KEYS
-    | {
-        "first_k_dense_replace",
-        "moe_intermediate_size",
-        "n_group",
-        "n_routed_experts",
-        "n_shared_experts",
-        "num_experts_per_tok",
-        "routed_scaling_factor",
-        "topk_group",
-        "topk_method",
-    },
+    # transformers takes no notice of norm_topk_prob.
+    config_keys=(_KEYS | {"topk_method"}) - {"norm_topk_prob"},
     config_kwargs=_v2,
-    weights={**latent.with_latent_attention(experts.QWEN_WEIGHTS), **_SHARED_EXPERT},
+    weights=_WEIGHTS,
+)
+V3 = Family(
+    architecture="DeepseekV3ForCausalLM",
+    config_keys=_KEYS | {"rope_interleave", "num_nextn_predict_layers", "num_mtp_layers"},
+    config_kwargs=_v3,
+    weights={**_WEIGHTS, **experts.SCORE_BIAS},
+    later_layers="num_nextn_predict_layers",
 )

@@ -43,6 +43,44 @@ def weights(router: str, gate: str, up: str, down: str) -> dict[str, Weight]:
     }
 
 
+def shared_weights(prefix: str) -> dict[str, Weight]:
+    """Those of the expert that all tokens go to; ``prefix`` is of its projections' names, with ``{layer}``."""
+    return {
+        "mlp.shared_experts.linear_fc1.weight": Weight(
+            "glu",
+            (
+                (f"{prefix}gate_proj.weight", ("shared_mlp", "hidden")),
+                (f"{prefix}up_proj.weight", ("shared_mlp", "hidden")),
+            ),
+        ),
+        "mlp.shared_experts.linear_fc2.weight": Weight(
+            "row", ((f"{prefix}down_proj.weight", ("hidden", "shared_mlp")),)
+        ),
+    }
+
+
+# What DeepSeek-V3's router, and those made like it, add to their scores.
+SCORE_BIAS = {
+    "mlp.router.expert_bias": Weight("copy", ((dense.MLP + "gate.e_score_correction_bias", ("experts",)),), fp32=True)
+}
+
+# Keys of DeepSeek's experts, and of those made like them.
+DEEPSEEK_KEYS = frozenset(
+    {
+        "num_local_experts",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "n_shared_experts",
+        "first_k_dense_replace",
+        "n_group",
+        "topk_group",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+    }
+)
+
+
 QWEN_WEIGHTS = weights(
     dense.MLP + "gate.weight",
     dense.MLP + "experts.{expert}.gate_proj.weight",
@@ -76,6 +114,7 @@ def config_kwargs(
     top_k: int,
     normalised: bool,
     layers: Sequence[bool] | None = None,
+    partial_rotary: bool = False,
 ) -> dict[str, Any]:
     """The dense decoder's settings with experts in the MLP's place.
 
@@ -86,6 +125,7 @@ def config_kwargs(
         top_k: Experts of a token.
         normalised: Whether the weights of a token's experts sum to 1.
         layers: Whether each layer has experts; None where all have.
+        partial_rotary: See :func:`dense.config_kwargs`.
 
     Raises:
         UserError: There are fewer experts than a token goes to, or one with a weight of 1; or no layer has experts.
@@ -94,7 +134,7 @@ def config_kwargs(
         raise UserError(f"config.json: num_experts_per_tok is {top_k} with {experts} experts")
     if top_k == 1 and normalised:
         raise UserError("config.json: num_experts_per_tok is 1 with normalised weights: no router could learn")
-    settings = dense.config_kwargs(hf_config)
+    settings = dense.config_kwargs(hf_config, partial_rotary=partial_rotary)
     if layers is None or all(layers):
         # Without a list, as megatron-core's checkpoints have all layers in one tensor then.
         settings["ffn_hidden_size"] = size
@@ -114,3 +154,58 @@ def config_kwargs(
         "moe_router_topk": top_k,
         "moe_router_pre_softmax": not normalised,
     }
+
+
+def deepseek_config_kwargs(
+    hf_config: PretrainedConfig, *, sigmoid: bool, normalised: bool, grouped: bool = True, partial_rotary: bool = False
+) -> dict[str, Any]:
+    """DeepSeek's experts, routers and shared experts, also of models made like them, beside the dense decoder.
+
+    Args:
+        hf_config: With ``DEEPSEEK_KEYS``.
+        sigmoid: Whether scores are sigmoids with a bias for the choice, groups judged by their best two experts
+            (DeepSeek-V3); else a softmax over all experts, groups judged by their best one (DeepSeek-V2).
+        normalised: Whether the weights of a token's experts sum to 1 before the scaling factor.
+        grouped: Whether experts are chosen from some groups (``n_group``, ``topk_group``), or from all.
+        partial_rotary: See :func:`dense.config_kwargs`.
+
+    Raises:
+        UserError: As :func:`config_kwargs`; or groups do not divide the experts, or have too few.
+    """
+    experts, top_k = hf_config.n_routed_experts, hf_config.num_experts_per_tok
+    shared, groups = hf_config.n_shared_experts, {}
+    if grouped:
+        groups = _group_kwargs(hf_config.n_group or 1, hf_config.topk_group or 1, experts, top_k, 2 if sigmoid else 1)
+    if not shared or shared < 1:
+        raise UserError(f"config.json: n_shared_experts is {shared}, which is not supported: at least 1")
+    return {
+        **config_kwargs(
+            hf_config,
+            experts=experts,
+            size=hf_config.moe_intermediate_size,
+            top_k=top_k,
+            normalised=normalised,
+            layers=after_first_dense(hf_config),
+            partial_rotary=partial_rotary,
+        ),
+        "moe_shared_expert_intermediate_size": shared * hf_config.moe_intermediate_size,
+        "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
+        "moe_router_topk_scaling_factor": hf_config.routed_scaling_factor,
+        "router_score_bias": sigmoid,
+        "router_normalised": normalised,
+        **groups,
+    }
+
+
+def _group_kwargs(groups: int, chosen: int, experts: int, top_k: int, best: int) -> dict[str, Any]:
+    if groups < 1 or experts % groups or experts // groups < best:
+        raise UserError(f"config.json: n_group is {groups}, which does not divide {experts} experts into groups")
+    if not 1 <= chosen <= groups or chosen * (experts // groups) < top_k:
+        raise UserError(
+            f"config.json: topk_group is {chosen} of {groups} groups with {experts // groups} experts each, for "
+            f"{top_k} experts of a token"
+        )
+    # Among all groups there is nothing to choose.
+    if chosen == groups:
+        return {}
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen, "router_group_best": best}

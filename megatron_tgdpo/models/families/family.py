@@ -74,12 +74,14 @@ class Weight:
             0-based expert, each of which has such a parameter.
         only_if: The key of the HF config without which there is no such parameter; None if there always is.
         unless: The key with which there is none.
+        fp32: Whether it is in fp32 whatever the model is in, in memory and in files.
     """
 
     kind: Kind
     hf_tensors: tuple[tuple[str, tuple[Dimension, ...]], ...]
     only_if: str | None = None
     unless: str | None = None
+    fp32: bool = False
 
     def is_in(self, hf_config: PretrainedConfig) -> bool:
         """Whether a model of this config has it."""
@@ -133,12 +135,15 @@ class Family:
             that transformers' config class declares must have its default value.
         config_kwargs: The family's part of LanguageModelConfig's arguments, from the HF config.
         weights: By megatron-core name; names of a layer's parameters are relative to ``decoder.layers.N.``.
+        later_layers: The key that says how many layers HF files have after the model's, for the prediction of several
+            tokens at a time; they are left out. None if there are none.
     """
 
     architecture: str
     config_keys: frozenset[str]
     config_kwargs: Callable[[PretrainedConfig], dict[str, Any]]
     weights: Mapping[str, Weight]
+    later_layers: str | None = None
 
     @property
     def has_experts(self) -> bool:

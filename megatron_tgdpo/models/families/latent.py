@@ -54,8 +54,10 @@ CONFIG_KEYS = dense.CONFIG_KEYS | {
 _INSIDE = ("self_attention.linear_qkv.weight", "self_attention.linear_proj.weight")
 
 
-def _linear(name: str, kind: Any, rows: Any, columns: Any, **when: str) -> Weight:
-    return Weight(kind, ((f"{ATTENTION}{name}.weight", (rows, columns)),), **when)
+def _linear(
+    name: str, kind: Any, rows: Any, columns: Any, *, only_if: str | None = None, unless: str | None = None
+) -> Weight:
+    return Weight(kind, ((f"{ATTENTION}{name}.weight", (rows, columns)),), only_if, unless)
 
 
 _WEIGHTS = {

@@ -11,8 +11,6 @@ from megatron_tgdpo.models.families import dense, experts
 from megatron_tgdpo.models.families.dense import MLP
 from megatron_tgdpo.models.families.family import Family, Weight
 
-_SHARED = MLP + "shared_expert."
-
 
 def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
     return {
@@ -42,16 +40,7 @@ FAMILY = Family(
     weights={
         **experts.QWEN_WEIGHTS,
         "self_attention.linear_qkv.bias": dense.QKV_BIAS,
-        "mlp.shared_experts.linear_fc1.weight": Weight(
-            "glu",
-            (
-                (_SHARED + "gate_proj.weight", ("shared_mlp", "hidden")),
-                (_SHARED + "up_proj.weight", ("shared_mlp", "hidden")),
-            ),
-        ),
-        "mlp.shared_experts.linear_fc2.weight": Weight(
-            "row", ((_SHARED + "down_proj.weight", ("hidden", "shared_mlp")),)
-        ),
+        **experts.shared_weights(MLP + "shared_expert."),
         "mlp.shared_experts.gate_weight": Weight("copy", ((MLP + "shared_expert_gate.weight", ("one", "hidden")),)),
     },
 )

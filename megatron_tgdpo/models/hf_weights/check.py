@@ -1,13 +1,17 @@
 """Checks that an HF directory holds exactly the tensors that its config describes, before any is read."""
 
+import logging
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.errors import UserError
+from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_weights.mapping import expected_shapes
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
+
+logger = logging.getLogger(__name__)
 
 _LM_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -17,7 +21,8 @@ _BLOCK_BYTES = 16 << 20  # what is compared at a time
 def open_hf(path: Path, hf_config: PretrainedConfig) -> HfCheckpoint:
     """Opens an HF directory and compares its tensors with what the config asks for.
 
-    A tied model has one matrix under either of two names, or under both.
+    A tied model has one matrix under either of two names, or under both. Layers after the model's are left out, with a
+    word in the log.
 
     Raises:
         UserError: A tensor is missing, unexpected or of another shape, or the ``lm_head`` of a tied model differs.
@@ -25,13 +30,30 @@ def open_hf(path: Path, hf_config: PretrainedConfig) -> HfCheckpoint:
     checkpoint = HfCheckpoint(path)
     tie(checkpoint, hf_config)
     tied = bool(hf_config.tie_word_embeddings) and _LM_HEAD in checkpoint.tensors
-    checkpoint.check(expected_shapes(hf_config), (_LM_HEAD,) if tied else ())
+    later = _later_layers(checkpoint, hf_config)
+    if later:
+        logger.warning(
+            "%s: %d tensors of layers after the model's, as %s, are left out: they predict several tokens at a time, "
+            "are not trained, and not written again",
+            path,
+            len(later),
+            later[0],
+        )
+    checkpoint.check(expected_shapes(hf_config), (*later, _LM_HEAD) if tied else later)
     if tied and not _same(checkpoint):
         raise UserError(
             f"{checkpoint.path}: config.json says tie_word_embeddings, but {_LM_HEAD} differs from {_EMBEDDING}: "
             "set tie_word_embeddings to false"
         )
     return checkpoint
+
+
+def _later_layers(checkpoint: HfCheckpoint, hf_config: PretrainedConfig) -> list[str]:
+    """Tensors of layers that the family's models have after their own, for the prediction of several tokens."""
+    key, layers = family_of(hf_config.architectures).later_layers, hf_config.num_hidden_layers
+    count = 0 if key is None else getattr(hf_config, key, None) or 0
+    prefixes = tuple(f"model.layers.{layer}." for layer in range(layers, layers + count))
+    return sorted(name for name in checkpoint.tensors if name.startswith(prefixes))
 
 
 def tie(checkpoint: HfCheckpoint, hf_config: PretrainedConfig) -> None:

@@ -79,6 +79,7 @@ class GlobalParameter:
         kind: See ``families/family.py``.
         shape: Of the whole parameter (of one layer), the vocabulary padded.
         hf_tensors: (name, shape) of each.
+        fp32: Whether it is in fp32 whatever the others are in.
     """
 
     key: str
@@ -89,6 +90,11 @@ class GlobalParameter:
     kind: Kind
     shape: tuple[int, ...]
     hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    fp32: bool = False
+
+    def dtype(self, of_model: torch.dtype) -> torch.dtype:
+        """Of its values, in files and in memory, of a model in a dtype."""
+        return torch.float32 if self.fp32 else of_model
 
     @property
     def is_stacked(self) -> bool:
@@ -136,7 +142,8 @@ def global_parameters(
         stored = next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
         prefix, index = stored_layer(layer, alike=alike)
         index += () if expert is None else (expert,)
-        return GlobalParameter(_LAYERS + name, layer, expert, prefix + stored, index, weight.kind, whole, tensors)
+        key, stored = _LAYERS + name, prefix + stored
+        return GlobalParameter(key, layer, expert, stored, index, weight.kind, whole, tensors, weight.fp32)
 
     first = [make(EMBEDDING, outside.pop(EMBEDDING), None)]
     layers = [
@@ -190,12 +197,13 @@ def are_alike(with_experts: Sequence[bool]) -> bool:
 @dataclass(frozen=True)
 class Experts:
     """The experts of each layer that has them: how many, their intermediate size, how many of them a token goes to, and
-    the intermediate size of the one that all tokens go to (0 without)."""
+    the intermediate size of the one that all tokens go to (0 without), and whether by a gate."""
 
     count: int
     size: int
     top_k: int
     shared: int
+    shared_gate: bool
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig) -> "Experts | None":
@@ -203,8 +211,13 @@ class Experts:
         kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
         if not kwargs.get("num_moe_experts"):
             return None
-        shared = kwargs.get("moe_shared_expert_intermediate_size", 0)
-        return cls(kwargs["num_moe_experts"], kwargs["moe_ffn_hidden_size"], kwargs["moe_router_topk"], shared)
+        return cls(
+            kwargs["num_moe_experts"],
+            kwargs["moe_ffn_hidden_size"],
+            kwargs["moe_router_topk"],
+            kwargs.get("moe_shared_expert_intermediate_size", 0),
+            kwargs.get("moe_shared_expert_gate", False),
+        )
 
     @classmethod
     def of_layer(cls, hf_config: PretrainedConfig, layer: int) -> "Experts | None":

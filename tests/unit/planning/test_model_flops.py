@@ -66,17 +66,13 @@ def test_linears_of_every_family(tmp_path: Path, name: str) -> None:
     """Two for each element of a layer's matrices; of experts, a token goes to some."""
     model = published(tmp_path, name)
     settings = family_of(model.architectures).config_kwargs(model)
-    experts = settings.get("num_moe_experts") or 1
-    of_experts, others = 0, 0
-    for parameter in global_parameters(model):
-        if parameter.layer == 0 and len(parameter.shape) >= 2:
-            size = math.prod(parameter.shape)
-            if ".experts." in parameter.key:
-                of_experts += size
-            else:
-                others += size
-    chosen = of_experts * settings.get("moe_router_topk", 1) // experts
-    assert linear_flops(model) == 2 * (others + chosen)
+    matrices = [one for one in global_parameters(model, every_expert=False) if len(one.shape) >= 2]
+    for layer in (0, model.num_hidden_layers - 1):
+        total = 0
+        for parameter in (one for one in matrices if one.layer == layer):
+            met = settings["moe_router_topk"] if ".experts." in parameter.key else 1
+            total += met * math.prod(parameter.shape)
+        assert linear_flops(model, layer) == 2 * total
 
 
 def test_peaks_by_device_and_precision() -> None:
