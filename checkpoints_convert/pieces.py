@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Blocks of up to 32 MiB are used again by the allocator; the first touch of larger, fresh ones costs more than reading.
 PIECE_BYTES = 16 << 20
-# Kinds of parameters that are a linear's.
+# Kinds of parameters that are a linear's, of those that may compute in FP8 (``models/fp8_tensors.py``).
 _LINEARS = ("qkv", "glu", "row", "fused_qkv", "fused_glu")
 
 T = TypeVar("T")

@@ -61,6 +61,15 @@ NOTES = {
     "VaultGemmaForCausalLM": ("VaultGemma 1B", "as Gemma-2 without the norms after attention and MLP"),
     "HyperCLOVAXForCausalLM": ("HyperCLOVA X SEED Think 14B", "as Granite, with norms after attention and MLP"),
     "HeliumForCausalLM": ("Helium 1", "neighbours rotated together"),
+    "YoutuForCausalLM": (
+        "Youtu-LLM 2B",
+        "latent attention (MLA): keys, values and queries of small vectors with norms, a rotated part of keys that all "
+        "heads share, values of a size of their own; YaRN's factor of all scores; neighbours or halves rotated",
+    ),
+    "MiniCPM3ForCausalLM": (
+        "MiniCPM3 4B",
+        "latent attention, halves rotated together; multipliers of embeddings, residuals and logits",
+    ),
     "Qwen3MoeForCausalLM": ("Qwen3-30B-A3B, Qwen3-235B-A22B", "Qwen3's attention; experts in every layer, or some"),
     "Qwen2MoeForCausalLM": (
         "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
@@ -77,6 +86,15 @@ NOTES = {
         "gpt-oss-20b, gpt-oss-120b, dequantised",
         "attention sinks; windows on every other layer; YaRN; biases, those of the router and the experts included; "
         "experts in every layer, with a clamped gate",
+    ),
+    "DeepseekV2ForCausalLM": (
+        "DeepSeek-V2, V2-Lite, DeepSeek-Coder-V2",
+        "latent attention; dense layers, then experts, one for all tokens; groups of experts",
+    ),
+    "DeepseekV3ForCausalLM": (
+        "DeepSeek-V3, R1, dequantised; Moonlight",
+        "latent attention; dense layers, then experts, one for all tokens; sigmoid scores with a bias in fp32, groups "
+        "of experts",
     ),
 }
 

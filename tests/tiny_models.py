@@ -78,15 +78,50 @@ EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+# Every size another; the range is what other families have.
+_LATENT = {
+    "initializer_range": 0.02,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
 # The same with some layers that have no experts.
 MIXED_OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_moe-mixed": {"family": "qwen3_moe", "mlp_only_layers": [0]},
     "qwen2_moe-mixed": {"family": "qwen2_moe", "decoder_sparse_step": 2},
+    "deepseek_v2": {
+        "family": "deepseek_v2",
+        **_LATENT,
+        "q_lora_rank": None,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 48,
+        "routed_scaling_factor": 1.5,
+        "rope_parameters": {**_YARN, "rope_theta": 10000.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3": {
+        "family": "deepseek_v3",
+        **_LATENT,
+        "q_lora_rank": 36,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 48,
+        "routed_scaling_factor": 1.5,
+        "rope_parameters": {**_YARN, "rope_theta": 10000.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
 }
 
 
 _TYPES = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # The same of families that are tested on fewer layouts (tests/distributed/test_families.py).
 MORE_FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
@@ -157,6 +192,12 @@ MORE_FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         "use_post_norm": True,
     },
     "helium": {"head_dim": 16},
+    "minicpm3": {**_LATENT, "q_lora_rank": None, "scale_emb": 2.3, "scale_depth": 0.7, "dim_model_base": 40},
+    "youtu": {
+        **_LATENT,
+        "q_lora_rank": 36,
+        "rope_parameters": {**_YARN, "rope_theta": 10000.0, "mscale": 0.5, "mscale_all_dim": 1.5},
+    },
 }
 
 
@@ -203,7 +244,12 @@ def make_model(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         }
-    options = {**_rope_arguments(rope), **(DENSE_OPTIONS | EXPERT_OPTIONS).get(family, {}), **options}
+    options = {
+        "num_key_value_heads": kv_heads,
+        **_rope_arguments(rope),
+        **(DENSE_OPTIONS | EXPERT_OPTIONS).get(family, {}),
+        **options,
+    }
     for name in ("layer_types", "no_rope_layers"):
         if name in options:
             options[name] = options[name][:layers]
@@ -219,7 +265,6 @@ def make_model(
         intermediate_size=mlp_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=tied,
         pad_token_id=None,
@@ -258,6 +303,8 @@ def make_model(
 
 def logits_divisor(config: dict[str, Any]) -> float:
     """What the logits of a ``config.json``'s model are divided by."""
+    if config["model_type"] == "minicpm3":
+        return float(config["hidden_size"] / config["dim_model_base"])
     scaling: float = config.get("logits_scaling", 1.0)
     return 1 / scaling if config["model_type"] == "hyperclovax" else scaling
 

@@ -27,8 +27,16 @@ from megatron_tgdpo.storage.json_text import check_shape, parse_json
 
 # The linears of a decoder layer, by the names that Hugging Face gives them.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# What some families have instead of several of them.
-FUSED_LINEARS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# What some families have instead of one or several of them; of latent attention two together are instead.
+FUSED_LINEARS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "q_a_proj": ("q_proj",),
+    "q_b_proj": ("q_proj",),
+    "kv_a_proj_with_mqa": ("k_proj", "v_proj"),
+    "kv_b_proj": ("k_proj", "v_proj"),
+}
+_TOGETHER = (("q_a_proj", "q_b_proj"), ("kv_a_proj_with_mqa", "kv_b_proj"))
 # What ``peft`` calls the parameters that hold a layer's experts: as in its documentation, or shorter. In a model with
 # experts the last three linears are theirs, and those of layers without.
 EXPERT_PARAMETERS = {
@@ -148,6 +156,10 @@ def _targets(file: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise UserError(f"{file}: target_modules names {unknown}: supported are {ALL_LINEAR} and {', '.join(known)}")
+    for together in _TOGETHER:
+        named = [name for name in together if name in names]
+        if len(named) == 1:
+            raise UserError(f"{file}: target_modules names {named[0]} alone: supported are {' and '.join(together)}")
     wanted = {part for name in names for part in FUSED_LINEARS.get(name, (name,))}
     return tuple(name for name in LINEARS if name in wanted)
 

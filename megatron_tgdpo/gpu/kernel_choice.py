@@ -80,7 +80,7 @@ def _flex_serves(config: LanguageModelConfig, spec: LayerSpec, found: Capabiliti
 def _flash_takes(config: LanguageModelConfig, found: Capabilities) -> bool:
     """Flash attention and cuDNN want half precision and heads of a multiple of 8 up to 256, cap no scores, and have no
     sinks in packed sequences, neither Transformer Engine's nor torch's."""
-    sizes = config.bf16 and config.kv_channels % 8 == 0 and config.kv_channels <= 256
+    sizes = config.bf16 and config.head_size % 8 == 0 and config.head_size <= 256
     return found.device == "cuda" and sizes and config.attn_logit_softcapping is None and not _has_sinks(config)
 
 
@@ -103,7 +103,7 @@ def _engine_attends(config: LanguageModelConfig, found: Capabilities) -> bool:
         return False
     if config.window_size is not None and cudnn[:3] == (9, 14, 0):
         return False
-    return config.kv_channels <= 128 or found.compute_capability[0] == 9
+    return config.head_size <= 128 or found.compute_capability[0] == 9
 
 
 def build_block_spec(

@@ -86,13 +86,21 @@ def check_experts(config: Config, configs: Mapping[str, PretrainedConfig]) -> No
     if config.moe.has_losses and not family_of(configs["policy"].architectures).has_experts:
         raise UserError("section moe has losses of routers, but model.policy has no experts: remove it")
     for role, hf_config in configs.items():
-        if not family_of(hf_config.architectures).has_experts:
+        family = family_of(hf_config.architectures)
+        in_fp8 = (config.precision.policy_recipe if role == "policy" else config.frozen_recipe) is not None
+        if family.has_latent_attention and (config.overlap.tensor or in_fp8):
+            which = "overlap.tensor=false" if config.overlap.tensor else "precision.fp8=none and precision.fp4=none"
+            raise UserError(
+                f"model.{role} has latent attention (MLA), whose products are made in bf16 or fp32, by plain linears, "
+                f"until others have been measured: set {which}"
+            )
+        if not family.has_experts:
             continue
         if config.overlap.tensor:
             raise UserError(
                 f"overlap.tensor has no buffers for the products of experts, which model.{role} has: set it to false"
             )
-        if (config.precision.policy_recipe if role == "policy" else config.frozen_recipe) is not None:
+        if in_fp8:
             raise UserError(
                 f"model.{role} has experts, whose products are not made in FP8 or FP4 yet: set precision.fp8=none and "
                 "precision.fp4=none (for a frozen model alone precision.frozen=bf16)"

@@ -12,6 +12,7 @@ from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.divisibility import check_divides
 from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families.latent import LatentSizes
 from megatron_tgdpo.models.rotary import rope_frequencies, rope_layer_types
 
 
@@ -41,6 +42,7 @@ class LanguageModelConfig(TransformerConfig):
             own key would have it apply another.
         router_z_loss: The same of their z-loss.
         adapters: The layers' linears have room for LoRA adapters (``models/lora.py``).
+        latent: Sizes of latent attention (``attention/latent.py``); None for plain attention.
     """
 
     pre_norms: bool = True
@@ -61,6 +63,13 @@ class LanguageModelConfig(TransformerConfig):
     router_aux_loss: float = 0.0
     router_z_loss: float = 0.0
     adapters: bool = False
+    latent: LatentSizes | None = None
+
+    @property
+    def head_size(self) -> int:
+        """Of a query or key head; ``kv_channels`` is a value head's."""
+        assert self.kv_channels is not None
+        return self.kv_channels if self.latent is None else self.latent.query
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in its MLP's place; layers are counted from 0 through the model."""
@@ -131,7 +140,8 @@ def _rotary_kwargs(hf_config: PretrainedConfig, kwargs: Mapping[str, Any]) -> di
         found["rotary_tables"] = tuple(types.index(kind) for kind in hf_config.layer_types)
     if set(factors) == {1.0}:
         return found
-    if types is None and 2 * len(tables[0][0]) == kwargs["kv_channels"] and not kwargs.get("no_rope_freq"):
+    whole = kwargs.get("latent") is None and 2 * len(tables[0][0]) == kwargs["kv_channels"]
+    if types is None and whole and not kwargs.get("no_rope_freq"):
         # Rotated queries and keys have the factor each, and nothing but their products is used.
         scale = kwargs.get("softmax_scale") or kwargs["kv_channels"] ** -0.5
         return {"softmax_scale": factors[0] ** 2 * scale}

@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from megatron_tgdpo.mcore_compat import submodules_of
+from megatron_tgdpo.models.attention.latent import (
+    LATENT_LINEARS,
+    LatentAttentionSubmodules,
+    LatentSelfAttention,
+    ReplicatedLinear,
+)
 from megatron_tgdpo.models.attention.sdpa import PackedCausalAttention
 from megatron_tgdpo.models.attention.self_attention import FamilySelfAttention, is_wanted
 from megatron_tgdpo.models.config import LanguageModelConfig
@@ -92,6 +99,21 @@ def layer_skeleton(config: LanguageModelConfig, *, experts: bool) -> ModuleSpec:
     return layer
 
 
+def latent_parts(layer: ModuleSpec, *, column: Any, row: Any, norm: Any) -> LatentAttentionSubmodules:
+    """Gives a layer, of either spec, latent attention of these linears and norms; returns its parts.
+
+    Args:
+        layer: Changed.
+        column: Column-parallel linear.
+        row: Row-parallel linear.
+        norm: Norm of the small vectors.
+    """
+    parts = LatentAttentionSubmodules(column, ReplicatedLinear, row, core_attention=None, norm=norm)
+    attention = layer.submodules.self_attention
+    attention.module, attention.submodules = LatentSelfAttention, parts
+    return parts
+
+
 def each_layer(
     config: LanguageModelConfig, layers: Sequence[int], make: Callable[[bool], ModuleSpec]
 ) -> list[ModuleSpec]:
@@ -117,6 +139,10 @@ def _local_layer(config: LanguageModelConfig, core_attention: type | ModuleSpec,
     if is_wanted(config):
         members.self_attention.module = FamilySelfAttention
     attention = members.self_attention.submodules
+    if config.latent is not None:
+        attention = latent_parts(layer, column=ColumnParallelLinear, row=attention.linear_proj, norm=RMSNorm)
+        # A checkpoint has the norm by its own name, see hf_weights/mapping.py: FUSED_NORMS.
+        del members.sharded_state_dict_keys_map["input_layernorm."]
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -128,7 +154,8 @@ def _local_layer(config: LanguageModelConfig, core_attention: type | ModuleSpec,
             expert = submodules_of(mlp.experts)
             expert.linear_fc2 = with_own_output(expert.linear_fc2)
     if config.adapters:
-        attention.linear_qkv, attention.linear_proj = map(with_adapters, (attention.linear_qkv, attention.linear_proj))
+        for name in ("linear_qkv", "linear_proj") if config.latent is None else LATENT_LINEARS:
+            setattr(attention, name, with_adapters(getattr(attention, name)))
         gated = submodules_of(mlp.experts) if experts else mlp
         gated.linear_fc1, gated.linear_fc2 = map(with_adapters, (gated.linear_fc1, gated.linear_fc2))
     attention.linear_proj = wrapped_row_linear(config, attention.linear_proj, RMSNorm)

@@ -19,9 +19,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.mcore_compat import submodules_of
+from megatron_tgdpo.models.attention.latent import ReplicatedLinear
 from megatron_tgdpo.models.attention.self_attention import FamilySelfAttention, is_wanted
 from megatron_tgdpo.models.config import LanguageModelConfig
-from megatron_tgdpo.models.layer_spec import each_layer, layer_skeleton, wrapped_row_linear
+from megatron_tgdpo.models.layer_spec import each_layer, latent_parts, layer_skeleton, wrapped_row_linear
 from megatron_tgdpo.models.lora import with_adapters, with_expert_adapters
 
 
@@ -33,8 +34,8 @@ class TransformerEngineParts:
         norm: ``TENorm``.
         column_linear: ``TELayerNormColumnParallelLinear``, which holds the norm before it as ``layer_norm_weight``.
         row_linear: ``TERowParallelLinear``.
-        plain_column_linear: ``TEColumnParallelLinear``, for layers without a norm before attention and MLP, and for
-            shared experts.
+        plain_column_linear: ``TEColumnParallelLinear``, for layers without a norm before attention and MLP, for shared
+            experts, and for latent attention.
         column_grouped: ``TEColumnParallelGroupedLinear``: those of this rank's experts, as one product of groups.
         row_grouped: ``TERowParallelGroupedLinear``.
     """
@@ -77,8 +78,8 @@ def te_block_spec(
 
     Every family is covered by the fields of the config: biases (``add_qkv_bias``), norms of query and key heads
     (``qk_layernorm``), norms before or after attention and MLP (``pre_norms``, ``post_norms``), zero-centred scales,
-    experts, windows and caps (the core attention's business), rotary tables and wider norms
-    (``attention/self_attention.py``).
+    experts, latent attention (``latent``), windows and caps (the core attention's business), rotary tables and wider
+    norms (``attention/self_attention.py``).
 
     Args:
         config: The model's configuration.
@@ -111,7 +112,19 @@ def _te_layer(
         column, row = with_adapters(column), with_adapters(row)
         column_grouped, row_grouped = with_expert_adapters(column_grouped), with_expert_adapters(row_grouped)
     row = wrapped_row_linear(config, row, parts.norm)
-    attention.linear_qkv, attention.linear_proj = column, row
+    if config.latent is None:
+        attention.linear_qkv, attention.linear_proj = column, row
+    else:
+        # Two linears read the norm's output.
+        layers.input_layernorm = parts.norm
+        plain: type[torch.nn.Module] = parts.plain_column_linear
+        replicated: type[torch.nn.Module] = ReplicatedLinear
+        if config.fused_layer_wgrad:
+            plain = with_fused_wgrad(plain)
+        if config.adapters:
+            plain, replicated = with_adapters(plain), with_adapters(replicated)
+        attention = latent_parts(layer, column=plain, row=row, norm=parts.norm)
+        attention.replicated_linear = replicated
     if not experts:
         mlp.linear_fc1, mlp.linear_fc2 = column, row
     else:

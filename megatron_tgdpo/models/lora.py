@@ -41,12 +41,13 @@ class LoraAdapter(torch.nn.Module):
     Parameters, of the linear's dtype and device:
         a: [n, r, inputs]; a row-parallel linear's inputs are split over tensor ranks, others' are whole.
         b: [outputs / tp, r], rows as in the linear's weight; of gate and up [2, outputs / 2 / tp, r]; of a row-parallel
-            linear [outputs, r], whole.
+            linear, and of one that each rank has whole, [outputs, r], whole.
 
     A linear of the n without an adapter has an A and a B of zeros, which stay so: each one's gradient is a product with
     the other.
 
-    Collectives: of [S, n r] activations over tensor ranks, one each in forward and backward.
+    Collectives: of [S, n r] activations over tensor ranks, one each in forward and backward; none of a linear that each
+    rank has whole.
     """
 
     # Of which expert it is.
@@ -66,17 +67,21 @@ class LoraAdapter(torch.nn.Module):
         owner = torch.tensor(_owners(fused.kind, rows, heads, pg.tp.rank()))
         self.mask: Tensor
         self.register_buffer("mask", F.one_hot(owner, count).to(**like), persistent=False)
-        replicated, split, axis = (self.b, self.a, 2) if fused.row_parallel else (self.a, self.b, self.b.dim() - 2)
-        set_tensor_model_parallel_attributes(split, True, axis, 1)
-        # Its gradient is of this rank's tokens: megatron-core sums it over the tensor ranks.
-        replicated.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-        self._split = {"a": 2} if fused.row_parallel else {"b": axis}
+        self._split = {} if fused.replicated else {"a": 2} if fused.row_parallel else {"b": self.b.dim() - 2}
+        for name, parameter in self.named_parameters():
+            if name in self._split:
+                set_tensor_model_parallel_attributes(parameter, True, self._split[name], 1)
+            else:
+                # Its gradient is of this rank's tokens: megatron-core sums it over the tensor ranks.
+                parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """[S_local, 1, inputs] -> [S_local, 1, outputs of this rank], to be added to the linear's output."""
         hidden = F.linear(x, self.a.flatten(0, 1))
         group = self.tp_group
-        if self.fused.row_parallel:
+        if self.fused.replicated:
+            pass
+        elif self.fused.row_parallel:
             over_ranks = (
                 reduce_scatter_to_sequence_parallel_region
                 if self.sequence_parallel

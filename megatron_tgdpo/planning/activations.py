@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families.latent import LatentSizes
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears, linear_shapes
 from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads
 from megatron_tgdpo.models.rotary import rope_layer_types
@@ -70,8 +71,12 @@ class LayerWidths:
         heads: Query heads.
         head: Size of a head.
         query: All query heads.
-        key: All key heads; as many for the values.
-        projected: What the joint query, key and value projection leaves in memory.
+        key: All key heads.
+        value: All value heads: of latent attention smaller ones, which kernels take padded to the size of keys.
+        projected: What the joint query, key and value projection, or that of keys and values, leaves in memory.
+        latent: Of latent attention what its norms take, under sequence parallelism spread as the residual stream; 0
+            without.
+        ranks: The same of what its column-parallel linears take: for queries, and for keys and values.
         mlp: Of gate, and of up; of all experts that a token goes to.
         routed: Of the residual stream, as often as the token goes to experts; 0 without.
     """
@@ -81,9 +86,12 @@ class LayerWidths:
     head: int
     query: float
     key: float
+    value: float
     projected: float
     mlp: float
     routed: float
+    latent: float = 0.0
+    ranks: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, layout: ParallelLayout, layer: int = 0) -> "LayerWidths":
@@ -96,15 +104,33 @@ class LayerWidths:
         mlp = hf_config.intermediate_size if experts is None else experts.top_k * experts.size + experts.shared
         # Each of the ranks that share an expert has the whole rows of all their tokens.
         routed = 0 if experts is None else experts.top_k * hf_config.hidden_size * layout.expert_shards
+        spread = tp if layout.sequence_parallel else 1
+        common = {
+            "hidden": hf_config.hidden_size / spread,
+            "heads": number / tp,
+            "head": heads.size,
+            "mlp": mlp / tp,
+            "routed": routed / tp,
+        }
+        latent: LatentSizes | None = family_of(hf_config.architectures).config_kwargs(hf_config).get("latent")
+        if latent is not None:
+            query_rank = latent.query_rank or 0
+            return cls(
+                **common,
+                query=number * latent.query / tp,
+                key=number * latent.query / tp,
+                value=number * latent.value / tp,
+                projected=number * (latent.plain + latent.value) / tp,
+                latent=(query_rank + latent.rank + latent.rotated) / spread,
+                ranks=(query_rank / spread, latent.rank / spread),
+            )
+        key = max(heads.groups / tp, 1) * heads.size
         return cls(
-            hidden=hf_config.hidden_size / (tp if layout.sequence_parallel else 1),
-            heads=number / tp,
-            head=heads.size,
+            **common,
             query=number * heads.size / tp,
-            key=max(heads.groups / tp, 1) * heads.size,
+            key=key,
+            value=key,
             projected=(number + 2 * heads.groups) * heads.size / shared,
-            mlp=mlp / tp,
-            routed=routed / tp,
         )
 
 
@@ -152,9 +178,16 @@ def layer_activations(
         norms += width.query * size
     if settings.get("qk_projection_norm"):
         norms += 2 * (width.query + width.key) * _FP32
+    norms += width.latent * size
+    joint = "self_attention.linear_kv_down" if width.latent else "self_attention.linear_qkv"
     inputs = {
-        "self_attention.linear_qkv": width.hidden,
-        "self_attention.linear_proj": width.query,
+        joint: width.hidden,
+        # Of the hidden state, which the one above keeps.
+        "self_attention.linear_q": 0.0,
+        "self_attention.linear_q_down": 0.0,
+        "self_attention.linear_q_up": width.ranks[0],
+        "self_attention.linear_kv_up": width.ranks[1],
+        "self_attention.linear_proj": width.value if width.latent else width.query,
         "mlp.linear_fc1": width.hidden + width.routed,
         "mlp.linear_fc2": width.mlp,
     }
@@ -173,12 +206,15 @@ def layer_activations(
     if no_mlp:
         inputs |= {"mlp.linear_fc1": width.hidden, "mlp.linear_fc2": 0.0}
     if "layernorm" in modules:
-        # Beside experts Transformer Engine has the other norm inside its linear.
-        for name in ("mlp.linear_fc1", "self_attention.linear_qkv")[: 1 if experts else 2]:
+        # Transformer Engine has a norm inside its linear but before experts and before latent attention.
+        before = {"mlp.linear_fc1": experts, joint: width.latent}
+        for name in [name for name, alone in before.items() if alone] or before:
             inputs[name] = max(inputs.get(name, 0.0) - width.hidden, 0.0)
     linear_inputs = sum(inputs.values()) * size
     # Rotated queries and keys; cosines and sines for both. Values stay inside the projection, unless they are gathered.
-    keys = 2 * width.key * pack.gathered_keys or width.key
+    keys = (width.key + width.value) * pack.gathered_keys or width.key
+    if width.latent:
+        keys += width.key * (pack.gathered_keys or 1)  # values as large as keys
     attention = (width.projected + width.query + keys + 4 * width.head) * size
     if "core_attn" not in modules:
         attention += _core_attention(settings, width, pack, layer)
@@ -205,8 +241,9 @@ def _adapters(
             elements += pack.tokens * experts.top_k * layout.expert_shards / layout.tensor * lora.rank
             continue
         outputs = sum(rows for rows, _ in linear_shapes(fused, hf_config))
-        tokens = pack.tokens / (layout.tensor if fused.row_parallel and layout.sequence_parallel else 1)
-        rows = outputs / (1 if fused.row_parallel else layout.tensor)
+        whole = fused.row_parallel or fused.replicated
+        tokens = pack.tokens / (layout.tensor if whole and layout.sequence_parallel else 1)
+        rows = outputs / (1 if whole else layout.tensor)
         elements += (tokens + rows) * len(fused.parts) * lora.rank
     return elements * pack.dtype_bytes
 

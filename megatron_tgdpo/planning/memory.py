@@ -294,7 +294,7 @@ def _layer_adapter(
         ranks = layout.expert_shards if fused.experts else layout.tensor
         if fused.row_parallel:
             inputs //= ranks
-        else:
+        elif not fused.replicated:
             outputs //= ranks
         each = lora.rank * (len(shapes) * inputs + outputs)
         of_layer += each * fused.experts // layout.expert if fused.experts else each

@@ -7,6 +7,7 @@ appendix), with grouped-query attention and a gated MLP.
 Legend: P pairs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +16,25 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, kinds_of_layers
-
-
-def query_width(hf_config: PretrainedConfig) -> int:
-    """Elements of all query heads of a token."""
-    return Heads.of(hf_config).rows[0]
+from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, dimension_sizes, kinds_of_layers
 
 
 def linear_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
     """Of the linears of a layer, counted from 0, forwards, for a token: two for each weight, of experts those that a
     token goes to."""
-    query, kv, _ = Heads.of(hf_config).rows
-    result: int = 2 * hf_config.hidden_size * (2 * query + 2 * kv)
-    return result + mlp_flops(hf_config, layer)
+    return 2 * attention_weights(hf_config) + mlp_flops(hf_config, layer)
+
+
+def attention_weights(hf_config: PretrainedConfig) -> int:
+    """Elements of the matrices of a layer's attention."""
+    weights, sizes = family_of(hf_config.architectures).weights, dimension_sizes(hf_config)
+    return sum(
+        math.prod(sizes[dimension] for dimension in shape)
+        for name, weight in weights.items()
+        if name.startswith("self_attention.linear_") and weight.is_in(hf_config)
+        for _, shape in weight.hf_tensors
+        if len(shape) == 2
+    )
 
 
 def mlp_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
@@ -50,7 +56,10 @@ def shared_expert_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
 
 def score_flops(hf_config: PretrainedConfig) -> int:
     """Of a layer's attention, forwards, for a query and a key that it sees: score and weighted value of all heads."""
-    return 4 * query_width(hf_config)
+    heads, latent = Heads.of(hf_config), family_of(hf_config.architectures).config_kwargs(hf_config).get("latent")
+    if latent is not None:
+        return 2 * int(hf_config.num_attention_heads * (latent.query + latent.value))
+    return 4 * heads.rows[0]
 
 
 def seen(lengths: np.ndarray, window: int | None) -> np.ndarray:

@@ -35,6 +35,7 @@ class _Layers:
     def __init__(self, recompute: str, hf_config: PretrainedConfig, spec: str, can_discard: bool) -> None:
         family = family_of(hf_config.architectures)
         self.modules, self.experts, self.spec = recomputed_modules(recompute), Experts.of(hf_config), spec
+        self.latent = family.has_latent_attention
         self.any_dense = not all(expert_layers(hf_config))
         self.pre_norms, self.can_discard = family.config_kwargs(hf_config).get("pre_norms", True), can_discard
 
@@ -62,7 +63,7 @@ _RULES = (
         "has layernorm, the norms before attention and MLP, which model.policy has not: remove it",
     ),
     Rule(
-        lambda c: "layernorm" in c.modules and c.spec == "transformer_engine" and c.experts is None,
+        lambda c: "layernorm" in c.modules and c.spec == "transformer_engine" and not (c.experts or c.latent),
         "has layernorm, which Transformer Engine's linears have inside: remove it",
     ),
     Rule(

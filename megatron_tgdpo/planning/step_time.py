@@ -17,7 +17,7 @@ from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.memory import resident_parameters, stage_parameters
-from megatron_tgdpo.planning.model_flops import linear_flops, mlp_flops, query_width, score_flops, shared_expert_flops
+from megatron_tgdpo.planning.model_flops import linear_flops, mlp_flops, score_flops, shared_expert_flops
 from megatron_tgdpo.planning.moved_bytes import moved_bytes, optimizer_bytes
 from megatron_tgdpo.planning.pipeline_schedule import StageCosts, step_seconds
 from megatron_tgdpo.planning.traffic import context_bytes, data_bytes, expert_bytes, pipeline_bytes, tensor_bytes
@@ -112,7 +112,7 @@ def model_flops(job: Job, number: int, recompute: str, layer: int = 0) -> ModelF
     if recompute == "full":
         backward += forward
     if "core_attn" in modules:
-        backward += tokens * query_width(hf_config) * job.batch.pair_tokens
+        backward += tokens * score_flops(hf_config) * job.batch.pair_tokens / 4
     if ("mlp" if Experts.of_layer(hf_config, layer) is None else "moe") in modules:
         backward += tokens * mlp_flops(hf_config, layer)
     if "shared_experts" in modules:

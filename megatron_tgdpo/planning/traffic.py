@@ -10,6 +10,8 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families.latent import LatentSizes
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
 from megatron_tgdpo.models.hf_weights.mapping import Experts, kinds_of_layers
 from megatron_tgdpo.planning.activations import LayerWidths, stage_layers
@@ -55,7 +57,8 @@ def context_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) 
 
     def forward(number: int, hf_config: PretrainedConfig) -> float:
         layers = len(stage_layers(hf_config, layout.of_model(number), stage))
-        keys = 2 * LayerWidths.of(hf_config, layout).key
+        width = LayerWidths.of(hf_config, layout)
+        keys = width.key + width.value
         return layers * ring(layout.context) * job.pack.tokens * keys * job.pack.dtype_bytes
 
     policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
@@ -77,9 +80,14 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
     def forward(number: int, hf_config: PretrainedConfig) -> tuple[float, float]:
         """Of all layers, and of their MLPs alone."""
         kinds = kinds_of_layers(hf_config, stage_layers(hf_config, layout.of_model(number), stage))
+        layers = sum(kinds.values())
         dense = sum(count for layer, count in kinds.items() if Experts.of_layer(hf_config, layer) is None)
-        one = 2 * ring(layout.tensor) * local_tokens(job, layout) * hf_config.hidden_size * job.pack.dtype_bytes
-        return (sum(kinds.values()) + dense) * one, dense * one
+        each = ring(layout.tensor) * local_tokens(job, layout) * job.pack.dtype_bytes
+        hidden = hf_config.hidden_size
+        latent: LatentSizes | None = family_of(hf_config.architectures).config_kwargs(hf_config).get("latent")
+        # Of latent attention the all-gather is of the small vectors; of hidden states, too, where queries come of them.
+        first = hidden if latent is None else (latent.query_rank or hidden) + latent.rank + latent.rotated
+        return (layers * (first + hidden) + dense * 2 * hidden) * each, dense * 2 * hidden * each
 
     def adapter(number: int, hf_config: PretrainedConfig, lora: Lora | None) -> tuple[float, float]:
         """Of forward and of backward."""
@@ -91,7 +99,7 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
             (fused, count)
             for layer, count in kinds.items()
             for fused in fused_linears(hf_config, layer)
-            if not fused.experts and any(adapted_parts(fused, lora))
+            if not (fused.experts or fused.replicated) and any(adapted_parts(fused, lora))
         ]
         sizes = [
             sum(count * len(fused.parts) for fused, count in adapted if fused.row_parallel == row)

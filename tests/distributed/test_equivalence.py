@@ -249,6 +249,7 @@ FAMILY_CASES = (
     Case("gemma3-cp2", 2, "random", tied=True, context=2, seq_length=256, family="gemma3_text"),
     Case("olmo3-tp2-sp", 2, "random", tensor=2, sequence_parallel=True, family="olmo3"),
     Case("phi3-pp2", 2, "random", pipeline=2, seq_length=128, family="phi3"),
+    Case("youtu-cp2-tp2", 4, "random", context=2, tensor=2, seq_length=256, family="youtu"),
 )
 FULL_FAMILY_CASES = tuple(
     Case(f"{family}-{name}", 4, "random", tied=family in ("gemma3_text", "granite"), family=family, **layout)

@@ -79,6 +79,9 @@ CASES = (
     Case("mixed-ep2-then-tp2-sp", 2, {"expert": 2}, family="qwen3_moe-mixed", guide="qwen2_moe-mixed", then=_SP),
     # The first stage alone has a layer without experts; then no chunk of the second.
     Case("mixed-pp2-then-vpp2", 2, {"pipeline": 2}, family="qwen3_moe-mixed", guide="llama", then=_VPP),
+    # Latent attention.
+    Case("deepseek-ep2-cp2", 2, {"expert": 2, "context": 2}, family="deepseek_v2", guide="deepseek_v3"),
+    Case("deepseek-tp2-sp-then-pp2", 2, _SP, family="deepseek_v3", guide=None, then={"pipeline": 2}),
     Case("tp2-sp", 2, _SP),
     Case("ep2", 2, {"expert": 2}, guide="mixtral"),
     Case("ep2-cp2", 2, {"expert": 2, "context": 2}, sections={**_LOSSES, **_TWICE}),

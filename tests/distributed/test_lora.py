@@ -24,9 +24,11 @@ VOCABULARY = 131
 # Adam's first steps would turn the rounding of gradients that are all but zero into whole steps.
 SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=5e-3, weight_decay=0.1, clip_grad=1.0, eps=1e-6)
 LIMITS = {"loss": 1e-5, "validation loss": 1e-5, "gradient norm": 1e-4, "weights": 1e-4}
-ALL = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
-GUIDE = ["q_proj", "k_proj", "qkv_proj", "o_proj", "down_proj"]
-SOME = ["q_proj", "v_proj", "up_proj", "gate_up_proj"]
+_LATENT_QUERY, _LATENT_KEY_VALUE = ["q_a_proj", "q_b_proj"], ["kv_a_proj_with_mqa", "kv_b_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", *_LATENT_QUERY, *_LATENT_KEY_VALUE]
+ALL = [*ATTENTION, "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
+GUIDE = ["q_proj", "k_proj", "qkv_proj", "o_proj", "down_proj", *_LATENT_QUERY]
+SOME = ["q_proj", "v_proj", "up_proj", "gate_up_proj", *_LATENT_KEY_VALUE]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ CASES = (
     _case("tp4-some", 4, tensor=4, targets="some"),
     _case("gemma2-tp2-sp-pp2", 4, tensor=2, pipeline=2, sequence_parallel=True, family="gemma2", tied=True),
     _case("phi3-tp2-sp", 2, tensor=2, sequence_parallel=True, family="phi3"),
+    _case("youtu-tp2", 2, tensor=2, family="youtu"),
+    _case("youtu-tp2-sp", 2, **_SP, family="youtu", targets="some"),
     _case("qwen2-tp2-pp2", 4, tensor=2, pipeline=2, family="qwen2", guide="model"),
     _case("experts", family="qwen3_moe"),
     _case("experts-attention-alone-shared-expert", family="qwen2_moe", targets="attention", guide="model"),
@@ -107,6 +111,7 @@ CASES = (
 # With --full of tests/run.sh.
 FULL_CASES = (
     _case("tp1-dpo", method="dpo"),
+    _case("deepseek-ep2-cp2", 2, expert=2, context=2, family="deepseek_v2"),
     _case("tp1-sft", method="sft"),
     _case("tp1-recompute", recompute="full"),
     _case("qwen3-tp2-dp2", 4, tensor=2, family="qwen3"),
@@ -132,7 +137,7 @@ def make_adapter(path: Path, base: Path, seed: int, *, targets: list[str], rslor
     targets = [name for name in targets if name in there]
     if experts:
         # Beside them ``peft`` takes modules of a dense MLP's names for theirs.
-        dense = [name for name in targets if name in ALL[5:]]
+        dense = [name for name in targets if name not in ATTENTION]
         experts += [f"mlp.{name}.weight" for name in dense]
         targets = [name for name in targets if name not in dense]
     config = peft.LoraConfig(
@@ -159,7 +164,7 @@ class Runs:
             options = MIXED_OPTIONS.get(family, {"family": family})
             make_model(base, seed=1, vocab_size=VOCABULARY, tied=tied, **options)
             make_model(Path(f"{base}-guide"), seed=2, vocab_size=VOCABULARY, tied=tied, hidden_size=32, **options)
-            for name, targets, rslora in (("all", ALL, False), ("some", SOME, True), ("attention", ALL[:5], False)):
+            for name, targets, rslora in (("all", ALL, False), ("some", SOME, True), ("attention", ATTENTION, False)):
                 make_adapter(Path(f"{base}-{name}"), base, 3, targets=targets, rslora=rslora)
             make_adapter(Path(f"{base}-guide-adapter"), base, 4, targets=GUIDE)
         for file in root.glob("*/*token*.json"):

@@ -52,6 +52,8 @@ CASES = {
         "llama-norms-mlp": case("llama", "bf16", "layernorm,mlp"),
         "llama-norms": case("llama", "fp32", "core_attn,layernorm"),
         "gemma2-norms-mlp": case("gemma2", "bf16", "mlp,layernorm"),
+        "youtu": case("youtu", "bf16"),
+        "youtu-lora": case("youtu", "fp32", lora=True),
         "llama-norms-mlp-lora": case("llama", "bf16", "layernorm,mlp", lora=True),
     },
     4: {
@@ -75,6 +77,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     families = {values["family"] for cases in CASES.values() for values in cases.values()}
     for family in families:
         options = {"sliding_window": 64} if family in ("gemma2", "mistral") else {}
+        if family == "youtu":
+            options = {"num_key_value_heads": SHAPE["heads"]}
         make_model(made / family, family, tied=family == "gemma2", **SHAPE, **options)
         make_model(made / f"{family}-guide", family, tied=False, **{**SHAPE, "hidden_size": 64}, **options)
     return made

@@ -12,7 +12,7 @@ from tests.processes import run_forked
 from tests.tiny_models import EXPERT_OPTIONS, FAMILY_OPTIONS, MIXED_OPTIONS, make_model
 
 # Of the families beyond the first, those whose layers have other parts.
-FAMILIES = (*FAMILY_OPTIONS, "gemma3_text", "phi3", "olmo3", "glm4", "granite")
+FAMILIES = (*FAMILY_OPTIONS, "gemma3_text", "phi3", "olmo3", "glm4", "granite", "youtu")
 
 # Of some, what is computed again, and the modules of a layer that then run twice, by layer spec.
 NORMS, EXPERTS = {"input_layernorm", "pre_mlp_layernorm"}, {"mlp.router", "mlp.experts"}
@@ -21,6 +21,7 @@ RECOMPUTED: dict[str, tuple[list[str], set[str], set[str]]] = {
     "llama": (["layernorm", "mlp"], {*NORMS, "mlp"}, {"mlp"}),
     "gemma2": (["core_attn", "mlp"], {ATTENTION, "mlp"}, {ATTENTION, "mlp"}),
     "mixtral": (["layernorm", "moe"], NORMS | EXPERTS, {"pre_mlp_layernorm"} | EXPERTS),
+    "youtu": (["layernorm", "mlp"], {*NORMS, "mlp"}, {"input_layernorm", "mlp"}),
     "qwen3_moe-mixed": (["layernorm", "mlp"], NORMS, {"pre_mlp_layernorm"}),
     "qwen2_moe": (["shared_experts"], {"mlp.shared_experts"}, {"mlp.shared_experts"}),
 }
@@ -54,11 +55,11 @@ def test_adapters_are_the_same_on_both_specs(results: dict[str, dict], family: s
     assert found["effect"] > 1e-2
     assert found["hidden"] < 2e-6
     assert found["same_gradients"]
-    dense, experts = 4, 2 + 2 * (8 if family == "glm4_moe" else 4)
+    dense, experts = 7 if family == "youtu" else 4, 2 + 2 * (8 if family == "glm4_moe" else 4)
     mixed = family in MIXED_OPTIONS or family == "glm4_moe"
     linears = dense + experts if mixed else 2 * (experts if family in EXPERT_OPTIONS else dense)
-    if family == "gpt_oss":
-        linears = 2 * 2
+    own = {"gpt_oss": 2 * 2, "deepseek_v2": 6 + 4 + 2 * 4, "deepseek_v3": 7 + 5 + 2 * 8}
+    linears = own.get(family, linears)
     assert len(found["gradients"]) == linears * 2  # of both layers; a and b
     assert max(found["gradients"].values()) < 2e-5, found["gradients"]
 

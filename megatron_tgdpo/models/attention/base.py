@@ -1,7 +1,7 @@
 """What all core attentions share: gather the keys of each segment, call one kernel for the pack, keep padding.
 
 Legend: S tokens of the pack on this rank, T of them that are not padding, K keys of all segments, N local query heads,
-G local key/value heads, D head size, B segments.
+G local key/value heads, D head size, E that of values (smaller in latent attention, else the same), B segments.
 """
 
 import abc
@@ -197,14 +197,14 @@ class PackedAttention(torch.nn.Module, abc.ABC):
         Args:
             query: [S, 1, N, D].
             key: [S, 1, G, D], N a multiple of G.
-            value: [S, 1, G, D].
+            value: [S, 1, G, E].
             attention_mask: Must be None.
             attn_mask_type: Ignored, always causal.
             attention_bias: Must be None.
             packed_seq_params: The pack's segments and their keys.
 
         Returns:
-            [S, 1, N * D], zero on the padding. All-gathers keys and values over the context-parallel group.
+            [S, 1, N * E], zero on the padding. All-gathers keys and values over the context-parallel group.
 
         Raises:
             ValueError: A mask or bias was given, or the packing is missing or does not fit.
@@ -217,8 +217,9 @@ class PackedAttention(torch.nn.Module, abc.ABC):
             packed_seq_params, "segments", lambda: Segments.of(packed_seq_params, seq_length, query.device)
         )
         if self._cp_group is not None:
-            both = torch.stack((key, value), dim=1)
-            key, value = gather_from_sequence_parallel_region(both, group=self._cp_group).unbind(1)
+            both = torch.cat((key, value), dim=-1)
+            sizes = (key.shape[-1], value.shape[-1])
+            key, value = gather_from_sequence_parallel_region(both, group=self._cp_group).split(sizes, dim=-1)
         used = segments.queries
         if used == 0:
             # Times zero, not new zeros: a pack that is all padding must still reach every parameter in backward, or
@@ -226,14 +227,21 @@ class PackedAttention(torch.nn.Module, abc.ABC):
             nothing = (key[:1].sum() + value[:1].sum()) * 0
             if self.softmax_offset is not None:
                 nothing = nothing + self.softmax_offset.sum() * 0
-            return query.flatten(2) * 0 + nothing.to(query.dtype)
+            return query[..., :1].expand(*query.shape[:-1], value.shape[-1]).flatten(2) * 0 + nothing.to(query.dtype)
         # squeeze, not [:, 0], whose backward fills a tensor of the whole pack with zeros and copies into it.
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if segments.kv_index is None:
             key, value = _first(key, used), _first(value, used)
         else:
             key, value = key.index_select(0, segments.kv_index), value.index_select(0, segments.kv_index)
-        out = self.attend(_first(query, used), key, value, segments, packed_seq_params).reshape(used, 1, -1)
+        size, wanted = value.shape[-1], query.shape[-1]
+        if size < wanted:
+            # Most kernels want one size of heads: with zeros their output has zeros, which are cut.
+            value = torch.nn.functional.pad(value, (0, wanted - size))
+        out = self.attend(_first(query, used), key, value, segments, packed_seq_params)
+        if size < wanted:
+            out = out.reshape(used, -1, wanted)[..., :size]
+        out = out.reshape(used, 1, -1)
         return torch.cat((out, out.new_zeros(seq_length - used, 1, out.shape[2]))) if used < seq_length else out
 
 

@@ -37,7 +37,7 @@ class TransformerEngineAttention(PackedAttention):
         # ranks than key/value heads megatron-core gives each rank one of them.
         kernel = te.DotProductAttention(
             num_attention_heads=config.num_attention_heads // tensor,
-            kv_channels=config.kv_channels,
+            kv_channels=config.head_size,
             num_gqa_groups=max(1, config.num_query_groups // tensor),
             attention_dropout=0.0,
             qkv_format="thd",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import (
+    deepseek,
     ernie4_5,
     exaone4,
     gemma2,
@@ -13,6 +14,7 @@ from megatron_tgdpo.models.families import (
     gpt_oss,
     granite,
     llama,
+    minicpm3,
     mistral,
     mixtral,
     olmo2,
@@ -24,6 +26,7 @@ from megatron_tgdpo.models.families import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    youtu,
 )
 from megatron_tgdpo.models.families.family import Family
 
@@ -50,12 +53,16 @@ FAMILIES: tuple[Family, ...] = (
     gemma2.VAULTGEMMA,
     granite.HYPERCLOVAX,
     ernie4_5.HELIUM,
+    youtu.FAMILY,
+    minicpm3.FAMILY,
     qwen3_moe.FAMILY,
     qwen2_moe.FAMILY,
     mixtral.FAMILY,
     olmoe.FAMILY,
     gpt_oss.FAMILY,
     glm4_moe.FAMILY,
+    deepseek.V2,
+    deepseek.V3,
 )
 # What the models of these architectures have and no model here; parts of names, the first that fits counts.
 BEYOND = {
@@ -71,8 +78,6 @@ BEYOND = {
     "NemotronH": "state-space layers",
     "Zamba": "state-space layers",
     "Lfm": "convolution layers",
-    "MiniCPM3": "latent attention (MLA)",
-    "Youtu": "latent attention (MLA)",
     "HunYuanDense": "norms of query and key heads after rotation",
     "Cohere": "attention and MLP side by side",
     "Nemotron": "an MLP without gate",
@@ -87,8 +92,7 @@ BEYOND = {
 # The same of those with experts, whatever the case of letters.
 EXPERTS_BEYOND = {
     "DeepseekV32": "latent attention (MLA) that chooses its keys",
-    "Deepseek": "latent attention (MLA), dense layers before those with experts, and a choice of experts by groups",
-    "Glm4MoeLite": "latent attention (MLA), dense layers before those with experts, and a router with sigmoid scores",
+    "Glm4MoeLite": "a router with sigmoid scores and a bias in fp32",
     "GlmMoeDsa": "latent attention (MLA) that chooses its keys",
     "LongcatFlash": "latent attention (MLA), and experts that do nothing",
     "Qwen3_5Moe": "gated delta-net layers",

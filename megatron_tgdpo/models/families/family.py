@@ -37,7 +37,9 @@ STACKED: tuple[Kind, ...] = ("stacked_copy", "stacked_row", "stacked_glu")
 
 # A dimension of an HF tensor: vocabulary; hidden; mlp (intermediate size); query and kv (heads x head size); head size;
 # the number of query heads; gate_up (twice mlp); qkv (query and twice kv); the number of experts, the intermediate size
-# of each, twice that, and of the one that all tokens go to; one.
+# of each, twice that, and of the one that all tokens go to; one. Of latent attention (families/latent.py): the ranks of
+# queries, and of keys and values; the latter with the rotated part of keys; of all heads queries, keys without their
+# rotated part and values, values.
 Dimension = Literal[
     "vocab",
     "hidden",
@@ -53,6 +55,12 @@ Dimension = Literal[
     "expert_gate_up",
     "shared_mlp",
     "one",
+    "query_rank",
+    "rank",
+    "latent",
+    "latent_query",
+    "latent_kv",
+    "latent_value",
 ]
 
 
@@ -65,13 +73,20 @@ class Weight:
         hf_tensors: (name, shape) of each, ``{layer}`` in the name standing for the 0-based layer, ``{expert}`` for the
             0-based expert, each of which has such a parameter.
         only_if: The key of the HF config without which there is no such parameter; None if there always is.
+        unless: The key with which there is none.
         fp32: Whether it is in fp32 whatever the model is in, in memory and in files.
     """
 
     kind: Kind
     hf_tensors: tuple[tuple[str, tuple[Dimension, ...]], ...]
     only_if: str | None = None
+    unless: str | None = None
     fp32: bool = False
+
+    def is_in(self, hf_config: PretrainedConfig) -> bool:
+        """Whether a model of this config has it."""
+        needed = self.only_if is None or bool(getattr(hf_config, self.only_if))
+        return needed and not (self.unless is not None and getattr(hf_config, self.unless))
 
     @property
     def of_layer(self) -> bool:
@@ -134,6 +149,11 @@ class Family:
     def has_experts(self) -> bool:
         """Whether MLPs are a router and experts, of some layers at least."""
         return any(weight.of_expert for weight in self.weights.values())
+
+    @property
+    def has_latent_attention(self) -> bool:
+        """Whether keys and values come of one small vector for each token."""
+        return "self_attention.linear_kv_up.weight" in self.weights
 
     def layer_weights(self, *, experts: bool) -> dict[str, Weight]:
         """The weights of a layer, which has experts, or a dense MLP."""

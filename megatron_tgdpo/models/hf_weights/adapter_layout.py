@@ -30,6 +30,8 @@ from megatron_tgdpo.models.hf_weights.mapping import (
 
 # A decoder layer's parallel linears: of attention, and of an MLP. Experts have two of the latter each.
 PARALLEL_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+# Of latent attention, in the first one's place: two of them whole on every tensor rank.
+_LATENT_LINEARS = tuple(f"self_attention.linear_{name}" for name in ("q", "q_down", "q_up", "kv_down", "kv_up"))
 # What transformers 5 calls a layer's experts, whose matrices of one kind are one parameter.
 _EXPERTS = "model.layers.{layer}.mlp.experts"
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -40,7 +42,7 @@ class FusedLinear:
     """A parallel linear of one layer and the Hugging Face linears it is made of.
 
     Attributes:
-        name: Relative to the layer, of ``PARALLEL_LINEARS``; of experts as in a checkpoint.
+        name: Relative to the layer, of ``PARALLEL_LINEARS`` or of latent attention's; of experts as in a checkpoint.
         kind: Of its weight, see ``families/family.py``.
         parts: Names of the Hugging Face linears, ``{layer}`` standing for the 0-based layer; of experts that of the
             parameter that has them all.
@@ -60,6 +62,11 @@ class FusedLinear:
     def row_parallel(self) -> bool:
         return self.kind == "row"
 
+    @property
+    def replicated(self) -> bool:
+        """Whether every tensor rank has it whole."""
+        return self.kind == "copy"
+
 
 def fused_linears(hf_config: PretrainedConfig, layer: int = 0) -> list[FusedLinear]:
     """Those of a layer, counted from 0, in the order of ``PARALLEL_LINEARS``.
@@ -71,9 +78,11 @@ def fused_linears(hf_config: PretrainedConfig, layer: int = 0) -> list[FusedLine
     family, with_experts = family_of(hf_config.architectures), expert_layers(hf_config)
     experts = Experts.of(hf_config) if with_experts[layer] else None
     prefix, index = stored_layer(layer, alike=are_alike(with_experts))
-    found = []
-    for name in PARALLEL_LINEARS[: None if experts is None else 2]:
+    found, (joint, *names) = [], PARALLEL_LINEARS[: None if experts is None else 2]
+    for name in (*(_LATENT_LINEARS if family.has_latent_attention else (joint,)), *names):
         weight = family.weights[f"{name}.weight"]
+        if not weight.is_in(hf_config):
+            continue
         parts = tuple(tensor.removesuffix(".weight") for tensor, _ in weight.hf_tensors)
         found.append(FusedLinear(name, weight.kind, parts, f"{prefix}{name}.adapter.", index))
     if experts is not None:

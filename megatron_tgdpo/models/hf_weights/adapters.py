@@ -61,5 +61,8 @@ def _fill(adapter: LoraAdapter, part: int, a: Tensor, b: Tensor, heads: Heads, r
                 if owner in whole:
                     adapter.b[position : position + end - start].copy_(whole[owner][start:end])
                 position += end - start
+        case "column":
+            rows = adapter.b.shape[0]
+            adapter.b.copy_(b[rank * rows : (rank + 1) * rows])
         case _:
             adapter.b.copy_(b)

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.families.family import STACKED, Dimension, Kind, Weight
+from megatron_tgdpo.models.families.latent import LatentSizes
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.models.rotary import head_dim
@@ -25,7 +26,7 @@ OUTPUT = "output_layer.weight"
 # A layer's norms before attention and MLP: modules of their own in the local layer spec, whose names families use; in
 # Transformer Engine's fused with the linear that follows. Checkpoints of both hold the fused names: the local spec's
 # layers are mapped to them by megatron-core (``sharded_state_dict_keys_map``). Prefixes, relative to a layer. Before
-# experts the norm is a module of its own in both.
+# experts, and before latent attention, the norm is a module of its own in both.
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -101,13 +102,12 @@ class GlobalParameter:
         return self.kind in STACKED
 
 
-def _stored_names(experts: bool) -> dict[str, str]:
+def _stored_names(*, experts: bool, latent: bool) -> dict[str, str]:
     """What names in a checkpoint begin with instead of their beginnings in the local spec's model, in a layer that has
-    experts or not."""
-    if not experts:
-        return FUSED_NORMS
-    first_norm = "input_layernorm."
-    return {first_norm: FUSED_NORMS[first_norm], "mlp.experts.": "mlp.experts.experts."}
+    experts or not, and latent attention or not."""
+    alone = {"input_layernorm.": latent, "pre_mlp_layernorm.": experts}
+    fused = {name: stored for name, stored in FUSED_NORMS.items() if not alone[name]}
+    return {**fused, "mlp.experts.": "mlp.experts.experts."}
 
 
 def global_parameters(
@@ -138,7 +138,7 @@ def global_parameters(
         whole = tensors[0][1][:0:-1] if weight.kind in STACKED else (rows, *tensors[0][1][1:])
         if layer is None:
             return GlobalParameter(name, None, None, name, (), weight.kind, whole, tensors)
-        renamed = _stored_names(with_experts[layer])
+        renamed = _stored_names(experts=with_experts[layer], latent=family.has_latent_attention)
         stored = next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
         prefix, index = stored_layer(layer, alike=alike)
         index += () if expert is None else (expert,)
@@ -150,7 +150,7 @@ def global_parameters(
         make(name, weight, layer, expert)
         for layer, has_experts in enumerate(with_experts)
         for name, weight in in_layers[has_experts].items()
-        if weight.only_if is None or getattr(hf_config, weight.only_if)
+        if weight.is_in(hf_config)
         for expert in (range(sizes["experts"] if every_expert else 1) if weight.of_expert else [None])
     ]
     return first + layers + [make(name, weight, None) for name, weight in outside.items()]
@@ -240,7 +240,9 @@ def dimension_sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
     heads = Heads.of(hf_config)
     query, kv, _ = heads.rows
     kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
+    latent: LatentSizes | None = kwargs.get("latent")
     return {
+        **({} if latent is None else _latent_sizes(latent, hf_config.num_attention_heads)),
         "vocab": hf_config.vocab_size,
         "hidden": hf_config.hidden_size,
         "mlp": hf_config.intermediate_size,
@@ -255,6 +257,17 @@ def dimension_sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
         "heads": hf_config.num_attention_heads,
         "gate_up": 2 * hf_config.intermediate_size,
         "qkv": query + 2 * kv,
+    }
+
+
+def _latent_sizes(sizes: LatentSizes, heads: int) -> dict[Dimension, int]:
+    return {
+        "query_rank": sizes.query_rank or 0,
+        "rank": sizes.rank,
+        "latent": sizes.rank + sizes.rotated,
+        "latent_query": heads * sizes.query,
+        "latent_kv": heads * (sizes.plain + sizes.value),
+        "latent_value": heads * sizes.value,
     }
 
 

@@ -369,17 +369,30 @@ def test_losses_of_routers_need_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "message"),
+    ("family", "sections", "message"),
     [
-        ({"precision": {"fp8": "blockwise"}}, "model.policy has experts, whose products are not made in FP8"),
+        ("youtu", {"precision": {"fp8": "blockwise"}}, "latent attention .* set precision.fp8=none"),
         (
+            "youtu",
+            {"parallel": {"tensor": 2, "sequence_parallel": True}, "overlap": {"tensor": True}},
+            "latent attention .* set overlap.tensor=false",
+        ),
+        (
+            "mixtral",
+            {"precision": {"fp8": "blockwise"}},
+            "model.policy has experts, whose products are not made in FP8",
+        ),
+        (
+            "mixtral",
             {"parallel": {"tensor": 2, "sequence_parallel": True}, "overlap": {"tensor": True}},
             "overlap.tensor has no buffers for the products of experts, which model.policy has",
         ),
     ],
 )
-def test_what_experts_do_not_go_with(sections: dict, message: str, tmp_path: Path) -> None:
-    experts = make_model(tmp_path / "model", "mixtral", layers=1)
+def test_what_experts_and_latent_attention_do_not_go_with(
+    family: str, sections: dict, message: str, tmp_path: Path
+) -> None:
+    experts = make_model(tmp_path / "model", family, layers=1)
     data = {"train": str(tmp_path / "pairs.jsonl"), "max_length": 64, "max_prompt_length": 32}
     model = {**VALID["model"], "policy": str(experts), "guide": str(experts)}
     config = config_from_dict({**VALID, "data": data, "model": model, **sections})

@@ -21,6 +21,7 @@ from tests.tiny_models import MIXED_OPTIONS, make_model
             "local",
             {"moe": "no experts", "shared_experts": "no experts", "layernorm": "norms before attention"},
         ),
+        ("youtu", "transformer_engine", {"moe": "no experts", "shared_experts": "no experts"}),
         ("mixtral", "transformer_engine", {"mlp": "choose moe", "shared_experts": "and model.policy none: choose moe"}),
         ("qwen2_moe", "local", {"mlp": "choose moe, or shared_experts"}),
         ("qwen2_moe-mixed", "transformer_engine", {}),

@@ -87,6 +87,7 @@ def test_what_an_adapter_is(base: Path, adapter: Path) -> None:
         ({"something_new": 1}, "something_new is '1': only plain LoRA"),
         ({"target_modules": ["lm_head"]}, r"target_modules names \['lm_head'\]"),
         ({"target_modules": []}, "target_modules names"),
+        ({"target_modules": ["o_proj", "q_b_proj"]}, "names q_b_proj alone: supported are q_a_proj and q_b_proj"),
         ({"r": 0}, "r is 0: a positive number"),
         ({"r": 8}, "lora_A.weight has shape .*4.* ask for .*8"),
         ({"lora_alpha": "many"}, "lora_alpha is many"),

@@ -43,9 +43,9 @@ def own_keys(ends: list[int]) -> PackedSequence:
     return PackedSequence(qkv_format="sbhd", cu_seqlens_q=bounds(ends), cu_seqlens_kv=bounds(ends))
 
 
-def inputs(requires_grad: bool = True, tokens: int = ROW) -> list[torch.Tensor]:
+def inputs(requires_grad: bool = True, tokens: int = ROW, value_size: int = SIZE) -> list[torch.Tensor]:
     random = torch.Generator().manual_seed(0)
-    shapes = [(tokens, 1, n, SIZE) for n in (HEADS, GROUPS, GROUPS)]
+    shapes = [(tokens, 1, n, size) for n, size in ((HEADS, SIZE), (GROUPS, SIZE), (GROUPS, value_size))]
     return [torch.randn(s, generator=random, dtype=torch.float64).requires_grad_(requires_grad) for s in shapes]
 
 
@@ -63,7 +63,7 @@ def written_out(
 
     A query sees the ``window`` keys that end with the last one it may see.
     """
-    out = torch.zeros(ROW, HEADS, SIZE, dtype=q.dtype)
+    out = torch.zeros(ROW, HEADS, v.shape[-1], dtype=q.dtype)
     index = torch.arange(ROW) if packing.kv_index is None else packing.kv_index
     assert packing.cu_seqlens_q is not None
     assert packing.cu_seqlens_kv is not None
@@ -137,6 +137,25 @@ def test_equals_the_definition(kind: type[PackedAttention], packing: Callable, w
         assert mine.grad is not None
         assert reference.grad is not None
         assert torch.allclose(mine.grad, reference.grad, atol=1e-12)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    "kind", [TransformerEngineAttention, VarlenAttention, FlexPackedAttention, PackedCausalAttention]
+)
+def test_values_may_be_smaller_than_keys(kind: type[PackedAttention]) -> None:
+    with_backward = kind is not FlexPackedAttention
+    ours, theirs = (inputs(with_backward, value_size=5) for _ in range(2))
+    out = build(kind)(*ours, packed_seq_params=shared_prompts())
+    wanted = written_out(*theirs, shared_prompts(), ROW, None)
+    assert out.shape == (ROW, 1, HEADS * 5)
+    assert torch.allclose(out, wanted, atol=1e-12)
+    assert build(kind)(*ours, packed_seq_params=own_keys([0])).shape == out.shape
+    if with_backward:
+        gradients = (
+            torch.autograd.grad(each.square().sum(), tensors) for each, tensors in ((out, ours), (wanted, theirs))
+        )
+        assert all(torch.allclose(mine, reference, atol=1e-12) for mine, reference in zip(*gradients, strict=True))
 
 
 def test_flex_is_compiled_for_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
