@@ -34,11 +34,11 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.adapter_layout import (
     adapted_parts,
-    checkpoint_prefix,
     fused_linears,
     peft_tensors,
     read_adapter,
 )
+from megatron_tgdpo.models.hf_weights.mapping import kinds_of_layers
 from megatron_tgdpo.storage.atomic_directory import AtomicDirectory
 from megatron_tgdpo.storage.dtypes import dtype_name
 from megatron_tgdpo.storage.hub import hub_name
@@ -83,16 +83,16 @@ def adapter_tensors(checkpoint: Path, hf_config: PretrainedConfig, dtype: torch.
     reader = CheckpointReader(checkpoint)
     found: dict[str, Tensor] = {}
     for layer in range(hf_config.num_hidden_layers):
-        for fused in fused_linears(hf_config):
+        for fused in fused_linears(hf_config, layer):
             if not any(True for _ in adapted_parts(fused, lora)):
                 continue
-            prefix = checkpoint_prefix(fused)
-            missing = [name for name in (f"{prefix}a", f"{prefix}b") if name not in reader.tensors]
+            names = (f"{fused.prefix}a", f"{fused.prefix}b")
+            missing = [name for name in names if name not in reader.tensors]
             if missing:
                 raise UserError(f"{checkpoint}: it lacks {missing[0]}, which an adapter of its targets has")
             a, b = (
-                reader.rows(name, layer, 0, reader.tensors[name].size[1]).to(dtype)
-                for name in (f"{prefix}a", f"{prefix}b")
+                reader.rows(name, fused.index, 0, reader.tensors[name].size[len(fused.index)]).to(dtype)
+                for name in names
             )
             found |= dict(peft_tensors(fused, layer, a, b, lora, hf_config))
     return found
@@ -119,9 +119,22 @@ def peft_config(lora: Lora, base: str | None, hf_config: PretrainedConfig) -> di
         base: Of its base model, a path or a pinned name of the Hub.
         hf_config: Of its base model.
     """
-    adapted = [(fused, part) for fused in fused_linears(hf_config) for part in adapted_parts(fused, lora)]
-    linears = [part.rpartition(".")[2] for fused, part in adapted if not fused.experts]
-    parameters = [".".join(part.split(".")[-3:]) for fused, part in adapted if fused.experts]
+    kinds = kinds_of_layers(hf_config)
+    adapted = [
+        (fused, part)
+        for layer in kinds
+        for fused in fused_linears(hf_config, layer)
+        for part in adapted_parts(fused, lora)
+    ]
+
+    def name(part: str, words: int) -> str:
+        return ".".join(part.split(".")[-words:])
+
+    # Beside experts ``peft`` takes modules of a dense MLP's names for theirs.
+    dense_mlps = [part for fused, part in adapted if len(kinds) > 1 and not fused.experts and ".mlp." in part]
+    linears = [name(part, 1) for fused, part in adapted if not fused.experts and part not in dense_mlps]
+    parameters = [f"{name(part, 2)}.weight" for part in dense_mlps]
+    parameters += [name(part, 3) for fused, part in adapted if fused.experts]
     hub = None if base is None else hub_name(base)
     return {
         "peft_type": "LORA",
@@ -130,7 +143,7 @@ def peft_config(lora: Lora, base: str | None, hf_config: PretrainedConfig) -> di
         "revision": None if hub is None else hub.revision,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "target_modules": linears,
+        "target_modules": list(dict.fromkeys(linears)),
         **({"target_parameters": parameters} if parameters else {}),
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,

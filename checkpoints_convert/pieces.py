@@ -138,7 +138,8 @@ def extra_state_keys(hf_config: PretrainedConfig) -> list[str]:
     is no expert's."""
     layers = hf_config.num_hidden_layers
     return [
-        f"{parameter.checkpoint_key.removesuffix('weight')}_extra_state/shard_{parameter.layer}_{layers}"
+        f"{parameter.checkpoint_key.removesuffix('weight')}_extra_state/shard_"
+        + (f"{parameter.index[0]}_{layers}" if parameter.index else "0_1")
         for parameter in global_parameters(hf_config)
         if parameter.kind in _LINEARS and parameter.key.endswith(".weight") and parameter.expert is None
     ]

@@ -61,10 +61,10 @@ NOTES = {
     "VaultGemmaForCausalLM": ("VaultGemma 1B", "as Gemma-2 without the norms after attention and MLP"),
     "HyperCLOVAXForCausalLM": ("HyperCLOVA X SEED Think 14B", "as Granite, with norms after attention and MLP"),
     "HeliumForCausalLM": ("Helium 1", "neighbours rotated together"),
-    "Qwen3MoeForCausalLM": ("Qwen3-30B-A3B, Qwen3-235B-A22B", "Qwen3's attention; experts in every layer"),
+    "Qwen3MoeForCausalLM": ("Qwen3-30B-A3B, Qwen3-235B-A22B", "Qwen3's attention; experts in every layer, or some"),
     "Qwen2MoeForCausalLM": (
         "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
-        "Qwen2's attention; experts in every layer, one for all tokens",
+        "Qwen2's attention; experts in every layer, or some, one for all tokens",
     ),
     "MixtralForCausalLM": ("Mixtral 8x7B, 8x22B", "windows; experts in every layer"),
     "OlmoeForCausalLM": ("OLMoE 1B-7B", "norms over all query heads and all key heads; experts in every layer"),

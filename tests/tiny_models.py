@@ -63,6 +63,12 @@ EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
+# The same with some layers that have no experts.
+MIXED_OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen3_moe-mixed": {"family": "qwen3_moe", "mlp_only_layers": [0]},
+    "qwen2_moe-mixed": {"family": "qwen2_moe", "decoder_sparse_step": 2},
+}
+
 
 _TYPES = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

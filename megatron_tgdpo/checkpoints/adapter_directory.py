@@ -30,10 +30,13 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # What some families have instead of several of them.
 FUSED_LINEARS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # What ``peft`` calls the parameters that hold a layer's experts: as in its documentation, or shorter. In a model with
-# experts the last three linears are theirs.
+# experts the last three linears are theirs, and those of layers without.
 EXPERT_PARAMETERS = {
     f"{module}{name}": name for module in ("mlp.experts.", "experts.", "") for name in ("gate_up_proj", "down_proj")
 }
+# The same of dense MLPs where other layers have experts, of which a shared one's linears have the same names.
+_DENSE_PARAMETERS = {f"mlp.{name}.weight": name for name in LINEARS[4:]}
+_PARAMETERS = EXPERT_PARAMETERS | _DENSE_PARAMETERS
 ALL_LINEAR = "all-linear"
 # In a checkpoint's metadata: the fields of its adapter.
 LORA = "lora"
@@ -135,15 +138,13 @@ def _targets(file: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
     if stored == ALL_LINEAR and not parameters:
         return LINEARS
     if not isinstance(parameters, list) or not all(
-        isinstance(name, str) and name in EXPERT_PARAMETERS for name in parameters
+        isinstance(name, str) and name in _PARAMETERS for name in parameters
     ):
-        raise UserError(
-            f"{file}: target_parameters is {str(parameters)[:80]}: supported are {', '.join(EXPERT_PARAMETERS)}"
-        )
+        raise UserError(f"{file}: target_parameters is {str(parameters)[:80]}: supported are {', '.join(_PARAMETERS)}")
     if stored == ALL_LINEAR:
         raise UserError(f"{file}: target_modules is {ALL_LINEAR} beside target_parameters: name the modules")
     modules = stored if isinstance(stored, list) else [] if stored is None else [stored]
-    names, known = [*modules, *(EXPERT_PARAMETERS[name] for name in parameters)], (*LINEARS, *FUSED_LINEARS)
+    names, known = [*modules, *(_PARAMETERS[name] for name in parameters)], (*LINEARS, *FUSED_LINEARS)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise UserError(f"{file}: target_modules names {unknown}: supported are {ALL_LINEAR} and {', '.join(known)}")

@@ -1,7 +1,7 @@
 """Which layer spec and which core attention a model gets: pure functions of its config and the machine."""
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,14 +107,14 @@ def _engine_attends(config: LanguageModelConfig, found: Capabilities) -> bool:
 
 
 def build_block_spec(
-    config: LanguageModelConfig, count: int, spec: LayerSpec, attention: str
+    config: LanguageModelConfig, layers: Sequence[int], spec: LayerSpec, attention: str
 ) -> TransformerBlockSubmodules:
-    """The ``count`` layers of a chunk, of the chosen spec with the chosen core attention."""
+    """A chunk's layers, counted from 0 through the model, of the chosen spec with the chosen core attention."""
     if spec == "local":
-        return local_block_spec(config, count, core_attention_spec(attention))
+        return local_block_spec(config, layers, core_attention_spec(attention))
     from megatron_tgdpo.models.layer_spec_te import load_parts, te_block_spec
 
-    return te_block_spec(config, count, core_attention_spec(attention), load_parts())
+    return te_block_spec(config, layers, core_attention_spec(attention), load_parts())
 
 
 def core_attention_spec(attention: str) -> ModuleSpec:

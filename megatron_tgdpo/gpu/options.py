@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -158,9 +158,9 @@ def describe_model(
 
 
 def _block_spec(
-    config: LanguageModelConfig, count: int, *, spec: LayerSpec, found: Capabilities
+    config: LanguageModelConfig, layers: Sequence[int], *, spec: LayerSpec, found: Capabilities
 ) -> TransformerBlockSubmodules:
-    return build_block_spec(config, count, spec, choose_attention(config, spec, found))
+    return build_block_spec(config, layers, spec, choose_attention(config, spec, found))
 
 
 def _fused_kwargs(

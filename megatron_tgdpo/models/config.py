@@ -55,6 +55,11 @@ class LanguageModelConfig(TransformerConfig):
     router_z_loss: float = 0.0
     adapters: bool = False
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in its MLP's place; layers are counted from 0 through the model."""
+        of_each = self.moe_layer_freq
+        return self.num_moe_experts is not None and (not isinstance(of_each, list) or bool(of_each[layer]))
+
 
 def transformer_config_kwargs(
     hf_config: PretrainedConfig,

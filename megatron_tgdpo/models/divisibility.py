@@ -88,7 +88,8 @@ def _tensor_ranks(kwargs: Mapping[str, Any], tp: int, layout: ParallelLayout) ->
         return f"size {shared} of the shared expert is not divisible by parallel.tensor = {tp}"
     if kwargs.get("qk_projection_norm") and tp > groups:
         return f"a norm over all of {groups} key/value heads, which parallel.tensor = {tp} would divide"
-    if not kwargs.get("num_moe_experts") and kwargs["ffn_hidden_size"] % tp:
+    has_dense = not kwargs.get("num_moe_experts") or "moe_layer_freq" in kwargs
+    if has_dense and kwargs["ffn_hidden_size"] % tp:
         return f"MLP size {kwargs['ffn_hidden_size']} is not divisible by parallel.tensor = {tp}"
     return None
 

@@ -4,7 +4,7 @@ Legend: S tokens of this context-parallel rank's part of the pack, S_local = S /
 H hidden, V padded vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.layer_spec import local_block_spec
 from megatron_tgdpo.models.rotary import RotaryFrequencies
 
-# Makes a chunk from the config and its number of layers.
-BlockSpec = Callable[[LanguageModelConfig, int], TransformerBlockSubmodules]
+# Makes a chunk from the config and its layers, counted from 0 through the model.
+BlockSpec = Callable[[LanguageModelConfig, Sequence[int]], TransformerBlockSubmodules]
 
 
 class LanguageModel(GPTModel):
@@ -172,7 +172,7 @@ def build_language_model(
         dtype: Of parameters and activations.
         device: CPU needs the CPU backend (``enable_cpu_backend``).
         transformer_overrides: Extra or different arguments of LanguageModelConfig, e.g. recomputation.
-        block_spec: Makes one chunk's layers from the config and their number.
+        block_spec: Makes one chunk's layers from the config and their numbers.
         chunk: Which of the stage's ``layout.virtual`` chunks.
 
     Raises:
@@ -180,7 +180,9 @@ def build_language_model(
     """
     kwargs = transformer_config_kwargs(hf_config, layout, dtype=dtype, device=device, overrides=transformer_overrides)
     config = LanguageModelConfig(**kwargs)
-    layers = layout.part_layers(config.num_layers)[chunk * layout.pipeline + pg.pp.rank()]
+    sizes, part = layout.part_layers(config.num_layers), chunk * layout.pipeline + pg.pp.rank()
+    first = sum(sizes[:part])
+    layers = range(first, first + sizes[part])
     model = LanguageModel(config, block_spec(config, layers), hf_config, pg, device, chunk)
     prepare_experts(model, layout, device)
     return model

@@ -1,6 +1,7 @@
 """The local layer spec: megatron-core's own parallel linears with this project's attention and norms."""
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,25 +78,40 @@ def wrapped_row_linear(config: LanguageModelConfig, linear: type[torch.nn.Module
     return linear if config.residual_multiplier == 1.0 else with_multiplier(linear, config.residual_multiplier)
 
 
-def layer_skeleton(config: LanguageModelConfig) -> ModuleSpec:
+def layer_skeleton(config: LanguageModelConfig, *, experts: bool) -> ModuleSpec:
     """megatron-core's layer of the local spec, a copy to be changed; with experts one after another, and our router."""
     layer: ModuleSpec = copy.deepcopy(
         get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+            num_experts=config.num_moe_experts if experts else None,
+            normalization="RMSNorm",
+            qk_layernorm=config.qk_layernorm,
         )
     )
-    if config.num_moe_experts is not None:
+    if experts:
         submodules_of(layer.submodules.mlp).router = Router
     return layer
 
 
+def each_layer(
+    config: LanguageModelConfig, layers: Sequence[int], make: Callable[[bool], ModuleSpec]
+) -> list[ModuleSpec]:
+    """The specs of a chunk's layers, made with experts or without, one for all that are alike."""
+    made = {experts: make(experts) for experts in {config.has_experts(layer) for layer in layers}}
+    return [made[config.has_experts(layer)] for layer in layers]
+
+
 def local_block_spec(
     config: LanguageModelConfig,
-    count: int,
+    layers: Sequence[int],
     core_attention: type | ModuleSpec = PackedCausalAttention,
 ) -> TransformerBlockSubmodules:
-    """The ``count`` layers and the final norm of one chunk of this pipeline stage."""
-    layer = layer_skeleton(config)
+    """The layers, counted from 0 through the model, and the final norm of one chunk of this pipeline stage."""
+    specs = each_layer(config, layers, lambda experts: _local_layer(config, core_attention, experts=experts))
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _local_layer(config: LanguageModelConfig, core_attention: type | ModuleSpec, *, experts: bool) -> ModuleSpec:
+    layer = layer_skeleton(config, experts=experts)
     members = layer.submodules
     members.input_layernorm = members.pre_mlp_layernorm = RMSNorm if config.pre_norms else IdentityOp
     if is_wanted(config):
@@ -105,7 +121,7 @@ def local_block_spec(
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     mlp = submodules_of(members.mlp)
-    if config.num_moe_experts is not None:
+    if experts:
         # A checkpoint has the norm before a router by its own name, see hf_weights/mapping.py: FUSED_NORMS.
         del members.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         if config.add_bias_linear:
@@ -113,9 +129,9 @@ def local_block_spec(
             expert.linear_fc2 = with_own_output(expert.linear_fc2)
     if config.adapters:
         attention.linear_qkv, attention.linear_proj = map(with_adapters, (attention.linear_qkv, attention.linear_proj))
-        gated = mlp if config.num_moe_experts is None else submodules_of(mlp.experts)
+        gated = submodules_of(mlp.experts) if experts else mlp
         gated.linear_fc1, gated.linear_fc2 = map(with_adapters, (gated.linear_fc1, gated.linear_fc2))
     attention.linear_proj = wrapped_row_linear(config, attention.linear_proj, RMSNorm)
-    if config.num_moe_experts is None:
+    if not experts:
         mlp.linear_fc2 = wrapped_row_linear(config, mlp.linear_fc2, RMSNorm)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    return layer

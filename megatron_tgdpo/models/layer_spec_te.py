@@ -6,6 +6,7 @@ Engine.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.mcore_compat import submodules_of
 from megatron_tgdpo.models.attention.self_attention import FamilySelfAttention, is_wanted
 from megatron_tgdpo.models.config import LanguageModelConfig
-from megatron_tgdpo.models.layer_spec import layer_skeleton, wrapped_row_linear
+from megatron_tgdpo.models.layer_spec import each_layer, layer_skeleton, wrapped_row_linear
 from megatron_tgdpo.models.lora import with_adapters, with_expert_adapters
 
 
@@ -69,7 +70,7 @@ def load_parts() -> TransformerEngineParts:
 
 def te_block_spec(
     config: LanguageModelConfig,
-    count: int,
+    layers: Sequence[int],
     core_attention: type | ModuleSpec,
     parts: TransformerEngineParts,
 ) -> TransformerBlockSubmodules:
@@ -82,12 +83,19 @@ def te_block_spec(
 
     Args:
         config: The model's configuration.
-        count: How many layers.
+        layers: Which ones, counted from 0 through the model.
         core_attention: Class or spec of the core attention.
         parts: From :func:`load_parts`, or look-alikes.
     """
+    specs = each_layer(config, layers, lambda experts: _te_layer(config, core_attention, parts, experts=experts))
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=parts.norm)
+
+
+def _te_layer(
+    config: LanguageModelConfig, core_attention: type | ModuleSpec, parts: TransformerEngineParts, *, experts: bool
+) -> ModuleSpec:
     # The local spec's skeleton: the layer, its attention, its MLP and residual additions are megatron-core's in both.
-    layer = layer_skeleton(config)
+    layer = layer_skeleton(config, experts=experts)
     layers = layer.submodules
     attention, mlp = layers.self_attention.submodules, submodules_of(layers.mlp)
     # Parameters carry the names of checkpoints already.
@@ -105,7 +113,7 @@ def te_block_spec(
         column_grouped, row_grouped = with_expert_adapters(column_grouped), with_expert_adapters(row_grouped)
     row = wrapped_row_linear(config, row, parts.norm)
     attention.linear_qkv, attention.linear_proj = column, row
-    if config.num_moe_experts is None:
+    if not experts:
         mlp.linear_fc1, mlp.linear_fc2 = column, row
     else:
         # The router reads the norm's output as well as the experts.
@@ -119,7 +127,7 @@ def te_block_spec(
     attention.core_attention = core_attention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.norm)
+    return layer
 
 
 def without_extra_states(grouped: type[torch.nn.Module]) -> type[torch.nn.Module]:

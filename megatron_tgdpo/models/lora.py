@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.models.families.family import Kind
-from megatron_tgdpo.models.hf_weights.adapter_layout import FusedLinear, adapted_parts, checkpoint_prefix, fused_linears
+from megatron_tgdpo.models.hf_weights.adapter_layout import FusedLinear, adapted_parts, fused_linears
 from megatron_tgdpo.models.hf_weights.mapping import Heads, qkv_runs
 
 _FOLDER = "adapters."
@@ -92,13 +92,13 @@ class LoraAdapter(torch.nn.Module):
         blocks = (self.mask[:, :, None] * b[:, None, :]).flatten(1)
         return F.linear(hidden, blocks) * self.lora.scale
 
-    def sharded_state_dict(self, layer: int, layers: int, pg: ProcessGroupCollection) -> dict[str, Any]:
+    def sharded_state_dict(self, layers: int, pg: ProcessGroupCollection) -> dict[str, Any]:
         """megatron-core's sharded tensors of ``a`` and ``b``, whose keys depend on no layout and not on the name."""
         result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             {"a": self.a, "b": self.b},
-            checkpoint_prefix(self.fused),
+            self.fused.prefix,
             self._split,
-            [(0, layer, layers)],
+            [(0, layer, layers) for layer in self.fused.index],
             tp_group=pg.tp,
             dp_cp_group=pg.dp_cp,
         )
@@ -141,13 +141,14 @@ class ExpertAdapter(torch.nn.Module):
         )
         return F.linear(F.linear(x, a), b.flatten(0, -2)) * self.lora.scale
 
-    def sharded_state_dict(self, layer: int, layers: int, pg: ProcessGroupCollection) -> dict[str, Any]:
+    def sharded_state_dict(self, layers: int, pg: ProcessGroupCollection) -> dict[str, Any]:
         """As :meth:`LoraAdapter.sharded_state_dict`; of each layer all experts are stacked."""
+        index = self.fused.index
         result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             {"a": self.a, "b": self.b},
-            checkpoint_prefix(self.fused),
+            self.fused.prefix,
             self._split,
-            [(0, layer, layers), (1, self.expert, self.fused.experts)],
+            [*((0, layer, layers) for layer in index), (len(index), self.expert, self.fused.experts)],
             tp_group=pg.expt_tp,
             dp_cp_group=pg.expt_dp,
         )
@@ -237,7 +238,7 @@ def add_adapter(model: GPTModel, name: str, lora: Lora, hf_config: PretrainedCon
     """
     heads, pg = Heads.of(hf_config), model.pg_collection
     for layer in model.decoder.layers:
-        for fused in fused_linears(hf_config):
+        for fused in fused_linears(hf_config, int(layer.layer_number) - 1):
             if not any(adapted_parts(fused, lora)):
                 continue
             if not fused.experts:
@@ -302,7 +303,7 @@ def adapter_state(model: GPTModel, name: str) -> dict[str, Any]:
     return {
         f"{layer}.{adapter.expert}.{key}": entry
         for layer, adapter in adapters_of(model, name)
-        for key, entry in adapter.sharded_state_dict(layer, model.config.num_layers, model.pg_collection).items()
+        for key, entry in adapter.sharded_state_dict(model.config.num_layers, model.pg_collection).items()
     }
 
 
@@ -310,7 +311,7 @@ def adapter_state(model: GPTModel, name: str) -> dict[str, Any]:
 def load_adapter_state(model: GPTModel, name: str, state: Mapping[str, Tensor]) -> None:
     """Sets an adapter from what was loaded for :func:`adapter_state`."""
     for layer, adapter in adapters_of(model, name):
-        prefix = f"{layer}.{adapter.expert}.{checkpoint_prefix(adapter.fused)}"
+        prefix = f"{layer}.{adapter.expert}.{adapter.fused.prefix}"
         adapter.a.copy_(state[f"{prefix}a"])
         adapter.b.copy_(state[f"{prefix}b"])
 

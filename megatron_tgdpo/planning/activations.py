@@ -86,13 +86,13 @@ class LayerWidths:
     routed: float
 
     @classmethod
-    def of(cls, hf_config: PretrainedConfig, layout: ParallelLayout) -> "LayerWidths":
-        """Of a model under a layout."""
+    def of(cls, hf_config: PretrainedConfig, layout: ParallelLayout, layer: int = 0) -> "LayerWidths":
+        """Of a model's layer, counted from 0, under a layout."""
         heads, tp = Heads.of(hf_config), layout.tensor
         number = heads.groups * heads.queries_per_group
         # With more tensor ranks than key/value heads, megatron-core gathers the projection and keeps it whole.
         shared = 1 if tp > heads.groups else tp
-        experts = Experts.of(hf_config)
+        experts = Experts.of_layer(hf_config, layer)
         mlp = hf_config.intermediate_size if experts is None else experts.top_k * experts.size + experts.shared
         # Each of the ranks that share an expert has the whole rows of all their tokens.
         routed = 0 if experts is None else experts.top_k * hf_config.hidden_size * layout.expert_shards
@@ -131,16 +131,19 @@ def layer_activations(
         layout: The parallel layout.
         pack: The micro batch.
         recompute: ``TrainConfig.recomputation``.
-        layer: Counted from 0; layers may differ in their attention windows.
+        layer: Counted from 0; layers may differ in their attention windows, and in having experts.
         lora: The adapter that trains; None where all weights do. A frozen linear keeps no input, an adapter does.
     """
-    width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
+    width, size = LayerWidths.of(hf_config, layout, layer), pack.dtype_bytes
     if recompute == "full":
         return pack.tokens * width.hidden * size
     settings = family_of(hf_config.architectures).config_kwargs(hf_config)
-    modules, experts = recomputed_modules(recompute), Experts.of(hf_config)
+    modules, experts = recomputed_modules(recompute), Experts.of_layer(hf_config, layer)
+    if experts is None and Experts.of(hf_config) is not None:
+        # Transformer Engine has a dense layer's norms inside its linears.
+        modules = modules - {"layernorm"}
     # What the MLP, or all experts, would keep beside their input is computed again.
-    no_mlp = bool(modules & {"mlp", "moe"})
+    no_mlp = ("mlp" if experts is None else "moe") in modules
     pre, post = 2 * settings.get("pre_norms", True), 2 * settings.get("post_norms", False)
     norms = (pre + post - (post / 2 if no_mlp else 0)) * width.hidden * _norm_bytes(settings, size)
     if "layernorm" in modules:
@@ -161,10 +164,10 @@ def layer_activations(
     if lora is not None:
         inputs = {
             fused.name: inputs[fused.name.replace(".experts.", ".")]
-            for fused in fused_linears(hf_config)
+            for fused in fused_linears(hf_config, layer)
             if any(adapted_parts(fused, lora))
         }
-        adapters = _adapters(hf_config, layout, pack, lora, without="mlp." if no_mlp else None)
+        adapters = _adapters(hf_config, layout, pack, lora, layer, without="mlp." if no_mlp else None)
         if layer == 0 and recompute == "none":
             norms -= width.hidden * _norm_bytes(settings, size)  # the embedding has no gradient
     if no_mlp:
@@ -186,7 +189,7 @@ def layer_activations(
 
 
 def _adapters(
-    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, lora: Lora, without: str | None
+    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, lora: Lora, layer: int, without: str | None
 ) -> float:
     """Bytes that the adapters of a layer keep beside their inputs: see ``models/lora.py: LoraAdapter.forward``.
 
@@ -195,7 +198,7 @@ def _adapters(
     left out.
     """
     experts, elements = Experts.of(hf_config), 0.0
-    for fused in fused_linears(hf_config):
+    for fused in fused_linears(hf_config, layer):
         if not any(adapted_parts(fused, lora)) or (without is not None and fused.name.startswith(without)):
             continue
         if fused.experts and experts is not None:

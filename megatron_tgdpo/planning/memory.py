@@ -9,7 +9,13 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears, linear_shapes
-from megatron_tgdpo.models.hf_weights.mapping import EMBEDDING, Experts, GlobalParameter, global_parameters
+from megatron_tgdpo.models.hf_weights.mapping import (
+    EMBEDDING,
+    Experts,
+    GlobalParameter,
+    global_parameters,
+    kinds_of_layers,
+)
 from megatron_tgdpo.planning.activations import Pack, stage_activations, stage_layers
 from megatron_tgdpo.planning.workspace import (
     carried_states,
@@ -270,8 +276,17 @@ def adapter_parameters(
     Of a linear that megatron-core fused, one adapted part is as large as all. With ``of_experts`` those of experts
     alone.
     """
+    kinds = kinds_of_layers(hf_config, stage_layers(hf_config, layout, stage))
+    return sum(
+        count * _layer_adapter(hf_config, layout, layer, lora, of_experts=of_experts) for layer, count in kinds.items()
+    )
+
+
+def _layer_adapter(
+    hf_config: PretrainedConfig, layout: ParallelLayout, layer: int, lora: Lora, *, of_experts: bool
+) -> int:
     of_layer = 0
-    for fused in fused_linears(hf_config):
+    for fused in fused_linears(hf_config, layer):
         if (of_experts and not fused.experts) or not any(adapted_parts(fused, lora)):
             continue
         shapes = linear_shapes(fused, hf_config)
@@ -283,7 +298,7 @@ def adapter_parameters(
             outputs //= ranks
         each = lora.rank * (len(shapes) * inputs + outputs)
         of_layer += each * fused.experts // layout.expert if fused.experts else each
-    return of_layer * len(stage_layers(hf_config, layout, stage))
+    return of_layer
 
 
 def trained_parameters(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, lora: Lora | None) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads
+from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, kinds_of_layers
 
 
 def query_width(hf_config: PretrainedConfig) -> int:
@@ -23,25 +23,26 @@ def query_width(hf_config: PretrainedConfig) -> int:
     return Heads.of(hf_config).rows[0]
 
 
-def linear_flops(hf_config: PretrainedConfig) -> int:
-    """Of a layer's linears, forwards, for a token: two for each weight, of experts those that a token goes to."""
+def linear_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
+    """Of the linears of a layer, counted from 0, forwards, for a token: two for each weight, of experts those that a
+    token goes to."""
     query, kv, _ = Heads.of(hf_config).rows
     result: int = 2 * hf_config.hidden_size * (2 * query + 2 * kv)
-    return result + mlp_flops(hf_config)
+    return result + mlp_flops(hf_config, layer)
 
 
-def mlp_flops(hf_config: PretrainedConfig) -> int:
+def mlp_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
     """Those of the MLP, or of all experts and their router."""
-    experts = Experts.of(hf_config)
+    experts = Experts.of_layer(hf_config, layer)
     # The router has a row for each expert.
     mlp = 3 * hf_config.intermediate_size if experts is None else 3 * experts.top_k * experts.size + experts.count
     result: int = 2 * hf_config.hidden_size * mlp
-    return result + shared_expert_flops(hf_config)
+    return result + shared_expert_flops(hf_config, layer)
 
 
-def shared_expert_flops(hf_config: PretrainedConfig) -> int:
+def shared_expert_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
     """Those of the expert that all tokens go to, with its gate; 0 without."""
-    experts = Experts.of(hf_config)
+    experts = Experts.of_layer(hf_config, layer)
     rows = 3 * experts.shared + 1 if experts is not None and experts.shared else 0
     result: int = 2 * hf_config.hidden_size * rows
     return result
@@ -118,7 +119,8 @@ def step_flops(
     total = 0
     for model in models:
         config = model.hf_config
-        windows, linear, score = model.windows(), linear_flops(config), score_flops(config)
-        layers = len(windows) * tokens * linear + sum(scores[window] for window in windows) * score
+        windows, score = model.windows(), score_flops(config)
+        linear = sum(count * linear_flops(config, layer) for layer, count in kinds_of_layers(config).items())
+        layers = tokens * linear + sum(scores[window] for window in windows) * score
         total += model.passes * (layers + 2 * responses * config.vocab_size * config.hidden_size)
     return total

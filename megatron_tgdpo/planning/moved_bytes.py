@@ -4,6 +4,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_config import padded_vocab_size
+from megatron_tgdpo.models.hf_weights.mapping import kinds_of_layers
 from megatron_tgdpo.planning.activations import layer_activations, stage_layers
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.memory import fullest_stages, trained_of_experts, trained_parameters
@@ -28,8 +29,10 @@ def moved_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) ->
     pack = job.local_pack(layout)
 
     def layers(number: int, hf_config: PretrainedConfig, kept_with: str = "none") -> float:
-        count = len(stage_layers(hf_config, layout.of_model(number), stage))
-        return count * layer_activations(hf_config, layout, pack, kept_with, 0)
+        kinds = kinds_of_layers(hf_config, stage_layers(hf_config, layout.of_model(number), stage))
+        return sum(
+            count * layer_activations(hf_config, layout, pack, kept_with, layer) for layer, count in kinds.items()
+        )
 
     def logits(hf_config: PretrainedConfig) -> float:
         if stage < layout.pipeline - 1:

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.distributed.layout import ROLES, ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.divisibility import check_layout
+from megatron_tgdpo.models.hf_weights.mapping import kinds_of_layers
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.step_time import model_flops
@@ -21,9 +22,10 @@ def fit_layout(job: Job, layout: ParallelLayout, recompute: str, given: Given | 
 
     A model whose layers divide by the stages has as many on each. Of others, the policy first, layer after layer goes
     to the stage whose pack then takes least, beside the models that are in the stages already: as all layers of a model
-    cost the same, no split has a faster slowest stage. Counted are the products of ``step_time.py``, those of the
-    log-probs of all models on the last stage among them; the look-up of the embedding and the norms have none. Models
-    with as many layers are split alike, as they must be where they share weights.
+    cost the same, no split has a faster slowest stage. Those with experts and those without are made to cost about the
+    same, and count as the mean. Counted are the products of ``step_time.py``, those of the log-probs of all models on
+    the last stage among them; the look-up of the embedding and the norms have none. Models with as many layers are
+    split alike, as they must be where they share weights.
 
     Args:
         job: The models, and what a pack is.
@@ -38,6 +40,7 @@ def fit_layout(job: Job, layout: ParallelLayout, recompute: str, given: Given | 
     models = dict(zip(ROLES, job.models, strict=False))
     check_layout(models, layout)
     flops = [model_flops(job, number, recompute) for number in range(len(job.models))]
+    costs = [_mean_layer(job, number, recompute) for number in range(len(job.models))]
     found: dict[str, tuple[int, ...]] = {}
     for role, hf_config in models.items():
         listed, layers = (given or {}).get(role), hf_config.num_hidden_layers
@@ -52,13 +55,13 @@ def fit_layout(job: Job, layout: ParallelLayout, recompute: str, given: Given | 
     busy = [0.0] * layout.pipeline
     busy[-1] = sum(each.logits for each in flops)
     left: dict[int, float] = {}
-    for (role, hf_config), each in zip(models.items(), flops, strict=True):
+    for (role, hf_config), layer_cost in zip(models.items(), costs, strict=True):
         layers = hf_config.num_hidden_layers
         if found[role] or layers % layout.parts == 0:
             sizes = found[role] or (layers // layout.pipeline,) * layout.pipeline
-            busy = [taken + count * each.layer for taken, count in zip(busy, sizes, strict=True)]
+            busy = [taken + count * layer_cost for taken, count in zip(busy, sizes, strict=True)]
         else:
-            left[layers] = left.get(layers, 0.0) + each.layer
+            left[layers] = left.get(layers, 0.0) + layer_cost
     for layers, cost in left.items():
         sizes = _balanced(layers, cost, busy, least=layout.virtual)
         busy = [taken + count * cost for taken, count in zip(busy, sizes, strict=True)]
@@ -66,6 +69,13 @@ def fit_layout(job: Job, layout: ParallelLayout, recompute: str, given: Given | 
             role: sizes for role, config in models.items() if config.num_hidden_layers == layers and not found[role]
         }
     return replace(layout, layers=tuple(found.values()) if any(found.values()) else ())
+
+
+def _mean_layer(job: Job, number: int, recompute: str) -> float:
+    """FLOP of a model's layer, forwards and backwards, of one pack."""
+    kinds = kinds_of_layers(job.models[number])
+    total = sum(count * model_flops(job, number, recompute, layer).layer for layer, count in kinds.items())
+    return total / sum(kinds.values())
 
 
 def fit_one(hf_config: PretrainedConfig, layout: ParallelLayout) -> ParallelLayout:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.config.constraints import RECOMPUTE_CHOICES, Rule, first_broken, recomputed_modules
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.hf_weights.mapping import Experts
+from megatron_tgdpo.models.hf_weights.mapping import Experts, expert_layers
 
 
 def recompute_keys(recompute: str) -> dict[str, Any]:
@@ -35,6 +35,7 @@ class _Layers:
     def __init__(self, recompute: str, hf_config: PretrainedConfig, spec: str, can_discard: bool) -> None:
         family = family_of(hf_config.architectures)
         self.modules, self.experts, self.spec = recomputed_modules(recompute), Experts.of(hf_config), spec
+        self.any_dense = not all(expert_layers(hf_config))
         self.pre_norms, self.can_discard = family.config_kwargs(hf_config).get("pre_norms", True), can_discard
 
     @property
@@ -45,7 +46,7 @@ class _Layers:
 
 _RULES = (
     Rule(
-        lambda c: "mlp" in c.modules and c.experts is not None,
+        lambda c: "mlp" in c.modules and not c.any_dense,
         "has mlp, and model.policy experts in its place: choose moe, or shared_experts",
     ),
     Rule(

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.hf_weights.mapping import Experts, kinds_of_layers
 from megatron_tgdpo.planning.activations import stage_layers
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
@@ -57,9 +58,9 @@ class StepTime:
         return result
 
 
-def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float) -> float:
+def layer_flops(hf_config: PretrainedConfig, sequence_tokens: float, layer: int = 0) -> float:
     """FLOP per token of one layer's forward: causal attention is to half the sequence on average."""
-    return linear_flops(hf_config) + score_flops(hf_config) * sequence_tokens / 2
+    return linear_flops(hf_config, layer) + score_flops(hf_config) * sequence_tokens / 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ModelFlops:
     """FLOP of one pack, of one model and over all tensor ranks.
 
     Attributes:
-        layer_forward: Of a layer.
+        layer_forward: Of a layer; where some have experts, of one with them or of one without.
         layer_backward: The same, backwards; 0 of a frozen model.
         logits_forward: Of the log-probs.
         logits_backward: The same, backwards.
@@ -87,7 +88,7 @@ class ModelFlops:
         return self.logits_forward + self.logits_backward
 
 
-def model_flops(job: Job, number: int, recompute: str) -> ModelFlops:
+def model_flops(job: Job, number: int, recompute: str, layer: int = 0) -> ModelFlops:
     """FLOP of one pack.
 
     The policy's backward costs two forwards, one where its weights are frozen beside an adapter; recomputation one
@@ -97,25 +98,26 @@ def model_flops(job: Job, number: int, recompute: str) -> ModelFlops:
         job: The models, and what a pack is.
         number: Of the model: 0 is the policy.
         recompute: ``train.recompute``.
+        layer: Counted from 0; layers may differ in having experts.
     """
     hf_config, tokens = job.models[number], job.pack.tokens
-    layer = tokens * layer_flops(hf_config, job.batch.pair_tokens / 2)
+    forward = tokens * layer_flops(hf_config, job.batch.pair_tokens / 2, layer)
     logits = 2 * tokens * job.batch.packed_response_share * hf_config.vocab_size * hf_config.hidden_size
     if number > 0:
-        return ModelFlops(layer, 0.0, logits, 0.0)
+        return ModelFlops(forward, 0.0, logits, 0.0)
     # A frozen weight has no gradient to be computed; what adapters compute is little.
     products = 2 if job.sources.trained is None else 1
-    backward = products * layer
+    backward = products * forward
     modules = recomputed_modules(recompute)
     if recompute == "full":
-        backward += layer
+        backward += forward
     if "core_attn" in modules:
         backward += tokens * query_width(hf_config) * job.batch.pair_tokens
-    if modules & {"mlp", "moe"}:
-        backward += tokens * mlp_flops(hf_config)
+    if ("mlp" if Experts.of_layer(hf_config, layer) is None else "moe") in modules:
+        backward += tokens * mlp_flops(hf_config, layer)
     if "shared_experts" in modules:
-        backward += tokens * shared_expert_flops(hf_config)
-    return ModelFlops(layer, backward, logits, (products + 1) * logits)
+        backward += tokens * shared_expert_flops(hf_config, layer)
+    return ModelFlops(forward, backward, logits, (products + 1) * logits)
 
 
 def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> tuple[float, float, float]:
@@ -126,9 +128,12 @@ def pack_flops(job: Job, layout: ParallelLayout, recompute: str, stage: int) -> 
     last = stage == layout.pipeline - 1
     found = []
     for number, hf_config in enumerate(job.models):
-        each, count = model_flops(job, number, recompute), len(stage_layers(hf_config, layout.of_model(number), stage))
-        forward = count * each.layer_forward + (each.logits_forward if last else 0.0)
-        found.append((forward, count * each.layer_backward + (each.logits_backward if last else 0.0)))
+        counts = kinds_of_layers(hf_config, stage_layers(hf_config, layout.of_model(number), stage))
+        kinds = [(model_flops(job, number, recompute, layer), count) for layer, count in counts.items()]
+        ends, _ = kinds[0]
+        forward = sum(count * each.layer_forward for each, count in kinds) + (ends.logits_forward if last else 0.0)
+        backward = sum(count * each.layer_backward for each, count in kinds) + (ends.logits_backward if last else 0.0)
+        found.append((forward, backward))
     (forward, backward), *frozen = found
     ranks = layout.tensor * layout.context
     return forward / ranks, backward / ranks, sum(each for each, _ in frozen) / ranks

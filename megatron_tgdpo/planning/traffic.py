@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
-from megatron_tgdpo.models.hf_weights.mapping import Experts
+from megatron_tgdpo.models.hf_weights.mapping import Experts, kinds_of_layers
 from megatron_tgdpo.planning.activations import LayerWidths, stage_layers
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.memory import fullest_stages, trained_of_experts, trained_parameters
@@ -74,41 +74,43 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
     """
     sequence_parallel = layout.sequence_parallel
 
-    def forward(number: int, hf_config: PretrainedConfig) -> float:
-        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
-        result: float = (
-            (4 if Experts.of(hf_config) is None else 2)
-            * layers
-            * ring(layout.tensor)
-            * local_tokens(job, layout)
-            * hf_config.hidden_size
-            * job.pack.dtype_bytes
-        )
-        return result
+    def forward(number: int, hf_config: PretrainedConfig) -> tuple[float, float]:
+        """Of all layers, and of their MLPs alone."""
+        kinds = kinds_of_layers(hf_config, stage_layers(hf_config, layout.of_model(number), stage))
+        dense = sum(count for layer, count in kinds.items() if Experts.of_layer(hf_config, layer) is None)
+        one = 2 * ring(layout.tensor) * local_tokens(job, layout) * hf_config.hidden_size * job.pack.dtype_bytes
+        return (sum(kinds.values()) + dense) * one, dense * one
 
     def adapter(number: int, hf_config: PretrainedConfig, lora: Lora | None) -> tuple[float, float]:
         """Of forward and of backward."""
         if lora is None:
             return 0.0, 0.0
+        kinds = kinds_of_layers(hf_config, stage_layers(hf_config, layout.of_model(number), stage))
         # What those of experts made is not exchanged.
-        linears = (fused for fused in fused_linears(hf_config) if not fused.experts)
-        adapted = [fused for fused in linears if any(adapted_parts(fused, lora))]
-        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
-        sizes = [sum(len(fused.parts) for fused in adapted if fused.row_parallel == row) for row in (False, True)]
+        adapted = [
+            (fused, count)
+            for layer, count in kinds.items()
+            for fused in fused_linears(hf_config, layer)
+            if not fused.experts and any(adapted_parts(fused, lora))
+        ]
+        sizes = [
+            sum(count * len(fused.parts) for fused, count in adapted if fused.row_parallel == row)
+            for row in (False, True)
+        ]
         columns, rows = (
-            ring(layout.tensor) * layers * local_tokens(job, layout) * size * lora.rank * job.pack.dtype_bytes
-            for size in sizes
+            ring(layout.tensor) * local_tokens(job, layout) * size * lora.rank * job.pack.dtype_bytes for size in sizes
         )
         return (columns + rows, columns + rows) if sequence_parallel else (2 * rows, 2 * columns)
 
     trained = job.sources.trained
-    policy, *frozen = (forward(number, hf_config) for number, hf_config in enumerate(job.models))
+    policy, policy_mlp = forward(0, job.policy)
+    frozen = [forward(number, hf_config)[0] for number, hf_config in enumerate(job.frozen, 1)]
     backward = (1.5 if sequence_parallel and trained is None else 1.0) * policy
     added, added_backwards = adapter(0, job.policy, trained)
     if recompute == "full":
         backward += policy + added
     elif "mlp" in recomputed_modules(recompute):
-        backward += policy / 2
+        backward += policy_mlp
     frozen += [
         adapter(number, hf_config, source.adapter)[0]
         for number, (hf_config, source) in enumerate(zip(job.frozen, job.sources.frozen, strict=False), 1)
@@ -128,7 +130,8 @@ def expert_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
         experts = Experts.of(hf_config)
         if experts is None:
             return 0.0
-        layers = len(stage_layers(hf_config, layout.of_model(number), stage))
+        kinds = kinds_of_layers(hf_config, stage_layers(hf_config, layout.of_model(number), stage))
+        layers = sum(count for layer, count in kinds.items() if Experts.of_layer(hf_config, layer) is not None)
         local = local_tokens(job, layout) / layout.tensor * experts.top_k * hf_config.hidden_size * job.pack.dtype_bytes
         gathered = (layout.expert_shards - 1) * local
         sent: float = 2 * layers * (ring(layout.expert) * local + gathered)

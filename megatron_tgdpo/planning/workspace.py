@@ -10,7 +10,7 @@ from megatron_tgdpo.loss.vocab_chunks import chunk_rows
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora
-from megatron_tgdpo.models.hf_weights.mapping import Experts
+from megatron_tgdpo.models.hf_weights.mapping import Experts, kinds_of_layers
 from megatron_tgdpo.planning.activations import QUERY_BLOCK, LayerWidths, Pack, layer_activations
 
 _FP32 = 4
@@ -23,19 +23,26 @@ def layer_workspace(
 
     A frozen weight beside an adapter (``lora``) has no gradient.
     """
-    width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
-    whole, modules = layer_activations(hf_config, layout, pack, "none", 0, lora), recomputed_modules(recompute)
+    kinds = kinds_of_layers(hf_config)
+    return max(_layer_workspace(hf_config, layout, pack, recompute, lora, layer) for layer in kinds)
+
+
+def _layer_workspace(
+    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, recompute: str, lora: Lora | None, layer: int
+) -> float:
+    width, size = LayerWidths.of(hf_config, layout, layer), pack.dtype_bytes
+    whole, modules = layer_activations(hf_config, layout, pack, "none", layer, lora), recomputed_modules(recompute)
     # One part after another comes back; of attention, which is small beside its gradients, nothing is counted.
-    parts = [whole - layer_activations(hf_config, layout, pack, part, 0, lora) for part in modules - {"core_attn"}]
+    parts = [whole - layer_activations(hf_config, layout, pack, part, layer, lora) for part in modules - {"core_attn"}]
     again = whole if recompute == "full" else max(parts, default=0.0)
     # At the gate: gradients of the joint gate and up three times (each half padded with zeros, then their sum), when
     # three of the MLP's kept tensors are gone already.
     gradients = pack.tokens * (3 * width.mlp + 2 * (width.routed + hf_config.hidden_size)) * size
-    experts = Experts.of(hf_config)
+    experts = Experts.of_layer(hf_config, layer)
     columns = width.mlp if experts is None else experts.size / layout.expert_shards
     weight = 2 * columns * hf_config.hidden_size * size if lora is None else 0.0
     # Attention's backward follows that of the MLP, whose kept tensors it finds gone, if they were kept.
-    gone = 0.0 if modules & {"mlp", "moe"} else pack.tokens * 5 * width.mlp * size
+    gone = 0.0 if ("mlp" if experts is None else "moe") in modules else pack.tokens * 5 * width.mlp * size
     scores = _scores(hf_config, width, pack) + (again if recompute == "full" else 0.0) - gone
     result: float = max(again + gradients + weight, scores)
     return result
@@ -51,7 +58,7 @@ def _scores(hf_config: PretrainedConfig, width: LayerWidths, pack: Pack) -> floa
 
 def frozen_workspace(frozen: Sequence[PretrainedConfig], layout: ParallelLayout, pack: Pack) -> float:
     """Peak of a frozen model's layer, which keeps nothing: the MLP's tensors between its two linears."""
-    widths = [LayerWidths.of(hf_config, layout) for hf_config in frozen]
+    widths = [LayerWidths.of(config, layout, layer) for config in frozen for layer in kinds_of_layers(config)]
     mlp, routed = (
         max((width.mlp for width in widths), default=0.0),
         max((width.routed for width in widths), default=0.0),

@@ -14,7 +14,7 @@ from tests import reference
 from tests.distributed.common import read_metrics, write_pairs
 from tests.launch import PATIENCE
 from tests.processes import run_forked
-from tests.tiny_models import make_model
+from tests.tiny_models import MIXED_OPTIONS, make_model
 
 SETTINGS = reference.Settings(global_pairs=4, steps=5, lr=1e-3, weight_decay=0.1, clip_grad=1.0)
 # Largest relative difference over steps or tensors.
@@ -47,6 +47,7 @@ class Case:
 
 
 _SP = {"tensor": 2, "sequence_parallel": True}
+_VPP = {"pipeline": 2, "virtual_pipeline": 2}
 _CACHED = {"guidance": {"mode": "cached"}}
 _LOSSES = {"moe": {"aux_loss_coeff": 0.05, "z_loss_coeff": 0.02}}
 _TWICE = {"batch": {"shared_prompts": False}}
@@ -66,6 +67,16 @@ CASES = (
     Case("frozen-experts", 1, family="llama", guide="mixtral"),
     Case("gpt-oss", 1, family="gpt_oss", guide=None, sections={"moe": {"aux_loss_coeff": 0.1}}),
     Case("losses-cp2-sft", 2, {"context": 2}, family="mixtral", guide=None, sections=_LOSSES, method="sft"),
+    Case(
+        "mixed-cached",
+        1,
+        family="qwen2_moe-mixed",
+        guide="qwen3_moe-mixed",
+        sections={**_CACHED, **_LOSSES, **_again("mlp", "moe")},
+    ),
+    Case("mixed-ep2-then-tp2-sp", 2, {"expert": 2}, family="qwen3_moe-mixed", guide="qwen2_moe-mixed", then=_SP),
+    # The first stage alone has a layer without experts; then no chunk of the second.
+    Case("mixed-pp2-then-vpp2", 2, {"pipeline": 2}, family="qwen3_moe-mixed", guide="llama", then=_VPP),
     Case("tp2-sp", 2, _SP),
     Case("ep2", 2, {"expert": 2}, guide="mixtral"),
     Case("ep2-cp2", 2, {"expert": 2, "context": 2}, sections={**_LOSSES, **_TWICE}),
@@ -159,6 +170,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         make_model(root / f"policy-{family}", family, seed=1, **small)
         make_model(root / f"guide-{family}", family, seed=2, **small)
     make_model(root / "policy-qwen3_moe-plain", "qwen3_moe", seed=3, **small, norm_topk_prob=False)
+    for name, options in MIXED_OPTIONS.items():
+        make_model(root / f"policy-{name}", seed=4, **small, **options)
+        make_model(root / f"guide-{name}", seed=5, **small, **options)
     write_pairs(root / "pairs.jsonl", 12, VOCABULARY)
     return Inputs(root)
 

@@ -13,7 +13,7 @@ from tests.distributed.common import assert_same_weights
 from tests.distributed.test_conversion import stored_metadata
 from tests.distributed.worker_conversion import LENGTHS, pack_tokens
 from tests.processes import run_forked
-from tests.tiny_models import EXPERT_OPTIONS, make_model
+from tests.tiny_models import EXPERT_OPTIONS, MIXED_OPTIONS, make_model
 
 WORKER = "tests.distributed.worker_experts"
 # Tensor, expert and expert-tensor ranks.
@@ -25,6 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
         for family in EXPERT_OPTIONS
         if family != "olmoe"
     },
+    **MIXED_OPTIONS,
 }
 # Experts with biases are not cut.
 CASES = [
@@ -60,7 +61,7 @@ def expected(root: Path) -> dict[str, dict[str, torch.Tensor]]:
         with torch.no_grad():
             outputs = [model(tokens[None], output_router_logits=True) for tokens in sequences]
         found[name] = {"logits": torch.cat([output.logits[0] for output in outputs])}
-        for layer in range(model.config.num_hidden_layers):
+        for layer in range(len(outputs[0].router_logits)):
             logits = torch.cat([output.router_logits[layer].flatten(0, -2) for output in outputs])
             chosen = logits.topk(model.config.num_experts_per_tok).indices
             found[name][f"experts.{layer}"] = torch.zeros(logits.shape, dtype=torch.uint8).scatter(1, chosen, 1)

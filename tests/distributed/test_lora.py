@@ -16,7 +16,7 @@ from tests import reference
 from tests.distributed.common import read_metrics, write_pairs
 from tests.launch import PATIENCE
 from tests.processes import run_forked
-from tests.tiny_models import make_model, make_tokenizer
+from tests.tiny_models import MIXED_OPTIONS, make_model, make_tokenizer
 
 peft = pytest.importorskip("peft")
 
@@ -100,6 +100,7 @@ CASES = (
     # Data ranks share each expert.
     _case("experts-etp2", 2, expert_tensor=2, family="qwen3_moe"),
     _case("experts-tp2-sp-then-ep2", 2, **_SP, family="qwen3_moe", then={"expert": 2}),
+    _case("mixed-pp2-then-ep2", 2, pipeline=2, family="qwen3_moe-mixed", then={"expert": 2}),
     _case("experts-ep2-tp2-sp", 4, **_SP, expert=2, family="mixtral", guide="model"),
     _case("experts-ep2-pp2-recompute", 4, pipeline=2, expert=2, family="qwen3_moe", recompute="full"),
 )
@@ -129,6 +130,11 @@ def make_adapter(path: Path, base: Path, seed: int, *, targets: list[str], rslor
     if not any(name.endswith(f".{experts[0]}") for name, _ in model.named_parameters()) if experts else True:
         experts = []
     targets = [name for name in targets if name in there]
+    if experts:
+        # Beside them ``peft`` takes modules of a dense MLP's names for theirs.
+        dense = [name for name in targets if name in ALL[5:]]
+        experts += [f"mlp.{name}.weight" for name in dense]
+        targets = [name for name in targets if name not in dense]
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=targets, target_parameters=experts or None, use_rslora=rslora,
         task_type="CAUSAL_LM",
@@ -150,8 +156,9 @@ class Runs:
         self._launched: set[int] = set()
         for family, tied in {(case.family, case.tied) for case in CASES}:
             base = self.base(family, tied)
-            make_model(base, family, seed=1, vocab_size=VOCABULARY, tied=tied)
-            make_model(Path(f"{base}-guide"), family, seed=2, vocab_size=VOCABULARY, tied=tied, hidden_size=32)
+            options = MIXED_OPTIONS.get(family, {"family": family})
+            make_model(base, seed=1, vocab_size=VOCABULARY, tied=tied, **options)
+            make_model(Path(f"{base}-guide"), seed=2, vocab_size=VOCABULARY, tied=tied, hidden_size=32, **options)
             for name, targets, rslora in (("all", ALL, False), ("some", SOME, True), ("attention", ALL[:5], False)):
                 make_adapter(Path(f"{base}-{name}"), base, 3, targets=targets, rslora=rslora)
             make_adapter(Path(f"{base}-guide-adapter"), base, 4, targets=GUIDE)

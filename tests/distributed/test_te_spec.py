@@ -9,7 +9,7 @@ import json
 import pytest
 
 from tests.processes import run_forked
-from tests.tiny_models import EXPERT_OPTIONS, FAMILY_OPTIONS, make_model
+from tests.tiny_models import EXPERT_OPTIONS, FAMILY_OPTIONS, MIXED_OPTIONS, make_model
 
 # Of the families beyond the first, those whose layers have other parts.
 FAMILIES = (*FAMILY_OPTIONS, "gemma3_text", "phi3", "olmo3", "glm4", "granite")
@@ -21,6 +21,7 @@ RECOMPUTED: dict[str, tuple[list[str], set[str], set[str]]] = {
     "llama": (["layernorm", "mlp"], {*NORMS, "mlp"}, {"mlp"}),
     "gemma2": (["core_attn", "mlp"], {ATTENTION, "mlp"}, {ATTENTION, "mlp"}),
     "mixtral": (["layernorm", "moe"], NORMS | EXPERTS, {"pre_mlp_layernorm"} | EXPERTS),
+    "qwen3_moe-mixed": (["layernorm", "mlp"], NORMS, {"pre_mlp_layernorm"}),
     "qwen2_moe": (["shared_experts"], {"mlp.shared_experts"}, {"mlp.shared_experts"}),
 }
 
@@ -30,13 +31,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("te_spec")
     for family in FAMILIES + tuple(EXPERT_OPTIONS):
         make_model(root / "hf" / family, family, layers=2, tied=family == "gemma2")
+    for name, options in MIXED_OPTIONS.items():
+        make_model(root / "hf" / name, layers=2, **options)
     recomputed = {family: modules for family, (modules, *_) in RECOMPUTED.items()}
     (root / "recomputed.json").write_text(json.dumps(recomputed))
     run_forked("tests.distributed.worker_te_spec", [str(root)], processes=2)
     return {path.stem: json.loads(path.read_text()) for path in (root / "out").iterdir()}
 
 
-@pytest.mark.parametrize("family", FAMILIES + tuple(EXPERT_OPTIONS))
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERT_OPTIONS, *MIXED_OPTIONS])
 def test_the_specs_are_one_model(results: dict[str, dict], family: str) -> None:
     found = results[family]
     assert found["hidden"] < 2e-6
@@ -45,18 +48,21 @@ def test_the_specs_are_one_model(results: dict[str, dict], family: str) -> None:
     assert max(found["gradients"].values()) < 2e-5, found["gradients"]
 
 
-@pytest.mark.parametrize("family", FAMILIES + tuple(EXPERT_OPTIONS))
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERT_OPTIONS, *MIXED_OPTIONS])
 def test_adapters_are_the_same_on_both_specs(results: dict[str, dict], family: str) -> None:
     found = results[family]["adapters"]
     assert found["effect"] > 1e-2
     assert found["hidden"] < 2e-6
     assert found["same_gradients"]
-    linears = 2 if family == "gpt_oss" else 2 + 2 * 4 if family in EXPERT_OPTIONS else 4
-    assert len(found["gradients"]) == 2 * linears * 2  # layers, linears, a and b
+    dense, experts = 4, 2 + 2 * 4
+    linears = dense + experts if family in MIXED_OPTIONS else 2 * (experts if family in EXPERT_OPTIONS else dense)
+    if family == "gpt_oss":
+        linears = 2 * 2
+    assert len(found["gradients"]) == linears * 2  # of both layers; a and b
     assert max(found["gradients"].values()) < 2e-5, found["gradients"]
 
 
-@pytest.mark.parametrize("family", FAMILIES + tuple(EXPERT_OPTIONS))
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERT_OPTIONS, *MIXED_OPTIONS])
 def test_checkpoints_do_not_depend_on_the_spec(results: dict[str, dict], family: str) -> None:
     assert results[family]["same_description"]
     assert results[family]["local to te"]

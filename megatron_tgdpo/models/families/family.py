@@ -82,6 +82,10 @@ class Weight:
         return "{expert}" in self.hf_tensors[0][0] or self.kind in STACKED
 
 
+# What names of a layer's weights begin with that belong to a dense MLP, and to experts in its place.
+_DENSE_MLP = ("mlp.linear_",)
+_EXPERT_MLP = ("mlp.router.", "mlp.experts.", "mlp.shared_experts.")
+
 # Keys that no family's maths depends on, beside those of transformers' base class (dtype, id2label, ...).
 _HARMLESS_KEYS = frozenset(
     {
@@ -123,8 +127,15 @@ class Family:
 
     @property
     def has_experts(self) -> bool:
-        """Whether the MLPs are a router and experts."""
+        """Whether MLPs are a router and experts, of some layers at least."""
         return any(weight.of_expert for weight in self.weights.values())
+
+    def layer_weights(self, *, experts: bool) -> dict[str, Weight]:
+        """The weights of a layer, which has experts, or a dense MLP."""
+        others = _DENSE_MLP if experts else _EXPERT_MLP
+        return {
+            name: weight for name, weight in self.weights.items() if weight.of_layer and not name.startswith(others)
+        }
 
     def check(self, hf_config: PretrainedConfig) -> None:
         """Refuses, by name, every setting that the family does not know of and that is not the default.

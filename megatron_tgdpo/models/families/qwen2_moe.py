@@ -1,4 +1,7 @@
-"""Qwen2-MoE and Qwen1.5-MoE: Qwen2's attention, experts in every layer, and one that every token goes to, by a gate."""
+"""Qwen2-MoE and Qwen1.5-MoE: Qwen2's attention, experts, and one that every token goes to, by a gate.
+
+Experts are in every layer, or in those that the config says.
+"""
 
 from typing import Any
 
@@ -19,6 +22,7 @@ def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
             size=hf_config.moe_intermediate_size,
             top_k=hf_config.num_experts_per_tok,
             normalised=hf_config.norm_topk_prob,
+            layers=experts.qwen_layers(hf_config),
         ),
         **dense.window_kwargs(hf_config),
         "add_qkv_bias": True,
@@ -31,6 +35,7 @@ FAMILY = Family(
     architecture="Qwen2MoeForCausalLM",
     config_keys=experts.CONFIG_KEYS
     | experts.QWEN_KEYS
+    | experts.QWEN_LAYER_KEYS
     | dense.WINDOW_KEYS
     | {"norm_topk_prob", "shared_expert_intermediate_size"},
     config_kwargs=_config_kwargs,

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention and experts in every layer."""
+"""Qwen3-MoE: Qwen3's attention, and experts in every layer, or in those that the config says."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
             size=hf_config.moe_intermediate_size,
             top_k=hf_config.num_experts_per_tok,
             normalised=hf_config.norm_topk_prob,
+            layers=experts.qwen_layers(hf_config),
         ),
         **dense.window_kwargs(hf_config),
         "qk_layernorm": True,
@@ -24,8 +25,11 @@ def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
-    # decoder_sparse_step and mlp_only_layers, of layers without experts, are left out: no such model is published.
-    config_keys=experts.CONFIG_KEYS | experts.QWEN_KEYS | dense.WINDOW_KEYS | {"norm_topk_prob"},
+    config_keys=experts.CONFIG_KEYS
+    | experts.QWEN_KEYS
+    | experts.QWEN_LAYER_KEYS
+    | dense.WINDOW_KEYS
+    | {"norm_topk_prob"},
     config_kwargs=_config_kwargs,
     weights={**experts.QWEN_WEIGHTS, **dense.HEAD_NORMS},
 )

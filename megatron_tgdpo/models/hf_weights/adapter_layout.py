@@ -18,7 +18,15 @@ from megatron_tgdpo.checkpoints.adapter_directory import Lora, peft_shapes_there
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.families.family import STACKED, Kind
-from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, dimension_sizes, join_shards
+from megatron_tgdpo.models.hf_weights.mapping import (
+    Experts,
+    Heads,
+    are_alike,
+    dimension_sizes,
+    expert_layers,
+    join_shards,
+    stored_layer,
+)
 
 # A decoder layer's parallel linears: of attention, and of an MLP. Experts have two of the latter each.
 PARALLEL_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -36,12 +44,16 @@ class FusedLinear:
         kind: Of its weight, see ``families/family.py``.
         parts: Names of the Hugging Face linears, ``{layer}`` standing for the 0-based layer; of experts that of the
             parameter that has them all.
+        prefix: What the names of an adapter's tensors begin with in a checkpoint.
+        index: The layer's place on their first axis; nothing where they are of this layer alone.
         experts: How many there are of it in a layer, each with an adapter of its own; 0 of what is no expert's.
     """
 
     name: str
     kind: Kind
     parts: tuple[str, ...]
+    prefix: str
+    index: tuple[int, ...]
     experts: int = 0
 
     @property
@@ -49,19 +61,21 @@ class FusedLinear:
         return self.kind == "row"
 
 
-def fused_linears(hf_config: PretrainedConfig) -> list[FusedLinear]:
-    """Those of every layer, in the order of ``PARALLEL_LINEARS``.
+def fused_linears(hf_config: PretrainedConfig, layer: int = 0) -> list[FusedLinear]:
+    """Those of a layer, counted from 0, in the order of ``PARALLEL_LINEARS``.
 
     With experts, theirs take the MLP's place, each with gate and up as one, as transformers 5 and so ``peft`` has them.
     Routers and shared experts are not among them: ``peft`` has no name for a shared expert's that it does not take as
     the experts'.
     """
-    family, experts = family_of(hf_config.architectures), Experts.of(hf_config)
+    family, with_experts = family_of(hf_config.architectures), expert_layers(hf_config)
+    experts = Experts.of(hf_config) if with_experts[layer] else None
+    prefix, index = stored_layer(layer, alike=are_alike(with_experts))
     found = []
     for name in PARALLEL_LINEARS[: None if experts is None else 2]:
         weight = family.weights[f"{name}.weight"]
         parts = tuple(tensor.removesuffix(".weight") for tensor, _ in weight.hf_tensors)
-        found.append(FusedLinear(name, weight.kind, parts))
+        found.append(FusedLinear(name, weight.kind, parts, f"{prefix}{name}.adapter.", index))
     if experts is not None:
         linears: list[tuple[str, Kind, str]] = [
             ("mlp.experts.linear_fc1", "fused_glu", "gate_up_proj"),
@@ -69,19 +83,15 @@ def fused_linears(hf_config: PretrainedConfig) -> list[FusedLinear]:
         ]
         for name, kind, part in linears:
             stored = family.weights[f"{name}.weight"].kind
-            found.append(
-                FusedLinear(name, stored if stored in STACKED else kind, (f"{_EXPERTS}.{part}",), experts.count)
-            )
+            if stored in STACKED:
+                kind = stored
+            parts = (f"{_EXPERTS}.{part}",)
+            found.append(FusedLinear(name, kind, parts, f"{prefix}{name}.adapter.", index, experts.count))
     return found
 
 
-def checkpoint_prefix(fused: FusedLinear) -> str:
-    """What the names of an adapter's tensors begin with in a checkpoint, in which all layers are stacked."""
-    return f"decoder.layers.{fused.name}.adapter."
-
-
 def linear_shapes(fused: FusedLinear, hf_config: PretrainedConfig) -> list[tuple[int, int]]:
-    """(o, i) of each of a parallel linear's parts, in every layer; of one expert's."""
+    """(o, i) of each of a parallel linear's parts; of one expert's."""
     experts = Experts.of(hf_config)
     if fused.experts and experts is not None:
         hidden = hf_config.hidden_size
@@ -94,16 +104,13 @@ def adapted_linears(lora: Lora, hf_config: PretrainedConfig) -> dict[str, tuple[
     """(experts, o, i) of each Hugging Face linear that has an adapter, by its name in ``peft``, in the order of a
     forward pass; 1 for experts of what is no expert's."""
     found = {}
-    for fused in fused_linears(hf_config):
-        wanted = set(adapted_parts(fused, lora))
-        for part, shape in zip(fused.parts, linear_shapes(fused, hf_config), strict=True):
-            if part in wanted:
-                found[part] = (fused, shape)
-    return {
-        peft_name(fused, part, layer, lora): (fused.experts or 1, *shape)
-        for layer in range(hf_config.num_hidden_layers)
-        for part, (fused, shape) in found.items()
-    }
+    for layer in range(hf_config.num_hidden_layers):
+        for fused in fused_linears(hf_config, layer):
+            wanted = set(adapted_parts(fused, lora))
+            for part, shape in zip(fused.parts, linear_shapes(fused, hf_config), strict=True):
+                if part in wanted:
+                    found[peft_name(fused, part, layer, lora)] = (fused.experts or 1, *shape)
+    return found
 
 
 def peft_name(fused: FusedLinear, part: str, layer: int, lora: Lora) -> str:
@@ -242,10 +249,10 @@ def factors(
         lora: What the adapter is.
         hf_config: Of the base model.
     """
-    weights, places = family_of(hf_config.architectures).weights, range(hf_config.num_hidden_layers)
-    for fused in fused_linears(hf_config):
-        for part in adapted_parts(fused, lora):
-            for layer in places:
+    weights = family_of(hf_config.architectures).weights
+    for layer in range(hf_config.num_hidden_layers):
+        for fused in fused_linears(hf_config, layer):
+            for part in adapted_parts(fused, lora):
                 name = peft_name(fused, part, layer, lora)
                 if not fused.experts:
                     yield f"{name}.weight", tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]

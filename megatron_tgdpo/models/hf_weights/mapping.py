@@ -6,7 +6,8 @@ group, the group's query heads, its key head, its value head; with tp > groups a
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.models.families import family_of
-from megatron_tgdpo.models.families.family import STACKED, Dimension, Family, Kind, Weight
+from megatron_tgdpo.models.families.family import STACKED, Dimension, Kind, Weight
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.hf_weights.reader import HfCheckpoint
 from megatron_tgdpo.models.rotary import head_dim
@@ -70,8 +71,10 @@ class GlobalParameter:
         key: megatron-core's name in the local spec's model, without the numbers of layer and expert.
         layer: 0-based layer, None for a parameter outside the layers.
         expert: 0-based expert, None for a parameter that not each has.
-        checkpoint_key: Name of the tensor in a Megatron checkpoint, in which all layers are stacked, and of each all
-            experts.
+        checkpoint_key: Name of the tensor in a Megatron checkpoint, in which all layers are stacked if they are alike,
+            and of each layer all experts.
+        index: Where it lies on the first axes of that tensor: its numbers of layer and expert, as far as it has them
+            and the tensor is of all.
         kind: See ``families/family.py``.
         shape: Of the whole parameter (of one layer), the vocabulary padded.
         hf_tensors: (name, shape) of each.
@@ -81,14 +84,10 @@ class GlobalParameter:
     layer: int | None
     expert: int | None
     checkpoint_key: str
+    index: tuple[int, ...]
     kind: Kind
     shape: tuple[int, ...]
     hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]
-
-    @property
-    def index(self) -> tuple[int, ...]:
-        """Where it lies on the first axes of the checkpoint's tensor."""
-        return tuple(number for number in (self.layer, self.expert) if number is not None)
 
     @property
     def is_stacked(self) -> bool:
@@ -96,9 +95,10 @@ class GlobalParameter:
         return self.kind in STACKED
 
 
-def _stored_names(family: Family) -> dict[str, str]:
-    """What names in a checkpoint begin with instead of their beginnings in the local spec's model, in a layer."""
-    if not family.has_experts:
+def _stored_names(experts: bool) -> dict[str, str]:
+    """What names in a checkpoint begin with instead of their beginnings in the local spec's model, in a layer that has
+    experts or not."""
+    if not experts:
         return FUSED_NORMS
     first_norm = "input_layernorm."
     return {first_norm: FUSED_NORMS[first_norm], "mlp.experts.": "mlp.experts.experts."}
@@ -114,16 +114,12 @@ def global_parameters(
         tensor: Tensor-parallel size; it counts only for how far the vocabulary is padded.
         every_expert: Whether all experts are listed, or of each layer the first one.
     """
-    family = family_of(hf_config.architectures)
-    renamed = _stored_names(family)
-    weights = {
-        name: weight
-        for name, weight in family.weights.items()
-        if weight.only_if is None or getattr(hf_config, weight.only_if)
-    }
+    family, with_experts = family_of(hf_config.architectures), expert_layers(hf_config)
+    alike = are_alike(with_experts)
+    in_layers = {kind: family.layer_weights(experts=kind) for kind in set(with_experts)}
+    outside = {name: weight for name, weight in family.weights.items() if not weight.of_layer}
     if hf_config.tie_word_embeddings:
-        del weights[OUTPUT]
-    in_layers = {name: weight for name, weight in weights.items() if weight.of_layer}
+        del outside[OUTPUT]
     sizes, padded = dimension_sizes(hf_config), padded_vocab_size(hf_config, tensor)
 
     def make(name: str, weight: Weight, layer: int | None, expert: int | None = None) -> GlobalParameter:
@@ -134,18 +130,31 @@ def global_parameters(
         rows = padded if weight.kind == "vocab" else sum(shape[0] for _, shape in tensors)
         # An expert's part of a stacked tensor, transposed.
         whole = tensors[0][1][:0:-1] if weight.kind in STACKED else (rows, *tensors[0][1][1:])
+        if layer is None:
+            return GlobalParameter(name, None, None, name, (), weight.kind, whole, tensors)
+        renamed = _stored_names(with_experts[layer])
         stored = next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
-        key, stored = (name, stored) if layer is None else (_LAYERS + name, _LAYERS + stored)
-        return GlobalParameter(key, layer, expert, stored, weight.kind, whole, tensors)
+        prefix, index = stored_layer(layer, alike=alike)
+        index += () if expert is None else (expert,)
+        return GlobalParameter(_LAYERS + name, layer, expert, prefix + stored, index, weight.kind, whole, tensors)
 
-    first = [make(EMBEDDING, weights.pop(EMBEDDING), None)]
+    first = [make(EMBEDDING, outside.pop(EMBEDDING), None)]
     layers = [
         make(name, weight, layer, expert)
-        for layer in range(hf_config.num_hidden_layers)
-        for name, weight in in_layers.items()
+        for layer, has_experts in enumerate(with_experts)
+        for name, weight in in_layers[has_experts].items()
+        if weight.only_if is None or getattr(hf_config, weight.only_if)
         for expert in (range(sizes["experts"] if every_expert else 1) if weight.of_expert else [None])
     ]
-    return first + layers + [make(name, weight, None) for name, weight in weights.items() if name not in in_layers]
+    return first + layers + [make(name, weight, None) for name, weight in outside.items()]
+
+
+def stored_layer(layer: int, *, alike: bool) -> tuple[str, tuple[int, ...]]:
+    """What a layer's names in a Megatron checkpoint begin with, and its place on the first axes of their tensors.
+
+    Where not all layers are alike, megatron-core numbers their tensors (``transformer_block.py: sharded_state_dict``).
+    """
+    return (_LAYERS, (layer,)) if alike else (f"{_LAYERS}{layer}.", ())
 
 
 def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -158,10 +167,30 @@ def parameter_count(hf_config: PretrainedConfig) -> int:
     return sum(math.prod(shape) for shape in expected_shapes(hf_config).values())
 
 
+def expert_layers(hf_config: PretrainedConfig) -> list[bool]:
+    """Whether each layer of a model has experts in its MLP's place."""
+    kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
+    layers: int = hf_config.num_hidden_layers
+    return [bool(has) for has in kwargs.get("moe_layer_freq", [kwargs.get("num_moe_experts")] * layers)]
+
+
+def kinds_of_layers(hf_config: PretrainedConfig, layers: Iterable[int] | None = None) -> dict[int, int]:
+    """How many there are of each kind of layer, with experts or with a dense MLP, by the model's first layer of the
+    kind; of all layers, or of some."""
+    with_experts = expert_layers(hf_config)
+    chosen = range(len(with_experts)) if layers is None else layers
+    return dict(Counter(with_experts.index(with_experts[layer]) for layer in chosen))
+
+
+def are_alike(with_experts: Sequence[bool]) -> bool:
+    """Whether all layers have experts, or none; of :func:`expert_layers`."""
+    return len(set(with_experts)) == 1
+
+
 @dataclass(frozen=True)
 class Experts:
-    """The experts of each layer: how many, their intermediate size, how many of them a token goes to, and the
-    intermediate size of the one that all tokens go to (0 without)."""
+    """The experts of each layer that has them: how many, their intermediate size, how many of them a token goes to, and
+    the intermediate size of the one that all tokens go to (0 without)."""
 
     count: int
     size: int
@@ -176,6 +205,11 @@ class Experts:
             return None
         shared = kwargs.get("moe_shared_expert_intermediate_size", 0)
         return cls(kwargs["num_moe_experts"], kwargs["moe_ffn_hidden_size"], kwargs["moe_router_topk"], shared)
+
+    @classmethod
+    def of_layer(cls, hf_config: PretrainedConfig, layer: int) -> "Experts | None":
+        """Of a layer, counted from 0; None if it has none."""
+        return cls.of(hf_config) if expert_layers(hf_config)[layer] else None
 
 
 def active_parameter_count(hf_config: PretrainedConfig) -> int:

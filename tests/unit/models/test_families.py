@@ -14,7 +14,7 @@ from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import BEYOND, FAMILIES
 from megatron_tgdpo.models.families.dense import window_kwargs
 from megatron_tgdpo.models.hf_config import read_hf_config
-from megatron_tgdpo.models.hf_weights.mapping import expected_shapes, global_parameters, parameter_count
+from megatron_tgdpo.models.hf_weights.mapping import expected_shapes, expert_layers, global_parameters, parameter_count
 from tests.family_table import NOTES, PAGE, refused
 from tests.published_configs import PARAMETERS, PUBLISHED, write_config
 from tests.tiny_models import DENSE_OPTIONS, make_model
@@ -24,6 +24,28 @@ from tests.tiny_models import DENSE_OPTIONS, make_model
 def test_published_configs_are_taken(tmp_path: Path, name: str) -> None:
     hf_config = read_hf_config(write_config(tmp_path, PUBLISHED[name]))
     assert parameter_count(hf_config) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "with_experts"),
+    [
+        ({"mlp_only_layers": [0, 3, 9]}, [False, True, True, False]),
+        ({"decoder_sparse_step": 2}, [False, True, False, True]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [False, False, False, True]),
+        ({}, [True] * 4),
+    ],
+)
+def test_layers_without_experts_are_those_of_transformers(tmp_path: Path, options: dict, with_experts: list) -> None:
+    hf_config = read_hf_config(make_model(tmp_path, "qwen2_moe", weights=False, **options))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    assert parameter_count(hf_config) == sum(parameter.numel() for parameter in model.parameters())
+    assert expert_layers(hf_config) == with_experts == [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+    # megatron-core numbers the layers in a checkpoint where they differ, and only there.
+    stacked = [(one.checkpoint_key, one.index) for one in global_parameters(hf_config) if "linear_qkv.w" in one.key]
+    key = "self_attention.linear_qkv.weight"
+    numbered = [(f"decoder.layers.{layer}.{key}", ()) for layer in range(4)]
+    assert stacked == ([(f"decoder.layers.{key}", (layer,)) for layer in range(4)] if all(with_experts) else numbered)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -56,7 +78,6 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
     # Seed-OSS was trained with dropout; here it is off in every model. ERNIE 4.5 has none.
     assert ("attention_dropout" in refused) != (model_type in ("seed_oss", "ernie4_5"))
     assert ("hidden_activation" if model_type in ("gemma2", "gemma3_text", "vaultgemma") else "hidden_act") in refused
-    assert ("mlp_only_layers" in refused) == (model_type in ("qwen2_moe", "qwen3_moe"))
     assert not refused & {"hidden_size", "sliding_window", "bos_token_id", "dtype"}
 
 
@@ -74,8 +95,9 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
         ("Qwen3-8B", {"architectures": ["Glm4MoeForCausalLM"]}, "sigmoid scores and a bias in fp32, which is not supp"),
         ("Qwen3-8B", {"architectures": ["JetMoeForCausalLM"]}, "experts with parts that no family here has"),
         ("OLMoE-1B-7B", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
-        ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
-        ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("Qwen3-30B-A3B", {"mlp_only_layers": list(range(48))}, "none of 48 layers has experts"),
+        ("Qwen3-30B-A3B", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0: it must be positive"),
+        ("Qwen3-30B-A3B", {"mlp_only_layers": [0], "intermediate_size": 0}, "intermediate_size is 0, and some layers"),
         ("Qwen3-30B-A3B", {"num_experts_per_tok": 129}, "num_experts_per_tok is 129 with 128 experts"),
         ("Qwen3-30B-A3B", {"num_experts_per_tok": 1}, "no router could learn"),
         ("Mixtral-8x7B", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),

@@ -39,7 +39,7 @@ def test_only_the_layers_linears_add_to_the_gradient_buffer(fused: bool, post_no
         num_layers=1, hidden_size=32, num_attention_heads=4, post_norms=post_norms, fused_layer_wgrad=fused,
         gradient_accumulation_fusion=False,
     )  # fmt: skip
-    (layer,) = te_block_spec(config, 1, torch.nn.Identity, PARTS).layer_specs
+    (layer,) = te_block_spec(config, [0], torch.nn.Identity, PARTS).layer_specs
     attention, mlp = submodules_of(layer.submodules.self_attention), submodules_of(layer.submodules.mlp)
     for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
         assert linear(32, 32, config=config).adds_to_main_grad is fused

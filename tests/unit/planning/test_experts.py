@@ -5,17 +5,21 @@ from pathlib import Path
 import pytest
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.checkpoints.adapter_directory import Lora
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.models.divisibility import check_layout
+from megatron_tgdpo.models.divisibility import check_divides, check_layout
+from megatron_tgdpo.models.families import family_of
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.models.hf_weights.mapping import active_parameter_count
-from megatron_tgdpo.planning.activations import Pack
+from megatron_tgdpo.planning.activations import Pack, layer_activations
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
 from megatron_tgdpo.planning.layouts import all_plans, make_plan
-from megatron_tgdpo.planning.memory import expert_parameters, stage_parameters
+from megatron_tgdpo.planning.memory import adapter_parameters, expert_parameters, stage_parameters
+from megatron_tgdpo.planning.model_flops import linear_flops
 from megatron_tgdpo.planning.report import plan_text
+from megatron_tgdpo.planning.traffic import expert_bytes
 from tests.published_configs import PUBLISHED, write_config
 
 # Of Qwen3-30B-A3B: query, key, value and output, two norms and two of heads, a router; one expert.
@@ -40,6 +44,36 @@ def test_ranks_hold_their_experts(qwen: PretrainedConfig) -> None:
         assert expert_parameters(qwen, layout, 1) == 24 * held * _EXPERT
     whole = make_layout(1, 1, 1, False, 8, expert=8)
     assert stage_parameters(qwen, whole, 0) == _ENDS + 48 * (_BESIDE + 16 * _EXPERT)
+
+
+def test_layers_without_experts_count_as_dense_ones(tmp_path: Path) -> None:
+    changes = {"mlp_only_layers": [0, 1, 2]}
+    mixed = read_hf_config(write_config(tmp_path, {**PUBLISHED["Qwen3-30B-A3B"], **changes}))
+    dense = _ATTENTION + 2 * 2048 + 2 * 128 + 3 * 6144 * 2048
+    layout = make_layout(1, 2, 1, False, 16, expert=8)
+    assert active_parameter_count(mixed) == _ENDS + 3 * dense + 45 * (_BESIDE + 8 * _EXPERT)
+    assert expert_parameters(mixed, layout, 0) == 21 * 16 * _EXPERT
+    assert expert_parameters(mixed, layout, 1) == 24 * 16 * _EXPERT
+    first = stage_parameters(mixed, layout, 0)
+    assert first == 151936 * 2048 + 3 * dense + 21 * (_BESIDE + 16 * _EXPERT)
+    lora = Lora(16, 32.0, ("down_proj",))
+    of_experts = 21 * 16 * 16 * (768 + 2048)
+    assert adapter_parameters(mixed, layout, 0, lora, of_experts=True) == of_experts
+    assert adapter_parameters(mixed, layout, 0, lora) == of_experts + 3 * 16 * (6144 + 2048)
+    multiplied = 2 * (_ATTENTION + 3 * 6144 * 2048)
+    assert linear_flops(mixed, 0) == linear_flops(mixed, 2) == multiplied
+    assert linear_flops(mixed, 3) == linear_flops(mixed, 47) == 2 * (_ATTENTION + 128 * 2048 + 8 * _EXPERT)
+    pack = Pack(4096, 2048, 2)
+    # Each keeps the inputs of its MLP's linears, and its gate and up in four tensors.
+    kept = [layer_activations(mixed, layout, pack, "none", layer) for layer in (2, 3)]
+    assert kept[1] - kept[0] == 4096 * 2 * (8 * 2048 + 5 * (8 * 768 - 6144))
+    again = [layer_activations(mixed, layout, pack, "mlp", layer) for layer in (2, 3)]
+    assert again == [kept[0] - 4096 * 2 * 5 * 6144, kept[1]]
+    sent = [sum(count(_job(mixed), layout, "none", stage)) for count in (expert_bytes,) for stage in (0, 1)]
+    assert sent[0] / sent[1] == pytest.approx(21 / 24)
+    with pytest.raises(UserError, match=r"MLP size 6144 is not divisible by parallel.tensor = 5"):
+        check_divides({**family_of(mixed.architectures).config_kwargs(mixed), "num_attention_heads": 40,
+                       "num_query_groups": 5}, make_layout(5, 1, 1, True, 5))  # fmt: skip
 
 
 def _job(model: PretrainedConfig) -> Job:

@@ -8,7 +8,7 @@ from megatron_tgdpo.config.constraints import RECOMPUTE_MODULES
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.recomputation import check_recompute, recompute_keys, recompute_kwargs
-from tests.tiny_models import make_model
+from tests.tiny_models import MIXED_OPTIONS, make_model
 
 
 @pytest.mark.parametrize(
@@ -23,10 +23,12 @@ from tests.tiny_models import make_model
         ),
         ("mixtral", "transformer_engine", {"mlp": "choose moe", "shared_experts": "and model.policy none: choose moe"}),
         ("qwen2_moe", "local", {"mlp": "choose moe, or shared_experts"}),
+        ("qwen2_moe-mixed", "transformer_engine", {}),
     ],
 )
 def test_what_the_layers_have_not_is_refused(tmp_path: Path, family: str, spec: str, refused: dict[str, str]) -> None:
-    hf_config = read_hf_config(make_model(tmp_path, family, layers=1))
+    options = MIXED_OPTIONS.get(family, {"family": family})
+    hf_config = read_hf_config(make_model(tmp_path, layers=2, **options))
     for module in RECOMPUTE_MODULES:
         if module not in refused:
             check_recompute(module, hf_config, spec)

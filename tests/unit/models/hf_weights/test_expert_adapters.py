@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from checkpoints_convert.export_adapter import peft_config
 from megatron_tgdpo.checkpoints.adapter_directory import Lora, read_lora
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_config import read_hf_config
@@ -17,10 +18,11 @@ from megatron_tgdpo.models.hf_weights.adapter_layout import (
     factors,
     fused_linears,
     of_expert,
+    peft_shapes,
     peft_tensors,
     read_adapter,
 )
-from tests.tiny_models import make_model
+from tests.tiny_models import MIXED_OPTIONS, make_model
 
 peft = pytest.importorskip("peft")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -77,6 +79,25 @@ def test_experts_are_stacked_and_unstacked(tmp_path: Path) -> None:
             found = of_expert(tensors, name, fused.experts, expert)
             assert torch.equal(found[0], a[expert])
             assert torch.equal(found[1], b[expert].flatten(0, 1))
+
+
+@pytest.mark.parametrize("name", MIXED_OPTIONS)
+def test_peft_adapts_the_same_of_models_with_and_without_experts_in_layers(tmp_path: Path, name: str) -> None:
+    """Not the shared expert, whose linears have the names of a dense MLP's."""
+    path = make_model(tmp_path / "model", layers=2, vocab_size=64, hidden_size=32, **MIXED_OPTIONS[name])
+    hf_config, lora = read_hf_config(path), Lora(3, 5.0)
+    content = peft_config(lora, None, hf_config)
+    targets = {key: content[key] for key in ("target_modules", "target_parameters")}
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), peft.LoraConfig(r=3, lora_alpha=5, **targets)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    prefix = "base_model.model."
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    shapes = {key.removeprefix(prefix): tuple(tensor.shape) for key, tensor in found.items()}
+    assert shapes == peft_shapes(lora, hf_config)
+    assert read_lora(tmp_path / "adapter") == lora
+    check_adapter(tmp_path / "adapter", lora, hf_config)
 
 
 def test_other_adapters_of_experts_are_refused(tmp_path: Path) -> None:
