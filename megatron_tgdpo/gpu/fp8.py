@@ -120,16 +120,15 @@ def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, seq_length: int, lay
         "query size of a tensor rank": (query / layout.tensor, step),
         "query, key and value size of a tensor rank": ((query + 2 * groups * head) / layout.tensor, step),
     }
-    if kwargs.get("num_moe_experts"):
+    experts = kwargs.get("num_moe_experts")
+    if not experts or "moe_layer_freq" in kwargs:
+        sizes["MLP size of a tensor rank"] = (kwargs["ffn_hidden_size"] / layout.tensor, step)
+    if experts:
         # Tokens of an expert are padded by megatron-core.
-        sizes["expert size of a rank (parallel.expert_tensor)"] = (
-            kwargs["moe_ffn_hidden_size"] / layout.expert_shards,
-            step,
-        )
+        part = kwargs["moe_ffn_hidden_size"] / layout.expert_shards
+        sizes["expert size of a rank (parallel.expert_tensor)"] = (part, step)
         shared = kwargs.get("moe_shared_expert_intermediate_size") or 0
         sizes["shared expert's size of a tensor rank"] = (shared / layout.tensor, step)
-    else:
-        sizes["MLP size of a tensor rank"] = (kwargs["ffn_hidden_size"] / layout.tensor, step)
     for name, (size, multiple) in sizes.items():
         if size % multiple:
             raise UserError(f"recipe {recipe}: the {name} is {size:g}, it must be a multiple of {multiple}")

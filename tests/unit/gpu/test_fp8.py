@@ -239,11 +239,12 @@ def test_sizes_that_fp8_kernels_do_not_take(
     [
         ({}, None),
         ({"moe_ffn_hidden_size": 1544}, r"expert size of a rank \(parallel.expert_tensor\) is 772"),
+        ({"moe_layer_freq": [0, 1]}, "MLP size of a tensor rank is 500.5"),
         ({"moe_shared_expert_intermediate_size": 2064}, "shared expert's size of a tensor rank is 1032"),
     ],
 )
 def test_sizes_of_experts_that_fp8_kernels_do_not_take(changes: dict, message: str | None) -> None:
-    """The MLP size of a config with experts is that of no layer."""
+    """The MLP size counts where layers have no experts."""
     of_experts = {"num_moe_experts": 8, "moe_ffn_hidden_size": 1536, "ffn_hidden_size": 1001}
     grid = make_layout(2, 1, 1, True, 2)
     with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
