@@ -20,6 +20,8 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
 STATELESS_RECIPES = ("tensorwise", "blockwise", "mxfp8")
 # Those that linears may compute in beside adapters; None is the plain dtype.
 BESIDE_ADAPTERS = (None, "tensorwise", "blockwise")
+# Those that the grouped products of experts may be made in.
+WITH_EXPERTS = (None, "tensorwise", "blockwise")
 
 # What is wrong with a value, as it follows "KEY is "; None for nothing.
 Constraint = Callable[[Any], str | None]

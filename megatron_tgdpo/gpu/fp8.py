@@ -119,8 +119,16 @@ def check_fp8_sizes(kwargs: Mapping[str, Any], recipe: str, seq_length: int, lay
         "hidden size": (kwargs["hidden_size"], gathered),
         "query size of a tensor rank": (query / layout.tensor, step),
         "query, key and value size of a tensor rank": ((query + 2 * groups * head) / layout.tensor, step),
-        "MLP size of a tensor rank": (kwargs["ffn_hidden_size"] / layout.tensor, step),
     }
+    experts = kwargs.get("num_moe_experts")
+    if not experts or "moe_layer_freq" in kwargs:
+        sizes["MLP size of a tensor rank"] = (kwargs["ffn_hidden_size"] / layout.tensor, step)
+    if experts:
+        # Tokens of an expert are padded by megatron-core.
+        part = kwargs["moe_ffn_hidden_size"] / layout.expert_shards
+        sizes["expert size of a rank (parallel.expert_tensor)"] = (part, step)
+        shared = kwargs.get("moe_shared_expert_intermediate_size") or 0
+        sizes["shared expert's size of a tensor rank"] = (shared / layout.tensor, step)
     for name, (size, multiple) in sizes.items():
         if size % multiple:
             raise UserError(f"recipe {recipe}: the {name} is {size:g}, it must be a multiple of {multiple}")

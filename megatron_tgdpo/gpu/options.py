@@ -7,14 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import PretrainedConfig
 
+from megatron_tgdpo.config.constraints import WITH_EXPERTS
 from megatron_tgdpo.config.schema import Config, ModelConfig, PrecisionConfig, TrainConfig
 from megatron_tgdpo.distributed.layout import ROLES, ParallelLayout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.gpu.capabilities import Capabilities, detect
 from megatron_tgdpo.gpu.fp8 import (
+    asked_by,
     check_fp8_sizes,
     frozen_transformer_kwargs,
     policy_transformer_kwargs,
@@ -87,9 +90,10 @@ def check_experts(config: Config, configs: Mapping[str, PretrainedConfig]) -> No
         raise UserError("section moe has losses of routers, but model.policy has no experts: remove it")
     for role, hf_config in configs.items():
         family = family_of(hf_config.architectures)
-        in_fp8 = (config.precision.policy_recipe if role == "policy" else config.frozen_recipe) is not None
-        if family.has_latent_attention and (config.overlap.tensor or in_fp8):
-            which = "overlap.tensor=false" if config.overlap.tensor else "precision.fp8=none and precision.fp4=none"
+        recipe = config.precision.policy_recipe if role == "policy" else config.frozen_recipe
+        if family.has_latent_attention and (config.overlap.tensor or recipe is not None):
+            fp8 = "precision.fp8=none and precision.fp4=none (for a frozen model alone precision.frozen=bf16)"
+            which = "overlap.tensor=false" if config.overlap.tensor else fp8
             raise UserError(
                 f"model.{role} has latent attention (MLA), whose products are made in bf16 or fp32, by plain linears, "
                 f"until others have been measured: set {which}"
@@ -100,10 +104,20 @@ def check_experts(config: Config, configs: Mapping[str, PretrainedConfig]) -> No
             raise UserError(
                 f"overlap.tensor has no buffers for the products of experts, which model.{role} has: set it to false"
             )
-        if in_fp8:
+        if recipe == "delayed":
             raise UserError(
-                f"model.{role} has experts, whose products are not made in FP8 or FP4 yet: set precision.fp8=none and "
-                "precision.fp4=none (for a frozen model alone precision.frozen=bf16)"
+                f"model.{role} has experts, whose scales with precision.fp8=delayed would follow from experts of other "
+                "ranks, too: set precision.fp8 to tensorwise or blockwise"
+            )
+        if recipe not in WITH_EXPERTS:
+            raise UserError(
+                f"model.{role} has experts, whose products are made in FP8 with tensorwise or blockwise scales alone, "
+                f"not with {asked_by(recipe)}: set precision.fp8 to one of these or to none, and precision.fp4=none"
+            )
+        if recipe is not None and family.config_kwargs(hf_config)["add_bias_linear"]:
+            raise UserError(
+                f"model.{role} has experts with biases, which have not been tried in FP8: set precision.fp8=none (for "
+                "a frozen model alone precision.frozen=bf16)"
             )
 
 
@@ -166,7 +180,9 @@ def _fused_kwargs(
         # megatron-core's output layer asks for apex's kernel wherever the flag is set, whatever the layer spec.
         "gradient_accumulation_fusion": found.wgrad_accumulation and not frozen,
         "fused_layer_wgrad": not frozen,
-        "bias_activation_fusion": getattr(hf_config, "hidden_act", None) == "silu",
+        # By the function itself: GPT-OSS's config names SiLU too, and its experts have another.
+        "bias_activation_fusion": family_of(hf_config.architectures).config_kwargs(hf_config)["activation_func"]
+        is F.silu,
         # Transformer Engine's kernel; it takes an angle of each token, as megatron-core's own arithmetic does.
         "apply_rope_fusion": spec == "transformer_engine",
     }

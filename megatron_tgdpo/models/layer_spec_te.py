@@ -16,6 +16,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.mcore_compat import submodules_of
@@ -104,7 +105,7 @@ def _te_layer(
     if is_wanted(config):
         layers.self_attention.module = FamilySelfAttention
     column, row = parts.column_linear if config.pre_norms else parts.plain_column_linear, parts.row_linear
-    column_grouped, row_grouped = parts.column_grouped, parts.row_grouped
+    column_grouped, row_grouped = map(without_extra_states, (parts.column_grouped, parts.row_grouped))
     if config.fused_layer_wgrad:
         column, row = with_fused_wgrad(column), with_fused_wgrad(row)
         column_grouped, row_grouped = with_fused_wgrad(column_grouped), with_fused_wgrad(row_grouped)
@@ -140,6 +141,20 @@ def _te_layer(
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = parts.norm
     return layer
+
+
+def without_extra_states(grouped: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The linear of several experts with an empty extra state for each, as nothing of these is saved.
+
+    megatron-core 0.16.1 takes Transformer Engine's for a pickled one, which since 2.20 is empty where scales have no
+    history. It asks for it whenever it describes the model, as for the optimizer.
+    """
+
+    class GroupedLinear(grouped):  # type: ignore[valid-type, misc]
+        def _split_extra_state(self, state: Tensor) -> list[Tensor]:
+            return [state.new_empty(0)] * self.num_gemms
+
+    return GroupedLinear
 
 
 def with_fused_wgrad(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:

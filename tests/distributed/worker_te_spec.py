@@ -7,6 +7,7 @@ of them; leaves ``ROOT/out/NAME.json`` for the test to judge.
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,12 @@ def description(model: LanguageModel) -> list[Any]:
     )
 
 
-def compare(hf: Path, root: Path, layout: ParallelLayout, pg: ProcessGroupCollection) -> dict[str, Any]:
+Build = Callable[..., LanguageModel]
+
+
+def compare(
+    hf: Path, root: Path, layout: ParallelLayout, pg: ProcessGroupCollection, build: Build = build
+) -> dict[str, Any]:
     hf_config = read_hf_config(hf)
     models = {spec: build(spec, hf_config, layout, pg) for spec in ("local", "te")}
     for model in models.values():
@@ -163,7 +169,9 @@ def recompute(
     return found
 
 
-def compare_adapters(hf: Path, layout: ParallelLayout, pg: ProcessGroupCollection) -> dict[str, Any]:
+def compare_adapters(
+    hf: Path, layout: ParallelLayout, pg: ProcessGroupCollection, build: Build = build
+) -> dict[str, Any]:
     """The same with an adapter on; it alone trains."""
     hf_config = read_hf_config(hf)
     # Experts with biases take none.

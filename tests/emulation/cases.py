@@ -32,3 +32,22 @@ def cases(data: int, pipeline: int) -> dict[str, dict[str, Any]]:
         for name in ("tensorwise", "delayed"):
             found[f"{name}, prefetch"] = {**found[name], "guidance": {"prefetch": True}}
     return found
+
+
+_TRAIN = {"steps": 1000, "check_start": False, "recompute": "selective"}
+# What models with experts are trained with.
+EXPERT_CASES: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": {"dtype": "fp32"}, "model": {"layer_spec": "transformer_engine"}},
+    "bf16": {},
+    "bf16, local": {"model": {"layer_spec": "local"}},
+    "tensorwise": {"precision": _FP8["tensorwise"]},
+    "tensorwise, again": {"precision": _FP8["tensorwise"], "train": {**_TRAIN, "recompute_modules": ["moe"]}},
+    "tensorwise, FP8 weights": {"precision": _FP8["tensorwise, FP8 weights"]},
+    "blockwise, FP8 weights": {"precision": _FP8["blockwise, FP8 weights"]},
+    "tensorwise, FP8 weights, LoRA": {"precision": _FP8["tensorwise, FP8 weights"], "lora": {"rank": 8, "alpha": 64}},
+}
+
+
+def continues(case: str, ranks: int) -> bool:
+    """Whether a case is trained, saved and continued on so many ranks: on more than one some are."""
+    return case != "fp32" and (ranks == 1 or "FP8 weights" in case)

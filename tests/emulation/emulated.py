@@ -72,7 +72,9 @@ def missing() -> str | None:
 
 
 def install() -> None:
-    """Replaces the compiled module, and what else needs a GPU, for the rest of the process."""
+    """Replaces the compiled module, and what else needs a GPU, for the rest of the process; once."""
+    if "transformer_engine_torch" in sys.modules:
+        return
     # Only here: it asks which Transformer Engine is installed.
     from tests.emulation import kernels
 
@@ -91,7 +93,10 @@ def install() -> None:
     from transformer_engine.pytorch import distributed
     from transformer_engine.pytorch.cpp_extensions import gemm
 
-    gemm.get_cublas_workspace = lambda *args: torch.empty(1, dtype=torch.uint8)
+    workspace = torch.empty(1, dtype=torch.uint8)
+    # Of a device, for user buffers, for grouped products: these have several. Versions before 2.10 have two functions.
+    gemm.get_cublas_workspace = lambda *args: [workspace] if args[2:] == (True,) else workspace
+    gemm.get_multi_stream_cublas_workspace = lambda: [workspace]
     distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     _one_collective_at_a_time()
@@ -107,6 +112,7 @@ def _replace_cuda() -> None:
     torch.cuda.get_device_properties = lambda *args: _Device
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.device = device
+    torch.cuda.synchronize = lambda *args: None
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args: None
 
 
@@ -155,5 +161,12 @@ def _present_a_gpu() -> None:
         # Else megatron-core takes weights for made on the CPU first, and Transformer Engine makes none in FP8.
         return {**overrides, "use_cpu_initialization": False}, spec
 
+    attention = options.choose_attention
+
+    def choose_attention(*args: Any) -> str:
+        # FlexAttention has no backward on the CPU.
+        return "blocks" if (name := attention(*args)) == "flex" else name
+
+    options.choose_attention = choose_attention
     options.capabilities = run.capabilities = lambda device: found
     options.model_options = models.model_options = model_options

@@ -214,6 +214,26 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     return output
 
 
+def split_quantize(
+    tensor: Tensor, rows: Sequence[int], quantizers: Sequence[Any], disable_bulk_allocation: bool = False
+) -> list[Any]:
+    """Of experts, whose tokens follow one another, each part by a quantizer of its own."""
+    del disable_bulk_allocation
+    return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(list(rows)), quantizers, strict=True)]
+
+
+def fused_multi_row_padding(tokens: Tensor, out: Tensor, rows: Sequence[int], padded: Sequence[int]) -> None:
+    """Zeros after the tokens of each expert."""
+    for part, target in zip(tokens.split(list(rows)), out.split(list(padded)), strict=True):
+        target[: len(part)].copy_(part)
+        target[len(part) :].zero_()
+
+
+def fused_multi_row_unpadding(tokens: Tensor, out: Tensor, padded: Sequence[int], rows: Sequence[int]) -> None:
+    for part, target in zip(tokens.split(list(padded)), out.split(list(rows)), strict=True):
+        target.copy_(part[: len(target)])
+
+
 def _empty_like(quantizer: Any, tensor: Tensor) -> Any:
     return quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
@@ -574,6 +594,31 @@ def generic_gemm(
         return out, bias_gradient, None, None
     dtype = getattr(A, "dtype", torch.bfloat16) if out_dtype is None else _TORCH[out_dtype]
     return result.to(dtype), bias_gradient, None, None
+
+
+def te_general_grouped_gemm(
+    A: Sequence[Any], transa: bool, B: Sequence[Any], transb: bool, out: Sequence[Tensor], out_dtype: Any,
+    m_splits: Sequence[int], bias: Sequence[Tensor], bias_dtype: Any, single_output: bool, gelu_in: Sequence[Tensor],
+    grad: bool, workspaces: Sequence[Tensor], workspace_size: int, accumulate: bool, split: bool, sms: int,
+) -> Sequence[Tensor]:  # fmt: skip
+    """A product for each expert; those of an expert without tokens are skipped, as in ``csrc/extensions/gemm.cpp``."""
+    del gelu_in, workspaces, sms
+    calls["grouped gemm"] += 1
+    targets = out[0].split(list(m_splits)) if single_output else out
+    for a, b, target, own, rows in zip(A, B, targets, bias, m_splits, strict=True):
+        if rows == 0:
+            if not accumulate:
+                target.zero_()
+            if grad:
+                own.zero_()
+            continue
+        _, bias_gradient, _, _ = generic_gemm(
+            a, transa, b, transb, target, None, out_dtype, own if own.numel() else None, bias_dtype, False, None, grad,
+            own, workspace_size, accumulate, split,
+        )  # fmt: skip
+        if bias_gradient is not None:
+            own.copy_(bias_gradient)
+    return bias
 
 
 def rmsnorm_fwd(

@@ -50,12 +50,17 @@ class Runs:
     def config(self, policy: Path | None = None, **sections: Any) -> Config:
         """A checked config."""
         values: dict[str, Any] = {
-            "model": {"policy": str(policy or self.root / "policy"), "guide": str(self.root / "guide")},
+            "model": {
+                "policy": str(policy or self.root / "policy"),
+                "guide": str(self.root / "guide"),
+                **sections.pop("model", {}),
+            },
             "data": {"train": "unused", "max_length": LONGEST},
             "parallel": {
                 "tensor": self.layout.tensor,
                 "pipeline": self.layout.pipeline,
                 "sequence_parallel": self.layout.sequence_parallel,
+                **self.layout.expert_keys,
             },
             "batch": {"global_pairs": 4, "tokens_per_micro_batch": ROW},
             "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_ratio": 0.0},

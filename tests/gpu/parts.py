@@ -34,13 +34,13 @@ from tests.tiny_models import FAMILY_OPTIONS, make_model
 ROW, LONGEST, VOCABULARY = 1024, 128, 256
 
 
-def models(bench: Bench, family: str, tiny: bool) -> tuple[Path, Path]:
+def models(bench: Bench, family: str, tiny: bool, **options: Any) -> tuple[Path, Path]:
     """Policy and guide of a family, written once."""
     sizes = {"hidden_size": 64, "layers": 2} if tiny else {"hidden_size": 256, "mlp_size": 512, "layers": 4}
     paths = bench.root / f"{family}-policy", bench.root / f"{family}-guide"
     for seed, path in enumerate(paths):
         if not path.exists():
-            make_model(path, family, vocab_size=VOCABULARY, tied=family == "gemma2", seed=seed, **sizes)
+            make_model(path, family, vocab_size=VOCABULARY, tied=family == "gemma2", seed=seed, **sizes, **options)
     return paths
 
 
@@ -82,6 +82,35 @@ def spec(bench: Bench, tiny: bool) -> Iterator[Figure]:
             yield skipped("spec", name, str(error))
             continue
         yield at_most("spec", name, largest_relative_difference(series[1], series[0]), 2e-2)
+
+
+def experts(bench: Bench, tiny: bool) -> Iterator[Figure]:
+    """Models with experts: Transformer Engine's grouped products beside one expert after another, and in FP8."""
+    for family in ("qwen3_moe", "qwen2_moe")[: 1 if tiny else None]:
+        # Sizes that FP8 kernels take.
+        policy, guide = models(bench, family, tiny, moe_intermediate_size=64, shared_expert_intermediate_size=64)
+        data = batches(4 if tiny else 10)
+        series: dict[str, list[float]] = {}
+        runs: dict[str, dict[str, Any]] = {
+            "local": {"model": {"layer_spec": "local"}},
+            "grouped": {"model": {"layer_spec": "transformer_engine"}},
+            "tensorwise with FP8 weights": {"precision": {"fp8": "tensorwise", "fp8_params": True}},
+            "blockwise with FP8 weights": {"precision": {"fp8": "blockwise", "fp8_params": True}},
+        }
+        for run, sections in runs.items():
+            name = f"{family}: losses of {run} products beside local"
+            try:
+                series[run] = bench.losses(bench.config(policy, guide, ROW, LONGEST, **sections), data)
+            except UserError as error:
+                yield skipped("experts", name, str(error))
+                continue
+            if run == "local":
+                continue
+            if run == "grouped":
+                yield at_most("experts", name, largest_relative_difference(series[run], series["local"]), 2e-2)
+            else:
+                found = largest_relative_difference(smoothed(series[run]), smoothed(series["local"]))
+                yield at_most("experts", name, found, 0.1)
 
 
 def attention(bench: Bench, tiny: bool) -> Iterator[Figure]:
@@ -180,5 +209,5 @@ def frozen(bench: Bench, tiny: bool) -> Iterator[Figure]:
 
 
 PARTS: dict[str, Callable[[Bench, bool], Iterator[Figure]]] = {
-    "attention": attention, "bf16": bf16, "spec": spec, "fp8": fp8, "frozen": frozen,
+    "attention": attention, "bf16": bf16, "spec": spec, "experts": experts, "fp8": fp8, "frozen": frozen,
 }  # fmt: skip

@@ -9,6 +9,7 @@ figure misses its limit. ``--device cpu --tiny`` runs the same code on a CPU wit
     attention  each core attention beside the block-wise one: packing, shared prompts, windows, softcaps
     bf16       training beside plain PyTorch in fp32 on the CPU, every family
     spec       the Transformer Engine layer spec beside the local one, every family
+    experts    Transformer Engine's grouped products, in bf16 and FP8, beside one expert after another
     fp8        each recipe's loss curve beside bf16's
     frozen     what FP8 does to token rewards
     resume     save and load in every precision, FP8 weights too

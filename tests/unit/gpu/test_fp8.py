@@ -1,5 +1,6 @@
 """Every combination of precision keys either builds megatron-core's config or is refused with its reason."""
 
+import contextlib
 import itertools
 import re
 from dataclasses import replace
@@ -233,6 +234,23 @@ def test_sizes_that_fp8_kernels_do_not_take(
         check_fp8_sizes({**SIZES, **changes}, recipe, pack, grid)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"moe_ffn_hidden_size": 1544}, r"expert size of a rank \(parallel.expert_tensor\) is 772"),
+        ({"moe_layer_freq": [0, 1]}, "MLP size of a tensor rank is 500.5"),
+        ({"moe_shared_expert_intermediate_size": 2064}, "shared expert's size of a tensor rank is 1032"),
+    ],
+)
+def test_sizes_of_experts_that_fp8_kernels_do_not_take(changes: dict, message: str | None) -> None:
+    """The MLP size counts where layers have no experts."""
+    of_experts = {"num_moe_experts": 8, "moe_ffn_hidden_size": 1536, "ffn_hidden_size": 1001}
+    grid = make_layout(2, 1, 1, True, 2)
+    with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_fp8_sizes({**SIZES, **of_experts, **changes}, "tensorwise", 4096, grid)
+
+
 @pytest.mark.parametrize("precision", [{"fp8": "delayed", "frozen": "bf16"}, {"fp8": "blockwise"}, {"fp4": "nvfp4"}])
 @pytest.mark.parametrize(("tensor", "context"), [(1, 1), (8, 1), (1, 4), (3, 2)])
 def test_packs_of_default_size_are_what_fp8_kernels_take(precision: dict, tensor: int, context: int) -> None:
@@ -379,9 +397,12 @@ def test_losses_of_routers_need_experts(tmp_path: Path) -> None:
         ),
         (
             "mixtral",
-            {"precision": {"fp8": "blockwise"}},
-            "model.policy has experts, whose products are not made in FP8",
+            {"precision": {"fp8": "delayed", "frozen": "bf16"}, "train": {"steps": 10, "check_start": False}},
+            "model.policy has experts, whose scales with precision.fp8=delayed",
         ),
+        ("mixtral", {"precision": {"fp8": "mxfp8"}}, "not with precision.fp8=mxfp8: set precision.fp8 to one of these"),
+        ("qwen3_moe", {"precision": {"fp4": "nvfp4"}}, "not with precision.fp4=nvfp4"),
+        ("gpt_oss", {"precision": {"fp8": "tensorwise"}}, "model.policy has experts with biases"),
         (
             "mixtral",
             {"parallel": {"tensor": 2, "sequence_parallel": True}, "overlap": {"tensor": True}},
@@ -392,7 +413,7 @@ def test_losses_of_routers_need_experts(tmp_path: Path) -> None:
 def test_what_experts_and_latent_attention_do_not_go_with(
     family: str, sections: dict, message: str, tmp_path: Path
 ) -> None:
-    experts = make_model(tmp_path / "model", family, layers=1)
+    experts = make_model(tmp_path / "model", family, layers=1, weights=False)
     data = {"train": str(tmp_path / "pairs.jsonl"), "max_length": 64, "max_prompt_length": 32}
     model = {**VALID["model"], "policy": str(experts), "guide": str(experts)}
     config = config_from_dict({**VALID, "data": data, "model": model, **sections})

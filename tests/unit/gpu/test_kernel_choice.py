@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_tgdpo.config.loading import config_from_dict
+from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
-from megatron_tgdpo.gpu import capabilities
+from megatron_tgdpo.gpu import capabilities, options
 from megatron_tgdpo.gpu.capabilities import Capabilities
 from megatron_tgdpo.gpu.kernel_choice import (
     ATTENTION_BACKENDS,
@@ -18,7 +20,10 @@ from megatron_tgdpo.gpu.kernel_choice import (
     core_attention_spec,
 )
 from megatron_tgdpo.models.attention.base import PackedAttention
-from megatron_tgdpo.models.config import LanguageModelConfig
+from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
+from megatron_tgdpo.models.hf_config import read_hf_config
+from tests.tiny_models import DENSE_OPTIONS, EXPERT_OPTIONS, make_model
+from tests.unit.config.test_loading import VALID
 
 CPU = Capabilities("cpu")
 HOPPER = Capabilities("cuda", (9, 0), (12, 9), (2, 11, 0), cudnn=(9, 19, 0), varlen=True)
@@ -126,3 +131,21 @@ def test_core_attention(options: dict, spec: Any, found: Capabilities, wanted: s
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
 def test_every_backend_is_there(backend: str) -> None:
     assert issubclass(core_attention_spec(backend).module, PackedAttention)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", [*DENSE_OPTIONS, *EXPERT_OPTIONS])
+def test_every_family_is_built_with_the_fused_kernels_of_a_gpu(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-OSS's config names SiLU, which its experts do not have: megatron-core refuses to fuse it."""
+    hf = make_model(tmp_path, family, layers=2, weights=False)
+    monkeypatch.setattr(options, "capabilities", lambda device: HOPPER)
+    config = config_from_dict({**VALID, "model": {"policy": str(hf), "layer_spec": "local"}, "loss": {"method": "dpo"}})
+    hf_config = read_hf_config(hf)
+    overrides, _ = options.model_options(config, hf_config, torch.device("cuda"), frozen=False)
+    layout = make_layout(1, 1, 1, False, 1)
+    kwargs = transformer_config_kwargs(
+        hf_config, layout, dtype=torch.bfloat16, device=torch.device("cpu"), overrides=overrides
+    )
+    built = LanguageModelConfig(**kwargs)
+    assert built.bias_activation_fusion == (family not in ("gpt_oss", "gemma2", "gemma3_text", "vaultgemma"))
