@@ -50,7 +50,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """Each step's loss and gradient norm before clipping; then the mean loss over all pairs, and weights by HF name."""
+    """Each step's loss and gradient norm before clipping; then the mean loss of validation, and weights by HF name."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -184,13 +184,21 @@ def divisor(pairs: Sequence[Tokens], method: str) -> int:
     return sum(len(pair.chosen) for pair in pairs) if method == "sft" else len(pairs)
 
 
-def train(policy_dir: Path, reference_dir: Path, guide_dir: Path | None, pairs: Sequence[Tokens], settings: Settings):
+def train(
+    policy_dir: Path,
+    reference_dir: Path,
+    guide_dir: Path | None,
+    pairs: Sequence[Tokens],
+    settings: Settings,
+    validation: int | None = None,
+) -> Result:
     """Trains with AdamW and a constant learning rate, taking the pairs in order, again from the first after the last.
 
-    Weight decay spares norms and biases, as usual.
+    Weight decay spares norms and biases, as usual. The final loss is that of the first ``validation`` pairs; None is
+    all of them.
     """
     guide = load(guide_dir).eval() if guide_dir is not None else None
-    return train_models(load(policy_dir).train(), load(reference_dir).eval(), guide, pairs, settings)
+    return train_models(load(policy_dir).train(), load(reference_dir).eval(), guide, pairs, settings, validation)
 
 
 def train_models(
@@ -199,6 +207,7 @@ def train_models(
     guide: PreTrainedModel | None,
     pairs: Sequence[Tokens],
     settings: Settings,
+    validation: int | None = None,
 ) -> Result:
     """As :func:`train`, of loaded models; those parameters of the policy train that require a gradient."""
     named = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
@@ -233,7 +242,7 @@ def train_models(
         optimizer.step()
         losses.append(total)
     with torch.no_grad():
-        final = sum(pair_loss(policy, reference, guide, pair, settings).item() for pair in pairs)
-        final /= divisor(pairs, settings.method)
+        final = sum(pair_loss(policy, reference, guide, pair, settings).item() for pair in pairs[:validation])
+        final /= divisor(pairs[:validation], settings.method)
     trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
     return Result(losses, norms, final, trained, routed)

@@ -26,6 +26,7 @@ LIMITS = {
     "weights": 1e-4,
 }  # largest relative difference over steps or tensors
 VOCABULARY = 131  # a prime: divisible by no tensor-parallel size
+VALIDATION = 13  # pairs, the first ones: divisible by no number of ranks or of pairs in a batch
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ class Inputs:
             },
             "data": {
                 "train": str(self.root / ("real.json" if real else "random.jsonl")),
-                "validation": str(self.root / ("real.json" if real else "random.jsonl")),
+                "validation": str(self.root / ("validation-real.json" if real else "validation-random.jsonl")),
                 "max_length": 96 if real else 64,
                 "shuffle": False,
                 "workers": 1,
@@ -394,9 +395,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         file.unlink()
     make_tokenizer(VOCABULARY).save_pretrained(made.root / "tokenizer")
     write_pairs(made.root / "random.jsonl", 32, VOCABULARY)
+    lines = (made.root / "random.jsonl").read_text().splitlines(keepends=True)
+    (made.root / "validation-random.jsonl").write_text("".join(lines[:VALIDATION]))
     if SHARED_DATA.is_dir():
         pairs = json.loads((SHARED_DATA / "preference_pairs_en_300.json").read_text())[:32]
         (made.root / "real.json").write_text(json.dumps(pairs))
+        (made.root / "validation-real.json").write_text(json.dumps(pairs[:VALIDATION]))
     return made
 
 
@@ -475,7 +479,7 @@ class Runs:
         if key not in self._expected:
             policy = self.inputs.policy(case)
             guide = self.inputs.guide(case) if case.loss["method"] == "tgdpo" else None
-            self._expected[key] = reference.train(policy, policy, guide, self._pairs(case), case.settings)
+            self._expected[key] = reference.train(policy, policy, guide, self._pairs(case), case.settings, VALIDATION)
         return self._expected[key]
 
     def _pairs(self, case: Case) -> list[reference.Tokens]:

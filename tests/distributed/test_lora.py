@@ -21,6 +21,7 @@ from tests.tiny_models import MIXED_OPTIONS, make_model, make_tokenizer
 peft = pytest.importorskip("peft")
 
 VOCABULARY = 131
+VALIDATION = 13  # pairs, the first ones
 # Adam's first steps would turn the rounding of gradients that are all but zero into whole steps.
 SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=5e-3, weight_decay=0.1, clip_grad=1.0, eps=1e-6)
 LIMITS = {"loss": 1e-5, "validation loss": 1e-5, "gradient norm": 1e-4, "weights": 1e-4}
@@ -171,6 +172,8 @@ class Runs:
             file.unlink()
         make_tokenizer(VOCABULARY).save_pretrained(root / "tokenizer")
         write_pairs(root / "pairs.jsonl", 32, VOCABULARY)
+        lines = (root / "pairs.jsonl").read_text().splitlines(keepends=True)
+        (root / "validation.jsonl").write_text("".join(lines[:VALIDATION]))
 
     def base(self, family: str, tied: bool) -> Path:
         return self.root / f"{family}-{'tied' if tied else 'untied'}"
@@ -196,7 +199,7 @@ class Runs:
             "lora": {"adapter": str(paths["adapter"])},
             "data": {
                 "train": str(self.root / "pairs.jsonl"),
-                "validation": str(self.root / "pairs.jsonl"),
+                "validation": str(self.root / "validation.jsonl"),
                 "max_length": 64,
                 "shuffle": False,
                 "workers": 1,
@@ -275,7 +278,7 @@ class Runs:
             guide = (
                 adapted(paths["guide"], trains=False) if case.guide == "adapter" else reference.load(paths["guide"])
             ).eval()
-        return reference.train_models(policy, ref.eval(), guide, self._pairs(), case.settings)
+        return reference.train_models(policy, ref.eval(), guide, self._pairs(), case.settings, VALIDATION)
 
     def _pairs(self) -> list[reference.Tokens]:
         tokenizer = AutoTokenizer.from_pretrained(self.root / "tokenizer")
