@@ -118,6 +118,16 @@ MIXED_OPTIONS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "rope_parameters": {**_YARN, "rope_theta": 10000.0, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    # Its first layer is dense by default.
+    "glm4_moe_lite": {
+        "family": "glm4_moe_lite",
+        **_LATENT,
+        "q_lora_rank": 36,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 48,
+    },
 }
 
 

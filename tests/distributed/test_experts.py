@@ -81,6 +81,7 @@ CASES = (
     Case("mixed-pp2-then-vpp2", 2, {"pipeline": 2}, family="qwen3_moe-mixed", guide="llama", then=_VPP),
     # Latent attention.
     Case("deepseek-ep2-cp2", 2, {"expert": 2, "context": 2}, family="deepseek_v2", guide="deepseek_v3"),
+    Case("glm4-moe-lite-pp2-then-ep2", 2, {"pipeline": 2}, family="glm4_moe_lite", guide=None, then={"expert": 2}),
     Case("deepseek-tp2-sp-then-pp2", 2, _SP, family="deepseek_v3", guide=None, then={"pipeline": 2}),
     Case("tp2-sp", 2, _SP),
     Case("ep2", 2, {"expert": 2}, guide="mixtral"),

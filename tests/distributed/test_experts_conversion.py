@@ -59,28 +59,28 @@ def root(tmp_path_factory: pytest.TempPathFactory, chosen: set[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(root: Path, chosen: set[str]) -> dict[str, dict[str, torch.Tensor]]:
-    """What transformers computes of the pack's sequences: logits [S, V], and to which experts each layer sends them."""
-    found = {}
-    for name in chosen:
-        model = AutoModelForCausalLM.from_pretrained(
-            root / "hf" / name, dtype=torch.float32, attn_implementation="eager"
-        )
-        sequences = pack_tokens()[: sum(LENGTHS)].split(LENGTHS)
-        recorded = record_choices(model)
-        with torch.no_grad():
-            outputs = [model(tokens[None], output_router_logits=True) for tokens in sequences]
-        found[name] = {"logits": torch.cat([output.logits[0] for output in outputs])}
-        if recorded:
-            count = model.config.n_routed_experts
-            for layer, parts in enumerate(recorded):
-                experts = torch.cat(parts)
-                routed = torch.zeros(len(experts), count, dtype=torch.uint8)
-                found[name][f"experts.{layer}"] = routed.scatter(1, experts, 1)
-            continue
-        for layer in range(len(outputs[0].router_logits)):
-            logits = torch.cat([output.router_logits[layer].flatten(0, -2) for output in outputs])
-            experts = logits.topk(model.config.num_experts_per_tok).indices
-            found[name][f"experts.{layer}"] = torch.zeros(logits.shape, dtype=torch.uint8).scatter(1, experts, 1)
+    return {name: by_transformers(root / "hf" / name) for name in chosen}
+
+
+def by_transformers(path: Path) -> dict[str, torch.Tensor]:
+    """What a model makes of the pack's sequences: logits [S, V], and to which experts each layer sends them."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    sequences = pack_tokens()[: sum(LENGTHS)].split(LENGTHS)
+    recorded = record_choices(model)
+    with torch.no_grad():
+        outputs = [model(tokens[None], output_router_logits=True) for tokens in sequences]
+    found = {"logits": torch.cat([output.logits[0] for output in outputs])}
+    if recorded:
+        count = model.config.n_routed_experts
+        for layer, parts in enumerate(recorded):
+            experts = torch.cat(parts)
+            routed = torch.zeros(len(experts), count, dtype=torch.uint8)
+            found[f"experts.{layer}"] = routed.scatter(1, experts, 1)
+        return found
+    for layer in range(len(outputs[0].router_logits)):
+        logits = torch.cat([output.router_logits[layer].flatten(0, -2) for output in outputs])
+        experts = logits.topk(model.config.num_experts_per_tok).indices
+        found[f"experts.{layer}"] = torch.zeros(logits.shape, dtype=torch.uint8).scatter(1, experts, 1)
     return found
 
 

@@ -160,6 +160,7 @@ class Runs:
     def __init__(self, root: Path, chosen: set[str]) -> None:
         self.root, self.chosen = root, chosen
         self._launched: set[int] = set()
+        self._expected: dict[Any, reference.Result] = {}
         for family, tied in {(case.family, case.tied) for case in CASES}:
             base = self.base(family, tied)
             options = MIXED_OPTIONS.get(family, {"family": family})
@@ -259,7 +260,16 @@ class Runs:
         return self.root / "runs" / case.name
 
     def expected(self, case: Case, base_dtypes: tuple[torch.dtype, ...] = ()) -> reference.Result:
-        """By ``peft``, whose adapters are fp32; the base's weights are cast to these dtypes, one after the other."""
+        """By ``peft``, whose adapters are fp32; the base's weights are cast to these dtypes, one after the other.
+
+        Layouts that train the same share it.
+        """
+        key = (*self.paths(case).values(), case.guide, case.start, case.method, base_dtypes)
+        if key not in self._expected:
+            self._expected[key] = self._by_peft(case, base_dtypes)
+        return self._expected[key]
+
+    def _by_peft(self, case: Case, base_dtypes: tuple[torch.dtype, ...]) -> reference.Result:
         paths = self.paths(case)
 
         def base() -> Any:

@@ -61,6 +61,7 @@ FAMILIES: tuple[Family, ...] = (
     olmoe.FAMILY,
     gpt_oss.FAMILY,
     glm4_moe.FAMILY,
+    glm4_moe.LITE,
     deepseek.V2,
     deepseek.V3,
 )
@@ -92,7 +93,6 @@ BEYOND = {
 # The same of those with experts, whatever the case of letters.
 EXPERTS_BEYOND = {
     "DeepseekV32": "latent attention (MLA) that chooses its keys",
-    "Glm4MoeLite": "a router with sigmoid scores and a bias in fp32",
     "GlmMoeDsa": "latent attention (MLA) that chooses its keys",
     "LongcatFlash": "latent attention (MLA), and experts that do nothing",
     "Qwen3_5Moe": "gated delta-net layers",
@@ -100,11 +100,11 @@ EXPERTS_BEYOND = {
     "Llama4": "chunked attention and layers without rotary positions",
     "Jamba": "state-space layers",
     "Dbrx": "all of their weights in one tensor",
-    "Dots1": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
-    "ExaoneMoe": "dense layers before those with experts, and a router with sigmoid scores and a bias in fp32",
-    "SolarOpen": "a router with sigmoid scores and a bias in fp32",
-    "MiniMaxM2": "a router with sigmoid scores and a bias in fp32",
-    "Ernie4_5_Moe": "dense layers before those with experts, and a router with a bias in fp32",
+    "Dots1": "parts that are known, but no file that puts them together",
+    "ExaoneMoe": "parts that are known, but no file that puts them together",
+    "SolarOpen": "parts that are known, but no file that puts them together",
+    "MiniMaxM2": "sigmoid scores, and none for all tokens",
+    "Ernie4_5_Moe": "a softmax to whose scores a bias is added for the choice",
     "HunYuanMoE": "norms of query and key heads after rotation",
     "GraniteMoeHybrid": "state-space layers",
     "GraniteMoe": "fused projections of all experts in one tensor",

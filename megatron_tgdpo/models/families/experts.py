@@ -106,6 +106,27 @@ def after_first_dense(hf_config: PretrainedConfig) -> list[bool]:
     return [layer >= hf_config.first_k_dense_replace for layer in range(hf_config.num_hidden_layers)]
 
 
+def typed_layers(hf_config: PretrainedConfig) -> list[bool]:
+    """Whether each layer has experts, by ``mlp_layer_types``: ``sparse``, or ``dense``.
+
+    Raises:
+        UserError: Another type, another number of layers, or a ``first_k_dense_replace`` that says otherwise.
+    """
+    types, count = hf_config.mlp_layer_types, hf_config.num_hidden_layers
+    unknown = sorted(set(types) - {"sparse", "dense"})
+    if unknown or len(types) != count:
+        what = f"has {unknown[0]!r}" if unknown else f"names {len(types)} of {count} layers"
+        raise UserError(f"config.json: mlp_layer_types {what}: it must have sparse or dense for each layer")
+    # Published files have it beside the types' default, and transformers takes no notice of it.
+    first = getattr(hf_config, "first_k_dense_replace", None)
+    if first is not None and types != ["dense"] * first + ["sparse"] * (count - first):
+        raise UserError(
+            f"config.json: first_k_dense_replace is {first}, and mlp_layer_types says otherwise, which transformers "
+            "goes by: remove one of them"
+        )
+    return [each == "sparse" for each in types]
+
+
 def config_kwargs(
     hf_config: PretrainedConfig,
     *,
@@ -157,7 +178,13 @@ def config_kwargs(
 
 
 def deepseek_config_kwargs(
-    hf_config: PretrainedConfig, *, sigmoid: bool, normalised: bool, grouped: bool = True, partial_rotary: bool = False
+    hf_config: PretrainedConfig,
+    *,
+    sigmoid: bool,
+    normalised: bool,
+    grouped: bool = True,
+    layers: Sequence[bool] | None = None,
+    partial_rotary: bool = False,
 ) -> dict[str, Any]:
     """DeepSeek's experts, routers and shared experts, also of models made like them, beside the dense decoder.
 
@@ -167,6 +194,7 @@ def deepseek_config_kwargs(
             (DeepSeek-V3); else a softmax over all experts, groups judged by their best one (DeepSeek-V2).
         normalised: Whether the weights of a token's experts sum to 1 before the scaling factor.
         grouped: Whether experts are chosen from some groups (``n_group``, ``topk_group``), or from all.
+        layers: Whether each layer has experts; None: by ``first_k_dense_replace``.
         partial_rotary: See :func:`dense.config_kwargs`.
 
     Raises:
@@ -185,7 +213,7 @@ def deepseek_config_kwargs(
             size=hf_config.moe_intermediate_size,
             top_k=top_k,
             normalised=normalised,
-            layers=after_first_dense(hf_config),
+            layers=after_first_dense(hf_config) if layers is None else layers,
             partial_rotary=partial_rotary,
         ),
         "moe_shared_expert_intermediate_size": shared * hf_config.moe_intermediate_size,

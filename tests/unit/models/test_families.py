@@ -92,7 +92,7 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
         ("Qwen2.5-7B", {"layer_types": ["sliding_attention"] * 28}, "sliding_window is None"),
         ("Mistral-7B-v0.1", {"architectures": ["MixtralForCausalLM"]}, "model_type is 'mistral'"),
         ("Qwen3-8B", {"architectures": ["DeepseekV32ForCausalLM"]}, r"latent attention \(MLA\) that chooses its keys"),
-        ("Qwen3-8B", {"architectures": ["SolarOpenForCausalLM"]}, "a bias in fp32, which is not supp"),
+        ("Qwen3-8B", {"architectures": ["SolarOpenForCausalLM"]}, "no file that puts them together, which is not supp"),
         ("GLM-4.5-Air", {"n_group": 3}, "n_group is 3, which does not divide 128 experts into groups"),
         ("GLM-4.5-Air", {"n_group": 32, "topk_group": 1}, "topk_group is 1 of 32 groups with 4 experts each, for 8"),
         ("GLM-4.5-Air", {"n_shared_experts": 0}, "n_shared_experts is 0"),
