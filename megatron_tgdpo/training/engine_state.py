@@ -20,7 +20,12 @@ from megatron_tgdpo.models.fp8_tensors import dequantised, history_shards, resto
 from megatron_tgdpo.models.lora import adapter_state, load_adapter_state
 from megatron_tgdpo.setup.engine import Engine, policy_chunks
 from megatron_tgdpo.setup.models import POLICY
-from megatron_tgdpo.training.sharded_optimizer_state import load_optimizer_shards, optimizer_shards, weight_shards
+from megatron_tgdpo.training.sharded_optimizer_state import (
+    has_parameters,
+    load_optimizer_shards,
+    optimizer_shards,
+    weight_shards,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +99,7 @@ def training_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     others = {"fp8": history} if any(history.values()) else {}
     if is_loading:
         # Where moments come into being with the first step, they are made here.
-        for optimizer in engine.optimizer.chained_optimizers:
+        for optimizer in filter(has_parameters, engine.optimizer.chained_optimizers):
             optimizer.load_state_dict(optimizer.state_dict())
     optimizer_state = optimizer_shards(engine.optimizer, model_state)
     if not is_loading:

@@ -107,13 +107,22 @@ def load_optimizer_shards(chain: ChainedOptimizer, state: dict[str, Any]) -> Non
     plain = {name: value for name, value in state.items() if name not in _SHARDED}
     first, *others = chain.chained_optimizers
     _load(first, plain, state["param_state"])
-    for experts in others:
+    for experts in filter(has_parameters, others):
         # The checkpoint may be of a layout where they had no optimizer of their own.
         own = experts.state_dict()
         steps = [{"step": group["step"]} for group in plain["optimizer"]["param_groups"] if "step" in group]
         for group in own["optimizer"]["param_groups"]:
             group.update(*steps[:1])
         _load(experts, own, state[_EXPERTS])
+
+
+def has_parameters(optimizer: DistributedOptimizer) -> bool:
+    """Whether it trains anything here.
+
+    megatron-core makes an optimizer for experts on every stage if any stage has some, and asserts, where it is asked for
+    its state, that there is a step in it (0.16.1 ``distrib_optimizer.py: state_dict``).
+    """
+    return any(group["params"] for group in optimizer.optimizer.param_groups)
 
 
 def _load(optimizer: DistributedOptimizer, plain: dict[str, Any], loaded: dict[int, Any]) -> None:

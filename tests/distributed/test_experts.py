@@ -46,6 +46,7 @@ class Case:
         )
 
 
+_DENSE_STAGE = {"expert": 2, "pipeline": 2}
 _SP = {"tensor": 2, "sequence_parallel": True}
 _VPP = {"pipeline": 2, "virtual_pipeline": 2}
 _CACHED = {"guidance": {"mode": "cached"}}
@@ -112,6 +113,8 @@ CASES = (
         sections={**_LOSSES, **_again("moe")},
     ),
     Case("ep2-pp2", 4, {"expert": 2, "pipeline": 2}, guide="mixtral"),
+    # The first stage has no experts, and megatron-core makes it an optimizer for them all the same.
+    Case("dense-stage-ep2-pp2", 4, _DENSE_STAGE, family="glm4_moe-two-dense", guide=None, then=_DENSE_STAGE),
     Case("ep2-pp2-prefetch", 4, {"expert": 2, "pipeline": 2}, sections={"guidance": {"prefetch": True}}),
     Case("ep2-vpp2", 4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}, guide="mixtral", sections=_LOSSES),
     Case(
@@ -175,6 +178,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "olmoe", "glm4_moe"):
         make_model(root / f"policy-{family}", family, seed=1, **small)
         make_model(root / f"guide-{family}", family, seed=2, **small)
+    make_model(root / "policy-glm4_moe-two-dense", "glm4_moe", seed=3, **small, first_k_dense_replace=2)
     make_model(root / "policy-qwen3_moe-plain", "qwen3_moe", seed=3, **small, norm_topk_prob=False)
     for name, options in MIXED_OPTIONS.items():
         make_model(root / f"policy-{name}", seed=4, **small, **options)
