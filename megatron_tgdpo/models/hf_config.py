@@ -141,12 +141,17 @@ def _dequantise(hf_config: PretrainedConfig) -> str:
     """Why quantised weights are refused, and what to do."""
     settings = hf_config.quantization_config
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    if str(getattr(method, "value", method)) != "mxfp4":
+    name, exact = str(getattr(method, "value", method)), ""
+    if name == "mxfp4":
+        reader, exact = "Mxfp4Config", ", which is exact,"
+    elif name == "fp8":
+        reader = "FineGrainedFP8Config"
+    else:
         return "quantized weights are not supported, dequantize them"
     return (
-        "MXFP4 weights are not supported: load them with transformers "
-        '(AutoModelForCausalLM.from_pretrained(DIR, quantization_config=Mxfp4Config(dequantize=True), dtype="bfloat16")'
-        "), which is exact, and save_pretrained to another directory"
+        f"{name.upper()} weights are not supported: load them with transformers "
+        f'(AutoModelForCausalLM.from_pretrained(DIR, quantization_config={reader}(dequantize=True), dtype="bfloat16"))'
+        f"{exact} and save_pretrained to another directory"
     )
 
 

@@ -165,8 +165,8 @@ def layer_activations(
         return pack.tokens * width.hidden * size
     settings = family_of(hf_config.architectures).config_kwargs(hf_config)
     modules, experts = recomputed_modules(recompute), Experts.of_layer(hf_config, layer)
-    if experts is None and Experts.of(hf_config) is not None:
-        # Transformer Engine has a dense layer's norms inside its linears.
+    if experts is None and Experts.of(hf_config) is not None and not width.latent:
+        # Transformer Engine has a dense layer's norms inside its linears; of latent attention the first stands alone.
         modules = modules - {"layernorm"}
     # What the MLP, or all experts, would keep beside their input is computed again.
     no_mlp = ("mlp" if experts is None else "moe") in modules
@@ -200,6 +200,9 @@ def layer_activations(
             for fused in fused_linears(hf_config, layer)
             if any(adapted_parts(fused, lora))
         }
+        if joint not in inputs and width.latent:
+            # Then the query's adapter alone keeps the hidden state.
+            inputs |= {name: width.hidden for name in inputs if name.endswith((".linear_q", ".linear_q_down"))}
         adapters = _adapters(hf_config, layout, pack, lora, layer, without="mlp." if no_mlp else None)
         if layer == 0 and recompute == "none":
             norms -= width.hidden * _norm_bytes(settings, size)  # the embedding has no gradient

@@ -119,8 +119,8 @@ def load_optimizer_shards(chain: ChainedOptimizer, state: dict[str, Any]) -> Non
 def has_parameters(optimizer: DistributedOptimizer) -> bool:
     """Whether it trains anything here.
 
-    megatron-core makes an optimizer for experts on every stage if any stage has some, and asserts, where it is asked for
-    its state, that there is a step in it (0.16.1 ``distrib_optimizer.py: state_dict``).
+    megatron-core makes an optimizer for experts on every stage if any stage has some, and asserts, where it is asked
+    for its state, that there is a step in it (0.16.1 ``distrib_optimizer.py: state_dict``).
     """
     return any(group["params"] for group in optimizer.optimizer.param_groups)
 

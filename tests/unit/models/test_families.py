@@ -106,6 +106,18 @@ def test_every_key_of_the_config_class_is_decided(family: Any) -> None:
         ("DeepSeek-V2-Lite", {"n_shared_experts": 0}, "n_shared_experts is 0"),
         ("DeepSeek-V2-Lite", {"first_k_dense_replace": 27}, "none of 27 layers has experts"),
         ("DeepSeek-V2-Lite", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("DeepSeek-V2-Lite", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid', only 'softmax' is supported"),
+        ("DeepSeek-V2-Lite", {"moe_layer_freq": 2}, "moe_layer_freq is 2, only 1 is supported"),
+        ("DeepSeek-V3", {"scoring_func": "softmax"}, "scoring_func is 'softmax', only 'sigmoid' is supported"),
+        ("DeepSeek-V3", {"topk_method": "greedy"}, "topk_method is 'greedy', only 'noaux_tc' is supported"),
+        ("DeepSeek-V3", {"quantization_config": {"quant_method": "fp8"}}, r"FineGrainedFP8Config\(dequantize=True\)"),
+        (
+            "GLM-4.7-Flash",
+            {"first_k_dense_replace": 2},
+            "first_k_dense_replace is 2, and mlp_layer_types says otherwise",
+        ),
+        ("GLM-4.7-Flash", {"mlp_layer_types": ["sparse"]}, "mlp_layer_types names 1 of 47 layers"),
+        ("GLM-4.7-Flash", {"mlp_layer_types": ["linear"] * 47}, "mlp_layer_types has 'linear'"),
         ("Youtu-LLM-2B", {"attention_bias": True}, "attention_bias is True"),
         ("Youtu-LLM-2B", {"kv_lora_rank": 0}, "kv_lora_rank is 0: it must be a positive number"),
         ("Youtu-LLM-2B", {"num_key_value_heads": 4}, "num_key_value_heads is 4, but with latent attention every one"),
@@ -172,6 +184,9 @@ def test_the_page_has_what_there_is() -> None:
     assert [row.split("`")[1] for row in rows] == [family.architecture for family in FAMILIES]
     assert all(f"| {' | '.join(NOTES[row.split('`')[1]])} |" in row for row in rows)
     assert refused() in page
+    readme = (PAGE.parents[1] / "README.md").read_text()
+    assert f"[{len(FAMILIES)} architectures](docs/families.md)" in readme
+    assert f"[{sum(family.has_experts for family in FAMILIES)} architectures](docs/experts.md)" in readme
 
 
 def test_an_adapter_is_refused_by_name(tmp_path: Path) -> None:

@@ -76,6 +76,20 @@ def test_layers_without_experts_count_as_dense_ones(tmp_path: Path) -> None:
                        "num_query_groups": 5}, make_layout(5, 1, 1, True, 5))  # fmt: skip
 
 
+def test_the_hidden_state_is_kept_once_for_all_adapters_of_latent_attention(tmp_path: Path) -> None:
+    """Whether a linear of queries alone has one, or that of keys and values, too."""
+    model, layout, tokens = (
+        read_hf_config(write_config(tmp_path, PUBLISHED["DeepSeek-V3"])),
+        make_layout(1, 1, 1, False, 1),
+        4096,
+    )
+    query, both = (
+        layer_activations(model, layout, Pack(tokens, 2048, 2), "none", 5, Lora(16, 32.0, targets)) / (2 * tokens)
+        for targets in (("q_proj",), ("q_proj", "k_proj", "v_proj"))
+    )
+    assert 512 < both - query < 7168  # kv_b's input, and what A made; no other hidden state
+
+
 def _job(model: PretrainedConfig) -> Job:
     return Job(model, (), Pack(4096, 2048, 2), Batch(128, 2048, 0.5, True), False)
 

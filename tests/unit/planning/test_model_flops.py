@@ -32,6 +32,13 @@ def shown(lengths: np.ndarray, window: int | None, shared: bool) -> int:
     return total
 
 
+def test_latent_attention_by_hand(tmp_path: Path) -> None:
+    """DeepSeek-V3: queries of 1,536, keys and values of 512 and a rotated 64, 128 heads of 128 + 64 and 128."""
+    query, key_value = 7168 * 1536 + 1536 * 128 * 192, 7168 * (512 + 64) + 512 * 128 * (128 + 128)
+    mlp = 3 * 7168 * 18432  # of the first layer
+    assert linear_flops(published(tmp_path, "DeepSeek-V3"), 0) == 2 * (query + key_value + 128 * 128 * 7168 + mlp)
+
+
 @pytest.mark.parametrize("window", [None, 1, 6, 100])
 def test_what_a_mask_shows(window: int | None) -> None:
     whole = LENGTHS[:, :1] + LENGTHS[:, 1:]
