@@ -155,10 +155,3 @@ class LatentSelfAttention(Attention):
         plain, value = both.unflatten(-1, (heads, sizes.plain + sizes.value)).split((sizes.plain, sizes.value), dim=-1)
         key = cat((rotated[:, :, None].expand(-1, -1, heads, -1), plain), dim=-1)
         return query, key, value
-
-    def set_for_recompute_input_layernorm(self) -> None:
-        """In FP8, keeps the norm's own output for what takes it, which is then made again."""
-        if self.sizes.query_rank is None:
-            from megatron.core.extensions.transformer_engine import set_save_original_input
-
-            set_save_original_input(self.linear_q)
