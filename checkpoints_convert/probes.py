@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from megatron_tgdpo.checkpoints.model_directory import hf_directory
 from megatron_tgdpo.errors import UserError, one_line
-from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families import settings_of
 from megatron_tgdpo.models.rotary import longest_exact, rope_layer_types, rope_settings
 
 _TEXT = "The quick brown fox jumps over the lazy dog, then sleeps until the morning comes. "
@@ -49,7 +49,7 @@ def spans(hf_config: PretrainedConfig) -> dict[str, int]:
     None that sequences may not pass here (``models/rotary.py: longest_exact``).
     """
     found = {}
-    window = family_of(hf_config.architectures).config_kwargs(hf_config).get("window_size")
+    window = settings_of(hf_config).get("window_size")
     if window is not None:
         found["sliding window"] = window[0] + 1
     for kind in rope_layer_types(hf_config) or (None,):

@@ -28,7 +28,7 @@ from megatron_tgdpo.gpu.optimizer_state import check_optimizer_state
 from megatron_tgdpo.gpu.overlap import check_overlap
 from megatron_tgdpo.gpu.overlap import transformer_kwargs as overlap_kwargs
 from megatron_tgdpo.models.config import LanguageModelConfig, transformer_config_kwargs
-from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families import family_of, settings_of
 from megatron_tgdpo.planning.recomputation import check_recompute
 
 
@@ -181,8 +181,7 @@ def _fused_kwargs(
         "gradient_accumulation_fusion": found.wgrad_accumulation and not frozen,
         "fused_layer_wgrad": not frozen,
         # By the function itself: GPT-OSS's config names SiLU too, and its experts have another.
-        "bias_activation_fusion": family_of(hf_config.architectures).config_kwargs(hf_config)["activation_func"]
-        is F.silu,
+        "bias_activation_fusion": settings_of(hf_config)["activation_func"] is F.silu,
         # Transformer Engine's kernel; it takes an angle of each token, as megatron-core's own arithmetic does.
         "apply_rope_fusion": spec == "transformer_engine",
     }

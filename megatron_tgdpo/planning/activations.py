@@ -6,6 +6,7 @@ MLP, or experts that get as many tokens each, no dropout, rotary angles. Their s
 divides what lies outside the linears, tensor parallelism what lies between them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families import settings_of
 from megatron_tgdpo.models.families.latent import LatentSizes
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears, linear_shapes
 from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads
@@ -112,7 +113,7 @@ class LayerWidths:
             "mlp": mlp / tp,
             "routed": routed / tp,
         }
-        latent: LatentSizes | None = family_of(hf_config.architectures).config_kwargs(hf_config).get("latent")
+        latent: LatentSizes | None = settings_of(hf_config).get("latent")
         if latent is not None:
             query_rank = latent.query_rank or 0
             return cls(
@@ -163,7 +164,7 @@ def layer_activations(
     width, size = LayerWidths.of(hf_config, layout, layer), pack.dtype_bytes
     if recompute == "full":
         return pack.tokens * width.hidden * size
-    settings = family_of(hf_config.architectures).config_kwargs(hf_config)
+    settings = settings_of(hf_config)
     modules, experts = recomputed_modules(recompute), Experts.of_layer(hf_config, layer)
     if experts is None and Experts.of(hf_config) is not None and not width.latent:
         # Transformer Engine has a dense layer's norms inside its linears; of latent attention the first stands alone.
@@ -251,12 +252,12 @@ def _adapters(
     return elements * pack.dtype_bytes
 
 
-def _norm_bytes(settings: dict[str, Any], size: int) -> int:
+def _norm_bytes(settings: Mapping[str, Any], size: int) -> int:
     """Of an element that a norm keeps: Gemma's works on an fp32 copy, the others keep the residual stream itself."""
     return _FP32 if settings.get("layernorm_zero_centered_gamma") else size
 
 
-def _core_attention(settings: dict[str, Any], width: LayerWidths, pack: Pack, layer: int) -> float:
+def _core_attention(settings: Mapping[str, Any], width: LayerWidths, pack: Pack, layer: int) -> float:
     """Bytes per token: output and log-sum-exp of SDPA, or the mask of attention that recomputes its scores."""
     window = None
     if settings.get("window_size") is not None and settings["window_attn_skip_freq"][layer]:
@@ -298,7 +299,7 @@ def stage_activations(
     if recompute == "full":
         held += pack.tokens * width.head * _FP32 * len(rope_layer_types(hf_config) or (None,))  # rotary angles
     if stage == layout.pipeline - 1:
-        norm = _norm_bytes(family_of(hf_config.architectures).config_kwargs(hf_config), pack.dtype_bytes)
+        norm = _norm_bytes(settings_of(hf_config), pack.dtype_bytes)
         held += pack.tokens * (width.hidden * norm + hf_config.hidden_size * pack.dtype_bytes)
     return held * _in_flight(layout, stage) + on_device
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.distributed.layout import ParallelLayout
+from megatron_tgdpo.models.families import SameConfig
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears, linear_shapes
 from megatron_tgdpo.models.hf_weights.mapping import (
     EMBEDDING,
@@ -192,28 +193,15 @@ def fullest_stages(layout: ParallelLayout) -> Sequence[int]:
     return range(layout.pipeline) if layout.layers else sorted({0, layout.pipeline - 1})
 
 
-@dataclass(frozen=True)
-class _Same:
-    """A config by which object it is, as configs have no hash; nobody changes one here."""
-
-    hf_config: PretrainedConfig
-
-    def __hash__(self) -> int:
-        return id(self.hf_config)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.hf_config is self.hf_config
-
-
 # A ranking asks for the same few thousands of times.
 @lru_cache(maxsize=64)
-def _listed(same: _Same, tensor: int) -> tuple[GlobalParameter, ...]:
+def _listed(same: SameConfig, tensor: int) -> tuple[GlobalParameter, ...]:
     return tuple(global_parameters(same.hf_config, tensor, every_expert=False))
 
 
 def _parameters(hf_config: PretrainedConfig, tensor: int = 1) -> tuple[GlobalParameter, ...]:
     """All parameters for so many tensor ranks, of experts those of the first."""
-    return _listed(_Same(hf_config), tensor)
+    return _listed(SameConfig(hf_config), tensor)
 
 
 def stage_linears(hf_config: PretrainedConfig, layout: ParallelLayout, stage: int, *, plain_ends: bool) -> int:

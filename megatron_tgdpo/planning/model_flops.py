@@ -10,12 +10,11 @@ Legend: P pairs.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families import family_of, settings_of
 from megatron_tgdpo.models.hf_weights.mapping import Experts, Heads, dimension_sizes, kinds_of_layers
 
 
@@ -56,7 +55,7 @@ def shared_expert_flops(hf_config: PretrainedConfig, layer: int = 0) -> int:
 
 def score_flops(hf_config: PretrainedConfig) -> int:
     """Of a layer's attention, forwards, for a query and a key that it sees: score and weighted value of all heads."""
-    heads, latent = Heads.of(hf_config), family_of(hf_config.architectures).config_kwargs(hf_config).get("latent")
+    heads, latent = Heads.of(hf_config), settings_of(hf_config).get("latent")
     if latent is not None:
         return 2 * int(hf_config.num_attention_heads * (latent.query + latent.value))
     return 4 * heads.rows[0]
@@ -90,7 +89,7 @@ class StepModel:
 
     def windows(self) -> list[int | None]:
         """Of each layer's attention, in tokens."""
-        settings: dict[str, Any] = family_of(self.hf_config.architectures).config_kwargs(self.hf_config)
+        settings = settings_of(self.hf_config)
         layers = self.hf_config.num_hidden_layers
         if settings.get("window_size") is None:
             return [None] * layers

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
-from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families import settings_of
 from megatron_tgdpo.models.families.latent import LatentSizes
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora, adapted_parts, fused_linears
 from megatron_tgdpo.models.hf_weights.mapping import Experts, kinds_of_layers
@@ -84,7 +84,7 @@ def tensor_bytes(job: Job, layout: ParallelLayout, recompute: str, stage: int) -
         dense = sum(count for layer, count in kinds.items() if Experts.of_layer(hf_config, layer) is None)
         each = ring(layout.tensor) * local_tokens(job, layout) * job.pack.dtype_bytes
         hidden = hf_config.hidden_size
-        latent: LatentSizes | None = family_of(hf_config.architectures).config_kwargs(hf_config).get("latent")
+        latent: LatentSizes | None = settings_of(hf_config).get("latent")
         # Of latent attention the all-gather is of the small vectors; of hidden states, too, where queries come of them.
         first = hidden if latent is None else (latent.query_rank or hidden) + latent.rank + latent.rotated
         return (layers * (first + hidden) + dense * 2 * hidden) * each, dense * 2 * hidden * each

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout
 from megatron_tgdpo.loss.vocab_chunks import chunk_rows
-from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families import settings_of
 from megatron_tgdpo.models.hf_config import padded_vocab_size
 from megatron_tgdpo.models.hf_weights.adapter_layout import Lora
 from megatron_tgdpo.models.hf_weights.mapping import Experts, kinds_of_layers
@@ -50,7 +50,7 @@ def _layer_workspace(
 
 def _scores(hf_config: PretrainedConfig, width: LayerWidths, pack: Pack) -> float:
     """Peak of attention with caps or sinks: five fp32 tensors of a block's scores (``models/attention/sdpa.py``)."""
-    settings = family_of(hf_config.architectures).config_kwargs(hf_config)
+    settings = settings_of(hf_config)
     if settings.get("attn_logit_softcapping") is None and settings.get("softmax_type") != "learnable":
         return 0.0
     return 5 * width.heads * min(QUERY_BLOCK, pack.sequence_tokens) * pack.sequence_tokens * _FP32

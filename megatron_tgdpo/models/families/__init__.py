@@ -1,6 +1,12 @@
 """Model families by HF architecture name; one declarative file each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from transformers import PretrainedConfig
 
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import (
@@ -131,3 +137,30 @@ def family_of(architectures: Sequence[str] | None) -> Family:
     if beyond is not None and not lacking:
         reason = f", with {beyond}, which is not supported (docs/families.md)"
     raise UserError(f"config.json: architectures is {architectures}{reason}; supported are: {known}")
+
+
+@dataclass(frozen=True)
+class SameConfig:
+    """A config by which object it is, as configs have no hash; nobody changes one that was read."""
+
+    hf_config: PretrainedConfig
+
+    def __hash__(self) -> int:
+        return id(self.hf_config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameConfig) and other.hf_config is self.hf_config
+
+
+def settings_of(hf_config: PretrainedConfig) -> Mapping[str, Any]:
+    """A model's ``Family.config_kwargs``, made once: a ranking of layouts asks for them a hundred thousand times.
+
+    Raises:
+        UserError: As :func:`family_of` and ``Family.config_kwargs``.
+    """
+    return _settings(SameConfig(hf_config))
+
+
+@lru_cache(maxsize=64)
+def _settings(same: SameConfig) -> Mapping[str, Any]:
+    return MappingProxyType(family_of(same.hf_config.architectures).config_kwargs(same.hf_config))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_tgdpo.models.families import family_of
+from megatron_tgdpo.models.families import family_of, settings_of
 from megatron_tgdpo.models.families.family import STACKED, Dimension, Kind, Weight
 from megatron_tgdpo.models.families.latent import LatentSizes
 from megatron_tgdpo.models.hf_config import padded_vocab_size
@@ -176,7 +176,7 @@ def parameter_count(hf_config: PretrainedConfig) -> int:
 
 def expert_layers(hf_config: PretrainedConfig) -> list[bool]:
     """Whether each layer of a model has experts in its MLP's place."""
-    kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
+    kwargs = settings_of(hf_config)
     layers: int = hf_config.num_hidden_layers
     return [bool(has) for has in kwargs.get("moe_layer_freq", [kwargs.get("num_moe_experts")] * layers)]
 
@@ -208,7 +208,7 @@ class Experts:
     @classmethod
     def of(cls, hf_config: PretrainedConfig) -> "Experts | None":
         """Of a model; None if it has none."""
-        kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
+        kwargs = settings_of(hf_config)
         if not kwargs.get("num_moe_experts"):
             return None
         return cls(
@@ -239,7 +239,7 @@ def dimension_sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
     """What the dimensions of a model's weights are."""
     heads = Heads.of(hf_config)
     query, kv, _ = heads.rows
-    kwargs = family_of(hf_config.architectures).config_kwargs(hf_config)
+    kwargs = settings_of(hf_config)
     latent: LatentSizes | None = kwargs.get("latent")
     return {
         **({} if latent is None else _latent_sizes(latent, hf_config.num_attention_heads)),
