@@ -216,10 +216,11 @@ def layer_activations(
             inputs[name] = max(inputs.get(name, 0.0) - width.hidden, 0.0)
     linear_inputs = sum(inputs.values()) * size
     # Rotated queries and keys; cosines and sines for both. Values stay inside the projection, unless they are gathered.
-    keys = (width.key + width.value) * pack.gathered_keys or width.key
-    if width.latent:
-        keys += width.key * (pack.gathered_keys or 1)  # values as large as keys
-    attention = (width.projected + width.query + keys + 4 * width.head) * size
+    keys, projected = (width.key + width.value) * pack.gathered_keys or width.key, width.projected
+    if width.latent and (pack.gathered_keys or width.value < width.key):
+        # Keys are made of a copy of their part; so are values that are gathered, or padded to the size of keys.
+        keys, projected = 2 * width.key * (pack.gathered_keys or 1), 0.0
+    attention = (projected + width.query + keys + 4 * width.head) * size
     if "core_attn" not in modules:
         attention += _core_attention(settings, width, pack, layer)
     # Gate and up in one tensor, the activated gate, and up once more (megatron-core adds its offset of 0).

@@ -150,6 +150,7 @@ def unfused_norms(
     width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
     gemma = hf_config.model_type == "gemma2"  # its fp32 copy is in the formula
     extra = norms * width.hidden * ((0 if gemma else 4 - size) + (0 if lora else 4))
+    extra += layers * sum(width.ranks) * ((4 - size) + (0 if lora else 4))  # norms of latent attention
     if hf_config.model_type == "qwen3":
         extra += layers * ((width.query + width.key) * 8 - width.query * size)
     return pack.tokens * extra
