@@ -121,7 +121,9 @@ def waiting(label: str, *, shown: bool = True) -> Iterator[None]:
         while not ended.wait(interval := 1.0 if terminal else _LOG_SECONDS):
             seconds += interval
             line = f"{label}: {seconds:.0f} s"
-            print(line, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+            # With its end in one write, so that it stays whole beside what others write.
+            sys.stderr.write(f"{line}\r" if terminal else f"{line}\n")
+            sys.stderr.flush()
         if terminal:
             print(" " * len(line), end="\r", file=sys.stderr, flush=True)
 

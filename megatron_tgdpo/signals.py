@@ -58,9 +58,13 @@ def leave_if_requested(doing: str) -> None:
 
 
 def last_words(*lines: str) -> None:
-    """Writes to stderr, if that takes them: a log on a full disk must not change how a process ends."""
+    """Writes to stderr, if that takes them: a log on a full disk must not change how a process ends.
+
+    All in one write: ranks share a log, and where Python does not buffer, ``print`` writes a line's end by itself.
+    """
     with contextlib.suppress(OSError):
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.flush()
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,9 @@ import runpy
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
+from typing import cast
 
 from tests.launch import ROOT, environment
 
@@ -77,6 +79,9 @@ def _run(module: str, arguments: Sequence[str], variables: dict[str, str], stdou
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    # The server's streams write a line and its end apart: a line of one rank must stay whole among those of others.
+    for stream in (sys.stdout, sys.stderr):
+        cast(TextIOWrapper, stream).reconfigure(line_buffering=True, write_through=False)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(ROOT)
