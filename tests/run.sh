@@ -3,7 +3,8 @@
 #
 #   bash tests/run.sh [--full] [PYTEST_ARGUMENTS]   e.g. bash tests/run.sh tests/unit -k loss
 #
-# With --full the layouts that are otherwise tested by example are all run (tests/distributed/test_equivalence.py).
+# With --full the layouts that are otherwise tested by example are all run, and ten steps of each for five
+# (tests/distributed/test_equivalence.py, test_lora.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --full ]; then

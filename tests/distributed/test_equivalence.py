@@ -1,4 +1,4 @@
-"""Every layout trains as plain PyTorch does: losses, gradient norms and final weights over ten optimizer steps."""
+"""Every layout trains as plain PyTorch does: losses, gradient norms and final weights over the optimizer steps."""
 
 import json
 import math
@@ -18,7 +18,9 @@ from tests.launch import OTHER_PYTHON, PATIENCE, SHARED_DATA, run_module
 from tests.processes import run_forked
 from tests.tiny_models import MORE_FAMILY_OPTIONS, make_model, make_tokenizer
 
-SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=1e-3, weight_decay=0.1, clip_grad=1.0)
+FULL = bool(os.environ.get("TGDPO_TESTS_FULL"))  # --full of tests/run.sh
+SETTINGS = reference.Settings(global_pairs=4, steps=10 if FULL else 5, lr=1e-3, weight_decay=0.1, clip_grad=1.0)
+PAIRS = 18  # fewer than the steps take: a second epoch begins, in the middle of a batch
 LIMITS = {
     "loss": 1e-5,
     "validation loss": 1e-5,
@@ -113,21 +115,16 @@ CASES = (
     Case("pp2-real", 2, "real", pipeline=2),
     Case("dp2", 2, "random"),
     Case("dp2-real", 2, "real"),
-    Case("tp2-pp2", 4, "random", tensor=2, pipeline=2),
     Case("tp2-pp2-tied", 4, "random", tied=True, tensor=2, pipeline=2),
     Case("tp2-pp2-sp-real", 4, "real", tensor=2, pipeline=2, sequence_parallel=True),
-    Case("dp2-tp2", 4, "random", tensor=2),
     Case("dp2-tp2-real", 4, "real", tensor=2),
     Case("dp2-pp2-tied", 4, "random", tied=True, pipeline=2, seq_length=128),
     Case("pp4", 4, "random", pipeline=4, seq_length=128),
     Case("tp4", 4, "random", tensor=4),
     # Random sequences are up to 60 tokens long, windows 24.
     Case("gemma2", 1, "random", tied=True, family="gemma2"),
-    Case("gemma2-tp2-pp2", 4, "random", tied=True, tensor=2, pipeline=2, family="gemma2"),
     Case("gemma2-tp2-pp2-sp", 4, "random", tied=True, tensor=2, pipeline=2, sequence_parallel=True, family="gemma2"),
-    Case("qwen2-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="qwen2"),
     Case("qwen2-tp4-tied", 4, "random", tied=True, tensor=4, family="qwen2"),
-    Case("qwen3-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="qwen3"),
     Case("qwen3-tp2-pp2-sp", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, family="qwen3"),
     Case("qwen3-tp4-tied", 4, "random", tied=True, tensor=4, family="qwen3"),
     Case("mistral-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="mistral"),
@@ -138,18 +135,15 @@ CASES = (
     Case("cp2-unshared", 2, "random", context=2, seq_length=256, shared_prompts=False),
     Case("cp2-real", 2, "real", context=2),
     Case("cp2-tp2-sp", 4, "random", context=2, tensor=2, sequence_parallel=True, seq_length=128),
-    Case("cp2-tp2-tied", 4, "random", tied=True, context=2, tensor=2),
-    Case("cp2-pp2", 4, "random", context=2, pipeline=2, seq_length=128),
     Case("cp2-vpp2", 4, "random", context=2, pipeline=2, virtual=2, seq_length=128),
     Case("cp2-dp2-qwen3", 4, "random", context=2, seq_length=128, family="qwen3"),
     Case("cp4", 4, "random", context=4, seq_length=256),
     Case("cp2-pp2-gemma2", 4, "random", tied=True, context=2, pipeline=2, family="gemma2"),
-    Case("smoothed-dpo-tp2-pp2", 4, "random", tensor=2, pipeline=2, method="smoothed-dpo"),
     Case("smoothed-dpo-cp2", 2, "random", context=2, seq_length=256, method="smoothed-dpo"),
     # Rewards of whole sentences, which random words without a full stop are one of.
     Case("sentence-cp2", 2, "random", context=2, seq_length=128, method="sentence", guidance="cached"),
     # Scores that are means, over the tokens of all context ranks.
-    Case("ipo-cp2-tp2", 4, "random", context=2, tensor=2, seq_length=128, method="ipo"),
+    Case("ipo-cp2", 2, "random", context=2, seq_length=128, method="ipo"),
     # Tokens that are selected by what those on other ranks are.
     Case("sepo-cp2", 2, "random", context=2, seq_length=128, method="sepo"),
     Case("confpo-cp2", 2, "random", context=2, seq_length=128, method="confpo"),
@@ -161,13 +155,11 @@ CASES = (
     Case("sft-dp2", 2, "random", seq_length=128, method="sft"),
     Case("sft-cp2", 2, "random", context=2, seq_length=128, method="sft"),
     Case("recompute-full", 4, "random", tensor=2, pipeline=2, sequence_parallel=True, seq_length=128, recompute="full"),
-    Case("recompute-selective", 4, "random", tensor=2, pipeline=2, seq_length=128, recompute="selective"),
     # Two chunks a stage; four packs, and fewer, which empty ones fill up to a multiple of the stages.
     Case("vpp2", 2, "random", pipeline=2, virtual=2, seq_length=128),
     Case("vpp2-tied-cached", 2, "random", tied=True, pipeline=2, virtual=2, guidance="cached"),
     Case("vpp2-tied", 2, "random", tied=True, pipeline=2, virtual=2),
     Case("pp4-vpp2", 4, "random", pipeline=4, virtual=2, seq_length=128, layers=8, guide_layers=8),
-    Case("vpp2-tp2-sp", 4, "random", tensor=2, pipeline=2, virtual=2, sequence_parallel=True, seq_length=128),
     # Stages that are not equal: by cost, given, and in chunks; the guide has other layers than the policy.
     Case("pp2-uneven", 2, "random", pipeline=2, seq_length=128, layers=5, guide_layers=3),
     Case("pp2-uneven-prefetch", 2, "random", pipeline=2, layers=5, guide_layers=3, guidance="prefetch"),
@@ -213,7 +205,6 @@ BUCKET_PARAMETERS = 10_000
 OVERLAP_CASES = (
     _overlapping("dp2", 2),
     _overlapping("dp2-cached", 2, guidance="cached"),
-    _overlapping("pp2-dp2", 4, pipeline=2),
     _overlapping("pp2-dp2-prefetch", 4, pipeline=2, guidance="prefetch", tied=True),
     _overlapping("vpp2-dp2", 4, pipeline=2, virtual=2),
     _overlapping("vpp2-dp2-tied-simpo", 4, pipeline=2, virtual=2, tied=True, method="simpo", overlap="grad_reduce"),
@@ -264,6 +255,30 @@ FULL_FAMILY_CASES = tuple(
 FULL_CASES = (
     Case("cp2-tp2-pp2-sp", 8, "random", context=2, tensor=2, pipeline=2, sequence_parallel=True, seq_length=128),
 )
+# What other cases have between them: each names those.
+COVERED_CASES = (
+    # tp2-pp2-tied; smoothed-dpo-cp2 has the options of the loss.
+    Case("tp2-pp2", 4, "random", tensor=2, pipeline=2),
+    Case("smoothed-dpo-tp2-pp2", 4, "random", tensor=2, pipeline=2, method="smoothed-dpo"),
+    # dp2-tp2-real, overlap-tp2-sp-dp2.
+    Case("dp2-tp2", 4, "random", tensor=2),
+    # The same with sequence parallelism; qwen2-tp4-tied, qwen3-tp4-tied.
+    Case("gemma2-tp2-pp2", 4, "random", tied=True, tensor=2, pipeline=2, family="gemma2"),
+    Case("qwen2-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="qwen2"),
+    Case("qwen3-tp2-pp2", 4, "random", tensor=2, pipeline=2, family="qwen3"),
+    # cp2-tp2-sp, youtu-cp2-tp2.
+    Case("cp2-tp2-tied", 4, "random", tied=True, context=2, tensor=2),
+    # cp2-vpp2, cp2-pp2-gemma2.
+    Case("cp2-pp2", 4, "random", context=2, pipeline=2, seq_length=128),
+    # The means are over tokens: ipo-cp2; tensor ranks have them all, as in simpo-tp2-pp2.
+    Case("ipo-cp2-tp2", 4, "random", context=2, tensor=2, seq_length=128, method="ipo"),
+    # gemma2-recompute-selective, overlap-prefetch-tp2.
+    Case("recompute-selective", 4, "random", tensor=2, pipeline=2, seq_length=128, recompute="selective"),
+    # overlap-orpo-tp2-vpp2, dpo-cached-tp2-vpp2.
+    Case("vpp2-tp2-sp", 4, "random", tensor=2, pipeline=2, virtual=2, sequence_parallel=True, seq_length=128),
+    # overlap-pp2-dp2-prefetch, overlap-vpp2-dp2.
+    _overlapping("pp2-dp2", 4, pipeline=2),
+)
 _SP = {"sequence_parallel": True}
 # What no other case has together: see tests/unit/config/test_grid.py.
 GRID_CASES = (
@@ -295,7 +310,7 @@ GRID_CASES = (
     Case("simpo-selective", 1, "random", method="simpo", recompute="selective"),
 )  # fmt: skip
 CASES += OVERLAP_CASES + FAMILY_CASES + GRID_CASES
-CASES += FULL_CASES + FULL_OVERLAP_CASES + FULL_FAMILY_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
+CASES += COVERED_CASES + FULL_CASES + FULL_OVERLAP_CASES + FULL_FAMILY_CASES if FULL else ()
 
 # Identities: each of these runs must repeat the losses and gradient norms of "tp1-dpo".
 DPO_IN_DISGUISE = ("alpha-0", "guide-is-reference")
@@ -394,11 +409,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     for file in made.root.glob("*/*token*.json"):
         file.unlink()
     make_tokenizer(VOCABULARY).save_pretrained(made.root / "tokenizer")
-    write_pairs(made.root / "random.jsonl", 32, VOCABULARY)
+    write_pairs(made.root / "random.jsonl", PAIRS, VOCABULARY)
     lines = (made.root / "random.jsonl").read_text().splitlines(keepends=True)
     (made.root / "validation-random.jsonl").write_text("".join(lines[:VALIDATION]))
     if SHARED_DATA.is_dir():
-        pairs = json.loads((SHARED_DATA / "preference_pairs_en_300.json").read_text())[:32]
+        pairs = json.loads((SHARED_DATA / "preference_pairs_en_300.json").read_text())[:PAIRS]
         (made.root / "real.json").write_text(json.dumps(pairs))
         (made.root / "validation-real.json").write_text(json.dumps(pairs[:VALIDATION]))
     return made

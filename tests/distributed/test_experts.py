@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,7 @@ CASES = (
     Case("tp2-sp-olmoe", 2, _SP, family="olmoe", guide=None),
     Case("pp2-cp2-gpt-oss", 4, {"pipeline": 2, "context": 2}, family="gpt_oss", guide=None),
     Case("ep4", 4, {"expert": 4}, family="mixtral"),
-    Case("ep2-dp4", 4, {"expert": 2}, guide="qwen3_moe"),
     Case("ep2-dp4-overlap", 4, {"expert": 2}, guide=None, sections=_OVERLAP),
-    Case("ep2-tp2-sp", 4, {**_SP, "expert": 2}, guide="mixtral"),
     Case(
         "ep2-tp2-sp-mixtral",
         4,
@@ -112,7 +111,6 @@ CASES = (
         family="mixtral",
         sections={**_LOSSES, **_again("moe")},
     ),
-    Case("ep2-pp2", 4, {"expert": 2, "pipeline": 2}, guide="mixtral"),
     # The first stage has no experts, and megatron-core makes it an optimizer for them all the same.
     Case("dense-stage-ep2-pp2", 4, _DENSE_STAGE, family="glm4_moe-two-dense", guide=None, then=_DENSE_STAGE),
     Case("ep2-pp2-prefetch", 4, {"expert": 2, "pipeline": 2}, sections={"guidance": {"prefetch": True}}),
@@ -124,6 +122,16 @@ CASES = (
         sections={**_LOSSES, "train": {"recompute": "full"}},
     ),
 )
+# What other cases have between them, with --full of tests/run.sh.
+COVERED_CASES = (
+    # ep2-dp4-overlap; ep2 has a guide with experts.
+    Case("ep2-dp4", 4, {"expert": 2}, guide="qwen3_moe"),
+    # ep2-cp2-tp2-recompute.
+    Case("ep2-tp2-sp", 4, {**_SP, "expert": 2}, guide="mixtral"),
+    # ep2-pp2-prefetch, ep2-vpp2.
+    Case("ep2-pp2", 4, {"expert": 2, "pipeline": 2}, guide="mixtral"),
+)
+CASES += COVERED_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""LoRA on every layout trains as ``peft`` with plain PyTorch does: losses, gradient norms, adapters after ten steps."""
+"""LoRA on every layout trains as ``peft`` with plain PyTorch does: losses, gradient norms, adapters after the steps."""
 
 import json
 import math
@@ -22,8 +22,13 @@ peft = pytest.importorskip("peft")
 
 VOCABULARY = 131
 VALIDATION = 13  # pairs, the first ones
+FULL = bool(os.environ.get("TGDPO_TESTS_FULL"))  # --full of tests/run.sh
 # Adam's first steps would turn the rounding of gradients that are all but zero into whole steps.
-SETTINGS = reference.Settings(global_pairs=4, steps=10, lr=5e-3, weight_decay=0.1, clip_grad=1.0, eps=1e-6)
+SETTINGS = reference.Settings(
+    global_pairs=4, steps=10 if FULL else 5, lr=5e-3, weight_decay=0.1, clip_grad=1.0, eps=1e-6
+)
+FIRST_LEG = SETTINGS.steps // 2  # steps before a run goes on on another layout
+PAIRS = 18  # fewer than the steps take: a second epoch begins, in the middle of a batch
 LIMITS = {"loss": 1e-5, "validation loss": 1e-5, "gradient norm": 1e-4, "weights": 1e-4}
 _LATENT_QUERY, _LATENT_KEY_VALUE = ["q_a_proj", "q_b_proj"], ["kv_a_proj_with_mqa", "kv_b_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", *_LATENT_QUERY, *_LATENT_KEY_VALUE]
@@ -50,7 +55,7 @@ class Case:
     guidance: str = "colocated"  # colocated | prefetch | cached
     overlap: bool = False  # of the traffic of data ranks
     dtype: str = "fp32"
-    then: tuple[tuple[str, Any], ...] | None = None  # from step 6 on
+    then: tuple[tuple[str, Any], ...] | None = None  # from the step after FIRST_LEG on
 
     @property
     def model(self) -> str:
@@ -123,7 +128,7 @@ FULL_CASES = (
     _case("vpp2-tp2-sp-simpo", 4, pipeline=2, virtual_pipeline=2, tensor=2, sequence_parallel=True, method="simpo"),
 )
 BF16_CASES = (_case("tp2-sp-bf16", 2, tensor=2, sequence_parallel=True, dtype="bf16"),)
-CASES += FULL_CASES if os.environ.get("TGDPO_TESTS_FULL") else ()
+CASES += FULL_CASES if FULL else ()
 
 
 def make_adapter(path: Path, base: Path, seed: int, *, targets: list[str], rslora: bool = False) -> Path:
@@ -172,7 +177,7 @@ class Runs:
         for file in root.glob("*/*token*.json"):
             file.unlink()
         make_tokenizer(VOCABULARY).save_pretrained(root / "tokenizer")
-        write_pairs(root / "pairs.jsonl", 32, VOCABULARY)
+        write_pairs(root / "pairs.jsonl", PAIRS, VOCABULARY)
         lines = (root / "pairs.jsonl").read_text().splitlines(keepends=True)
         (root / "validation.jsonl").write_text("".join(lines[:VALIDATION]))
 
@@ -240,7 +245,9 @@ class Runs:
             for c in ours:
                 config = self.config(c)
                 if c.then is not None:
-                    cases.append({"config": {**config, "train": {**config["train"], "exit_step": 5}}, "export": None})
+                    cases.append(
+                        {"config": {**config, "train": {**config["train"], "exit_step": FIRST_LEG}}, "export": None}
+                    )
                     config = {**config, "parallel": {"timeout_minutes": 15, **dict(c.then)}}
                 cases.append(
                     {
@@ -330,7 +337,7 @@ def test_training_equals_peft(runs: Runs, case: Case) -> None:
 
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
 def test_training_in_bf16_is_as_near_to_fp32_as_that_of_peft(runs: Runs, case: Case) -> None:
-    """From one base, rounded to bf16: ten losses computed in fp32, by ``peft`` in bf16, and here in bf16."""
+    """From one base, rounded to bf16: the losses computed in fp32, by ``peft`` in bf16, and here in bf16."""
     ours = [step["train/loss"] for step in read_metrics(runs.output(case))]
     exact, rounded = (
         runs.expected(case, dtypes).losses for dtypes in ((torch.bfloat16, torch.float32), (torch.bfloat16,))

@@ -27,7 +27,7 @@ PEAK_LIMITS = (-0.2, 0.1)
 # What several tensor ranks have one of them saves; and there are descriptions of the tensors.
 SAVE_LIMITS = (-0.05, 0.1)
 SHAPE: dict[str, Any] = {"hidden_size": 128, "mlp_size": 320, "heads": 8, "kv_heads": 4, "vocab_size": 500}
-LENGTH = 256
+LENGTH = 128
 
 
 LORA = Lora(8, 16.0, ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))

@@ -14,6 +14,8 @@ from tests.processes import run_forked
 from tests.series import assert_same_series, logged_steps, wait_for_step
 from tests.slurm.cluster import SMALL, Cluster, Job
 
+# For what happens to jobs and nodes, however many ranks a node has: each imports for seconds at each start.
+ONE_A_NODE = "--ntasks-per-node=1"
 slow = pytest.mark.skipif("TGDPO_SLOW_TESTS" not in os.environ, reason="slow: bash tests/slurm/run_all.sh")
 
 
@@ -42,7 +44,8 @@ def test_the_doctor_sees_the_whole_allocation(cluster: Cluster, config_file: Pat
     assert "4 ranks: CPU" in job.text()
     assert f"ready: tgdpo train {config_file} output_dir={tmp_path}/run" in job.text()
     assert not (tmp_path / "run").exists()
-    job = cluster.train(tmp_path, ["--doctor", str(config_file), f"output_dir={tmp_path}/run", "data.train=none.json"])
+    bad = ["--doctor", str(config_file), f"output_dir={tmp_path}/run", "data.train=none.json"]
+    job = cluster.train(tmp_path, bad, ONE_A_NODE)
     assert job.wait() == "FAILED", job.text()
     assert "STOP  none.json" in job.text()
 
@@ -75,11 +78,11 @@ def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(
     """One run: a user cancels its first job, and what may happen to a job happens to the second, one after another."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     # Far more steps than a busy machine makes before the last event.
-    config = merged(json.loads(config_file.read_text()), train={"steps": 2000})
+    config = merged(json.loads(config_file.read_text()), parallel={"tensor": 1}, train={"steps": 20_000})
     endless = tmp_path / "endless.yaml"
     endless.write_text(json.dumps(config))
     arguments = [str(endless), f"output_dir={run}"]
-    cancelled = cluster.train(tmp_path, arguments)
+    cancelled = cluster.train(tmp_path, arguments, ONE_A_NODE)
     wait_for_step(run, 2, cancelled.alive)
     cluster.run("scancel", cancelled.number)
     assert cancelled.wait() == "CANCELLED"
@@ -87,7 +90,7 @@ def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(
     assert cancelled.field("Restarts") == "0"
     assert not (run / "DONE").exists()
 
-    job = cluster.train(tmp_path, arguments, "--partition=low")
+    job = cluster.train(tmp_path, arguments, "--partition=low", ONE_A_NODE)
     events = (near_the_time_limit, signal_the_ranks, preempt, lose_a_node)
     logs = [run / "logs" / f"{job.number}.{restart}" / "rank_0.log" for restart in range(len(events) + 1)]
     for restart, event in enumerate(events):
@@ -103,7 +106,7 @@ def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(
     for log in logs[1:]:
         assert "continuing after step" in log.read_text()
     last = logged_steps(run)
-    run_forked("megatron_tgdpo.train", [str(endless), f"output_dir={whole}", f"train.exit_step={last}"], processes=4)
+    run_forked("megatron_tgdpo.train", [str(endless), f"output_dir={whole}", f"train.exit_step={last}"], processes=2)
     assert_same_series(run, whole)
 
 
@@ -130,7 +133,8 @@ def test_a_node_that_fails_preflight_is_left_out(cluster: Cluster, config_file: 
 
 
 def test_bad_input_is_not_tried_again(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
-    bad_data = cluster.train(tmp_path, [str(config_file), f"output_dir={tmp_path}/run", "data.validation=nowhere.json"])
+    bad = [str(config_file), f"output_dir={tmp_path}/run", "data.validation=nowhere.json"]
+    bad_data = cluster.train(tmp_path, bad, ONE_A_NODE)
     assert bad_data.wait() == "FAILED"
     assert "nowhere.json" in bad_data.text()
     assert "bad input, not requeued" in bad_data.text()
