@@ -87,7 +87,7 @@ def make_plan(
         pack_tokens=job.pack.tokens,
         micro_batches=job.micro_batches(layout),
         fits=_fits(memory, cluster),
-        warning=_warning(job, cluster, layout),
+        warning=layout_warning(job, cluster, layout),
         savings=savings,
     )
 
@@ -109,7 +109,8 @@ def _fits(memory: RankMemory, cluster: Cluster) -> bool:
     return memory.total <= (cluster.gpu_memory_gib - cluster.reserve_gib) * GIB
 
 
-def _warning(job: Job, cluster: Cluster, layout: ParallelLayout) -> str:
+def layout_warning(job: Job, cluster: Cluster, layout: ParallelLayout) -> str:
+    """What is odd about a layout for a job, or an empty string."""
     packs, per_rank = job.batch.packs(job.pack.tokens), job.micro_batches(layout)
     if packs < layout.data:
         return (
