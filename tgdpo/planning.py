@@ -17,7 +17,7 @@ from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import Pack
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Batch, Job
-from megatron_tgdpo.planning.layouts import Plan, all_plans, make_plan, nearest
+from megatron_tgdpo.planning.layouts import Plan, all_plans, any_fits, make_plan, nearest
 from megatron_tgdpo.planning.memory import GIB, Savings, Sources
 from megatron_tgdpo.planning.recomputation import check_recompute, recompute_keys
 from megatron_tgdpo.planning.report import plan_text, schedules_table, table
@@ -66,7 +66,30 @@ def plan(arguments: argparse.Namespace) -> tuple[str, Plan | None]:
         raise UserError(f"no layout of {cluster.gpus} GPUs divides the model: change --nodes or --gpus-per-node")
     fitting = sum(plan.fits for plan in plans)
     headline = f"{fitting} of {len(plans)} layouts of {cluster.gpus} GPUs fit; the fastest, by estimate:"
-    return "\n".join([headline, table(plans[: arguments.top]), "", plan_text(plans[0], job, cluster)]), plans[0]
+    if not fitting:
+        headline = f"none of {len(plans)} layouts of {cluster.gpus} GPUs fits; the smallest:"
+    lines = [headline, table(plans[: arguments.top]), "", plan_text(plans[0], job, cluster)]
+    return "\n".join(lines if fitting else [*lines, _ways_out(arguments, cluster)]), plans[0]
+
+
+def _ways_out(arguments: argparse.Namespace, cluster: Cluster) -> str:
+    """What to change where no layout fits: the options with which one does, each tried on its own, and the nodes."""
+    changes: list[tuple[str, dict[str, object]]] = []
+    if arguments.guidance == "colocated" and METHODS[arguments.method].frozen:
+        changes.append(("--guidance cached", {"guidance": "cached"}))
+    if arguments.lora_rank is None:
+        changes.append(("--lora-rank 16", {"lora_rank": 16}))
+    ways = [
+        option
+        for option, change in changes
+        if any_fits(_job(argparse.Namespace(**{**vars(arguments), **change})), cluster)
+    ]
+    job = _job(arguments)
+    for nodes in (cluster.nodes * factor for factor in (2, 4, 8, 16, 32)):
+        if any_fits(job, replace(cluster, nodes=nodes)):
+            ways.append(f"--nodes {nodes}")
+            break
+    return f"what fits: {', or '.join(ways)}" if ways else "nothing near fits: take other models or shorter packs"
 
 
 def write_config(arguments: argparse.Namespace, plan: Plan, named: Mapping[str, str | None]) -> None:

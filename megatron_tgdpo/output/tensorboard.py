@@ -60,6 +60,11 @@ _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "model TFLOP/s of a rank": ("perf/tflops_per_gpu",),
         "share of the GPU's peak": ("perf/mfu",),
         "seconds per step, and of them waiting for data": ("perf/step_seconds", "perf/data_seconds"),
+        "seconds of a watched step: in collectives, between stages": (
+            "perf/collective_seconds",
+            "perf/exchange_seconds",
+        ),
+        "joules per pair": ("perf/joules_per_pair",),
         "share of pack tokens that are not padding": ("perf/packing_efficiency",),
         "peak memory of a rank (GiB)": ("perf/peak_memory_gib",),
         "saving: seconds waited, writing, exporting": (

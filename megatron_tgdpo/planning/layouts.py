@@ -87,7 +87,7 @@ def make_plan(
         pack_tokens=job.pack.tokens,
         micro_batches=job.micro_batches(layout),
         fits=_fits(memory, cluster),
-        warning=_warning(job, cluster, layout),
+        warning=layout_warning(job, cluster, layout),
         savings=savings,
     )
 
@@ -109,7 +109,8 @@ def _fits(memory: RankMemory, cluster: Cluster) -> bool:
     return memory.total <= (cluster.gpu_memory_gib - cluster.reserve_gib) * GIB
 
 
-def _warning(job: Job, cluster: Cluster, layout: ParallelLayout) -> str:
+def layout_warning(job: Job, cluster: Cluster, layout: ParallelLayout) -> str:
+    """What is odd about a layout for a job, or an empty string."""
     packs, per_rank = job.batch.packs(job.pack.tokens), job.micro_batches(layout)
     if packs < layout.data:
         return (
@@ -137,7 +138,8 @@ def _pairs(job: Job, packs: int) -> int:
 def all_plans(job: Job, cluster: Cluster, *, plain: bool = False) -> list[Plan]:
     """The valid layouts with tensor groups inside a node, each with the least recomputation that fits; fastest first.
 
-    Layouts that do not fit come last, with full recomputation. Sequence parallelism goes with tensor parallelism.
+    Layouts that do not fit come last, with full recomputation, of these the smallest first. Sequence parallelism goes
+    with tensor parallelism.
     Stages are split into chunks where they wait for each other otherwise. Experts are split as the rest of the model,
     or whole over groups of ranks inside a node. If nothing fits, what does with :class:`Savings` comes first.
 
@@ -146,19 +148,42 @@ def all_plans(job: Job, cluster: Cluster, *, plain: bool = False) -> list[Plan]:
         cluster: The machines.
         plain: Without context ranks, chunks and savings.
     """
-    layouts = [
-        make_layout(tensor, pipeline, context, True, cluster.gpus, 1, expert, None if expert == 1 else 1)
-        for tensor in _divisors(cluster.gpus_per_node)
-        for pipeline in range(1, job.policy.num_hidden_layers + 1)
-        for context in ((1,) if plain else _CONTEXTS)
-        if cluster.gpus % (tensor * pipeline * context) == 0
-        for expert in _expert_sizes(job, cluster, cluster.gpus // pipeline)
-    ]
+    layouts = _layouts(job, cluster, (1,) if plain else _CONTEXTS)
     plans = [plan for layout in layouts for plan in _plans_of(job, cluster, layout, plain=plain)]
     if not plain and not any(plan.fits for plan in plans):
         plans = [_saved(job, cluster, plan) for plan in plans]
-    # Of equally fast ones the simplest.
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.time.total, plan.layout.virtual, plan.layout.context))
+
+    def rank(plan: Plan) -> tuple[bool, float, int, int]:
+        # Of equally fast ones the simplest.
+        cost = plan.time.total if plan.fits else plan.memory.total
+        return not plan.fits, cost, plan.layout.virtual, plan.layout.context
+
+    return sorted(plans, key=rank)
+
+
+def any_fits(job: Job, cluster: Cluster) -> bool:
+    """Whether a layout without context ranks fits, with full recomputation: :func:`all_plans` in a small part of its
+    time."""
+    for layout in _layouts(job, cluster, (1,)):
+        try:
+            fitted = fit_layout(job, layout, "full")
+            if _fits(_memory(job.under(fitted), fitted, "full", NO_SAVINGS), cluster):
+                return True
+        except UserError:
+            continue
+    return False
+
+
+def _layouts(job: Job, cluster: Cluster, contexts: Sequence[int]) -> list[ParallelLayout]:
+    """Those that a cluster has, whether or not the models divide."""
+    return [
+        make_layout(tensor, pipeline, context, True, cluster.gpus, 1, expert, None if expert == 1 else 1)
+        for tensor in _divisors(cluster.gpus_per_node)
+        for pipeline in range(1, job.policy.num_hidden_layers + 1)
+        for context in contexts
+        if cluster.gpus % (tensor * pipeline * context) == 0
+        for expert in _expert_sizes(job, cluster, cluster.gpus // pipeline)
+    ]
 
 
 # Ranks that share each sequence, and chunks of a stage, that are tried.

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from megatron_tgdpo.distributed.layout import make_layout
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.hf_weights.mapping import Experts, active_parameter_count, parameter_count
@@ -10,6 +12,7 @@ from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
 from megatron_tgdpo.planning.layouts import Plan, make_plan, possible_savings
 from megatron_tgdpo.planning.memory import GIB, RankMemory
+from megatron_tgdpo.planning.model_flops import step_flops, step_models
 from megatron_tgdpo.planning.pipeline_layers import fit_layout
 from megatron_tgdpo.planning.pipeline_schedule import interleaved, one_f_one_b
 from megatron_tgdpo.planning.prefetch import plan_prefetch
@@ -49,7 +52,8 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
     usable = cluster.gpu_memory_gib - cluster.reserve_gib
     verdict = "fits" if plan.fits else "does NOT fit"
     time, sent = plan.time, plan.traffic
-    tokens = job.batch.global_pairs * job.batch.pair_tokens
+    tokens = job.batch.global_pairs * job.batch.packed_pair_tokens
+    tflops = model_tflop(job) / time.total / cluster.gpus
     rounded = ""
     if plan.pack_tokens != job.pack.tokens:
         rounded = f" (not {job.pack.tokens}, the default: tensor and context ranks must divide them)"
@@ -75,8 +79,20 @@ def plan_text(plan: Plan, job: Job, cluster: Cluster) -> str:
             for part in ("compute", "tensor", *exchanged, *others, "pipeline", "bubble", "data", "total")
         ),
         f"  {'tokens/s per GPU':<24} {tokens / time.total / cluster.gpus:9.0f}",
+        f"  {'pairs/s per GPU':<24} {job.batch.global_pairs / time.total / cluster.gpus:9.3g}",
+        f"  {'model TFLOP/s per GPU':<24} {tflops:9.0f} (MFU {tflops / cluster.peak_tflops:.2f})",
     ]
     return "\n".join(lines + ([f"warning: {plan.warning}"] if plan.warning else []))
+
+
+def model_tflop(job: Job) -> float:
+    """Model TFLOP of a step, as ``perf/tflops_per_gpu`` counts them, of pairs that are all of the mean length."""
+    batch = job.batch
+    response = round(batch.pair_tokens * batch.response_share / 2)
+    lengths = np.array([[round(batch.pair_tokens / 2) - response, response, response]])
+    models = step_models(job.policy, job.frozen, adapter=job.sources.trained is not None)
+    of_pair = step_flops(models, lengths, 2 * response, shared_prompts=batch.shared_prompts, chosen_only=False)
+    return batch.global_pairs * of_pair / 1e12
 
 
 def _close(plan: Plan, job: Job, cluster: Cluster) -> list[str]:

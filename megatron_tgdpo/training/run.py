@@ -29,7 +29,7 @@ from megatron_tgdpo.gpu.overlap import check_offload_without_gpu
 from megatron_tgdpo.planning.activations import Pack, gathered_keys, host_activations
 from megatron_tgdpo.planning.cluster import Cluster
 from megatron_tgdpo.planning.job import Job
-from megatron_tgdpo.planning.layouts import Plan, all_plans, job_of, nearest
+from megatron_tgdpo.planning.layouts import Plan, all_plans, job_of, layout_warning, nearest
 from megatron_tgdpo.planning.memory import GIB, RankMemory, Sources, rank_memory
 from megatron_tgdpo.planning.recomputation import check_recompute
 from megatron_tgdpo.planning.report import memory_lines
@@ -265,6 +265,8 @@ def _duration(config: Config, job: Job, cluster: Cluster | None, layout: Paralle
     if cluster is not None:
         job, offloaded = replace(job, batch=batch), config.offload.frozen
         seconds = step_time(job, cluster, layout, train.recomputation, offloaded=offloaded).total
+        odd = layout_warning(job, cluster, layout)
+        warnings += [f"WARNING: {odd}"] if odd else []
     if steps is None:
         time = "" if seconds is None else f"; about {seconds:.2g} s a step on H100 GPUs"
         return [f"{train.epochs:g} epochs in steps of {each}{time}", *warnings]

@@ -297,6 +297,9 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
     assert config_from_dict(yaml.safe_load(text[: text.index("ranks: ")])) == config
     assert "amax" not in text
     assert "fp8_amax_history" in dry_run(config, 8, full=True)[0]
+    # Eight pairs fill three packs of 4096 tokens.
+    (warning,) = [line for line in dry_run(config, 64)[0].splitlines() if "data ranks" in line]
+    assert warning.startswith("WARNING: 13 of 16 data ranks have no pair: raise batch.global_pairs to ")
     text, fits = dry_run(config, 8, 6.001)
     assert not fits
     verdict, instead = text.splitlines()[-2:]

@@ -183,3 +183,38 @@ def test_little_room_is_said(job: Job) -> None:
         lines = plan_text(make_plan(job, cluster, layout, "none"), job, cluster).splitlines()
         found = [line for line in lines if "with less" in line]
         assert [line.startswith(f"{wanted}offload.frozen=true (") for line in found] == [True] * bool(wanted)
+
+
+def test_speed_is_told_as_runs_tell_it(job: Job) -> None:
+    def told(text: str) -> dict[str, list[str]]:
+        return {line[:26].strip(): line[26:].split() for line in text.splitlines()}
+
+    layout = make_layout(2, 1, 1, True, 8)
+    shared = replace(job, batch=replace(BATCH, shared_prompts=True))
+    for each, tokens in (job, 2048), (shared, 1536):
+        plan = make_plan(each, Cluster(), layout, "none")
+        figures, rate = told(plan_text(plan, each, Cluster())), 128 / plan.time.total / 8
+        assert float(figures["tokens/s per GPU"][0]) == pytest.approx(tokens * rate, rel=1e-3)
+        assert float(figures["pairs/s per GPU"][0]) == pytest.approx(rate, rel=5e-3)
+    plan = make_plan(job, Cluster(), layout, "none")
+    # Of a pair, two sequences of 1,024 tokens; three passes of the policy, one each of reference and guide.
+    layers = 32 * (2048 * 2 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336) + 2 * 1024 * 1025 // 2 * 4 * 4096)
+    tflops = 128 * 5 * (layers + 2 * 1024 * 128256 * 4096) / 1e12 / plan.time.total / 8
+    found = told(plan_text(plan, job, Cluster()))["model TFLOP/s per GPU"]
+    assert float(found[0]) == pytest.approx(tflops, rel=5e-3)
+    assert found[2] == f"{tflops / 989:.2f})"
+
+
+def test_where_nothing_fits_the_smallest_is_shown_and_what_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(write_config(tmp_path, PUBLISHED["Llama-3-70B"]))]
+    assert tgdpo_plan([*model, "--top", "40"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "none of 40 layouts of 8 GPUs fits; the smallest:"
+    sizes = [float(line.split(" full ")[1].split()[0]) for line in out if line.endswith("does not fit")]
+    assert len(sizes) == 40
+    assert sizes == sorted(sizes)
+    assert out[-1] == "what fits: --lora-rank 16, or --nodes 4"
+    assert tgdpo_plan([*model, "--lora-rank", "16", "--top", "1"]) == 0
+    assert "what fits" not in capsys.readouterr().out
