@@ -174,14 +174,16 @@ def _block_spec(
 def _fused_kwargs(
     train: TrainConfig, hf_config: PretrainedConfig, found: Capabilities, spec: LayerSpec, *, frozen: bool
 ) -> dict[str, Any]:
+    # By the function itself: GPT-OSS's config names SiLU too, and its experts have another.
+    swiglu = settings_of(hf_config)["activation_func"] is F.silu
     if train.fused == "off" or found.device != "cuda":
-        return {}
+        # The local layer spec brings models/swiglu.py, which needs no compiler.
+        return {"use_te_activation_func": swiglu and spec == "local"}
     return {
         # megatron-core's output layer asks for apex's kernel wherever the flag is set, whatever the layer spec.
         "gradient_accumulation_fusion": found.wgrad_accumulation and not frozen,
         "fused_layer_wgrad": not frozen,
-        # By the function itself: GPT-OSS's config names SiLU too, and its experts have another.
-        "bias_activation_fusion": settings_of(hf_config)["activation_func"] is F.silu,
+        "bias_activation_fusion": swiglu,
         # Transformer Engine's kernel; it takes an angle of each token, as megatron-core's own arithmetic does.
         "apply_rope_fusion": spec == "transformer_engine",
     }

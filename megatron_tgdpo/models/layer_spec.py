@@ -25,6 +25,7 @@ from megatron_tgdpo.models.config import LanguageModelConfig
 from megatron_tgdpo.models.experts import Router
 from megatron_tgdpo.models.lora import with_adapters
 from megatron_tgdpo.models.norm import RMSNorm
+from megatron_tgdpo.models.swiglu import SwiGLU
 
 
 def with_post_norm(linear: type[torch.nn.Module], norm: Any) -> type[torch.nn.Module]:
@@ -153,6 +154,9 @@ def _local_layer(config: LanguageModelConfig, core_attention: type | ModuleSpec,
         if config.add_bias_linear:
             expert = submodules_of(mlp.experts)
             expert.linear_fc2 = with_own_output(expert.linear_fc2)
+    # Asked for where config.use_te_activation_func is set.
+    for part in [mlp.experts, mlp.shared_experts] if experts else [members.mlp]:
+        submodules_of(part).activation_func = SwiGLU
     if config.adapters:
         for name in ("linear_qkv", "linear_proj") if config.latent is None else LATENT_LINEARS:
             setattr(attention, name, with_adapters(getattr(attention, name)))

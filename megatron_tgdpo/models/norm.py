@@ -42,10 +42,42 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises ``hidden`` [..., hidden_size]; same shape and dtype out."""
         if not self.zero_centered:
-            return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+            return _rms_norm(hidden, self.weight, self.eps)
         # In float32 until the end: 1 + weight would lose most of a bf16 weight's digits.
-        scale = 1.0 + self.weight.float()
-        return F.rms_norm(hidden.float(), (hidden.shape[-1],), scale, self.eps).type_as(hidden)
+        return _rms_norm(hidden.float(), 1.0 + self.weight.float(), self.eps).type_as(hidden)
+
+
+def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalises [..., H]; only on GPUs PyTorch has a kernel for it, elsewhere autograd goes through its parts."""
+    if hidden.device.type == "cpu":
+        result: Tensor = _RMSNorm.apply(hidden, weight, eps)
+        return result
+    return F.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and one number a row; in float32, which only its result is rounded from."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = hidden.float()
+        scale = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_() / hidden.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, scale)
+        result: Tensor = (wide * scale).mul_(weight)
+        return result.to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # With n = x s, s = (mean(x^2) + eps)^-1/2 and the gradient g of n: d loss / d x = s (g - n mean(g n)).
+        (grad,), (hidden, weight, scale) = grads, ctx.saved_tensors
+        normalised, wide_grad = hidden.float() * scale, grad.float()
+        product = wide_grad * normalised
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = (product @ weight.float())[..., None] / hidden.shape[-1]
+        result = (wide_grad * weight).addcmul_(normalised, mean, value=-1).mul_(scale)
+        return result.to(hidden.dtype), grad_weight, None
 
 
 class ProjectionRMSNorm(torch.nn.Module):

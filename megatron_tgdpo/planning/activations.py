@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.config.constraints import recomputed_modules
@@ -223,8 +224,10 @@ def layer_activations(
     attention = (projected + width.query + keys + 4 * width.head) * size
     if "core_attn" not in modules:
         attention += _core_attention(settings, width, pack, layer)
-    # Gate and up in one tensor, the activated gate, and up once more (megatron-core adds its offset of 0).
-    mlp = 0.0 if no_mlp else 4 * (width.mlp - shared) * size
+    # Gate and up in one tensor, which is all that SwiGLU keeps, fused or in models/swiglu.py. Other gates keep the
+    # activated gate, and up once more (megatron-core adds its offset of 0).
+    gated = 2 if settings["activation_func"] is F.silu else 4
+    mlp = 0.0 if no_mlp else gated * (width.mlp - shared) * size
     result: float = pack.tokens * (norms + linear_inputs + attention + mlp) + adapters
     return result
 

@@ -8,7 +8,6 @@ import pytest
 from transformers import PretrainedConfig
 
 from megatron_tgdpo.checkpoints.adapter_directory import Lora
-from megatron_tgdpo.config.constraints import recomputed_modules
 from megatron_tgdpo.distributed.layout import ParallelLayout, make_layout
 from megatron_tgdpo.models.hf_config import read_hf_config
 from megatron_tgdpo.planning.activations import LayerWidths, Pack
@@ -139,41 +138,18 @@ def planned_inputs(
     return [policy, policy, guide], layout, Pack(4 * LENGTH, LENGTH, 4 if values["dtype"] == "fp32" else 2, 0.0, 2**30)
 
 
-def unfused_norms(
-    hf_config: PretrainedConfig, layout: ParallelLayout, pack: Pack, norms: int, layers: int, lora: bool
-) -> float:
-    """What torch's RMSNorm keeps on a CPU beyond the formula: there it is made of several operations.
-
-    They keep the normalised input in fp32, if the norm's weight trains, and below fp32 an fp32 copy instead of the
-    input itself. ``norms`` of the hidden states do; and those of query and key heads in so many layers.
-    """
-    width, size = LayerWidths.of(hf_config, layout), pack.dtype_bytes
-    gemma = hf_config.model_type == "gemma2"  # its fp32 copy is in the formula
-    extra = norms * width.hidden * ((0 if gemma else 4 - size) + (0 if lora else 4))
-    extra += layers * sum(width.ranks) * ((4 - size) + (0 if lora else 4))  # norms of latent attention
-    if hf_config.model_type == "qwen3":
-        extra += layers * ((width.query + width.key) * 8 - width.query * size)
-    return pack.tokens * extra
-
-
 def step_bytes(
     policy: PretrainedConfig, layout: ParallelLayout, pack: Pack, values: dict[str, Any], plan: RankMemory
 ) -> tuple[float, float]:
-    """The plan's bytes kept by the policy's forward alone, and its peak of a step, for a CPU's norms."""
+    """The plan's bytes kept by the policy's forward alone, and its peak of a step."""
     last, in_flight = plan.stage == layout.pipeline - 1, layout.pipeline - plan.stage
-    layers = 0 if values["recompute"] == "full" else policy.num_hidden_layers // layout.pipeline
-    modules, gemma = recomputed_modules(values["recompute"]), policy.model_type == "gemma2"
-    each = (0 if "layernorm" in modules else 2) + ((1 if "mlp" in modules else 2) if gemma else 0)
-    # Beside adapters the embedding has no gradient.
-    without = int(values["lora"] and plan.stage == 0 and values["recompute"] == "none")
-    norms = unfused_norms(policy, layout, pack, layers * each + last - without, layers, values["lora"])
     hidden = pack.tokens * LayerWidths.of(policy, layout).hidden * pack.dtype_bytes
-    kept = plan.activations / in_flight + norms + hidden
+    kept = plan.activations / in_flight + hidden
     if last:  # what the log-probs keep, which a forward alone does not make
         kept -= pack.tokens * policy.hidden_size * pack.dtype_bytes
     if layout.sequence_parallel and not values["lora"]:  # megatron-core's buffer, for inputs of linears that train
         kept += pack.tokens * policy.hidden_size * pack.dtype_bytes
-    return kept, plan.activations + plan.carried + plan.workspace + in_flight * norms
+    return kept, plan.activations + plan.carried + plan.workspace
 
 
 @pytest.mark.parametrize(("processes", "name"), [(processes, name) for processes in CASES for name in CASES[processes]])

@@ -39,7 +39,8 @@ class PackedCausalAttention(PackedAttention):
         else:
             starts = range(0, queries, _QUERY_BLOCK)
             out = torch.cat([self._attend_block(q, k, v, a, min(a + _QUERY_BLOCK, queries)) for a in starts], dim=2)
-        return out[0].transpose(0, 1).flatten(1)
+        # squeeze, not [0]: see PackedAttention.forward.
+        return out.squeeze(0).transpose(0, 1).flatten(1)
 
     def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, start: int, end: int) -> Tensor:
         """Queries [start, end) of a segment, with the keys that they can see; scores are recomputed in backward."""

@@ -64,11 +64,11 @@ def test_layers_without_experts_count_as_dense_ones(tmp_path: Path) -> None:
     assert linear_flops(mixed, 0) == linear_flops(mixed, 2) == multiplied
     assert linear_flops(mixed, 3) == linear_flops(mixed, 47) == 2 * (_ATTENTION + 128 * 2048 + 8 * _EXPERT)
     pack = Pack(4096, 2048, 2)
-    # Each keeps the inputs of its MLP's linears, and its gate and up in four tensors.
+    # Each keeps the inputs of its MLP's linears, and its gate and up.
     kept = [layer_activations(mixed, layout, pack, "none", layer) for layer in (2, 3)]
-    assert kept[1] - kept[0] == 4096 * 2 * (8 * 2048 + 5 * (8 * 768 - 6144))
+    assert kept[1] - kept[0] == 4096 * 2 * (8 * 2048 + 3 * (8 * 768 - 6144))
     again = [layer_activations(mixed, layout, pack, "mlp", layer) for layer in (2, 3)]
-    assert again == [kept[0] - 4096 * 2 * 5 * 6144, kept[1]]
+    assert again == [kept[0] - 4096 * 2 * 3 * 6144, kept[1]]
     sent = [sum(count(_job(mixed), layout, "none", stage)) for count in (expert_bytes,) for stage in (0, 1)]
     assert sent[0] / sent[1] == pytest.approx(21 / 24)
     with pytest.raises(UserError, match=r"MLP size 6144 is not divisible by parallel.tensor = 5"):
