@@ -98,6 +98,16 @@ NOTES = {
         "latent attention; dense layers, then experts, one for all tokens; sigmoid scores with a bias in fp32, groups "
         "of experts",
     ),
+    "Dots1ForCausalLM": (
+        "dots.llm1",
+        "norms of query and key heads; windows; dense layers, then experts as those of DeepSeek-V3",
+    ),
+    "ExaoneMoeForCausalLM": (
+        "K-EXAONE 236B-A23B",
+        "norms of query and key heads; full layers beside windows do not rotate; experts in most layers, as those of "
+        "DeepSeek-V3",
+    ),
+    "SolarOpenForCausalLM": ("Solar Open 100B", "biases; YaRN; experts in every layer, as those of DeepSeek-V3"),
 }
 
 

@@ -25,6 +25,7 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "mistral": {"head_dim": 32, "sliding_window": 24},
 }
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # Families with experts, which under tensor parallelism train with sequence parallelism only.
 EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
@@ -58,6 +59,17 @@ EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
         "topk_group": 2,
         "routed_scaling_factor": 1.7,
     },
+    "solar_open": {
+        "head_dim": 32,
+        "attention_bias": True,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.7,
+        "rope_parameters": {**_YARN, "rope_theta": 10000.0},
+    },
     "gpt_oss": {
         "head_dim": 32,
         "sliding_window": 24,
@@ -78,7 +90,6 @@ EXPERT_OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # Every size another; the range is what other families have.
 _LATENT = {
     "initializer_range": 0.02,
@@ -118,7 +129,32 @@ MIXED_OPTIONS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "rope_parameters": {**_YARN, "rope_theta": 10000.0, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
-    # Its first layer is dense by default.
+    "dots1": {
+        "family": "dots1",
+        "head_dim": 32,
+        "first_k_dense_replace": 1,
+        "sliding_window": 24,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+    },
+    # The first layer of these two is dense by default.
+    "exaone_moe": {
+        "family": "exaone_moe",
+        "head_dim": 32,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 48,
+    },
     "glm4_moe_lite": {
         "family": "glm4_moe_lite",
         **_LATENT,

@@ -84,6 +84,9 @@ CASES = (
     # Latent attention.
     Case("deepseek-ep2-cp2", 2, {"expert": 2, "context": 2}, family="deepseek_v2", guide="deepseek_v3"),
     Case("glm4-moe-lite-pp2-then-ep2", 2, {"pipeline": 2}, family="glm4_moe_lite", guide=None, then={"expert": 2}),
+    Case("exaone-moe-dots1", 1, family="exaone_moe", guide="dots1", sections=_again("mlp", "moe")),
+    Case("dots1-ep2-cp2", 2, {"expert": 2, "context": 2}, family="dots1", guide=None, sections=_LOSSES),
+    Case("solar-open-tp2-sp-exaone-moe", 2, _SP, family="solar_open", guide="exaone_moe"),
     Case("deepseek-tp2-sp-then-pp2", 2, _SP, family="deepseek_v3", guide=None, then={"pipeline": 2}),
     Case("tp2-sp", 2, _SP),
     Case("ep2", 2, {"expert": 2}, guide="mixtral"),
@@ -183,7 +186,7 @@ class Inputs:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     root = tmp_path_factory.mktemp("experts")
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "mlp_size": 48}
-    for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "olmoe", "glm4_moe"):
+    for family in ("llama", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "olmoe", "glm4_moe", "solar_open"):
         make_model(root / f"policy-{family}", family, seed=1, **small)
         make_model(root / f"guide-{family}", family, seed=2, **small)
     make_model(root / "policy-glm4_moe-two-dense", "glm4_moe", seed=3, **small, first_k_dense_replace=2)

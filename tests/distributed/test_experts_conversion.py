@@ -71,7 +71,7 @@ def by_transformers(path: Path) -> dict[str, torch.Tensor]:
         outputs = [model(tokens[None], output_router_logits=True) for tokens in sequences]
     found = {"logits": torch.cat([output.logits[0] for output in outputs])}
     if recorded:
-        count = model.config.n_routed_experts
+        count = next(router.weight.shape[0] for name, router in model.named_modules() if name.endswith(".gate"))
         for layer, parts in enumerate(recorded):
             experts = torch.cat(parts)
             routed = torch.zeros(len(experts), count, dtype=torch.uint8)

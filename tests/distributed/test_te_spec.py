@@ -55,7 +55,7 @@ def test_adapters_are_the_same_on_both_specs(results: dict[str, dict], family: s
     assert found["effect"] > 1e-2
     assert found["hidden"] < 2e-6
     assert found["same_gradients"]
-    dense, experts = 7 if family == "youtu" else 4, 2 + 2 * (8 if family == "glm4_moe" else 4)
+    dense, experts = 7 if family == "youtu" else 4, 2 + 2 * (8 if family in ("glm4_moe", "dots1") else 4)
     mixed = family in MIXED_OPTIONS or family == "glm4_moe"
     linears = dense + experts if mixed else 2 * (experts if family in EXPERT_OPTIONS else dense)
     own = {"gpt_oss": 2 * 2, "deepseek_v2": 6 + 4 + 2 * 4, "deepseek_v3": 7 + 5 + 2 * 8, "glm4_moe_lite": 7 + 5 + 2 * 4}

@@ -11,8 +11,10 @@ from transformers import PretrainedConfig
 from megatron_tgdpo.errors import UserError
 from megatron_tgdpo.models.families import (
     deepseek,
+    dots1,
     ernie4_5,
     exaone4,
+    exaone_moe,
     gemma2,
     gemma3,
     glm4,
@@ -32,6 +34,7 @@ from megatron_tgdpo.models.families import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    solar_open,
     youtu,
 )
 from megatron_tgdpo.models.families.family import Family
@@ -70,6 +73,9 @@ FAMILIES: tuple[Family, ...] = (
     glm4_moe.LITE,
     deepseek.V2,
     deepseek.V3,
+    dots1.FAMILY,
+    exaone_moe.FAMILY,
+    solar_open.FAMILY,
 )
 # What the models of these architectures have and no model here; parts of names, the first that fits counts.
 BEYOND = {
@@ -106,9 +112,6 @@ EXPERTS_BEYOND = {
     "Llama4": "chunked attention and layers without rotary positions",
     "Jamba": "state-space layers",
     "Dbrx": "all of their weights in one tensor",
-    "Dots1": "parts that are known, but no file that puts them together",
-    "ExaoneMoe": "parts that are known, but no file that puts them together",
-    "SolarOpen": "parts that are known, but no file that puts them together",
     "MiniMaxM2": "sigmoid scores, and none for all tokens",
     "Ernie4_5_Moe": "a softmax to whose scores a bias is added for the choice",
     "HunYuanMoE": "norms of query and key heads after rotation",

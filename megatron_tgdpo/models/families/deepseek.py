@@ -20,16 +20,8 @@ _WEIGHTS = {
 }
 
 
-def _check_others_keys(hf_config: PretrainedConfig, **wanted: object) -> None:
-    """Refuses what DeepSeek's own code would compute otherwise, by keys that transformers takes no notice of."""
-    for key, value in wanted.items():
-        found = getattr(hf_config, key, value)
-        if found != value:
-            raise UserError(f"config.json: {key} is {found!r}, only {value!r} is supported, as in transformers")
-
-
 def _v2(hf_config: PretrainedConfig) -> dict[str, Any]:
-    _check_others_keys(hf_config, scoring_func="softmax", moe_layer_freq=1)
+    experts.check_others_keys(hf_config, scoring_func="softmax", moe_layer_freq=1)
     method = hf_config.topk_method
     if method not in ("greedy", "group_limited_greedy"):
         raise UserError(f"config.json: topk_method is {method!r}, only greedy and group_limited_greedy are supported")
@@ -41,7 +33,7 @@ def _v2(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _v3(hf_config: PretrainedConfig) -> dict[str, Any]:
-    _check_others_keys(hf_config, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    experts.check_others_keys(hf_config, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
     return {
         **experts.deepseek_config_kwargs(hf_config, sigmoid=True, normalised=bool(hf_config.norm_topk_prob)),
         **latent.attention_kwargs(hf_config, interleaved=bool(hf_config.rope_interleave)),

@@ -105,7 +105,8 @@ def config_kwargs(hf_config: PretrainedConfig, *, partial_rotary: bool = False) 
     return {
         "num_layers": hf_config.num_hidden_layers,
         "hidden_size": hf_config.hidden_size,
-        "ffn_hidden_size": hf_config.intermediate_size,
+        # Some configs of models with experts in every layer have none.
+        "ffn_hidden_size": getattr(hf_config, "intermediate_size", None),
         "num_attention_heads": hf_config.num_attention_heads,
         "num_query_groups": hf_config.num_key_value_heads,
         "kv_channels": head_dim(hf_config),

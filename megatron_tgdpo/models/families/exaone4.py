@@ -9,16 +9,20 @@ from megatron_tgdpo.models.families.family import Family
 from megatron_tgdpo.models.families.olmo2 import POST_NORMS
 
 
-def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
+def attention_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """Windows, layers without rotation, norms of heads; also K-EXAONE's."""
     windows = dense.window_kwargs(hf_config)
     if hf_config.sliding_window is not None:
         windows["no_rope_freq"] = [int(kind == "full_attention") for kind in hf_config.layer_types]
+    return {**windows, "qk_layernorm": True}
+
+
+def _config_kwargs(hf_config: PretrainedConfig) -> dict[str, Any]:
     return {
         **dense.config_kwargs(hf_config),
-        **windows,
+        **attention_kwargs(hf_config),
         "pre_norms": False,
         "post_norms": True,
-        "qk_layernorm": True,
     }
 
 

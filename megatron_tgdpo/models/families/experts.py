@@ -89,6 +89,18 @@ QWEN_WEIGHTS = weights(
 )
 
 
+def check_others_keys(hf_config: PretrainedConfig, **wanted: object) -> None:
+    """Refuses what the authors' own code would compute otherwise, by keys that transformers takes no notice of.
+
+    Raises:
+        UserError: The config has one of ``wanted`` with another value.
+    """
+    for key, value in wanted.items():
+        found = getattr(hf_config, key, value)
+        if found != value:
+            raise UserError(f"config.json: {key} is {found!r}, only {value!r} is supported, as in transformers")
+
+
 def qwen_layers(hf_config: PretrainedConfig) -> list[bool]:
     """Whether each layer has experts, by ``mlp_only_layers`` and ``decoder_sparse_step``.
 
@@ -185,6 +197,8 @@ def deepseek_config_kwargs(
     grouped: bool = True,
     layers: Sequence[bool] | None = None,
     partial_rotary: bool = False,
+    experts_key: str = "n_routed_experts",
+    shared_key: str = "n_shared_experts",
 ) -> dict[str, Any]:
     """DeepSeek's experts, routers and shared experts, also of models made like them, beside the dense decoder.
 
@@ -196,16 +210,18 @@ def deepseek_config_kwargs(
         grouped: Whether experts are chosen from some groups (``n_group``, ``topk_group``), or from all.
         layers: Whether each layer has experts; None: by ``first_k_dense_replace``.
         partial_rotary: See :func:`dense.config_kwargs`.
+        experts_key: The config's name for the number of experts that are chosen from.
+        shared_key: And for that of those for all tokens, which are one of so many times the size.
 
     Raises:
         UserError: As :func:`config_kwargs`; or groups do not divide the experts, or have too few.
     """
-    experts, top_k = hf_config.n_routed_experts, hf_config.num_experts_per_tok
-    shared, groups = hf_config.n_shared_experts, {}
+    experts, top_k = getattr(hf_config, experts_key), hf_config.num_experts_per_tok
+    shared, groups = getattr(hf_config, shared_key), {}
     if grouped:
         groups = _group_kwargs(hf_config.n_group or 1, hf_config.topk_group or 1, experts, top_k, 2 if sigmoid else 1)
     if not shared or shared < 1:
-        raise UserError(f"config.json: n_shared_experts is {shared}, which is not supported: at least 1")
+        raise UserError(f"config.json: {shared_key} is {shared}, which is not supported: at least 1")
     return {
         **config_kwargs(
             hf_config,

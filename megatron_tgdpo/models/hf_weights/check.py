@@ -52,7 +52,8 @@ def _later_layers(checkpoint: HfCheckpoint, hf_config: PretrainedConfig) -> list
     """Tensors of layers that the family's models have after their own, for the prediction of several tokens."""
     key, layers = family_of(hf_config.architectures).later_layers, hf_config.num_hidden_layers
     count = 0 if key is None else getattr(hf_config, key, None) or 0
-    prefixes = tuple(f"model.layers.{layer}." for layer in range(layers, layers + count))
+    # Numbered on after the model's layers, or of a part of their own (K-EXAONE).
+    prefixes = (*(f"model.layers.{layer}." for layer in range(layers, layers + count)), *(("mtp.",) if count else ()))
     return sorted(name for name in checkpoint.tensors if name.startswith(prefixes))
 
 

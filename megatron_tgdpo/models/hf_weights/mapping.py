@@ -241,11 +241,13 @@ def dimension_sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
     query, kv, _ = heads.rows
     kwargs = settings_of(hf_config)
     latent: LatentSizes | None = kwargs.get("latent")
+    # Some configs of models with experts in every layer have none.
+    dense_mlp = getattr(hf_config, "intermediate_size", 0)
     return {
         **({} if latent is None else _latent_sizes(latent, hf_config.num_attention_heads)),
         "vocab": hf_config.vocab_size,
         "hidden": hf_config.hidden_size,
-        "mlp": hf_config.intermediate_size,
+        "mlp": dense_mlp,
         "experts": kwargs.get("num_moe_experts", 0),
         "expert_mlp": kwargs.get("moe_ffn_hidden_size", 0),
         "expert_gate_up": 2 * kwargs.get("moe_ffn_hidden_size", 0),
@@ -255,7 +257,7 @@ def dimension_sizes(hf_config: PretrainedConfig) -> dict[Dimension, int]:
         "kv": kv,
         "head": heads.size,
         "heads": hf_config.num_attention_heads,
-        "gate_up": 2 * hf_config.intermediate_size,
+        "gate_up": 2 * dense_mlp,
         "qkv": query + 2 * kv,
     }
 

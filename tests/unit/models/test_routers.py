@@ -65,6 +65,10 @@ def test_later_layers_are_left_out_with_a_word(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         open_hf(path, read_hf_config(path))
     assert "1 tensors of layers after the model's, as model.layers.2.eh_proj.weight, are left out" in caplog.text
+    save_file({**tensors, "mtp.fc.weight": torch.zeros(32, 64)}, file, metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        open_hf(path, read_hf_config(path))
+    assert "as mtp.fc.weight, are left out" in caplog.text
     save_file({**tensors, "model.layers.3.eh_proj.weight": torch.zeros(32, 64)}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model.layers.3.eh_proj.weight not expected"):
         open_hf(path, read_hf_config(path))
