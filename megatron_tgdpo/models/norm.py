@@ -61,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = hidden.float()
-        scale = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_() / hidden.shape[-1] + eps).rsqrt_()
+        scale = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, scale)
         result: Tensor = (wide * scale).mul_(weight)
         return result.to(hidden.dtype)
