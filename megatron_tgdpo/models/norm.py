@@ -56,7 +56,7 @@ def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and one number a row; in float32, which only its result is rounded from."""
+    """Keeps its input and one number a row. Computes in float32, and rounds the result alone to the input's dtype."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
